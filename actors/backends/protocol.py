@@ -1,0 +1,66 @@
+"""The contract of a trainer backend. `tests/contract/test_backends.py` runs on every one, and on a user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from actors.objective import World
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What one optimizer step did: global gradient norm before clipping, and the learning rate that was applied."""
+
+    grad_norm: float
+    learning_rate: float
+
+
+class Backend(Protocol):
+    """Owns the model, the optimizer and the learning-rate schedule of one rank of a trained or frozen role.
+
+    Every method is collective: all ranks call it, in the same order."""
+
+    model: nn.Module  # call it for a forward pass; its parameters may be partitioned outside of one
+    device: torch.device
+    world: World
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate the gradient of `loss`. Gradients add up over micro-batches and *over ranks* (a sum, not a mean);
+        `last` marks the final micro-batch of the step."""
+        ...
+
+    def step(self) -> StepInfo:
+        """Clip, step the optimizer and the schedule, clear the gradients."""
+        ...
+
+    def full_weights(self, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face parameter name, full tensor) in a fixed order, on every rank, adapters merged. Collective. Never
+        holds more than `bucket_bytes` (or one tensor) beyond the rank's own share. A tensor is valid until the next."""
+        ...
+
+    def adapters_off(self) -> AbstractContextManager[None]:
+        """The base model without its LoRA adapters. Raises RuntimeError if the model has none."""
+        ...
+
+    def save_state(self, folder: Path) -> None:
+        """Everything that exact resumption needs: weights, optimizer, schedule. Each rank writes its share."""
+        ...
+
+    def load_state(self, folder: Path) -> None: ...
+
+    def save_model(self, folder: Path) -> None:
+        """A Hugging Face folder (weights and config; adapters merged), written by rank 0."""
+        ...
+
+    def sleep(self) -> None:
+        """Give the accelerator's memory back, keeping the state; nothing to do on a CPU."""
+        ...
+
+    def wake(self) -> None: ...

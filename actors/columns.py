@@ -1,0 +1,64 @@
+"""The vocabulary of a batch: one line per column.
+
+Index convention, fixed here once: entry `x[t]` of a per-token column concerns *predicting* token `t` from the tokens
+before it in the same row. So `mask[0]` of a row is always 0 and `logps[0]` is always 0.0. Nobody shifts anywhere else
+but in `actors/forward.py`, where hidden states are matched with the tokens that they predict.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+
+
+class Axis(StrEnum):
+    """What one entry of a column stands for."""
+
+    TOKEN = "token"  # flat over all rows: [T]
+    ROW = "row"  # one per sequence: [B]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column: its name, axis, dtype, what it holds (with unit), and which stage writes it."""
+
+    name: str
+    axis: Axis
+    dtype: np.dtype
+    holds: str
+    writer: str
+
+
+def _token(name: str, dtype: type, holds: str, writer: str) -> Column:
+    return Column(name, Axis.TOKEN, np.dtype(dtype), holds, writer)
+
+
+def _row(name: str, dtype: type, holds: str, writer: str) -> Column:
+    return Column(name, Axis.ROW, np.dtype(dtype), holds, writer)
+
+
+COLUMNS: dict[str, Column] = {
+    column.name: column
+    for column in (
+        _token("tokens", np.int32, "token ids, prompt and completion", "source, generate"),
+        _token("mask", np.bool_, "1 where the token is learned from", "source, generate"),
+        _token("sample_logps", np.float32, "log-probability under the sampler, nats", "generate"),
+        _token("version", np.int32, "weights version that produced the token; -1 on prompts", "generate"),
+        _token("old_logps", np.float32, "log-probability under the policy before this batch's updates, nats", "logps"),
+        _token("ref_logps", np.float32, "log-probability under the reference, nats", "logps"),
+        _token("teacher_logps", np.float32, "log-probability under the teacher, nats", "logps"),
+        _token("values", np.float32, "state value before the token", "values"),
+        _token("advantages", np.float32, "advantage of the token", "credit"),
+        _token("returns", np.float32, "return from the token on", "credit"),
+        _token("step_label", np.int8, "process label at a step's last token: 0, 1, or -1 for none", "source"),
+        _row("group", np.int64, "rows that belong together: samples of one prompt, the two of a pair", "source, generate"),
+        _row("reward", np.float32, "weighted sum of the rewards; NaN where unscorable", "score"),
+        _row("preferred", np.bool_, "of a pair: the chosen one", "source"),
+        _row("label", np.bool_, "unpaired preference: desirable", "source"),
+        _row("margin", np.float32, "by how much the chosen one is better", "source"),
+        _row("truncated", np.bool_, "the completion hit its length limit", "generate"),
+        _row("weight", np.float32, "weight of the row in the loss", "source"),
+    )
+}

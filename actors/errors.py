@@ -1,0 +1,68 @@
+"""The errors of Troupe, as a tree.
+
+TroupeError
+├── UserError          the user can mend it: a few lines, exit code 2, no traceback
+│   ├── ConfigError        a key, a value, a method's option
+│   ├── DataError          a data set or a row
+│   ├── ModelError         a model folder or a tokenizer
+│   └── PlacementError     the cluster lacks what the plan needs
+└── RunError           something broke while a run was going on
+    ├── InfraFailure       an actor, an engine or a wait died: retry elsewhere, bounded
+    ├── DataFailure        this sample always fails: drop it and count it
+    ├── WeightSyncError    an engine did not confirm (version, fingerprint)
+    ├── StalenessError     a batch was older than the contract allows
+    └── BudgetExhausted    more failures than the run allows
+
+`InfraFailure` and `DataFailure` are raised *inside* the actor that knows which of the two it is, before the exception
+crosses a process boundary. Neither is ever turned into a reward.
+"""
+
+from __future__ import annotations
+
+
+class TroupeError(Exception):
+    """Root of every error that this package raises on purpose."""
+
+
+class UserError(TroupeError):
+    """What was given, what is allowed, where it was set, what to do. Shown without a traceback; exit code 2."""
+
+
+class ConfigError(UserError):
+    """A configuration key, value or method option is wrong."""
+
+
+class DataError(UserError):
+    """A data set cannot be used, or too many of its rows cannot."""
+
+
+class ModelError(UserError):
+    """A model folder or a tokenizer cannot be used."""
+
+
+class PlacementError(UserError):
+    """The cluster cannot hold the plan; the message names the role and what it lacks."""
+
+
+class RunError(TroupeError):
+    """A run failed after it had started."""
+
+
+class InfraFailure(RunError):
+    """The machinery failed, not the sample: the same work may succeed elsewhere."""
+
+
+class DataFailure(RunError):
+    """The sample itself fails, wherever it is tried."""
+
+
+class WeightSyncError(RunError):
+    """An engine did not acknowledge the version and fingerprint that were sent."""
+
+
+class StalenessError(RunError):
+    """Tokens were older than `max_staleness` allows."""
+
+
+class BudgetExhausted(RunError):
+    """More failures than the configuration allows."""

@@ -1,0 +1,134 @@
+"""What a trainer executes without knowing what it is: the seam between actors and methods.
+
+The driver hands an `Objective` to the ranks of a trained role. The rank runs the forward passes, lets the objective turn
+each micro-batch into a scalar, and steps its optimizer. Normalisation uses counts that are summed over all micro-batches
+and ranks first, so a result depends neither on micro-batching nor on the number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from actors.batch import Batch
+from actors.columns import COLUMNS, Axis
+
+Counts = dict[str, float]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of a batch as tensors on the trainer's device, flat over `T` tokens; rows of `offsets` [B+1]."""
+
+    lengths: Tensor  # [B] int64
+    columns: Mapping[str, Tensor]  # per-token [T] or per-row [B]; `tokens` is int64
+
+    @classmethod
+    def of(cls, batch: Batch, device: torch.device | str = "cpu") -> MicroBatch:
+        def tensor(values: Any) -> Tensor:
+            return torch.tensor(values, device=device)  # copies: object-store arrays are read-only
+
+        columns = {name: tensor(values) for name, values in batch.columns.items()}
+        if "tokens" in columns:
+            columns["tokens"] = columns["tokens"].long()
+        return cls(tensor(batch.lengths), columns)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.columns[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.columns
+
+    @property
+    def offsets(self) -> Tensor:
+        zero = torch.zeros(1, dtype=torch.int64, device=self.lengths.device)
+        return torch.cat([zero, self.lengths.cumsum(0)])
+
+    @property
+    def row_of_token(self) -> Tensor:
+        rows = torch.arange(len(self), device=self.lengths.device)
+        return rows.repeat_interleave(self.lengths)
+
+    def sum_by_row(self, values: Tensor) -> Tensor:
+        """[T] -> [B], differentiable."""
+        zeros = torch.zeros(len(self), dtype=values.dtype, device=values.device)
+        return zeros.index_add(0, self.row_of_token, values)
+
+    def per_token(self, values: Tensor) -> Tensor:
+        """[B] -> [T]: each row's value at each of its tokens."""
+        return values.repeat_interleave(self.lengths)
+
+    @staticmethod
+    def is_per_token(name: str) -> bool:
+        return COLUMNS[name].axis is Axis.TOKEN
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What one forward pass computed, flat over `T` tokens, float32; 0 at each row's first token.
+
+    `logps` carries gradient in an update. `extra` holds what the objective asked for in `needs`: `entropy` (nats),
+    `log_sum_sq_probs`, `mean_logits`, `is_top1`, each without gradient unless `needs` says `entropy_grad`.
+    """
+
+    logps: Tensor
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    aux_loss: Tensor | None = None  # scalar, mixture-of-experts balancing loss of this micro-batch
+
+
+@dataclass(frozen=True)
+class Stat:
+    """One metric of one micro-batch, to be combined over micro-batches and ranks."""
+
+    total: float | Tensor
+    weight: float | Tensor = 1.0
+    combine: str = "mean"  # mean: sum(total)/sum(weight); sum; min; max
+
+
+class World(Protocol):
+    """Statistics over all ranks of a trained role. Collective: every rank must call, in the same order."""
+
+    rank: int
+    size: int
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Element-wise sum over ranks."""
+        ...
+
+    def gather(self, values: Tensor) -> Tensor:
+        """[n_r] on each rank -> [sum n_r] in rank order, on every rank. Sizes may differ."""
+        ...
+
+
+class Objective(Protocol):
+    """A loss with its reduction, ready to run on any rank. Must pickle."""
+
+    needs: frozenset[str]  # names of `Outputs.extra` that the forward pass must compute
+    columns: frozenset[str]  # batch columns that it reads, besides tokens and lengths
+    keep_groups: bool  # rows of one `group` must share a micro-batch
+    coupled: bool  # it wants `statistics` over the whole batch before any gradient
+
+    def counts(self, micro: MicroBatch) -> Counts:
+        """Local counts to be summed over micro-batches and ranks: the denominators of the reduction."""
+        ...
+
+    def statistics(
+        self, micros: list[MicroBatch], outputs: list[Outputs], world: World, state: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Only if `coupled`: values that couple rows across micro-batches and ranks, from a pass without gradient.
+
+        `state` belongs to this objective's update stage, is kept by the trainer between steps and is checkpointed."""
+        ...
+
+    def loss(
+        self, micro: MicroBatch, outputs: Outputs, counts: Counts, statistics: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Stat]]:
+        """The scalar whose *sum* over all micro-batches and ranks is the batch's loss, and metrics."""
+        ...

@@ -1,0 +1,1 @@
+"""The driver: which method, which roles, where, and in what order."""

@@ -1,0 +1,181 @@
+"""A method is a pipeline: the kind of data it takes, then stages, each one verb by one role.
+
+The roles to launch, the columns that flow and the part that may run ahead are all derived from the stages; a pipeline
+that does not close (a column nobody wrote) is refused before anything is launched. Pure: neither Ray nor torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from actors.columns import COLUMNS
+from actors.errors import ConfigError
+
+DRIVER = "driver"  # the role of stages that run in the driver itself
+
+
+class Verb(StrEnum):
+    GENERATE = "generate"
+    SCORE = "score"
+    KEEP = "keep"
+    LOGPS = "logps"
+    CREDIT = "credit"
+    UPDATE = "update"
+
+
+@dataclass(frozen=True)
+class DataKind:
+    """What a row of the data source supplies. `columns`: those that its batch has from the start."""
+
+    name: str
+    columns: frozenset[str]
+    needs: tuple[tuple[str, ...], ...]  # acceptable sets of columns of the data set
+    rows_per_item: int = 1
+    prompts_only: bool = False
+
+
+Completions = DataKind("completions", frozenset({"tokens", "mask", "group"}), (("prompt", "completion"), ("messages",), ("text",)))
+Prompts = DataKind("prompts", frozenset(), (("prompt",),), prompts_only=True)
+Pairs = DataKind(
+    "pairs",
+    frozenset({"tokens", "mask", "group", "preferred"}),
+    (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
+    rows_per_item=2,
+)
+Labelled = DataKind("labelled", frozenset({"tokens", "mask", "group", "label"}), (("prompt", "completion", "label"),))
+StepLabels = DataKind(
+    "step_labels", frozenset({"tokens", "mask", "group", "step_label"}), (("prompt", "completions", "labels"),)
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One verb by one role. `call` is what is executed, with `options` as its keyword arguments."""
+
+    verb: Verb
+    role: str
+    reads: frozenset[str]
+    writes: frozenset[str]
+    call: Callable[..., Any] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.role}.{self.verb}"
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A data kind and its stages, checked when it is built."""
+
+    data: DataKind
+    stages: tuple[Stage, ...]
+
+    def __init__(self, data: DataKind, *stages: Stage) -> None:
+        object.__setattr__(self, "data", data)
+        object.__setattr__(self, "stages", stages)
+        _check_closes(self)
+
+    def __iter__(self) -> Iterator[Stage]:
+        return iter(self.stages)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Roles to launch, in order of appearance; the trained ones first."""
+        seen = dict.fromkeys([*self.trained, *(stage.role for stage in self.stages if stage.role != DRIVER)])
+        return tuple(seen)
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(stage.role for stage in self.stages if stage.verb is Verb.UPDATE))
+
+    @property
+    def collect(self) -> tuple[Stage, ...]:
+        """The longest prefix of stages that touches no trained role: it may run ahead of learning."""
+        count = 0
+        for stage in self.stages:
+            if stage.role in self.trained or stage.verb is Verb.CREDIT:
+                break
+            count += 1
+        return self.stages[:count]
+
+    @property
+    def learn(self) -> tuple[Stage, ...]:
+        return self.stages[len(self.collect) :]
+
+    @property
+    def group_stages(self) -> tuple[Stage, ...]:
+        """Of `collect`: what each prompt group passes by itself (generate, score, keep)."""
+        return tuple(stage for stage in self.collect if stage.verb in (Verb.GENERATE, Verb.SCORE, Verb.KEEP))
+
+    @property
+    def batch_stages(self) -> tuple[Stage, ...]:
+        """Of `collect`: what runs on whole batches, so that its arithmetic does not depend on arrival order."""
+        return tuple(stage for stage in self.collect if stage.verb not in (Verb.GENERATE, Verb.SCORE, Verb.KEEP))
+
+    @property
+    def generates(self) -> Stage | None:
+        return next((stage for stage in self.stages if stage.verb is Verb.GENERATE), None)
+
+    @property
+    def updates(self) -> tuple[Stage, ...]:
+        return tuple(stage for stage in self.stages if stage.verb is Verb.UPDATE)
+
+
+def generate(role: str = "rollout", *, n: int) -> Stage:
+    """Sample `n` completions of each prompt."""
+    writes = frozenset({"tokens", "mask", "sample_logps", "version", "group", "truncated"})
+    return Stage(Verb.GENERATE, role, frozenset(), writes, options={"n": n})
+
+
+def score(role: str = "reward") -> Stage:
+    """Reward each completion."""
+    return Stage(Verb.SCORE, role, frozenset({"tokens", "mask"}), frozenset({"reward"}))
+
+
+def keep(predicate: Callable[..., bool], **options: Any) -> Stage:
+    """Keep a prompt group only if `predicate(rewards [G], **options)`; others are replaced by new prompts."""
+    return Stage(Verb.KEEP, DRIVER, frozenset({"reward"}), frozenset(), predicate, options)
+
+
+def logps(role: str, *, into: str, adapters: bool = True) -> Stage:
+    """Per-token log-probabilities under a role's weights, written to column `into`."""
+    return Stage(Verb.LOGPS, role, frozenset({"tokens"}), frozenset({into}), options={"into": into, "adapters": adapters})
+
+
+def credit(call: Callable[..., Any], **options: Any) -> Stage:
+    """Turn rewards into advantages, in the driver. `call.reads` and `call.writes` name its columns."""
+    reads = getattr(call, "reads", frozenset({"reward", "group", "mask"}))
+    writes = getattr(call, "writes", frozenset({"advantages"}))
+    return Stage(Verb.CREDIT, DRIVER, frozenset(reads), frozenset(writes), call, options)
+
+
+def update(role: str, loss: Callable[..., Any], *, reduce: Callable[..., Any], epochs: int = 1, minibatches: int = 1, **options: Any) -> Stage:
+    """Optimise a role. What the loss reads is declared by the type of its view (see `orchestrator/losses/views.py`)."""
+    from orchestrator.losses.views import columns_of  # the view's annotations are resolved lazily
+
+    plan = {"reduce": reduce, "epochs": epochs, "minibatches": minibatches, "loss_options": options}
+    return Stage(Verb.UPDATE, role, frozenset(columns_of(loss, options)), frozenset(), loss, plan)
+
+
+def when(condition: Any, *stages: Stage) -> tuple[Stage, ...]:
+    """The stages if the condition holds, else none: `*when(beta, logps("reference", into="ref_logps"))`."""
+    return stages if condition else ()
+
+
+def _check_closes(pipeline: Pipeline) -> None:
+    written = set(pipeline.data.columns)
+    for stage in pipeline.stages:
+        unknown = sorted((stage.reads | stage.writes) - set(COLUMNS))
+        if unknown:
+            raise ConfigError(f"stage {stage.name} names unknown column(s) {', '.join(unknown)}")
+        missing = sorted(stage.reads - written)
+        if missing:
+            raise ConfigError(
+                f"stage {stage.name} reads {', '.join(missing)}, which no earlier stage writes "
+                f"(written so far: {', '.join(sorted(written)) or 'nothing'})"
+            )
+        written |= stage.writes

@@ -1,0 +1,1 @@
+"""Engines that sample, the actor around them, and the weights that reach them."""

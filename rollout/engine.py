@@ -1,0 +1,77 @@
+"""The contract of an engine that samples. `tests/contract/test_engines.py` runs on every one, and on a user's own.
+
+One thread owns an engine (see `rollout/actor.py`): it adds requests, steps, and applies weights between two steps, so no
+engine needs a lock. Requests in flight keep running across a weight update; their tokens carry the version that
+produced each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from rollout.sampling import Completion, Request
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """How to build an engine. `kind` is a key of `rollout.engine.ENGINES`."""
+
+    kind: str  # vllm | hf | scripted
+    model: str  # a Hugging Face folder or hub name; the engine reads config and tokenizer from it
+    dtype: str = "float32"
+    max_model_len: int = 1024  # tokens, prompt and completion
+    max_concurrency: int = 256  # sequences decoded at the same time
+    threads: int = 1
+    tensor_parallel: int = 1
+    gpus: float = 0.0
+    kv_cache_gib: float = 0.25
+    seed: int = 0
+    options: dict[str, Any] = field(default_factory=dict)  # passed to the engine itself, e.g. vLLM's EngineArgs
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A request whose samples have all ended."""
+
+    request: Request
+    completions: list[Completion]
+
+
+class Engine(Protocol):
+    """Not thread-safe: one thread owns it."""
+
+    version: int  # of the weights in use; -1 until some were loaded
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises DataFailure for one that can never run (prompt too long for the model, say)."""
+        ...
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request; it will not be in any later `step`'s result. Unknown ids are ignored."""
+        ...
+
+    @property
+    def busy(self) -> bool:
+        """True while a request is unfinished."""
+        ...
+
+    def step(self) -> list[Finished]:
+        """Advance every running request by one token (or an engine's own quantum); what finished by that."""
+        ...
+
+    def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Replace all weights, given under Hugging Face names. Running requests continue with the new ones; nothing that
+        was computed with the old ones (a prefix cache, say) is reused for new requests."""
+        ...
+
+    def sleep(self) -> None:
+        """Give the accelerator's memory back. Only while not busy; nothing to do on a CPU."""
+        ...
+
+    def wake(self) -> None: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,101 @@
+"""What to sample, and what came of it: the values that travel between the driver and a rollout worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from hashlib import blake2b
+
+import numpy as np
+
+from actors.batch import Batch
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn. `temperature=0` is greedy. Lengths are in tokens."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+
+    @property
+    def truncates_distribution(self) -> bool:
+        """True if the sampler renormalises over a subset, so that its log-probabilities are not the policy's."""
+        return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
+
+
+@dataclass(frozen=True)
+class Request:
+    """`n` completions of one prompt: the unit of collection. `id` is unique in a run; the same id is never completed
+    twice. `seed` fixes every sample: sample i draws from `sample_seed(seed, i)`, whichever worker runs it."""
+
+    id: str
+    prompt: tuple[int, ...]
+    n: int
+    sampling: Sampling
+    seed: int
+    group: int = 0  # written into the `group` column
+
+
+class Finish(StrEnum):
+    STOP = "stop"  # an end-of-sequence token, a stop token or a stop string
+    LENGTH = "length"  # max_tokens
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One finished sample. Arrays are [C], C completion tokens (the stop token included, if one was sampled)."""
+
+    index: int
+    tokens: np.ndarray  # int32
+    logps: np.ndarray  # float32, of the distribution that was sampled from (after temperature and truncation)
+    versions: np.ndarray  # int32, weights version that produced each token
+    finish: Finish
+
+
+@dataclass(frozen=True)
+class GroupMeta:
+    """What the driver keeps of a finished group; the tokens themselves stay in the object store."""
+
+    request_id: str
+    worker: str
+    lengths: tuple[int, ...]  # completion tokens per sample
+    finishes: tuple[Finish, ...]
+    oldest_version: int
+    newest_version: int
+    seconds: float
+    failures: tuple[str, ...] = field(default=())  # samples that failed for good, each with its reason
+
+
+def sample_seed(seed: int, index: int) -> int:
+    """A 63-bit seed for sample `index` of a request, the same on every worker and in every process."""
+    digest = blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def to_batch(request: Request, completions: list[Completion]) -> Batch:
+    """Rows of prompt + completion, ordered by sample index, with what the sampler knows about each token."""
+    ordered = sorted(completions, key=lambda completion: completion.index)
+    prompt = np.asarray(request.prompt, dtype=np.int32)
+
+    def flat(on_prompt: float, name: str, dtype: type) -> np.ndarray:
+        parts = [np.concatenate([np.full(len(prompt), on_prompt, dtype), getattr(c, name)]) for c in ordered]
+        return np.concatenate(parts) if parts else np.zeros(0, dtype)
+
+    lengths = [len(prompt) + len(completion.tokens) for completion in ordered]
+    tokens = [np.concatenate([prompt, completion.tokens]) for completion in ordered]
+    mask = [np.arange(length) >= len(prompt) for length in lengths]
+    return Batch.build(
+        lengths,
+        tokens=np.concatenate(tokens) if tokens else np.zeros(0, np.int32),
+        mask=np.concatenate(mask) if mask else np.zeros(0, bool),
+        sample_logps=flat(0.0, "logps", np.float32),
+        version=flat(-1, "versions", np.int32),
+        group=np.full(len(ordered), request.group, dtype=np.int64),
+        truncated=[completion.finish is Finish.LENGTH for completion in ordered],
+    )
