@@ -1,0 +1,152 @@
+"""How the driver speaks to an actor, whichever way it runs: `Worker` is one process, `Group` the ranks of a role.
+
+`LocalWorker` and `LocalGroup` run everything in the driver's own process (`--local`, unit tests); `actors/group.py` has the
+same two over Ray. A worker wraps a *plain object*: its public methods are the verbs, sync or async. Every call has a
+deadline. A call that could not be carried out because the worker is dead, unreachable or too slow raises `InfraFailure`;
+an exception of the method itself is raised as it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from actors.errors import InfraFailure
+
+
+@dataclass(frozen=True)
+class WorkerInfo:
+    """Who a worker is, as it reports itself once it is ready: `packages` is where it imported `actors` from."""
+
+    name: str
+    pid: int
+    node: str
+    packages: str
+    detail: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Ref:
+    """A value that stays where it is: in the object store, or (locally) in this process. As an argument of `call` it
+    reaches the method as the value."""
+
+    target: Any
+
+
+class Worker(Protocol):
+    """A handle on one actor."""
+
+    name: str
+
+    async def call(
+        self, method: str, *args: Any, timeout_s: float, task_name: str | None = None, **kwargs: Any
+    ) -> Any:
+        """The method's result. `Ref` arguments arrive as values. `task_name` is what a dashboard shows."""
+        ...
+
+    async def call_split(self, method: str, *args: Any, timeout_s: float, task_name: str | None = None) -> tuple[Any, Ref]:
+        """For a method that returns a pair: the first as a value, the second as a `Ref`."""
+        ...
+
+    async def kill(self) -> None:
+        """End the process now. Calls in flight raise InfraFailure. Killing twice is fine."""
+        ...
+
+
+class Group(Protocol):
+    """The ranks of one role."""
+
+    name: str
+    workers: Sequence[Worker]
+
+    async def call(
+        self, method: str, *shared: Any, per_rank: Sequence[Any] | None = None, timeout_s: float, task_name: str | None = None
+    ) -> list[Any]:
+        """Call every rank at once; results in rank order. With `per_rank`, rank r's first argument is `per_rank[r]`. If one
+        rank fails, its error is raised and the others are not waited for beyond the deadline."""
+        ...
+
+    async def kill(self) -> None: ...
+
+
+class Objects(Protocol):
+    """Where `Ref`s come from and go to."""
+
+    async def put(self, value: Any) -> Ref: ...
+
+    async def get(self, ref: Ref, *, timeout_s: float) -> Any: ...
+
+
+class LocalWorker:
+    """The object itself. Sync methods run in a thread, one at a time (`ping` excepted); async ones on the loop."""
+
+    def __init__(self, name: str, target: Any) -> None:
+        self.name = name
+        self.target = target
+        self._one_at_a_time = asyncio.Lock()
+        self._dead = asyncio.Event()
+
+    async def call(
+        self, method: str, *args: Any, timeout_s: float, task_name: str | None = None, **kwargs: Any
+    ) -> Any:
+        args = tuple(arg.target if isinstance(arg, Ref) else arg for arg in args)
+        work = asyncio.ensure_future(self._run(getattr(self.target, method), args, kwargs))
+        death = asyncio.ensure_future(self._dead.wait())
+        try:
+            done, _ = await asyncio.wait({work, death}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if work in done:
+                return work.result()
+            why = "was killed" if death in done else f"did not answer within {timeout_s:g} s"
+            raise InfraFailure(f"{self.name}.{method}: the worker {why}")
+        finally:
+            work.cancel()
+            death.cancel()
+
+    async def call_split(self, method: str, *args: Any, timeout_s: float, task_name: str | None = None) -> tuple[Any, Ref]:
+        first, second = await self.call(method, *args, timeout_s=timeout_s, task_name=task_name)
+        return first, Ref(second)
+
+    async def kill(self) -> None:
+        if not self._dead.is_set():
+            self._dead.set()
+            close = getattr(self.target, "close", None)
+            if close is not None:
+                await asyncio.to_thread(close)
+
+    async def _run(self, bound: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if inspect.iscoroutinefunction(bound):
+            return await bound(*args, **kwargs)
+        if bound.__name__ == "ping":
+            return bound(*args, **kwargs)
+        async with self._one_at_a_time:
+            return await asyncio.to_thread(bound, *args, **kwargs)
+
+
+class LocalGroup:
+    """A role of one rank in this process."""
+
+    def __init__(self, name: str, worker: LocalWorker) -> None:
+        self.name = name
+        self.workers = (worker,)
+
+    async def call(
+        self, method: str, *shared: Any, per_rank: Sequence[Any] | None = None, timeout_s: float, task_name: str | None = None
+    ) -> list[Any]:
+        args = shared if per_rank is None else (per_rank[0], *shared)
+        return [await self.workers[0].call(method, *args, timeout_s=timeout_s, task_name=task_name)]
+
+    async def kill(self) -> None:
+        await self.workers[0].kill()
+
+
+class LocalObjects:
+    """References that are the values."""
+
+    async def put(self, value: Any) -> Ref:
+        return Ref(value)
+
+    async def get(self, ref: Ref, *, timeout_s: float) -> Any:
+        return ref.target
