@@ -1,0 +1,141 @@
+"""Who belongs to an elastic pool: desired state and the decisions that lead to it. Pure; the clock is an argument.
+
+    STARTING ──ready──► JOINING ──weights acknowledged──► SERVING ──scale down──► DRAINING ──idle──► GONE
+        │                  │                                 │                                        ▲
+        └──────────────────┴──── died, silent, or stale ─────┴────────────────────────────────────────┘
+
+A replacement is a new member with a new index: it inherits neither the name nor the failures of the one it replaces.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+from actors.errors import BudgetExhausted
+
+
+class State(StrEnum):
+    STARTING = "starting"
+    JOINING = "joining"  # up, but without current weights: gets no work
+    SERVING = "serving"
+    DRAINING = "draining"  # finishes what it has, gets nothing new
+
+
+ALIVE = (State.STARTING, State.JOINING, State.SERVING)
+
+
+@dataclass(frozen=True)
+class Member:
+    index: int
+    state: State
+    since: float  # seconds on the pool's clock
+    load: int = 0  # calls in flight
+
+
+@dataclass(frozen=True)
+class Start:
+    index: int
+
+
+@dataclass(frozen=True)
+class Stop:
+    index: int
+    why: str
+
+
+Action = Start | Stop
+
+
+@dataclass
+class Fleet:
+    """The members of one pool. Methods record what happened; `decide` says what to do about it."""
+
+    role: str
+    desired: int
+    max_restarts: int
+    backoff_s: float = 0.5
+    start_timeout_s: float = 300.0
+    members: dict[int, Member] = field(default_factory=dict)
+    restarts: int = 0
+    _next_index: int = 0
+    _failed_starts: int = 0
+    _not_before: float = 0.0
+
+    def decide(self, now: float) -> list[Action]:
+        """What to start and stop so that the fleet becomes what is desired. Raises BudgetExhausted."""
+        late = [m for m in self._in(State.STARTING) if now - m.since > self.start_timeout_s]
+        stops = [Stop(m.index, f"did not start within {self.start_timeout_s:g} s") for m in late]
+        stops += [Stop(m.index, "drained") for m in self._in(State.DRAINING) if m.load == 0]
+        alive = [m for m in self.members.values() if m.state in ALIVE and m not in late]
+        surplus = len(alive) - self.desired
+        if surplus > 0:
+            for member in self._least_useful(alive)[:surplus]:
+                self.members[member.index] = replace(member, state=State.DRAINING, since=now)
+                if member.load == 0:
+                    stops.append(Stop(member.index, "scaled down"))
+        return [*stops, *self._starts(-surplus, now)]
+
+    def _starts(self, missing: int, now: float) -> list[Start]:
+        if missing <= 0 or now < self._not_before:
+            return []
+        if self.restarts > self.max_restarts:
+            raise BudgetExhausted(
+                f"{self.role}: {self.restarts} workers were lost, roles.{self.role}.max_restarts={self.max_restarts}; "
+                "the last failures are in the run's events.jsonl"
+            )
+        started = []
+        for _ in range(missing):
+            self.members[self._next_index] = Member(self._next_index, State.STARTING, now)
+            started.append(Start(self._next_index))
+            self._next_index += 1
+        return started
+
+    @staticmethod
+    def _least_useful(members: list[Member]) -> list[Member]:
+        order = {State.STARTING: 0, State.JOINING: 1, State.SERVING: 2}
+        return sorted(members, key=lambda m: (order[m.state], m.load, -m.index))
+
+    def _in(self, state: State) -> list[Member]:
+        return [member for member in self.members.values() if member.state is state]
+
+    def ready(self, index: int, now: float) -> None:
+        """Its process is up."""
+        self._move(index, State.STARTING, State.JOINING, now)
+
+    def joined(self, index: int, now: float) -> None:
+        """It acknowledged the current weights, or needs none."""
+        self._move(index, State.JOINING, State.SERVING, now)
+        self._failed_starts = 0
+
+    def _move(self, index: int, source: State, target: State, now: float) -> None:
+        member = self.members.get(index)
+        if member is not None and member.state is source:
+            self.members[index] = replace(member, state=target, since=now)
+
+    def lost(self, index: int, now: float) -> bool:
+        """It died, or was given up. True if it was a member; counted against the budget unless it was draining."""
+        member = self.members.pop(index, None)
+        if member is None:
+            return False
+        if member.state is not State.DRAINING:
+            self.restarts += 1
+        if member.state is State.STARTING:
+            self._failed_starts += 1
+            self._not_before = now + min(30.0, self.backoff_s * 2**self._failed_starts)
+        return True
+
+    def stopped(self, index: int) -> None:
+        """It was stopped on purpose."""
+        self.members.pop(index, None)
+
+    def add_load(self, index: int, change: int) -> None:
+        member = self.members.get(index)
+        if member is not None:
+            self.members[index] = replace(member, load=member.load + change)
+
+    def pick(self, slots: int, avoid: frozenset[int]) -> int | None:
+        """The serving member with most free slots; one to avoid only if there is no other."""
+        free = [m for m in self._in(State.SERVING) if m.load < slots]
+        preferred = [m for m in free if m.index not in avoid] or free
+        return min(preferred, key=lambda m: (m.load, m.index)).index if preferred else None

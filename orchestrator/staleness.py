@@ -1,0 +1,45 @@
+"""The staleness contract: how far a token may lag behind the weights that it trains. Pure.
+
+A *version* counts published weights: version v is what the policy is after v training steps. A batch trained at version v
+may hold no token older than `v - max_staleness`. The contract is kept in three places, in this order: what is admitted,
+what is cancelled before new weights are published, and a hard check when a batch is shipped to the trainer.
+Versions are counted over the whole run. `max_staleness = 0` is synchronous training: nothing is admitted for a batch before the weights it trains are published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from actors.errors import StalenessError
+
+
+@dataclass(frozen=True)
+class Contract:
+    """`batch`: prompt groups per training step. `first_version`: the policy's when the phase began."""
+
+    max_staleness: int
+    batch: int
+    first_version: int = 0
+
+    def may_admit(self, *, accepted: int, running: int, version: int) -> bool:
+        """Whether one more group may start. `accepted`: groups taken into batches or waiting for one since the phase
+        began; `running`: groups being generated or scored. Source: arXiv:2505.24298 (AReaL), eq. 3."""
+        return accepted + running < (self.max_staleness + version - self.first_version + 1) * self.batch
+
+    def oldest_allowed(self, version: int) -> int:
+        """The oldest token version in a batch that is trained at `version`."""
+        return version - self.max_staleness
+
+    def too_old(self, oldest: int, *, next_version: int) -> bool:
+        """Whether a group whose oldest token has version `oldest` can no longer be trained once `next_version` is out."""
+        return oldest < self.oldest_allowed(next_version)
+
+    def check(self, oldest: Iterable[int], *, version: int) -> None:
+        """Raise StalenessError if a group of a batch about to be trained at `version` is too old."""
+        late = [value for value in oldest if value < self.oldest_allowed(version)]
+        if late:
+            raise StalenessError(
+                f"a batch for version {version} holds {len(late)} group(s) with tokens of version {min(late)}; "
+                f"max_staleness={self.max_staleness} allows {self.oldest_allowed(version)} and newer"
+            )
