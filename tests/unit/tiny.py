@@ -6,27 +6,26 @@ import string
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer
-from tokenizers.decoders import Fuse
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-SPECIAL = ("<pad>", "<eos>", "<unk>")
+SPECIAL = ("<pad>", "<eos>")
 CHARACTERS = string.digits + " +-*/=?.,:;!()" + string.ascii_lowercase + "\n" + string.ascii_uppercase
+BYTE_LEVEL = {" ": "\u0120", "\n": "\u010a"}  # how byte-level vocabularies write them
 
 
 def tiny_tokenizer(vocab: int = 64) -> PreTrainedTokenizerFast:
-    """One token per character; `<pad>` is 0, `<eos>` is 1; characters beyond the vocabulary become `<unk>`."""
-    tokens = [*SPECIAL, *CHARACTERS][:vocab]
-    tokenizer = Tokenizer(WordLevel({token: index for index, token in enumerate(tokens)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+    """One token per character; `<pad>` is 0, `<eos>` is 1; characters beyond the vocabulary are dropped.
+
+    Byte-level without merges, because AutoTokenizer takes the class from the model's type, and Qwen2's rebuilds itself as
+    byte-level whatever was saved.
+    """
+    tokens = [*SPECIAL, *(BYTE_LEVEL.get(character, character) for character in CHARACTERS)][:vocab]
+    return Qwen2Tokenizer(
+        vocab={token: index for index, token in enumerate(tokens)},
+        merges=[],
+        unk_token="<pad>",  # never produced: byte-level drops what it does not know
         pad_token="<pad>",
         eos_token="<eos>",
-        unk_token="<unk>",
         clean_up_tokenization_spaces=False,
     )
 
