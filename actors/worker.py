@@ -92,6 +92,8 @@ class LocalWorker:
     async def call(
         self, method: str, *args: Any, timeout_s: float, task_name: str | None = None, **kwargs: Any
     ) -> Any:
+        if self._dead.is_set():
+            raise InfraFailure(f"{self.name}.{method}: the worker was killed")
         args = tuple(arg.target if isinstance(arg, Ref) else arg for arg in args)
         work = asyncio.ensure_future(self._run(getattr(self.target, method), args, kwargs))
         death = asyncio.ensure_future(self._dead.wait())

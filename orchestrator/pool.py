@@ -113,10 +113,9 @@ class Pool:
                 return await work(self.workers[index])
             except InfraFailure as error:
                 tried, last = tried | {index}, error
-                self._event("retry", {"role": self.role, "worker": index, "key": key, "attempt": attempt, "why": str(error)})
+                detail = {"role": self.role, "worker": index, "key": key, "attempt": attempt, "why": str(error)}
+                self._event("retry", detail)
                 await self._suspect(index, str(error))
-            except KeyError:  # evicted between acquiring and calling
-                tried = tried | {index}
             finally:
                 self._release(index)
         raise InfraFailure(f"{self.role}: {key} failed on {len(tried)} worker(s), the last time: {last}") from last
@@ -186,6 +185,9 @@ class Pool:
         self._notify()
 
     async def _take_down(self, action: Stop) -> None:
+        member = self.fleet.members.get(action.index)
+        if member is not None and member.state is State.STARTING:  # too slow: a failure, unlike being scaled down
+            return await self.evict(action.index, action.why)
         self.fleet.stopped(action.index)
         self._event("stopped", {"role": self.role, "worker": action.index, "why": action.why})
         worker = self.workers.pop(action.index, None)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -62,10 +63,8 @@ class Wait:
 class Watchdog:
     """Every wait of the driver has a name here; `overdue` says which ones are worth a line."""
 
-    def __init__(self, clock: Iterator[float] | None = None, *, report_after_s: float = 30.0) -> None:
-        import time
-
-        self._now = time.monotonic if clock is None else lambda: next(clock)
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, report_after_s: float = 30.0) -> None:
+        self._now = clock
         self._report_after_s = report_after_s
         self._waits: dict[int, Wait] = {}
         self._reported: dict[int, float] = {}

@@ -1,0 +1,102 @@
+"""Membership decisions: what happened goes in, what to do comes out."""
+
+import pytest
+
+from actors.errors import BudgetExhausted
+from orchestrator.fleet import Fleet, Start, State, Stop
+
+
+def serving(desired: int, **options) -> Fleet:
+    fleet = Fleet("rollout", desired, max_restarts=options.pop("max_restarts", 10), **options)
+    for action in fleet.decide(0.0):
+        fleet.ready(action.index, 1.0)
+        fleet.joined(action.index, 2.0)
+    return fleet
+
+
+def test_an_empty_fleet_starts_as_many_as_desired_and_then_nothing():
+    fleet = Fleet("rollout", 3, max_restarts=0)
+    assert fleet.decide(0.0) == [Start(0), Start(1), Start(2)]
+    assert fleet.decide(0.1) == []
+
+
+def test_a_worker_gets_no_work_before_it_joined():
+    fleet = Fleet("rollout", 1, max_restarts=0)
+    fleet.decide(0.0)
+    fleet.ready(0, 1.0)
+    assert fleet.pick(8, frozenset()) is None
+    fleet.joined(0, 2.0)
+    assert fleet.pick(8, frozenset()) == 0
+
+
+def test_a_lost_worker_is_replaced_under_a_new_index():
+    fleet = serving(2)
+    assert fleet.lost(0, 5.0)
+    assert fleet.decide(5.0) == [Start(2)]
+    assert not fleet.lost(0, 6.0), "it is no member any more"
+
+
+def test_scaling_down_drains_the_least_loaded_and_stops_it_when_idle():
+    fleet = serving(3)
+    fleet.add_load(0, 2)
+    fleet.add_load(1, 1)
+    fleet.add_load(2, 1)
+    fleet.desired = 2
+    assert fleet.decide(5.0) == []
+    assert fleet.members[2].state is State.DRAINING
+    assert fleet.pick(8, frozenset({0, 1})) in (0, 1), "a draining worker gets nothing new"
+    fleet.add_load(2, -1)
+    assert fleet.decide(6.0) == [Stop(2, "drained")]
+
+
+def test_scaling_up_starts_only_what_is_missing():
+    fleet = serving(2)
+    fleet.desired = 5
+    assert fleet.decide(5.0) == [Start(2), Start(3), Start(4)]
+
+
+def test_workers_that_fail_to_start_are_retried_with_growing_pauses():
+    fleet = Fleet("rollout", 1, max_restarts=10, backoff_s=1.0)
+    assert fleet.decide(0.0) == [Start(0)]
+    fleet.lost(0, 1.0)
+    assert fleet.decide(2.5) == []
+    assert fleet.decide(3.1) == [Start(1)]
+    fleet.lost(1, 4.0)
+    assert fleet.decide(7.9) == []
+    assert fleet.decide(8.1) == [Start(2)]
+
+
+def test_losing_more_workers_than_the_budget_ends_the_run_loudly():
+    fleet = serving(1, max_restarts=1)
+    fleet.lost(0, 3.0)
+    (start,) = fleet.decide(3.0)
+    fleet.ready(start.index, 4.0)
+    fleet.lost(start.index, 5.0)
+    with pytest.raises(BudgetExhausted, match=r"roles\.rollout\.max_restarts=1"):
+        fleet.decide(5.0)
+
+
+def test_a_worker_that_drains_costs_no_restart_when_it_dies():
+    fleet = serving(2, max_restarts=0)
+    fleet.add_load(0, 1)
+    fleet.add_load(1, 2)
+    fleet.desired = 1
+    fleet.decide(5.0)
+    fleet.lost(0, 6.0)
+    assert fleet.restarts == 0
+    assert fleet.decide(7.0) == []
+
+
+def test_a_worker_that_does_not_start_in_time_is_stopped():
+    fleet = Fleet("rollout", 1, max_restarts=3, start_timeout_s=10.0)
+    fleet.decide(0.0)
+    assert Stop(0, "did not start within 10 s") in fleet.decide(11.0)
+
+
+def test_work_goes_to_the_least_loaded_and_avoids_who_failed_it():
+    fleet = serving(2)
+    fleet.add_load(0, 1)
+    assert fleet.pick(4, frozenset()) == 1
+    assert fleet.pick(4, frozenset({1})) == 0
+    fleet.add_load(0, 3)
+    assert fleet.pick(4, frozenset({1})) == 1, "rather the one that failed than none"
