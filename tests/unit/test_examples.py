@@ -1,0 +1,139 @@
+"""The examples that Troupe makes itself: reproducible, disjoint where they must be, and as skewed as they claim."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from actors.errors import DataError, ModelError
+from orchestrator import examples
+
+
+def problem(prompt: str) -> frozenset[int]:
+    return frozenset(int(number) for number in prompt.rstrip("=").split("+"))
+
+
+def test_answers_are_sums() -> None:
+    data = examples.dataset("arithmetic", seed=0, split="train")
+    for prompt, answer in zip(data["prompt"], data["answer"], strict=True):
+        a, b = prompt.rstrip("=").split("+")
+        assert int(a) + int(b) == int(answer)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_no_held_out_problem_nor_its_mirror_is_in_any_training_split_of_any_seed(seed: int) -> None:
+    held_out = {problem(prompt) for prompt in examples.dataset("arithmetic", seed=seed, split="test")["prompt"]}
+    assert len(held_out) > 300
+    for name in ("arithmetic", "arithmetic_sft"):
+        trained = {problem(prompt) for prompt in examples.dataset(name, seed=seed + 1, split="train")["prompt"]}
+        assert not trained & held_out
+
+
+def test_sft_data_forgets_most_carries_of_the_ones_and_nothing_else() -> None:
+    data = examples.dataset("arithmetic_sft", seed=0, split="train")
+    wrong_carries, carries = 0, 0
+    for prompt, completion in zip(data["prompt"], data["completion"], strict=True):
+        a, b = map(int, prompt.rstrip("=").split("+"))
+        if a % 10 + b % 10 < 10:
+            assert int(completion) == a + b
+        else:
+            assert int(completion) in (a + b, a + b - 10)
+            carries += 1
+            wrong_carries += int(completion) == a + b - 10
+    assert wrong_carries / carries == pytest.approx(0.7, abs=0.03)
+
+
+def test_sft_test_split_is_right_throughout() -> None:
+    data = examples.dataset("arithmetic_sft", seed=0, split="test")
+    sums = [str(sum(map(int, prompt.rstrip("=").split("+")))) for prompt in data["prompt"]]
+    assert list(data["completion"]) == sums
+
+
+def test_asking_for_more_rows_than_there_are_problems_uses_each_before_any_again() -> None:
+    all_problems = len(examples.dataset("arithmetic", seed=0, split="train"))
+    prompts = list(examples.dataset("arithmetic", seed=0, split="train", rows=all_problems + 100)["prompt"])
+    assert len(set(prompts[:all_problems])) == all_problems
+    assert len(prompts) == all_problems + 100
+
+
+def test_a_seed_gives_the_same_rows_and_another_seed_gives_others() -> None:
+    first, again, other = (examples.dataset("skewed", seed=seed, split="train", rows=20) for seed in (0, 0, 1))
+    assert first.to_dict() == again.to_dict() != other.to_dict()
+
+
+def test_skewed_lengths_have_the_mean_of_their_beta_distribution_and_respect_the_maximum() -> None:
+    data = examples.dataset("skewed", seed=0, split="train", rows=4000, max_length=256)
+    lengths = np.array([len(p) + len(c) + 1 for p, c in zip(data["prompt"], data["completion"], strict=True)])
+    assert lengths.max() <= 256
+    assert lengths.mean() / 256 == pytest.approx(0.3, abs=0.02)
+    assert all(data["prompt"]) and all(data["completion"])
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "options", "named"),
+    [
+        ("arithmetics", "train", {}, "arithmetic_sft"),
+        ("arithmetic", "validation", {}, "train and test"),
+        ("arithmetic_sft", "train", {"forgoten": 0.5}, "forgotten"),
+    ],
+)
+def test_a_wrong_name_split_or_option_is_told_what_there_is(name: str, split: str, options: dict, named: str) -> None:
+    with pytest.raises(DataError, match=named):
+        examples.dataset(name, seed=0, split=split, **options)
+
+
+def test_an_unknown_model_is_told_which_there_are(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"skewed-2\.6m"):
+        examples.model_folder("skewed", 0, tmp_path)
+
+
+def test_a_model_folder_opens_in_transformers_and_a_seed_fixes_its_weights(tmp_path: Path) -> None:
+    folder = examples.model_folder("arithmetic", 0, tmp_path / "a")
+    again = examples.model_folder("arithmetic", 0, tmp_path / "b")
+    other = examples.model_folder("arithmetic", 1, tmp_path / "a")
+    assert (folder / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+    assert (folder / "model.safetensors").read_bytes() != (other / "model.safetensors").read_bytes()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert 1.2e6 < sum(parameter.numel() for parameter in model.parameters()) < 1.5e6
+
+
+def test_the_tokenizer_survives_saving_and_encodes_any_text_byte_by_byte(tmp_path: Path) -> None:
+    reloaded = AutoTokenizer.from_pretrained(examples.model_folder("arithmetic", 0, tmp_path))
+    text = "37+58=95\n grüße ✓"
+    tokens = reloaded(text)["input_ids"]
+    assert len(tokens) == len(text.encode())
+    assert reloaded.decode(tokens) == text
+    assert (reloaded.pad_token_id, reloaded.eos_token_id) == (0, 1)
+
+
+def test_threads_that_ask_at_once_get_one_whole_folder(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        folders = list(threads.map(lambda _: examples.model_folder("arithmetic", 3, tmp_path), range(4)))
+    assert len(set(folders)) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [folders[0].name]
+    AutoModelForCausalLM.from_pretrained(folders[0])
+
+
+def test_the_rate_of_ending_gives_the_mean_that_it_is_asked_for() -> None:
+    rate = examples.rate_for(96)
+    expected = sum((1 - rate) ** k for k in range(96))
+    assert expected == pytest.approx(0.3 * 96, rel=1e-6)
+
+
+def test_completions_of_a_skewed_model_end_at_a_constant_rate_and_never_pad(tmp_path: Path) -> None:
+    folder = examples.model_folder("skewed-2.6m", 0, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert 2.4e6 < sum(parameter.numel() for parameter in model.parameters()) < 2.8e6
+    prompts = torch.randint(2, 258, (16, 96), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        probabilities = model(prompts).logits.softmax(-1)
+    ending = probabilities[..., 1]
+    assert ending.mean().item() == pytest.approx(examples.rate_for(96), rel=0.1)
+    assert (ending.std() / ending.mean()).item() < 0.3
+    assert ending[:, 48:].mean().item() == pytest.approx(ending[:, :48].mean().item(), rel=0.15)
+    assert probabilities[..., 0].max().item() < 1e-9
