@@ -1,0 +1,52 @@
+# make demo    from nothing to a policy that has learned
+# make test    everything that CI runs
+# Both make .venv first if need be. A GPU machine: see "Installation" in README.md.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+RECIPE ?= grpo_arithmetic
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-script-location
+
+SUITES := tests/test_house.py tests/unit tests/golden tests/contract tests/ray tests/chaos tests/gpu
+
+.PHONY: demo test lint format types unit bench venv clean
+
+demo: venv
+	$(BIN)/troupe run $(RECIPE)
+
+# One process per suite: what a suite leaves behind (threads, Ray, an engine) cannot colour the next one.
+test: lint types
+	@for suite in $(wildcard $(SUITES)); do echo "== $$suite"; $(BIN)/pytest -q $$suite || exit 1; done
+
+unit: venv
+	$(BIN)/pytest -q tests/test_house.py tests/unit tests/golden
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: venv
+	$(BIN)/pyright
+
+bench: venv
+	@for script in $(wildcard tests/benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+venv: $(STAMP)
+
+# torch first and by itself, so that its CPU build is taken where there is one; then the pinned list as it stands
+# (why without dependencies: requirements/cpu.lock).
+$(STAMP): pyproject.toml requirements/cpu.lock
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch==$(shell sed -n 's/^torch==//p' requirements/cpu.lock)
+	$(PIP) --no-deps -r requirements/cpu.lock
+	$(PIP) --no-deps --no-build-isolation --editable .
+	touch $(STAMP)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

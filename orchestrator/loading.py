@@ -1,0 +1,183 @@
+"""From a recipe and overrides to a checked `RunConfig`.
+
+    recipe name or file ──► YAML tree ──► overrides ──► one shape (`phases`) ──► RunConfig ──► methods' options
+
+Each path of the tree remembers where it was set, so that a refusal can say so. No Ray, no torch: a wrong key is answered
+at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from pydantic import ValidationError
+
+from actors.errors import ConfigError
+from orchestrator import overrides as syntax
+from orchestrator.config import PhaseConfig, RunConfig
+from orchestrator.explain import explain, unknown
+from orchestrator.options import checked_options, options_model
+from orchestrator.overrides import Keys, Override, dotted
+
+RECIPES = Path(__file__).parent / "recipes"
+PHASE_KEYS = tuple(PhaseConfig.model_fields)  # that a file with one phase writes at its top level
+SAVED = "config.yaml"  # in a run's folder
+
+
+def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration of a run, every key and every method's option checked. Raises ConfigError."""
+    file = find_recipe(recipe)
+    draft = Draft.read(file)
+    for override in map(syntax.parse, overrides):
+        draft.override(override)
+    draft.fold()
+    return _with_checked_options(_validated(draft), draft)
+
+
+def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration that a run was started with, as `save_config` left it in the run's folder."""
+    if not (folder / SAVED).is_file():
+        raise ConfigError(f"{folder} is not a run's folder: it has no {SAVED}. Give the folder that `troupe run` printed")
+    return load_config(folder / SAVED, overrides)
+
+
+def save_config(config: RunConfig, folder: Path) -> Path:
+    """Write what `load_run` reads: only what differs from the defaults, so that a reader sees what this run is."""
+    tree = config.model_dump(mode="json", exclude_defaults=True)
+    file = folder / SAVED
+    file.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+    return file
+
+
+def recipes() -> dict[str, str]:
+    """Shipped recipes: name -> the first line of comment in its file."""
+    return {file.stem: _headline(file) for file in sorted(RECIPES.glob("*.yaml"))}
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """The file of a recipe: a path to one, or the name of a shipped one."""
+    file = Path(recipe)
+    if file.is_file():
+        return file
+    if file.suffix in (".yaml", ".yml") or len(file.parts) > 1:
+        raise ConfigError(f"there is no file {file} (looked in {Path.cwd()})")
+    shipped = RECIPES / f"{recipe}.yaml"
+    if not shipped.is_file():
+        raise ConfigError(unknown("recipe", str(recipe), list(recipes())) + ". Or give the path of a YAML file")
+    return shipped
+
+
+@dataclass
+class Draft:
+    """A configuration before it is checked. `origins`: path -> where it was set. `single`: the name of the phase that the
+    file wrote at its top level, if it did."""
+
+    name: str
+    tree: dict[str, Any]
+    origins: dict[Keys, str]
+    single: str | None = None
+    _late: list[Override] = field(default_factory=list[Override])
+
+    @classmethod
+    def read(cls, file: Path) -> Draft:
+        try:
+            text = file.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read {file}: {error}") from None
+        tree, lines = syntax.load_yaml(text, str(file))
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{file} must hold keys and values at its top level, for example `method: grpo`")
+        draft = cls(str(file), cast(dict[str, Any], tree), {path: f"{file}, line {n}" for path, n in lines.items()})
+        draft._refuse_both_shapes()
+        return draft
+
+    def override(self, override: Override) -> None:
+        """Later ones win. Those of `phases...` wait until a single phase has its name."""
+        head = override.path[0]
+        if head == "phases" and "phases" not in self.tree:
+            self._late.append(override)
+            return
+        if head in PHASE_KEYS and "phases" in self.tree:
+            names = list(cast(dict[str, Any], self.tree["phases"] or {}))
+            example = f"phases.{names[0] if names else 'NAME'}.{override.text}"
+            raise ConfigError(f"{override}: {self.name} has the phases {', '.join(names)}; say which: {example}")
+        self._apply(override)
+
+    def fold(self) -> None:
+        """Give a single phase its name (its method's), so that every configuration has `phases`."""
+        if "phases" not in self.tree:
+            self.single = str(self.tree.get("method", PhaseConfig.model_fields["method"].default))
+            phase = {key: self.tree.pop(key) for key in PHASE_KEYS if key in self.tree}
+            self.tree["phases"] = {self.single: phase}
+            self.origins = {self._folded(path): origin for path, origin in self.origins.items()}
+        for override in self._late:
+            self._apply(override)
+
+    def where(self, path: Keys) -> str:
+        """Where a path, or the nearest thing around it, was set."""
+        while path:
+            if path in self.origins:
+                return self.origins[path]
+            path = path[:-1]
+        return self.name
+
+    def shown_as(self, path: Keys) -> str:
+        """A path as this file's author writes it."""
+        if self.single is not None and path[:1] == ("phases",) and path[1:2] in ((self.single,), ("NAME",)):
+            path = path[2:]
+        return dotted(path)
+
+    def _apply(self, override: Override) -> None:
+        syntax.apply(self.tree, override)
+        depth = len(override.path)
+        self.origins = {path: origin for path, origin in self.origins.items() if path[:depth] != override.path}
+        self.origins[override.path] = str(override)
+
+    def _folded(self, path: Keys) -> Keys:
+        return ("phases", str(self.single), *path) if path[0] in PHASE_KEYS else path
+
+    def _refuse_both_shapes(self) -> None:
+        beside = [key for key in PHASE_KEYS if key in self.tree]
+        if "phases" in self.tree and beside:
+            key = beside[0]
+            raise ConfigError(
+                f"`{key}` stands beside `phases` ({self.where((key,))}). A file has either one phase, with its keys at the "
+                f"top level, or `phases`: move it to phases.NAME.{key}"
+            )
+
+
+def _validated(draft: Draft) -> RunConfig:
+    try:
+        return RunConfig.model_validate(draft.tree)
+    except ValidationError as error:
+        raise explain(error, draft.tree, RunConfig, draft.where, draft.shown_as) from None
+
+
+def _with_checked_options(config: RunConfig, draft: Draft) -> RunConfig:
+    from orchestrator.methods import METHODS  # after the cheap checks: methods bring the losses
+
+    phases = {name: _checked_phase(name, phase, METHODS, draft) for name, phase in config.phases.items()}
+    return config.model_copy(update={"phases": phases})
+
+
+def _checked_phase(name: str, phase: PhaseConfig, methods: dict[str, Callable[..., Any]], draft: Draft) -> PhaseConfig:
+    below: Keys = ("phases", name, "options")
+    if phase.method not in methods:
+        where = draft.where(("phases", name, "method"))
+        raise ConfigError(f"{unknown('method', phase.method, list(methods))}\n  set in {where}")
+    method = methods[phase.method]
+    try:
+        options = checked_options(method, phase.options)
+    except ValidationError as error:
+        raise explain(error, phase.options, options_model(method), draft.where, draft.shown_as, below) from None
+    return phase.model_copy(update={"options": options})
+
+
+def _headline(file: Path) -> str:
+    with file.open() as lines:
+        first = lines.readline()
+    return first.lstrip("# ").strip() if first.startswith("#") else ""

@@ -1,0 +1,133 @@
+"""`a.b=c` on the command line: a path into the configuration and a YAML value.
+
+Reading YAML stands here too, because a value must mean the same in a file and in an override: `1e-3` is a number in both
+(plain YAML 1.1 takes it for a string), and a key given twice is refused instead of the last one winning unseen.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import yaml
+
+from actors.errors import ConfigError
+
+Keys = tuple[str | int, ...]  # of keys; an int is a position in a list
+
+
+class Loader(yaml.SafeLoader):
+    """Safe YAML in which `1e-3` is a number."""
+
+
+Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
+
+
+@dataclass(frozen=True)
+class Override:
+    """One `a.b=c`. `text` is what was typed."""
+
+    path: Keys
+    value: Any
+    text: str
+
+    def __str__(self) -> str:
+        return f"override {self.text!r}"
+
+
+def parse(text: str) -> Override:
+    """Raises ConfigError if `text` is not `key.key=value` with a YAML value."""
+    key, equals, value = text.partition("=")
+    parts = key.strip().removeprefix("--").split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"override {text!r} is not of the form key.key=value, for example train.learning_rate=1e-4")
+    try:
+        parsed = yaml.load(value, Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {text!r}: the value is not YAML ({_first_line(error)})") from None
+    return Override(tuple(int(part) if part.isdigit() else part for part in parts), parsed, text)
+
+
+def apply(tree: dict[str, Any], override: Override) -> None:
+    """Set the value in `tree`, making the mappings on the way. Raises ConfigError where the path meets a plain value."""
+    node: Any = tree
+    for depth, key in enumerate(override.path[:-1]):
+        node = _child(node, key, override, depth)
+    last = override.path[-1]
+    if isinstance(node, list):
+        _check_position(node, last, override)
+    node[last if isinstance(node, list) else str(last)] = override.value
+
+
+def load_yaml(text: str, name: str) -> tuple[Any, dict[Keys, int]]:
+    """The value of a YAML document and, for each path in it, the line where it stands.
+
+    Raises ConfigError (naming `name` and the line) for broken YAML and for a key given twice."""
+    try:
+        root = yaml.compose(text, Loader)
+        value = yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name} is not YAML: {error}") from None
+    lines: dict[Keys, int] = {}
+    for path, line in _walk(root, ()):
+        if path in lines:
+            raise ConfigError(f"{name}: {dotted(path)} is given twice, in lines {lines[path]} and {line}")
+        lines[path] = line
+    return value, lines
+
+
+def dotted(path: Sequence[str | int]) -> str:
+    return ".".join(map(str, path))
+
+
+def _child(node: Any, key: str | int, override: Override, depth: int) -> Any:
+    if isinstance(node, list):
+        _check_position(node, key, override)
+        child = cast(list[Any], node)[cast(int, key)]
+    else:
+        child = node.setdefault(str(key), {})
+    if child is None:
+        child = node[key] = {}
+    if not isinstance(child, dict | list):
+        given = dotted(override.path[: depth + 1])
+        raise ConfigError(f"{override}: {given} is {child!r}, which has no keys of its own")
+    return cast(Any, child)
+
+
+def _check_position(items: list[Any], key: str | int, override: Override) -> None:
+    if not isinstance(key, int) or key >= len(items):
+        raise ConfigError(f"{override}: {key!r} is not a position in a list of {len(items)} (counted from 0)")
+
+
+def _walk(node: yaml.Node | None, path: Keys) -> Iterator[tuple[Keys, int]]:
+    """Every path below a node with its line, duplicates included (which a loaded mapping no longer shows)."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":  # `<<: *anchor`: its keys are meant to be overridden
+                continue
+            below = (*path, key.value)
+            yield below, key.start_mark.line + 1
+            yield from _walk(value, below)
+    elif isinstance(node, yaml.SequenceNode):
+        for position, item in enumerate(node.value):
+            yield (*path, position), item.start_mark.line + 1
+            yield from _walk(item, (*path, position))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def flatten(tree: Mapping[str, Any], path: Keys = ()) -> Iterator[tuple[Keys, Any]]:
+    """Every leaf of a configuration with its path, in order."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from flatten(cast(dict[str, Any], value), (*path, key))
+        else:
+            yield (*path, key), value
