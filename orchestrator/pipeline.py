@@ -153,9 +153,18 @@ def credit(call: Callable[..., Any], **options: Any) -> Stage:
     return Stage(Verb.CREDIT, DRIVER, frozenset(reads), frozenset(writes), call, options)
 
 
-def update(role: str, loss: Callable[..., Any], *, reduce: Callable[..., Any], epochs: int = 1, minibatches: int = 1, **options: Any) -> Stage:
-    """Optimise a role. What the loss reads is declared by the type of its view (see `orchestrator/losses/views.py`)."""
-    from orchestrator.losses.views import columns_of  # the view's annotations are resolved lazily
+def update(
+    role: str,
+    loss: Callable[..., Any],
+    *,
+    reduce: Callable[..., Any] | None = None,
+    epochs: int = 1,
+    minibatches: int = 1,
+    **options: Any,
+) -> Stage:
+    """Optimise a role. What the loss reads is declared beside it (see `orchestrator/losses/declare.py`). A `Sum` of losses
+    has reductions and options of its own."""
+    from orchestrator.losses.declare import columns_of  # torch is loaded when a method is built, not before
 
     plan = {"reduce": reduce, "epochs": epochs, "minibatches": minibatches, "loss_options": options}
     return Stage(Verb.UPDATE, role, frozenset(columns_of(loss, options)), frozenset(), loss, plan)

@@ -1,0 +1,167 @@
+"""How a loss says what it reads, and how losses are added up.
+
+A loss is `loss(view, *, option=..., ...) -> (values, metrics)`. The type of its view declares what it always reads: a
+field named like a column of the batch, or like an extra of the forward pass. What it reads only under some options is
+declared beside them:
+
+    @reads("ref_logps", beta=is_on)
+    def clipped(tokens: PolicyTokens, *, beta: float = 0.0) -> Loss: ...
+
+From these two, and from nothing else, follow the columns that a pipeline must provide, the roles that must be launched
+to write them, and what the forward pass computes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+
+from torch import Tensor
+
+from actors.columns import COLUMNS
+from actors.errors import ConfigError
+from actors.objective import Stat, World
+
+if TYPE_CHECKING:
+    from orchestrator.losses.reduce import Reduction
+    from orchestrator.losses.views import Tokens
+
+Loss = tuple[Tensor, dict[str, Stat]]  # unreduced values ([T] tokens, [B] rows or [P] pairs), and metrics
+LossFunction = Callable[..., Loss]
+Statistics = Callable[..., dict[str, Tensor]]
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+EXTRAS = frozenset({"entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "mean_logps"})
+FORWARD_OPTIONS = frozenset({"entropy_grad", "prompt_logps"})
+
+
+def is_on(value: Any) -> bool:
+    """The condition of most options: set to something that has an effect."""
+    return value not in (None, 0, False, "none")
+
+
+@dataclass(frozen=True)
+class Read:
+    """Names that a loss reads if every option satisfies its condition: a predicate, or the value that it must equal."""
+
+    names: frozenset[str]
+    conditions: Mapping[str, Any]
+
+    def applies(self, options: Mapping[str, Any]) -> bool:
+        return all(
+            wanted(options[name]) if callable(wanted) else options[name] == wanted
+            for name, wanted in self.conditions.items()
+        )
+
+
+def reads(*names: str, **conditions: Any) -> Callable[[Decorated], Decorated]:
+    """Declares that a loss reads columns or extras, if its options satisfy the conditions."""
+
+    def declare(loss: Decorated) -> Decorated:
+        loss.__dict__["reads"] = (*loss.__dict__.get("reads", ()), Read(frozenset(names), conditions))
+        return loss
+
+    return declare
+
+
+def couples(statistics: Statistics, **conditions: Any) -> Callable[[Decorated], Decorated]:
+    """Declares that a loss looks across rows: `statistics(views, world, state, **options)` runs before any gradient, on
+    all micro-batches of all ranks, and what it returns is the view's `shared`. It takes the options that it names."""
+
+    def declare(loss: Decorated) -> Decorated:
+        loss.__dict__["couples"] = (statistics, Read(frozenset(), conditions))
+        return loss
+
+    return declare
+
+
+@dataclass(frozen=True)
+class Term:
+    """One loss with its reduction, its weight in a sum, and its options."""
+
+    loss: LossFunction
+    reduce: Reduction
+    weight: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def view(self) -> type[Tokens]:
+        return view_of(self.loss)
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Columns, extras and options of the forward pass that this loss reads under these options."""
+        return _reads(self.loss, self.options)
+
+    @property
+    def statistics(self) -> Statistics | None:
+        statistics, when = self.loss.__dict__.get("couples", (None, None))
+        return statistics if when is not None and when.applies(_bound(self.loss, self.options)) else None
+
+    def named(self, function: Callable[..., Any]) -> dict[str, Any]:
+        """Of this term's options, with their defaults, those that `function` names."""
+        known = inspect.signature(function).parameters
+        return {name: value for name, value in _bound(self.loss, self.options).items() if name in known}
+
+
+class Sum:
+    """A weighted sum of losses, each with a reduction and options of its own. Terms of weight 0 are left out."""
+
+    def __init__(self, *terms: Term) -> None:
+        self.terms = tuple(term for term in terms if term.weight)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Loss:
+        raise TypeError("a Sum of losses is executed by LossObjective, term by term")
+
+
+def terms_of(loss: LossFunction, reduce: Reduction | None, options: Mapping[str, Any]) -> tuple[Term, ...]:
+    """The terms of a sum, or the one term that a plain loss is."""
+    if isinstance(loss, Sum):
+        if reduce is not None or options:
+            raise ConfigError("the terms of a Sum have their own reductions and options; give none beside it")
+        return loss.terms
+    if reduce is None:
+        raise ConfigError(f"the loss {loss.__name__} needs a reduction: update(role, loss, reduce=...)")
+    return (Term(loss, reduce, 1.0, options),)
+
+
+def columns_of(loss: LossFunction, options: Mapping[str, Any]) -> frozenset[str]:
+    """Batch columns that a loss reads under these options, besides tokens."""
+    return _all_reads(loss, options) & frozenset(COLUMNS)
+
+
+def needs_of(loss: LossFunction, options: Mapping[str, Any]) -> frozenset[str]:
+    """What the forward pass must compute for a loss under these options, besides log-probabilities."""
+    return _all_reads(loss, options) - frozenset(COLUMNS)
+
+
+@cache
+def view_of(loss: LossFunction) -> type[Tokens]:
+    """The type of a loss's view: the annotation of its first parameter."""
+    first = next(iter(inspect.signature(loss).parameters))
+    return get_type_hints(loss)[first]
+
+
+def _all_reads(loss: LossFunction, options: Mapping[str, Any]) -> frozenset[str]:
+    if isinstance(loss, Sum):
+        return frozenset().union(*(term.reads for term in loss.terms))
+    return _reads(loss, options)
+
+
+def _reads(loss: LossFunction, options: Mapping[str, Any]) -> frozenset[str]:
+    bound = _bound(loss, options)
+    declared: tuple[Read, ...] = loss.__dict__.get("reads", ())
+    return view_of(loss).always_reads().union(*(read.names for read in declared if read.applies(bound)))
+
+
+def _bound(loss: LossFunction, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with the signature's defaults filled in. Raises ConfigError for one that the loss does not take."""
+    try:
+        bound = inspect.signature(loss).bind(None, **options)
+    except TypeError as error:
+        raise ConfigError(f"the loss {loss.__name__}: {error}") from None
+    bound.apply_defaults()
+    return dict(list(bound.arguments.items())[1:])

@@ -1,0 +1,63 @@
+"""The objective that a trainer executes: losses with their reductions, made from an update stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from actors.columns import COLUMNS
+from actors.objective import Counts, MicroBatch, Outputs, Stat, World
+from orchestrator.losses.declare import LossFunction, Term, terms_of
+from orchestrator.losses.reduce import Reduction
+from orchestrator.losses.views import Tokens
+
+
+class LossObjective:
+    """`actors.objective.Objective` from a loss (or a `Sum` of them), its reduction and its options.
+
+    Pickles by reference: every function in it lives in a module. Terms are numbered in `counts`, in `statistics` and in
+    the state, so two terms with the same loss do not meet.
+    """
+
+    def __init__(self, loss: LossFunction, reduce: Reduction | None, options: Mapping[str, Any]) -> None:
+        self.terms = terms_of(loss, reduce, options)
+        names = frozenset[str]().union(*(term.reads for term in self.terms))
+        self.columns = names & frozenset(COLUMNS)
+        self.needs = names - self.columns
+        self.keep_groups = any(term.view.keep_groups for term in self.terms)
+        self.coupled = any(term.statistics for term in self.terms)
+
+    def counts(self, micro: MicroBatch) -> Counts:
+        return {str(index): term.reduce.count(term.view, micro) for index, term in enumerate(self.terms)}
+
+    @torch.no_grad()
+    def statistics(
+        self, micros: list[MicroBatch], outputs: list[Outputs], world: World, state: dict[str, Any]
+    ) -> dict[str, Any]:
+        """For each coupled term what its statistics function returns; each keeps a state of its own."""
+        found: dict[str, Any] = {}
+        for index, term in enumerate(self.terms):
+            if term.statistics is not None:
+                views = [_view(term, micro, output, {}) for micro, output in zip(micros, outputs, strict=True)]
+                own = state.setdefault(str(index), {})
+                found[str(index)] = term.statistics(views, world, own, **term.named(term.statistics))
+        return found
+
+    def loss(
+        self, micro: MicroBatch, outputs: Outputs, counts: Counts, statistics: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Stat]]:
+        total = outputs.logps.sum() * 0.0  # so that an empty micro-batch, too, has a graph to go backward through
+        metrics: dict[str, Stat] = {}
+        for index, term in enumerate(self.terms):
+            view = _view(term, micro, outputs, statistics.get(str(index), {}))
+            values, found = term.loss(view, **term.options)
+            total = total + term.weight * term.reduce(values, view, counts[str(index)])
+            metrics |= found
+        return total, metrics
+
+
+def _view(term: Term, micro: MicroBatch, outputs: Outputs, shared: Mapping[str, Tensor]) -> Tokens:
+    return term.view.of(micro, outputs, term.reads, shared)

@@ -1,0 +1,167 @@
+"""Policy-gradient losses: sampled tokens with advantages.
+
+One loss, `policy_gradient`, in four steps: the importance ratio, a surrogate of (ratio, advantage), the weights that
+correct or mask tokens, and the KL term, which none of those weights touches. A surrogate is a small pure function; a
+new one needs nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from actors.objective import Stat, World
+from orchestrator.losses.declare import Loss, couples, is_on, reads
+from orchestrator.losses.views import PolicyTokens, given
+
+Level = Literal["token", "sequence"]
+Old = Literal["current", "recorded", "sampler"]
+Correction = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+
+Surrogate = Callable[[PolicyTokens, Tensor], tuple[Tensor, dict[str, Tensor]]]
+
+
+def below_one(value: float) -> bool:
+    return value < 1
+
+
+def clipped(
+    tokens: PolicyTokens, log_ratio: Tensor, *, epsilon: float, epsilon_high: float | None = None, delta: float | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """[T]: `-min(min(ρ, δ) A, clip(ρ, 1-ε, 1+ε_high) A)`. `delta` caps the unclipped branch, where A < 0 has no bound.
+
+    Source: arXiv:1707.06347, eq. 7; ε_high: arXiv:2503.14476, eq. 10; δ: arXiv:2505.07291, section 3.4.
+    Departure from TRL: clip metrics look at ρ before δ caps it, so that they count what was clipped.
+    """
+    ratio, advantages = log_ratio.exp(), tokens.advantages
+    low, high = 1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high)
+    free = ratio if delta is None else ratio.clamp(max=delta)
+    values = -torch.minimum(free * advantages, ratio.clamp(low, high) * advantages)
+    is_low = (ratio < low) & (advantages < 0)
+    is_high = (ratio > high) & (advantages > 0)
+    return values, {"low": is_low, "high": is_high, "region": is_low | is_high}
+
+
+def threshold_of_entropy(
+    views: list[PolicyTokens], world: World, state: dict[str, Any], *, top_entropy_quantile: float
+) -> dict[str, Tensor]:
+    """The entropy that the share `top_entropy_quantile` of all masked tokens reaches, over micro-batches and ranks."""
+    local = torch.cat([given(view.entropy)[view.mask] for view in views])
+    everywhere = world.gather(local)
+    if not len(everywhere):
+        return {"entropy_threshold": torch.zeros((), dtype=local.dtype, device=local.device)}
+    return {"entropy_threshold": _quantile(everywhere, 1 - top_entropy_quantile)}
+
+
+@reads("old_logps", old="recorded")
+@reads("sample_logps", old="sampler")
+@reads("sample_logps", correction=is_on)
+@reads("ref_logps", beta=is_on)
+@reads("entropy", top_entropy_quantile=below_one)
+@reads("entropy", token_metrics=is_on)
+@couples(threshold_of_entropy, top_entropy_quantile=below_one)
+def policy_gradient(
+    tokens: PolicyTokens,
+    *,
+    surrogate: Surrogate,
+    level: Level = "token",
+    old: Old = "current",
+    correction: Correction = "none",
+    correction_min: float | None = None,
+    correction_max: float = 3.0,
+    off_policy_mask_threshold: float | None = None,
+    top_entropy_quantile: float = 1.0,
+    beta: float = 0.0,
+    use_bias_correction_kl: bool = True,
+    token_metrics: bool = False,
+) -> Loss:
+    """[T]: `w_t surrogate(ρ_t, A_t) + β KL_t`, where `w` holds masks and corrections, all without gradient.
+
+    `level`: one ratio per token, or its geometric mean over the row (arXiv:2507.18071, eq. 7). `old`: what the ratio is
+    taken against; `current` means that the batch is used for one update, so it is 1 and carries only the gradient.
+    Source: arXiv:2402.03300, eq. 3.
+    """
+    old_logps = _old_logps(tokens, old)
+    log_ratio = _log_ratio(tokens, old_logps, level)
+    values, clips = surrogate(tokens, log_ratio)
+    metrics = _clip_metrics(tokens, clips)
+    if off_policy_mask_threshold is not None:
+        values = values * _near_policy(tokens, old_logps, off_policy_mask_threshold)
+    if top_entropy_quantile < 1:
+        values = values * (given(tokens.entropy) >= tokens.shared["entropy_threshold"])
+    if correction != "none":
+        weight, found = engine_correction(tokens, old_logps, correction, correction_min, correction_max)
+        values, metrics = values * weight, metrics | found
+    if beta:
+        kl = k3(tokens.logps, given(tokens.ref_logps))
+        values = values + beta * (kl * log_ratio.exp() if use_bias_correction_kl else kl)
+        metrics["kl"] = tokens.token_stat(kl)
+    if token_metrics:
+        metrics["entropy"] = tokens.token_stat(given(tokens.entropy))
+    return values, metrics
+
+
+def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """[T]: `e^(ref - lp) - (ref - lp) - 1`, an unbiased estimate of KL(π‖ref) that is never negative, given samples of π.
+
+    Multiplied by the ratio, its gradient is unbiased too (arXiv:2512.02556, section 3.1). Source: arXiv:2402.03300, eq. 4.
+    """
+    difference = ref_logps - logps
+    return torch.expm1(difference) - difference
+
+
+def engine_correction(
+    tokens: PolicyTokens, old_logps: Tensor, mode: Correction, lowest: float | None, highest: float
+) -> tuple[Tensor, dict[str, Stat]]:
+    """[T]: importance weight π_old / sampler, for engines that compute other probabilities or hold older weights.
+
+    `token_*`: per token; `sequence_*`: the row's product at each of its tokens. `*_truncate` clamps to [lowest, highest],
+    `*_mask` sets weights outside to 0. A token that the sampler gave no finite log-probability has weight 1.
+    """
+    known = tokens.mask & given(tokens.sample_logps).isfinite()
+    difference = torch.where(known, old_logps.detach() - given(tokens.sample_logps), 0)
+    per_row = tokens.micro.per_token(tokens.row_sums(difference))
+    ratio = (difference if mode.startswith("token") else per_row).exp()
+    low = 0.0 if lowest is None else lowest
+    weight = ratio.clamp(low, highest) if mode.endswith("truncate") else ratio * ((ratio >= low) & (ratio <= highest))
+    largest = torch.where(tokens.mask, difference.abs(), 0).amax() if len(difference) else 0.0
+    return weight, {
+        "sampling/sampling_logp_difference/mean": tokens.token_stat(difference.abs()),
+        "sampling/sampling_logp_difference/max": Stat(largest, combine="max"),
+        "sampling/importance_sampling_ratio/mean": tokens.token_stat(weight),
+    }
+
+
+def _old_logps(tokens: PolicyTokens, old: Old) -> Tensor:
+    if old == "current":
+        return tokens.logps.detach()
+    return given(tokens.old_logps if old == "recorded" else tokens.sample_logps)
+
+
+def _log_ratio(tokens: PolicyTokens, old_logps: Tensor, level: Level) -> Tensor:
+    log_ratio = torch.where(tokens.mask, tokens.logps - old_logps, 0)
+    return log_ratio if level == "token" else tokens.micro.per_token(tokens.row_means(log_ratio))
+
+
+def _near_policy(tokens: PolicyTokens, old_logps: Tensor, threshold: float) -> Tensor:
+    """[T]: 0 on rows with a negative advantage that the policy has left by more than `threshold` nats a token.
+
+    Source: arXiv:2512.02556, section 3.1."""
+    drift = tokens.row_means(old_logps - tokens.logps.detach()) <= threshold
+    return tokens.micro.per_token(drift) | (tokens.advantages >= 0)
+
+
+def _clip_metrics(tokens: PolicyTokens, clips: dict[str, Tensor]) -> dict[str, Stat]:
+    return {f"clip_ratio/{name}_mean": tokens.token_stat(flag.to(tokens.logps.dtype)) for name, flag in clips.items()}
+
+
+def _quantile(values: Tensor, share: float) -> Tensor:
+    """Linear interpolation between order statistics. torch.quantile refuses more than 2^24 values."""
+    ordered = values.sort().values
+    position = share * (len(ordered) - 1)
+    below = int(position)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below].lerp(ordered[above], position - below)

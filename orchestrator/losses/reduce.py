@@ -1,0 +1,68 @@
+"""The only place where a loss becomes a scalar.
+
+Each reduction is a local sum over a *global* count: the count is summed over all micro-batches and ranks of an optimizer
+step before the first gradient, so neither the micro-batching nor the number of ranks changes the result. Rows whose mask
+is empty count as rows: masking changes what is learned, never the weight of the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from actors.objective import MicroBatch
+from orchestrator.losses.views import Tokens
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """`total(values, view)` of a micro-batch, divided by the sum of `count(view type, micro-batch)` over all of them."""
+
+    total: Callable[[Tensor, Tokens], Tensor]
+    count: Callable[[type[Tokens], MicroBatch], float]
+
+    def __call__(self, values: Tensor, view: Tokens, count: float) -> Tensor:
+        """This micro-batch's share of the scalar. `count` is the global count; a batch that has none gives 0."""
+        return self.total(values, view) / max(count, 1.0)
+
+
+def _masked_sum(values: Tensor, view: Tokens) -> Tensor:
+    return torch.where(view.mask, values, 0).sum()
+
+
+def _sum_of_row_means(values: Tensor, view: Tokens) -> Tensor:
+    return view.row_means(values).sum()
+
+
+def _sum(values: Tensor, view: Tokens) -> Tensor:
+    return values.sum()
+
+
+def _count_tokens(view: type[Tokens], micro: MicroBatch) -> float:
+    return float(view.mask_of(micro).sum())
+
+
+def _count_items(view: type[Tokens], micro: MicroBatch, each: float = 1.0) -> float:
+    return each * view.count_items(micro)
+
+
+token_mean = Reduction(_masked_sum, _count_tokens)
+"""[T]: sum over masked tokens / number of masked tokens. Every token weighs the same (SFT, DAPO)."""
+
+row_mean_of_token_means = Reduction(_sum_of_row_means, _count_items)
+"""[T]: mean over rows of each row's token mean. Every row weighs the same (GRPO)."""
+
+row_mean_of_token_sums = Reduction(_masked_sum, _count_items)
+"""[T]: mean over rows of each row's token sum. A row weighs as much as it is long (LUSPO)."""
+
+item_mean = Reduction(_sum, _count_items)
+"""[B] or [P]: mean over the view's items, rows or pairs."""
+
+
+def token_sum_over(max_tokens: int) -> Reduction:
+    """[T]: sum over masked tokens / (rows x `max_tokens`): a constant, so that length has no influence (Dr. GRPO)."""
+    return Reduction(_masked_sum, partial(_count_items, each=float(max_tokens)))

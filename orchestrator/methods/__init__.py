@@ -1,0 +1,8 @@
+"""The methods: one function each, from options to a pipeline. `METHODS` is all of them."""
+
+from __future__ import annotations
+
+from orchestrator.methods.build import build
+from orchestrator.methods.table import METHODS
+
+__all__ = ["METHODS", "build"]
