@@ -5,8 +5,8 @@
                      ── RayWorker.call("ping") ───────────► health group: a thread of its own, so that it
                                                             answers while the main group works or hangs
 
-Every wait has a deadline. Whatever keeps a call from being carried out (a dead process, a lost node, an out-of-memory kill,
-a deadline) is an `InfraFailure`; an exception of the method itself arrives as itself.
+Every wait has a deadline. Whatever keeps a call from being carried out (a dead process, a lost node, an out-of-memory
+kill, a deadline) is an `InfraFailure`; an exception of the method itself arrives as itself.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import ray
 from ray import ObjectRef
-from ray.actor import ActorClass, ActorHandle, ActorProxy
+from ray.actor import ActorClass
 from ray.exceptions import RayError, RayTaskError
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
@@ -35,7 +35,7 @@ GRACE_S = 2.0  # how long a failed rank's peers get to say whether one of them d
 class RayWorker:
     """A handle on one actor of the cluster. Safe to use from one event loop."""
 
-    def __init__(self, name: str, handle: ActorHandle | ActorProxy) -> None:
+    def __init__(self, name: str, handle: Any) -> None:
         self.name = name
         self.handle = handle
         self.info: WorkerInfo | None = None  # once `ready` has answered
@@ -67,8 +67,8 @@ class RayWorker:
         return bound.remote(*map(_target, args), **{name: _target(value) for name, value in kwargs.items()})
 
     async def _result(self, ref: ObjectRef, method: str, timeout_s: float) -> Any:
-        """The value of `ref`. If nobody waits for it any longer (deadline, cancellation), the call is cancelled: an async
-        method at once, a sync one if it has not begun."""
+        """The value of `ref`. If nobody waits for it any longer (deadline, cancellation), the call is cancelled: an
+        async method at once, a sync one if it has not begun."""
         started = time.monotonic()
         future = asyncio.wrap_future(ref.future())
         future.add_done_callback(_retrieve)
@@ -152,7 +152,7 @@ def start_worker(
 ) -> RayWorker:
     """Start `target(**kwargs)` as an actor called `name` (`troupe/<run>/<role>/<index>`); it may not be placed yet.
 
-    `ray_options` are an actor's own: num_cpus, num_gpus, resources, scheduling_strategy, label_selector, runtime_env ...
+    `ray_options` are an actor's own: num_cpus, num_gpus, resources, scheduling_strategy, label_selector, runtime_env.
     `env` is set before the process imports anything, which is when OpenMP, torch and DeepSpeed read theirs.
     Await `call("ready", timeout_s=...)` before use.
     """
@@ -252,7 +252,7 @@ def _first_lines(error: BaseException, count: int = 3) -> str:
 
 
 async def _all_or_first_cause(calls: list[asyncio.Task[Any]]) -> list[Any]:
-    """All results, or one error. A rank that dies makes its peers fail inside their collective, often before Ray reports
+    """All results, or one error. A rank that dies makes its peers fail inside their collective, often before Ray knows of
     the death: so an `InfraFailure` that follows within `GRACE_S` is preferred to the error that came first."""
     try:
         done, pending = await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
