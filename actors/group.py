@@ -252,7 +252,7 @@ def _first_lines(error: BaseException, count: int = 3) -> str:
 
 
 async def _all_or_first_cause(calls: list[asyncio.Task[Any]]) -> list[Any]:
-    """All results, or one error. A rank that dies makes its peers fail inside their collective, often before Ray knows of
+    """All results, or one error. A rank that dies makes its peers fail inside their collective, often before Ray sees
     the death: so an `InfraFailure` that follows within `GRACE_S` is preferred to the error that came first."""
     try:
         done, pending = await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)

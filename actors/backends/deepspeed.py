@@ -1,0 +1,265 @@
+"""DeepSpeed: ZeRO stages 0 to 3 over gloo on CPUs and NCCL on GPUs, any DeepSpeed configuration passed through.
+
+    stage 0   every rank holds everything, gradients are summed at the step (data parallelism)
+    stage 1   optimizer states are partitioned          stage 2   gradients too          stage 3   parameters too
+
+What this file adds is agreement with the other backends: gradients *add up* over ranks (DeepSpeed averages them, so the
+loss is scaled by the world size), the norm is always known, weights leave whole, in buckets, adapters merged, and a
+frozen role needs no optimizer. In bfloat16 gradients are accumulated and stepped in float32, as in `single`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from actors.backends import BackendSpec, Placement, deepspeed_config
+from actors.backends.optimizer import OptimSpec, build_optimizer, build_schedule
+from actors.backends.protocol import StepInfo
+from actors.errors import ConfigError
+from actors.lora import adapters_off, full_tensors, has_adapters
+from actors.model import LanguageModel, ModelSpec, load_model
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # of one collective: then the ranks that wait raise instead of hanging
+LAYOUT_FILE = "layout.json"
+TAG = "deepspeed"
+
+
+class ProcessGroupWorld:
+    """Statistics over the ranks of torch's default process group."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._device = device  # NCCL moves only what is on the GPU
+
+    def sum(self, values: Tensor) -> Tensor:
+        total = values.detach().to(self._device, copy=True)
+        dist.all_reduce(total)
+        return total.to(values.device)
+
+    def gather(self, values: Tensor) -> Tensor:
+        own = values.detach().to(self._device)
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self._device) for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor([len(own)], device=self._device))
+        longest = max(int(size) for size in sizes)
+        padded = torch.cat([own, own.new_zeros(longest - len(own))])
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)]).to(values.device)
+
+
+class DeepSpeedBackend:
+    """See `actors.backends.protocol.Backend`. Resumption is exact to the bit at the same number of ranks."""
+
+    def __init__(self, model: ModelSpec, spec: BackendSpec, placement: Placement) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._deepspeed = _import_deepspeed(self.device)
+        _join(placement, self.device)
+        self._deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        self.world = ProcessGroupWorld(self.device)
+        self._config = deepspeed_config.resolve(
+            spec.deepspeed,
+            zero_stage=spec.zero_stage,
+            dtype=model.dtype,
+            optim=spec.optim,
+            world_size=placement.world_size,
+        )
+        self._stage = deepspeed_config.zero_stage_of(self._config)
+        self._module = self._load(model, trainable=spec.optim is not None)
+        engaged = spec.optim is not None or self._stage == 3
+        self._engine: Any = self._initialize(spec.optim) if engaged else None
+        self.model: nn.Module = self._engine or self._module
+
+    def _load(self, model: ModelSpec, *, trainable: bool) -> LanguageModel:
+        """The model; in stage 3 a rank keeps only its share of each weight as it is read, so that a model which fits no
+        single rank can be loaded."""
+        if self._stage != 3:
+            return load_model(model, self.device, trainable=trainable)
+        from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+        partition_on_load = HfDeepSpeedConfig(self._config)  # in force for as long as the object lives
+        loaded = load_model(model, self.device, trainable=trainable)
+        del partition_on_load
+        return loaded
+
+    def _initialize(self, optim: OptimSpec | None) -> Any:
+        """The engine. Raises ConfigError for what DeepSpeed itself refuses in its configuration."""
+        self._optim = optim
+        parts: dict[str, Any] = {}
+        if optim is not None:
+            optimizer = build_optimizer(self._trained(), optim)
+            if "optimizer" in self._config:
+                parts["model_parameters"] = [
+                    {k: g[k] for k in ("params", "weight_decay")} for g in optimizer.param_groups
+                ]
+            else:
+                parts["optimizer"] = optimizer
+            parts["lr_scheduler"] = lambda base: build_schedule(base, optim)
+        try:
+            return self._deepspeed.initialize(model=self._module, config=self._config, **parts)[0]
+        except (ValueError, TypeError, AssertionError, self._deepspeed.DeepSpeedConfigError) as error:
+            raise ConfigError(f"DeepSpeed refuses its configuration: {error}") from error
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, weight) for name, weight in self._module.named_parameters() if weight.requires_grad]
+
+    def reset_optimizer(self, optim: OptimSpec) -> None:
+        """Fresh moments and schedule on the same weights. In place, because partitions are tied to the moments."""
+        if "optimizer" in self._config:
+            raise ConfigError(
+                "a DeepSpeed configuration with its own `optimizer` serves one phase: remove that section"
+            )
+        deepspeed_config.own_clipping(self._config, optim)
+        self._optim = optim
+        optimizer = _innermost(self._engine.optimizer)
+        fresh = build_optimizer(self._trained(), optim)
+        for state in optimizer.state.values():
+            for value in state.values():
+                value.zero_()
+        for group, settings in zip(optimizer.param_groups, fresh.param_groups, strict=True):
+            group.update({key: value for key, value in settings.items() if key != "params"})
+            group["initial_lr"] = optim.learning_rate
+        self._engine.lr_scheduler = build_schedule(optimizer, optim)
+        self._set_clipping(optim.max_grad_norm or 0.0)
+
+    def _set_clipping(self, max_norm: float) -> None:
+        self._engine._config.gradient_clipping = max_norm
+        if hasattr(self._engine.optimizer, "clip_grad"):
+            self._engine.optimizer.clip_grad = max_norm
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * self.world.size)
+
+    def step(self) -> StepInfo:
+        learning_rate = self._engine.get_lr()[0]
+        norm = self._replicated_norm() if self._stage == 0 else None
+        self._engine.step()
+        if norm is None:
+            norm = self._engine.get_global_grad_norm()
+        return StepInfo(float(norm), learning_rate)
+
+    def _replicated_norm(self) -> Tensor | None:
+        """In stage 0 nobody else computes it: every rank holds the whole gradient after the last micro-batch."""
+        gradients = [weight.grad for _, weight in self._trained() if weight.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients) if gradients else None
+
+    def full_weights(self, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
+        return full_tensors(self._module.causal, bucket_bytes, self._gathered)
+
+    def _gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+        return self._deepspeed.zero.GatheredParameters(parameters) if self._stage == 3 else nullcontext()
+
+    def adapters_off(self) -> AbstractContextManager[None]:
+        return adapters_off(self._module)
+
+    def save_state(self, folder: Path) -> None:
+        """Each rank's share. With adapters the frozen base stays in the model's own folder."""
+        if self._engine is None or self._optim is None:
+            return
+        if self.world.rank == 0:
+            (folder / LAYOUT_FILE).write_text(json.dumps(self._layout))
+        frozen = has_adapters(self._module)
+        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=frozen)
+
+    def load_state(self, folder: Path) -> None:
+        if self._engine is None or self._optim is None:
+            return
+        saved = json.loads((folder / LAYOUT_FILE).read_text())
+        if saved != self._layout:
+            raise ConfigError(_mismatch(folder, saved, self._layout))
+        strict = not has_adapters(self._module)
+        loaded, _ = self._engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=strict)
+        if loaded is None:
+            raise ConfigError(f"{folder} holds no DeepSpeed state")
+
+    @property
+    def _layout(self) -> dict[str, int]:
+        return {"ranks": self.world.size, "zero_stage": self._stage}
+
+    def save_model(self, folder: Path) -> None:
+        weights = {}
+        for name, tensor in self.full_weights(bucket_bytes=256 * 2**20):
+            if self.world.rank == 0:
+                weights[name] = tensor.to("cpu", copy=True)
+        if self.world.rank == 0:
+            self._module.causal.save_pretrained(folder, state_dict=weights)
+        dist.barrier()
+
+    def sleep(self) -> None:
+        if self.device.type == "cpu":
+            return
+        if self._engine is None:
+            self._module.to("cpu")
+        else:
+            self._engine.offload_states()
+        torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        if self.device.type == "cpu":
+            return
+        if self._engine is None:
+            self._module.to(self.device)
+        else:
+            self._engine.reload_states()
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed, told which accelerator to use and not to compile anything at start-up."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ["LOCAL_RANK"] = "0"  # Ray shows a process its own GPUs only, so its own is always the first
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ConfigError(
+            f"backend 'deepspeed' needs the package deepspeed ({error}); install it or use 'single'"
+        ) from None
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else half a minute of g++; gloo does the same
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
+
+
+def _join(placement: Placement, device: torch.device) -> None:
+    """Make torch's default process group, at a store that is bound already (`master`), or at our own if alone."""
+    if dist.is_initialized():
+        if (dist.get_rank(), dist.get_world_size()) != (placement.rank, placement.world_size):
+            raise ConfigError("one process cannot be a rank of two groups of different size")
+        return
+    alone = placement.master is None
+    if alone and placement.world_size > 1:
+        raise ConfigError(f"{placement.world_size} ranks need a `master` address to meet at")
+    host, port = placement.master or ("127.0.0.1", 0)
+    store = TCPStore(host, port, is_master=alone, wait_for_workers=False, timeout=COLLECTIVE_TIMEOUT)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=placement.rank,
+        world_size=placement.world_size,
+        timeout=COLLECTIVE_TIMEOUT,
+    )
+
+
+def _innermost(optimizer: Any) -> torch.optim.Optimizer:
+    """torch's optimizer inside DeepSpeed's wrappers."""
+    while not isinstance(optimizer, torch.optim.AdamW):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _mismatch(folder: Path, saved: dict[str, int], now: dict[str, int]) -> str:
+    before, here = (f"{at['ranks']} rank(s) in ZeRO stage {at['zero_stage']}" for at in (saved, now))
+    return (
+        f"{folder} was saved by {before}, this role has {here}; optimizer states are partitioned, so resume with "
+        f"ranks={saved['ranks']} and zero_stage={saved['zero_stage']}, or start a new run from the saved model folder"
+    )
