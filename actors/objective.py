@@ -80,7 +80,7 @@ class Outputs:
 
     logps: Tensor
     extra: Mapping[str, Tensor] = field(default_factory=dict)
-    aux_loss: Tensor | None = None  # scalar, mixture-of-experts balancing loss of this micro-batch
+    aux_loss: Tensor | None = None  # scalar, weighted balancing loss of experts; the trainer adds it
 
 
 @dataclass(frozen=True)

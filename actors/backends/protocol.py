@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from actors.objective import World
+
+if TYPE_CHECKING:
+    from actors.backends.optimizer import OptimSpec
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,16 @@ class Backend(Protocol):
 
     Every method is collective: all ranks call it, in the same order."""
 
-    model: nn.Module  # call it for a forward pass; its parameters may be partitioned outside of one
-    device: torch.device
-    world: World
+    @property
+    def model(self) -> nn.Module:
+        """A `LanguageModel` or a wrapper: call it for a forward pass; outside of one it may be partitioned."""
+        ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def world(self) -> World: ...
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradient of `loss`. Gradients add up over micro-batches and *over ranks* (a sum, not a mean);
@@ -40,9 +50,14 @@ class Backend(Protocol):
         """Clip, step the optimizer and the schedule, clear the gradients."""
         ...
 
+    def reset_optimizer(self, optim: OptimSpec) -> None:
+        """A new phase of a run: fresh moments and schedule on the same weights."""
+        ...
+
     def full_weights(self, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face parameter name, full tensor) in a fixed order, on every rank, adapters merged. Collective. Never
-        holds more than `bucket_bytes` (or one tensor) beyond the rank's own share. A tensor is valid until the next."""
+        """(Hugging Face parameter name, full tensor) in a fixed order, on every rank, adapters merged. Collective.
+        Never holds more than `bucket_bytes` (or one tensor) beyond the rank's own share. A tensor is valid until the
+        next."""
         ...
 
     def adapters_off(self) -> AbstractContextManager[None]:

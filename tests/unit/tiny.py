@@ -16,8 +16,8 @@ BYTE_LEVEL = {" ": "\u0120", "\n": "\u010a"}  # how byte-level vocabularies writ
 def tiny_tokenizer(vocab: int = 64) -> PreTrainedTokenizerFast:
     """One token per character; `<pad>` is 0, `<eos>` is 1; characters beyond the vocabulary are dropped.
 
-    Byte-level without merges, because AutoTokenizer takes the class from the model's type, and Qwen2's rebuilds itself as
-    byte-level whatever was saved.
+    Byte-level without merges, because AutoTokenizer takes the class from the model's type, and Qwen2's rebuilds itself
+    as byte-level whatever was saved.
     """
     tokens = [*SPECIAL, *(BYTE_LEVEL.get(character, character) for character in CHARACTERS)][:vocab]
     return Qwen2Tokenizer(
@@ -30,7 +30,9 @@ def tiny_tokenizer(vocab: int = 64) -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_model(*, vocab: int = 64, hidden: int = 64, layers: int = 2, tied: bool = True, seed: int = 0) -> Qwen2ForCausalLM:
+def tiny_model(
+    *, vocab: int = 64, hidden: int = 64, layers: int = 2, tied: bool = True, seed: int = 0
+) -> Qwen2ForCausalLM:
     """A Qwen2 model with random weights, float32, two key-value heads for every four query heads."""
     config = Qwen2Config(
         vocab_size=vocab,

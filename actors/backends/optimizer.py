@@ -1,0 +1,116 @@
+"""AdamW and its learning-rate schedule, the same for every backend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from actors.backends.protocol import StepInfo
+
+
+@dataclass(frozen=True)
+class OptimSpec:
+    """A phase's optimizer and schedule. `total_steps` is where a linear or cosine schedule ends."""
+
+    learning_rate: float
+    total_steps: int | None = None
+    weight_decay: float = 0.0
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_eps: float = 1e-8
+    scheduler: str = "linear"  # constant | linear | cosine
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.0
+    max_grad_norm: float | None = 1.0
+
+
+def build_optimizer(named: Iterable[tuple[str, Tensor]], spec: OptimSpec) -> torch.optim.AdamW:
+    """Fused AdamW over the given tensors. Weight decay only on matrices: never on biases and norms."""
+    tensors = [tensor for _, tensor in named]
+    # A partitioned parameter (DeepSpeed ZeRO-3) is flat; its true shape is in `ds_shape`.
+    matrices = [tensor for tensor in tensors if len(getattr(tensor, "ds_shape", tensor.shape)) >= 2]
+    chosen = {id(tensor) for tensor in matrices}
+    vectors = [tensor for tensor in tensors if id(tensor) not in chosen]
+    groups = [{"params": matrices, "weight_decay": spec.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=spec.learning_rate,
+        betas=spec.adam_betas,
+        eps=spec.adam_eps,
+        fused=True,
+    )
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, spec: OptimSpec) -> torch.optim.lr_scheduler.LambdaLR:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(spec))
+
+
+def learning_rate_factor(spec: OptimSpec) -> Callable[[int], float]:
+    """Step (from 0) -> factor of the learning rate: rises to 1 over the warm-up, then falls to `min_lr_ratio`.
+
+    The first step has a rate above zero: with w warm-up steps it is 1/w. Raises ValueError for a schedule that falls
+    but has no end, and for an unknown one.
+    """
+    shape = _SHAPES.get(spec.scheduler)
+    if shape is None:
+        raise ValueError(f"scheduler {spec.scheduler!r} does not exist; there are {', '.join(_SHAPES)}")
+    if spec.total_steps is None and spec.scheduler != "constant":
+        raise ValueError(f"scheduler {spec.scheduler!r} needs total_steps; only 'constant' can do without")
+
+    def factor(step: int) -> float:
+        if step < spec.warmup_steps:
+            return (step + 1) / spec.warmup_steps
+        falling = max(1, (spec.total_steps or 0) - spec.warmup_steps)
+        progress = min(1.0, (step - spec.warmup_steps) / falling)
+        return spec.min_lr_ratio + (1 - spec.min_lr_ratio) * shape(progress)
+
+    return factor
+
+
+class Stepper:
+    """Clipping, AdamW and the schedule as one, over float32 tensors that hold whole gradients."""
+
+    def __init__(self, named: Iterable[tuple[str, Tensor]], spec: OptimSpec) -> None:
+        self.named = dict(named)
+        self.max_grad_norm = spec.max_grad_norm
+        self.optimizer = build_optimizer(self.named.items(), spec)
+        self.schedule = build_schedule(self.optimizer, spec)
+
+    def step(self) -> StepInfo:
+        """Clears the gradients. The learning rate it reports is the one it applied."""
+        tensors = list(self.named.values())
+        norm = torch.nn.utils.get_total_norm([tensor.grad for tensor in tensors if tensor.grad is not None])
+        if self.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(tensors, self.max_grad_norm, norm)
+        learning_rate = float(self.schedule.get_last_lr()[0])
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        return StepInfo(norm.item(), learning_rate)
+
+    def state_dict(self) -> dict[str, Any]:
+        weights = {name: tensor.detach() for name, tensor in self.named.items()}
+        return {"weights": weights, "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, tensor in self.named.items():
+            tensor.copy_(state["weights"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+
+    def move_state(self, device: torch.device) -> None:
+        """Take the moments to another device; the tensors themselves are the caller's to move."""
+        for state in self.optimizer.state.values():
+            state.update({name: value.to(device) for name, value in state.items() if isinstance(value, Tensor)})
+
+
+_SHAPES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: 1 - progress,
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+}

@@ -1,0 +1,138 @@
+"""Plain PyTorch in one process: the default on a laptop, and what the other backends are compared with.
+
+Precision: in float32 everything is float32. In bfloat16 the model computes in bfloat16 (as the engine does that samples
+from it), while gradients are summed and stepped on float32 master weights, from which the bfloat16 weights are rounded
+after each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from actors.backends import BackendSpec, Placement
+from actors.backends.optimizer import OptimSpec, Stepper
+from actors.backends.protocol import StepInfo
+from actors.errors import ConfigError
+from actors.lora import adapters_off, full_tensors, merged_tensors
+from actors.model import ModelSpec, load_model
+
+STATE_FILE = "single.pt"
+
+
+class SoloWorld:
+    """The statistics of a world of one."""
+
+    rank = 0
+    size = 1
+
+    def sum(self, values: Tensor) -> Tensor:
+        return values
+
+    def gather(self, values: Tensor) -> Tensor:
+        return values
+
+
+class SingleBackend:
+    """See `actors.backends.protocol.Backend`. Same inputs and thread count, same bits; resumption is exact."""
+
+    def __init__(self, model: ModelSpec, spec: BackendSpec, placement: Placement) -> None:
+        if placement.world_size != 1:
+            raise ConfigError(
+                f"backend 'single' is one process and was given {placement.world_size} ranks; use 'deepspeed'"
+            )
+        if spec.optim is not None and model.dtype == "float16":
+            raise ConfigError(
+                "backend 'single' does not train in float16, which needs loss scaling; use bfloat16 or float32"
+            )
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.world = SoloWorld()
+        self.model = load_model(model, self.device, trainable=spec.optim is not None)
+        trained = ((name, p) for name, p in self.model.causal.named_parameters() if p.requires_grad)
+        self._weights = {name: Weight(parameter) for name, parameter in trained}
+        self._stepper: Stepper | None = None
+        if spec.optim is not None:
+            self.reset_optimizer(spec.optim)
+
+    def reset_optimizer(self, optim: OptimSpec) -> None:
+        self._stepper = Stepper(((name, weight.master) for name, weight in self._weights.items()), optim)
+
+    @property
+    def stepper(self) -> Stepper:
+        if self._stepper is None:
+            raise RuntimeError("this role is frozen: it was built without an optimizer")
+        return self._stepper
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        loss.backward()
+
+    def step(self) -> StepInfo:
+        info = self.stepper.step()
+        self._round_weights()
+        return info
+
+    def full_weights(self, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
+        return full_tensors(self.model.causal, bucket_bytes)
+
+    def adapters_off(self) -> AbstractContextManager[None]:
+        return adapters_off(self.model)
+
+    def save_state(self, folder: Path) -> None:
+        """Trained weights (the float32 ones), optimizer and schedule; frozen weights stay in the model's own folder."""
+        torch.save(self.stepper.state_dict(), folder / STATE_FILE)
+
+    def load_state(self, folder: Path) -> None:
+        state = torch.load(folder / STATE_FILE, map_location=self.device, weights_only=True)
+        if state["weights"].keys() != self._weights.keys():
+            raise ConfigError(f"{folder} holds the state of a model whose trained weights are not this one's")
+        self.stepper.load_state_dict(state)
+        self._round_weights()
+
+    def save_model(self, folder: Path) -> None:
+        causal = self.model.causal
+        causal.save_pretrained(folder, state_dict=dict(merged_tensors(causal, bucket_bytes=0)))
+
+    def sleep(self) -> None:
+        self._move(torch.device("cpu"))
+
+    def wake(self) -> None:
+        self._move(self.device)
+
+    def _move(self, device: torch.device) -> None:
+        self.model.to(device)
+        for weight in self._weights.values():
+            weight.master.data = weight.master.data.to(device)
+        if self._stepper is not None:
+            self._stepper.move_state(device)
+
+    def _round_weights(self) -> None:
+        for weight in self._weights.values():
+            weight.round()
+
+
+class Weight:
+    """A trained parameter and the float32 tensor that is stepped for it: the parameter itself if it is float32."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.parameter = parameter
+        self.master: Tensor = parameter
+        if parameter.dtype != torch.float32:
+            self.master = parameter.detach().float().requires_grad_()
+            parameter.register_post_accumulate_grad_hook(self._hand_over)
+
+    def _hand_over(self, parameter: Tensor) -> None:
+        """Sum gradients of micro-batches in float32, and hold the half-precision one no longer than a moment."""
+        assert parameter.grad is not None  # this hook runs right after it was accumulated
+        grad = parameter.grad.float()
+        self.master.grad = grad if self.master.grad is None else self.master.grad.add_(grad)
+        parameter.grad = None
+
+    @torch.no_grad()
+    def round(self) -> None:
+        """Set the parameter to its master, rounded."""
+        if self.master is not self.parameter:
+            self.parameter.copy_(self.master)

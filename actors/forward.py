@@ -1,0 +1,46 @@
+"""One forward pass over a flat micro-batch. The only place where hidden states are matched with what they predict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from actors.objective import MicroBatch, Outputs
+
+
+def forward(
+    model: Callable[..., Mapping[str, Tensor]],
+    micro: MicroBatch,
+    *,
+    temperature: float = 1.0,
+    needs: frozenset[str] = frozenset(),
+    chunk_rows: int | None = None,
+    all_tokens: bool = False,
+) -> Outputs:
+    """Outputs over `T` tokens by the convention of `actors/columns.py`: entry t concerns predicting token t.
+
+    `model` is a `LanguageModel`, or a backend's wrapper of one. Only tokens whose `mask` is 1 are projected onto the
+    vocabulary, the others' entries are 0; `all_tokens`, or a batch without a mask, means every token but each row's
+    first. `chunk_rows` bounds how many tokens' logits exist at a time (default: 2**24 logits' worth).
+    """
+    tokens = micro["tokens"]
+    predicted = predicted_tokens(micro, all_tokens=all_tokens)
+    found = model(tokens, tuple(micro.lengths.tolist()), predicted, temperature, needs, chunk_rows)
+
+    def over_all_tokens(values: Tensor) -> Tensor:
+        return values.new_zeros(len(tokens)).index_copy(0, predicted, values)
+
+    extra = {name: over_all_tokens(values) for name, values in found.items() if name not in ("logps", "aux_loss")}
+    return Outputs(over_all_tokens(found["logps"]), extra, found.get("aux_loss"))
+
+
+def predicted_tokens(micro: MicroBatch, *, all_tokens: bool = False) -> Tensor:
+    """[N] int64, ascending: indices of the tokens whose prediction is computed. Never a row's first token."""
+    wanted = torch.ones_like(micro["tokens"], dtype=torch.bool)
+    if "mask" in micro and not all_tokens:
+        wanted = micro["mask"].clone()
+    starts = micro.offsets[:-1]
+    wanted[starts[micro.lengths > 0]] = False
+    return wanted.nonzero().squeeze(1)

@@ -1,0 +1,185 @@
+"""From hidden states to token quantities, without ever holding the logits of all tokens.
+
+The vocabulary projection is chunked over tokens: at its peak one chunk of logits exists. The gradient recomputes each
+chunk's logits, except where a single chunk holds everything; then its log-probabilities are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CHUNK_LOGITS = 2**24  # logits of one chunk (64 MiB in float32) where the caller does not say how many rows
+EXTRAS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # what may be asked for besides `logps`
+NEEDS = frozenset({*EXTRAS, "entropy_grad"})
+
+
+@dataclass(frozen=True)
+class LogitScaling:
+    """What a model does to its logits after the projection: `softcap * tanh(multiplier * x / softcap)`."""
+
+    multiplier: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> LogitScaling:
+        """Read from a model's configuration: `logit_scale` (Cohere), `logits_scaling` (Granite: a divisor),
+        `final_logit_softcapping` (Gemma)."""
+        multiplier = getattr(config, "logit_scale", None) or 1.0
+        divisor = getattr(config, "logits_scaling", None) or 1.0
+        return cls(multiplier / divisor, getattr(config, "final_logit_softcapping", None))
+
+    def apply_(self, logits: Tensor) -> Tensor:
+        """In place."""
+        if self.multiplier != 1.0:
+            logits.mul_(self.multiplier)
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
+
+    def backward_(self, grad: Tensor, scaled: Tensor | None) -> Tensor:
+        """In place: the gradient before scaling, from the one after it. `scaled` is needed if there is a softcap."""
+        if self.softcap is not None and scaled is not None:
+            grad.mul_(1 - (scaled / self.softcap).square())
+        return grad if self.multiplier == 1.0 else grad.mul_(self.multiplier)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """What to compute from a projection onto the vocabulary, and in pieces of how many rows."""
+
+    scaling: LogitScaling
+    temperature: float
+    needs: frozenset[str]
+    chunk_rows: int
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(self.needs - NEEDS):
+            raise ValueError(f"unknown token quantities {unknown}; there are {sorted(NEEDS)}")
+        if self.temperature <= 0:
+            raise ValueError(f"log-probabilities need a temperature above 0, got {self.temperature:g}")
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        wanted = self.needs | {"entropy"} if "entropy_grad" in self.needs else self.needs
+        return tuple(name for name in EXTRAS if name in wanted)
+
+    def chunks(self, rows: int) -> Iterator[slice]:
+        return (slice(start, start + self.chunk_rows) for start in range(0, rows, self.chunk_rows))
+
+    def keeps_log_probs(self, rows: int) -> bool:
+        """True if the gradient needs no second projection: one chunk holds all, and its log-probabilities suffice."""
+        return rows <= self.chunk_rows and self.scaling.softcap is None
+
+    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """[n, V] float32: what the model itself would put out, a tensor of our own."""
+        logits = F.linear(hidden, weight, bias).float()
+        return self.scaling.apply_(logits)
+
+    def log_probs(self, logits: Tensor) -> Tensor:
+        return torch.log_softmax(logits if self.temperature == 1.0 else logits / self.temperature, dim=-1)
+
+
+class _TokenQuantities(torch.autograd.Function):
+    """(logps, *extras), each [N] float32. Gradients for `logps` and, with `entropy_grad`, for the entropy."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, projection: Projection
+    ) -> tuple[Tensor, ...]:
+        outputs = [hidden.new_empty(len(hidden), dtype=torch.float32) for _ in ("logps", *projection.extras)]
+        log_probs = None
+        for part in projection.chunks(len(hidden)):
+            logits = projection.logits(hidden[part], weight, bias)
+            log_probs = projection.log_probs(logits)
+            outputs[0][part] = log_probs.gather(1, targets[part, None]).squeeze(1)
+            for output, name in zip(outputs[1:], projection.extras, strict=True):
+                output[part] = _extra(name, log_probs, logits, outputs[0][part], projection)
+        differentiable = 2 if "entropy_grad" in projection.needs else 1
+        ctx.mark_non_differentiable(*outputs[differentiable:])
+        ctx.projection = projection
+        ctx.log_probs = log_probs if projection.keeps_log_probs(len(hidden)) and any(ctx.needs_input_grad) else None
+        ctx.save_for_backward(hidden, weight, bias, targets, outputs[1] if differentiable == 2 else None)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        hidden, weight, bias, targets, entropy = ctx.saved_tensors
+        projection: Projection = ctx.projection
+        hidden_grad = torch.zeros_like(hidden)
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        bias_grad = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        for part in projection.chunks(len(hidden)):
+            logits, log_probs = None, ctx.log_probs
+            if log_probs is None:
+                logits = projection.logits(hidden[part], weight, bias)
+                log_probs = projection.log_probs(logits)
+            grad = _logps_gradient(log_probs, targets[part], grads[0][part])
+            if entropy is not None:
+                grad -= log_probs.exp() * (log_probs + entropy[part, None]) * grads[1][part, None]
+            grad = projection.scaling.backward_(grad.div_(projection.temperature), logits).to(hidden.dtype)
+            hidden_grad[part] = grad @ weight
+            if weight_grad is not None:
+                _add_product(weight_grad, grad.t(), hidden[part])
+            if bias_grad is not None:
+                bias_grad += grad.sum(0, dtype=torch.float32)
+        return hidden_grad, _cast(weight_grad, weight), _cast(bias_grad, bias), None, None
+
+
+def _extra(name: str, log_probs: Tensor, logits: Tensor, logps: Tensor, projection: Projection) -> Tensor:
+    match name:
+        case "entropy":
+            return -(log_probs.exp() * log_probs).sum(-1)
+        case "log_sum_sq_probs":
+            return torch.logsumexp(2 * log_probs, dim=-1)
+        case "mean_logits":
+            return logits.mean(-1) / projection.temperature
+        case "is_top1":
+            return (logps >= log_probs.amax(-1)).float()
+    raise ValueError(f"no such token quantity: {name}")
+
+
+def _logps_gradient(log_probs: Tensor, targets: Tensor, grad: Tensor) -> Tensor:
+    """d logps / d logits, times `grad`: grad * (onehot - softmax)."""
+    logits_grad = log_probs.exp().mul_(-grad[:, None])
+    return logits_grad.scatter_add_(1, targets[:, None], grad[:, None])
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, accumulated in float32 whatever the factors' dtype."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
+
+
+def _cast(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
+    return None if grad is None or like is None else grad.to(like.dtype)
+
+
+class TokenHead(nn.Module):
+    """The model's own vocabulary projection, asked for token quantities instead of logits.
+
+    It holds the *same* parameters as the model's `lm_head` under its own name, so that a backend which partitions
+    parameters gathers them around its forward and backward like any other module's.
+    """
+
+    def __init__(self, lm_head: Any, scaling: LogitScaling) -> None:
+        super().__init__()
+        self.weight: nn.Parameter = lm_head.weight
+        self.bias: nn.Parameter | None = getattr(lm_head, "bias", None)
+        self.scaling = scaling
+
+    def forward(
+        self, hidden: Tensor, targets: Tensor, temperature: float, needs: frozenset[str], chunk_rows: int | None
+    ) -> Mapping[str, Tensor]:
+        """`hidden` [N, H] and the tokens [N] that they are to predict -> `logps` and what `needs` names, each [N]."""
+        rows = chunk_rows or max(1, CHUNK_LOGITS // self.weight.shape[0])
+        projection = Projection(self.scaling, temperature, needs, rows)
+        outputs = _TokenQuantities.apply(hidden, self.weight, self.bias, targets, projection)
+        return dict(zip(("logps", *projection.extras), outputs, strict=True))

@@ -1,0 +1,170 @@
+"""Low-rank adapters (PEFT) inside a Hugging Face model, and weights on their way out, adapters merged.
+
+The adapters are injected: the model keeps its class, and its parameters keep their names but for the wrapped layers'
+`.base_layer`, which is taken off again on the way out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from actors.errors import ModelError
+
+ADAPTER = "default"
+Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Settings of the adapters; only they are trained."""
+
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+    use_rslora: bool = False
+    use_dora: bool = False
+
+
+def attach(causal: Any, spec: LoraSpec) -> None:
+    """Inject adapters into `causal` in place and freeze everything else. Draws from torch's random state."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    targets = spec.target_modules if isinstance(spec.target_modules, str) else list(spec.target_modules)
+    if isinstance(targets, list) and "lm_head" in targets:
+        raise ModelError(
+            "model.lora.target_modules: lm_head cannot have an adapter; name other layers, or 'all-linear'"
+        )
+    config = LoraConfig(
+        r=spec.r,
+        lora_alpha=spec.alpha,  # pyright: ignore[reportArgumentType]  # PEFT divides by it; fractions work
+        lora_dropout=spec.dropout,
+        target_modules=targets,
+        use_rslora=spec.use_rslora,
+        use_dora=spec.use_dora,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        inject_adapter_in_model(config, causal, ADAPTER)
+    except ValueError as error:
+        raise ModelError(f"model.lora: {error}") from error
+
+
+def has_adapters(model: nn.Module) -> bool:
+    return bool(adapter_layers(model))
+
+
+def adapter_layers(model: nn.Module) -> dict[str, Any]:
+    """Qualified name -> layer, for every layer that carries an adapter (told by shape: PEFT is slow to import)."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "base_layer") and hasattr(module, "lora_A")
+    }
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The base model without its adapters. Raises RuntimeError if it has none."""
+    layers = list(adapter_layers(model).values())
+    if not layers:
+        raise RuntimeError("adapters_off: this model has no LoRA adapters")
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor of the model: the name under which it leaves, and the adapter layer whose base weight it is."""
+
+    name: str
+    tensor: Tensor
+    layer: Any = None
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What must be gathered to compute the tensor that leaves."""
+        own = list(self.layer.parameters()) if self.layer is not None else [self.tensor]
+        return [parameter for parameter in own if isinstance(parameter, nn.Parameter)]
+
+    @property
+    def nbytes(self) -> int:
+        # A partitioned parameter (DeepSpeed ZeRO-3) is empty outside of a gather; its true size is in `ds_numel`.
+        numel = getattr(self.tensor, "ds_numel", self.tensor.numel())
+        return numel * self.tensor.element_size()
+
+    @torch.no_grad()
+    def merged(self) -> Tensor:
+        weight = self.tensor.detach()
+        if self.layer is None:
+            return weight
+        variant = self.layer.lora_variant.get(ADAPTER)
+        if variant is not None:
+            return variant.merge_safe(self.layer, ADAPTER, weight.clone())
+        return weight + self.layer.get_delta_weight(ADAPTER).to(weight.dtype)
+
+
+def _resident(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+    """Nothing to gather: every parameter is whole already."""
+    return nullcontext()
+
+
+def merged_tensors(causal: Any, bucket_bytes: int, gather: Gather = _resident) -> Iterator[tuple[str, Tensor]]:
+    """(name in the model without adapters, full tensor with adapters merged); training weights are not touched.
+
+    `gather` makes the given parameters whole while its context lasts; it is entered once per bucket of at most
+    `bucket_bytes` (or one tensor). Tied weights come once. The order is fixed; a tensor is valid until the next.
+    """
+    for bucket in _buckets(_entries(causal), bucket_bytes):
+        with gather([parameter for entry in bucket for parameter in entry.parameters]):
+            for entry in bucket:
+                yield entry.name, entry.merged()
+
+
+def full_tensors(causal: Any, bucket_bytes: int, gather: Gather = _resident) -> Iterator[tuple[str, Tensor]]:
+    """`merged_tensors` under the names of a saved Hugging Face folder, which is what an engine loads.
+
+    The two differ where transformers holds weights fused that are saved apart: a layer's experts.
+    """
+    converted = bool(getattr(causal, "_weight_conversions", None))
+    for name, tensor in merged_tensors(causal, bucket_bytes, gather):
+        if converted:
+            from transformers.core_model_loading import revert_weight_conversion
+
+            yield from revert_weight_conversion(causal, {name: tensor}).items()
+        else:
+            yield name, tensor
+
+
+def _entries(causal: Any) -> list[_Entry]:
+    layers = adapter_layers(causal)
+    entries: dict[int, _Entry] = {}
+    for key, tensor in causal.state_dict(keep_vars=True).items():
+        prefix, wrapped, leaf = key.rpartition(".base_layer.")
+        if ".lora_" in key:
+            continue
+        layer = layers[prefix] if wrapped and leaf == "weight" else None
+        entries.setdefault(id(tensor), _Entry(key.replace(".base_layer.", "."), tensor, layer))
+    return list(entries.values())
+
+
+def _buckets(entries: list[_Entry], bucket_bytes: int) -> Iterator[list[_Entry]]:
+    bucket: list[_Entry] = []
+    for entry in entries:
+        if bucket and sum(other.nbytes for other in bucket) + entry.nbytes > bucket_bytes:
+            yield bucket
+            bucket = []
+        bucket.append(entry)
+    if bucket:
+        yield bucket

@@ -1,0 +1,163 @@
+"""Loading a causal language model, and calling it on flat micro-batches."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from actors.attention import VARLEN, Documents, register
+from actors.errors import ModelError
+from actors.heads import LogitScaling, TokenHead
+from actors.lora import LoraSpec, attach
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A causal language model and how it is to be computed. `path` is a Hugging Face folder or hub name."""
+
+    path: str
+    tokenizer: str | None = None  # default: the model's own
+    dtype: str = "float32"
+    lora: LoraSpec | None = None
+    gradient_checkpointing: bool = False
+    neftune_noise_alpha: float = 0.0
+    router_aux_loss_coef: float | None = None  # None: the model's own value
+    trust_remote_code: bool = False
+    attn_implementation: str | None = None  # None: the packed attention of `actors/attention.py`
+
+
+class LanguageModel(nn.Module):
+    """A causal language model whose forward pass returns quantities per token instead of logits.
+
+    `causal` is the Hugging Face model: its parameter names are the ones that leave the process. Everything that needs
+    parameters happens inside this module's forward pass, so a backend may partition them outside of it.
+    """
+
+    def __init__(
+        self, causal: Any, *, neftune_noise_alpha: float = 0.0, router_aux_loss_coef: float | None = None
+    ) -> None:
+        super().__init__()
+        self.causal = causal
+        self.head = TokenHead(causal.get_output_embeddings(), LogitScaling.of(causal.config))
+        self.neftune_noise_alpha = neftune_noise_alpha
+        own = getattr(causal.config, "router_aux_loss_coef", None) or 0.0
+        self.router_aux_loss_coef: float = own if router_aux_loss_coef is None else router_aux_loss_coef
+
+    def forward(
+        self,
+        tokens: Tensor,
+        lengths: tuple[int, ...],
+        predicted: Tensor,
+        temperature: float = 1.0,
+        needs: frozenset[str] = frozenset(),
+        chunk_rows: int | None = None,
+    ) -> Mapping[str, Tensor]:
+        """`tokens` [T], documents end to end, each of `lengths` tokens; `predicted` [N] are indices into `tokens`, none
+        of them a document's first. Returns `logps` [N], what `needs` names [N], and `aux_loss` (scalar, its
+        coefficient applied) if the model has experts to balance."""
+        documents = Documents(lengths, tokens.device)
+        decoder = self.causal.get_decoder()
+        inputs = self._inputs(tokens, documents)
+        if self.router_aux_loss_coef:
+            inputs["output_router_logits"] = True
+        decoded = decoder(**inputs, position_ids=documents.positions[None], use_cache=False, documents=documents)
+        hidden = decoded.last_hidden_state[0].index_select(0, predicted - 1)
+        outputs = dict(self.head(hidden, tokens.index_select(0, predicted), temperature, needs, chunk_rows))
+        if self.router_aux_loss_coef:
+            outputs["aux_loss"] = self.router_aux_loss_coef * self._balancing_loss(decoded.router_logits)
+        return outputs
+
+    def _inputs(self, tokens: Tensor, documents: Documents) -> dict[str, Any]:
+        if not (self.training and self.neftune_noise_alpha):
+            return {"input_ids": tokens[None]}
+        embedded = self.causal.get_input_embeddings()(tokens)
+        return {"inputs_embeds": (embedded + self._noise(embedded, documents))[None]}
+
+    def _noise(self, embedded: Tensor, documents: Documents) -> Tensor:
+        """Uniform in +-alpha / sqrt(L * H), L the document's length. Source: arXiv:2310.05914, algorithm 1."""
+        lengths = documents.boundaries.diff()
+        scale = self.neftune_noise_alpha / (lengths * embedded.shape[-1]).float().sqrt()
+        noise = torch.empty_like(embedded).uniform_(-1, 1)
+        return noise * scale.repeat_interleave(lengths)[:, None].to(noise.dtype)
+
+    def _balancing_loss(self, router_logits: Any) -> Tensor:
+        """The model's own formula, from the module that defines it."""
+        formula = getattr(inspect.getmodule(type(self.causal)), "load_balancing_loss_func", None)
+        if formula is None:
+            raise ModelError(
+                f"{type(self.causal).__name__} defines no load_balancing_loss_func; set model.router_aux_loss_coef=0"
+            )
+        config = self.causal.config
+        experts = getattr(config, "num_experts", None) or config.num_local_experts
+        return formula(tuple(router_logits), experts, config.num_experts_per_tok)
+
+
+def load_model(spec: ModelSpec, device: torch.device | str = "cpu", *, trainable: bool) -> LanguageModel:
+    """The model with its adapters, on `device`, in training mode if `trainable`, else frozen. Raises ModelError."""
+    from transformers import AutoModelForCausalLM
+
+    register()
+    _check_folder(spec.path)
+    try:
+        causal = AutoModelForCausalLM.from_pretrained(
+            spec.path,
+            dtype=getattr(torch, spec.dtype),
+            attn_implementation=spec.attn_implementation or VARLEN,
+            trust_remote_code=spec.trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"cannot load {spec.path} as a causal language model: {_first_lines(error)}") from error
+    return prepare(causal, spec, trainable=trainable).to(device)
+
+
+def prepare(causal: Any, spec: ModelSpec, *, trainable: bool) -> LanguageModel:
+    """What `load_model` does once the weights are there: adapters, which parameters are trained, checkpointing."""
+    causal.config.use_cache = False
+    causal.requires_grad_(trainable and spec.lora is None)
+    if spec.lora is not None:
+        attach(causal, spec.lora)
+    if spec.gradient_checkpointing and trainable:
+        causal.gradient_checkpointing_enable({"use_reentrant": False})
+    model = LanguageModel(
+        causal, neftune_noise_alpha=spec.neftune_noise_alpha, router_aux_loss_coef=spec.router_aux_loss_coef
+    )
+    return model.train(trainable)
+
+
+def load_tokenizer(spec: ModelSpec) -> Any:
+    """The tokenizer that belongs to the model. Raises ModelError."""
+    from transformers import AutoTokenizer
+
+    path = spec.tokenizer or spec.path
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=spec.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot load a tokenizer from {path}: {_first_lines(error)}") from error
+
+
+def _check_folder(path: str) -> None:
+    """A folder must hold a model; a name that is no folder is taken for one of the hub's."""
+    folder = Path(path)
+    if not folder.is_dir():
+        if folder.is_absolute() or path.startswith((".", "~")):
+            raise ModelError(f"model.path: there is no folder {path}")
+        return
+    files = sorted(entry.name for entry in folder.iterdir())
+    weights = [name for name in files if name.endswith((".safetensors", ".bin")) or ".index.json" in name]
+    if "config.json" not in files or not weights:
+        raise ModelError(
+            f"model.path: {path} is not a model folder\n"
+            f"  it holds: {', '.join(files[:8]) or 'nothing'}{', ...' if len(files) > 8 else ''}\n"
+            "  needed:   config.json and weights (model.safetensors), as `save_pretrained` writes them"
+        )
+
+
+def _first_lines(error: Exception, lines: int = 2) -> str:
+    return os.linesep.join(str(error).strip().splitlines()[:lines])
