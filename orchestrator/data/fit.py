@@ -1,0 +1,90 @@
+"""What becomes of an item that is too long: cut, dropped or refused, as `data.truncation` says, and never silently."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from actors.errors import DataError
+from orchestrator.data.tokenise import Encoded
+
+Truncation = Literal["keep_start", "keep_end", "drop", "error"]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The outcome for one item: `dropped` or `truncated` says why, or neither."""
+
+    encoded: Encoded
+    dropped: str | None = None
+    truncated: str | None = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """In tokens; None is no limit. `max_length` is of prompt and completion, and of a prompt that is all there is."""
+
+    max_length: int | None
+    max_prompt_length: int | None
+    truncation: Truncation
+
+    def fit_rows(self, encoded: Encoded) -> Fit:
+        """Prompt with completion. What has nothing left to learn from is dropped."""
+        cut = None
+        if self.max_prompt_length is not None and encoded.boundary > self.max_prompt_length:
+            cut = f"its prompt is longer than data.max_prompt_length={self.max_prompt_length}"
+            if refusal := self._refused(encoded, cut, encoded.boundary):
+                return refusal
+            encoded = _cut_prompt(encoded, self.max_prompt_length, keep_end=self.truncation == "keep_end")
+        longest = max(map(len, encoded.rows))
+        if self.max_length is not None and longest > self.max_length:
+            cut = f"longer than max_length={self.max_length}"
+            if refusal := self._refused(encoded, cut, longest):
+                return refusal
+            encoded = _cut_rows(encoded, self.max_length, keep_end=self.truncation == "keep_end")
+        if not all(map(any, encoded.masks)):
+            return Fit(encoded, dropped=f"nothing to learn from is left: {cut}" if cut else "nothing to learn from")
+        return Fit(encoded, truncated=cut)
+
+    def fit_prompt(self, encoded: Encoded) -> Fit:
+        """A prompt to be answered. Its start alone is no question: `keep_start` drops it, `keep_end` keeps its end."""
+        limit = self.max_prompt_length
+        if limit is None or len(encoded.rows[0]) <= limit:
+            return Fit(encoded)
+        cut = f"prompt longer than {limit} tokens"
+        if self.truncation == "error":
+            self._refused(encoded, cut, len(encoded.rows[0]))
+        if self.truncation != "keep_end":
+            return Fit(encoded, dropped=f"{cut} (data.truncation=keep_end would keep its end)")
+        return Fit(_cut_rows(encoded, limit, keep_end=True), truncated=cut)
+
+    def _refused(self, encoded: Encoded, cut: str, length: int) -> Fit | None:
+        if self.truncation == "error":
+            raise DataError(
+                f"a row of {length} tokens: {cut}, and data.truncation=error. Raise the limit, or set "
+                "data.truncation to keep_start, keep_end or drop"
+            )
+        return Fit(encoded, dropped=cut) if self.truncation == "drop" else None
+
+
+def _cut_rows(encoded: Encoded, limit: int, *, keep_end: bool) -> Encoded:
+    def cut(values: list[int]) -> list[int]:
+        return values[-limit:] if keep_end else values[:limit]
+
+    def cut_mask(mask: list[bool]) -> list[bool]:
+        kept = mask[-limit:] if keep_end else mask[:limit]
+        return [False, *kept[1:]]
+
+    labels = None if encoded.step_labels is None else [cut(row) for row in encoded.step_labels]
+    rows, masks = [cut(row) for row in encoded.rows], [cut_mask(mask) for mask in encoded.masks]
+    return Encoded(rows, masks, min(encoded.boundary, limit), encoded.straddles, labels)
+
+
+def _cut_prompt(encoded: Encoded, limit: int, *, keep_end: bool) -> Encoded:
+    """Take tokens out of the prompt: from its start with `keep_end`, else from its end."""
+    excess = encoded.boundary - limit
+    start, stop = (0, excess) if keep_end else (limit, encoded.boundary)
+    rows = [[*row[:start], *row[stop:]] for row in encoded.rows]
+    masks = [[False, *[*mask[:start], *mask[stop:]][1:]] for mask in encoded.masks]
+    labels = None if encoded.step_labels is None else [[*row[:start], *row[stop:]] for row in encoded.step_labels]
+    return Encoded(rows, masks, limit, encoded.straddles, labels)

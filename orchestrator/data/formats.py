@@ -1,0 +1,301 @@
+"""Which columns a row of each kind of data may have, and what they say: rows become `Example`s.
+
+A column counts under our name after `data.columns` was applied. The first format whose columns are all there is taken.
+Text and lists of messages are told apart row by row. Whatever is wrong with one row is a `RowError`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Any, cast
+
+from actors.errors import DataError
+from orchestrator.config import DataConfig
+from orchestrator.pipeline import DataKind
+
+Message = dict[str, Any]
+Content = str | list[Message]
+Row = Mapping[str, Any]
+ROLES = {"human": "user", "gpt": "assistant"}  # of `conversations`; others are kept
+
+
+class RowError(Exception):
+    """Why one row cannot be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One item before it is tokenised: a prompt (or none) and what may follow it."""
+
+    prompt: Content | None
+    completions: tuple[Content, ...] = ()
+    tools: list[Any] | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    label: bool | None = None
+    margin: float | None = None
+    weight: float | None = None
+    step_labels: tuple[bool, ...] | None = None  # one per completion, which are then the steps of one answer
+    input_ids: list[int] | None = None  # tokenised by the user; then `mask` says what is learned from
+    mask: list[bool] | None = None
+
+
+Reader = Callable[[Row], list[Example]]
+
+
+@dataclass(frozen=True)
+class Format:
+    """Columns that a row must have, and how it is read."""
+
+    columns: tuple[str, ...]
+    read: Reader
+
+    def __str__(self) -> str:
+        return " + ".join(self.columns)
+
+
+def choose(kind: DataKind, found: Sequence[str], data: DataConfig, source: str) -> Format:
+    """The first format of `kind` whose columns are all among `found` (our names). Raises DataError if there is none."""
+    formats = FORMATS[kind.name]
+    for candidate in formats:
+        if set(candidate.columns) <= set(found):
+            return candidate
+    nearest = min(formats, key=lambda candidate: len(set(candidate.columns) - set(found)))
+    missing = next(name for name in nearest.columns if name not in found)
+    raise DataError(
+        f"{source} has no column {missing!r}: found {', '.join(found) or 'none'}; "
+        f"{kind.name} need {' or '.join(map(str, formats))}.\n"
+        f"  If the column has another name, say which: data.columns.{missing}=ITS_NAME"
+    )
+
+
+def renamed(names: Sequence[str], columns: Mapping[str, str], source: str) -> dict[str, str]:
+    """The data set's name -> ours, for every column. Raises DataError if `data.columns` names one that is not there."""
+    for ours, theirs in columns.items():
+        if theirs not in names:
+            raise DataError(f"data.columns.{ours}={theirs}: {source} has no column {theirs!r}, only {', '.join(names)}")
+    mapped = {theirs: ours for ours, theirs in columns.items()}
+    return {name: mapped.get(name, name) for name in names if name in mapped or name not in columns}
+
+
+def read_completion(row: Row) -> list[Example]:
+    prompt, completion = _content(row, "prompt"), _content(row, "completion")
+    _same_shape("prompt", prompt, "completion", completion)
+    return [_example(row, prompt, (completion,))]
+
+
+def read_messages(row: Row) -> list[Example]:
+    return [_example(row, None, (_messages(row, "messages"),))]
+
+
+def read_conversations(row: Row) -> list[Example]:
+    turns = _dicts(row, "conversations")
+    if not all({"from", "value"} <= set(turn) for turn in turns):
+        raise RowError("conversations: every turn needs `from` and `value`")
+    messages = [{"role": ROLES.get(turn["from"], turn["from"]), "content": turn["value"]} for turn in turns]
+    return [_example(row, None, (messages,))]
+
+
+def read_text(row: Row) -> list[Example]:
+    return [Example(None, (_text(row, "text"),))]
+
+
+def read_input_ids(row: Row) -> list[Example]:
+    """Learned from: where `labels` are not -100 and every mask given (`completion_mask`, `assistant_masks`) is 1."""
+    tokens = _integers(row, "input_ids")
+    if not tokens:
+        raise RowError("input_ids is empty")
+    mask = [True] * len(tokens)
+    for name in ("labels", "completion_mask", "assistant_masks"):
+        if row.get(name) is not None:
+            values = _integers(row, name)
+            if len(values) != len(tokens):
+                raise RowError(f"{name} has {len(values)} entries for {len(tokens)} input_ids")
+            unlearned = -100 if name == "labels" else 0
+            mask = [learned and value != unlearned for learned, value in zip(mask, values, strict=True)]
+    return [Example(None, input_ids=tokens, mask=mask)]
+
+
+def read_prompt(row: Row) -> list[Example]:
+    return [_example(row, _content(row, "prompt"), ())]
+
+
+def read_pair(row: Row) -> list[Example]:
+    prompt, chosen, rejected = (_content(row, name) for name in ("prompt", "chosen", "rejected"))
+    _same_shape("prompt", prompt, "chosen", chosen)
+    _same_shape("prompt", prompt, "rejected", rejected)
+    return [_example(row, prompt, (chosen, rejected))]
+
+
+def read_pair_without_prompt(row: Row) -> list[Example]:
+    """The prompt is what chosen and rejected share at their start."""
+    chosen, rejected = _content(row, "chosen"), _content(row, "rejected")
+    _same_shape("chosen", chosen, "rejected", rejected)
+    prompt, chosen, rejected = extract_prompt(chosen, rejected)
+    return [_example(row, prompt or None, (chosen, rejected))]
+
+
+def read_labelled(row: Row) -> list[Example]:
+    prompt, completion = _content(row, "prompt"), _content(row, "completion")
+    _same_shape("prompt", prompt, "completion", completion)
+    return [_example(row, prompt, (completion,), label=_boolean(row["label"], "label"))]
+
+
+def read_pair_as_labelled(row: Row) -> list[Example]:
+    """Chosen and rejected become two examples that stand side by side, so that an unshuffled batch has both classes."""
+    pair = (read_pair if "prompt" in row else read_pair_without_prompt)(row)[0]
+    labelled = zip(pair.completions, (True, False), strict=True)
+    return [_example(row, pair.prompt, (completion,), label=label) for completion, label in labelled]
+
+
+def read_steps(row: Row) -> list[Example]:
+    prompt, steps, labels = _text(row, "prompt"), row["completions"], row["labels"]
+    if not isinstance(steps, list) or not steps or not all(isinstance(step, str) for step in cast(list[Any], steps)):
+        raise RowError("completions must be a list of texts, one per step")
+    if not isinstance(labels, list) or len(cast(list[Any], labels)) != len(cast(list[Any], steps)):
+        raise RowError("labels must be a list with one entry per step")
+    step_labels = tuple(_boolean(label, "labels") for label in cast(list[Any], labels))
+    return [Example(prompt, tuple(cast(list[str], steps)), step_labels=step_labels)]
+
+
+FORMATS: dict[str, tuple[Format, ...]] = {
+    "completions": (
+        Format(("input_ids",), read_input_ids),
+        Format(("prompt", "completion"), read_completion),
+        Format(("messages",), read_messages),
+        Format(("conversations",), read_conversations),
+        Format(("text",), read_text),
+    ),
+    "prompts": (Format(("prompt",), read_prompt), Format(("input_ids",), read_input_ids)),
+    "pairs": (
+        Format(("prompt", "chosen", "rejected"), read_pair),
+        Format(("chosen", "rejected"), read_pair_without_prompt),
+    ),
+    "labelled": (
+        Format(("prompt", "completion", "label"), read_labelled),
+        Format(("prompt", "chosen", "rejected"), read_pair_as_labelled),
+        Format(("chosen", "rejected"), read_pair_as_labelled),
+    ),
+    "step_labels": (Format(("prompt", "completions", "labels"), read_steps),),
+}
+
+
+def extract_prompt(chosen: Content, rejected: Content) -> tuple[Content, Content, Content]:
+    """(prompt, chosen, rejected): the longest common start, of characters or of messages.
+
+    A space at the end of a text prompt goes to the completions. If one is the start of the other, the last common
+    element stays in the completions, so that neither is empty."""
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
+    if shared == min(len(chosen), len(rejected)):
+        shared = max(0, shared - 1)
+    if isinstance(chosen, str) and shared and chosen[shared - 1] == " ":
+        shared -= 1
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def without_nones(value: Any) -> Any:
+    """Arrow gives every dict of a column all keys that any of them has: those that a row did not have are None."""
+    if isinstance(value, dict):
+        items = cast(dict[str, Any], value).items()
+        return {key: without_nones(inner) for key, inner in items if inner is not None}
+    if isinstance(value, list):
+        return [without_nones(inner) for inner in cast(list[Any], value)]
+    return value
+
+
+def _example(
+    row: Row, prompt: Content | None, completions: tuple[Content, ...], *, label: bool | None = None
+) -> Example:
+    return Example(
+        prompt,
+        completions,
+        tools=_tools(row.get("tools")),
+        template_kwargs=_template_kwargs(row.get("chat_template_kwargs")),
+        label=label,
+        margin=_number(row, "margin"),
+        weight=_number(row, "weight"),
+    )
+
+
+def _content(row: Row, name: str) -> Content:
+    return _messages(row, name) if isinstance(row[name], list) else _text(row, name)
+
+
+def _text(row: Row, name: str) -> str:
+    value = row[name]
+    if not isinstance(value, str):
+        raise RowError(f"{name} is {_described(value)}, not a text")
+    if not value:
+        raise RowError(f"{name} is empty")
+    return value
+
+
+def _messages(row: Row, name: str) -> list[Message]:
+    messages = _dicts(row, name)
+    for message in messages:
+        if not isinstance(message.get("role"), str):
+            raise RowError(f"{name}: a message has no `role`")
+        if "content" not in message and "tool_calls" not in message:
+            raise RowError(f"{name}: a message has neither `content` nor `tool_calls`")
+    return messages
+
+
+def _dicts(row: Row, name: str) -> list[Message]:
+    value = without_nones(row[name])
+    if not isinstance(value, list):
+        raise RowError(f"{name} is {_described(value)}, not a list of messages")
+    entries = cast(list[Any], value)
+    if not entries:
+        raise RowError(f"{name} is empty")
+    if not all(isinstance(entry, dict) for entry in entries):
+        raise RowError(f"{name} must be a list of messages, each with `role` and `content`")
+    return cast(list[Message], entries)
+
+
+def _integers(row: Row, name: str) -> list[int]:
+    value = row[name]
+    if not isinstance(value, list) or not all(isinstance(entry, int) for entry in cast(list[Any], value)):
+        raise RowError(f"{name} must be a list of integers")
+    return cast(list[int], value)
+
+
+def _boolean(value: Any, name: str) -> bool:
+    if value not in (True, False):
+        raise RowError(f"{name} is {_described(value)}, not true or false")
+    return bool(value)
+
+
+def _number(row: Row, name: str) -> float | None:
+    value = row.get(name)
+    if value is not None and not isinstance(value, int | float):
+        raise RowError(f"{name} is {_described(value)}, not a number")
+    return None if value is None else float(value)
+
+
+def _tools(value: Any) -> list[Any] | None:
+    """A list of schemas, or the JSON text of one."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise RowError(f"tools is not JSON: {error}") from None
+    if value is not None and not isinstance(value, list):
+        raise RowError(f"tools is {_described(value)}, not a list of schemas")
+    return cast(list[Any], without_nones(value)) or None if value is not None else None
+
+
+def _template_kwargs(value: Any) -> Mapping[str, Any]:
+    if value is not None and not isinstance(value, dict):
+        raise RowError(f"chat_template_kwargs is {_described(value)}, not a mapping")
+    return cast(dict[str, Any], without_nones(value)) if value is not None else {}
+
+
+def _same_shape(first_name: str, first: Content, second_name: str, second: Content) -> None:
+    if isinstance(first, str) != isinstance(second, str):
+        raise RowError(f"{first_name} and {second_name} must both be texts or both be lists of messages")
+
+
+def _described(value: Any) -> str:
+    return "missing" if value is None else f"of type {type(value).__name__}"

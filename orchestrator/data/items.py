@@ -1,0 +1,92 @@
+"""Items cut from a store: the rows of one example, or the pieces that packing put together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from actors.batch import Batch
+from orchestrator.data.packing import Bin
+from orchestrator.data.store import Store
+from orchestrator.pipeline import DataKind
+
+LEARNED = ("⟦", "⟧")
+
+
+@dataclass(frozen=True, eq=False)
+class Items:
+    """`bins`: how packing groups the store's items (each of one row); None where every item stands alone. `joined`: the
+    pieces of a bin form one row."""
+
+    store: Store
+    kind: DataKind
+    bins: list[Bin] | None = None
+    joined: bool = False
+
+    def __len__(self) -> int:
+        return len(self.store) if self.bins is None else len(self.bins)
+
+    def rows(self, index: int, group: int) -> Batch:
+        """The rows of one item, with `group` in that column."""
+        return self._packed(self.bins[index], group) if self.bins is not None else self._whole(index, group)
+
+    def prompt_tokens(self, index: int) -> tuple[int, ...]:
+        start, stop = self.store.offsets[index : index + 2]
+        return tuple(self.store.tokens[start:stop].tolist())
+
+    def _whole(self, index: int, group: int) -> Batch:
+        store = self.store
+        first, last = (int(row) for row in store.first_row[index : index + 2])
+        start, stop = store.offsets[first], store.offsets[last]
+        columns: dict[str, Any] = {"tokens": store.tokens[start:stop], "mask": store.mask[start:stop]}
+        if "step_label" in self.kind.columns:
+            columns["step_label"] = store.step_label[start:stop]
+        return _batch(np.diff(store.offsets[first : last + 1]), group, columns | self._row_columns(index, last - first))
+
+    def _row_columns(self, index: int, rows: int) -> dict[str, Any]:
+        columns: dict[str, Any] = {}
+        if "preferred" in self.kind.columns:
+            columns["preferred"] = np.arange(rows) == 0
+        if "label" in self.kind.columns:
+            columns["label"] = np.full(rows, self.store.label[index] == 1)
+        for name, values in (("margin", self.store.margin), ("weight", self.store.weight)):
+            if len(values):
+                columns[name] = np.full(rows, values[index])
+        return columns
+
+    def _packed(self, pieces: Bin, group: int) -> Batch:
+        store = self.store
+        spans = [(store.offsets[p.document] + p.start, store.offsets[p.document] + p.stop) for p in pieces]
+        lengths = np.array([stop - start for start, stop in spans])
+        mask = np.concatenate([store.mask[start:stop] for start, stop in spans])
+        lengths = lengths.sum(keepdims=True) if self.joined else lengths
+        mask[np.cumsum(lengths) - lengths] = False  # the first token of a row has nothing before it
+        columns: dict[str, Any] = {"tokens": np.concatenate([store.tokens[start:stop] for start, stop in spans])}
+        columns["mask"] = mask
+        if len(store.weight):
+            columns["weight"] = np.ones(1) if self.joined else store.weight[[piece.document for piece in pieces]]
+        return _batch(lengths, group, columns)
+
+
+def render(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Rows as text, one below the other, with what is learned from between ⟦ and ⟧."""
+    return "\n".join(
+        _render_row(batch.row("tokens", row), batch.row("mask", row), tokenizer) for row in range(len(batch))
+    )
+
+
+def _render_row(tokens: NDArray[np.int32], mask: NDArray[np.bool_], tokenizer: PreTrainedTokenizerBase) -> str:
+    edges = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(tokens)]
+    parts = [
+        (str(tokenizer.decode(tokens[a:b].tolist())), bool(mask[a])) for a, b in zip(edges, edges[1:], strict=False)
+    ]
+    return "".join(f"{LEARNED[0]}{text}{LEARNED[1]}" if learned else text for text, learned in parts)
+
+
+def _batch(lengths: NDArray[np.int64], group: int, columns: dict[str, Any]) -> Batch:
+    return Batch.build(lengths, group=np.full(len(lengths), group, dtype=np.int64), **columns)

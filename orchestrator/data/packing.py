@@ -1,0 +1,81 @@
+"""Packing: which pieces of which documents share an item of `max_length` tokens. Pure functions of the lengths.
+
+Micro-batches are free of padding anyway, so packing does not make a step quicker; it makes items equal in tokens, and
+it decides what becomes of a document that is too long: `bfd` cuts its end off, `bfd_split` and `wrapped` keep it all.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens [start, stop) of one document."""
+
+    document: int
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+Bin = list[Piece]
+
+
+def best_fit_decreasing(lengths: Sequence[int], max_length: int, *, split: bool = False) -> list[Bin]:
+    """Longest piece first, each into the fullest bin that still has room for it, the earliest of several.
+
+    A document that is longer than a bin loses its end, or with `split` becomes several pieces. No document sees another
+    inside a bin: each piece is a row of its own."""
+    pieces = [piece for document, length in enumerate(lengths) for piece in _cut(document, length, max_length, split)]
+    bins: list[Bin] = []
+    roomy: dict[int, list[int]] = {}  # room left -> heap of bins with that much
+    rooms: list[int] = []  # keys of `roomy`, sorted
+    for piece in sorted(pieces, key=len, reverse=True):
+        at = bisect_left(rooms, len(piece))
+        if at == len(rooms):
+            index, room = len(bins), max_length
+            bins.append([])
+        else:
+            room = rooms[at]
+            index = heapq.heappop(roomy[room])
+            if not roomy[room]:
+                del roomy[room], rooms[at]
+        bins[index].append(piece)
+        left = room - len(piece)
+        if left not in roomy:
+            roomy[left] = []
+            insort(rooms, left)
+        heapq.heappush(roomy[left], index)
+    return bins
+
+
+def wrapped(lengths: Sequence[int], max_length: int) -> list[Bin]:
+    """All documents one after the other, cut every `max_length` tokens. The pieces of a bin form one row: a document
+    does see what came before it there."""
+    bins: list[Bin] = []
+    room = 0
+    for document, length in enumerate(lengths):
+        start = 0
+        while start < length:
+            if room == 0:
+                bins.append([])
+                room = max_length
+            stop = min(length, start + room)
+            bins[-1].append(Piece(document, start, stop))
+            room -= stop - start
+            start = stop
+    return bins
+
+
+def _cut(document: int, length: int, max_length: int, split: bool) -> list[Piece]:
+    if length == 0:
+        return []
+    if not split:
+        return [Piece(document, 0, min(length, max_length))]
+    return [Piece(document, start, min(length, start + max_length)) for start in range(0, length, max_length)]

@@ -1,0 +1,84 @@
+"""From raw rows to rows of tokens: read as a format says, tokenised, fitted; with a record of what became of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from actors.errors import DataError
+from orchestrator.config import DataConfig
+from orchestrator.data.fit import Fit, Limits
+from orchestrator.data.formats import Example, Format, Row, RowError
+from orchestrator.data.tokenise import Tokeniser
+from orchestrator.pipeline import DataKind
+
+OPTIONAL = ("tools", "chat_template_kwargs", "labels", "completion_mask", "assistant_masks")
+Refuse = Callable[[int, str], None]  # (row, reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """One item: the raw row that it came from, what that said, and its tokens."""
+
+    row: int
+    example: Example
+    fit: Fit
+
+
+@dataclass(frozen=True)
+class Preparer:
+    """How raw rows of one data set become items. `tokeniser=None`: rows are read and checked, and that is all."""
+
+    format: Format
+    limits: Limits
+    tokeniser: Tokeniser | None
+    prompts_only: bool
+
+    def read(self, rows: Iterable[tuple[int, Row]], refuse: Refuse) -> list[tuple[int, Example]]:
+        """(row, example); several of one row where the format makes them so."""
+        read: list[tuple[int, Example]] = []
+        for number, row in rows:
+            try:
+                read += [(number, example) for example in self.format.read(row)]
+            except RowError as error:
+                refuse(number, str(error))
+        return read
+
+    def prepare(self, rows: Iterable[tuple[int, Row]], refuse: Refuse) -> list[Prepared]:
+        """Items in the order of their rows. Rows that cannot be used go to `refuse`."""
+        read = self.read(rows, refuse)
+        if self.tokeniser is None:
+            return []
+        prepared: list[Prepared] = []
+        fit = self.limits.fit_prompt if self.prompts_only else self.limits.fit_rows
+        for (number, example), encoded in zip(read, self.tokeniser.encode([e for _, e in read]), strict=True):
+            if isinstance(encoded, RowError):
+                refuse(number, str(encoded))
+            else:
+                prepared.append(Prepared(number, example, fit(encoded)))
+        return prepared
+
+
+def limits_of(data: DataConfig, kind: DataKind, model_max_length: int) -> Limits:
+    """The limits that apply. A limit that the model cannot hold is a DataError; packing has its own way with long rows."""
+    for name in ("max_length", "max_prompt_length"):
+        given = getattr(data, name)
+        if given is not None and given > model_max_length:
+            raise DataError(f"data.{name}={given}, but the model holds {model_max_length} tokens")
+    if data.packing != "none" and kind.name != "completions":
+        raise DataError(
+            f"data.packing={data.packing} is for completions; this method takes {kind.name}: set it to none"
+        )
+    if kind.prompts_only:
+        longest = data.max_prompt_length or data.max_length or model_max_length - 1
+        return Limits(None, longest, data.truncation)
+    longest = None if data.packing != "none" else data.max_length or model_max_length
+    return Limits(longest, data.max_prompt_length, data.truncation)
+
+
+def wanted_columns(form: Format, kind: DataKind, data: DataConfig, found: Sequence[str]) -> list[str]:
+    """Columns that reading needs. A column that happens to be called `weight` counts only if data.columns says so."""
+    names = [*form.columns, *OPTIONAL]
+    names += ["prompt"] * (kind.name == "labelled") + ["margin"] * (kind.name == "pairs")
+    names += ["weight"] * ("weight" in data.columns)
+    return [name for name in dict.fromkeys(names) if name in found]

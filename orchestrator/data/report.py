@@ -1,0 +1,81 @@
+"""What became of a data set's rows, for `troupe check`, `troupe plan` and the log of a run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from actors.errors import DataError
+
+SHOWN = 3  # bad rows that an error spells out
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used: `where` is a file or a data set, `row` counts from 1 (in a text file: its line)."""
+
+    where: str
+    row: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.where}, row {self.row}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """Counts of one data set. `rows` = used + dropped + bad; `items` differs from the used rows where rows are paired,
+    unpaired or packed. `dropped` and `truncated` map a reason to its number of rows. Lengths are in tokens."""
+
+    source: str
+    format: str
+    columns: tuple[str, ...]
+    rows: int
+    items: int
+    tokens: int = 0
+    learned_tokens: int = 0
+    longest: int = 0
+    dropped: dict[str, int] = field(default_factory=dict[str, int])
+    truncated: dict[str, int] = field(default_factory=dict[str, int])
+    bad: tuple[BadRow, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        """For the console: one fact a line."""
+        size = f"{self.tokens:,} tokens, longest {self.longest:,}" if self.tokens else "not tokenised"
+        lines = [f"{self.source}: {self.rows:,} rows read as {self.format}; {self.items:,} items, {size}"]
+        lines += [f"dropped {count:,} rows: {reason}" for reason, count in self.dropped.items()]
+        lines += [f"truncated {count:,} rows: {reason}" for reason, count in self.truncated.items()]
+        lines += [f"skipped {bad}" for bad in self.bad]
+        return lines + list(self.notes)
+
+
+class BadRows:
+    """Collects bad rows up to a bound; one more is a DataError that names the first few."""
+
+    def __init__(self, allowed: int) -> None:
+        self._allowed = allowed
+        self._rows: list[BadRow] = []
+
+    def add(self, where: str, row: int, reason: str) -> None:
+        self._rows.append(BadRow(where, row, reason))
+
+    def check(self) -> tuple[BadRow, ...]:
+        """Those found so far. Raises DataError if they are more than `data.max_bad_rows`."""
+        if len(self._rows) > self._allowed:
+            raise DataError(self._refusal())
+        return tuple(self._rows)
+
+    def _refusal(self) -> str:
+        shown = [f"  {row}" for row in self._rows[:SHOWN]]
+        more = [f"  ... and {len(self._rows) - SHOWN} more"] if len(self._rows) > SHOWN else []
+        rows = "1 row" if len(self._rows) == 1 else f"{len(self._rows)} rows"
+        head = f"{rows} cannot be used, and data.max_bad_rows={self._allowed} allows no more than that many:"
+        mend = f"  mend them, or set data.max_bad_rows={len(self._rows)} to skip them"
+        return "\n".join([head, *shown, *more, mend])
+
+
+def tally(reasons: Sequence[str]) -> dict[str, int]:
+    """Reason -> count, the most frequent first."""
+    return dict(Counter(reasons).most_common())

@@ -1,0 +1,153 @@
+"""Tokenised rows as flat arrays: quick to cut batches from, and kept on disk between runs.
+
+A folder of `.npy` files and one JSON file, written whole or not at all, opened memory-mapped. Its name is a hash of all
+that it depends on: the rows, the tokenizer with its chat template, the settings, and the version of this code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.data.prepare import Prepared
+
+NO_LABEL = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """What became of the raw rows, as `DataReport` tells it. `bad` holds (row, reason)."""
+
+    rows: int
+    dropped: list[str]
+    truncated: list[str]
+    straddling: int
+    bad: list[tuple[int, str]]
+
+
+@dataclass(frozen=True, eq=False)
+class Store:
+    """`I` items of `R` rows of `T` tokens. Optional values have their neutral one where a raw row did not say."""
+
+    tokens: NDArray[np.int32]  # [T]
+    mask: NDArray[np.bool_]  # [T]
+    step_label: NDArray[np.int8]  # [T], or [0] if the data has no process labels
+    offsets: NDArray[np.int64]  # [R+1] of rows into tokens
+    first_row: NDArray[np.int64]  # [I+1] of items into rows
+    source_row: NDArray[np.int64]  # [I]
+    label: NDArray[np.int8]  # [I], -1 where there is none
+    margin: NDArray[np.float32]  # [I], or [0] if no row has one
+    weight: NDArray[np.float32]  # [I], or [0] if no row has one
+
+    def __len__(self) -> int:
+        return len(self.source_row)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """[R] tokens per row."""
+        return np.diff(self.offsets)
+
+
+def build(prepared: Iterable[Sequence[Prepared]]) -> tuple[Store, list[str], list[str], int]:
+    """(the store of what was kept, reasons of dropped ones, reasons of truncated ones, how many straddle)."""
+    writer = _Writer()
+    for chunk in prepared:
+        for item in chunk:
+            writer.add(item)
+    return writer.store(), writer.dropped, writer.truncated, writer.straddling
+
+
+class _Writer:
+    """Python lists per chunk would be ten times the size: flat arrays are made every so often."""
+
+    def __init__(self) -> None:
+        self.dropped: list[str] = []
+        self.truncated: list[str] = []
+        self.straddling = 0
+        self._flat: dict[str, list[NDArray[Any]]] = {"tokens": [], "mask": [], "step_label": []}
+        self._lengths: list[int] = []
+        self._rows_of_item: list[int] = []
+        self._source_row: list[int] = []
+        self._label: list[int] = []
+        self._margin: list[float | None] = []
+        self._weight: list[float | None] = []
+
+    def add(self, item: Prepared) -> None:
+        fit, example = item.fit, item.example
+        if fit.dropped:
+            self.dropped.append(fit.dropped)
+            return
+        if fit.truncated:
+            self.truncated.append(fit.truncated)
+        self.straddling += fit.encoded.straddles
+        for row, mask in zip(fit.encoded.rows, fit.encoded.masks, strict=True):
+            self._flat["tokens"].append(np.array(row, dtype=np.int32))
+            self._flat["mask"].append(np.array(mask, dtype=np.bool_))
+            self._lengths.append(len(row))
+        self._flat["step_label"] += [np.array(row, dtype=np.int8) for row in fit.encoded.step_labels or ()]
+        self._rows_of_item.append(len(fit.encoded.rows))
+        self._source_row.append(item.row)
+        self._label.append(NO_LABEL if example.label is None else int(example.label))
+        self._margin.append(example.margin)
+        self._weight.append(example.weight)
+
+    def store(self) -> Store:
+        return Store(
+            tokens=_joined(self._flat["tokens"], np.int32),
+            mask=_joined(self._flat["mask"], np.bool_),
+            step_label=_joined(self._flat["step_label"], np.int8),
+            offsets=np.cumsum([0, *self._lengths], dtype=np.int64),
+            first_row=np.cumsum([0, *self._rows_of_item], dtype=np.int64),
+            source_row=np.array(self._source_row, dtype=np.int64),
+            label=np.array(self._label, dtype=np.int8),
+            margin=_filled(self._margin, 0.0),
+            weight=_filled(self._weight, 1.0),
+        )
+
+
+def save(folder: Path, store: Store, record: Record) -> None:
+    """Write both; of two processes that do so at once, one wins, and both wrote the same."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        for entry in fields(store):
+            np.save(staging / f"{entry.name}.npy", getattr(store, entry.name))
+        (staging / "record.json").write_text(json.dumps(vars(record)))
+        os.replace(staging, folder)
+    except OSError:
+        if not (folder / "record.json").exists():
+            raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def load(folder: Path) -> tuple[Store, Record] | None:
+    """What `save` wrote, memory-mapped; None if there is nothing."""
+    if not (folder / "record.json").exists():
+        return None
+    record = json.loads((folder / "record.json").read_text())
+    record["bad"] = [(row, reason) for row, reason in record["bad"]]
+    return Store(**{e.name: _mapped(folder / f"{e.name}.npy") for e in fields(Store)}), Record(**record)
+
+
+def _mapped(file: Path) -> NDArray[Any]:
+    return np.load(file, mmap_mode="r")
+
+
+def _joined(parts: list[NDArray[Any]], dtype: type) -> NDArray[Any]:
+    return np.concatenate(parts) if parts else np.zeros(0, dtype)
+
+
+def _filled(values: list[float | None], neutral: float) -> NDArray[np.float32]:
+    if all(value is None for value in values):
+        return np.zeros(0, np.float32)
+    return np.array([neutral if value is None else value for value in values], dtype=np.float32)

@@ -1,0 +1,268 @@
+"""Data sets as a phase consumes them: items by index, an order of drawing, batches of rows, and an honest report.
+
+    data.path ──load──► rows ──format──► examples ──tokenise──► tokens ──fit, pack──► items ──order──► batches
+
+A position counts draws over all epochs. `order.at(position)` is a pure function of the seed, so a resumed run that knows
+its position draws exactly what the uninterrupted one would have drawn.
+"""
+
+# pyright: basic
+# (datasets and transformers are typed in part only)
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from actors.batch import Batch
+from actors.errors import DataError
+from orchestrator.config import DataConfig
+from orchestrator.data import rows as raw
+from orchestrator.data import store as stored
+from orchestrator.data.formats import Content, choose, without_nones
+from orchestrator.data.items import Items, render
+from orchestrator.data.order import Order
+from orchestrator.data.packing import best_fit_decreasing, wrapped
+from orchestrator.data.prepare import Preparer, limits_of, wanted_columns
+from orchestrator.data.report import BadRows, DataReport, tally
+from orchestrator.data.store import Record, Store
+from orchestrator.data.tokenise import Tokeniser
+from orchestrator.examples import default_cache_dir
+from orchestrator.pipeline import DataKind
+
+ROWS_AT_ONCE = 1_000
+WORTH_CACHING = 20_000  # rows; fewer are tokenised within a second or two
+UNBOUNDED = 2**31  # a model's length where no model is known
+VERSION = 1  # of what stands in the cache: raise it when rows come out differently
+
+
+@dataclass(frozen=True)
+class Item:
+    """One item of an offline data set: the rows that belong together, `group` being its index."""
+
+    id: int
+    batch: Batch
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt to be answered. `prompt` is as the data set has it; `columns` are all its other columns, for rewards."""
+
+    id: int
+    tokens: tuple[int, ...]
+    prompt: Content
+    columns: dict[str, Any]
+
+
+class Source(Protocol):
+    """What a phase asks of its data."""
+
+    report: DataReport
+    order: Order
+
+    def __len__(self) -> int:
+        """Items of one epoch."""
+        ...
+
+    def item(self, index: int) -> Item | Prompt:
+        """An item of the data set, `0 <= index < len`."""
+        ...
+
+    def batch(self, positions: Sequence[int]) -> Batch:
+        """The rows of the items drawn at `positions`, in order; `group` is the position."""
+        ...
+
+    def preview(self, index: int = 0) -> str:
+        """An item as text, what is learned from between ⟦ and ⟧."""
+        ...
+
+
+def open_source(
+    data: DataConfig, kind: DataKind, tokenizer: PreTrainedTokenizerBase, *, seed: int, model_max_length: int
+) -> Source:
+    """The data of a phase, read, checked and tokenised. Raises DataError, and nothing else for what a user can mend."""
+    bad = BadRows(data.max_bad_rows)
+    rows = raw.load(data, seed, bad)
+    preparer = _preparer(data, kind, rows, tokenizer, model_max_length)
+    store, record = _tokenised(data, kind, rows, preparer)
+    for row, reason in record.bad:
+        bad.add(*rows.origin(row), reason)
+    bad.check()
+    items, cut = _packed(store, data, kind, data.max_length or model_max_length)
+    if not len(items):
+        raise DataError(_nothing_left(rows.name, record))
+    report = _report(rows, preparer, record, items, cut, bad)
+    order = Order(seed, len(items), data.shuffle)
+    if kind.prompts_only:
+        return PromptSource(items, rows, report, order, tokenizer)
+    return RowSource(items, report, order, tokenizer)
+
+
+def validate(data: DataConfig, kind: DataKind, *, seed: int = 0) -> DataReport:
+    """Read and check every row without a tokenizer. Raises DataError for what `open_source` would refuse about them."""
+    bad = BadRows(data.max_bad_rows)
+    rows = raw.load(data, seed, bad)
+    found = rows.table.column_names
+    form = choose(kind, found, data, rows.name)
+    preparer = Preparer(form, limits_of(data, kind, UNBOUNDED), None, kind.prompts_only)
+    refused: list[tuple[int, str]] = []
+    items = 0
+    for chunk in _chunks(rows, wanted_columns(form, kind, data, found)):
+        items += len(preparer.read(chunk, lambda row, reason: refused.append((row, reason))))
+    for row, reason in refused:
+        bad.add(*rows.origin(row), reason)
+    return DataReport(rows.name, str(form), tuple(found), len(rows), items, bad=bad.check())
+
+
+class RowSource:
+    """Offline data: completions, pairs, labelled or stepwise rows."""
+
+    def __init__(self, items: Items, report: DataReport, order: Order, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.report = report
+        self.order = order
+        self._items, self._tokenizer = items, tokenizer
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def item(self, index: int) -> Item:
+        return Item(index, self._items.rows(index, group=index))
+
+    def batch(self, positions: Sequence[int]) -> Batch:
+        return Batch.concat(self._items.rows(self.order.at(position)[1], position) for position in positions)
+
+    def preview(self, index: int = 0) -> str:
+        return render(self.item(index).batch, self._tokenizer)
+
+
+class PromptSource:
+    """Prompts to be answered, with the columns that rewards see."""
+
+    def __init__(
+        self, items: Items, rows: raw.Rows, report: DataReport, order: Order, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        self.report = report
+        self.order = order
+        self._items, self._rows, self._tokenizer = items, rows, tokenizer
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def item(self, index: int) -> Prompt:
+        tokens = self._items.prompt_tokens(index)
+        columns = dict(self._rows.table[int(self._items.store.source_row[index])])
+        prompt = without_nones(columns.pop("prompt", None))
+        return Prompt(index, tokens, prompt if prompt is not None else self._decode(tokens), columns)
+
+    def batch(self, positions: Sequence[int]) -> Batch:
+        raise TypeError("prompts have no rows to learn from until they are answered: use item()")
+
+    def preview(self, index: int = 0) -> str:
+        return self._decode(self.item(index).tokens)
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(tokens)))
+
+
+def _preparer(
+    data: DataConfig, kind: DataKind, rows: raw.Rows, tokenizer: PreTrainedTokenizerBase, model_max_length: int
+) -> Preparer:
+    form = choose(kind, rows.table.column_names, data, rows.name)
+    tokeniser = Tokeniser(tokenizer, data.completion_only, data.assistant_only, data.append_eos)
+    return Preparer(form, limits_of(data, kind, model_max_length), tokeniser, kind.prompts_only)
+
+
+def _tokenised(data: DataConfig, kind: DataKind, rows: raw.Rows, preparer: Preparer) -> tuple[Store, Record]:
+    """From the cache if it has them. Small data without a `data.cache_dir` of its own leaves no file behind."""
+    columns = wanted_columns(preparer.format, kind, data, rows.table.column_names)
+    if data.cache_dir is None and len(rows) < WORTH_CACHING:
+        return _tokenise(rows, columns, preparer)
+    root = data.cache_dir or default_cache_dir().parent
+    folder = root / "tokenised" / _fingerprint(rows, columns, preparer)
+    found = stored.load(folder)
+    if found is None:
+        found = _tokenise(rows, columns, preparer)
+        stored.save(folder, *found)
+    return found
+
+
+def _tokenise(rows: raw.Rows, columns: list[str], preparer: Preparer) -> tuple[Store, Record]:
+    refused: list[tuple[int, str]] = []
+    chunks = (
+        preparer.prepare(chunk, lambda row, reason: refused.append((row, reason))) for chunk in _chunks(rows, columns)
+    )
+    store, dropped, truncated, straddling = stored.build(chunks)
+    return store, Record(len(rows), dropped, truncated, straddling, refused)
+
+
+def _chunks(rows: raw.Rows, columns: list[str]) -> Iterator[list[tuple[int, dict[str, Any]]]]:
+    table = rows.table.select_columns(columns)
+    for start in range(0, len(table), ROWS_AT_ONCE):
+        values = table[start : start + ROWS_AT_ONCE]
+        cells = zip(*(values[name] for name in columns), strict=True)
+        yield [(start + i, dict(zip(columns, cell, strict=True))) for i, cell in enumerate(cells)]
+
+
+def _fingerprint(rows: raw.Rows, columns: list[str], preparer: Preparer) -> str:
+    """Whatever changes what is tokenised changes this."""
+    tokeniser = preparer.tokeniser
+    assert tokeniser is not None
+    tokenizer = tokeniser.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = [
+        VERSION,
+        rows.table._fingerprint,
+        columns,
+        str(preparer.format),
+        preparer.limits,
+        preparer.prompts_only,
+        (tokeniser.completion_only, tokeniser.assistant_only, tokeniser.append_eos),
+        backend.to_str() if backend is not None else (type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())),
+        tokenizer.chat_template,
+        tokenizer.special_tokens_map,
+    ]
+    return blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+
+def _packed(store: Store, data: DataConfig, kind: DataKind, max_length: int) -> tuple[Items, int]:
+    """(items, documents of which packing cut something off)."""
+    lengths = store.lengths.tolist()
+    match data.packing:
+        case "none":
+            return Items(store, kind), 0
+        case "wrapped":
+            return Items(store, kind, wrapped(lengths, max_length), joined=True), 0
+        case "bfd_split":
+            return Items(store, kind, best_fit_decreasing(lengths, max_length, split=True)), 0
+        case "bfd":
+            cut = sum(length > max_length for length in lengths)
+            return Items(store, kind, best_fit_decreasing(lengths, max_length)), cut
+
+
+def _report(rows: raw.Rows, preparer: Preparer, record: Record, items: Items, cut: int, bad: BadRows) -> DataReport:
+    lengths = items.store.lengths
+    truncated = tally(record.truncated) | ({"longer than a pack (data.packing=bfd)": cut} if cut else {})
+    straddling = f"{record.straddling:,} rows have a token that straddles prompt and completion: it is the completion's"
+    return DataReport(
+        source=rows.name,
+        format=str(preparer.format),
+        columns=tuple(rows.table.column_names),
+        rows=record.rows,
+        items=len(items),
+        tokens=int(lengths.sum()),
+        learned_tokens=int(items.store.mask.sum()),
+        longest=int(lengths.max()),
+        dropped=tally(record.dropped),
+        truncated=truncated,
+        bad=bad.check(),
+        notes=(straddling,) if record.straddling else (),
+    )
+
+
+def _nothing_left(name: str, record: Record) -> str:
+    reasons = "; ".join(f"{count} rows: {reason}" for reason, count in tally(record.dropped).items())
+    return f"{name}: none of {record.rows} rows is left ({reasons or 'all of them were bad'})"
