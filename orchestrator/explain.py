@@ -37,15 +37,13 @@ def explain(
     schema: type[BaseModel],
     where: Callable[[Keys], str],
     shown_as: Callable[[Keys], str] = dotted,
-    below: Keys = (),
 ) -> ConfigError:
-    """The ConfigError for a pydantic error. `where` says where a path was set, `shown_as` how the user would write it,
-    `below` at which path of the configuration `schema` and `tree` stand."""
+    """The ConfigError for a pydantic error. `where` says where a path was set, `shown_as` how its author writes it."""
     lines: list[str] = []
     problems = _without_repetition(error.errors(include_url=False), tree)
     for path, details in problems[:SHOWN]:
-        lines.append(f"{shown_as((*below, *path))}: {_reason(path, details, schema, shown_as, below)}")
-        lines.append(f"  set in {where((*below, *path))}")
+        lines.append(f"{shown_as(path)}: {_reason(path, details, schema, shown_as)}")
+        lines.append(f"  set in {where(path)}")
     if len(problems) > SHOWN:
         lines.append(f"and {len(problems) - SHOWN} more")
     return ConfigError("\n".join(lines))
@@ -82,27 +80,25 @@ def _real_path(details: ErrorDetails, tree: dict[str, Any]) -> Keys:
     return tuple(path)
 
 
-def _reason(
-    path: Keys, details: ErrorDetails, schema: type[BaseModel], shown_as: Callable[[Keys], str], below: Keys
-) -> str:
+def _reason(path: Keys, details: ErrorDetails, schema: type[BaseModel], shown_as: Callable[[Keys], str]) -> str:
     if details["type"] == "extra_forbidden":
-        return _unknown_key(path, schema, shown_as, below)
+        return _unknown_key(path, schema, shown_as)
     if details["type"] == "missing":
         return "is required, and is not there"
     demand = details["msg"].replace("Input should be", "it must be", 1)
     return f"{_short(details['input'])} is not allowed: {demand}"
 
 
-def _unknown_key(path: Keys, schema: type[BaseModel], shown_as: Callable[[Keys], str], below: Keys) -> str:
+def _unknown_key(path: Keys, schema: type[BaseModel], shown_as: Callable[[Keys], str]) -> str:
     given = str(path[-1])
     section = _section_at(schema, path[:-1])
     siblings = list(section.model_fields) if section else []
     meant = nearest(given, siblings)
     if meant:
-        return f"no such key; did you mean {shown_as((*below, *path[:-1], meant))}?"
+        return f"no such key; did you mean {shown_as((*path[:-1], meant))}?"
     elsewhere = [keys for keys in schema_keys(schema) if keys[-1] == given]
     if elsewhere:
-        places = ", ".join(shown_as((*below, *keys)) for keys in elsewhere)
+        places = ", ".join(shown_as(keys) for keys in elsewhere)
         return f"no such key here; there is {places}"
     return f"no such key; allowed here: {', '.join(siblings) or 'none'}"
 

@@ -1,8 +1,8 @@
 """`actors`, `rollout`, `rewards` and `orchestrator` are ours, in the driver and in every worker.
 
 The names are ordinary words. A user's folder may well hold a `rewards.py`, and Python prefers what lies in the working
-directory or on PYTHONPATH: the driver would import ours while Ray's workers silently import the user's. So the four names
-are resolved before `sys.path` is looked at, from the folder that this file came from and nowhere else.
+directory or on PYTHONPATH: the driver would import ours while Ray's workers silently import the user's. So the four
+names are resolved before `sys.path` is looked at, from the folder that this file came from and nowhere else.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def pin() -> None:
 def worker_setup() -> Callable[[], None]:
     """What Ray calls first in every worker (`worker_process_setup_hook`): `pin`, found without asking `sys.path`.
 
-    A nested function, because Ray then ships its code; a function of a module would be shipped as its name, and looking up
-    `orchestrator` by name in the worker is the very thing that may find the user's folder."""
+    A nested function, because Ray then ships its code; a function of a module would be shipped as its name, and looking
+    up `orchestrator` by name in the worker is the very thing that may find the user's folder."""
     root = str(ROOT)
 
     def pin_this_worker() -> None:
@@ -67,5 +67,5 @@ def _refuse_foreign(name: str) -> None:
     if places[0] != ROOT / name:
         raise UserError(
             f"the module `{name}` was imported from {places[0]}, but Troupe's own is {ROOT / name}.\n"
-            f"Do not put the folder of a module with that name on sys.path: give Troupe your code as path/to/file.py:name"
+            f"Keep the folder of a module with that name off sys.path: give Troupe your code as path/to/file.py:name"
         )

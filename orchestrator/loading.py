@@ -2,30 +2,29 @@
 
     recipe name or file ──► YAML tree ──► overrides ──► one shape (`phases`) ──► RunConfig ──► methods' options
 
-Each path of the tree remembers where it was set, so that a refusal can say so. No Ray, no torch: a wrong key is answered
-at once.
+Each path of the tree remembers where it was set, so that a refusal can say so. Keys are checked before methods are
+imported (those bring the losses, and torch): a misspelt key is answered at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from pydantic import ValidationError
 
 from actors.errors import ConfigError
 from orchestrator import overrides as syntax
 from orchestrator.config import PhaseConfig, RunConfig
 from orchestrator.explain import explain, unknown
-from orchestrator.options import checked_options, options_model
 from orchestrator.overrides import Keys, Override, dotted
 
 RECIPES = Path(__file__).parent / "recipes"
 PHASE_KEYS = tuple(PhaseConfig.model_fields)  # that a file with one phase writes at its top level
-SAVED = "config.yaml"  # in a run's folder
+SAVED = "config.json"  # in a run's folder; JSON is YAML
 
 
 def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -35,22 +34,16 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in map(syntax.parse, overrides):
         draft.override(override)
     draft.fold()
-    return _with_checked_options(_validated(draft), draft)
+    config = _validated(draft)
+    _check_methods(config, draft)
+    return config
 
 
 def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration that a run was started with, as `save_config` left it in the run's folder."""
+    """The configuration that a run was started with, as the run left it in its folder."""
     if not (folder / SAVED).is_file():
-        raise ConfigError(f"{folder} is not a run's folder: it has no {SAVED}. Give the folder that `troupe run` printed")
+        raise ConfigError(f"{folder} is not a run's folder: it has no {SAVED}. Give the one that `troupe run` printed")
     return load_config(folder / SAVED, overrides)
-
-
-def save_config(config: RunConfig, folder: Path) -> Path:
-    """Write what `load_run` reads: only what differs from the defaults, so that a reader sees what this run is."""
-    tree = config.model_dump(mode="json", exclude_defaults=True)
-    file = folder / SAVED
-    file.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
-    return file
 
 
 def recipes() -> dict[str, str]:
@@ -73,8 +66,8 @@ def find_recipe(recipe: str | Path) -> Path:
 
 @dataclass
 class Draft:
-    """A configuration before it is checked. `origins`: path -> where it was set. `single`: the name of the phase that the
-    file wrote at its top level, if it did."""
+    """A configuration before it is checked. `origins`: path -> where it was set. `single`: the name of the phase that
+    the file wrote at its top level, if it did."""
 
     name: str
     tree: dict[str, Any]
@@ -145,8 +138,8 @@ class Draft:
         if "phases" in self.tree and beside:
             key = beside[0]
             raise ConfigError(
-                f"`{key}` stands beside `phases` ({self.where((key,))}). A file has either one phase, with its keys at the "
-                f"top level, or `phases`: move it to phases.NAME.{key}"
+                f"`{key}` stands beside `phases` ({self.where((key,))}). A file has either one phase, with its keys at "
+                f"the top level, or `phases`: move it to phases.NAME.{key}"
             )
 
 
@@ -157,24 +150,23 @@ def _validated(draft: Draft) -> RunConfig:
         raise explain(error, draft.tree, RunConfig, draft.where, draft.shown_as) from None
 
 
-def _with_checked_options(config: RunConfig, draft: Draft) -> RunConfig:
-    from orchestrator.methods import METHODS  # after the cheap checks: methods bring the losses
+def _check_methods(config: RunConfig, draft: Draft) -> None:
+    from orchestrator.prepare import build_pipeline
 
-    phases = {name: _checked_phase(name, phase, METHODS, draft) for name, phase in config.phases.items()}
-    return config.model_copy(update={"phases": phases})
+    for name, phase in config.phases.items():
+        try:
+            build_pipeline(phase)
+        except ConfigError as error:
+            path = ("phases", name, *_blamed(str(error), phase))
+            raise ConfigError(
+                f"{draft.shown_as(('phases', name, 'method'))}: {error}\n  set in {draft.where(path)}"
+            ) from None
 
 
-def _checked_phase(name: str, phase: PhaseConfig, methods: dict[str, Callable[..., Any]], draft: Draft) -> PhaseConfig:
-    below: Keys = ("phases", name, "options")
-    if phase.method not in methods:
-        where = draft.where(("phases", name, "method"))
-        raise ConfigError(f"{unknown('method', phase.method, list(methods))}\n  set in {where}")
-    method = methods[phase.method]
-    try:
-        options = checked_options(method, phase.options)
-    except ValidationError as error:
-        raise explain(error, phase.options, options_model(method), draft.where, draft.shown_as, below) from None
-    return phase.model_copy(update={"options": options})
+def _blamed(message: str, phase: PhaseConfig) -> Keys:
+    """The key of a phase that a method's refusal is about: an option that it names, else the method itself."""
+    named = [option for option in phase.options if re.search(rf"\b{re.escape(option)}\b", message)]
+    return ("options", named[0]) if named else ("method",)
 
 
 def _headline(file: Path) -> str:

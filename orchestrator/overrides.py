@@ -1,15 +1,15 @@
 """`a.b=c` on the command line: a path into the configuration and a YAML value.
 
-Reading YAML stands here too, because a value must mean the same in a file and in an override: `1e-3` is a number in both
-(plain YAML 1.1 takes it for a string), and a key given twice is refused instead of the last one winning unseen.
+Reading YAML stands here too, because a value must mean the same in a file and in an override: `1e-3` is a number in
+both (plain YAML 1.1 takes it for a string), and a key given twice is refused instead of the last one winning unseen.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import yaml
 
@@ -22,7 +22,7 @@ class Loader(yaml.SafeLoader):
     """Safe YAML in which `1e-3` is a number."""
 
 
-Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
     list("-+0123456789"),
@@ -55,14 +55,11 @@ def parse(text: str) -> Override:
 
 
 def apply(tree: dict[str, Any], override: Override) -> None:
-    """Set the value in `tree`, making the mappings on the way. Raises ConfigError where the path meets a plain value."""
+    """Set the value in `tree`, making mappings on the way. Raises ConfigError where the path meets a plain value."""
     node: Any = tree
     for depth, key in enumerate(override.path[:-1]):
-        node = _child(node, key, override, depth)
-    last = override.path[-1]
-    if isinstance(node, list):
-        _check_position(node, last, override)
-    node[last if isinstance(node, list) else str(last)] = override.value
+        node = _child(node, _key_in(node, key, override), override, depth)
+    node[_key_in(node, override.path[-1], override)] = override.value
 
 
 def load_yaml(text: str, name: str) -> tuple[Any, dict[Keys, int]]:
@@ -86,23 +83,23 @@ def dotted(path: Sequence[str | int]) -> str:
     return ".".join(map(str, path))
 
 
-def _child(node: Any, key: str | int, override: Override, depth: int) -> Any:
-    if isinstance(node, list):
-        _check_position(node, key, override)
-        child = cast(list[Any], node)[cast(int, key)]
-    else:
-        child = node.setdefault(str(key), {})
-    if child is None:
-        child = node[key] = {}
+def _child(node: Any, key: Any, override: Override, depth: int) -> Any:
+    if isinstance(node, dict) and node.get(key) is None:
+        node[key] = {}
+    child = node[key]
     if not isinstance(child, dict | list):
         given = dotted(override.path[: depth + 1])
         raise ConfigError(f"{override}: {given} is {child!r}, which has no keys of its own")
-    return cast(Any, child)
+    return child
 
 
-def _check_position(items: list[Any], key: str | int, override: Override) -> None:
-    if not isinstance(key, int) or key >= len(items):
-        raise ConfigError(f"{override}: {key!r} is not a position in a list of {len(items)} (counted from 0)")
+def _key_in(node: Any, key: str | int, override: Override) -> Any:
+    """`key` as its container takes it: a string in a mapping, a position in a list."""
+    if isinstance(node, dict):
+        return str(key)
+    if not isinstance(key, int) or key >= len(node):
+        raise ConfigError(f"{override}: {key!r} is not a position in a list of {len(node)} (counted from 0)")
+    return key
 
 
 def _walk(node: yaml.Node | None, path: Keys) -> Iterator[tuple[Keys, int]]:
@@ -122,12 +119,3 @@ def _walk(node: yaml.Node | None, path: Keys) -> Iterator[tuple[Keys, int]]:
 
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0]
-
-
-def flatten(tree: Mapping[str, Any], path: Keys = ()) -> Iterator[tuple[Keys, Any]]:
-    """Every leaf of a configuration with its path, in order."""
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from flatten(cast(dict[str, Any], value), (*path, key))
-        else:
-            yield (*path, key), value

@@ -1,0 +1,222 @@
+"""What a run shows while it works: who is where, a line per step, samples with their rewards, and the result.
+
+The same lines on a terminal (coloured) and in a file (plain); nothing is redrawn, so a log reads like the screen did.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console as Terminal
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+BAR_WIDTH = 16
+PLAIN_WIDTH = 140  # columns where the output is not a terminal
+RECENT_STEPS = 20  # that the time left is estimated from
+CELL_LIMIT = 240  # characters of a prompt or completion
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A number on a step's line."""
+
+    label: str
+    value: Callable[[Mapping[str, float]], float | None]
+    form: str
+
+
+def _metric(name: str) -> Callable[[Mapping[str, float]], float | None]:
+    return lambda metrics: metrics.get(name)
+
+
+def _tokens_per_second(metrics: Mapping[str, float]) -> float | None:
+    tokens, seconds = metrics.get("num_tokens"), metrics.get("step_time")
+    return tokens / seconds if tokens and seconds else None
+
+
+STEP_LINE = (
+    Shown("reward", _metric("reward"), "6.3f"),
+    Shown("loss", _metric("loss"), "7.4f"),
+    Shown("kl", _metric("kl"), "6.4f"),
+    Shown("entropy", _metric("entropy"), "5.3f"),
+    Shown("length", _metric("completions/mean_length"), "5.1f"),
+    Shown("stale", _metric("staleness/mean"), "3.1f"),
+    Shown("tok/s", _tokens_per_second, "6.0f"),
+    Shown("s/step", _metric("step_time"), "5.2f"),
+)
+
+
+class Finished(Protocol):
+    """What is known of a run that has ended; `scores`: evaluation label -> score, in order."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def scores(self) -> Mapping[str, float]: ...
+    @property
+    def checkpoint(self) -> Path | None: ...
+    @property
+    def model(self) -> Path | None: ...
+    @property
+    def picture(self) -> Path | None: ...
+
+
+@dataclass
+class Pace:
+    """How quickly a phase goes, by the clock: evaluations and checkpoints between its steps are part of it."""
+
+    clock: Callable[[], float] = time.monotonic
+    _ends: deque[tuple[int, float]] = field(default_factory=lambda: deque[tuple[int, float]](maxlen=RECENT_STEPS))
+
+    def seconds_left(self, step: int, steps: int) -> float | None:
+        """After this step; None until two steps were seen."""
+        self._ends.append((step, self.clock()))
+        (first, began), (last, ended) = self._ends[0], self._ends[-1]
+        return (ended - began) / (last - first) * (steps - step) if last > first else None
+
+
+class Console:
+    """`phases`: name -> its steps."""
+
+    def __init__(self, phases: Mapping[str, int], terminal: Terminal | None = None) -> None:
+        self._terminal = terminal or _terminal()
+        self._pace = {phase: Pace() for phase in phases}
+        self._name_width = max((len(phase) for phase in phases), default=0)
+        self._began = time.monotonic()
+
+    def placed(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Who runs where. A row per actor; its keys are the columns."""
+        if not rows:
+            return
+        table = _table("placement")
+        for name in rows[0]:
+            table.add_column(name, justify="right" if isinstance(rows[0][name], int | float) else "left")
+        for row in rows:
+            table.add_row(*map(_plain, row.values()))
+        self._terminal.print(table)
+
+    def step(self, phase: str, step: int, steps: int, metrics: Mapping[str, float]) -> None:
+        """One line: how far, how well, how long still."""
+        left = self._pace[phase].seconds_left(step, steps)
+        line = Text().append(f"{phase:<{self._name_width}} ", "bold").append(self._bar(step / steps), "green")
+        line.append(f" {step:>{len(str(steps))}}/{steps}", "bold")
+        line.append(f" {'' if left is None or step == steps else duration(left) + ' left':>12}", "cyan")
+        for shown in STEP_LINE:
+            value = shown.value(metrics)
+            if value is not None:
+                line.append(f"  {shown.label} ", "dim").append(format(value, shown.form))
+        self._terminal.print(line, no_wrap=True, overflow="ellipsis", crop=True)
+
+    def completions(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Samples with the reward that each got and the version of the weights that wrote it."""
+        table = _table("samples")
+        table.add_column("prompt", ratio=3, overflow="fold")
+        table.add_column("completion", ratio=4, overflow="fold")
+        table.add_column("reward", justify="right")
+        table.add_column("version", justify="right")
+        for row in rows:
+            texts = (Text(_cell(str(row[name]))) for name in ("prompt", "completion"))
+            table.add_row(*texts, f"{row['reward']:.3f}", str(row["version"]))
+        self._terminal.print(table)
+
+    def evaluation(self, label: str, score: float) -> None:
+        self._terminal.print(Text().append(f"evaluation {label}: ", "bold").append(f"{score:.4f}", "bold magenta"))
+
+    def warn(self, message: str) -> None:
+        self._terminal.print(Text().append("! ", "bold yellow").append(message, "yellow"))
+
+    def done(self, result: Finished) -> None:
+        """Scores before and after each phase, where things are, and what to type next."""
+        self._terminal.print(Rule(f"done in {duration(time.monotonic() - self._began)}", style="green"))
+        if result.scores:
+            self._terminal.print(_scores(result.scores))
+        where = _table(None)
+        places = {
+            "model": result.model,
+            "curves": result.picture,
+            "checkpoint": result.checkpoint,
+            "run": result.folder,
+        }
+        for name, place in places.items():
+            if place is not None:
+                where.add_row(name, Text(str(place), overflow="fold"))
+        self._terminal.print(where)
+        self._terminal.print(Text("next", style="bold"))
+        for command, purpose in _next_commands(result):
+            self._terminal.print(Text(f"  {command}", "cyan"), Text(f"    {purpose}", "dim"), sep="\n", soft_wrap=True)
+
+    def _bar(self, share: float) -> str:
+        full, empty = ("#", ".") if self._terminal.options.ascii_only else ("━", "─")
+        filled = round(BAR_WIDTH * share)
+        return full * filled + empty * (BAR_WIDTH - filled)
+
+
+def duration(seconds: float) -> str:
+    """`7 s`, `2:05`, `1:02:03`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    hours, rest = divmod(whole, 3600)
+    minutes = f"{rest // 60:02d}" if hours else str(rest // 60)
+    return f"{f'{hours}:' if hours else ''}{minutes}:{rest % 60:02d}"
+
+
+def _terminal() -> Terminal:
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a sampled character that the terminal lacks must not end a run
+    terminal = Terminal(highlight=False)
+    return terminal if terminal.is_terminal else Terminal(highlight=False, width=PLAIN_WIDTH)
+
+
+def _table(title: str | None) -> Table:
+    named = title is not None
+    return Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, show_header=named)
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _cell(text: str) -> str:
+    """One line of a text: line ends made visible, the middle of a long one left out. What a model wrote may hold escape
+    sequences; none of them reaches the terminal."""
+    text = "".join(mark if mark.isprintable() else "·" for mark in text.replace("\n", "↵ "))
+    half = CELL_LIMIT // 2
+    return text if len(text) <= CELL_LIMIT else f"{text[:half]} … {text[-half:]}"
+
+
+def _scores(scores: Mapping[str, float]) -> Table:
+    """Held-out scores in order, each with what it gained; in per cent where all of them are shares."""
+    share = all(0 <= score <= 1 for score in scores.values())
+    table = _table("held-out score")
+    table.add_column("")
+    table.add_column("score", justify="right")
+    table.add_column("gain", justify="right")
+    previous: float | None = None
+    for label, score in scores.items():
+        gain = 0.0 if previous is None else score - previous
+        shown = f"{100 * gain:+.1f} points" if share else f"{gain:+.4f}"
+        name = label if label == "before" else f"after {label}"
+        table.add_row(name, f"{score:.1%}" if share else f"{score:.4f}", "" if previous is None else shown)
+        previous = score
+    return table
+
+
+def _next_commands(result: Finished) -> list[tuple[str, str]]:
+    commands = [(f"tensorboard --logdir {result.folder / 'tensorboard'}", "every curve of this run")]
+    if result.model is not None:
+        opened = f"from transformers import AutoModelForCausalLM as M; print(M.from_pretrained('{result.model}'))"
+        commands.append((f'python -c "{opened}"', "the model is a Hugging Face folder"))
+        commands.append((f"troupe run RECIPE model.path={result.model}", "train it further"))
+    return commands

@@ -1,0 +1,176 @@
+"""What a run writes down while it runs.
+
+    RUN/metrics.jsonl             one line per write, flushed at once: `watch tail -n 3 RUN/metrics.jsonl` follows a run
+    RUN/tensorboard/              the same numbers as PHASE/NAME
+    RUN/completions/step_N.parquet   what was sampled, with rewards
+    Ray's metrics                 gauges `ray_troupe_NAME`, tagged with run and phase
+
+A number that is not finite is `null` in the file, a gap in the curves, and is not given to Ray.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+METRICS_FILE = "metrics.jsonl"
+COMPLETIONS_FOLDER = "completions"
+FIELDS = ("step", "phase", "time")  # of a line, beside the metrics
+
+
+class Sink(Protocol):
+    """Somewhere that metrics also go."""
+
+    def write(self, step: int, phase: str, metrics: Mapping[str, float]) -> None: ...
+
+    def rewind(self, step: int) -> None:
+        """What was written for steps after `step` is void."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class MetricsLog:
+    """The log of one run. `step` counts optimizer steps of the whole run, over all phases."""
+
+    def __init__(self, folder: Path, *, run: str, tensorboard: bool = True, ray_metrics: bool = True) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._completions = folder / COMPLETIONS_FOLDER
+        self._sinks: list[Sink] = [JsonLines(folder / METRICS_FILE)]
+        if tensorboard:
+            self._sinks.append(TensorBoard(folder / "tensorboard"))
+        if ray_metrics:
+            self._sinks.append(RayGauges(run))
+
+    def write(self, step: int, phase: str, metrics: Mapping[str, float]) -> None:
+        """Readable by others when this returns. The same step may be written more than once (training, evaluation)."""
+        for sink in self._sinks:
+            sink.write(step, phase, metrics)
+
+    def write_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> Path:
+        """A Parquet file of one step's completions; whole, or absent."""
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        self._completions.mkdir(exist_ok=True)
+        file = self._completions / f"step_{step:06d}.parquet"
+        names = dict.fromkeys(name for row in rows for name in row)
+        table = pa.table({"step": [step] * len(rows)} | {name: [row.get(name) for row in rows] for name in names})
+        parquet.write_table(table, file.with_suffix(".tmp"))
+        file.with_suffix(".tmp").replace(file)
+        return file
+
+    def rewind(self, step: int) -> None:
+        """Forget what was written for steps after `step`: a resumed run writes them again."""
+        for sink in self._sinks:
+            sink.rewind(step)
+        for file in self._completions.glob("step_*.parquet"):
+            if int(file.stem.removeprefix("step_")) > step:
+                file.unlink()
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+
+class JsonLines:
+    """`metrics.jsonl`. A line that a killed run left half-written is passed over by `read` and removed by `rewind`."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._stream = file.open("a", buffering=1)
+
+    def write(self, step: int, phase: str, metrics: Mapping[str, float]) -> None:
+        line = {"step": step, "phase": phase, "time": round(time.time(), 3)}
+        finite = {name: _rounded(value) if math.isfinite(value) else None for name, value in metrics.items()}
+        self._stream.write(json.dumps({**line, **finite}) + "\n")
+
+    def rewind(self, step: int) -> None:
+        self._stream.close()
+        kept = [line for line in read(self._file) if line["step"] <= step]
+        temporary = self._file.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.replace(self._file)
+        self._stream = self._file.open("a", buffering=1)
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+class TensorBoard:
+    """TensorBoard's event files, through its own writer: that of torch would cost the driver an import of torch."""
+
+    def __init__(self, folder: Path) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._events: Any = event_pb2  # generated modules: their names are made when they are imported
+        self._summaries: Any = summary_pb2
+        self._writer = EventFileWriter(str(folder), flush_secs=5)
+
+    def write(self, step: int, phase: str, metrics: Mapping[str, float]) -> None:
+        value = self._summaries.Summary.Value
+        values = [value(tag=f"{phase}/{name}", simple_value=number) for name, number in metrics.items()]
+        self._add(step, summary=self._summaries.Summary(value=values))
+
+    def rewind(self, step: int) -> None:
+        """TensorBoard hides what it read for later steps when it meets a session's start."""
+        self._add(step + 1, session_log=self._events.SessionLog(status=self._events.SessionLog.START))
+
+    def _add(self, step: int, **content: Any) -> None:
+        self._writer.add_event(self._events.Event(wall_time=time.time(), step=step, **content))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class RayGauges:
+    """Gauges on Ray's metrics port. That port asks nobody who they are: tags say run and phase, no more."""
+
+    def __init__(self, run: str) -> None:
+        self._run = run
+        self._gauges: dict[str, Any] = {}
+
+    def write(self, step: int, phase: str, metrics: Mapping[str, float]) -> None:
+        for name, value in {"step": float(step), **metrics}.items():
+            if math.isfinite(value):
+                self._gauge(name).set(value, tags={"run": self._run, "phase": phase})
+
+    def rewind(self, step: int) -> None:
+        """A gauge holds only its last value."""
+
+    def close(self) -> None:
+        self._gauges.clear()
+
+    def _gauge(self, name: str) -> Any:
+        from ray.util.metrics import Gauge
+
+        if name not in self._gauges:
+            known_as = "troupe_" + re.sub(r"[^0-9a-zA-Z_]+", "_", name)
+            self._gauges[name] = Gauge(known_as, description=name, tag_keys=("run", "phase"))
+        return self._gauges[name]
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """The complete lines of a metrics file, in order; a last line that is cut off is left out."""
+    return list(_complete_lines(file.read_text().split("\n"))) if file.exists() else []
+
+
+def _complete_lines(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
+    for line in lines:
+        try:
+            parsed = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(parsed, dict) and "step" in parsed:
+            yield parsed
+
+
+def _rounded(value: float) -> float:
+    """Seven significant digits: what float32 holds."""
+    return float(f"{value:.7g}")
