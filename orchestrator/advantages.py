@@ -91,5 +91,3 @@ def _std_by(member: Array, values: Array, scored: Array) -> Array:
     total = np.bincount(member, weights=np.where(scored, squares, 0.0))
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.sqrt(np.where(count > 1, total / (count - 1), np.nan))
-
-

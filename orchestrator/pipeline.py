@@ -45,7 +45,20 @@ Pairs = DataKind(
     (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
     rows_per_item=2,
 )
+Triples = DataKind(
+    "triples",
+    frozenset({"tokens", "mask", "group", "preferred", "gold"}),
+    (("prompt", "chosen", "rejected", "reference"),),
+    rows_per_item=3,
+)
 Labelled = DataKind("labelled", frozenset({"tokens", "mask", "group", "label"}), (("prompt", "completion", "label"),))
+MismatchedLabelled = DataKind(  # each row with a second one: its prompt with another row's completion
+    "mismatched_labelled",
+    Labelled.columns | {"mismatched"},
+    Labelled.needs,
+    rows_per_item=2,
+)
+WeightedLabelled = DataKind("weighted_labelled", Labelled.columns | {"weight"}, Labelled.needs)  # by density ratio
 StepLabels = DataKind(
     "step_labels", frozenset({"tokens", "mask", "group", "step_label"}), (("prompt", "completions", "labels"),)
 )

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from actors.columns import COLUMNS
 from actors.errors import ConfigError
-from actors.objective import Stat, World
+from actors.objective import Stat
 
 if TYPE_CHECKING:
     from orchestrator.losses.reduce import Reduction
@@ -35,7 +35,7 @@ Statistics = Callable[..., dict[str, Tensor]]
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 EXTRAS = frozenset({"entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "mean_logps"})
-FORWARD_OPTIONS = frozenset({"entropy_grad", "prompt_logps"})
+FORWARD_OPTIONS = frozenset({"all_tokens", "entropy_grad"})  # `all_tokens`: prompts have log-probabilities, too
 
 
 def is_on(value: Any) -> bool:

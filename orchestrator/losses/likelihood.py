@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from actors.objective import Stat
 from orchestrator.losses.declare import Loss, is_on, reads
-from orchestrator.losses.views import Tokens, given
+from orchestrator.losses.views import ChosenSequences, ChosenTokens, GoldTokens, Tokens, given
 
 
 @reads("mean_logps", label_smoothing=is_on)
@@ -35,3 +35,18 @@ def _metrics(tokens: Tokens, token_metrics: bool) -> dict[str, Stat]:
         metrics["entropy"] = tokens.token_stat(given(tokens.entropy))
         metrics["mean_token_accuracy"] = tokens.token_stat(given(tokens.is_top1))
     return metrics
+
+
+def chosen_nll(tokens: ChosenTokens) -> Loss:
+    """[T]: `nll` of the completions that were chosen."""
+    return -tokens.logps, {"nll_loss": tokens.token_stat(-tokens.logps)}
+
+
+def chosen_sequence_nll(tokens: ChosenSequences) -> Loss:
+    """[T]: `nll` of what was chosen, its prompt included."""
+    return -tokens.logps, {"nll_loss": tokens.token_stat(-tokens.logps)}
+
+
+def gold_nll(tokens: GoldTokens) -> Loss:
+    """[T]: `nll` of the gold completions."""
+    return -tokens.logps, {"nll_loss": tokens.token_stat(-tokens.logps)}

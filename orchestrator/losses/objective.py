@@ -49,7 +49,7 @@ class LossObjective:
     def loss(
         self, micro: MicroBatch, outputs: Outputs, counts: Counts, statistics: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Stat]]:
-        total = outputs.logps.sum() * 0.0  # so that an empty micro-batch, too, has a graph to go backward through
+        total = outputs.logps.new_zeros(())
         metrics: dict[str, Stat] = {}
         for index, term in enumerate(self.terms):
             view = _view(term, micro, outputs, statistics.get(str(index), {}))

@@ -1,13 +1,11 @@
 """Policy-gradient losses: sampled tokens with advantages.
 
 One loss, `policy_gradient`, in four steps: the importance ratio, a surrogate of (ratio, advantage), the weights that
-correct or mask tokens, and the KL term, which none of those weights touches. A surrogate is a small pure function; a
-new one needs nothing else.
+correct or mask tokens, and the KL term, which none of those weights touches. Surrogates are in `surrogates.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -15,41 +13,27 @@ from torch import Tensor
 
 from actors.objective import Stat, World
 from orchestrator.losses.declare import Loss, couples, is_on, reads
-from orchestrator.losses.views import PolicyTokens, given
+from orchestrator.losses.surrogates import Surrogate
+from orchestrator.losses.views import PolicyTokens, Tokens, given, joined
 
-Level = Literal["token", "sequence"]
+Level = Literal["token", "sequence", "sequence_token"]
 Old = Literal["current", "recorded", "sampler"]
 Correction = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
-Surrogate = Callable[[PolicyTokens, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
-
-def below_one(value: float) -> bool:
+def _below_one(value: float) -> bool:
     return value < 1
 
 
-def clipped(
-    tokens: PolicyTokens, log_ratio: Tensor, *, epsilon: float, epsilon_high: float | None = None, delta: float | None = None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """[T]: `-min(min(ρ, δ) A, clip(ρ, 1-ε, 1+ε_high) A)`. `delta` caps the unclipped branch, where A < 0 has no bound.
-
-    Source: arXiv:1707.06347, eq. 7; ε_high: arXiv:2503.14476, eq. 10; δ: arXiv:2505.07291, section 3.4.
-    Departure from TRL: clip metrics look at ρ before δ caps it, so that they count what was clipped.
-    """
-    ratio, advantages = log_ratio.exp(), tokens.advantages
-    low, high = 1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high)
-    free = ratio if delta is None else ratio.clamp(max=delta)
-    values = -torch.minimum(free * advantages, ratio.clamp(low, high) * advantages)
-    is_low = (ratio < low) & (advantages < 0)
-    is_high = (ratio > high) & (advantages > 0)
-    return values, {"low": is_low, "high": is_high, "region": is_low | is_high}
+def _is_set(value: float | None) -> bool:
+    return value is not None
 
 
 def threshold_of_entropy(
     views: list[PolicyTokens], world: World, state: dict[str, Any], *, top_entropy_quantile: float
 ) -> dict[str, Tensor]:
     """The entropy that the share `top_entropy_quantile` of all masked tokens reaches, over micro-batches and ranks."""
-    local = torch.cat([given(view.entropy)[view.mask] for view in views])
+    local = joined([given(view.entropy)[view.mask] for view in views])
     everywhere = world.gather(local)
     if not len(everywhere):
         return {"entropy_threshold": torch.zeros((), dtype=local.dtype, device=local.device)}
@@ -59,10 +43,11 @@ def threshold_of_entropy(
 @reads("old_logps", old="recorded")
 @reads("sample_logps", old="sampler")
 @reads("sample_logps", correction=is_on)
+@reads("sample_logps", off_policy_mask_threshold=_is_set)
 @reads("ref_logps", beta=is_on)
-@reads("entropy", top_entropy_quantile=below_one)
+@reads("entropy", top_entropy_quantile=_below_one)
 @reads("entropy", token_metrics=is_on)
-@couples(threshold_of_entropy, top_entropy_quantile=below_one)
+@couples(threshold_of_entropy, top_entropy_quantile=_below_one)
 def policy_gradient(
     tokens: PolicyTokens,
     *,
@@ -80,16 +65,17 @@ def policy_gradient(
 ) -> Loss:
     """[T]: `w_t surrogate(ρ_t, A_t) + β KL_t`, where `w` holds masks and corrections, all without gradient.
 
-    `level`: one ratio per token, or its geometric mean over the row (arXiv:2507.18071, eq. 7). `old`: what the ratio is
-    taken against; `current` means that the batch is used for one update, so it is 1 and carries only the gradient.
+    `level`: one ratio per token, or the geometric mean over the row (arXiv:2507.18071, eq. 7), or that with each token's
+    own gradient (eq. 15). `old`: what the ratio is taken against; `current` means that the batch is used for one update,
+    so that the ratio is 1 and carries only the gradient.
     Source: arXiv:2402.03300, eq. 3.
     """
     old_logps = _old_logps(tokens, old)
     log_ratio = _log_ratio(tokens, old_logps, level)
     values, clips = surrogate(tokens, log_ratio)
-    metrics = _clip_metrics(tokens, clips)
+    metrics = {f"clip_ratio/{name}_mean": tokens.token_stat(flag) for name, flag in clips.items()}
     if off_policy_mask_threshold is not None:
-        values = values * _near_policy(tokens, old_logps, off_policy_mask_threshold)
+        values = values * _near_sampler(tokens, off_policy_mask_threshold)
     if top_entropy_quantile < 1:
         values = values * (given(tokens.entropy) >= tokens.shared["entropy_threshold"])
     if correction != "none":
@@ -104,10 +90,18 @@ def policy_gradient(
     return values, metrics
 
 
-def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """[T]: `e^(ref - lp) - (ref - lp) - 1`, an unbiased estimate of KL(π‖ref) that is never negative, given samples of π.
+@reads("entropy", "entropy_grad")
+def entropy_bonus(tokens: Tokens) -> Loss:
+    """[T]: minus the entropy of each token's distribution, with gradient. Source: arXiv:2505.22312, eq. 2."""
+    entropy = given(tokens.entropy)
+    return -entropy, {"entropy": tokens.token_stat(entropy)}
 
-    Multiplied by the ratio, its gradient is unbiased too (arXiv:2512.02556, section 3.1). Source: arXiv:2402.03300, eq. 4.
+
+def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """[T]: `e^(ref - lp) - (ref - lp) - 1`, an estimate of KL(π‖ref) from samples of π, unbiased and never negative.
+
+    Multiplied by the ratio, its gradient is unbiased, too (arXiv:2512.02556, section 3.1).
+    Source: arXiv:2402.03300, eq. 4.
     """
     difference = ref_logps - logps
     return torch.expm1(difference) - difference
@@ -118,8 +112,8 @@ def engine_correction(
 ) -> tuple[Tensor, dict[str, Stat]]:
     """[T]: importance weight π_old / sampler, for engines that compute other probabilities or hold older weights.
 
-    `token_*`: per token; `sequence_*`: the row's product at each of its tokens. `*_truncate` clamps to [lowest, highest],
-    `*_mask` sets weights outside to 0. A token that the sampler gave no finite log-probability has weight 1.
+    `token_*`: per token; `sequence_*`: the row's product at each of its tokens. `*_truncate` clamps to
+    [lowest, highest], `*_mask` sets weights outside to 0. Where the sampler's log-probability is not finite, it is 1.
     """
     known = tokens.mask & given(tokens.sample_logps).isfinite()
     difference = torch.where(known, old_logps.detach() - given(tokens.sample_logps), 0)
@@ -143,19 +137,18 @@ def _old_logps(tokens: PolicyTokens, old: Old) -> Tensor:
 
 def _log_ratio(tokens: PolicyTokens, old_logps: Tensor, level: Level) -> Tensor:
     log_ratio = torch.where(tokens.mask, tokens.logps - old_logps, 0)
-    return log_ratio if level == "token" else tokens.micro.per_token(tokens.row_means(log_ratio))
+    if level == "token":
+        return log_ratio
+    of_row = tokens.micro.per_token(tokens.row_means(log_ratio))
+    return of_row if level == "sequence" else of_row.detach() + log_ratio - log_ratio.detach()
 
 
-def _near_policy(tokens: PolicyTokens, old_logps: Tensor, threshold: float) -> Tensor:
+def _near_sampler(tokens: PolicyTokens, threshold: float) -> Tensor:
     """[T]: 0 on rows with a negative advantage that the policy has left by more than `threshold` nats a token.
 
     Source: arXiv:2512.02556, section 3.1."""
-    drift = tokens.row_means(old_logps - tokens.logps.detach()) <= threshold
-    return tokens.micro.per_token(drift) | (tokens.advantages >= 0)
-
-
-def _clip_metrics(tokens: PolicyTokens, clips: dict[str, Tensor]) -> dict[str, Stat]:
-    return {f"clip_ratio/{name}_mean": tokens.token_stat(flag.to(tokens.logps.dtype)) for name, flag in clips.items()}
+    drift = torch.nan_to_num(given(tokens.sample_logps) - tokens.logps.detach(), nan=0.0)
+    return tokens.micro.per_token(tokens.row_means(drift) <= threshold) | (tokens.advantages >= 0)
 
 
 def _quantile(values: Tensor, share: float) -> Tensor:

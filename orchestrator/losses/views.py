@@ -10,7 +10,7 @@ Axes: `T` tokens, `B` rows, `P` pairs. `mask` is what the loss is summed over.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache, cached_property
 from typing import Any, ClassVar, Self, get_type_hints
@@ -30,11 +30,17 @@ def given(values: Tensor | None) -> Tensor:
     return values
 
 
+def joined(parts: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Values of all views of this rank, one after the other. A rank may have none: its micro-batches are all empty."""
+    return torch.cat(list(parts)) if parts else torch.zeros(0, dtype=dtype)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
     """Every token with its log-probability under the weights that are trained."""
 
     keep_groups: ClassVar[bool] = False  # rows of a group must share a micro-batch
+    forward: ClassVar[frozenset[str]] = frozenset()  # options of the forward pass (`declare.FORWARD_OPTIONS`)
 
     micro: MicroBatch
     logps: Tensor  # [T], carries the gradient
@@ -47,18 +53,16 @@ class Tokens:
     @classmethod
     def of(cls, micro: MicroBatch, outputs: Outputs, names: frozenset[str], shared: Mapping[str, Tensor]) -> Self:
         """The view of one micro-batch; of the optional fields, those in `names`."""
-        values: dict[str, Any] = {name: micro[name] for name in names if name in COLUMNS}
-        values |= {name: outputs.extra[name] for name in names if name in EXTRAS}
-        known = {field.name for field in fields(cls)}
-        values = {name: value for name, value in values.items() if name in known}
-        return cls(**{**values, "micro": micro, "logps": outputs.logps, "mask": cls.mask_of(micro), "shared": shared})
+        optional = names & {field.name for field in fields(cls)} - {"mask"}
+        values: dict[str, Any] = {name: micro[name] if name in COLUMNS else outputs.extra[name] for name in optional}
+        return cls(micro=micro, logps=outputs.logps, mask=cls.mask_of(micro), shared=shared, **values)
 
     @classmethod
     @cache
     def always_reads(cls) -> frozenset[str]:
-        """Columns and extras whose fields are not optional."""
+        """Columns and extras whose fields are not optional, and what the forward pass must do."""
         hints = get_type_hints(cls)
-        return frozenset(name for name in COLUMNS.keys() | EXTRAS if hints.get(name) is Tensor)
+        return cls.forward | {name for name in COLUMNS.keys() | EXTRAS if hints.get(name) is Tensor}
 
     @staticmethod
     def mask_of(micro: MicroBatch) -> Tensor:
@@ -96,3 +100,123 @@ class PolicyTokens(Tokens):
     old_logps: Tensor | None = None  # [T], before this batch's updates
     sample_logps: Tensor | None = None  # [T], under the sampler
     ref_logps: Tensor | None = None  # [T]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs(Tokens):
+    """Preference pairs: of the two rows of a group, one is preferred. Pairs are ordered by group."""
+
+    keep_groups: ClassVar[bool] = True
+
+    group: Tensor  # [B]
+    preferred: Tensor  # [B] bool
+    log_sum_sq_probs: Tensor | None = None  # [T], log Σ_v π(v)²
+    mean_logits: Tensor | None = None  # [T]
+
+    @staticmethod
+    def count_items(micro: MicroBatch) -> int:
+        return int(micro["preferred"].sum())
+
+    @property
+    def is_rejected(self) -> Tensor:
+        """[B] bool."""
+        return ~self.preferred
+
+    @cached_property
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """[P], [P]: the rows of the chosen and of the rejected completions."""
+        order = self.group.argsort(stable=True)
+        return order[self.preferred[order]], order[self.is_rejected[order]]
+
+    def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """[B] -> [P], [P]: values of the chosen and of the rejected completions."""
+        chosen, rejected = self.sides
+        return rows[chosen], rows[rejected]
+
+    def pair_stat(self, values: Tensor) -> Stat:
+        """A metric that is the mean over pairs, of all micro-batches and ranks."""
+        return Stat(values.detach().sum(), len(values))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefPairs(Pairs):
+    """Preference pairs that are measured against a reference."""
+
+    ref_logps: Tensor  # [T]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Triples(Pairs):
+    """Preference pairs, each with a gold completion as the third row of its group."""
+
+    gold: Tensor  # [B] bool
+
+    @property
+    def is_rejected(self) -> Tensor:
+        return ~self.preferred & ~self.gold
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChosenTokens(Tokens):
+    """The completions that were chosen, for a likelihood term beside a preference loss."""
+
+    preferred: Tensor  # [B] bool
+
+    @staticmethod
+    def mask_of(micro: MicroBatch) -> Tensor:
+        return micro["mask"] & micro.per_token(micro["preferred"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChosenSequences(Tokens):
+    """Prompt and completion of what was chosen: every token that has one before it."""
+
+    forward: ClassVar[frozenset[str]] = frozenset({"all_tokens"})
+
+    preferred: Tensor  # [B] bool
+
+    @staticmethod
+    def mask_of(micro: MicroBatch) -> Tensor:
+        follows = torch.ones_like(micro["mask"])
+        follows[micro.offsets[:-1][micro.lengths > 0]] = False
+        return follows & micro.per_token(micro["preferred"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoldTokens(Tokens):
+    """The gold completions of triples."""
+
+    gold: Tensor  # [B] bool
+
+    @staticmethod
+    def mask_of(micro: MicroBatch) -> Tensor:
+        return micro["mask"] & micro.per_token(micro["gold"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefLabelled(Tokens):
+    """Completions that are desirable or not, measured against a reference."""
+
+    label: Tensor  # [B] bool
+    ref_logps: Tensor  # [T]
+    weight: Tensor | None = None  # [B]
+
+    @cached_property
+    def log_ratios(self) -> Tensor:
+        """[B]: `log π(y) - log ref(y)`, summed over the row's tokens."""
+        return self.row_sums(self.logps - self.ref_logps)
+
+    def row_stat(self, values: Tensor, rows: Tensor) -> Stat:
+        """A metric that is the mean over `rows` [B] bool, of all micro-batches and ranks."""
+        return Stat(values.detach()[rows].sum(), rows.sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefLabelledWithMismatches(RefLabelled):
+    """As above, among rows that join a prompt to another prompt's completion: those only estimate the KL divergence."""
+
+    mismatched: Tensor  # [B] bool
+
+    @staticmethod
+    def count_items(micro: MicroBatch) -> int:
+        return int((~micro["mismatched"]).sum())

@@ -27,7 +27,8 @@ def build(name: str, options: Mapping[str, Any], facts: Mapping[str, Any] | None
     known = inspect.signature(method).parameters
     for option in options:
         if option not in known:
-            raise ConfigError(f"method {name} has no option {option!r}{_nearest(option, known)}; it has {', '.join(known)}")
+            near = _nearest(option, known)
+            raise ConfigError(f"method {name} has no option {option!r}{near}; it has {', '.join(known)}")
     offered = {fact: value for fact, value in (facts or {}).items() if fact in known}
     return _call(name, method, {**offered, **options})
 

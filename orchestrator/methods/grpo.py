@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Literal
 
@@ -10,12 +9,33 @@ from pydantic import Field
 
 from actors.errors import ConfigError
 from orchestrator.advantages import Scale, group_zscore, has_signal, mask_truncated
-from orchestrator.losses.policy_gradient import Correction, Level, clipped, policy_gradient
-from orchestrator.losses.reduce import Reduction, row_mean_of_token_means, token_mean, token_sum_over
+from orchestrator.losses.declare import Sum, Term
+from orchestrator.losses.policy_gradient import Correction, Level, Old, entropy_bonus, policy_gradient
+from orchestrator.losses.reduce import (
+    Reduction,
+    row_mean_of_token_means,
+    row_mean_of_token_sums,
+    token_mean,
+    token_sum_over,
+)
+from orchestrator.losses.surrogates import (
+    Distance,
+    Surrogate,
+    capped,
+    clipped,
+    geometric,
+    smooth_weighted,
+    soft_gated,
+    trust_region,
+)
 from orchestrator.pipeline import Pipeline, Prompts, credit, generate, keep, logps, score, update, when
 
 Positive = Annotated[float, Field(gt=0)]
-LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo"]
+NotNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "gmpo", "vespo", "dppo"]
+
+AGAINST_SAMPLER = frozenset({"vespo", "dppo"})  # their ratio is to the sampler already: nothing is left to correct
 
 
 def grpo(
@@ -26,57 +46,97 @@ def grpo(
     epsilon_high: Positive | None = None,
     delta: Annotated[float, Field(gt=1)] | None = None,
     importance_sampling_level: Level = "token",
-    beta: Annotated[float, Field(ge=0)] = 0.0,
+    beta: NotNegative = 0.0,
     use_bias_correction_kl: bool = True,
     correction: Correction = "none",
     correction_min: Positive | None = None,
     correction_max: Positive = 3.0,
     scale_rewards: Scale = "group",
     mask_truncated_completions: bool = False,
-    max_completion_length: Annotated[int, Field(ge=1)] | None = None,
+    max_completion_length: Count | None = None,
     off_policy_mask_threshold: float | None = None,
     top_entropy_quantile: Annotated[float, Field(gt=0, le=1)] = 1.0,
+    entropy_coef: NotNegative = 0.0,
+    sapo_temperature_pos: Positive = 1.0,
+    sapo_temperature_neg: Positive = 1.05,
+    dppo_distance: Distance = "binary_tv",
+    dppo_threshold: Positive = 0.15,
     dynamic_sampling: bool = False,
-    updates_per_batch: Annotated[int, Field(ge=1)] = 1,
-    minibatches: Annotated[int, Field(ge=1)] = 1,
+    updates_per_batch: Count = 1,
+    minibatches: Count = 1,
     token_metrics: bool = False,
 ) -> Pipeline:
     """Group-relative policy optimisation: a prompt's own samples are its baseline. Source: arXiv:2402.03300, eq. 3."""
     several_updates = updates_per_batch * minibatches > 1  # with one, the ratio is 1 and no pass is spent on old_logps
+    surrogates: dict[str, Surrogate] = {
+        "clipped": partial(clipped, epsilon=epsilon, epsilon_high=epsilon_high, delta=delta),
+        "cispo": partial(capped, cap=epsilon_high or epsilon),
+        "sapo": partial(soft_gated, temperature_pos=sapo_temperature_pos, temperature_neg=sapo_temperature_neg),
+        "gmpo": partial(geometric, epsilon=epsilon, epsilon_high=epsilon_high),
+        "vespo": smooth_weighted,
+        "dppo": partial(trust_region, distance=dppo_distance, threshold=dppo_threshold),
+    }
+    _check(loss_type, epsilon_high, correction)
+    old = _old(loss_type, several_updates)
+    learn = {
+        "surrogate": surrogates.get(loss_type, surrogates["clipped"]),
+        "level": importance_sampling_level,
+        "old": old,
+        "correction": correction,
+        "correction_min": correction_min,
+        "correction_max": correction_max,
+        "off_policy_mask_threshold": off_policy_mask_threshold,
+        "top_entropy_quantile": top_entropy_quantile,
+        "beta": beta,
+        "use_bias_correction_kl": use_bias_correction_kl,
+        "token_metrics": token_metrics,
+    }
+    loss = Sum(
+        Term(policy_gradient, _reduction(loss_type, max_completion_length), options=learn),
+        Term(entropy_bonus, token_mean, entropy_coef),
+    )
     return Pipeline(
         Prompts,
         generate("rollout", n=num_generations),
         score("reward"),
         *when(dynamic_sampling, keep(has_signal)),
         *when(beta, logps("reference", into="ref_logps")),
-        *when(several_updates, logps("policy", into="old_logps")),
+        *when(old == "recorded", logps("policy", into="old_logps")),
         *when(mask_truncated_completions, credit(mask_truncated)),
         credit(group_zscore, scale=scale_rewards),
-        update(
-            "policy",
-            policy_gradient,
-            reduce=_reduction(loss_type, max_completion_length),
-            epochs=updates_per_batch,
-            minibatches=minibatches,
-            surrogate=partial(clipped, epsilon=epsilon, epsilon_high=epsilon_high, delta=delta),
-            level=importance_sampling_level,
-            old="recorded" if several_updates else "current",
-            correction=correction,
-            correction_min=correction_min,
-            correction_max=correction_max,
-            off_policy_mask_threshold=off_policy_mask_threshold,
-            top_entropy_quantile=top_entropy_quantile,
-            beta=beta,
-            use_bias_correction_kl=use_bias_correction_kl,
-            token_metrics=token_metrics,
-        ),
+        update("policy", loss, epochs=updates_per_batch, minibatches=minibatches),
     )
 
 
+def _old(loss_type: str, several_updates: bool) -> Old:
+    if loss_type in AGAINST_SAMPLER:
+        return "sampler"
+    return "recorded" if several_updates else "current"
+
 
 def _reduction(loss_type: str, max_completion_length: int | None) -> Reduction:
-    if loss_type == "dr_grpo":
-        if max_completion_length is None:
-            raise ConfigError("options.loss_type=dr_grpo divides by options.max_completion_length: set it")
-        return token_sum_over(max_completion_length)
-    return {"grpo": row_mean_of_token_means, "bnpo": token_mean, "dapo": token_mean}[loss_type]
+    """What each loss type is summed over and divided by."""
+    reductions = {
+        "grpo": row_mean_of_token_means,
+        "sapo": row_mean_of_token_means,
+        "gmpo": row_mean_of_token_means,
+        "luspo": row_mean_of_token_sums,
+        "bnpo": token_mean,
+        "dapo": token_mean,
+        "cispo": token_mean,
+        "vespo": token_mean,
+        "dppo": token_mean,
+    }
+    if loss_type != "dr_grpo":
+        return reductions[loss_type]
+    if max_completion_length is None:
+        raise ConfigError("options.loss_type=dr_grpo divides by options.max_completion_length: set it")
+    return token_sum_over(max_completion_length)
+
+
+def _check(loss_type: str, epsilon_high: float | None, correction: str) -> None:
+    """Raises ConfigError for options that do not go together."""
+    if loss_type == "cispo" and epsilon_high is None:
+        raise ConfigError("options.loss_type=cispo caps the ratio at options.epsilon_high (5.0, say): set it")
+    if loss_type in AGAINST_SAMPLER and correction != "none":
+        raise ConfigError(f"options.loss_type={loss_type} takes its ratio to the sampler; set options.correction=none")

@@ -7,12 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from actors.errors import ConfigError
-from orchestrator.losses.declare import LossFunction
 from orchestrator.losses.likelihood import dft, nll
 from orchestrator.losses.reduce import token_mean
 from orchestrator.pipeline import Completions, Pipeline, update
-
-LOSSES: dict[str, LossFunction] = {"nll": nll, "dft": dft}
 
 
 def sft(
@@ -24,8 +21,8 @@ def sft(
     """Supervised fine-tuning: make the given completions likely. Every token of a batch weighs the same."""
     if label_smoothing and loss_type != "nll":
         raise ConfigError(f"options.label_smoothing={label_smoothing} needs options.loss_type=nll, not {loss_type}")
-    smoothing = {"label_smoothing": label_smoothing} if label_smoothing else {}
-    return Pipeline(
-        Completions,
-        update("policy", LOSSES[loss_type], reduce=token_mean, token_metrics=token_metrics, **smoothing),
-    )
+    learn = {
+        "nll": update("policy", nll, reduce=token_mean, label_smoothing=label_smoothing, token_metrics=token_metrics),
+        "dft": update("policy", dft, reduce=token_mean, token_metrics=token_metrics),
+    }
+    return Pipeline(Completions, learn[loss_type])

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from orchestrator.methods.dpo import dpo
 from orchestrator.methods.grpo import grpo
+from orchestrator.methods.reference_free import alphapo, cpo, orpo, simpo, tpo
 from orchestrator.methods.sft import sft
+from orchestrator.methods.unpaired import bco, kto
 from orchestrator.pipeline import Pipeline
 
 METHODS: dict[str, Callable[..., Pipeline]] = {
     "sft": sft,
+    "dpo": dpo,
+    "cpo": cpo,
+    "simpo": simpo,
+    "alphapo": alphapo,
+    "orpo": orpo,
+    "tpo": tpo,
+    "kto": kto,
+    "bco": bco,
     "grpo": grpo,
 }

@@ -1,0 +1,272 @@
+"""Preference losses over pairs: make the chosen completion win.
+
+A contrast is a small pure function of a pair's two scores and of beta; a new one is one function here and its row in
+`CONTRASTS`. What it contrasts is the loss's matter: `against_reference` scores a completion by its log-ratio to the
+reference, `reference_free` by its own log-probability.
+
+Letters: `d = chosen - rejected`, `n` tokens, `ε` label smoothing. Scores are sums over a completion's tokens, in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from actors.objective import Stat
+from orchestrator.losses.declare import Loss, is_on, reads
+from orchestrator.losses.divergences import Divergence, reverse_kl
+from orchestrator.losses.views import Pairs, RefPairs, Triples, given
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """[P] each: the scores of both completions and their lengths in tokens."""
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
+
+    @property
+    def difference(self) -> Tensor:
+        return self.chosen - self.rejected
+
+    @property
+    def per_token(self) -> PairScores:
+        """The scores divided by the lengths."""
+        return replace(self, chosen=self.chosen / self.chosen_tokens, rejected=self.rejected / self.rejected_tokens)
+
+
+Contrast = Callable[[PairScores, float], Tensor]
+
+
+def sigmoid(scores: PairScores, beta: float, *, label_smoothing: float = 0.0) -> Tensor:
+    """`-(1-ε) log σ(βd) - ε log σ(-βd)`. Source: arXiv:2305.18290, eq. 7; smoothing (cDPO): Mitchell, 2023, a note.
+
+    Departure from TRL 1.16, which ignores the smoothing here."""
+    return smoothed_logistic(beta * scores.difference, label_smoothing)
+
+
+def sigmoid_norm(scores: PairScores, beta: float, *, label_smoothing: float = 0.0) -> Tensor:
+    """`sigmoid` of scores per token. Source: arXiv:2411.15124, eq. 6."""
+    return sigmoid(scores.per_token, beta, label_smoothing=label_smoothing)
+
+
+def hinge(scores: PairScores, beta: float) -> Tensor:
+    """`max(0, 1 - βd)`. Source: arXiv:2305.10425, eq. 1, in the normalised form of arXiv:2309.06657, eq. 8."""
+    return F.relu(1 - beta * scores.difference)
+
+
+def ipo(scores: PairScores, beta: float) -> Tensor:
+    """`(d/n - 1/(2β))²`, with scores per token. Source: arXiv:2310.12036, eq. 17.
+
+    Departure from the paper, with TRL: the paper's d is not divided by lengths; its authors confirmed that it should be.
+    """
+    return (scores.per_token.difference - 1 / (2 * beta)).square()
+
+
+def exo_pair(scores: PairScores, beta: float, *, label_smoothing: float) -> Tensor:
+    """`KL(q ‖ (1-ε, ε))` with `q = (σ(βd), σ(-βd))`. Needs ε > 0. Source: arXiv:2402.00856, eq. 16."""
+    z = beta * scores.difference
+    log_win, log_lose = F.logsigmoid(z), F.logsigmoid(-z)
+    target = torch.tensor([1 - label_smoothing, label_smoothing], dtype=z.dtype, device=z.device).log()
+    return log_win.exp() * (log_win - target[0]) + log_lose.exp() * (log_lose - target[1])
+
+
+def nca_pair(scores: PairScores, beta: float) -> Tensor:
+    """`-log σ(βu_w) - ½ log σ(-βu_w) - ½ log σ(-βu_l)`. Source: arXiv:2402.05369, eq. 8, with two completions."""
+    won, lost = beta * scores.chosen, beta * scores.rejected
+    return -F.logsigmoid(won) - 0.5 * F.logsigmoid(-won) - 0.5 * F.logsigmoid(-lost)
+
+
+def robust(scores: PairScores, beta: float, *, label_smoothing: float = 0.0) -> Tensor:
+    """`[-(1-ε) log σ(βd) + ε log σ(-βd)] / (1-2ε)`: unbiased if a share ε of the labels is flipped.
+
+    Source: arXiv:2403.00409, eq. 8."""
+    z = beta * scores.difference
+    biased = -(1 - label_smoothing) * F.logsigmoid(z) + label_smoothing * F.logsigmoid(-z)
+    return biased / (1 - 2 * label_smoothing)
+
+
+def bco_pair(scores: PairScores, beta: float) -> Tensor:
+    """`-log σ(βu_w) - log σ(-βu_l)`. Source: arXiv:2404.04656, eq. 10, without its shift δ (the method `bco` has it)."""
+    return -F.logsigmoid(beta * scores.chosen) - F.logsigmoid(-beta * scores.rejected)
+
+
+def sppo_hard(scores: PairScores, beta: float) -> Tensor:
+    """`(u_w - 1/(2β))² + (u_l + 1/(2β))²`. Source: arXiv:2405.00675, eq. 4.8, with win rates 1 and 0."""
+    target = 1 / (2 * beta)
+    return (scores.chosen - target).square() + (scores.rejected + target).square()
+
+
+def apo_zero(scores: PairScores, beta: float) -> Tensor:
+    """`1 - σ(βu_w) + σ(βu_l)`: up with the chosen, down with the rejected. Source: arXiv:2408.06266, eq. 4."""
+    return torch.sigmoid(-beta * scores.chosen) + torch.sigmoid(beta * scores.rejected)
+
+
+def apo_down(scores: PairScores, beta: float) -> Tensor:
+    """`σ(βu_w) + 1 - σ(βd)`: down with both, further with the rejected. Source: arXiv:2408.06266, eq. 5."""
+    return torch.sigmoid(beta * scores.chosen) + torch.sigmoid(-beta * scores.difference)
+
+
+def discopop(scores: PairScores, beta: float, *, discopop_tau: float = 0.05) -> Tensor:
+    """`(1-κ)(-log σ(z)) + κ e^{-z}`, `z = βd`, `κ = σ(z/τ)`. Source: arXiv:2406.08414, eq. 7 (log-ratio modulated)."""
+    z = beta * scores.difference
+    gate = torch.sigmoid(z / discopop_tau)
+    return -(1 - gate) * F.logsigmoid(z) + gate * torch.exp(-z)
+
+
+def margin_sigmoid(
+    scores: PairScores, beta: float, *, gamma: float, alpha: float = 0.0, label_smoothing: float = 0.0
+) -> Tensor:
+    """`sigmoid` of `βd - γ` with `d` between scores per token; with `alpha`, between `(1 - e^{-α s}) / α` of them.
+
+    Source: arXiv:2405.14734, eq. 6, where γ is what γ/β times β is here; alpha: arXiv:2501.03884, eq. 6."""
+    means = scores.per_token
+    chosen, rejected = shaped(means.chosen, alpha), shaped(means.rejected, alpha)
+    return smoothed_logistic(beta * (chosen - rejected) - gamma, label_smoothing)
+
+
+def odds_ratio(scores: PairScores, beta: float) -> Tensor:
+    """`-β log σ(log odds(chosen) - log odds(rejected))`, odds of the mean token probability.
+
+    Source: arXiv:2403.07691, eq. 6 and 7, with λ for beta."""
+    return -beta * F.logsigmoid(log_odds(scores))
+
+
+CONTRASTS: dict[str, Callable[..., Tensor]] = {
+    contrast.__name__: contrast
+    for contrast in (
+        sigmoid,
+        hinge,
+        ipo,
+        exo_pair,
+        nca_pair,
+        robust,
+        bco_pair,
+        sppo_hard,
+        apo_zero,
+        apo_down,
+        discopop,
+        sigmoid_norm,
+    )
+}
+
+
+@reads("log_sum_sq_probs", use_weighting=is_on)
+@reads("entropy", "mean_logits", "is_top1", token_metrics=is_on)
+def against_reference(
+    pairs: RefPairs,
+    *,
+    contrast: Contrast,
+    beta: float,
+    divergence: Divergence = reverse_kl,
+    ld_alpha: float | None = None,
+    use_weighting: bool = False,
+    token_metrics: bool = False,
+) -> Loss:
+    """[P]: a contrast of `x(u)`, `u = log π(y) - log ref(y)` and `x` the divergence's derivative.
+
+    `ld_alpha` weighs what a completion is longer than the other (arXiv:2409.06411, eq. 11); `use_weighting` weighs pairs
+    by how likely the policy itself would write them (arXiv:2406.11827, eq. 5, in the form that sums to the policy's own).
+    """
+    ratios = pair_scores(pairs, pairs.logps - pairs.ref_logps, ld_alpha)
+    scores = replace(ratios, chosen=divergence(ratios.chosen), rejected=divergence(ratios.rejected))
+    values = contrast(scores, beta)
+    if use_weighting:
+        values = values * policy_likelihood(pairs)
+    return values, pair_metrics(pairs, ratios, beta, token_metrics)
+
+
+@reads("entropy", "mean_logits", "is_top1", token_metrics=is_on)
+def reference_free(pairs: Pairs, *, contrast: Contrast, beta: float, token_metrics: bool = False) -> Loss:
+    """[P]: a contrast of the completions' own log-probabilities."""
+    scores = pair_scores(pairs, pairs.logps)
+    return contrast(scores, beta), pair_metrics(pairs, scores, beta, token_metrics)
+
+
+@reads("entropy", "mean_logits", "is_top1", token_metrics=is_on)
+def of_triples(pairs: Triples, *, contrast: Contrast, beta: float, token_metrics: bool = False) -> Loss:
+    """[P]: `reference_free`, of the chosen and the rejected completion of each triple."""
+    return reference_free(pairs, contrast=contrast, beta=beta, token_metrics=token_metrics)
+
+
+def pair_scores(pairs: Pairs, values: Tensor, ld_alpha: float | None = None) -> PairScores:
+    """Per-token values summed over each completion; with `ld_alpha`, that is the weight of a token beyond the shorter
+    completion's length."""
+    chosen_tokens, rejected_tokens = pairs.split(pairs.counts)
+    if ld_alpha is not None:
+        values = values * torch.where(_beyond_shorter(pairs), ld_alpha, 1.0)
+    chosen, rejected = pairs.split(pairs.row_sums(values))
+    return PairScores(chosen, rejected, chosen_tokens.clamp(min=1), rejected_tokens.clamp(min=1))
+
+
+def smoothed_logistic(z: Tensor, label_smoothing: float) -> Tensor:
+    """`-(1-ε) log σ(z) - ε log σ(-z)`."""
+    return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
+
+
+def shaped(scores: Tensor, alpha: float) -> Tensor:
+    """`(1 - e^{-α s}) / α`, and `s` itself for `α = 0`."""
+    return -torch.expm1(-alpha * scores) / alpha if alpha else scores
+
+
+def log_odds(scores: PairScores) -> Tensor:
+    """[P]: `log odds(chosen) - log odds(rejected)`, of mean token log-probabilities."""
+    means = scores.per_token
+    return means.difference - _log1mexp(means.chosen) + _log1mexp(means.rejected)
+
+
+def policy_likelihood(pairs: Pairs) -> Tensor:
+    """[P]: `ω_w ω_l` without gradient, `ω = exp(mean_t(log π(y_t) - log Σ_v π(v)²))`."""
+    weights = pairs.row_means(pairs.logps.detach() - given(pairs.log_sum_sq_probs)).exp()
+    chosen, rejected = pairs.split(weights)
+    return chosen * rejected
+
+
+def pair_metrics(pairs: Pairs, scores: PairScores, beta: float, token_metrics: bool) -> dict[str, Stat]:
+    """Rewards are `β x score`, whichever contrast is optimised."""
+    chosen_logps, rejected_logps = pairs.split(pairs.row_sums(pairs.logps))
+    metrics = {
+        "rewards/chosen": pairs.pair_stat(beta * scores.chosen),
+        "rewards/rejected": pairs.pair_stat(beta * scores.rejected),
+        "rewards/margins": pairs.pair_stat(beta * scores.difference),
+        "rewards/accuracies": pairs.pair_stat((scores.difference > 0).to(scores.chosen.dtype)),
+        "logps/chosen": pairs.pair_stat(chosen_logps),
+        "logps/rejected": pairs.pair_stat(rejected_logps),
+    }
+    return metrics | _token_metrics(pairs) if token_metrics else metrics
+
+
+def _token_metrics(pairs: Pairs) -> dict[str, Stat]:
+    chosen_logits, rejected_logits = pairs.split(pairs.row_sums(given(pairs.mean_logits)))
+    chosen_right, _ = pairs.split(pairs.row_sums(given(pairs.is_top1)))
+    chosen_tokens, rejected_tokens = pairs.split(pairs.counts)
+    return {
+        "entropy": pairs.token_stat(given(pairs.entropy)),
+        "logits/chosen": Stat(chosen_logits.sum(), chosen_tokens.sum()),
+        "logits/rejected": Stat(rejected_logits.sum(), rejected_tokens.sum()),
+        "mean_token_accuracy": Stat(chosen_right.sum(), chosen_tokens.sum()),
+    }
+
+
+def _beyond_shorter(pairs: Pairs) -> Tensor:
+    """[T] bool: the completion's tokens beyond the length of the shorter of its pair."""
+    seen = pairs.mask.long().cumsum(0)
+    before = (seen - pairs.mask.long())[pairs.micro.offsets[:-1].clamp(max=max(len(seen) - 1, 0))]
+    position = seen - pairs.micro.per_token(before)
+    chosen, rejected = pairs.sides
+    shorter = torch.full_like(pairs.counts, torch.inf)
+    shorter[chosen] = shorter[rejected] = torch.minimum(pairs.counts[chosen], pairs.counts[rejected])
+    return position > pairs.micro.per_token(shorter)
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """`log(1 - e^x)` for `x < 0`, accurate at both ends. Source: Mächler, 2012, eq. 7."""
+    near_zero = x > -0.6931471805599453
+    safe_near, safe_far = torch.where(near_zero, x, -1.0), torch.where(near_zero, -1.0, x)
+    return torch.where(near_zero, (-torch.expm1(safe_near)).log(), torch.log1p(-safe_far.exp()))

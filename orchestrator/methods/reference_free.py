@@ -1,0 +1,114 @@
+"""Preference methods without a reference: CPO, SimPO, AlphaPO, ORPO, TPO."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from actors.errors import ConfigError
+from orchestrator.losses.declare import Sum, Term
+from orchestrator.losses.likelihood import chosen_nll, chosen_sequence_nll, gold_nll
+from orchestrator.losses.pairwise import (
+    Contrast,
+    hinge,
+    ipo,
+    margin_sigmoid,
+    odds_ratio,
+    of_triples,
+    reference_free,
+    sigmoid,
+)
+from orchestrator.losses.reduce import item_mean, token_mean
+from orchestrator.pipeline import Pairs, Pipeline, Triples, update
+
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
+
+
+def cpo(
+    *,
+    loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid",
+    beta: Positive = 0.1,
+    label_smoothing: Smoothing = 0.0,
+    cpo_alpha: NotNegative = 1.0,
+    token_metrics: bool = False,
+) -> Pipeline:
+    """Contrastive preference optimisation: a preference loss without reference, and likelihood of the chosen.
+
+    Source: arXiv:2401.08417, eq. 5."""
+    if label_smoothing and loss_type != "sigmoid":
+        raise ConfigError(f"options.label_smoothing={label_smoothing} needs options.loss_type=sigmoid, not {loss_type}")
+    contrasts: dict[str, Contrast] = {
+        "sigmoid": partial(sigmoid, label_smoothing=label_smoothing),
+        "hinge": hinge,
+        "ipo": ipo,
+    }
+    return _pairs(contrasts[loss_type], beta, token_metrics, Term(chosen_nll, token_mean, cpo_alpha))
+
+
+def simpo(
+    *,
+    beta: Positive = 2.0,
+    simpo_gamma: NotNegative = 0.5,
+    label_smoothing: Smoothing = 0.0,
+    cpo_alpha: NotNegative = 0.0,
+    token_metrics: bool = False,
+) -> Pipeline:
+    """Simple preference optimisation: mean log-probabilities, apart by a margin. `cpo_alpha` adds CPO's likelihood term.
+
+    Source: arXiv:2405.14734, eq. 6."""
+    contrast = partial(margin_sigmoid, gamma=simpo_gamma, label_smoothing=label_smoothing)
+    return _pairs(contrast, beta, token_metrics, Term(chosen_nll, token_mean, cpo_alpha))
+
+
+def alphapo(
+    *,
+    alpha: float = 0.25,
+    beta: Positive = 2.5,
+    simpo_gamma: NotNegative = 0.1,
+    label_smoothing: Smoothing = 0.0,
+    token_metrics: bool = False,
+) -> Pipeline:
+    """SimPO with a reward whose shape `alpha` sets. Source: arXiv:2501.03884, eq. 6; defaults of its table 3."""
+    contrast = partial(margin_sigmoid, gamma=simpo_gamma, alpha=alpha, label_smoothing=label_smoothing)
+    return _pairs(contrast, beta, token_metrics)
+
+
+def orpo(*, beta: Positive = 0.1, token_metrics: bool = False) -> Pipeline:
+    """Odds-ratio preference optimisation: supervised fine-tuning with a penalty on the odds of what was rejected.
+
+    The likelihood term spans prompt and completion. Source: arXiv:2403.07691, eq. 6 (its λ is `beta`)."""
+    return _pairs(odds_ratio, beta, token_metrics, Term(chosen_sequence_nll, token_mean))
+
+
+def tpo(
+    *,
+    loss_type: Literal["sigmoid", "hinge", "ipo", "tpo-l"] = "sigmoid",
+    beta: Positive = 0.01,
+    label_smoothing: Smoothing = 0.0,
+    tpo_alpha: NotNegative = 1.0,
+    tpo_l_gamma: NotNegative = 0.5,
+    token_metrics: bool = False,
+) -> Pipeline:
+    """Triple preference optimisation: a preference loss on two completions, likelihood of a third, the gold one.
+
+    Source: arXiv:2405.16681, eq. 10."""
+    if label_smoothing and loss_type not in ("sigmoid", "tpo-l"):
+        raise ConfigError(f"options.label_smoothing={label_smoothing} needs options.loss_type sigmoid or tpo-l")
+    contrasts: dict[str, Contrast] = {
+        "sigmoid": partial(sigmoid, label_smoothing=label_smoothing),
+        "hinge": hinge,
+        "ipo": ipo,
+        "tpo-l": partial(margin_sigmoid, gamma=tpo_l_gamma, label_smoothing=label_smoothing),
+    }
+    options = {"contrast": contrasts[loss_type], "beta": beta, "token_metrics": token_metrics}
+    terms = Sum(Term(of_triples, item_mean, options=options), Term(gold_nll, token_mean, tpo_alpha))
+    return Pipeline(Triples, update("policy", terms))
+
+
+def _pairs(contrast: Contrast, beta: float, token_metrics: bool, *likelihood: Term) -> Pipeline:
+    options = {"contrast": contrast, "beta": beta, "token_metrics": token_metrics}
+    return Pipeline(Pairs, update("policy", Sum(Term(reference_free, item_mean, options=options), *likelihood)))

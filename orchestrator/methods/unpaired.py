@@ -1,0 +1,46 @@
+"""Methods for completions that are labelled one by one: KTO and BCO."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from orchestrator.losses.reduce import item_mean
+from orchestrator.losses.unpaired import apo_zero_unpaired as apo_zero_loss
+from orchestrator.losses.unpaired import bco as bco_loss
+from orchestrator.losses.unpaired import kto as kto_loss
+from orchestrator.pipeline import Labelled, MismatchedLabelled, Pipeline, WeightedLabelled, logps, update
+
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+def kto(
+    *,
+    loss_type: Literal["kto", "apo_zero_unpaired"] = "kto",
+    beta: Positive = 0.1,
+    desirable_weight: NotNegative = 1.0,
+    undesirable_weight: NotNegative = 1.0,
+) -> Pipeline:
+    """Kahneman-Tversky optimisation: gains and losses against how far the policy has moved. Source: arXiv:2402.01306."""
+    data, loss = {
+        "kto": (MismatchedLabelled, kto_loss),
+        "apo_zero_unpaired": (Labelled, apo_zero_loss),
+    }[loss_type]
+    weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
+    return Pipeline(
+        data, logps("reference", into="ref_logps"), update("policy", loss, reduce=item_mean, beta=beta, **weights)
+    )
+
+
+def bco(*, beta: Positive = 0.1, density_ratio: bool = False) -> Pipeline:
+    """Binary classifier optimisation: a classifier of desirable completions, its threshold the mean reward so far.
+
+    `density_ratio` weighs undesirable rows by how likely their prompts are among the desirable ones.
+    Source: arXiv:2404.04656, eq. 9 and 12."""
+    return Pipeline(
+        WeightedLabelled if density_ratio else Labelled,
+        logps("reference", into="ref_logps"),
+        update("policy", bco_loss, reduce=item_mean, beta=beta, density_ratio=density_ratio),
+    )
