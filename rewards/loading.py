@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 from actors.errors import ConfigError
 from rewards.functions import REWARDS
@@ -31,8 +31,8 @@ OFFERED = ("prompts", "completions", "completion_ids", "trainer_state", "log_ext
 
 @dataclass(frozen=True)
 class Reward:
-    """A function ready to be called. `parameters`: the names it takes, None if it takes any; `needs`: columns of the data
-    set that it cannot do without."""
+    """A function ready to be called. `parameters`: the names it takes, None if it takes any; `needs`: columns that the
+    data set must have for it."""
 
     name: str
     weight: float
@@ -78,6 +78,27 @@ class RewardSpec:
         name = self.name or _split(self.fn)[1]
         call = _bound(target, options)
         return Reward(name, self.weight, call, _accepted(signature), needs, _is_async(target))
+
+
+class Settings(Protocol):
+    """What a configuration says about one reward."""
+
+    @property
+    def fn(self) -> str: ...
+
+    @property
+    def weight(self) -> float: ...
+
+    @property
+    def name(self) -> str | None: ...
+
+    @property
+    def options(self) -> Mapping[str, Any]: ...
+
+
+def check_reward(settings: Settings) -> RewardSpec:
+    """The reward that a configuration names, found and ready to travel. Raises ConfigError: call it before a launch."""
+    return RewardSpec(settings.fn, settings.weight, settings.name, dict(settings.options)).located()
 
 
 def load_reward(fn: str, options: Mapping[str, Any] | None = None) -> Reward:

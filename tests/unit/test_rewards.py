@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from actors.batch import Batch
 from actors.errors import ConfigError, DataFailure, InfraFailure
 from actors.worker import LocalWorker
+from orchestrator.config import RewardConfig
 from rewards.actor import RewardWorker, ScoreResult
 from rewards.combine import weighted_sum
 from rewards.functions import (
@@ -28,11 +29,12 @@ from rewards.functions import (
     soft_overlong_punishment,
     think_format_reward,
 )
-from rewards.loading import RewardSpec, check_columns, load_reward
+from rewards.loading import RewardSpec, check_columns, check_reward, load_reward
 from rewards.mathematics import accuracy
 from tests.unit.tiny import tiny_tokenizer
 
-GOLDEN = {case["id"]: case for case in json.loads((Path(__file__).parents[1] / "golden/rewards.json").read_text())["cases"]}
+GOLDEN_FILE = Path(__file__).parents[1] / "golden/rewards.json"
+GOLDEN = {case["id"]: case for case in json.loads(GOLDEN_FILE.read_text())["cases"]}
 
 SCORING = '''
 import asyncio
@@ -121,8 +123,9 @@ def test_cosine_scaling_stays_between_its_two_ends(short: float, long: float, pr
 
 
 def test_exact_match_reads_plain_and_conversational_completions_alike() -> None:
-    plain = exact_match([" 42", "41"], answer=["42", 42])
-    conversational = exact_match([[{"role": "assistant", "content": text}] for text in (" 42", "41")], answer=["42", 42])
+    texts, answers = [" 42", "41"], ["42", 42]
+    plain = exact_match(texts, answer=answers)
+    conversational = exact_match([[{"role": "assistant", "content": text}] for text in texts], answer=answers)
     assert plain == conversational == [1.0, 0.0]
     assert exact_match([" 42"], answer=["42"], strip=False) == [0.0]
 
@@ -203,7 +206,9 @@ def test_a_function_of_a_file_named_like_our_own_package_is_found(file: Path) ->
     assert sys.modules["rewards"].__file__ != str(file)
 
 
-def test_a_located_reward_needs_neither_its_file_nor_its_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_located_reward_needs_neither_its_file_nor_its_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "mine.py"
     path.write_text(SCORING)
     monkeypatch.chdir(tmp_path)
@@ -216,6 +221,14 @@ def test_a_located_reward_needs_neither_its_file_nor_its_directory(tmp_path: Pat
 def test_a_class_is_made_once_with_its_options(file: Path) -> None:
     reward = load_reward(f"{file}:Threshold", {"at": 2})
     assert reward.call(completion_ids=[[1, 2], [1, 2, 3]]) == [0.0, 1.0]
+
+
+def test_the_configuration_of_a_reward_becomes_its_spec(file: Path) -> None:
+    spec = check_reward(RewardConfig(fn=f"{file}:half", weight=0.5, name="mine", options={"factor": 3}))
+    reward = spec.load()
+    assert (reward.name, reward.weight, reward.is_async) == ("mine", 0.5, True)
+    with pytest.raises(ConfigError, match="did you mean exact_match"):
+        check_reward(RewardConfig(fn="exact_mach"))
 
 
 def test_an_importable_module_is_found() -> None:
@@ -248,7 +261,7 @@ def test_a_reward_that_cannot_be_used_says_what_is_there_instead(
 
 def test_a_file_that_fails_is_named_with_its_error(tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text("1/0")
-    with pytest.raises(ConfigError, match="bad.py failed: ZeroDivisionError"):
+    with pytest.raises(ConfigError, match=r"bad\.py failed: ZeroDivisionError"):
         load_reward(f"{tmp_path}/bad.py:f")
 
 
