@@ -37,8 +37,9 @@ class PairScores:
 
     @property
     def per_token(self) -> PairScores:
-        """The scores divided by the lengths."""
-        return replace(self, chosen=self.chosen / self.chosen_tokens, rejected=self.rejected / self.rejected_tokens)
+        """Scores of the mean token; so is their own `per_token`."""
+        ones = torch.ones_like(self.chosen_tokens)
+        return PairScores(self.chosen / self.chosen_tokens, self.rejected / self.rejected_tokens, ones, ones)
 
 
 Contrast = Callable[[PairScores, float], Tensor]
@@ -123,16 +124,15 @@ def discopop(scores: PairScores, beta: float, *, discopop_tau: float = 0.05) -> 
 def margin_sigmoid(
     scores: PairScores, beta: float, *, gamma: float, alpha: float = 0.0, label_smoothing: float = 0.0
 ) -> Tensor:
-    """`sigmoid` of `βd - γ` with `d` between scores per token; with `alpha`, between `(1 - e^{-α s}) / α` of them.
+    """`sigmoid` of `βd - γ`; with `alpha`, `d` is between `(1 - e^{-α s}) / α` of the scores. For scores per token.
 
-    Source: arXiv:2405.14734, eq. 6, where γ is what γ/β times β is here; alpha: arXiv:2501.03884, eq. 6."""
-    means = scores.per_token
-    chosen, rejected = shaped(means.chosen, alpha), shaped(means.rejected, alpha)
-    return smoothed_logistic(beta * (chosen - rejected) - gamma, label_smoothing)
+    Source: arXiv:2405.14734, eq. 6; alpha: arXiv:2501.03884, eq. 6."""
+    difference = shaped(scores.chosen, alpha) - shaped(scores.rejected, alpha)
+    return smoothed_logistic(beta * difference - gamma, label_smoothing)
 
 
 def odds_ratio(scores: PairScores, beta: float) -> Tensor:
-    """`-β log σ(log odds(chosen) - log odds(rejected))`, odds of the mean token probability.
+    """`-β log σ(log odds(chosen) - log odds(rejected))`, odds of `e^score`. For log-probabilities per token.
 
     Source: arXiv:2403.07691, eq. 6 and 7, with λ for beta."""
     return -beta * F.logsigmoid(log_odds(scores))
@@ -183,16 +183,23 @@ def against_reference(
 
 
 @reads("entropy", "mean_logits", "is_top1", token_metrics=is_on)
-def reference_free(pairs: Pairs, *, contrast: Contrast, beta: float, token_metrics: bool = False) -> Loss:
-    """[P]: a contrast of the completions' own log-probabilities."""
+def reference_free(
+    pairs: Pairs, *, contrast: Contrast, beta: float, length_normalised: bool = False, token_metrics: bool = False
+) -> Loss:
+    """[P]: a contrast of the completions' own log-probabilities, summed over tokens or of the mean token."""
     scores = pair_scores(pairs, pairs.logps)
+    scores = scores.per_token if length_normalised else scores
     return contrast(scores, beta), pair_metrics(pairs, scores, beta, token_metrics)
 
 
 @reads("entropy", "mean_logits", "is_top1", token_metrics=is_on)
-def of_triples(pairs: Triples, *, contrast: Contrast, beta: float, token_metrics: bool = False) -> Loss:
+def of_triples(
+    pairs: Triples, *, contrast: Contrast, beta: float, length_normalised: bool = False, token_metrics: bool = False
+) -> Loss:
     """[P]: `reference_free`, of the chosen and the rejected completion of each triple."""
-    return reference_free(pairs, contrast=contrast, beta=beta, token_metrics=token_metrics)
+    return reference_free(
+        pairs, contrast=contrast, beta=beta, length_normalised=length_normalised, token_metrics=token_metrics
+    )
 
 
 def pair_scores(pairs: Pairs, values: Tensor, ld_alpha: float | None = None) -> PairScores:
@@ -216,9 +223,8 @@ def shaped(scores: Tensor, alpha: float) -> Tensor:
 
 
 def log_odds(scores: PairScores) -> Tensor:
-    """[P]: `log odds(chosen) - log odds(rejected)`, of mean token log-probabilities."""
-    means = scores.per_token
-    return means.difference - _log1mexp(means.chosen) + _log1mexp(means.rejected)
+    """[P]: `log odds(chosen) - log odds(rejected)`."""
+    return scores.difference - _log1mexp(scores.chosen) + _log1mexp(scores.rejected)
 
 
 def policy_likelihood(pairs: Pairs) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -39,14 +39,11 @@ def cpo(
     """Contrastive preference optimisation: a preference loss without reference, and likelihood of the chosen.
 
     Source: arXiv:2401.08417, eq. 5."""
+    contrasts = _contrasts(label_smoothing)
     if label_smoothing and loss_type != "sigmoid":
         raise ConfigError(f"options.label_smoothing={label_smoothing} needs options.loss_type=sigmoid, not {loss_type}")
-    contrasts: dict[str, Contrast] = {
-        "sigmoid": partial(sigmoid, label_smoothing=label_smoothing),
-        "hinge": hinge,
-        "ipo": ipo,
-    }
-    return _pairs(contrasts[loss_type], beta, token_metrics, Term(chosen_nll, token_mean, cpo_alpha))
+    options = _options(contrasts[loss_type], beta, token_metrics, length_normalised=loss_type == "ipo")
+    return _pairs(options, Term(chosen_nll, token_mean, cpo_alpha))
 
 
 def simpo(
@@ -61,7 +58,8 @@ def simpo(
 
     Source: arXiv:2405.14734, eq. 6."""
     contrast = partial(margin_sigmoid, gamma=simpo_gamma, label_smoothing=label_smoothing)
-    return _pairs(contrast, beta, token_metrics, Term(chosen_nll, token_mean, cpo_alpha))
+    options = _options(contrast, beta, token_metrics, length_normalised=True)
+    return _pairs(options, Term(chosen_nll, token_mean, cpo_alpha))
 
 
 def alphapo(
@@ -74,14 +72,15 @@ def alphapo(
 ) -> Pipeline:
     """SimPO with a reward whose shape `alpha` sets. Source: arXiv:2501.03884, eq. 6; defaults of its table 3."""
     contrast = partial(margin_sigmoid, gamma=simpo_gamma, alpha=alpha, label_smoothing=label_smoothing)
-    return _pairs(contrast, beta, token_metrics)
+    return _pairs(_options(contrast, beta, token_metrics, length_normalised=True))
 
 
 def orpo(*, beta: Positive = 0.1, token_metrics: bool = False) -> Pipeline:
     """Odds-ratio preference optimisation: supervised fine-tuning with a penalty on the odds of what was rejected.
 
     The likelihood term spans prompt and completion. Source: arXiv:2403.07691, eq. 6 (its λ is `beta`)."""
-    return _pairs(odds_ratio, beta, token_metrics, Term(chosen_sequence_nll, token_mean))
+    options = _options(odds_ratio, beta, token_metrics, length_normalised=True)
+    return _pairs(options, Term(chosen_sequence_nll, token_mean))
 
 
 def tpo(
@@ -98,17 +97,25 @@ def tpo(
     Source: arXiv:2405.16681, eq. 10."""
     if label_smoothing and loss_type not in ("sigmoid", "tpo-l"):
         raise ConfigError(f"options.label_smoothing={label_smoothing} needs options.loss_type sigmoid or tpo-l")
-    contrasts: dict[str, Contrast] = {
-        "sigmoid": partial(sigmoid, label_smoothing=label_smoothing),
-        "hinge": hinge,
-        "ipo": ipo,
-        "tpo-l": partial(margin_sigmoid, gamma=tpo_l_gamma, label_smoothing=label_smoothing),
-    }
-    options = {"contrast": contrasts[loss_type], "beta": beta, "token_metrics": token_metrics}
+    with_margin = partial(margin_sigmoid, gamma=tpo_l_gamma, label_smoothing=label_smoothing)
+    contrast = {**_contrasts(label_smoothing), "tpo-l": with_margin}[loss_type]
+    options = _options(contrast, beta, token_metrics, length_normalised=loss_type in ("ipo", "tpo-l"))
     terms = Sum(Term(of_triples, item_mean, options=options), Term(gold_nll, token_mean, tpo_alpha))
     return Pipeline(Triples, update("policy", terms))
 
 
-def _pairs(contrast: Contrast, beta: float, token_metrics: bool, *likelihood: Term) -> Pipeline:
-    options = {"contrast": contrast, "beta": beta, "token_metrics": token_metrics}
+def _contrasts(label_smoothing: float) -> dict[str, Contrast]:
+    return {"sigmoid": partial(sigmoid, label_smoothing=label_smoothing), "hinge": hinge, "ipo": ipo}
+
+
+def _options(contrast: Contrast, beta: float, token_metrics: bool, *, length_normalised: bool) -> dict[str, Any]:
+    return {
+        "contrast": contrast,
+        "beta": beta,
+        "length_normalised": length_normalised,
+        "token_metrics": token_metrics,
+    }
+
+
+def _pairs(options: dict[str, Any], *likelihood: Term) -> Pipeline:
     return Pipeline(Pairs, update("policy", Sum(Term(reference_free, item_mean, options=options), *likelihood)))

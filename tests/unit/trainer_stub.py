@@ -1,0 +1,154 @@
+"""What a trainer does with an objective, without a model: outputs are given, ranks are threads.
+
+Values and gradients come back whole, in the order of the rows that were given, however they were split.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from actors.objective import MicroBatch, Objective, Outputs, Stat
+
+Split = Sequence[Sequence[Sequence[int]]]  # ranks -> micro-batches -> rows
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A whole batch: its columns, and what a forward pass found. All per-token tensors are flat."""
+
+    micro: MicroBatch
+    logps: Tensor
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.micro)
+
+    def token_index(self, rows: Sequence[int]) -> Tensor:
+        offsets = self.micro.offsets.tolist()
+        spans = [torch.arange(offsets[row], offsets[row + 1]) for row in rows]
+        return torch.cat(spans) if spans else torch.zeros(0, dtype=torch.int64)
+
+    def select(self, rows: Sequence[int]) -> Rows:
+        """Those rows in that order; the parts stay connected to this batch's log-probabilities and extras."""
+        index, tokens = torch.tensor(list(rows), dtype=torch.int64), self.token_index(rows)
+        columns = {
+            name: values[tokens] if MicroBatch.is_per_token(name) else values[index]
+            for name, values in self.micro.columns.items()
+        }
+        extra = {name: values[tokens] for name, values in self.extra.items()}
+        return Rows(MicroBatch(self.micro.lengths[index], columns), self.logps[tokens], extra)
+
+
+@dataclass(frozen=True)
+class Result:
+    """The batch's loss, its gradient with respect to the log-probabilities [T] and extras, and metrics of rank 0."""
+
+    value: float
+    gradient: Tensor
+    extra_gradients: dict[str, Tensor]
+    metrics: dict[str, float]
+
+
+class ThreadWorld:
+    """`World` over threads of this process."""
+
+    def __init__(self, rank: int, size: int, board: list[Any], barrier: threading.Barrier) -> None:
+        self.rank, self.size = rank, size
+        self._board, self._barrier = board, barrier
+
+    def sum(self, values: Tensor) -> Tensor:
+        return torch.stack(self._exchange(values)).sum(0)
+
+    def gather(self, values: Tensor) -> Tensor:
+        parts = [part for part in self._exchange(values) if len(part)]
+        return torch.cat(parts) if parts else values
+
+    def _exchange(self, values: Tensor) -> list[Tensor]:
+        self._board[self.rank] = values
+        self._barrier.wait()
+        parts = list(self._board)
+        self._barrier.wait()
+        return parts
+
+
+def optimise(
+    objective: Objective, rows: Rows, split: Split | None = None, states: list[dict[str, Any]] | None = None
+) -> Result:
+    """One update's worth of loss and gradient. `split`: default one rank, one micro-batch."""
+    split = [[range(len(rows))]] if split is None else split
+    leaf = Rows(rows.micro, _leaf(rows.logps), {name: _leaf(values) for name, values in rows.extra.items()})
+    parts = [[leaf.select(members) for members in rank] for rank in split]
+    counts = _counts(objective, parts)
+    states = states if states is not None else [{} for _ in split]
+    statistics = _statistics(objective, parts, states)
+    value, stats = torch.zeros((), dtype=rows.logps.dtype), list[dict[str, Stat]]()
+    for rank, found in zip(parts, statistics, strict=True):
+        for part in rank:
+            loss, metrics = objective.loss(part.micro, _outputs(part), counts, found)
+            value = value + loss
+            stats.append(metrics)
+    value.backward()
+    gradients = {name: _gradient(values) for name, values in leaf.extra.items()}
+    return Result(float(value.detach()), _gradient(leaf.logps), gradients, combined(stats))
+
+
+def combined(stats: Sequence[Mapping[str, Stat]]) -> dict[str, float]:
+    """Metrics over micro-batches and ranks."""
+    found = {}
+    for name in dict.fromkeys(name for each in stats for name in each):
+        entries = [each[name] for each in stats if name in each]
+        totals = [float(stat.total) for stat in entries]
+        weight = sum(float(stat.weight) for stat in entries)
+        found[name] = sum(totals) / weight if entries[0].combine == "mean" and weight else max(totals)
+    return found
+
+
+def _counts(objective: Objective, parts: list[list[Rows]]) -> dict[str, float]:
+    each = [objective.counts(part.micro) for rank in parts for part in rank]
+    return {name: sum(counts[name] for counts in each) for name in each[0]}
+
+
+def _statistics(objective: Objective, parts: list[list[Rows]], states: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per rank, in threads, because it is collective. Empty micro-batches are left out, as a trainer does."""
+    found: list[dict[str, Any]] = [{} for _ in parts]
+    failures: list[BaseException] = []
+    board, barrier = [None] * len(parts), threading.Barrier(len(parts), timeout=20)
+
+    def work(rank: int) -> None:
+        filled = [part for part in parts[rank] if len(part)]
+        world = ThreadWorld(rank, len(parts), board, barrier)
+        try:
+            found[rank] = objective.statistics(
+                [p.micro for p in filled], [_outputs(p) for p in filled], world, states[rank]
+            )
+        except BaseException as error:
+            failures.append(error)
+            barrier.abort()
+
+    if objective.coupled:
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(parts))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=30)
+    if failures:
+        raise failures[0]
+    return found
+
+
+def _outputs(part: Rows) -> Outputs:
+    return Outputs(part.logps, part.extra)
+
+
+def _leaf(values: Tensor) -> Tensor:
+    return values.detach().clone().requires_grad_(values.is_floating_point())
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
