@@ -40,8 +40,8 @@ def explain(
 ) -> ConfigError:
     """The ConfigError for a pydantic error. `where` says where a path was set, `shown_as` how its author writes it."""
     lines: list[str] = []
-    problems = _without_repetition(error.errors(include_url=False), tree)
-    for path, details in problems[:SHOWN]:
+    problems = _by_path(error.errors(include_url=False), tree)
+    for path, details in list(problems.items())[:SHOWN]:
         lines.append(f"{shown_as(path)}: {_reason(path, details, schema, shown_as)}")
         lines.append(f"  set in {where(path)}")
     if len(problems) > SHOWN:
@@ -57,12 +57,12 @@ def schema_keys(schema: type[BaseModel], below: Keys = ()) -> Iterator[Keys]:
             yield from schema_keys(section, (*below, name, *step))
 
 
-def _without_repetition(errors: Sequence[ErrorDetails], tree: dict[str, Any]) -> list[tuple[Keys, ErrorDetails]]:
-    """One entry per path: a union reports once per member."""
-    found: dict[Keys, ErrorDetails] = {}
+def _by_path(errors: Sequence[ErrorDetails], tree: dict[str, Any]) -> dict[Keys, list[ErrorDetails]]:
+    """A union reports once per member: all of them stand for one wrong value."""
+    found: dict[Keys, list[ErrorDetails]] = {}
     for details in errors:
-        found.setdefault(_real_path(details, tree), details)
-    return list(found.items())
+        found.setdefault(_real_path(details, tree), []).append(details)
+    return found
 
 
 def _real_path(details: ErrorDetails, tree: dict[str, Any]) -> Keys:
@@ -80,13 +80,16 @@ def _real_path(details: ErrorDetails, tree: dict[str, Any]) -> Keys:
     return tuple(path)
 
 
-def _reason(path: Keys, details: ErrorDetails, schema: type[BaseModel], shown_as: Callable[[Keys], str]) -> str:
-    if details["type"] == "extra_forbidden":
+def _reason(
+    path: Keys, errors: Sequence[ErrorDetails], schema: type[BaseModel], shown_as: Callable[[Keys], str]
+) -> str:
+    first = errors[0]
+    if first["type"] == "extra_forbidden":
         return _unknown_key(path, schema, shown_as)
-    if details["type"] == "missing":
+    if first["type"] == "missing":
         return "is required, and is not there"
-    demand = details["msg"].replace("Input should be", "it must be", 1)
-    return f"{_short(details['input'])} is not allowed: {demand}"
+    demands = " or ".join(dict.fromkeys(details["msg"].removeprefix("Input should be ") for details in errors))
+    return f"{_short(first['input'])} is not allowed: it must be {demands}"
 
 
 def _unknown_key(path: Keys, schema: type[BaseModel], shown_as: Callable[[Keys], str]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
 
@@ -47,7 +48,7 @@ def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def recipes() -> dict[str, str]:
-    """Shipped recipes: name -> the first line of comment in its file."""
+    """Shipped recipes: name -> the first sentence of its file."""
     return {file.stem: _headline(file) for file in sorted(RECIPES.glob("*.yaml"))}
 
 
@@ -157,19 +158,20 @@ def _check_methods(config: RunConfig, draft: Draft) -> None:
         try:
             build_pipeline(phase)
         except ConfigError as error:
-            path = ("phases", name, *_blamed(str(error), phase))
-            raise ConfigError(
-                f"{draft.shown_as(('phases', name, 'method'))}: {error}\n  set in {draft.where(path)}"
-            ) from None
+            where = draft.where(("phases", name, *_blamed(str(error), phase)))
+            which = "" if draft.single else f"phases.{name}: "
+            raise ConfigError(f"{which}{error}\n  set in {where}") from None
 
 
 def _blamed(message: str, phase: PhaseConfig) -> Keys:
-    """The key of a phase that a method's refusal is about: an option that it names, else the method itself."""
-    named = [option for option in phase.options if re.search(rf"\b{re.escape(option)}\b", message)]
-    return ("options", named[0]) if named else ("method",)
+    """The key of a phase that a method's refusal is about: the given option that it names first, else the method."""
+    found = {option: re.search(rf"\b{re.escape(option)}\b", message) for option in phase.options}
+    named = sorted((match.start(), option) for option, match in found.items() if match)
+    return ("options", named[0][1]) if named else ("method",)
 
 
 def _headline(file: Path) -> str:
-    with file.open() as lines:
-        first = lines.readline()
-    return first.lstrip("# ").strip() if first.startswith("#") else ""
+    """The first sentence of the comment at a file's top."""
+    comment = takewhile(lambda line: line.startswith("#"), file.read_text().splitlines())
+    text = " ".join(line.lstrip("# ") for line in comment)
+    return re.split(r"(?<=\.)\s", text, maxsplit=1)[0].rstrip(".")

@@ -1,0 +1,144 @@
+"""The command `troupe`. Each command loads its room when it is called, so that help and refusals come at once."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from actors.errors import RunError, UserError
+from orchestrator.imports import pin
+
+REFUSED, BROKEN, TERMINATED = 2, 1, 143  # exit codes; Ctrl-C gives 130
+
+app = typer.Typer(
+    name="troupe",
+    help="Post-training of language models by a company of Ray actors.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Recipe = Annotated[str, typer.Argument(help="Name of a shipped recipe (see `troupe recipes`), or a YAML file.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.key=value, for example train.steps=100.")]
+RunFolder = Annotated[Path, typer.Argument(help="The run's folder, as `troupe run` printed it.")]
+Local = Annotated[bool, typer.Option("--local", help="Everything in this process, without Ray: for debugging.")]
+
+
+def main() -> None:
+    """Exit codes: 0 done, 1 the run failed, 2 the input is refused (a few lines, no traceback), 130 Ctrl-C."""
+    try:
+        pin()
+        app()
+    except UserError as error:
+        _complain("refused", error)
+        sys.exit(REFUSED)
+    except RunError as error:
+        _complain("the run failed", error)
+        sys.exit(BROKEN)
+    except asyncio.CancelledError:  # SIGTERM: the run has put its things in order
+        sys.exit(TERMINATED)
+
+
+@app.command()
+def run(recipe: Recipe, overrides: Overrides = None, local: Local = False) -> None:
+    """Train as a recipe says."""
+    from orchestrator.loading import load_config
+
+    config = load_config(recipe, overrides or [])
+    from orchestrator.run import run as run_config
+
+    run_config(config, local=local)
+
+
+@app.command()
+def resume(folder: RunFolder, overrides: Overrides = None, local: Local = False) -> None:
+    """Continue a run from its newest checkpoint, exactly."""
+    from orchestrator.loading import load_run
+
+    config = load_run(folder, overrides or [])
+    from orchestrator.run import run as run_config
+
+    run_config(config, local=local, resume=folder)
+
+
+@app.command()
+def plan(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Show what `run` would do, and what it would refuse; launch nothing."""
+    from orchestrator.loading import load_config
+
+    config = load_config(recipe, overrides or [])
+    from orchestrator.listing import show_plan
+
+    if not show_plan(config):
+        raise typer.Exit(REFUSED)
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show this method's options.")] = None,
+    papers: Annotated[bool, typer.Option("--papers", help="Show where each method is from.")] = False,
+) -> None:
+    """List the methods, or one method's stages and options."""
+    from orchestrator.listing import show_method, show_methods
+
+    show_methods(papers=papers) if name is None else show_method(name)
+
+
+@app.command()
+def recipes() -> None:
+    """List the shipped recipes."""
+    from orchestrator.listing import show_recipes
+
+    show_recipes()
+
+
+@app.command()
+def check(
+    data: Annotated[str, typer.Argument(help="Hub name, file, folder, or example:NAME.")],
+    method: Annotated[str, typer.Option("--method", help="Which method the data is for.")],
+    split: Annotated[str, typer.Option("--split")] = "train",
+    bad_rows: Annotated[int, typer.Option("--bad-rows", help="How many rows may be unusable.")] = 0,
+) -> None:
+    """Read a data set as a method would, and say what is wrong with it."""
+    from orchestrator.listing import show_data
+
+    show_data(data, method, split=split, max_bad_rows=bad_rows)
+
+
+@app.command()
+def scale(folder: RunFolder, target: Annotated[str, typer.Argument(help="ROLE=N, for example rollout=4.")]) -> None:
+    """Change the number of a running job's workers."""
+    from orchestrator import control
+
+    role, count = control.parse_scale(target)
+    control.scale(folder, role, count)
+    typer.echo(f"asked for {count} {role} worker(s); `troupe status {folder}` shows them come and go")
+
+
+@app.command()
+def status(folder: RunFolder) -> None:
+    """What a running job reported last."""
+    from orchestrator.listing import show_status
+
+    show_status(folder)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what works on this machine, by trying it."""
+    from orchestrator.doctor import doctor as examine
+
+    if not examine():
+        raise typer.Exit(BROKEN)
+
+
+def _complain(what: str, error: Exception) -> None:
+    print(f"troupe: {what}: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
