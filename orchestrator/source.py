@@ -1,6 +1,6 @@
 """Data sets as a phase consumes them: items by index, an order of drawing, batches of rows, and an honest report.
 
-    data.path ──load──► rows ──format──► examples ──tokenise──► tokens ──fit, pack──► items ──order──► batches
+    path ─load─► rows ─format─► examples ──tokenise──► tokens ──fit, pack─► items ─► batches
 
 A position counts draws over all epochs. `order.at(position)` is a pure function of the seed, so a resumed run that knows
 its position draws exactly what the uninterrupted one would have drawn.
@@ -12,7 +12,6 @@ its position draws exactly what the uninterrupted one would have drawn.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Protocol
 
@@ -23,13 +22,13 @@ from actors.errors import DataError
 from orchestrator.config import DataConfig
 from orchestrator.data import rows as raw
 from orchestrator.data import store as stored
-from orchestrator.data.formats import Content, choose, without_nones
-from orchestrator.data.items import Items, render
+from orchestrator.data.formats import choose, without_nones
+from orchestrator.data.items import Item, Items, Prompt, packed, render
 from orchestrator.data.order import Order
-from orchestrator.data.packing import best_fit_decreasing, wrapped
 from orchestrator.data.prepare import Preparer, limits_of, wanted_columns
 from orchestrator.data.report import BadRows, DataReport, tally
 from orchestrator.data.store import Record, Store
+from orchestrator.data.stream import InStreamOrder, StreamSource
 from orchestrator.data.tokenise import Tokeniser
 from orchestrator.examples import default_cache_dir
 from orchestrator.pipeline import DataKind
@@ -40,32 +39,21 @@ UNBOUNDED = 2**31  # a model's length where no model is known
 VERSION = 1  # of what stands in the cache: raise it when rows come out differently
 
 
-@dataclass(frozen=True)
-class Item:
-    """One item of an offline data set: the rows that belong together, `group` being its index."""
-
-    id: int
-    batch: Batch
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt to be answered. `prompt` is as the data set has it; `columns` are all its other columns, for rewards."""
-
-    id: int
-    tokens: tuple[int, ...]
-    prompt: Content
-    columns: dict[str, Any]
-
-
 class Source(Protocol):
     """What a phase asks of its data."""
 
-    report: DataReport
-    order: Order
+    @property
+    def order(self) -> Order | InStreamOrder:
+        """Which item is drawn at a position."""
+        ...
+
+    @property
+    def report(self) -> DataReport:
+        """What became of the rows; of a stream, so far."""
+        ...
 
     def __len__(self) -> int:
-        """Items of one epoch."""
+        """Items of one epoch. Raises DataError for a stream, which does not know."""
         ...
 
     def item(self, index: int) -> Item | Prompt:
@@ -86,13 +74,18 @@ def open_source(
 ) -> Source:
     """The data of a phase, read, checked and tokenised. Raises DataError, and nothing else for what a user can mend."""
     bad = BadRows(data.max_bad_rows)
+    tokeniser = Tokeniser(tokenizer, data.completion_only, data.assistant_only, data.append_eos)
+    limits = limits_of(data, kind, model_max_length)
+    if data.streaming:
+        return StreamSource(data, kind, tokeniser, limits, seed=seed, model_max_length=model_max_length)
     rows = raw.load(data, seed, bad)
-    preparer = _preparer(data, kind, rows, tokenizer, model_max_length)
+    form = choose(kind, rows.table.column_names, data, rows.name)
+    preparer = Preparer(form, limits, tokeniser, kind.prompts_only)
     store, record = _tokenised(data, kind, rows, preparer)
     for row, reason in record.bad:
         bad.add(*rows.origin(row), reason)
     bad.check()
-    items, cut = _packed(store, data, kind, data.max_length or model_max_length)
+    items, cut = packed(store, data, kind, data.max_length or model_max_length)
     if not len(items):
         raise DataError(_nothing_left(rows.name, record))
     report = _report(rows, preparer, record, items, cut, bad)
@@ -105,6 +98,8 @@ def open_source(
 def validate(data: DataConfig, kind: DataKind, *, seed: int = 0) -> DataReport:
     """Read and check every row without a tokenizer. Raises DataError for what `open_source` would refuse about them."""
     bad = BadRows(data.max_bad_rows)
+    if data.streaming:
+        raise DataError("a stream is checked while it is read: leave data.streaming out, or set data.limit with it off")
     rows = raw.load(data, seed, bad)
     found = rows.table.column_names
     form = choose(kind, found, data, rows.name)
@@ -168,14 +163,6 @@ class PromptSource:
         return str(self._tokenizer.decode(list(tokens)))
 
 
-def _preparer(
-    data: DataConfig, kind: DataKind, rows: raw.Rows, tokenizer: PreTrainedTokenizerBase, model_max_length: int
-) -> Preparer:
-    form = choose(kind, rows.table.column_names, data, rows.name)
-    tokeniser = Tokeniser(tokenizer, data.completion_only, data.assistant_only, data.append_eos)
-    return Preparer(form, limits_of(data, kind, model_max_length), tokeniser, kind.prompts_only)
-
-
 def _tokenised(data: DataConfig, kind: DataKind, rows: raw.Rows, preparer: Preparer) -> tuple[Store, Record]:
     """From the cache if it has them. Small data without a `data.cache_dir` of its own leaves no file behind."""
     columns = wanted_columns(preparer.format, kind, data, rows.table.column_names)
@@ -226,21 +213,6 @@ def _fingerprint(rows: raw.Rows, columns: list[str], preparer: Preparer) -> str:
         tokenizer.special_tokens_map,
     ]
     return blake2b(repr(parts).encode(), digest_size=16).hexdigest()
-
-
-def _packed(store: Store, data: DataConfig, kind: DataKind, max_length: int) -> tuple[Items, int]:
-    """(items, documents of which packing cut something off)."""
-    lengths = store.lengths.tolist()
-    match data.packing:
-        case "none":
-            return Items(store, kind), 0
-        case "wrapped":
-            return Items(store, kind, wrapped(lengths, max_length), joined=True), 0
-        case "bfd_split":
-            return Items(store, kind, best_fit_decreasing(lengths, max_length, split=True)), 0
-        case "bfd":
-            cut = sum(length > max_length for length in lengths)
-            return Items(store, kind, best_fit_decreasing(lengths, max_length)), cut
 
 
 def _report(rows: raw.Rows, preparer: Preparer, record: Record, items: Items, cut: int, bad: BadRows) -> DataReport:

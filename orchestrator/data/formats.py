@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any, cast
 
@@ -62,13 +62,19 @@ def choose(kind: DataKind, found: Sequence[str], data: DataConfig, source: str) 
     for candidate in formats:
         if set(candidate.columns) <= set(found):
             return candidate
-    nearest = min(formats, key=lambda candidate: len(set(candidate.columns) - set(found)))
+    nearest = min(formats, key=lambda candidate: _distance(candidate, found))
     missing = next(name for name in nearest.columns if name not in found)
     raise DataError(
         f"{source} has no column {missing!r}: found {', '.join(found) or 'none'}; "
         f"{kind.name} need {' or '.join(map(str, formats))}.\n"
         f"  If the column has another name, say which: data.columns.{missing}=ITS_NAME"
     )
+
+
+def _distance(candidate: Format, found: Sequence[str]) -> tuple[int, int]:
+    """How far a data set is from a format: columns that it lacks, then columns that it has (more is nearer)."""
+    missing = len(set(candidate.columns) - set(found))
+    return missing, missing - len(candidate.columns)
 
 
 def renamed(names: Sequence[str], columns: Mapping[str, str], source: str) -> dict[str, str]:
@@ -99,7 +105,7 @@ def read_conversations(row: Row) -> list[Example]:
 
 
 def read_text(row: Row) -> list[Example]:
-    return [Example(None, (_text(row, "text"),))]
+    return [_example(row, None, (_text(row, "text"),))]
 
 
 def read_input_ids(row: Row) -> list[Example]:
@@ -115,7 +121,7 @@ def read_input_ids(row: Row) -> list[Example]:
                 raise RowError(f"{name} has {len(values)} entries for {len(tokens)} input_ids")
             unlearned = -100 if name == "labels" else 0
             mask = [learned and value != unlearned for learned, value in zip(mask, values, strict=True)]
-    return [Example(None, input_ids=tokens, mask=mask)]
+    return [replace(_example(row, None, ()), input_ids=tokens, mask=mask)]
 
 
 def read_prompt(row: Row) -> list[Example]:
@@ -157,7 +163,7 @@ def read_steps(row: Row) -> list[Example]:
     if not isinstance(labels, list) or len(cast(list[Any], labels)) != len(cast(list[Any], steps)):
         raise RowError("labels must be a list with one entry per step")
     step_labels = tuple(_boolean(label, "labels") for label in cast(list[Any], labels))
-    return [Example(prompt, tuple(cast(list[str], steps)), step_labels=step_labels)]
+    return [replace(_example(row, prompt, tuple(cast(list[str], steps))), step_labels=step_labels)]
 
 
 FORMATS: dict[str, tuple[Format, ...]] = {

@@ -11,11 +11,31 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from actors.batch import Batch
-from orchestrator.data.packing import Bin
+from orchestrator.config import DataConfig
+from orchestrator.data.formats import Content
+from orchestrator.data.packing import Bin, best_fit_decreasing, wrapped
 from orchestrator.data.store import Store
 from orchestrator.pipeline import DataKind
 
 LEARNED = ("⟦", "⟧")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One item of an offline data set: the rows that belong together, `group` being its index."""
+
+    id: int
+    batch: Batch
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt to be answered. `prompt` is as the data set has it; `columns` are all its other columns, for rewards."""
+
+    id: int
+    tokens: tuple[int, ...]
+    prompt: Content
+    columns: dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +93,21 @@ class Items:
         return _batch(lengths, group, columns)
 
 
+def packed(store: Store, data: DataConfig, kind: DataKind, max_length: int) -> tuple[Items, int]:
+    """(items as `data.packing` says, number of documents of which packing cut something off)."""
+    lengths = store.lengths.tolist()
+    match data.packing:
+        case "none":
+            return Items(store, kind), 0
+        case "wrapped":
+            return Items(store, kind, wrapped(lengths, max_length), joined=True), 0
+        case "bfd_split":
+            return Items(store, kind, best_fit_decreasing(lengths, max_length, split=True)), 0
+        case "bfd":
+            cut = sum(length > max_length for length in lengths)
+            return Items(store, kind, best_fit_decreasing(lengths, max_length)), cut
+
+
 def render(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> str:
     """Rows as text, one below the other, with what is learned from between ⟦ and ⟧."""
     return "\n".join(
@@ -82,9 +117,7 @@ def render(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _render_row(tokens: NDArray[np.int32], mask: NDArray[np.bool_], tokenizer: PreTrainedTokenizerBase) -> str:
     edges = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(tokens)]
-    parts = [
-        (str(tokenizer.decode(tokens[a:b].tolist())), bool(mask[a])) for a, b in zip(edges, edges[1:], strict=False)
-    ]
+    parts = [(str(tokenizer.decode(tokens[a:b].tolist())), bool(mask[a])) for a, b in pairwise(edges)]
     return "".join(f"{LEARNED[0]}{text}{LEARNED[1]}" if learned else text for text, learned in parts)
 
 

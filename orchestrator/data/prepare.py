@@ -60,15 +60,13 @@ class Preparer:
 
 
 def limits_of(data: DataConfig, kind: DataKind, model_max_length: int) -> Limits:
-    """The limits that apply. A limit that the model cannot hold is a DataError; packing has its own way with long rows."""
+    """The limits that apply. A limit that the model cannot hold is a DataError; packing treats long rows itself."""
     for name in ("max_length", "max_prompt_length"):
         given = getattr(data, name)
         if given is not None and given > model_max_length:
             raise DataError(f"data.{name}={given}, but the model holds {model_max_length} tokens")
     if data.packing != "none" and kind.name != "completions":
-        raise DataError(
-            f"data.packing={data.packing} is for completions; this method takes {kind.name}: set it to none"
-        )
+        raise DataError(f"data.packing={data.packing} is for completions, not for {kind.name}: leave it out")
     if kind.prompts_only:
         longest = data.max_prompt_length or data.max_length or model_max_length - 1
         return Limits(None, longest, data.truncation)

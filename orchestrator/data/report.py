@@ -71,7 +71,7 @@ class BadRows:
         shown = [f"  {row}" for row in self._rows[:SHOWN]]
         more = [f"  ... and {len(self._rows) - SHOWN} more"] if len(self._rows) > SHOWN else []
         rows = "1 row" if len(self._rows) == 1 else f"{len(self._rows)} rows"
-        head = f"{rows} cannot be used, and data.max_bad_rows={self._allowed} allows no more than that many:"
+        head = f"{rows} cannot be used, more than data.max_bad_rows={self._allowed} allows:"
         mend = f"  mend them, or set data.max_bad_rows={len(self._rows)} to skip them"
         return "\n".join([head, *shown, *more, mend])
 

@@ -10,6 +10,7 @@ belongs to the completion.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from actors.errors import DataError
 from orchestrator.data.formats import Content, Example, Message, RowError
 
+GENERATION_MARKER = re.compile(r"\{%-?\s*generation\b")
 STEP_SEPARATOR = "\n"  # after each step of an answer with process labels; the label stands at its last token
 
 
@@ -124,7 +126,7 @@ class Tokeniser:
         """Only the assistant's tokens, as the template's generation markers say."""
         if any(isinstance(part, str) for part in (example.prompt, *example.completions)):
             raise RowError("data.assistant_only needs conversations, and this is text")
-        if self.tokenizer.chat_template and "generation" not in str(self.tokenizer.chat_template):
+        if self.tokenizer.chat_template and not GENERATION_MARKER.search(str(self.tokenizer.chat_template)):
             raise DataError(
                 "data.assistant_only needs a chat template that marks the assistant's words with "
                 "{% generation %} ... {% endgeneration %}, and the tokenizer's does not: set model.chat_template to one"

@@ -1,0 +1,181 @@
+"""Data that is read as it is needed: neither its length nor its end is known.
+
+    rows ──buffered shuffle──► chunks ──prepare, pack──► items from 0 ──► a window of the latest
+
+Position p is the p-th item of the stream, epoch after epoch, so positions mean the same after a resume: what lies
+before the first one asked for is read and passed over.
+"""
+
+# pyright: basic
+# (datasets is typed in part only)
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, count, islice
+from threading import Lock
+from typing import Any, TypeVar
+
+import numpy as np
+
+from actors.batch import Batch
+from actors.errors import DataError
+from orchestrator.config import DataConfig
+from orchestrator.data import rows as raw
+from orchestrator.data import store as stored
+from orchestrator.data.fit import Limits
+from orchestrator.data.formats import Format, choose, without_nones
+from orchestrator.data.items import Item, Items, Prompt, packed, render
+from orchestrator.data.prepare import Preparer
+from orchestrator.data.report import BadRows, DataReport
+from orchestrator.data.tokenise import Tokeniser
+from orchestrator.pipeline import DataKind
+
+SHUFFLE_BUFFER = 10_000  # rows
+ROWS_AT_ONCE = 500
+WINDOW = 20_000  # items that stay readable behind the newest one
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class InStreamOrder:
+    """Item p is drawn at position p: the stream itself is shuffled."""
+
+    def at(self, position: int) -> tuple[int, int]:
+        return 0, position
+
+
+@dataclass
+class _Counts:
+    rows: int = 0
+    items: int = 0
+    tokens: int = 0
+    learned_tokens: int = 0
+    longest: int = 0
+
+
+class StreamSource:
+    """Items of a stream. Safe to call from several threads; only the latest `WINDOW` items can be read again."""
+
+    def __init__(
+        self,
+        data: DataConfig,
+        kind: DataKind,
+        tokeniser: Tokeniser,
+        limits: Limits,
+        *,
+        seed: int,
+        model_max_length: int,
+    ) -> None:
+        self.order = InStreamOrder()
+        self._data, self._kind, self._tokeniser, self._limits = data, kind, tokeniser, limits
+        self._seed, self._pack_length = seed, data.max_length or model_max_length
+        self._bad = BadRows(data.max_bad_rows)
+        self._counts, self._dropped, self._truncated = _Counts(), Counter[str](), Counter[str]()
+        self._format: Format | None = None
+        self._columns: tuple[str, ...] = ()
+        self._lock = Lock()
+        self._upcoming = enumerate(chain.from_iterable(map(self._epoch, count())))
+        self._window: dict[int, tuple[Items, int, dict[str, Any]]] = {}
+        self._find(0)  # so that data that cannot be used at all is refused at once
+
+    def __len__(self) -> int:
+        raise DataError("data.streaming is on, so the length of the data is unknown: set train.steps")
+
+    @property
+    def report(self) -> DataReport:
+        """What became of the rows that were read so far."""
+        return DataReport(
+            source=f"{self._data.path or 'mixture'} (stream, so far)",
+            format=str(self._format),
+            columns=self._columns,
+            dropped=dict(self._dropped),
+            truncated=dict(self._truncated),
+            bad=self._bad.check(),
+            **vars(self._counts),
+        )
+
+    def item(self, index: int) -> Item | Prompt:
+        items, local, row = self._find(index)
+        if not self._kind.prompts_only:
+            return Item(index, items.rows(local, group=index))
+        tokens = items.prompt_tokens(local)
+        columns = dict(row)
+        prompt = without_nones(columns.pop("prompt", None))
+        return Prompt(index, tokens, prompt or str(self._tokeniser.tokenizer.decode(list(tokens))), columns)
+
+    def batch(self, positions: Sequence[int]) -> Batch:
+        return Batch.concat(self._rows(position) for position in positions)
+
+    def preview(self, index: int = 0) -> str:
+        return render(self._rows(index), self._tokeniser.tokenizer)
+
+    def _rows(self, position: int) -> Batch:
+        items, local, _ = self._find(position)
+        return items.rows(local, group=position)
+
+    def _find(self, index: int) -> tuple[Items, int, dict[str, Any]]:
+        with self._lock:
+            while index not in self._window:
+                number, found = next(self._upcoming)
+                if number > index:
+                    raise DataError(f"item {index} of a stream was asked for after item {number}: it is gone")
+                self._window[number] = found
+                self._window.pop(number - WINDOW, None)
+            return self._window[index]
+
+    def _epoch(self, epoch: int) -> Iterator[tuple[Items, int, dict[str, Any]]]:
+        """All items of one pass over the data, which is shuffled differently in each."""
+        rows: Iterator[raw.Origin] = raw.stream(self._data, self._seed, self._bad)
+        if self._data.shuffle:
+            rows = shuffled(rows, SHUFFLE_BUFFER, np.random.default_rng([self._seed, epoch]))
+        empty = True
+        while chunk := list(islice(rows, ROWS_AT_ONCE)):
+            items = self._prepare(chunk)
+            for local in range(len(items)):
+                empty = False
+                yield items, local, chunk[int(items.store.source_row[local])][2] if items.bins is None else {}
+        self._bad.check()
+        if empty:
+            raise DataError(f"{self.report.source}: no row of it can be used ({dict(self._dropped) or 'it is empty'})")
+
+    def _prepare(self, chunk: list[raw.Origin]) -> Items:
+        preparer = Preparer(self._format_of(chunk), self._limits, self._tokeniser, self._kind.prompts_only)
+        absent = dict.fromkeys(preparer.format.columns)
+        rows = [(index, {**absent, **row}) for index, (_, _, row) in enumerate(chunk)]
+        prepared = preparer.prepare(rows, lambda index, reason: self._bad.add(*chunk[index][:2], reason))
+        self._bad.check()
+        store, dropped, truncated, _ = stored.build([prepared])
+        items, cut = packed(store, self._data, self._kind, self._pack_length)
+        self._dropped.update(dropped)
+        self._truncated.update([*truncated, *["longer than a pack (data.packing=bfd)"] * cut])
+        self._count(len(chunk), items)
+        return items
+
+    def _format_of(self, chunk: Iterable[raw.Origin]) -> Format:
+        """Chosen once, by the first chunk: a row that lacks a column of it later is a bad row."""
+        if self._format is None:
+            self._columns = tuple(dict.fromkeys(name for _, _, row in chunk for name in row))
+            self._format = choose(self._kind, self._columns, self._data, self._data.path or "the mixture")
+        return self._format
+
+    def _count(self, rows: int, items: Items) -> None:
+        self._counts.rows += rows
+        self._counts.items += len(items)
+        self._counts.tokens += int(items.store.lengths.sum())
+        self._counts.learned_tokens += int(items.store.mask.sum())
+        self._counts.longest = max(self._counts.longest, *items.store.lengths.tolist(), 0)
+
+
+def shuffled(items: Iterator[T], size: int, rng: np.random.Generator) -> Iterator[T]:
+    """Every item once, in an order random within a buffer of `size`: the n-th comes out after the (n - size)-th is read
+    at the earliest."""
+    buffer = list(islice(items, size))
+    for item in items:
+        place = int(rng.integers(len(buffer)))
+        yield buffer[place]
+        buffer[place] = item
+    yield from (buffer[place] for place in rng.permutation(len(buffer)))

@@ -1,0 +1,236 @@
+"""Every format becomes the rows that it means: which tokens, in which order, and which of them are learned from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.errors import DataError
+from orchestrator.data.formats import extract_prompt
+from orchestrator.pipeline import Completions, DataKind, Labelled, Pairs, Prompts, StepLabels
+from orchestrator.source import Prompt
+from tests.unit.source_stub import (
+    MARKED_TEMPLATE,
+    PLAIN_TEMPLATE,
+    merging_tokenizer,
+    opened,
+    tokenizer,
+    write_rows,
+)
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def previews(tmp_path: Path, row: dict[str, Any], kind: DataKind, template: str | None = None, **data: Any) -> str:
+    return opened(write_rows(tmp_path / "d.jsonl", [row]), kind, tokenizer(template), **data).preview()
+
+
+@pytest.mark.parametrize(
+    ("row", "shown"),
+    [
+        ({"text": "abc"}, "a⟦bc<eos>⟧"),
+        ({"prompt": "ab=", "completion": "cd"}, "ab=⟦cd<eos>⟧"),
+        ({"prompt": [user("q")], "completion": [assistant("r")]}, "u:q;a:⟦r;⟧"),
+        ({"messages": [user("q"), assistant("r")]}, "u⟦:q;a:r;⟧"),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "r"}]}, "u⟦:q;a:r;⟧"),
+        ({"input_ids": [20, 21, 22], "completion_mask": [0, 0, 1]}, "34⟦5⟧"),
+        ({"input_ids": [20, 21, 22], "labels": [-100, 21, -100]}, "3⟦4⟧5"),
+        ({"input_ids": [20, 21, 22]}, "3⟦45⟧"),
+    ],
+)
+def test_a_completion_is_learned_from_where_its_format_says(tmp_path: Path, row: dict, shown: str) -> None:
+    assert previews(tmp_path, row, Completions, PLAIN_TEMPLATE) == shown
+
+
+def test_the_prompt_is_learned_from_too_if_completion_only_is_off(tmp_path: Path) -> None:
+    row = {"prompt": "ab=", "completion": "cd"}
+    assert previews(tmp_path, row, Completions, completion_only=False) == "a⟦b=cd<eos>⟧"
+
+
+def test_no_second_end_of_sequence_is_appended_and_none_if_it_is_not_wanted(tmp_path: Path) -> None:
+    assert previews(tmp_path, {"text": "abc<eos>"}, Completions) == "a⟦bc<eos>⟧"
+    assert previews(tmp_path, {"text": "abc"}, Completions, append_eos=False) == "a⟦bc⟧"
+
+
+def test_only_the_assistants_words_are_learned_from_where_the_template_marks_them(tmp_path: Path) -> None:
+    row = {"messages": [user("q"), assistant("r"), user("s"), assistant("t")]}
+    assert previews(tmp_path, row, Completions, MARKED_TEMPLATE, assistant_only=True) == "u:q;a:⟦r;⟧u:s;a:⟦t;⟧"
+
+
+def test_assistant_only_refuses_a_template_without_generation_markers(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="generation"):
+        previews(tmp_path, {"messages": [user("q"), assistant("r")]}, Completions, PLAIN_TEMPLATE, assistant_only=True)
+
+
+def test_assistant_only_refuses_a_row_without_an_assistant(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"row 1: no token of it is the assistant's"):
+        previews(tmp_path, {"messages": [user("q")]}, Completions, MARKED_TEMPLATE, assistant_only=True)
+
+
+def test_conversations_without_a_chat_template_are_told_what_to_set(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"model\.chat_template"):
+        previews(tmp_path, {"messages": [user("q")]}, Completions)
+
+
+def test_tools_as_a_list_or_as_json_text_and_template_arguments_reach_the_template(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    row = {"messages": [user("q")], "chat_template_kwargs": {"shout": True}}
+    shown = previews(tmp_path, {**row, "tools": tools}, Completions, PLAIN_TEMPLATE)
+    assert '"add"' in shown and "]!u:q;" in shown
+    assert previews(tmp_path, {**row, "tools": str(tools).replace("'", '"')}, Completions, PLAIN_TEMPLATE) == shown
+
+
+def test_a_token_that_straddles_prompt_and_completion_is_the_completions_and_is_reported(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "d.jsonl", [{"prompt": "xa", "completion": "bc"}])
+    source = opened(file, Completions, merging_tokenizer("ab"))
+    assert source.preview() == "x⟦abc<eos>⟧"
+    assert source.item(0).batch.lengths.tolist() == [4]
+    assert "straddles" in source.report.lines()[-1]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "ab=", "chosen": "cd", "rejected": "e"},
+        {"chosen": "ab=cd", "rejected": "ab=e"},
+    ],
+)
+def test_a_pair_is_two_rows_chosen_first_with_one_boundary(tmp_path: Path, row: dict) -> None:
+    source = opened(write_rows(tmp_path / "d.jsonl", [row]), Pairs)
+    batch = source.item(0).batch
+    assert source.preview() == "ab=⟦cd<eos>⟧\nab=⟦e<eos>⟧"
+    assert batch["preferred"].tolist() == [True, False]
+    assert batch["group"].tolist() == [0, 0]
+
+
+def test_the_boundary_of_a_pair_is_where_the_first_of_the_two_parts_from_the_prompt(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "d.jsonl", [{"prompt": "xa", "chosen": "bc", "rejected": "cc"}])
+    assert opened(file, Pairs, merging_tokenizer("ab")).preview() == "x⟦abc<eos>⟧\nx⟦acc<eos>⟧"
+
+
+def test_conversational_pairs_share_their_prompt(tmp_path: Path) -> None:
+    row = {"chosen": [user("q"), assistant("yes")], "rejected": [user("q"), assistant("no")]}
+    assert previews(tmp_path, row, Pairs, PLAIN_TEMPLATE) == "u:q;a:⟦yes;⟧\nu:q;a:⟦no;⟧"
+
+
+def test_a_margin_goes_with_both_rows_of_its_pair(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c", "margin": margin} for margin in (0.5, 2)]
+    assert opened(write_rows(tmp_path / "d.jsonl", rows), Pairs).batch([1, 0])["margin"].tolist() == [2, 2, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "expected"),
+    [
+        ("The sky is blue.", "The sky is green.", ("The sky is", " blue.", " green.")),
+        ("abc", "abcd", ("ab", "c", "cd")),
+        ("same", "same", ("sam", "e", "e")),
+        ("x ", "y", ("", "x ", "y")),
+        ([user("q"), assistant("a")], [user("q"), assistant("b")], ([user("q")], [assistant("a")], [assistant("b")])),
+    ],
+)
+def test_the_prompt_of_a_pair_is_what_both_begin_with(chosen: Any, rejected: Any, expected: tuple) -> None:
+    assert extract_prompt(chosen, rejected) == expected
+
+
+def test_labelled_rows_keep_their_label(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "completion": "c", "label": True}, {"prompt": "p", "completion": "d", "label": False}]
+    assert opened(write_rows(tmp_path / "d.jsonl", rows), Labelled).batch([0, 1])["label"].tolist() == [True, False]
+
+
+def test_unpaired_pairs_alternate_so_that_every_batch_has_both_classes(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "chosen": f"c{i}", "rejected": f"r{i}"} for i in range(3)]
+    source = opened(write_rows(tmp_path / "d.jsonl", rows), Labelled)
+    assert len(source) == 6
+    assert source.batch(range(6))["label"].tolist() == [True, False] * 3
+    assert source.preview(3) == "p⟦r1<eos>⟧"
+
+
+def test_process_labels_stand_at_the_last_token_of_their_step(tmp_path: Path) -> None:
+    row = {"prompt": "p", "completions": ["ab", "c"], "labels": [True, False]}
+    batch = opened(write_rows(tmp_path / "d.jsonl", [row]), StepLabels).item(0).batch
+    assert batch["step_label"].tolist() == [-1, -1, -1, 1, -1, 0]
+    assert batch["mask"].tolist() == [False, True, True, True, True, True]
+
+
+def test_a_prompt_carries_every_other_column_for_the_rewards(tmp_path: Path) -> None:
+    row = {"prompt": "1+1=", "answer": "2", "level": 3, "hint": None}
+    prompt = opened(write_rows(tmp_path / "d.jsonl", [row]), Prompts).item(0)
+    assert isinstance(prompt, Prompt)
+    assert prompt.prompt == "1+1="
+    assert tokenizer().decode(list(prompt.tokens)) == "1+1="
+    assert prompt.columns == {"answer": "2", "level": 3, "hint": None}
+
+
+def test_a_conversational_prompt_opens_the_answer_and_one_that_began_the_answer_is_left_open(tmp_path: Path) -> None:
+    asked = {"prompt": [user("q")], "answer": "r"}
+    begun = {"prompt": [user("q"), assistant("well")], "answer": "r"}
+    assert previews(tmp_path, asked, Prompts, PLAIN_TEMPLATE) == "u:q;a:"
+    assert previews(tmp_path, begun, Prompts, PLAIN_TEMPLATE) == "u:q;a:well"
+    source = opened(write_rows(tmp_path / "d.jsonl", [asked]), Prompts, tokenizer(PLAIN_TEMPLATE))
+    assert source.item(0).prompt == [user("q")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "reason"),
+    [
+        (Completions, {"prompt": "a", "completion": ""}, "completion is empty"),
+        (Completions, {"prompt": "a", "completion": 3}, "completion is of type int"),
+        (Completions, {"prompt": "a", "completion": None}, "completion is missing"),
+        (Completions, {"prompt": "a", "completion": [assistant("b")]}, "both be texts or both be lists"),
+        (Completions, {"messages": [{"content": "q"}]}, "no `role`"),
+        (Completions, {"input_ids": [1, 2], "labels": [1]}, "labels has 1 entries for 2"),
+        (Labelled, {"prompt": "a", "completion": "b", "label": 2}, "not true or false"),
+        (StepLabels, {"prompt": "a", "completions": ["b"], "labels": [True, True]}, "one entry per step"),
+        (Completions, {"messages": [user("q")], "tools": "{"}, "tools is not JSON"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_refused_with_its_reason(
+    tmp_path: Path, kind: DataKind, row: dict, reason: str
+) -> None:
+    with pytest.raises(DataError, match=reason) as refusal:
+        previews(tmp_path, row, kind, PLAIN_TEMPLATE)
+    assert "d.jsonl, row 1" in str(refusal.value)
+
+
+def test_a_missing_column_names_those_found_the_sets_allowed_and_how_to_rename(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "d.jsonl", [{"question": "q", "completion": "a"}])
+    with pytest.raises(DataError) as refusal:
+        opened(file, Completions)
+    message = str(refusal.value)
+    assert "found question, completion" in message
+    assert "prompt + completion or messages" in message
+    assert "data.columns.prompt=ITS_NAME" in message
+    assert opened(file, Completions, columns={"prompt": "question"}).preview() == "q⟦a<eos>⟧"
+
+
+def test_a_mapping_to_a_column_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "d.jsonl", [{"question": "q", "completion": "a"}])
+    with pytest.raises(DataError, match=r"data\.columns\.prompt=asked.*only question, completion"):
+        opened(file, Completions, columns={"prompt": "asked"})
+
+
+def test_a_column_that_happens_to_be_called_weight_counts_only_if_it_is_mapped(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "d.jsonl", [{"text": "ab", "weight": 70.5}])
+    assert "weight" not in opened(file, Completions).item(0).batch
+    assert opened(file, Completions, columns={"weight": "weight"}).item(0).batch["weight"].tolist() == [70.5]
+
+
+def test_a_batch_holds_the_drawn_items_in_order_with_their_positions_as_groups(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "d.jsonl", [{"text": "a" * (i + 1)} for i in range(5)])
+    source = opened(file, Completions, shuffle=True, append_eos=False, completion_only=False)
+    positions = [7, 0, 4]
+    batch = source.batch(positions)
+    assert batch["group"].tolist() == positions
+    lengths = [int(source.item(source.order.at(position)[1]).batch.lengths[0]) for position in positions]
+    assert batch.lengths.tolist() == lengths
+    assert not batch["mask"][batch.offsets[:-1]].any()
+    assert np.issubdtype(batch["tokens"].dtype, np.int32)

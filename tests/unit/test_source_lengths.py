@@ -1,0 +1,125 @@
+"""What is too long is cut, dropped, refused or packed as the configuration says, and always counted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.errors import DataError
+from orchestrator.pipeline import Completions, Pairs, Prompts
+from tests.unit.source_stub import opened, tokenizer, write_rows
+
+LONG = {"prompt": "abcd", "completion": "efghi"}  # 4 + 5 + 1 tokens
+SHORT = {"prompt": "a", "completion": "b"}
+
+
+def source_of(tmp_path: Path, rows: list[dict[str, Any]], kind: Any = Completions, **data: Any) -> Any:
+    return opened(write_rows(tmp_path / "d.jsonl", rows), kind, **data)
+
+
+@pytest.mark.parametrize(("truncation", "shown"), [("keep_start", "abcd⟦ef⟧"), ("keep_end", "e⟦fghi<eos>⟧")])
+def test_a_long_row_keeps_the_end_that_it_is_told_to_keep_and_is_counted(
+    tmp_path: Path, truncation: str, shown: str
+) -> None:
+    source = source_of(tmp_path, [LONG, SHORT], max_length=6, truncation=truncation)
+    assert source.preview(0) == shown
+    assert source.report.truncated == {"longer than max_length=6": 1}
+    assert source.report.longest == 6
+
+
+def test_dropping_leaves_long_rows_out_and_counts_them(tmp_path: Path) -> None:
+    source = source_of(tmp_path, [LONG, SHORT], max_length=6, truncation="drop")
+    assert [len(source), source.preview(0)] == [1, "a⟦b<eos>⟧"]
+    assert source.report.dropped == {"longer than max_length=6": 1}
+
+
+def test_refusing_names_the_length_and_the_limit(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"10 tokens: longer than max_length=6.*data\.truncation=error"):
+        source_of(tmp_path, [SHORT, LONG], max_length=6, truncation="error")
+
+
+def test_a_row_whose_prompt_fills_the_limit_has_nothing_to_learn_from_and_is_dropped(tmp_path: Path) -> None:
+    source = source_of(tmp_path, [LONG, SHORT], max_length=4)
+    assert len(source) == 1
+    assert list(source.report.dropped) == ["nothing to learn from is left: longer than max_length=4"]
+
+
+def test_the_models_own_length_is_the_limit_where_none_is_given_and_bounds_the_given_one(tmp_path: Path) -> None:
+    assert source_of(tmp_path, [LONG, SHORT], model_max_length=6).preview(0) == "abcd⟦ef⟧"
+    with pytest.raises(DataError, match=r"data\.max_length=9, but the model holds 6 tokens"):
+        source_of(tmp_path, [SHORT], model_max_length=6, max_length=9)
+
+
+@pytest.mark.parametrize(("truncation", "shown"), [("keep_start", "ab⟦efghi<eos>⟧"), ("keep_end", "cd⟦efghi<eos>⟧")])
+def test_a_long_prompt_is_shortened_without_touching_the_completion(
+    tmp_path: Path, truncation: str, shown: str
+) -> None:
+    source = source_of(tmp_path, [LONG], max_prompt_length=2, truncation=truncation)
+    assert source.preview(0) == shown
+    assert source.report.truncated == {"its prompt is longer than data.max_prompt_length=2": 1}
+
+
+def test_a_pair_is_dropped_if_one_of_its_rows_has_nothing_left(tmp_path: Path) -> None:
+    pair = {"prompt": "abc", "chosen": "d", "rejected": "efghijk"}
+    assert source_of(tmp_path, [pair], Pairs, max_length=6).preview() == "abc⟦d<eos>⟧\nabc⟦efg⟧"
+    with pytest.raises(DataError, match="none of 1 rows is left"):
+        source_of(tmp_path, [pair], Pairs, max_length=3)
+
+
+@pytest.mark.parametrize(
+    ("truncation", "shown"), [("keep_start", ["ab"]), ("drop", ["ab"]), ("keep_end", ["cd", "ab"])]
+)
+def test_a_prompt_to_be_answered_is_never_cut_at_its_end(tmp_path: Path, truncation: str, shown: list[str]) -> None:
+    rows = [{"prompt": "abcd"}, {"prompt": "ab"}]
+    source = source_of(tmp_path, rows, Prompts, max_prompt_length=2, truncation=truncation)
+    assert [source.preview(index) for index in range(len(source))] == shown
+    assert sum(source.report.dropped.values()) + sum(source.report.truncated.values()) == 1
+
+
+def test_packed_items_hold_several_documents_as_rows_of_their_own(tmp_path: Path) -> None:
+    rows = [{"text": "a" * n} for n in (4, 2, 1, 9)]  # with the end: 5, 3, 2, 10
+    source = source_of(tmp_path, rows, max_length=6, packing="bfd")
+    assert [source.item(index).batch.lengths.tolist() for index in range(len(source))] == [[6], [5], [3, 2]]
+    assert source.report.truncated == {"longer than a pack (data.packing=bfd)": 1}
+    batch = source.batch([2])
+    assert batch["group"].tolist() == [2, 2]
+    assert batch["mask"].tolist() == [False, True, True, False, True]
+
+
+def test_splitting_keeps_every_token_of_a_long_document(tmp_path: Path) -> None:
+    source = source_of(tmp_path, [{"text": "abcdefgh"}], max_length=6, packing="bfd_split")
+    assert [source.preview(index) for index in range(len(source))] == ["a⟦bcdef⟧", "g⟦h<eos>⟧"]
+    assert source.report.truncated == {}
+
+
+def test_wrapped_documents_share_rows_of_the_full_length(tmp_path: Path) -> None:
+    source = source_of(tmp_path, [{"text": "abc"}, {"text": "defg"}], max_length=6, packing="wrapped")
+    previews = [source.preview(index) for index in range(len(source))]
+    assert previews == ["a⟦bc<eos>⟧d⟦e⟧", "f⟦g<eos>⟧"]
+
+
+def test_packing_is_refused_for_anything_but_completions(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.packing=bfd is for completions, not for prompts"):
+        source_of(tmp_path, [{"prompt": "a"}], Prompts, packing="bfd")
+
+
+def test_tokenised_rows_are_kept_and_used_again_until_something_changes(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+
+    def kept() -> set[str]:
+        return {folder.name for folder in (cache / "tokenised").iterdir()}
+
+    rows = [LONG, SHORT, {"prompt": "x", "completion": ""}]
+    first = source_of(tmp_path, rows, max_length=6, max_bad_rows=1, cache_dir=cache)
+    before = kept()
+    again = source_of(tmp_path, rows, max_length=6, max_bad_rows=1, cache_dir=cache)
+    assert kept() == before and len(before) == 1
+    assert again.report == first.report
+    assert again.batch([0, 1]).columns["tokens"].tolist() == first.batch([0, 1]).columns["tokens"].tolist()
+    source_of(tmp_path, rows, max_length=5, max_bad_rows=1, cache_dir=cache)
+    source_of(tmp_path, [SHORT], max_length=6, cache_dir=cache)
+    words = tokenizer("{{ messages }}")
+    opened(write_rows(tmp_path / "d.jsonl", [SHORT]), Completions, words, max_length=6, cache_dir=cache)
+    assert len(kept()) == 4
