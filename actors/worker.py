@@ -60,7 +60,9 @@ class Group(Protocol):
     """The ranks of one role."""
 
     name: str
-    workers: Sequence[Worker]
+
+    @property
+    def workers(self) -> Sequence[Worker]: ...
 
     async def call(
         self, method: str, *shared: Any, per_rank: Sequence[Any] | None = None, timeout_s: float, task_name: str | None = None

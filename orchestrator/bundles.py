@@ -1,0 +1,141 @@
+"""Bundles and nodes: what a process asks of a machine, and whether a cluster can give it. Pure.
+
+A bundle is what one process reserves, or several that share it (colocation). `fit` says where each would go, and
+`shortages` which role lacks what. Both are an account of the cluster, not its scheduler: Ray decides in the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+GIB = 2**30
+SLACK = 1e-6  # of a resource: sums of fractions are not exact
+
+Resources = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What is reserved for one process of each of `roles`. Names of resources are Ray's: CPU, GPU, memory, ..."""
+
+    roles: tuple[str, ...]
+    resources: Resources
+
+    def shared_with(self, role: str, more: Resources) -> Bundle:
+        """The bundle with room for a process of another role as well."""
+        names = dict.fromkeys([*self.resources, *more])
+        total = {name: self.resources.get(name, 0.0) + more.get(name, 0.0) for name in names}
+        return Bundle((*self.roles, role), total)
+
+    @property
+    def label(self) -> str:
+        return " + ".join(self.roles)
+
+
+@dataclass(frozen=True)
+class Node:
+    name: str
+    resources: Resources
+
+
+@dataclass(frozen=True)
+class ClusterView:
+    """The nodes that a plan is compared with."""
+
+    nodes: tuple[Node, ...]
+
+    @classmethod
+    def of_machine(cls, *, cpus: float, gpus: float = 0) -> ClusterView:
+        """This machine alone: what a local Ray would offer."""
+        return cls((Node("this machine", {"CPU": cpus, "GPU": gpus}),))
+
+    def total(self, resource: str) -> float:
+        return sum(node.resources.get(resource, 0.0) for node in self.nodes)
+
+    def largest(self, resource: str) -> float:
+        return max((node.resources.get(resource, 0.0) for node in self.nodes), default=0.0)
+
+    def __str__(self) -> str:
+        kinds = dict.fromkeys(["GPU", "CPU", *(name for node in self.nodes for name in node.resources)])
+        totals = [amount(kind, self.total(kind)) for kind in kinds if _worth_telling(kind)]
+        return f"{', '.join(totals)} on {len(self.nodes)} node(s)"
+
+
+@dataclass
+class Fit:
+    """Where bundles go: `nodes[i]` is the node of bundle i, or None. `left`: what each node keeps free."""
+
+    nodes: list[str | None]
+    left: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
+
+
+def fit(bundles: Sequence[Bundle], cluster: ClusterView) -> Fit:
+    """Place the hungriest bundles first, each on the fullest node that can take it."""
+    left = {node.name: dict(node.resources) for node in cluster.nodes}
+    found = Fit([None] * len(bundles), left)
+    hungriest = sorted(range(len(bundles)), key=lambda index: _appetite(bundles[index]), reverse=True)
+    for index in hungriest:
+        needs = bundles[index].resources
+        able = [name for name, free in left.items() if _covers(free, needs)]
+        if able:
+            node = min(able, key=lambda name: (left[name].get("GPU", 0.0), left[name].get("CPU", 0.0)))
+            found.nodes[index] = node
+            for resource, need in needs.items():
+                left[node][resource] = left[node].get(resource, 0.0) - need
+    return found
+
+
+def shortages(bundles: Sequence[Bundle], cluster: ClusterView) -> list[str]:
+    """One line for each role or group of roles of which a bundle finds no place: what it needs, and what is lacking."""
+    placed = fit(bundles, cluster).nodes
+    homeless = dict.fromkeys(bundle.label for bundle, node in zip(bundles, placed, strict=True) if node is None)
+    lines: list[str] = []
+    for label in homeless:
+        mine = [index for index, bundle in enumerate(bundles) if bundle.label == label]
+        without = sum(placed[index] is None for index in mine)
+        needs = bundles[mine[0]].resources
+        lacking = "; ".join(_lacking(needs, bundles, cluster))
+        lines.append(f"{label}: no place for {without} of {len(mine)}, each needs {describe(needs)}: {lacking}")
+    return lines
+
+
+def describe(resources: Resources) -> str:
+    """`1 GPU and 2 CPU`."""
+    return (
+        " and ".join(amount(name, value) for name, value in sorted(resources.items(), reverse=True) if value)
+        or "nothing"
+    )
+
+
+def amount(resource: str, value: float) -> str:
+    return f"{value / GIB:.1f} GiB memory" if resource == "memory" else f"{value:g} {resource}"
+
+
+def _lacking(needs: Resources, bundles: Iterable[Bundle], cluster: ClusterView) -> list[str]:
+    """Why: no node is that large, or all of them together are too small, or what is free is scattered."""
+    reasons: list[str] = []
+    for resource, need in needs.items():
+        wanted = sum(bundle.resources.get(resource, 0.0) for bundle in bundles)
+        largest, total = cluster.largest(resource), cluster.total(resource)
+        if need > largest + SLACK:
+            reasons.append(f"the largest node has {amount(resource, largest)}")
+        elif wanted > total + SLACK:
+            missing = amount(resource, wanted - total)
+            reasons.append(
+                f"the plan needs {amount(resource, wanted)} in all, the cluster has {total:g}: {missing} short"
+            )
+    return reasons or ["enough is free in all, but not on one node"]
+
+
+def _covers(free: Resources, needs: Resources) -> bool:
+    return all(free.get(resource, 0.0) + SLACK >= need for resource, need in needs.items())
+
+
+def _appetite(bundle: Bundle) -> tuple[float, float]:
+    return bundle.resources.get("GPU", 0.0), bundle.resources.get("CPU", 0.0)
+
+
+def _worth_telling(resource: str) -> bool:
+    """Ray's own markers (`node:10.0.0.1`, `object_store_memory`) are not what a plan lacks."""
+    return not resource.startswith("node:") and resource not in ("memory", "object_store_memory")

@@ -1,0 +1,76 @@
+"""How much memory a role will take, roughly: what `troupe plan` shows before anything is loaded. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+GIB = 2**30
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+PROCESS_GIB = 0.8  # an interpreter with torch, transformers and Ray
+LORA_SHARE_PER_RANK = (
+    1 / 1600
+)  # adapters' share of all parameters for each unit of r, on every linear layer of a 7B model
+
+
+@dataclass(frozen=True)
+class Memory:
+    """GiB of one process. On a GPU, `process` stays on the host."""
+
+    weights: float = 0.0
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    activations: float = 0.0
+    kv_cache: float = 0.0
+    process: float = PROCESS_GIB
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, part.name) for part in fields(self))
+
+
+@dataclass(frozen=True)
+class Training:
+    """What decides on the memory of a trained role beyond its weights."""
+
+    zero_stage: int  # 0 for a backend that shards nothing
+    ranks: int
+    lora_rank: int | None
+    gradient_checkpointing: bool
+
+
+def estimate(
+    parameters: int, dtype: str, *, tokens: int = 0, training: Training | None = None, kv_cache_gib: float = 0.0
+) -> Memory:
+    """One process that holds a model. `tokens`: of the largest micro-batch that goes through it.
+
+    Gradients and Adam's two moments are float32, and so are the master weights beside a half-precision model. ZeRO
+    spreads optimizer states from stage 1 on, gradients from 2, weights from 3.
+    """
+    width = BYTES[dtype]
+    if training is None:
+        activations = _activation_bytes(parameters, width, tokens, layers_kept=1)
+        return Memory(parameters * width / GIB, activations=activations / GIB, kv_cache=kv_cache_gib)
+    lora = training.lora_rank
+    trained = parameters if lora is None else min(1.0, lora * LORA_SHARE_PER_RANK) * parameters
+    layers_kept = 1 if training.gradient_checkpointing else None
+    return Memory(
+        weights=parameters * width / GIB / _share(training, 3),
+        gradients=trained * 4 / GIB / _share(training, 2),
+        optimizer=trained * (8 if dtype == "float32" else 12) / GIB / _share(training, 1),
+        activations=_activation_bytes(parameters, width, tokens, layers_kept) / GIB,
+    )
+
+
+def _share(training: Training, from_stage: int) -> int:
+    return training.ranks if training.zero_stage >= from_stage else 1
+
+
+def _activation_bytes(parameters: int, width: int, tokens: int, layers_kept: int | None) -> float:
+    """17 values per token, layer and hidden unit without the attention matrix, which no kernel of ours stores; plus one
+    per layer where layers are recomputed. Source: arXiv:2205.05198, section 4.
+
+    Hidden size and depth follow from the parameters of a usual shape: 12 h^2 per layer, and h / 128 layers."""
+    hidden = (parameters * 128 / 12) ** (1 / 3)
+    layers = max(1.0, hidden / 128)
+    stored = layers if layers_kept is None else layers_kept + layers / 17
+    return 17 * tokens * hidden * stored * width
