@@ -1,8 +1,8 @@
 """From rewards to advantages: pure numpy, in the driver.
 
-A *credit call* is what a credit stage executes: `call(batch, **options) -> {column: values}`, with per-token values for
-per-token columns. `credits(reads=..., writes=...)` names its columns for the check that a pipeline closes; a call without
-it reads `reward`, `group` and `mask`, and writes `advantages`.
+A *credit call* is what a credit stage executes: `call(batch, **options) -> {column: values}`, with per-token values
+for per-token columns. `credits(reads=..., writes=...)` names its columns for the check that a pipeline closes; a call
+without it reads `reward`, `group` and `mask`, and writes `advantages`.
 
 A reward of NaN says that the sample could not be scored: it takes no part in any mean and gets advantage 0.
 """
@@ -48,8 +48,8 @@ def zscore_by_group(rewards: Array, group: Array, *, scale: Scale = "group", eps
     """[B] float32: `(r - mean of its group) / (std + eps)`.
 
     `scale`: over what the standard deviation (unbiased, n - 1) is taken; `none` divides by nothing. A group with one
-    scored sample has nothing to compare with: 0. Source: arXiv:2402.03300, section 4.1.2; `batch`: arXiv:2508.08221,
-    section 4.1; `none`: arXiv:2503.20783, section 3.2.
+    scored sample has nothing to compare with: 0.
+    Source: arXiv:2402.03300, section 4.1.2; `batch`: arXiv:2508.08221; `none`: arXiv:2503.20783.
     """
     rewards = np.asarray(rewards, np.float64)
     _, member = np.unique(group, return_inverse=True)
@@ -65,7 +65,8 @@ def zscore_by_group(rewards: Array, group: Array, *, scale: Scale = "group", eps
 def has_signal(rewards: Array) -> bool:
     """Whether a prompt's samples differ in reward, so that there is something to learn from them.
 
-    As the predicate of a `keep` stage it is dynamic sampling. Source: arXiv:2503.14476, eq. 11, where rewards are 0 or 1.
+    As the predicate of a `keep` stage it is dynamic sampling.
+    Source: arXiv:2503.14476, eq. 11, where rewards are 0 or 1.
     """
     scored = np.asarray(rewards)[~np.isnan(rewards)]
     return len(scored) > 1 and bool(np.ptp(scored) > 0)

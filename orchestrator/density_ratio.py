@@ -1,7 +1,7 @@
 """Weights for undesirable examples whose prompts come from elsewhere than the desirable ones' (BCO's `weight` column).
 
 A logistic regression tells the two sets of prompts apart; an undesirable prompt weighs as much as the odds that it is a
-desirable one. Pure numpy. Source: arXiv:2404.04656, section 4.2.
+desirable one. Pure numpy. Source: arXiv:2404.04656.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""f-divergences for preference losses: `x(u) = f'(π/ref)` of the log-ratio `u`, up to a constant that cancels in a pair.
+"""f-divergences for preference losses: `x(u) = f'(π/ref)`, u the log-ratio, up to a constant that cancels in a pair.
 
-Source: arXiv:2309.16240, table 1.
+Source: arXiv:2309.16240.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def nll(tokens: Tokens, *, label_smoothing: float = 0.0, token_metrics: bool = F
 def dft(tokens: Tokens, *, token_metrics: bool = False) -> Loss:
     """[T]: `-sg(π(y_t)) log π(y_t)`: each token's gradient weighted by how likely it already is.
 
-    Source: arXiv:2508.05629, eq. 9; there a sum over tokens, here reduced like any other supervised loss.
+    Source: arXiv:2508.05629; there a sum over tokens, here reduced like any other supervised loss.
     """
     return -tokens.logps.detach().exp() * tokens.logps, _metrics(tokens, token_metrics)
 

@@ -53,25 +53,25 @@ def sigmoid(scores: PairScores, beta: float, *, label_smoothing: float = 0.0) ->
 
 
 def sigmoid_norm(scores: PairScores, beta: float, *, label_smoothing: float = 0.0) -> Tensor:
-    """`sigmoid` of scores per token. Source: arXiv:2411.15124, eq. 6."""
+    """`sigmoid` of scores per token. Source: arXiv:2411.15124."""
     return sigmoid(scores.per_token, beta, label_smoothing=label_smoothing)
 
 
 def hinge(scores: PairScores, beta: float) -> Tensor:
-    """`max(0, 1 - βd)`. Source: arXiv:2305.10425, eq. 1, in the normalised form of arXiv:2309.06657, eq. 8."""
+    """`max(0, 1 - βd)`. Source: arXiv:2305.10425, in the normalised form of arXiv:2309.06657."""
     return F.relu(1 - beta * scores.difference)
 
 
 def ipo(scores: PairScores, beta: float) -> Tensor:
     """`(d/n - 1/(2β))²`, with scores per token. Source: arXiv:2310.12036, eq. 17.
 
-    Departure from the paper, with TRL: the paper's d is not divided by lengths; its authors confirmed that it should be.
+    Departure from the paper, with TRL: its d is not divided by lengths; the authors confirmed that it should be.
     """
     return (scores.per_token.difference - 1 / (2 * beta)).square()
 
 
 def exo_pair(scores: PairScores, beta: float, *, label_smoothing: float) -> Tensor:
-    """`KL(q ‖ (1-ε, ε))` with `q = (σ(βd), σ(-βd))`. Needs ε > 0. Source: arXiv:2402.00856, eq. 16."""
+    """`KL(q ‖ (1-ε, ε))` with `q = (σ(βd), σ(-βd))`. Needs ε > 0. Source: arXiv:2402.00856."""
     z = beta * scores.difference
     log_win, log_lose = F.logsigmoid(z), F.logsigmoid(-z)
     target = torch.tensor([1 - label_smoothing, label_smoothing], dtype=z.dtype, device=z.device).log()
@@ -79,7 +79,7 @@ def exo_pair(scores: PairScores, beta: float, *, label_smoothing: float) -> Tens
 
 
 def nca_pair(scores: PairScores, beta: float) -> Tensor:
-    """`-log σ(βu_w) - ½ log σ(-βu_w) - ½ log σ(-βu_l)`. Source: arXiv:2402.05369, eq. 8, with two completions."""
+    """`-log σ(βu_w) - ½ log σ(-βu_w) - ½ log σ(-βu_l)`. Source: arXiv:2402.05369, with two completions."""
     won, lost = beta * scores.chosen, beta * scores.rejected
     return -F.logsigmoid(won) - 0.5 * F.logsigmoid(-won) - 0.5 * F.logsigmoid(-lost)
 
@@ -87,35 +87,35 @@ def nca_pair(scores: PairScores, beta: float) -> Tensor:
 def robust(scores: PairScores, beta: float, *, label_smoothing: float = 0.0) -> Tensor:
     """`[-(1-ε) log σ(βd) + ε log σ(-βd)] / (1-2ε)`: unbiased if a share ε of the labels is flipped.
 
-    Source: arXiv:2403.00409, eq. 8."""
+    Source: arXiv:2403.00409."""
     z = beta * scores.difference
     biased = -(1 - label_smoothing) * F.logsigmoid(z) + label_smoothing * F.logsigmoid(-z)
     return biased / (1 - 2 * label_smoothing)
 
 
 def bco_pair(scores: PairScores, beta: float) -> Tensor:
-    """`-log σ(βu_w) - log σ(-βu_l)`. Source: arXiv:2404.04656, eq. 10, without its shift δ (the method `bco` has it)."""
+    """`-log σ(βu_w) - log σ(-βu_l)`. Source: arXiv:2404.04656, without its shift δ, which the method `bco` has."""
     return -F.logsigmoid(beta * scores.chosen) - F.logsigmoid(-beta * scores.rejected)
 
 
 def sppo_hard(scores: PairScores, beta: float) -> Tensor:
-    """`(u_w - 1/(2β))² + (u_l + 1/(2β))²`. Source: arXiv:2405.00675, eq. 4.8, with win rates 1 and 0."""
+    """`(u_w - 1/(2β))² + (u_l + 1/(2β))²`. Source: arXiv:2405.00675, with win rates 1 and 0."""
     target = 1 / (2 * beta)
     return (scores.chosen - target).square() + (scores.rejected + target).square()
 
 
 def apo_zero(scores: PairScores, beta: float) -> Tensor:
-    """`1 - σ(βu_w) + σ(βu_l)`: up with the chosen, down with the rejected. Source: arXiv:2408.06266, eq. 4."""
+    """`1 - σ(βu_w) + σ(βu_l)`: up with the chosen, down with the rejected. Source: arXiv:2408.06266."""
     return torch.sigmoid(-beta * scores.chosen) + torch.sigmoid(beta * scores.rejected)
 
 
 def apo_down(scores: PairScores, beta: float) -> Tensor:
-    """`σ(βu_w) + 1 - σ(βd)`: down with both, further with the rejected. Source: arXiv:2408.06266, eq. 5."""
+    """`σ(βu_w) + 1 - σ(βd)`: down with both, further with the rejected. Source: arXiv:2408.06266."""
     return torch.sigmoid(beta * scores.chosen) + torch.sigmoid(-beta * scores.difference)
 
 
 def discopop(scores: PairScores, beta: float, *, discopop_tau: float = 0.05) -> Tensor:
-    """`(1-κ)(-log σ(z)) + κ e^{-z}`, `z = βd`, `κ = σ(z/τ)`. Source: arXiv:2406.08414, eq. 7 (log-ratio modulated)."""
+    """`(1-κ)(-log σ(z)) + κ e^{-z}`, `z = βd`, `κ = σ(z/τ)`. Source: arXiv:2406.08414 (log-ratio modulated)."""
     z = beta * scores.difference
     gate = torch.sigmoid(z / discopop_tau)
     return -(1 - gate) * F.logsigmoid(z) + gate * torch.exp(-z)
@@ -126,7 +126,7 @@ def margin_sigmoid(
 ) -> Tensor:
     """`sigmoid` of `βd - γ`; with `alpha`, `d` is between `(1 - e^{-α s}) / α` of the scores. For scores per token.
 
-    Source: arXiv:2405.14734, eq. 6; alpha: arXiv:2501.03884, eq. 6."""
+    Source: arXiv:2405.14734, eq. 6; alpha: arXiv:2501.03884."""
     difference = shaped(scores.chosen, alpha) - shaped(scores.rejected, alpha)
     return smoothed_logistic(beta * difference - gamma, label_smoothing)
 
@@ -171,8 +171,8 @@ def against_reference(
 ) -> Loss:
     """[P]: a contrast of `x(u)`, `u = log π(y) - log ref(y)` and `x` the divergence's derivative.
 
-    `ld_alpha` weighs what a completion is longer than the other (arXiv:2409.06411, eq. 11); `use_weighting` weighs pairs
-    by how likely the policy itself would write them (arXiv:2406.11827, eq. 5, in the form that sums to the policy's own).
+    `ld_alpha` weighs the tokens by which a completion is longer than the other (arXiv:2409.06411); `use_weighting`
+    weighs pairs by how likely the policy itself would write them (arXiv:2406.11827).
     """
     ratios = pair_scores(pairs, pairs.logps - pairs.ref_logps, ld_alpha)
     scores = replace(ratios, chosen=divergence(ratios.chosen), rejected=divergence(ratios.rejected))

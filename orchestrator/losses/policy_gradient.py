@@ -65,9 +65,9 @@ def policy_gradient(
 ) -> Loss:
     """[T]: `w_t surrogate(ρ_t, A_t) + β KL_t`, where `w` holds masks and corrections, all without gradient.
 
-    `level`: one ratio per token, or the geometric mean over the row (arXiv:2507.18071, eq. 7), or that with each token's
-    own gradient (eq. 15). `old`: what the ratio is taken against; `current` means that the batch is used for one update,
-    so that the ratio is 1 and carries only the gradient.
+    `level`: one ratio per token, or the geometric mean over the row (arXiv:2507.18071, eq. 7), or that with each
+    token's own gradient (GSPO-token). `old`: what the ratio is taken against; `current` means that the batch is used
+    for one update, so that the ratio is 1 and carries only the gradient.
     Source: arXiv:2402.03300, eq. 3.
     """
     old_logps = _old_logps(tokens, old)
@@ -92,7 +92,7 @@ def policy_gradient(
 
 @reads("entropy", "entropy_grad")
 def entropy_bonus(tokens: Tokens) -> Loss:
-    """[T]: minus the entropy of each token's distribution, with gradient. Source: arXiv:2505.22312, eq. 2."""
+    """[T]: minus the entropy of each token's distribution, with gradient. Source: arXiv:2505.22312."""
     entropy = given(tokens.entropy)
     return -entropy, {"entropy": tokens.token_stat(entropy)}
 

@@ -1,8 +1,8 @@
 """The only place where a loss becomes a scalar.
 
-Each reduction is a local sum over a *global* count: the count is summed over all micro-batches and ranks of an optimizer
-step before the first gradient, so neither the micro-batching nor the number of ranks changes the result. Rows whose mask
-is empty count as rows: masking changes what is learned, never the weight of the rest.
+Each reduction is a local sum over a *global* count: the count is summed over all micro-batches and ranks of an
+optimizer step before the first gradient, so neither the micro-batching nor the number of ranks changes the result.
+Rows whose mask is empty count as rows: masking changes what is learned, never the weight of the rest.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from orchestrator.losses.views import Tokens
 
 @dataclass(frozen=True)
 class Reduction:
-    """`total(values, view)` of a micro-batch, divided by the sum of `count(view type, micro-batch)` over all of them."""
+    """`total(values, view)` of a micro-batch over the sum of `count(view type, micro-batch)` of all of them."""
 
     total: Callable[[Tensor, Tokens], Tensor]
     count: Callable[[type[Tokens], MicroBatch], float]

@@ -32,7 +32,7 @@ def clipped(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`-min(min(ρ, δ) A, clip(ρ, 1-ε, 1+ε_high) A)`. `delta` bounds the unclipped branch, which A < 0 leaves unbounded.
 
-    Source: arXiv:1707.06347, eq. 7; ε_high: arXiv:2503.14476, eq. 10; δ: arXiv:2505.07291, section 3.4.
+    Source: arXiv:1707.06347, eq. 7; ε_high: arXiv:2503.14476, eq. 10; δ: arXiv:2505.07291.
     Departure from TRL: clip metrics look at ρ before δ caps it, so that they count what was clipped.
     """
     ratio, advantages = log_ratio.exp(), tokens.advantages
@@ -56,7 +56,7 @@ def capped(tokens: PolicyTokens, log_ratio: Tensor, *, cap: float) -> tuple[Tens
 def soft_gated(
     tokens: PolicyTokens, log_ratio: Tensor, *, temperature_pos: float = 1.0, temperature_neg: float = 1.05
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`-(4/τ) σ(τ(ρ-1)) A`, τ by the sign of A: a gate in the place of a clip (SAPO). Source: arXiv:2511.20347, eq. 5."""
+    """`-(4/τ) σ(τ(ρ-1)) A`, τ by the sign of A: a gate instead of a clip (SAPO). Source: arXiv:2511.20347."""
     temperature = torch.where(tokens.advantages > 0, temperature_pos, temperature_neg)
     gate = torch.sigmoid(temperature * (log_ratio.exp() - 1)) * 4 / temperature
     return -gate * tokens.advantages, {}
@@ -67,7 +67,7 @@ def geometric(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`-A exp(mean over the row of log ρ)`, log ρ bounded on the side to which A pushes it (GMPO).
 
-    Source: arXiv:2507.20673, eq. 4; the bounds are ±ε in log space, as in its section 3.2."""
+    Source: arXiv:2507.20673; ε bounds log ρ, not ρ."""
     high = epsilon if epsilon_high is None else epsilon_high
     upward = tokens.advantages > 0
     bounded = torch.where(upward, log_ratio.clamp(max=high), log_ratio.clamp(min=-epsilon))
@@ -99,8 +99,8 @@ def smooth_weighted(
 def trust_region(
     tokens: PolicyTokens, log_ratio: Tensor, *, distance: Distance, threshold: float, ratio_cap: float = 20.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`-sg(min(ρ, cap)) A lp`, but 0 for tokens that are further than `threshold` from the sampler and that A would drive
-    further (DPPO). `distance` is between the token's probabilities, as of coins: total variation or KL."""
+    """`-sg(min(ρ, cap)) A lp`, but 0 for tokens that are further than `threshold` from the sampler and that A would
+    drive further (DPPO). `distance` is between the token's probabilities, as of coins: total variation or KL."""
     ratio = log_ratio.detach().exp()
     probability = tokens.logps.detach().exp()
     leaves = ((tokens.advantages > 0) & (ratio > 1)) | ((tokens.advantages < 0) & (ratio < 1))

@@ -1,7 +1,7 @@
 """Preference losses that compare whole distributions of pairs (AOT): they sort, so they couple all pairs of a batch.
 
-Sorting spans all micro-batches and ranks: a pass without gradient finds each value's partner, the value of equal rank on
-the other side. Departure from TRL, which sorts within a micro-batch, so that its result depends on the batch's split.
+Sorting spans all micro-batches and ranks: a pass without gradient finds each value's partner, the value of equal rank
+on the other side. Departure from TRL, which sorts within a micro-batch: there, the split changes the result.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def ratios_by_rank(
 def aot(pairs: RefPairs, *, beta: float, label_smoothing: float = 0.0, ld_alpha: float | None = None) -> Loss:
     """[P]: smoothed logistic of `β z`, z between the sorted differences of policy and reference.
 
-    Source: arXiv:2406.05882, eq. 6 (paired)."""
+    Source: arXiv:2406.05882 (paired)."""
     policy = pair_scores(pairs, pairs.logps, ld_alpha)
     values = smoothed_logistic(beta * (policy.difference - _partner(pairs, "partner")), label_smoothing)
     ratios = pair_scores(pairs, pairs.logps - pairs.ref_logps, ld_alpha)
@@ -53,8 +53,9 @@ def aot(pairs: RefPairs, *, beta: float, label_smoothing: float = 0.0, ld_alpha:
 def aot_unpaired(pairs: RefPairs, *, beta: float, label_smoothing: float = 0.0, ld_alpha: float | None = None) -> Loss:
     """[P]: smoothed logistic of `β z`, z between the sorted log-ratios of chosen and rejected completions.
 
-    A value's partner may belong to another micro-batch, so each side takes the other as a constant: the chosen side gives
-    the value and its own gradient, the rejected side only its gradient. Source: arXiv:2406.05882, eq. 5 (unpaired)."""
+    A value's partner may belong to another micro-batch, so each side takes the other as a constant: the chosen side
+    gives the value and its own gradient, the rejected side only its gradient.
+    Source: arXiv:2406.05882 (unpaired)."""
     ratios = pair_scores(pairs, pairs.logps - pairs.ref_logps, ld_alpha)
     chosen_side = beta * (ratios.chosen - _partner(pairs, "partner_of_chosen"))
     rejected_side = beta * (_partner(pairs, "partner_of_rejected") - ratios.rejected)

@@ -14,7 +14,7 @@ from orchestrator.losses.views import RefLabelled, RefLabelledWithMismatches, gi
 
 
 def mismatched_kl(views: list[RefLabelledWithMismatches], world: World, state: dict[str, Any]) -> dict[str, Tensor]:
-    """`max(0, mean of u over mismatched rows)` of the whole batch: how far the policy has moved, whatever the prompt."""
+    """`max(0, mean of u over mismatched rows)` of the whole batch: how far the policy has moved on any prompt."""
     ratios = joined([view.log_ratios[view.mismatched] for view in views])
     total, count = world.sum(torch.stack([ratios.sum(), ratios.new_tensor(float(len(ratios)))]))
     return {"kl": (total / count.clamp(min=1)).clamp(min=0)}
@@ -24,8 +24,8 @@ def mismatched_kl(views: list[RefLabelledWithMismatches], world: World, state: d
 def kto(
     rows: RefLabelledWithMismatches, *, beta: float, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
 ) -> Loss:
-    """[B]: `λ_D (1 - σ(β(u - z)))` for a desirable row, `λ_U (1 - σ(β(z - u)))` for an undesirable one; 0 for a mismatched
-    one. `z` is the KL estimate of `mismatched_kl`. Source: arXiv:2402.01306, eq. 8.
+    """[B]: `λ_D (1 - σ(β(u - z)))` for a desirable row, `λ_U (1 - σ(β(z - u)))` for an undesirable one; 0 for a
+    mismatched one. `z` is the KL estimate of `mismatched_kl`. Source: arXiv:2402.01306.
     """
     kl = rows.shared["kl"]
     values = _weighted(
@@ -38,7 +38,9 @@ def kto(
 def apo_zero_unpaired(
     rows: RefLabelled, *, beta: float, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
 ) -> Loss:
-    """[B]: `λ_D (1 - σ(βu))` for a desirable row, `λ_U σ(βu)` for an undesirable one. Source: arXiv:2408.06266, eq. 4."""
+    """[B]: `λ_D (1 - σ(βu))` for a desirable row, `λ_U σ(βu)` for an undesirable one.
+
+    Source: arXiv:2408.06266."""
     values = _weighted(
         rows, 1 - torch.sigmoid(_signed(rows, beta * rows.log_ratios)), desirable_weight, undesirable_weight
     )
@@ -62,8 +64,7 @@ def running_mean_reward(
 def bco(rows: RefLabelled, *, beta: float, density_ratio: bool = False) -> Loss:
     """[B]: `-log σ(±(βu - δ))`, plus for a desirable row, minus for another; δ is the running mean of all rewards.
 
-    With `density_ratio`, each undesirable row counts as much as the column `weight` says. Source: arXiv:2404.04656, eq. 9
-    and 12."""
+    With `density_ratio`, each undesirable row counts as much as the column `weight` says. Source: arXiv:2404.04656."""
     delta = rows.shared["delta"]
     values = -F.logsigmoid(_signed(rows, beta * rows.log_ratios - delta))
     if density_ratio:

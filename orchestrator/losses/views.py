@@ -2,8 +2,8 @@
 
 The type of a loss's view declares what the loss reads. A field that is named like a column of the batch
 (`actors/columns.py`) or like an extra of the forward pass (`declare.EXTRAS`) is filled from there. A field of type
-`Tensor` is always read; one of type `Tensor | None` is None unless the loss declares that it reads it under its options,
-so a loss cannot see by accident what its pipeline does not provide by design.
+`Tensor` is always read; one of type `Tensor | None` is None unless the loss declares that it reads it under its
+options, so a loss cannot see by accident what its pipeline does not provide by design.
 
 Axes: `T` tokens, `B` rows, `P` pairs. `mask` is what the loss is summed over.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from functools import cache
 from typing import Any
 
 from pydantic import ValidationError, validate_call
@@ -35,14 +36,18 @@ def build(name: str, options: Mapping[str, Any], facts: Mapping[str, Any] | None
 
 def _call(name: str, method: Callable[..., Pipeline], options: Mapping[str, Any]) -> Pipeline:
     try:
-        return validate_call(method)(**options)
+        return _validated(method)(**options)
     except ValidationError as error:
-        lines = [f"{_path(line['loc'])}={line['input']!r}: {line['msg'].lower()}" for line in error.errors()]
-        raise ConfigError(f"method {name}: options.{'; options.'.join(lines)}") from None
+        # A union reports each of its alternatives: the last one, the most general, says it all.
+        found = {
+            line["loc"][0]: f"options.{line['loc'][0]}={line['input']!r}: {line['msg']}" for line in error.errors()
+        }
+        raise ConfigError(f"method {name}: {'; '.join(found.values())}") from None
 
 
-def _path(location: tuple[int | str, ...]) -> str:
-    return ".".join(str(part) for part in location)
+@cache
+def _validated(method: Callable[..., Pipeline]) -> Callable[..., Pipeline]:
+    return validate_call(method)
 
 
 def _nearest(name: str, known: Mapping[str, Any]) -> str:

@@ -38,7 +38,7 @@ def cpo(
 ) -> Pipeline:
     """Contrastive preference optimisation: a preference loss without reference, and likelihood of the chosen.
 
-    Source: arXiv:2401.08417, eq. 5."""
+    Source: arXiv:2401.08417."""
     contrasts = _contrasts(label_smoothing)
     if label_smoothing and loss_type != "sigmoid":
         raise ConfigError(f"options.label_smoothing={label_smoothing} needs options.loss_type=sigmoid, not {loss_type}")
@@ -54,9 +54,9 @@ def simpo(
     cpo_alpha: NotNegative = 0.0,
     token_metrics: bool = False,
 ) -> Pipeline:
-    """Simple preference optimisation: mean log-probabilities, apart by a margin. `cpo_alpha` adds CPO's likelihood term.
+    """Simple preference optimisation: mean log-probabilities, apart by a margin.
 
-    Source: arXiv:2405.14734, eq. 6."""
+    `cpo_alpha` adds CPO's likelihood term. Source: arXiv:2405.14734, eq. 6."""
     contrast = partial(margin_sigmoid, gamma=simpo_gamma, label_smoothing=label_smoothing)
     options = _options(contrast, beta, token_metrics, length_normalised=True)
     return _pairs(options, Term(chosen_nll, token_mean, cpo_alpha))
@@ -70,7 +70,7 @@ def alphapo(
     label_smoothing: Smoothing = 0.0,
     token_metrics: bool = False,
 ) -> Pipeline:
-    """SimPO with a reward whose shape `alpha` sets. Source: arXiv:2501.03884, eq. 6; defaults of its table 3."""
+    """SimPO with a reward whose shape `alpha` sets. Source: arXiv:2501.03884; defaults of its table 3."""
     contrast = partial(margin_sigmoid, gamma=simpo_gamma, alpha=alpha, label_smoothing=label_smoothing)
     return _pairs(_options(contrast, beta, token_metrics, length_normalised=True))
 
@@ -94,7 +94,7 @@ def tpo(
 ) -> Pipeline:
     """Triple preference optimisation: a preference loss on two completions, likelihood of a third, the gold one.
 
-    Source: arXiv:2405.16681, eq. 10."""
+    Source: arXiv:2405.16681."""
     if label_smoothing and loss_type not in ("sigmoid", "tpo-l"):
         raise ConfigError(f"options.label_smoothing={label_smoothing} needs options.loss_type sigmoid or tpo-l")
     with_margin = partial(margin_sigmoid, gamma=tpo_l_gamma, label_smoothing=label_smoothing)

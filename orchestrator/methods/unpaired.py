@@ -23,14 +23,24 @@ def kto(
     desirable_weight: NotNegative = 1.0,
     undesirable_weight: NotNegative = 1.0,
 ) -> Pipeline:
-    """Kahneman-Tversky optimisation: gains and losses against how far the policy has moved. Source: arXiv:2402.01306."""
+    """Kahneman-Tversky optimisation: gains and losses against how far the policy has moved.
+
+    Source: arXiv:2402.01306."""
     data, loss = {
         "kto": (MismatchedLabelled, kto_loss),
         "apo_zero_unpaired": (Labelled, apo_zero_loss),
     }[loss_type]
-    weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
     return Pipeline(
-        data, logps("reference", into="ref_logps"), update("policy", loss, reduce=item_mean, beta=beta, **weights)
+        data,
+        logps("reference", into="ref_logps"),
+        update(
+            "policy",
+            loss,
+            reduce=item_mean,
+            beta=beta,
+            desirable_weight=desirable_weight,
+            undesirable_weight=undesirable_weight,
+        ),
     )
 
 
@@ -38,7 +48,7 @@ def bco(*, beta: Positive = 0.1, density_ratio: bool = False) -> Pipeline:
     """Binary classifier optimisation: a classifier of desirable completions, its threshold the mean reward so far.
 
     `density_ratio` weighs undesirable rows by how likely their prompts are among the desirable ones.
-    Source: arXiv:2404.04656, eq. 9 and 12."""
+    Source: arXiv:2404.04656."""
     return Pipeline(
         WeightedLabelled if density_ratio else Labelled,
         logps("reference", into="ref_logps"),

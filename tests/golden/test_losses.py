@@ -1,7 +1,7 @@
 """Our losses against the numbers of `losses.json`: what another implementation computed on fixed inputs (its `source`).
 
-The inputs are padded; here every padded row becomes a ragged row of the same width whose mask leaves the padding out, after
-one token that nothing predicts. Cases in which we differ on purpose are in `DEPARTURES`, with the reason.
+The inputs are padded; here every padded row becomes a ragged row of the same width whose mask leaves the padding out,
+after one token that nothing predicts. Cases in which we differ on purpose are in `DEPARTURES`, with the reason.
 """
 
 from __future__ import annotations
@@ -220,7 +220,8 @@ def test_a_contrast_without_reference_equals_the_peer(case: dict[str, Any]) -> N
 
 
 def single_token_pairs(inputs: dict[str, Any]) -> Rows:
-    """The peer's function takes sequence scores: a completion of one token has its sum and its mean as the same number."""
+    """The peer's function takes sequence scores: a completion of one token has its sum and its mean as the same
+    number."""
     logps = [[value] for value in [*inputs["policy_chosen_logps"], *inputs["policy_rejected_logps"]]]
     pairs = len(logps) // 2
     return rows_of(
@@ -248,8 +249,8 @@ def from_logits(logits: Tensor, tokens: Tensor) -> Tensor:
 def through_logits(
     objective: LossObjective, logits: Tensor, tokens: Tensor, attended: Tensor, **columns: Tensor
 ) -> tuple[float, float, dict[str, float]]:
-    """(value, norm of the gradient with respect to the logits, metrics): all that the peer's functions report. `attended`
-    [R, L] says where rows end; `mask` is given as [R, L], too."""
+    """(value, norm of the gradient with respect to the logits, metrics): all that the peer's functions report.
+    `attended` [R, L] says where rows end; `mask` is given as [R, L], too."""
     logits = logits.clone().requires_grad_()
     logps = torch.cat([torch.zeros(len(tokens), 1, dtype=torch.float64), from_logits(logits, tokens)], dim=1)[attended]
     columns["mask"] = columns["mask"][attended]
@@ -365,7 +366,8 @@ def test_grpo_equals_the_peer(case: dict[str, Any]) -> None:
 
 
 def _denominator(config: dict[str, Any], inputs: dict[str, Any]) -> float:
-    """By how much the peer's denominator exceeds ours: it counts micro-batches, or tokens, of a batch that is not here."""
+    """By how much the peer's denominator exceeds ours: it counts micro-batches, or tokens, of a batch that is not
+    here."""
     if config["loss_type"] not in ("dapo", "cispo", "vespo"):
         return config["ga"]
     expected = inputs["num_items_in_batch"] * config["ga"] / config.get("spg", config["ga"])

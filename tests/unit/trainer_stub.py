@@ -86,7 +86,7 @@ def optimise(
     parts = [[leaf.select(members) for members in rank] for rank in split]
     counts = _counts(objective, parts)
     states = states if states is not None else [{} for _ in split]
-    statistics = _statistics(objective, parts, states)
+    statistics = statistics_of(objective, parts, states)
     value, stats = torch.zeros((), dtype=rows.logps.dtype), list[dict[str, Stat]]()
     for rank, found in zip(parts, statistics, strict=True):
         for part in rank:
@@ -103,7 +103,7 @@ def combined(stats: Sequence[Mapping[str, Stat]]) -> dict[str, float]:
     found = {}
     for name in dict.fromkeys(name for each in stats for name in each):
         entries = [each[name] for each in stats if name in each]
-        totals = [float(stat.total) for stat in entries]
+        totals = [float(torch.as_tensor(stat.total).detach()) for stat in entries]
         weight = sum(float(stat.weight) for stat in entries)
         found[name] = sum(totals) / weight if entries[0].combine == "mean" and weight else max(totals)
     return found
@@ -114,7 +114,7 @@ def _counts(objective: Objective, parts: list[list[Rows]]) -> dict[str, float]:
     return {name: sum(counts[name] for counts in each) for name in each[0]}
 
 
-def _statistics(objective: Objective, parts: list[list[Rows]], states: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def statistics_of(objective: Objective, parts: list[list[Rows]], states: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per rank, in threads, because it is collective. Empty micro-batches are left out, as a trainer does."""
     found: list[dict[str, Any]] = [{} for _ in parts]
     failures: list[BaseException] = []

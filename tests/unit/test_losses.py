@@ -1,0 +1,380 @@
+"""What every loss guarantees, whichever method it serves: its gradient is that of its value, and neither the order of
+the rows nor the way they are split into micro-batches and ranks changes either. Values come from `tests/golden`."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from actors.errors import ConfigError
+from actors.objective import MicroBatch, Outputs
+from orchestrator.losses.declare import Loss, Sum, Term, columns_of, is_on, needs_of, reads
+from orchestrator.losses.likelihood import nll
+from orchestrator.losses.objective import LossObjective
+from orchestrator.losses.policy_gradient import policy_gradient
+from orchestrator.losses.reduce import item_mean, row_mean_of_token_means, token_mean, token_sum_over
+from orchestrator.losses.surrogates import clipped
+from orchestrator.losses.views import PolicyTokens, Tokens
+from orchestrator.losses.views import given as field
+from orchestrator.methods import build
+from tests.unit.trainer_stub import Rows, Split, optimise, statistics_of
+
+WEIGHTED = {"correction": "token_truncate", "top_entropy_quantile": 0.5, "off_policy_mask_threshold": 0.1, "beta": 0.1}
+
+METHOD_OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("sft", {}),
+    ("sft", {"label_smoothing": 0.1, "token_metrics": True}),
+    ("sft", {"loss_type": "dft"}),
+    *[("dpo", {"loss_type": name}) for name in ("sigmoid", "hinge", "ipo", "nca_pair", "bco_pair", "sppo_hard", "aot")],
+    *[("dpo", {"loss_type": name}) for name in ("apo_zero", "apo_down", "discopop", "sigmoid_norm", "aot_unpaired")],
+    *[
+        ("dpo", {"loss_type": name, "label_smoothing": 0.1})
+        for name in ("sigmoid", "robust", "exo_pair", "aot_unpaired")
+    ],
+    *[("dpo", {"f_divergence_type": name}) for name in ("forward_kl", "js_divergence", "alpha_divergence")],
+    ("dpo", {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0], "token_metrics": True}),
+    ("dpo", {"use_weighting": True}),
+    ("dpo", {"ld_alpha": 0.3}),
+    ("cpo", {}),
+    ("cpo", {"loss_type": "ipo"}),
+    ("cpo", {"loss_type": "hinge", "cpo_alpha": 0.0}),
+    ("simpo", {"label_smoothing": 0.1}),
+    ("alphapo", {}),
+    ("orpo", {}),
+    ("tpo", {}),
+    ("tpo", {"loss_type": "tpo-l"}),
+    ("kto", {"undesirable_weight": 1.5}),
+    ("kto", {"loss_type": "apo_zero_unpaired"}),
+    ("bco", {}),
+    ("bco", {"density_ratio": True}),
+    *[("grpo", {"loss_type": name}) for name in ("grpo", "dapo", "luspo", "sapo", "vespo", "dppo")],
+    *[("grpo", {"loss_type": name, "updates_per_batch": 2, **WEIGHTED}) for name in ("grpo", "bnpo", "gmpo")],
+    ("grpo", {"loss_type": "cispo", "epsilon_high": 1.2, "updates_per_batch": 2}),
+    ("grpo", {"loss_type": "dr_grpo", "max_completion_length": 16, "delta": 1.3, "minibatches": 2}),
+    ("grpo", {"importance_sampling_level": "sequence", "updates_per_batch": 2, "correction": "sequence_mask"}),
+    ("grpo", {"importance_sampling_level": "sequence_token", "updates_per_batch": 2, "entropy_coef": 0.1}),
+]
+
+# A stop-gradient makes the gradient another thing than the slope of the value; the golden cases hold those gradients.
+STOPS_GRADIENT = ("dft", "use_weighting", "cispo", "vespo", "dppo", "current", "sequence_token")
+
+
+def name_of(method: str, options: dict[str, Any]) -> str:
+    return " ".join([method, *(f"{key}={value}" for key, value in options.items())])
+
+
+def objective_of(method: str, options: dict[str, Any]) -> LossObjective:
+    stage = build(method, options).updates[0]
+    assert stage.call is not None
+    return LossObjective(stage.call, stage.options["reduce"], stage.options["loss_options"])
+
+
+every_method = pytest.mark.parametrize(
+    ("method", "options"), METHOD_OPTIONS, ids=[name_of(*each) for each in METHOD_OPTIONS]
+)
+
+
+def random_rows(method: str, options: dict[str, Any], seed: int, groups: int = 5) -> Rows:
+    """Rows of the kind of data that the method takes, with the columns and extras that its loss declares, and no
+    other."""
+    data, objective = build(method, options).data, objective_of(method, options)
+    size = 4 if data.prompts_only else data.rows_per_item
+    rng = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, 8, (groups * size,), generator=rng)
+    everything = _columns(lengths, size, rng)
+    logps = _masked_rows_start(lengths, -_positive(lengths, rng))
+    extras = {name: _positive(lengths, rng) for name in objective.needs - {"all_tokens", "entropy_grad"}}
+    return Rows(MicroBatch(lengths, {name: everything[name] for name in objective.columns}), logps, extras)
+
+
+def _columns(lengths: Tensor, size: int, rng: torch.Generator) -> dict[str, Tensor]:
+    rows = torch.arange(len(lengths))
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)[:-1]])
+    position = torch.arange(int(lengths.sum())) - starts.repeat_interleave(lengths)
+    prompt = torch.randint(1, 3, (len(lengths),), generator=rng)
+    member = rows % size
+    advantages = torch.randn(len(lengths), generator=rng, dtype=torch.float64)
+    columns = {name: -_positive(lengths, rng) for name in ("old_logps", "sample_logps", "ref_logps")}
+    return columns | {
+        "mask": position >= prompt.repeat_interleave(lengths),
+        "group": 7 * (rows // size) + 3,  # numbers need not be dense
+        "advantages": advantages.repeat_interleave(lengths),
+        "preferred": member == 0,
+        "gold": member == 2,
+        "mismatched": member == 1,
+        "label": (rows // size) % 2 == 0,
+        "weight": 0.5 + torch.rand(len(lengths), generator=rng, dtype=torch.float64),
+    }
+
+
+def _positive(lengths: Tensor, rng: torch.Generator) -> Tensor:
+    return 0.05 + 1.5 * torch.rand(int(lengths.sum()), generator=rng, dtype=torch.float64)
+
+
+def _masked_rows_start(lengths: Tensor, values: Tensor) -> Tensor:
+    values[torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)[:-1]])] = 0.0
+    return values
+
+
+def random_split(rows: Rows, keep_groups: bool, seed: int) -> Split:
+    """Items in random order to one to three ranks of one to three micro-batches; some of them may be empty."""
+    rng = np.random.default_rng(seed)
+    items = [[row] for row in range(len(rows))]
+    if keep_groups:
+        groups = rows.micro["group"].tolist()
+        items = [[row for row in range(len(rows)) if groups[row] == group] for group in dict.fromkeys(groups)]
+    ranks, micros = int(rng.integers(1, 4)), int(rng.integers(1, 4))
+    split: list[list[list[int]]] = [[[] for _ in range(micros)] for _ in range(ranks)]
+    for item in rng.permutation(len(items)):
+        split[rng.integers(ranks)][rng.integers(micros)].extend(rng.permutation(items[item]).tolist())
+    return split
+
+
+@every_method
+@settings(max_examples=3, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_order_micro_batches_and_ranks_change_neither_value_nor_gradient(
+    method: str, options: dict[str, Any], seed: int
+) -> None:
+    objective, rows = objective_of(method, options), random_rows(method, options, seed)
+    whole = optimise(objective, rows)
+    split = optimise(objective, rows, random_split(rows, objective.keep_groups, seed))
+    assert split.value == pytest.approx(whole.value, rel=1e-9, abs=1e-12)
+    torch.testing.assert_close(split.gradient, whole.gradient, rtol=1e-9, atol=1e-12)
+    for name, gradient in whole.extra_gradients.items():
+        torch.testing.assert_close(split.extra_gradients[name], gradient, rtol=1e-9, atol=1e-12)
+    assert split.metrics == pytest.approx(whole.metrics, rel=1e-9, abs=1e-12)
+
+
+def _gradient_is_the_slope(method: str, options: dict[str, Any]) -> bool:
+    if method == "grpo" and options.get("updates_per_batch", 1) * options.get("minibatches", 1) == 1:
+        return False  # the ratio is 1 by a stop-gradient
+    return not any(name in (*options.values(), *options) for name in STOPS_GRADIENT)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [each for each in METHOD_OPTIONS if _gradient_is_the_slope(*each)],
+    ids=[name_of(*each) for each in METHOD_OPTIONS if _gradient_is_the_slope(*each)],
+)
+def test_the_gradient_is_the_slope_of_the_value(method: str, options: dict[str, Any]) -> None:
+    objective, rows = objective_of(method, options), random_rows(method, options, seed=11, groups=2)
+    result = optimise(objective, rows)
+    value = value_of(objective, rows, frozen=method in ("kto", "bco"))
+    for token in range(len(rows.logps)):
+        nudge = torch.zeros_like(rows.logps)
+        nudge[token] = 1e-6
+        slope = (value(rows.logps + nudge) - value(rows.logps - nudge)) / 2e-6
+        assert slope == pytest.approx(float(result.gradient[token]), rel=1e-4, abs=1e-7), f"token {token}"
+
+
+def value_of(objective: LossObjective, rows: Rows, *, frozen: bool) -> Callable[[Tensor], float]:
+    """The loss as a function of log-probabilities. `frozen`: statistics stay what they are at `rows`, as they carry no
+    gradient."""
+    if not frozen:
+        return lambda logps: optimise(objective, Rows(rows.micro, logps, rows.extra)).value
+    (statistics,) = statistics_of(objective, [[rows]], [{}])
+    counts = objective.counts(rows.micro)
+    return lambda logps: float(objective.loss(rows.micro, Outputs(logps, rows.extra), counts, statistics)[0])
+
+
+@every_method
+def test_a_loss_reads_every_column_that_it_declares(method: str, options: dict[str, Any]) -> None:
+    objective, rows = objective_of(method, options), random_rows(method, options, seed=3)
+    for name in objective.columns - {"group"} if not objective.keep_groups else objective.columns:
+        columns = {key: values for key, values in rows.micro.columns.items() if key != name}
+        with pytest.raises(KeyError):
+            optimise(objective, Rows(MicroBatch(rows.micro.lengths, columns), rows.logps, rows.extra))
+
+
+@every_method
+def test_an_objective_survives_pickling(method: str, options: dict[str, Any]) -> None:
+    objective, rows = objective_of(method, options), random_rows(method, options, seed=5)
+    copy = pickle.loads(pickle.dumps(objective))
+    assert (copy.columns, copy.needs, copy.coupled) == (objective.columns, objective.needs, objective.coupled)
+    assert optimise(copy, rows).value == optimise(objective, rows).value
+
+
+@every_method
+def test_values_stay_in_float32_when_the_model_is_in_float32(method: str, options: dict[str, Any]) -> None:
+    objective, rows = objective_of(method, options), random_rows(method, options, seed=7)
+
+    def single(values: Tensor) -> Tensor:
+        return values.float() if values.is_floating_point() else values
+
+    columns = {name: single(values) for name, values in rows.micro.columns.items()}
+    extra = {name: single(values) for name, values in rows.extra.items()}
+    found = optimise(objective, Rows(MicroBatch(rows.micro.lengths, columns), single(rows.logps), extra))
+    assert found.gradient.dtype is torch.float32
+    assert found.value == pytest.approx(optimise(objective, rows).value, rel=1e-4, abs=1e-5)
+
+
+# What a loss declares
+
+
+@reads("ref_logps", beta=is_on)
+@reads("old_logps", old="recorded")
+def example(tokens: PolicyTokens, *, beta: float = 0.1, old: str = "current") -> Loss:
+    return tokens.logps if not beta else field(tokens.ref_logps), {}
+
+
+def test_conditional_reads_follow_the_options_and_their_defaults() -> None:
+    assert columns_of(example, {}) == {"advantages", "mask", "ref_logps"}
+    assert columns_of(example, {"beta": 0.0}) == {"advantages", "mask"}
+    assert columns_of(example, {"beta": 0.0, "old": "recorded"}) == {"advantages", "mask", "old_logps"}
+
+
+def test_needs_name_what_the_forward_pass_must_compute() -> None:
+    assert needs_of(nll, {}) == frozenset()
+    assert needs_of(nll, {"token_metrics": True}) == {"entropy", "is_top1"}
+    assert needs_of(nll, {"label_smoothing": 0.1}) == {"mean_logps"}
+
+
+def test_an_unknown_option_of_a_loss_is_refused_when_the_pipeline_is_built() -> None:
+    with pytest.raises(ConfigError, match="unexpected keyword argument 'smoothing'"):
+        columns_of(nll, {"smoothing": 0.1})
+
+
+def test_a_view_hides_a_column_that_the_loss_does_not_declare() -> None:
+    rows = random_rows("grpo", {"beta": 0.1}, seed=1)
+    view = PolicyTokens.of(rows.micro, Outputs(rows.logps), frozenset({"mask", "advantages"}), {})
+    assert "ref_logps" in rows.micro
+    assert view.ref_logps is None
+    with pytest.raises(TypeError, match="does not declare"):
+        field(view.ref_logps)
+
+
+def test_a_sum_weighs_its_terms_and_leaves_out_those_of_weight_zero() -> None:
+    rows = random_rows("sft", {}, seed=2)
+    single = optimise(LossObjective(nll, token_mean, {}), rows).value
+    both = Sum(Term(nll, token_mean, 0.5), Term(nll, row_mean_of_token_means, 0.25), Term(nll, token_mean, 0.0))
+    assert len(both.terms) == 2
+    by_row = optimise(LossObjective(nll, row_mean_of_token_means, {}), rows).value
+    assert optimise(LossObjective(both, None, {}), rows).value == pytest.approx(0.5 * single + 0.25 * by_row)
+
+
+def test_a_sum_with_a_reduction_beside_it_and_a_loss_without_one_are_refused() -> None:
+    with pytest.raises(ConfigError, match="their own reductions"):
+        LossObjective(Sum(Term(nll, token_mean)), token_mean, {})
+    with pytest.raises(ConfigError, match="nll needs a reduction"):
+        LossObjective(nll, None, {})
+
+
+# Reductions
+
+
+def two_rows() -> Tokens:
+    micro = MicroBatch(torch.tensor([3, 5]), {})
+    mask = torch.tensor([0, 1, 1, 0, 0, 1, 0, 0]).bool()
+    return Tokens(micro=micro, logps=torch.zeros(8), mask=mask, shared={})
+
+
+@pytest.mark.parametrize(
+    ("reduce", "expected"),
+    [
+        (token_mean, (2 + 4 + 9) / 3),
+        (row_mean_of_token_means, (3 + 9) / 2),
+        (token_sum_over(10), (2 + 4 + 9) / 20),
+    ],
+    ids=["token_mean", "row_mean_of_token_means", "token_sum_over"],
+)
+def test_a_reduction_divides_by_what_it_says(reduce: Any, expected: float) -> None:
+    view, values = two_rows(), torch.tensor([100.0, 2, 4, 100, 100, 9, 100, 100])
+    micro = MicroBatch(view.micro.lengths, {"mask": view.mask})
+    assert float(reduce(values, view, reduce.count(Tokens, micro))) == pytest.approx(expected)
+
+
+def test_a_fully_masked_batch_has_loss_zero_and_gradient_zero() -> None:
+    rows = random_rows("grpo", {}, seed=4)
+    micro = MicroBatch(rows.micro.lengths, {**rows.micro.columns, "mask": torch.zeros_like(rows.micro["mask"])})
+    result = optimise(objective_of("grpo", {}), Rows(micro, rows.logps))
+    assert result.value == 0.0
+    assert not result.gradient.any()
+
+
+def test_row_and_pair_means_count_items() -> None:
+    rows = random_rows("dpo", {}, seed=6)
+    objective = objective_of("dpo", {})
+    assert item_mean.count(objective.terms[0].view, rows.micro) == len(rows) / 2
+
+
+# Policy gradients
+
+
+def test_with_one_update_the_gradient_is_the_policy_gradient() -> None:
+    rows = random_rows("grpo", {"loss_type": "dapo"}, seed=8)
+    result = optimise(objective_of("grpo", {"loss_type": "dapo"}), rows)
+    mask, advantages = rows.micro["mask"], rows.micro["advantages"]
+    torch.testing.assert_close(result.gradient, -advantages * mask / mask.sum())
+
+
+def test_tokens_that_the_sampler_reports_as_nan_are_not_corrected() -> None:
+    rows = random_rows("grpo", {"correction": "token_truncate"}, seed=9)
+    sample = rows.micro["sample_logps"].clone()
+    sample[::2] = torch.nan
+    micro = MicroBatch(rows.micro.lengths, {**rows.micro.columns, "sample_logps": sample})
+    result = optimise(objective_of("grpo", {"correction": "token_truncate"}), Rows(micro, rows.logps))
+    plain = -(rows.micro["advantages"] * rows.micro["mask"] / rows.micro["mask"].sum())
+    assert torch.isfinite(result.gradient).all()
+    torch.testing.assert_close(result.gradient[::2], plain[::2])
+
+
+def test_clip_metrics_count_the_tokens_that_were_clipped() -> None:
+    lengths = torch.tensor([5])
+    log_ratio = torch.tensor([0.0, 0.5, -0.5, 0.5, -0.5], dtype=torch.float64)
+    columns = {
+        "mask": torch.tensor([0, 1, 1, 1, 1]).bool(),
+        "advantages": torch.tensor([1.0, 1, -1, -1, 1], dtype=torch.float64),
+        "old_logps": torch.zeros(5, dtype=torch.float64),
+    }
+    options = {"surrogate": partial(clipped, epsilon=0.2, delta=1.1), "old": "recorded"}
+    metrics = optimise(
+        LossObjective(policy_gradient, token_mean, options), Rows(MicroBatch(lengths, columns), log_ratio)
+    ).metrics
+    assert metrics["clip_ratio/high_mean"] == 0.25  # δ below 1 + ε hides none of them
+    assert metrics["clip_ratio/low_mean"] == 0.25
+    assert metrics["clip_ratio/region_mean"] == 0.5
+
+
+# Statistics over the whole batch
+
+
+def test_the_running_mean_of_bco_continues_from_its_state_and_counts_each_row_once() -> None:
+    objective, state = objective_of("bco", {"beta": 1.0}), [{}]
+    first, second = (random_rows("bco", {}, seed=seed) for seed in (1, 2))
+    optimise(objective, first, states=state)
+    delta = optimise(objective, second, states=state).metrics["delta"]
+    sums = [row_log_ratios(rows) for rows in (first, second)]
+    assert delta == pytest.approx(float(torch.cat(sums).mean()))
+    assert state[0]["0"]["count"] == len(first) + len(second)
+
+
+def row_log_ratios(rows: Rows) -> Tensor:
+    return rows.micro.sum_by_row((rows.logps - rows.micro["ref_logps"]) * rows.micro["mask"])
+
+
+def test_the_kl_estimate_of_kto_is_clamped_after_averaging_over_everything() -> None:
+    rows = random_rows("kto", {}, seed=1)
+    low = MicroBatch(rows.micro.lengths, {**rows.micro.columns, "ref_logps": torch.zeros_like(rows.logps)})
+    assert optimise(objective_of("kto", {}), Rows(low, rows.logps)).metrics["kl"] == 0.0
+    high = MicroBatch(rows.micro.lengths, {**rows.micro.columns, "ref_logps": 5 * rows.logps})
+    ratios = row_log_ratios(Rows(high, rows.logps))[rows.micro["mismatched"]]
+    found = optimise(objective_of("kto", {}), Rows(high, rows.logps)).metrics["kl"]
+    assert found == pytest.approx(float(ratios.mean()))
+
+
+def test_mismatched_rows_have_no_gradient() -> None:
+    rows = random_rows("kto", {}, seed=1)
+    gradient = optimise(objective_of("kto", {}), rows).gradient
+    mismatched = rows.micro.per_token(rows.micro["mismatched"])
+    assert not gradient[mismatched].any()
+    assert gradient[~mismatched & rows.micro["mask"]].all()
