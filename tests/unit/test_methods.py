@@ -1,0 +1,157 @@
+"""Methods as data: which roles, columns and stages follow from a method's options; how wrong options are refused."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from actors.errors import ConfigError
+from orchestrator.losses.objective import LossObjective
+from orchestrator.losses.pairwise import CONTRASTS
+from orchestrator.methods import METHODS, build
+from orchestrator.methods.dpo import TRANSPORT, LossName
+from orchestrator.pipeline import Pipeline, Verb
+
+DOCS = Path(__file__).parents[2] / "docs" / "methods"
+
+
+def verbs(pipeline: Pipeline) -> list[str]:
+    return [stage.name for stage in pipeline]
+
+
+def test_supervised_fine_tuning_is_one_update_of_one_role() -> None:
+    pipeline = build("sft", {})
+    assert (pipeline.data.name, pipeline.roles, verbs(pipeline)) == ("completions", ("policy",), ["policy.update"])
+
+
+def test_grpo_without_kl_launches_no_reference_and_spends_no_pass_on_old_log_probabilities() -> None:
+    pipeline = build("grpo", {})
+    assert pipeline.roles == ("policy", "rollout", "reward")
+    assert verbs(pipeline) == ["rollout.generate", "reward.score", "driver.credit", "policy.update"]
+    assert pipeline.updates[0].reads == {"advantages", "mask"}
+
+
+def test_options_of_grpo_bring_the_stages_and_columns_that_they_need_and_no_others() -> None:
+    with_kl = build("grpo", {"beta": 0.04})
+    assert "reference" in with_kl.roles
+    assert "ref_logps" in with_kl.updates[0].reads
+    reused = build("grpo", {"updates_per_batch": 2})
+    assert "policy.logps" in verbs(reused)
+    assert reused.updates[0].options["epochs"] == 2
+    assert "old_logps" in build("grpo", {"minibatches": 4}).updates[0].reads
+    assert "driver.keep" in verbs(build("grpo", {"dynamic_sampling": True}))
+    masked = build("grpo", {"mask_truncated_completions": True})
+    assert [stage.writes for stage in masked if stage.verb is Verb.CREDIT] == [{"mask"}, {"advantages"}]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"correction": "token_truncate"},
+        {"correction": "sequence_mask"},
+        {"off_policy_mask_threshold": 0.0},
+        {"loss_type": "vespo"},
+        {"loss_type": "dppo"},
+    ],
+    ids=str,
+)
+def test_what_makes_up_for_staleness_reads_the_sampler_s_log_probabilities(options: dict[str, Any]) -> None:
+    assert "sample_logps" in build("grpo", options).updates[0].reads
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto", "bco"])
+def test_methods_against_a_reference_launch_one(name: str) -> None:
+    assert build(name, {}).roles == ("policy", "reference")
+
+
+@pytest.mark.parametrize("name", ["cpo", "simpo", "alphapo", "orpo", "tpo"])
+def test_methods_without_a_reference_launch_none(name: str) -> None:
+    assert build(name, {}).roles == ("policy",)
+
+
+def test_only_the_kl_estimate_of_kto_asks_for_mismatched_rows() -> None:
+    assert build("kto", {}).data.name == "mismatched_labelled"
+    assert build("kto", {"loss_type": "apo_zero_unpaired"}).data.name == "labelled"
+
+
+def test_density_ratios_ask_the_data_for_weights() -> None:
+    assert "weight" in build("bco", {"density_ratio": True}).data.columns
+    assert "weight" not in build("bco", {}).data.columns
+
+
+def test_every_loss_of_dpo_has_a_name_and_every_name_a_loss() -> None:
+    assert set(get_args(LossName)) == {*CONTRASTS, *TRANSPORT, "sft"}
+
+
+def test_weighted_losses_become_one_sum() -> None:
+    stage = build("dpo", {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}).updates[0]
+    assert stage.call is not None
+    objective = LossObjective(stage.call, stage.options["reduce"], stage.options["loss_options"])
+    assert [term.weight for term in objective.terms] == [0.8, 0.2, 1.0]
+
+
+def test_whole_sequences_ask_the_forward_pass_for_prompts_too() -> None:
+    stage = build("orpo", {}).updates[0]
+    assert stage.call is not None
+    assert LossObjective(stage.call, None, {}).needs == {"all_tokens"}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_builds_with_its_defaults_says_what_it_is_and_takes_only_options_by_name(name: str) -> None:
+    pipeline, method = build(name, {}), METHODS[name]
+    assert pipeline.trained == ("policy",)
+    assert method.__doc__
+    assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in inspect.signature(method).parameters.values())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_a_page_that_names_each_of_its_options(name: str) -> None:
+    page = (DOCS / f"{name}.md").read_text()
+    for option in inspect.signature(METHODS[name]).parameters:
+        assert f"`{option}`" in page, f"docs/methods/{name}.md does not mention {option}"
+
+
+# What is refused
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("grop", {}, r"method 'grop' does not exist \(did you mean 'grpo'\?\); there are sft, "),
+    ("grpo", {"epsilonhigh": 0.28}, r"no option 'epsilonhigh' \(did you mean 'epsilon_high'\?\)"),
+    ("grpo", {"num_generations": 1}, r"options\.num_generations=1: .*greater than or equal to 2"),
+    ("grpo", {"correction": "tis"}, r"options\.correction='tis': .*'token_truncate'"),
+    ("grpo", {"loss_type": "dr_grpo"}, r"divides by options\.max_completion_length: set it"),
+    ("grpo", {"loss_type": "cispo"}, r"caps the ratio at options\.epsilon_high"),
+    ("grpo", {"loss_type": "vespo", "correction": "token_mask"}, r"set options\.correction=none"),
+    ("sft", {"loss_type": "dft", "label_smoothing": 0.1}, r"needs options\.loss_type=nll, not dft"),
+    ("dpo", {"loss_type": "exo_pair"}, r"needs options\.label_smoothing > 0"),
+    ("dpo", {"loss_type": "hinge", "label_smoothing": 0.1}, r"label_smoothing=0\.1 acts on .* not on hinge"),
+    ("dpo", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, r"1 entries for 2 entries of loss_type"),
+    ("dpo", {"loss_type": ["sigmoid", "hing"]}, r"options\.loss_type='hing'"),
+    ("dpo", {"loss_type": "aot", "f_divergence_type": "forward_kl"}, r"not defined for loss_type aot"),
+    ("dpo", {"loss_type": ["sigmoid", "sft"], "use_weighting": True}, r"use_weighting weighs pairs"),
+    ("cpo", {"loss_type": "ipo", "label_smoothing": 0.1}, r"needs options\.loss_type=sigmoid, not ipo"),
+    ("tpo", {"loss_type": "hinge", "label_smoothing": 0.1}, r"needs options\.loss_type sigmoid or tpo-l"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "message"), REFUSED, ids=[f"{n} {o}" for n, o, _ in REFUSED])
+def test_wrong_options_are_refused_with_what_was_given_and_what_is_allowed(
+    name: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(name, options)
+
+
+def test_a_fact_of_the_run_fills_an_option_of_that_name_unless_the_option_is_given() -> None:
+    facts = {"max_completion_length": 64, "nothing_of_ours": 1}
+    objective = _first_term(build("grpo", {"loss_type": "dr_grpo"}, facts))
+    assert objective.reduce.count.keywords == {"each": 64.0}
+    given = _first_term(build("grpo", {"loss_type": "dr_grpo", "max_completion_length": 8}, facts))
+    assert given.reduce.count.keywords == {"each": 8.0}
+
+
+def _first_term(pipeline: Pipeline) -> Any:
+    loss: Any = pipeline.updates[0].call
+    return loss.terms[0]
