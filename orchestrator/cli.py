@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -28,11 +29,12 @@ RunFolder = Annotated[Path, typer.Argument(help="The run's folder, as `troupe ru
 Local = Annotated[bool, typer.Option("--local", help="Everything in this process, without Ray: for debugging.")]
 
 
-def main() -> None:
-    """Exit codes: 0 done, 1 the run failed, 2 the input is refused (a few lines, no traceback), 130 Ctrl-C."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Ends the process. Exit codes: 0 done, 1 the run failed, 2 the input is refused (a few lines, no traceback), 130
+    Ctrl-C, 143 SIGTERM. `arguments`: default, the command line."""
     try:
         pin()
-        app()
+        app(arguments)
     except UserError as error:
         _complain("refused", error)
         sys.exit(REFUSED)
