@@ -6,7 +6,7 @@ The adapters are injected: the model keeps its class, and its parameters keep th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +70,7 @@ def adapter_layers(model: nn.Module) -> dict[str, Any]:
 
 
 @contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
+def adapters_off(model: nn.Module) -> Generator[None]:
     """The base model without its adapters. Raises RuntimeError if it has none."""
     layers = list(adapter_layers(model).values())
     if not layers:

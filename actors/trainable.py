@@ -14,9 +14,8 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,14 +56,18 @@ class _Clock:
     seconds: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "backward": 0.0, "step": 0.0})
 
     @contextlib.contextmanager
-    def measure(self, phase: str) -> Iterator[None]:
+    def measure(self, phase: str) -> Generator[None]:
         start = time.perf_counter()
         yield
         self.seconds[phase] += time.perf_counter() - start
 
 
 class Trainable:
-    """Cheap to construct; `ready` loads the model. Same calls and thread count, same bits."""
+    """Cheap to construct; `ready` loads the model. Same calls and thread count, same bits.
+
+    What an update draws at random (dropout, noise) depends on seed, rank and the number of updates before it, and on
+    nothing else that goes on in the process; so a resumed rank draws what it would have drawn.
+    """
 
     def __init__(
         self,
@@ -93,9 +96,8 @@ class Trainable:
         with self._doing("ready"):
             if self._backend is None:
                 torch.set_num_threads(self._threads)
-                _seed_everything(self._seed)  # equal on all ranks: new adapters must start equal
-                self._backend = build_backend(self._model_spec, self._backend_spec, self._placement)
-                _seed_everything(self._seed + self._placement.rank)  # dropout and noise must not
+                with _random_stream(self._seed):  # the same on all ranks: new adapters must start equal
+                    self._backend = build_backend(self._model_spec, self._backend_spec, self._placement)
             packages = str(Path(actors.__file__).parent)
             return WorkerInfo(self.name, os.getpid(), platform.node(), packages, self._detail())
 
@@ -113,7 +115,6 @@ class Trainable:
         with self._doing("reset"):
             self.backend.reset_optimizer(optim)
             self._objective_states.clear()
-            self._steps_done = 0
 
     def logps(self, chunk: Chunk, into: str, temperature: float, adapters: bool = True) -> dict[str, np.ndarray]:
         """`{into: [T] float32}` for the rows of `chunk.batch` in their order, from a pass without gradient.
@@ -132,7 +133,9 @@ class Trainable:
 
         The loss is the sum of `objective.loss` over all micro-batches and ranks. Raises RunError if the gradient is not
         finite, or if there is nothing to learn from."""
-        with self._doing("update"):
+        with self._doing("update"), _random_stream(self._seed, self._placement.rank, self._steps_done):
+            if self._backend_spec.optim is None:
+                raise RunError(f"{self.name} is frozen: it was built without an optimizer")
             clock = _Clock()
             micros = self._micro_batches(chunk)
             counts = sum_counts([objective.counts(micro) for micro in micros], self.backend.world, self.backend.device)
@@ -172,11 +175,7 @@ class Trainable:
         """Everything that exact resumption needs, into an existing folder; each rank writes its share."""
         with self._doing("save_state"):
             self.backend.save_state(Path(folder))
-            state = {
-                "steps_done": self._steps_done,
-                "objective_states": self._objective_states,
-                "random": _random_state(),
-            }
+            state = {"seed": self._seed, "steps_done": self._steps_done, "objectives": self._objective_states}
             torch.save(state, Path(folder) / self._own_file)
 
     def load_state(self, folder: str) -> None:
@@ -184,9 +183,8 @@ class Trainable:
         with self._doing("load_state"):
             self.backend.load_state(Path(folder))
             state = torch.load(Path(folder) / self._own_file, weights_only=False)
-            self._steps_done = state["steps_done"]
-            self._objective_states = state["objective_states"]
-            _set_random_state(state["random"])
+            self._seed, self._steps_done = state["seed"], state["steps_done"]
+            self._objective_states = state["objectives"]
 
     def save_model(self, folder: str) -> None:
         """A Hugging Face folder: merged weights, config, generation config, tokenizer."""
@@ -269,7 +267,7 @@ class Trainable:
         }
 
     @contextlib.contextmanager
-    def _doing(self, verb: str) -> Iterator[None]:
+    def _doing(self, verb: str) -> Generator[None]:
         self._busy = (verb, time.monotonic())
         try:
             yield
@@ -308,20 +306,11 @@ def _filled(micro: MicroBatch) -> MicroBatch:
     return micro if len(micro) else MicroBatch.of(Batch.build([1], tokens=[0]), micro.lengths.device)
 
 
-def _seed_everything(seed: int) -> None:
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
-
-
-def _random_state() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"torch": torch.get_rng_state(), "cuda": cuda, "numpy": np.random.get_state(), "python": random.getstate()}
-
-
-def _set_random_state(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-    np.random.set_state(state["numpy"])
-    random.setstate(state["python"])
+@contextlib.contextmanager
+def _random_stream(*key: int) -> Generator[None]:
+    """Torch's random numbers in this context are a function of `key`; outside, they go on as if it had not been."""
+    with torch.random.fork_rng():
+        torch.manual_seed(
+            int(np.random.SeedSequence([part % 2**63 for part in key]).generate_state(1, np.uint64)[0] >> 1)
+        )
+        yield

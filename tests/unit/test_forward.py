@@ -1,0 +1,319 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import MixtralConfig, MixtralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from actors.attention import VARLEN, Documents, register, varlen_attention
+from actors.batch import Batch
+from actors.errors import ModelError
+from actors.forward import forward
+from actors.heads import LogitScaling, TokenHead
+from actors.model import LanguageModel, ModelSpec, load_model, prepare
+from actors.objective import MicroBatch
+from tests.unit.tiny import tiny_model, tiny_model_folder
+
+LENGTHS = [7, 1, 12, 7, 30, 2]
+FLOAT32 = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def language_model(causal: Any = None, **settings: Any) -> LanguageModel:
+    register()
+    causal = tiny_model() if causal is None else causal
+    causal.config._attn_implementation = VARLEN
+    return prepare(causal, ModelSpec("in memory", **settings), trainable=True)
+
+
+def rows(lengths: list[int] = LENGTHS, seed: int = 0, vocab: int = 64, mask: Any = None) -> MicroBatch:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(2, vocab, (sum(lengths),), generator=generator)
+    columns = {} if mask is None else {"mask": mask}
+    return MicroBatch.of(Batch.build(lengths, tokens=tokens.numpy(), **columns))
+
+
+def plain_logits(causal: Any, micro: MicroBatch, attention: str = "eager") -> list[Tensor]:
+    """Each row by itself through the model as transformers computes it."""
+    causal.config._attn_implementation = attention
+    logits = [causal(input_ids=row[None]).logits[0] for row in micro["tokens"].split(micro.lengths.tolist())]
+    causal.config._attn_implementation = VARLEN
+    return logits
+
+
+def plain_log_probs(causal: Any, micro: MicroBatch, temperature: float = 1.0) -> Tensor:
+    """[T, V]: entry t is the distribution that predicts token t; rows' first entries are 0."""
+    parts = [torch.log_softmax(logits / temperature, -1)[:-1] for logits in plain_logits(causal, micro)]
+    return torch.cat([torch.cat([part.new_zeros(1, part.shape[-1]), part]) for part in parts])
+
+
+def plain_logps(causal: Any, micro: MicroBatch, temperature: float = 1.0) -> Tensor:
+    return plain_log_probs(causal, micro, temperature).gather(1, micro["tokens"][:, None]).squeeze(1)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logps_equal_those_of_each_row_by_itself(tied: bool, temperature: float) -> None:
+    causal = tiny_model(tied=tied)
+    micro = rows()
+    found = forward(language_model(causal), micro, temperature=temperature)
+    torch.testing.assert_close(found.logps, plain_logps(causal, micro, temperature), **FLOAT32)
+
+
+@pytest.mark.parametrize("lengths", [[9], [5, 5, 5], [30, 3], [64, 60, 33, 31, 8, 8, 1]])
+def test_every_layout_of_documents_gives_the_same_logps(lengths: list[int]) -> None:
+    causal = tiny_model()
+    micro = rows(lengths)
+    torch.testing.assert_close(forward(language_model(causal), micro).logps, plain_logps(causal, micro), **FLOAT32)
+
+
+def test_packed_documents_never_see_one_another() -> None:
+    model = language_model()
+    with torch.no_grad():
+        before = forward(model, rows([10, 20, 15], seed=1))
+        other = rows([10, 20, 15], seed=2)
+        other["tokens"][10:30] = rows([10, 20, 15], seed=1)["tokens"][10:30]  # the middle one stays
+        after = forward(model, other)
+    assert torch.equal(before.logps[10:30], after.logps[10:30])
+    assert not torch.equal(before.logps[:10], after.logps[:10])
+
+
+def test_later_tokens_do_not_change_earlier_predictions() -> None:
+    model = language_model()
+    micro = rows([12, 12])
+    with torch.no_grad():
+        before = forward(model, micro).logps.clone()
+        micro["tokens"][8] = (micro["tokens"][8] + 1) % 64
+        after = forward(model, micro).logps
+    assert torch.equal(before[:8], after[:8])
+    assert not torch.isclose(before[8:12], after[8:12]).any()
+
+
+def test_a_row_s_first_token_and_unmasked_tokens_have_logp_zero() -> None:
+    mask = torch.zeros(sum(LENGTHS), dtype=torch.bool)
+    mask[[0, 3, 4, 25]] = True  # 0 is a row's first: it must be ignored
+    micro = rows(mask=mask.numpy())
+    model = language_model()
+    masked, everything = forward(model, micro).logps, forward(model, micro, all_tokens=True).logps
+    assert masked.nonzero().squeeze(1).tolist() == [3, 4, 25]
+    torch.testing.assert_close(masked[[3, 4, 25]], everything[[3, 4, 25]])
+    starts = micro.offsets[:-1]
+    assert (everything[starts] == 0).all()
+    assert (everything != 0).sum() == sum(LENGTHS) - len(LENGTHS)
+
+
+def test_nothing_to_predict_gives_zeros_and_a_gradient_of_zero() -> None:
+    model = language_model()
+    outputs = forward(model, rows([1]), needs=frozenset({"entropy"}))
+    outputs.logps.sum().backward()
+    assert outputs.logps.tolist() == [0.0]
+    assert outputs.extra["entropy"].tolist() == [0.0]
+    assert all(p.grad is not None and (p.grad == 0).all() for p in model.parameters())
+
+
+def test_extras_equal_their_definitions() -> None:
+    causal = tiny_model()
+    micro = rows()
+    needs = frozenset({"entropy", "log_sum_sq_probs", "mean_logits", "is_top1"})
+    with torch.no_grad():
+        found = forward(language_model(causal), micro, temperature=0.8, needs=needs)
+        log_probs = plain_log_probs(causal, micro, 0.8)
+        logits = [torch.cat([part.new_zeros(1, 64), part[:-1]]) for part in plain_logits(causal, micro)]
+    real = found.logps != 0
+    expected = {
+        "entropy": -(log_probs.exp() * log_probs).sum(-1),
+        "log_sum_sq_probs": log_probs.exp().square().sum(-1).log(),
+        "mean_logits": torch.cat(logits).mean(-1) / 0.8,
+        "is_top1": (log_probs.argmax(-1) == micro["tokens"]).float(),
+    }
+    assert found.extra.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(found.extra[name][real], values[real], **FLOAT32, msg=lambda m, n=name: f"{n}: {m}")
+        assert (found.extra[name][~real] == 0).all()
+
+
+def test_entropy_has_a_gradient_only_on_request() -> None:
+    model = language_model()
+    assert not forward(model, rows(), needs=frozenset({"entropy"})).extra["entropy"].requires_grad
+    assert forward(model, rows(), needs=frozenset({"entropy_grad"})).extra["entropy"].requires_grad
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 7])
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_equal_those_of_plain_autograd(chunk_rows: int | None, tied: bool) -> None:
+    causal = tiny_model(tied=tied)
+    model = language_model(causal)
+    micro = rows()
+    weights = torch.linspace(-1, 1, sum(LENGTHS))
+
+    log_probs = plain_log_probs(causal, micro, 0.9)
+    entropy = -(log_probs.exp() * log_probs).sum(-1)
+    entropy = entropy.where(plain_logps(causal, micro) != 0, 0.0)
+    logps = log_probs.gather(1, micro["tokens"][:, None]).squeeze(1)
+    expected = gradients(model, (weights * logps).sum() + 0.3 * (weights * entropy).sum())
+
+    found = forward(model, micro, temperature=0.9, needs=frozenset({"entropy_grad"}), chunk_rows=chunk_rows)
+    loss = (weights * found.logps).sum() + 0.3 * (weights * found.extra["entropy"]).sum()
+    assert_same_gradients(expected, gradients(model, loss))
+
+
+@pytest.mark.parametrize(
+    "scaling", [LogitScaling(0.3), LogitScaling(softcap=2.0), LogitScaling(1.7, softcap=3.0)], ids=str
+)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("chunk_rows", [None, 3])
+def test_scaled_and_capped_logits_equal_plain_autograd(
+    scaling: LogitScaling, bias: bool, chunk_rows: int | None
+) -> None:
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(8, 20, bias=bias)
+    hidden = torch.randn(10, 8, requires_grad=True)
+    targets = torch.randint(0, 20, (10,))
+    weights = torch.linspace(-1, 1, 10)
+    inputs = [hidden, *linear.parameters()]
+
+    logits = scaling.multiplier * linear(hidden)
+    if scaling.softcap is not None:
+        logits = scaling.softcap * torch.tanh(logits / scaling.softcap)
+    logps = torch.log_softmax(logits / 0.7, -1).gather(1, targets[:, None]).squeeze(1)
+    expected = torch.autograd.grad((weights * logps).sum(), inputs)
+
+    found = TokenHead(linear, scaling)(hidden, targets, 0.7, frozenset(), chunk_rows)["logps"]
+    torch.testing.assert_close(found, logps)
+    torch.testing.assert_close(torch.autograd.grad((weights * found).sum(), inputs), expected)
+
+
+class Largest(TorchDispatchMode):
+    """The element count of the largest tensor that any operation produced."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        found = result if isinstance(result, tuple | list) else (result,)
+        self.numel = max([self.numel, *(each.numel() for each in found if isinstance(each, Tensor))])
+        return result
+
+
+def test_the_logits_of_all_tokens_never_exist_at_once() -> None:
+    vocab, tokens, chunk = 4096, 256, 16
+    model = language_model(tiny_model(vocab=vocab, hidden=16, layers=1))
+    with Largest() as largest:
+        forward(model, rows([tokens], vocab=vocab), chunk_rows=chunk).logps.sum().backward()
+    assert largest.numel == vocab * chunk < vocab * tokens
+
+
+def test_a_sliding_window_hides_what_is_further_back() -> None:
+    config = Qwen2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, use_sliding_window=True, sliding_window=4, max_window_layers=0, initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    causal = Qwen2ForCausalLM(config)
+    micro = rows([3, 20, 9])
+    found = forward(language_model(causal), micro).logps
+    torch.testing.assert_close(found, plain_logps(causal, micro), **FLOAT32)
+    for layer in causal.model.layers:
+        layer.self_attn.sliding_window = None
+    assert not torch.allclose(found, forward(language_model(causal), micro).logps, atol=1e-2)
+
+
+def test_an_attention_that_cannot_be_computed_packed_is_refused() -> None:
+    states = torch.zeros(1, 2, 4, 8)
+    with pytest.raises(ModelError, match=r"softcap.*attn_implementation"):
+        documents = Documents([4], states.device)
+        varlen_attention(torch.nn.Identity(), states, states, states, None, documents=documents, softcap=50.0)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_attentions_of_transformers_keep_documents_apart_too(tmp_path: Any, attention: str) -> None:
+    folder = str(tiny_model_folder(tmp_path))
+    ours = load_model(ModelSpec(folder), trainable=False)
+    theirs = load_model(ModelSpec(folder, attn_implementation=attention), trainable=False)
+    micro = rows()
+    torch.testing.assert_close(forward(theirs, micro).logps, forward(ours, micro).logps, **FLOAT32)
+
+
+def tiny_mixtral() -> MixtralForCausalLM:
+    torch.manual_seed(0)
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.02,
+        )
+    )  # fmt: skip
+
+
+def test_experts_are_balanced_by_the_model_s_own_loss() -> None:
+    causal = tiny_mixtral()
+    micro = rows([16])
+    found = forward(language_model(causal), micro).aux_loss
+    causal.config._attn_implementation = "eager"
+    own = causal(input_ids=micro["tokens"][None], output_router_logits=True).aux_loss
+    assert found is not None
+    torch.testing.assert_close(found, 0.02 * own)
+    causal.config._attn_implementation = VARLEN
+    assert forward(language_model(causal, router_aux_loss_coef=0.0), micro).aux_loss is None
+
+
+def test_embedding_noise_is_drawn_in_training_only() -> None:
+    model = language_model(neftune_noise_alpha=5.0)
+    micro = rows()
+    assert not torch.equal(forward(model, micro).logps, forward(model, micro).logps)
+    quiet = forward(model.eval(), micro).logps
+    assert torch.equal(quiet, forward(model, micro).logps)
+    torch.testing.assert_close(quiet, plain_logps(model.causal, micro), **FLOAT32)
+
+
+def test_gradient_checkpointing_changes_no_gradient() -> None:
+    micro = rows()
+    plain, checkpointed = language_model(), language_model(gradient_checkpointing=True)
+    assert checkpointed.causal.is_gradient_checkpointing
+    expected = gradients(plain, forward(plain, micro).logps.sum())
+    found = gradients(checkpointed, forward(checkpointed, micro).logps.sum())
+    assert_same_gradients(expected, found)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"temperature": 0.0}, "temperature above 0"), ({"needs": frozenset({"logits"})}, r"\['logits'\].*entropy")],
+)
+def test_what_cannot_be_computed_is_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        forward(language_model(), rows(), **wrong)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: folder / "absent", "there is no folder"),
+        (lambda folder: folder, r"not a model folder\n.*notes.txt\n.*config.json"),
+    ],
+)
+def test_a_folder_without_a_model_is_told_in_a_few_lines(tmp_path: Any, make: Callable[..., Any], message: str) -> None:
+    (tmp_path / "notes.txt").write_text("nothing")
+    with pytest.raises(ModelError, match=message) as caught:
+        load_model(ModelSpec(str(make(tmp_path))), trainable=False)
+    assert len(str(caught.value).splitlines()) <= 4
+
+
+def test_a_model_of_another_kind_is_told_apart(tmp_path: Any) -> None:
+    folder = tiny_model_folder(tmp_path)
+    (folder / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(ModelError, match="as a causal language model"):
+        load_model(ModelSpec(str(folder)), trainable=False)
+
+
+def gradients(model: LanguageModel, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.causal.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    assert expected.keys() == found.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")

@@ -1,0 +1,381 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from actors.backends import BackendSpec
+from actors.backends.optimizer import OptimSpec
+from actors.batch import Batch
+from actors.errors import ConfigError, ModelError, RunError
+from actors.lora import LoraSpec
+from actors.model import ModelSpec
+from actors.objective import Counts, MicroBatch, Outputs, Stat, World
+from actors.packing import Chunk, deal
+from actors.trainable import Trainable, UpdateReport
+from tests.unit.tiny import tiny_model_folder
+
+OPTIM = OptimSpec(learning_rate=3e-3, total_steps=10, weight_decay=0.1)
+
+
+@dataclass(frozen=True)
+class Nll:
+    """Mean negative log-likelihood of the masked tokens; counts its steps if told to couple rows."""
+
+    needs: frozenset[str] = frozenset({"entropy"})
+    columns: frozenset[str] = frozenset({"mask"})
+    keep_groups: bool = False
+    coupled: bool = False
+    seen: list[float] = field(default_factory=list)
+
+    def counts(self, micro: MicroBatch) -> Counts:
+        return {"tokens": float(micro["mask"].sum())}
+
+    def statistics(
+        self, micros: list[MicroBatch], outputs: list[Outputs], world: World, state: dict[str, Any]
+    ) -> dict[str, Any]:
+        assert not any(output.logps.requires_grad for output in outputs)
+        state["steps"] = state.get("steps", 0) + 1
+        return {"nll": -sum(output.logps.sum() for output in outputs), "steps": state["steps"]}
+
+    def loss(
+        self, micro: MicroBatch, outputs: Outputs, counts: Counts, statistics: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Stat]]:
+        loss = -(outputs.logps * micro["mask"]).sum() / counts["tokens"]
+        stats = {
+            "loss": Stat(loss.detach(), combine="sum"),
+            "entropy": Stat(outputs.extra["entropy"].sum(), micro["mask"].sum()),
+            "longest": Stat(micro.lengths.max(), combine="max"),
+            "unmeasured": Stat(0.0, 0.0),
+        }
+        if self.coupled:
+            stats |= {"steps": Stat(statistics["steps"]), "nll": Stat(statistics["nll"])}
+        return loss, stats
+
+
+def batch(seed: int = 0, rows: int = 12) -> Batch:
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(2, 24, rows)
+    mask = np.concatenate([np.arange(length) >= max(1, length // 3) for length in lengths])
+    return Batch.build(lengths, tokens=generator.integers(2, 64, lengths.sum()), mask=mask)
+
+
+def chunk(of: Batch, token_budget: int = 64) -> Chunk:
+    return deal(of, 1, token_budget)[0][1]
+
+
+def trainable(folder: Path, *, optim: OptimSpec | None = OPTIM, seed: int = 0, **model: Any) -> Trainable:
+    made = Trainable("policy", ModelSpec(str(folder), **model), BackendSpec("single", optim), threads=1, seed=seed)
+    made.ready()
+    return made
+
+
+def train(target: Trainable, steps: range, objective: Nll | None = None) -> list[UpdateReport]:
+    return [target.update(chunk(batch(step)), objective or Nll(), 1.0, "policy.update") for step in steps]
+
+
+def weights(target: Trainable) -> dict[str, Tensor]:
+    return target.export(lambda tensors: {name: tensor.clone() for name, tensor in tensors}, 1 << 20)
+
+
+def assert_equal_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tiny_model_folder(tmp_path)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "bfloat16": {"dtype": "bfloat16"},
+    "lora": {"lora": LoraSpec(r=4, dropout=0.1)},
+    "noise": {"neftune_noise_alpha": 5.0},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(folder: Path, tmp_path: Path, variant: str) -> None:
+    straight = trainable(folder, **VARIANTS[variant])
+    expected = train(straight, range(5), Nll(coupled=True))
+
+    first = trainable(folder, **VARIANTS[variant])
+    train(first, range(2), Nll(coupled=True))
+    (state := tmp_path / "state").mkdir()
+    first.save_state(str(state))
+    resumed = trainable(folder, seed=99, **VARIANTS[variant])
+    resumed.load_state(str(state))
+    found = train(resumed, range(2, 5), Nll(coupled=True))
+
+    assert_equal_bits(weights(straight), weights(resumed))
+    assert [report.metrics for report in found] == [report.metrics for report in expected[2:]]
+    assert [report.learning_rate for report in found] == [report.learning_rate for report in expected[2:]]
+    assert resumed.ping()["steps_done"] == 5
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_same_seed_gives_the_same_bits(folder: Path, variant: str) -> None:
+    one, other = (trainable(folder, seed=3, **VARIANTS[variant]) for _ in range(2))
+    for step in range(3):  # by turns, in one process: neither may draw from the other's random numbers
+        train(one, range(step, step + 1))
+        train(other, range(step, step + 1))
+    assert_equal_bits(weights(one), weights(other))
+
+
+def test_another_seed_draws_other_noise(folder: Path) -> None:
+    one, other = (trainable(folder, seed=seed, neftune_noise_alpha=5.0) for seed in (1, 2))
+    assert train(one, range(1))[0].metrics["loss"] != train(other, range(1))[0].metrics["loss"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_training_lowers_the_loss(folder: Path, variant: str) -> None:
+    target = trainable(folder, **VARIANTS[variant], optim=replace(OPTIM, learning_rate=1e-2))
+    data = chunk(batch())
+    losses = [target.update(data, Nll(), 1.0, "policy.update").metrics["loss"] for _ in range(8)]
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_a_result_does_not_depend_on_how_the_batch_was_cut(folder: Path) -> None:
+    reports, results = [], []
+    for token_budget in (24, 64, 1000):
+        target = trainable(folder)
+        reports.append(target.update(chunk(batch(), token_budget), Nll(), 1.0, "policy.update"))
+        results.append(weights(target))
+    for report, result in zip(reports[1:], results[1:], strict=True):
+        assert report.metrics == pytest.approx(reports[0].metrics, rel=1e-5)
+        assert report.grad_norm == pytest.approx(reports[0].grad_norm, rel=1e-5)
+        for name, tensor in result.items():
+            torch.testing.assert_close(tensor, results[0][name], rtol=1e-3, atol=1e-5)
+
+
+def test_an_empty_micro_batch_changes_nothing(folder: Path) -> None:
+    plain, padded = trainable(folder), trainable(folder)
+    data = chunk(batch())
+    with_empty = Chunk(data.batch, ((), *data.micro_batches, ()))
+    expected = plain.update(data, Nll(coupled=True), 1.0, "policy.update")
+    found = padded.update(with_empty, Nll(coupled=True), 1.0, "policy.update")
+    assert_equal_bits(weights(plain), weights(padded))
+    assert found.metrics.pop("padding_share") == pytest.approx(2 / (data.batch.num_tokens + 2))
+    assert expected.metrics.pop("padding_share") == 0.0
+    assert found.metrics == expected.metrics
+    assert_equal_logps(plain.logps(data, "old_logps", 1.0), padded.logps(with_empty, "old_logps", 1.0))
+
+
+def assert_equal_logps(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_metrics_are_combined_over_micro_batches_as_each_says(folder: Path) -> None:
+    data = batch()
+    report = trainable(folder).update(chunk(data), Nll(), 1.0, "policy.update")
+    whole = trainable(folder).update(chunk(data, 10_000), Nll(), 1.0, "policy.update")
+    assert report.metrics["longest"] == data.lengths.max()
+    assert report.metrics["num_tokens"] == report.tokens == data.num_tokens
+    assert report.metrics["entropy"] == pytest.approx(whole.metrics["entropy"], rel=1e-5)
+    assert "unmeasured" not in report.metrics
+    assert report.seconds.keys() == {"forward", "backward", "step"}
+    assert all(seconds > 0 for seconds in report.seconds.values())
+
+
+def test_logps_come_back_in_the_rows_own_order_with_zeros_off_the_mask(folder: Path) -> None:
+    data = batch()
+    target = trainable(folder, optim=None)
+    found = target.logps(Chunk(data, ((5, 3), (0, 1, 2, 4), tuple(range(6, 12)))), "ref_logps", 1.0)
+    whole = target.logps(Chunk(data, (tuple(range(12)),)), "ref_logps", 1.0)
+    assert found.keys() == {"ref_logps"}
+    assert found["ref_logps"].dtype == np.float32
+    np.testing.assert_allclose(found["ref_logps"], whole["ref_logps"], rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(found["ref_logps"] != 0, data["mask"])
+
+
+def test_logps_draw_no_noise_and_leave_the_random_state_alone(folder: Path) -> None:
+    target = trainable(folder, neftune_noise_alpha=5.0)
+    state = torch.get_rng_state()
+    data = chunk(batch())
+    assert_equal_logps(target.logps(data, "old_logps", 1.0), target.logps(data, "old_logps", 1.0))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_adapters_off_is_the_base_model_exactly(folder: Path) -> None:
+    adapted, base = trainable(folder, lora=LoraSpec(r=4)), trainable(folder, optim=None)
+    data = chunk(batch())
+    train(adapted, range(2))
+    assert_equal_logps(adapted.logps(data, "ref_logps", 1.0, False), base.logps(data, "ref_logps", 1.0))
+    assert not np.array_equal(
+        adapted.logps(data, "ref_logps", 1.0)["ref_logps"], base.logps(data, "ref_logps", 1.0)["ref_logps"]
+    )
+    with pytest.raises(RuntimeError, match="no LoRA adapters"):
+        base.logps(data, "ref_logps", 1.0, False)
+
+
+def test_adapters_still_train_after_they_were_off(folder: Path) -> None:
+    target = trainable(folder, lora=LoraSpec(r=4))
+    train(target, range(1))
+    target.logps(chunk(batch()), "ref_logps", 1.0, False)
+    before = weights(target)
+    train(target, range(1, 2))
+    assert any(not torch.equal(before[name], tensor) for name, tensor in weights(target).items())
+
+
+def test_a_new_phase_starts_schedule_moments_and_states_afresh_on_the_same_weights(
+    folder: Path, tmp_path: Path
+) -> None:
+    target = trainable(folder)
+    train(target, range(3), Nll(coupled=True))
+    target.save_model(str(tmp_path / "phase"))
+    target.reset(replace(OPTIM, learning_rate=1e-3))
+    fresh = trainable(tmp_path / "phase", optim=replace(OPTIM, learning_rate=1e-3))
+    found, expected = (train(each, range(3, 5), Nll(coupled=True)) for each in (target, fresh))
+    assert [r.metrics for r in found] == [r.metrics for r in expected]
+    assert found[0].learning_rate == 1e-3
+    assert found[0].metrics["steps"] == 1
+    assert_equal_bits(weights(target), weights(fresh))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "model", [{}, {"dtype": "bfloat16"}, {"lora": LoraSpec(r=4)}], ids=["full", "bfloat16", "lora"]
+)
+def test_a_saved_model_opens_in_transformers_with_equal_weights(
+    tmp_path: Path, tied: bool, model: dict[str, Any]
+) -> None:
+    target = trainable(tiny_model_folder(tmp_path, tied=tied), **model)
+    train(target, range(2))
+    target.save_model(str(tmp_path / "saved"))
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    held = dict(opened.named_parameters())
+    assert_equal_bits(weights(target), {name: held[name].detach() for name in held})
+    assert opened.generation_config.eos_token_id == 1
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").encode("1 + 2=3") == [3, 12, 13, 12, 4, 17, 5]
+
+
+def test_export_hands_every_weight_over_under_its_hugging_face_name(folder: Path) -> None:
+    target = trainable(folder, lora=LoraSpec(r=4))
+    expected = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+    small, large = (target.export(lambda tensors: [name for name, _ in tensors], size) for size in (1, 1 << 30))
+    assert small == large
+    assert set(small) == set(expected)
+    assert_equal_bits(
+        weights(target), {name: expected[name].detach() for name in small}
+    )  # a fresh adapter adds nothing
+
+
+def test_a_consumer_that_gives_up_still_leaves_the_export_complete(folder: Path) -> None:
+    target = trainable(folder)
+    drawn = []
+
+    def fail(tensors: Iterator[tuple[str, Tensor]]) -> None:
+        drawn.append(tensors)
+        next(tensors)
+        raise ConnectionError("the receiver went away")
+
+    with pytest.raises(ConnectionError):
+        target.export(fail, 1)
+    assert next(drawn[0], None) is None
+    assert target.ping()["verb"] is None
+
+
+def test_a_frozen_role_computes_but_does_not_train(folder: Path) -> None:
+    frozen = trainable(folder, optim=None)
+    assert not any(parameter.requires_grad for parameter in frozen.backend.model.parameters())
+    with pytest.raises(RunError, match="frozen"):
+        frozen.update(chunk(batch()), Nll(), 1.0, "policy.update")
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run(folder: Path) -> None:
+    class Broken(Nll):
+        def loss(self, *args: Any) -> tuple[Tensor, dict[str, Stat]]:
+            loss, stats = super().loss(*args)
+            return loss * math.nan, stats
+
+    with pytest.raises(RunError, match="gradient norm of step 1 is nan"):
+        trainable(folder).update(chunk(batch()), Broken(), 1.0, "policy.update")
+
+
+def test_an_empty_batch_is_refused(folder: Path) -> None:
+    with pytest.raises(RunError, match="empty batch"):
+        trainable(folder).update(Chunk(Batch.empty(), ()), Nll(), 1.0, "policy.update")
+
+
+def test_a_worker_tells_who_it_is(folder: Path) -> None:
+    target = Trainable("policy", ModelSpec(str(folder)), BackendSpec("single", OPTIM), threads=1)
+    with pytest.raises(RunError, match="not ready"):
+        target.logps(chunk(batch()), "old_logps", 1.0)
+    info = target.ready()
+    assert info.name == "policy"
+    assert info.packages.endswith("actors")
+    assert info.detail["parameters"] == sum(tensor.numel() for tensor in weights(target).values())
+    assert (info.detail["dtype"], info.detail["backend"], info.detail["device"]) == ("float32", "single", "cpu")
+    assert target.ping() == {"verb": None, "busy_s": 0.0, "steps_done": 0}
+    target.close()
+    target.close()
+
+
+def test_ping_tells_what_a_worker_is_busy_with(folder: Path) -> None:
+    target = trainable(folder)
+    seen = target.run(target.ping)
+    assert seen["verb"] == "run"
+    assert seen["busy_s"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("backend", "model", "ranks", "error", "message"),
+    [
+        (BackendSpec("singel"), {}, 1, ConfigError, "'singel' does not exist; there are deepspeed, single"),
+        (BackendSpec("single"), {}, 2, ConfigError, "2 ranks; use 'deepspeed'"),
+        (BackendSpec("single", OPTIM), {"dtype": "float16"}, 1, ConfigError, "use bfloat16 or float32"),
+        (BackendSpec("single", OPTIM), {"lora": LoraSpec(target_modules=("lm_head",))}, 1, ModelError, "lm_head"),
+        (BackendSpec("single", OPTIM), {"lora": LoraSpec(target_modules=("qproj",))}, 1, ModelError, "qproj"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_with_a_way_out(
+    folder: Path, backend: BackendSpec, model: dict[str, Any], ranks: int, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        Trainable("policy", ModelSpec(str(folder), **model), backend, threads=1, world_size=ranks).ready()
+
+
+def test_a_state_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    (state := tmp_path / "state").mkdir()
+    trainable(folder).save_state(str(state))
+    with pytest.raises(ConfigError, match="trained weights are not this one's"):
+        trainable(folder, lora=LoraSpec(r=4)).load_state(str(state))
+
+
+def test_sleep_and_wake_keep_the_run_as_it_was(folder: Path) -> None:
+    rested, restless = trainable(folder, dtype="bfloat16"), trainable(folder, dtype="bfloat16")
+    train(rested, range(1))
+    rested.sleep()
+    rested.wake()
+    train(rested, range(1, 3))
+    train(restless, range(3))
+    assert_equal_bits(weights(rested), weights(restless))
+
+
+def test_half_precision_weights_follow_float32_masters(folder: Path, tmp_path: Path) -> None:
+    """Steps far below bfloat16's resolution must add up: 10 steps of 1e-5 move weights of about 0.1."""
+    small = replace(OPTIM, learning_rate=1e-5, scheduler="constant", weight_decay=0.0)
+    half, full = (trainable(folder, optim=small, dtype=dtype) for dtype in ("bfloat16", "float32"))
+    start = weights(full)
+    for target in (half, full):
+        for _ in range(10):
+            target.update(chunk(batch()), Nll(), 1.0, "policy.update")
+    moved = {name: (tensor - start[name]) for name, tensor in weights(full).items()}
+    half.save_state(str(tmp_path))
+    masters = torch.load(tmp_path / "single.pt")["weights"]
+    for name, movement in moved.items():
+        if movement.ndim == 2:
+            found = masters[name] - start[name].bfloat16().float()
+            assert torch.cosine_similarity(found.flatten(), movement.flatten(), dim=0) > 0.9
