@@ -1,1 +1,24 @@
 """How weights travel from the trainer to the engines. A version counts only where it was acknowledged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rollout.weights.buckets import ManifestOf
+from rollout.weights.collective import CollectiveReceiver, CollectiveSend, OpenCollective
+from rollout.weights.disk import DiskReceiver, DiskWrite
+from rollout.weights.object_store import ObjectStoreReceiver, PackBuckets
+from rollout.weights.protocol import Receiver
+
+__all__ = ["TRANSPORTS", "CollectiveSend", "DiskWrite", "ManifestOf", "OpenCollective", "PackBuckets", "receiver"]
+
+TRANSPORTS: dict[str, Callable[[str], Receiver]] = {
+    "collective": CollectiveReceiver,
+    "object_store": ObjectStoreReceiver,
+    "disk": DiskReceiver,
+}
+
+
+def receiver(transport: str, member: str) -> Receiver:
+    """A member's side of a transport. Raises KeyError for one that does not exist."""
+    return TRANSPORTS[transport](member)

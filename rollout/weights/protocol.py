@@ -1,8 +1,9 @@
 """The contract of weight transports.
 
-A sync is one control call per side: the driver asks the trainer to `send` and every member to `receive`, at the same time.
-The receiver stages the tensors beside the running weights; the engine's own thread applies them between two decoding
-steps. Each receiver answers with an `Ack`; the driver promotes exactly the members whose ack equals the sender's report.
+A sync is one control call per side: the driver asks the trainer to `send` and every member to `receive`, at the same
+time. The receiver stages the tensors beside the running weights; the engine's own thread applies them between two
+decoding steps. Each receiver answers with an `Ack`; the driver promotes exactly the members whose ack equals the
+sender's report.
 
     driver ──send(order)──► trainer rank 0 ──buckets──► member 1 ─┐
        │                          └─────────buckets──► member 2 ─┤ stage, apply, Ack(version, fingerprint)
@@ -12,7 +13,7 @@ steps. Each receiver answers with an `Ack`; the driver promotes exactly the memb
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -103,21 +104,12 @@ class Ack:
     stall_seconds: float = 0.0  # for how long decoding stood still
 
 
-class Sender(Protocol):
-    """On rank 0 of the trained role."""
-
-    def send(self, order: SyncOrder, weights: Iterable[tuple[str, Tensor]]) -> SendReport:
-        """Deliver to every member of `order.rendezvous`. A member that fails is reported, and holds up nobody."""
-        ...
-
-    def close(self) -> None: ...
-
-
 class Receiver(Protocol):
     """In a rollout worker, off the thread that decodes."""
 
-    def receive(self, order: SyncOrder) -> tuple[list[tuple[str, Tensor]], str]:
-        """(staged weights, fingerprint). Raises InfraFailure, with nothing staged, if the transfer did not complete."""
+    def receive(self, order: SyncOrder, payload: object = None) -> tuple[list[tuple[str, Tensor]], str]:
+        """(staged weights, fingerprint). `payload` is what travels with the call, for transports that use it. Raises
+        InfraFailure, with nothing staged, if the transfer did not complete."""
         ...
 
     def close(self) -> None: ...

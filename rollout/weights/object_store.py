@@ -1,0 +1,58 @@
+"""Weights as one object: the trainer returns its buckets, whoever comes late reads them from the object store.
+
+What an actor returns outlives it, so a worker can still join while the trainer is busy, or gone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from actors.errors import InfraFailure
+from rollout.weights.buckets import fill, unfold
+from rollout.weights.fingerprint import Fingerprint
+from rollout.weights.protocol import Manifest, SendReport, SyncOrder
+
+Payload = list[np.ndarray]  # one uint8 array per bucket; bfloat16 travels as its bytes
+
+
+@dataclass(frozen=True)
+class PackBuckets:
+    """An export consumer: (report, payload). Call it so that the second stays where it is (`Worker.call_split`)."""
+
+    manifest: Manifest
+    version: int
+
+    def __call__(self, weights: Iterable[tuple[str, Tensor]]) -> tuple[SendReport, Payload]:
+        began, fingerprint = time.perf_counter(), Fingerprint()
+        payload: Payload = []
+        for flat in fill(self.manifest, weights):
+            host = flat.cpu()
+            fingerprint.update(host)
+            payload.append(host.numpy())
+        return SendReport(self.version, fingerprint.digest(), (), {}, time.perf_counter() - began), payload
+
+
+class ObjectStoreReceiver:
+    """The payload arrives with the call, mapped from shared memory where the worker runs on the same node."""
+
+    def __init__(self, member: str) -> None:
+        self._member = member
+
+    def receive(self, order: SyncOrder, payload: object = None) -> tuple[list[tuple[str, Tensor]], str]:
+        if not isinstance(payload, list):
+            raise InfraFailure(f"{self._member}: order {order.id} came without its weights")
+        fingerprint, staged = Fingerprint(), list[tuple[str, Tensor]]()
+        for bucket, array in zip(order.manifest.buckets(), payload, strict=True):
+            flat = torch.tensor(array)  # a copy: the object store's memory is read-only
+            fingerprint.update(flat)
+            staged += unfold(bucket, flat)
+        return staged, fingerprint.digest()
+
+    def close(self) -> None:
+        pass
