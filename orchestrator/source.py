@@ -2,8 +2,8 @@
 
     path ─load─► rows ─format─► examples ──tokenise──► tokens ──fit, pack─► items ─► batches
 
-A position counts draws over all epochs. `order.at(position)` is a pure function of the seed, so a resumed run that knows
-its position draws exactly what the uninterrupted one would have drawn.
+A position counts draws over all epochs. `order.at(position)` is a pure function of the seed, so a resumed run that
+knows its position draws exactly what the uninterrupted one would have drawn.
 """
 
 # pyright: basic

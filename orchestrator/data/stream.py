@@ -11,6 +11,7 @@ before the first one asked for is read and passed over.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -128,31 +129,34 @@ class StreamSource:
             return self._window[index]
 
     def _epoch(self, epoch: int) -> Iterator[tuple[Items, int, dict[str, Any]]]:
-        """All items of one pass over the data, which is shuffled differently in each."""
-        rows: Iterator[raw.Origin] = raw.stream(self._data, self._seed, self._bad)
+        """All items of one pass over the data, which is shuffled differently in each. Only the first one is counted."""
+        first = epoch == 0
+        bad = self._bad if first else BadRows(sys.maxsize)
+        rows: Iterator[raw.Origin] = raw.stream(self._data, self._seed, bad)
         if self._data.shuffle:
             rows = shuffled(rows, SHUFFLE_BUFFER, np.random.default_rng([self._seed, epoch]))
         empty = True
         while chunk := list(islice(rows, ROWS_AT_ONCE)):
-            items = self._prepare(chunk)
+            items = self._prepare(chunk, bad, counted=first)
             for local in range(len(items)):
                 empty = False
                 yield items, local, chunk[int(items.store.source_row[local])][2] if items.bins is None else {}
-        self._bad.check()
+        bad.check()
         if empty:
             raise DataError(f"{self.report.source}: no row of it can be used ({dict(self._dropped) or 'it is empty'})")
 
-    def _prepare(self, chunk: list[raw.Origin]) -> Items:
+    def _prepare(self, chunk: list[raw.Origin], bad: BadRows, *, counted: bool) -> Items:
         preparer = Preparer(self._format_of(chunk), self._limits, self._tokeniser, self._kind.prompts_only)
         absent = dict.fromkeys(preparer.format.columns)
         rows = [(index, {**absent, **row}) for index, (_, _, row) in enumerate(chunk)]
-        prepared = preparer.prepare(rows, lambda index, reason: self._bad.add(*chunk[index][:2], reason))
-        self._bad.check()
+        prepared = preparer.prepare(rows, lambda index, reason: bad.add(*chunk[index][:2], reason))
+        bad.check()
         store, dropped, truncated, _ = stored.build([prepared])
         items, cut = packed(store, self._data, self._kind, self._pack_length)
-        self._dropped.update(dropped)
-        self._truncated.update([*truncated, *["longer than a pack (data.packing=bfd)"] * cut])
-        self._count(len(chunk), items)
+        if counted:
+            self._dropped.update(dropped)
+            self._truncated.update([*truncated, *["longer than a pack (data.packing=bfd)"] * cut])
+            self._count(len(chunk), items)
         return items
 
     def _format_of(self, chunk: Iterable[raw.Origin]) -> Format:

@@ -70,6 +70,13 @@ def test_bad_rows_of_a_stream_are_bounded(tmp_path: Path) -> None:
         source.batch(range(520))
 
 
+def test_a_second_pass_over_a_stream_counts_nothing_twice(tmp_path: Path) -> None:
+    rows = [{"text": "ok"}, {"text": ""}, {"text": "fine"}]
+    source = opened(write_rows(tmp_path / "d.jsonl", rows), Completions, streaming=True, max_bad_rows=1)
+    assert [source.preview(position) for position in range(4)] == ["o⟦k<eos>⟧", "f⟦ine<eos>⟧"] * 2
+    assert (source.report.rows, source.report.items, len(source.report.bad)) == (3, 2, 1)
+
+
 def test_a_stream_without_a_usable_row_is_refused_at_once(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "d.jsonl", [{"text": "too long"}])
     with pytest.raises(DataError, match="no row of it can be used"):
