@@ -9,18 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from actors.errors import ConfigError
 from rollout.sampling import Completion, Request
+
+ENGINES: dict[str, str] = {  # kind -> class, imported when it is built: an engine costs seconds of imports
+    "vllm": "rollout.vllm_engine:VllmEngine",
+    "hf": "rollout.hf_engine:HfEngine",
+    "scripted": "rollout.scripted_engine:ScriptedEngine",
+}
 
 
 @dataclass(frozen=True)
 class EngineSpec:
     """How to build an engine. `kind` is a key of `rollout.engine.ENGINES`."""
 
-    kind: str  # vllm | hf | scripted
+    kind: str  # vllm | hf | scripted, or `package.module:Class` of your own
     model: str  # a Hugging Face folder or hub name; the engine reads config and tokenizer from it
     dtype: str = "float32"
     max_model_len: int = 1024  # tokens, prompt and completion
@@ -75,3 +83,12 @@ class Engine(Protocol):
     def wake(self) -> None: ...
 
     def close(self) -> None: ...
+
+
+def build_engine(spec: EngineSpec) -> Engine:
+    """The engine that the specification asks for, ready to take requests, with the weights of `spec.model`."""
+    path = ENGINES.get(spec.kind, spec.kind)
+    if ":" not in path:
+        raise ConfigError(f"roles.rollout.engine: {spec.kind!r} is none of {', '.join(ENGINES)}, nor `package.module:Class`")
+    module, name = path.split(":")
+    return getattr(import_module(module), name)(spec)

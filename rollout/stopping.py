@@ -1,0 +1,75 @@
+"""When a completion ends, decided in one place for the engines that decode themselves, and as ids for those that do not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from actors.errors import DataFailure, ModelError
+from rollout.sampling import Finish, Request, Sampling
+
+TOKENS_PER_CHARACTER = 4  # at most, in a byte-level vocabulary (UTF-8)
+
+
+def token_budget(request: Request, max_model_len: int) -> int:
+    """How many tokens each sample may have: `max_tokens`, or what the context leaves. Raises DataFailure if it leaves
+    nothing, or if there is no prompt to continue."""
+    room = max_model_len - len(request.prompt)
+    if room < 1 or not request.prompt:
+        raise DataFailure(
+            f"request {request.id}: a prompt of {len(request.prompt)} tokens cannot be continued within max_model_len = "
+            f"{max_model_len} (roles.rollout.max_model_len): it takes 1 to {max_model_len - 1}"
+        )
+    return min(request.sampling.max_tokens, room)
+
+
+def end_token_ids(model: str) -> tuple[int, ...]:
+    """The ids that end a sequence: the generation configuration's if the model has one, else the model configuration's."""
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        ids = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:
+        ids = None
+    if ids is None:
+        ids = AutoConfig.from_pretrained(model).get_text_config().eos_token_id
+    if ids is None:
+        return ()
+    return tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
+
+
+def require_model(model: str) -> None:
+    """Raises ModelError for a local folder that is not a model; a hub name is left to the hub."""
+    folder = Path(model)
+    if (folder.is_absolute() or folder.exists()) and not (folder / "config.json").is_file():
+        raise ModelError(f"{model} is not a model folder: it has no config.json (set in model.path)")
+
+
+class StopRule:
+    """Ends the samples of one model. Holds the tokenizer, which is read when a stop string is met for the first time."""
+
+    def __init__(self, model: str, end_ids: Iterable[int]) -> None:
+        self._model = model
+        self._end_ids = frozenset(end_ids)
+
+    def finish(self, tokens: Sequence[int], sampling: Sampling, budget: int) -> Finish | None:
+        """Why a sample ends with the last of `tokens`, or None if it goes on."""
+        if tokens[-1] in self._end_ids or tokens[-1] in sampling.stop_token_ids:
+            return Finish.STOP
+        if sampling.stop and self._has_stop_string(tokens, sampling.stop):
+            return Finish.STOP
+        return Finish.LENGTH if len(tokens) >= budget else None
+
+    def _has_stop_string(self, tokens: Sequence[int], stops: tuple[str, ...]) -> bool:
+        """Only the end is decoded: earlier tokens were looked at when they were the end."""
+        reach = TOKENS_PER_CHARACTER * (max(map(len, stops)) + 1)
+        text = self._tokenizer.decode(list(tokens[-reach:]), skip_special_tokens=True)
+        return any(stop in text for stop in stops)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self._model)

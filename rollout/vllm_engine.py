@@ -1,0 +1,214 @@
+"""vLLM in this process, stepped by the thread that owns it.
+
+No engine process of its own: `LLMEngine` with multiprocessing off starts in seconds and takes a weight update between two
+steps. Each sample of a request is one vLLM request with a seed of its own, so that it does not depend on what else is
+decoded or where; the prefix cache shares the prompt.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from actors.errors import DataFailure, InfraFailure
+from rollout.engine import EngineSpec, Finished
+from rollout.sampling import Completion, Finish, Request, sample_seed
+from rollout.stopping import end_token_ids, require_model, token_budget
+
+if TYPE_CHECKING:
+    from vllm.outputs import CompletionOutput
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+ENVIRONMENT = {  # vLLM and torch read these when they are imported
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine steps in this process
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # of tensor-parallel workers: a fork of a process with threads may hang
+    "TORCH_COMPILE_DISABLE": "1",  # else the first step compiles the sampler for 4 to 39 s
+    "OMP_WAIT_POLICY": "PASSIVE",  # a spinning OpenMP thread costs a busy machine nine tenths of its throughput
+}
+
+
+@dataclass
+class _Running:
+    """A request whose samples are not all finished."""
+
+    request: Request
+    completions: list[Completion] = field(default_factory=list)
+
+
+class VllmEngine:
+    """`options` are `EngineArgs` of vLLM and win over what is derived from the specification."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        require_model(spec.model)
+        self._max_model_len = spec.max_model_len
+        self._end_ids = end_token_ids(spec.model)
+        self._sleeps = spec.gpus > 0  # on a CPU there is no memory to give back
+        self._llm = _start(spec)
+        self._running: dict[str, _Running] = {}
+        self.version = -1
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    @version.setter
+    def version(self, version: int) -> None:
+        self._version = version
+        self._llm.set_weight_version(str(version))  # from here on it stands beside every token
+
+    def add(self, request: Request) -> None:
+        budget = token_budget(request, self._max_model_len)
+        self._running[request.id] = _Running(request)
+        try:
+            for index in range(request.n):
+                self._add_sample(request, index, budget)
+        except ValueError as error:  # vLLM's word for a request that it will never run
+            self.abort(request.id)
+            raise DataFailure(f"request {request.id}: vLLM refuses it: {error}") from error
+
+    def abort(self, request_id: str) -> None:
+        running = self._running.pop(request_id, None)
+        if running is not None:
+            self._llm.abort_request([_sample_id(request_id, index) for index in range(running.request.n)])
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._running)
+
+    def step(self) -> list[Finished]:
+        finished: list[Finished] = []
+        for output in self._llm.step():
+            request_id, _, index = output.request_id.rpartition("#")
+            running = self._running[request_id]
+            running.completions.append(_completion(int(index), output.outputs[0]))
+            if len(running.completions) == running.request.n:
+                del self._running[request_id]
+                finished.append(Finished(running.request, running.completions))
+        return finished
+
+    def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Requests in flight compute their keys and values again under the new weights: every token's log-probability is
+        that of one version alone."""
+        self._llm.collective_rpc(_reload, args=(list(weights),))
+        if not self._llm.reset_prefix_cache(reset_running_requests=True):
+            raise InfraFailure("vLLM could not reset its prefix cache: it would reuse keys and values of the old weights")
+        self.version = version
+
+    def sleep(self) -> None:
+        if self._sleeps:
+            self._llm.sleep(level=1)
+
+    def wake(self) -> None:
+        if self._sleeps:
+            self._llm.wake_up()
+
+    def close(self) -> None:
+        self._llm.engine_core.shutdown()
+
+    def _add_sample(self, request: Request, index: int, budget: int) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        sampling = request.sampling
+        params = SamplingParams(
+            max_tokens=budget,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            seed=sample_seed(request.seed, index),
+            stop=list(sampling.stop),
+            stop_token_ids=[*self._end_ids, *sampling.stop_token_ids],
+            ignore_eos=True,  # the ends are in `stop_token_ids`: all of them, where vLLM's tokenizer knows one
+            include_stop_str_in_output=True,
+            detokenize=bool(sampling.stop),
+            logprobs=0,  # of the sampled token, and no other
+            flat_logprobs=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        prompt: Any = {"prompt_token_ids": list(request.prompt)}
+        self._llm.add_request(_sample_id(request.id, index), prompt, params)
+
+
+def _start(spec: EngineSpec) -> LLMEngine:
+    os.environ.update(ENVIRONMENT)
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    arguments = {
+        "model": spec.model,
+        "dtype": spec.dtype,
+        "seed": spec.seed,
+        "max_model_len": spec.max_model_len,
+        "max_num_seqs": spec.max_concurrency,
+        "kv_cache_memory_bytes": int(spec.kv_cache_gib * 2**30),
+        "tensor_parallel_size": spec.tensor_parallel,
+        "distributed_executor_backend": "uni" if spec.tensor_parallel == 1 else "mp",
+        "enforce_eager": spec.gpus == 0,
+        "enable_sleep_mode": spec.gpus > 0,
+        "enable_prefix_caching": True,
+        "async_scheduling": False,  # a step returns what it sampled: weights change between tokens, not somewhere near
+        "logprobs_mode": "processed_logprobs",
+        "generation_config": "vllm",  # a request says all; a model folder's generation_config.json adds nothing
+        "disable_log_stats": True,
+    }
+    set_num_threads = torch.set_num_threads
+    set_num_threads(spec.threads)
+    try:
+        return LLMEngine.from_engine_args(EngineArgs(**{**arguments, **spec.options}))
+    finally:
+        torch.set_num_threads = set_num_threads  # vLLM's CPU worker disables it for the whole process
+
+
+def _reload(worker: Any, weights: list[tuple[str, Tensor]]) -> None:
+    """Runs in every worker of the engine. Raises InfraFailure if a parameter of the model was not among the weights.
+
+    Layer by layer, because the kernels' copies are laid out anew; a plain `load_weights` fails on a CPU. There a *tied*
+    output head has no weights of its own to load, and would silently go on with the old embedding.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    model: nn.Module = worker.get_model()
+    expected = {name for name, _ in model.named_parameters()}
+    initialize_layerwise_reload(model)
+    loaded = model.load_weights(iter(weights))  # pyright: ignore[reportCallIssue]: every model of vLLM has it
+    finalize_layerwise_reload(model, worker.model_config)
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
+            module.quant_method.process_weights_after_loading(module)
+    missing = sorted(expected - loaded)
+    if missing:
+        raise InfraFailure(f"{len(missing)} of {len(expected)} parameters were not sent: {', '.join(missing[:5])}")
+
+
+def _sample_id(request_id: str, index: int) -> str:
+    return f"{request_id}#{index}"
+
+
+def _completion(index: int, output: CompletionOutput) -> Completion:
+    tokens = np.asarray(output.token_ids, dtype=np.int32)
+    logps: Any = output.logprobs
+    return Completion(
+        index=index,
+        tokens=tokens,
+        logps=np.asarray(logps.logprobs, dtype=np.float32),  # flat: one entry per token, as `logprobs=0` asks for
+        versions=_versions(len(tokens), output.weight_versions or []),
+        finish=Finish(output.finish_reason),  # vLLM says `stop` and `length` too; any other word means that it broke
+    )
+
+
+def _versions(count: int, spans: list[Any]) -> np.ndarray:
+    """vLLM's spans of weight versions, spread over the tokens."""
+    versions = np.empty(count, dtype=np.int32)
+    for span in spans:
+        versions[span.start : span.end] = int(span.version)
+    return versions
