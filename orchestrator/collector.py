@@ -13,6 +13,7 @@ Both assemble one batch ahead. What is trained on is settled in the cursor only 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -37,6 +38,7 @@ class Group:
     meta: GroupMeta
     tokens: Ref
     score: ScoreResult
+    times: tuple[float, float, float]  # admitted, generated, scored; seconds on the driver's clock
 
 
 @dataclass(frozen=True)
@@ -198,8 +200,10 @@ class GroupCollector:
         """One group's way through the row-wise stages. It ends in `_ready`, or settled and replaced by another."""
         _, index = self._source.order.at(position)
         prompt = self._source.item(index)
+        admitted = time.perf_counter()
         try:
             meta, tokens = await self._company.generate(self._request(position, prompt.tokens))
+            generated = time.perf_counter()
             if not enough_survive(len(meta.lengths), self._samples):
                 return self._drop(position, "too few samples survived", "; ".join(meta.failures))
             score = await self._company.score(prompt, tokens)
@@ -212,7 +216,8 @@ class GroupCollector:
         self._ledger.accepted()
         self._filtered_in_a_row = 0
         self._accepted += 1
-        self._ready[position] = Group(position, prompt, meta, tokens, score)
+        times = (admitted, generated, time.perf_counter())
+        self._ready[position] = Group(position, prompt, meta, tokens, score, times)
 
     def _request(self, position: int, tokens: tuple[int, ...]) -> Request:
         seed = sample_seed(self._seed, position)
@@ -238,8 +243,10 @@ class GroupCollector:
         groups = tuple(self._ready.pop(position) for position in positions)
         parts = await self._company.fetch([group.tokens for group in groups])
         scored = [part.with_columns(reward=group.score.total) for part, group in zip(parts, groups, strict=True)]
+        assembled = time.perf_counter()
         batch = await self._company.run_batch_stages(Batch.concat(scored))
-        return Collected(batch, tuple(positions), groups, self._metrics())
+        seconds = {**_seconds(groups), "time/batch_stages": time.perf_counter() - assembled}
+        return Collected(batch, tuple(positions), groups, {**self._metrics(), **seconds})
 
     def _usable(self, version: int) -> list[int]:
         ages = {position: group.meta.oldest_version for position, group in self._ready.items()}
@@ -265,6 +272,12 @@ class GroupCollector:
     def _metrics(self) -> dict[str, float]:
         counts = {f"dropped/{reason}": float(count) for reason, count in self._ledger.dropped.items()}
         return {**counts, "groups/filtered": float(self._filtered), "groups/expired": float(self._expired)}
+
+
+def _seconds(groups: tuple[Group, ...]) -> dict[str, float]:
+    """Wall time of a batch's generation, and of the scoring that generation did not hide."""
+    admitted, generated, scored = zip(*(group.times for group in groups), strict=True)
+    return {"time/generate": max(generated) - min(admitted), "time/score": max(scored) - max(generated)}
 
 
 def _samples_per_prompt(pipeline: Pipeline) -> int:

@@ -1,0 +1,309 @@
+"""A whole run: prepare, plan, place, then phase after phase through the loop, with the evidence that it leaves behind.
+
+    prepare ─► plan ─► cluster ─► launch ─► for each phase: [resume] ─► evaluate ─► train ─► evaluate ─► checkpoint
+                                     │
+                       beside the loop: control board (scale), watchdog (who waits on what)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from actors.errors import ConfigError, InfraFailure, RunError
+from orchestrator.checkpoint import Checkpoint, CheckpointStore, RunState
+from orchestrator.cluster import Cluster, LocalCluster
+from orchestrator.collector import Collector, GroupCollector, RowCollector
+from orchestrator.config import RunConfig
+from orchestrator.console import Console
+from orchestrator.control import Board, RunFile, board_name
+from orchestrator.cursor import Cursor
+from orchestrator.driver import Progress, StepRecord, train
+from orchestrator.evaluation import Evaluation, evaluate, greedy
+from orchestrator.fleet import State
+from orchestrator.launch import launch, optim_spec
+from orchestrator.metrics import MetricsLog
+from orchestrator.plan import Plan, make_plan
+from orchestrator.plot import draw
+from orchestrator.prepare import Prepared, PreparedPhase, prepare
+from orchestrator.roles import PhaseSettings, Roles
+from orchestrator.rollout_metrics import rollout_metrics
+from orchestrator.staleness import Contract
+from orchestrator.supervision import Ledger, Watchdog
+
+SAVE_TIMEOUT_S = 1800.0
+BOARD_EVERY_S = 1.0
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run leaves: `scores` by label (`before`, then one per phase), and where things are."""
+
+    folder: Path
+    scores: dict[str, float]
+    checkpoint: Path | None
+    model: Path | None
+    picture: Path | None
+
+
+def run(config: RunConfig, *, local: bool = False, resume: Path | None = None) -> RunResult:
+    """Train as configured. `local` keeps everything in this process. With `resume`, continue the run of that folder from
+    its newest valid checkpoint. Raises UserError before anything is launched, RunError afterwards."""
+    began = time.monotonic()
+    prepared = prepare(config)
+    plan = make_plan(config, {phase.name: phase.pipeline for phase in prepared.phases}, parameters=prepared.parameters)
+    folder = resume or _new_folder(config)
+    return asyncio.run(_Run(prepared, plan, folder, local=local, resuming=resume is not None, began=began).execute())
+
+
+def _new_folder(config: RunConfig) -> Path:
+    folder = config.output / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(config.model_dump_json(indent=2))
+    return folder
+
+
+@dataclass
+class _Run:
+    """One run's moving parts. `state` is what a checkpoint holds."""
+
+    prepared: Prepared
+    plan: Plan
+    folder: Path
+    local: bool
+    resuming: bool
+    began: float
+    scores: dict[str, float] = field(default_factory=dict)
+    last_checkpoint: Checkpoint | None = None
+
+    def __post_init__(self) -> None:
+        config = self.prepared.config
+        self.config = config
+        self.console = Console({phase.name: phase.steps for phase in self.prepared.phases})
+        self.store = CheckpointStore(self.folder / "checkpoints", keep=config.checkpoint.keep)
+        self.watchdog = Watchdog(report_after_s=config.cluster.watchdog_s)
+        self.log = MetricsLog(self.folder, run=config.name, tensorboard=config.logging.tensorboard,
+                              ray_metrics=config.logging.ray_metrics and not self.local)
+        self.ledger = Ledger(allowed_in_a_row=max(64, 4 * max(p.config.train.batch_size for p in self.prepared.phases)))
+
+    async def execute(self) -> RunResult:
+        found = self.store.latest() if self.resuming else None
+        if self.resuming and found is None:
+            raise ConfigError(f"{self.folder} holds no valid checkpoint to resume from")
+        if found is not None:
+            self.scores.update(found.state.scores)
+            self.log.rewind(found.state.total_step)
+        async with self._cluster() as cluster, launch(
+            self.prepared, self.plan, cluster, self.folder, self.event, self.watchdog
+        ) as roles, self._beside(roles, cluster):
+            self.console.placed(cluster.describe())
+            self.event("started", {"seconds": round(time.monotonic() - self.began, 3)})
+            for phase in self.prepared.phases:
+                if found is None or phase.index >= found.state.phase_index:
+                    mine = found if found is not None and phase.index == found.state.phase_index else None
+                    await self._phase(phase, roles, mine)
+        return self._finish()
+
+    async def _phase(self, phase: PreparedPhase, roles: Roles, found: Checkpoint | None) -> None:
+        """One phase, from its start or from a checkpoint inside it."""
+        roles.enter(PhaseSettings(phase.pipeline, phase.config.train.token_budget, phase.temperature, self.config.seed))
+        await self._set_weights(phase, roles, found)
+        progress = Progress(found.state.step, found.state.version) if found else Progress(0, phase.first_version)
+        cursor = Cursor.from_json(found.state.cursor) if found else Cursor()
+        async with roles.changing_weights():
+            await roles.publish(progress.version)
+        if found is None and phase.index == 0 and phase.config.evaluation and phase.config.evaluation.at_start:
+            await self._evaluate(phase, roles, "before", progress)
+        collector = self._collector(phase, roles, cursor, progress)
+        try:
+            await train(phase.pipeline, phase.steps, roles, collector, progress, self._after_step(phase, roles, cursor))
+        finally:
+            await collector.close()
+
+    async def _set_weights(self, phase: PreparedPhase, roles: Roles, found: Checkpoint | None) -> None:
+        """A fresh optimizer for the phase, and if it is resumed, everything as the checkpoint has it."""
+        for role in phase.pipeline.trained:
+            await roles.groups[role].call("reset", optim_spec(phase), timeout_s=SAVE_TIMEOUT_S)
+            if found is not None:
+                await roles.groups[role].call("load_state", str(found.path / role), timeout_s=SAVE_TIMEOUT_S)
+
+    def _collector(self, phase: PreparedPhase, roles: Roles, cursor: Cursor, progress: Progress) -> Collector:
+        train_config = phase.config.train
+        if not phase.pipeline.generates:
+            return RowCollector(phase.source, roles, cursor, train_config.batch_size)
+        return GroupCollector(
+            phase.source,
+            roles,
+            phase.pipeline,
+            cursor,
+            Contract(train_config.max_staleness, train_config.batch_size, phase.first_version),
+            phase.sampling,
+            run=phase.name,
+            seed=self.config.seed + phase.index,
+            version=progress.version,
+            ledger=self.ledger,
+            watchdog=self.watchdog,
+            timeout_s=self.config.roles.rollout.request_timeout_s,
+        )
+
+    def _after_step(self, phase: PreparedPhase, roles: Roles, cursor: Cursor) -> Any:
+        async def after_step(record: StepRecord) -> None:
+            step, last = record.step, record.step == phase.steps
+            metrics = {**rollout_metrics(record.collected, record.version - 1), **record.metrics}
+            total = phase.first_version + step
+            if last or step % self.config.logging.every == 0:
+                self.log.write(total, phase.name, metrics)
+            self.console.step(phase.name, step, phase.steps, metrics)
+            self._show_completions(phase, record, last)
+            evaluation = phase.config.evaluation
+            if evaluation and (last or (evaluation.every and step % evaluation.every == 0)):
+                await self._evaluate(phase, roles, phase.name if last else f"{phase.name}@{step}", Progress(step, record.version))
+            if last or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
+                await self._save(phase, roles, cursor, record)
+
+        return after_step
+
+    def _show_completions(self, phase: PreparedPhase, record: StepRecord, last: bool) -> None:
+        every = self.config.logging.completions_every
+        if not record.collected.groups or every is None:
+            return
+        rows = [row for group in record.collected.groups for row in _completion_rows(group)]
+        self.log.write_completions(phase.first_version + record.step, rows)
+        if last or record.step % every == 0:
+            shown = rows[:: max(1, len(rows) // self.config.logging.completions_shown)]
+            self.console.completions(shown[: self.config.logging.completions_shown])
+
+    async def _evaluate(self, phase: PreparedPhase, roles: Roles, label: str, progress: Progress) -> Evaluation | None:
+        config = phase.config.evaluation
+        assert config is not None and phase.evaluation is not None
+        async with roles.changing_weights():
+            await roles.publish(progress.version)
+        sampling = greedy(phase.sampling, config.max_tokens)
+        with self.watchdog.waiting(f"evaluation {label}"):
+            result = await evaluate(phase.evaluation, roles, sampling, label=label)
+        self.log.write(phase.first_version + progress.step, phase.name, result.metrics)
+        self.console.evaluation(label, result.score)
+        if "@" not in label:
+            self.scores[label] = result.score
+        return result
+
+    async def _save(self, phase: PreparedPhase, roles: Roles, cursor: Cursor, record: StepRecord) -> None:
+        """A checkpoint: every trained role's state, a model folder, and where the run stands."""
+
+        async def write(folder: Path) -> None:
+            for role in phase.pipeline.trained:
+                (folder / role).mkdir()
+                await roles.groups[role].call("save_state", str(folder / role), timeout_s=SAVE_TIMEOUT_S)
+            await roles.groups["policy"].call("save_model", str(folder / "model"), timeout_s=SAVE_TIMEOUT_S)
+
+        total = phase.first_version + record.step
+        state = RunState(
+            phase=phase.name,
+            phase_index=phase.index,
+            step=record.step,
+            total_step=total,
+            version=record.version,
+            cursor=cursor.to_json(),
+            seed=self.config.seed,
+            scores=dict(self.scores),
+        )
+        began = time.monotonic()
+        self.last_checkpoint = await self.store.write(write, state)
+        self.event("checkpoint", {"step": total, "seconds": round(time.monotonic() - began, 3)})
+
+    def _finish(self) -> RunResult:
+        self.log.close()
+        picture = draw(self.folder)
+        model = self.last_checkpoint.path / "model" if self.last_checkpoint else None
+        checkpoint = self.last_checkpoint.path if self.last_checkpoint else None
+        result = RunResult(self.folder, dict(self.scores), checkpoint, model, picture)
+        self.console.done(result)
+        return result
+
+    def event(self, kind: str, detail: dict[str, Any]) -> None:
+        """One line in `events.jsonl`: joins, deaths, retries, resizes, checkpoints."""
+        line = {"time": round(time.time(), 3), "event": kind, **detail}
+        with (self.folder / "events.jsonl").open("a") as stream:
+            stream.write(json.dumps(line) + "\n")
+        if kind in ("evicted", "resized", "sync_failed"):
+            self.console.warn(f"{kind}: " + ", ".join(f"{name}={value}" for name, value in detail.items()))
+
+    @asynccontextmanager
+    async def _cluster(self) -> AsyncIterator[Cluster]:
+        """Ray, or this process, with the plan's bundles reserved; signals end the run in order."""
+        if self.local:
+            cluster: Cluster = LocalCluster()
+        else:
+            from orchestrator.placement import RayCluster, connect
+
+            connect(self.config.cluster, self.plan, debug=self.config.debug)
+            cluster = RayCluster(self.config, run=self.folder.name)
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # after Ray's own handler
+        try:
+            await cluster.reserve(self.plan)
+            yield cluster
+        finally:
+            await cluster.close()
+
+    @asynccontextmanager
+    async def _beside(self, roles: Roles, cluster: Cluster) -> AsyncIterator[None]:
+        """What goes on beside the loop, for as long as the block lasts."""
+        async with AsyncExitStack() as stack:
+            for work in (self._watch(), self._obey_board(roles, cluster)):
+                task = asyncio.ensure_future(work)
+                stack.push_async_callback(_cancelled, task)
+            yield
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(5.0)
+            for line in self.watchdog.overdue():
+                self.console.warn(line)
+
+    async def _obey_board(self, roles: Roles, cluster: Cluster) -> None:
+        """Put up the status and take what is desired, every second."""
+        name = board_name(self.folder.name)
+        board = await cluster.start_board(name, Board)
+        RunFile(self.folder.name, cluster.address, name, os.getpid()).write(self.folder)
+        pools = {role: pool for role, pool in (("rollout", roles.rollout), ("reward", roles.reward)) if pool is not None}
+        while True:
+            status = {role: {"desired": pool.fleet.desired, "serving": pool.count(State.SERVING)} for role, pool in pools.items()}
+            with contextlib.suppress(InfraFailure):  # a board that died costs scaling, not the run
+                for role, count in (await board.call("exchange", status, timeout_s=10.0)).items():
+                    if role in pools:
+                        pools[role].resize(count)
+            await asyncio.sleep(BOARD_EVERY_S)
+
+
+async def _cancelled(task: asyncio.Future[Any]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+def _completion_rows(group: Any) -> list[dict[str, Any]]:
+    score = group.score
+    return [
+        {
+            "prompt": group.prompt.prompt if isinstance(group.prompt.prompt, str) else json.dumps(group.prompt.prompt),
+            "completion": text,
+            "reward": float(score.total[index]),
+            **{f"rewards/{name}": float(score.rewards[index, column]) for column, name in enumerate(score.names)},
+            "length": group.meta.lengths[index],
+            "version": group.meta.oldest_version,
+            "worker": group.meta.worker,
+            "position": group.position,
+        }
+        for index, text in enumerate(score.texts)
+    ]
