@@ -252,7 +252,7 @@ class Trainable:
             loss, stats = pass_.loss(micro, outputs) if len(micro) else (outputs.logps.sum() * 0, {})
         with clock.measure("backward"):
             self.backend.backward(loss, last=last)
-        return stats
+        return {**stats, "loss": Stat(loss.detach(), combine="sum")}
 
     def _detail(self) -> dict[str, Any]:
         backend = self.backend

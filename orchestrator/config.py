@@ -152,6 +152,7 @@ class TrainedRole(Section):
     deepspeed: dict[str, Any] | Path | None = None  # a DeepSpeed configuration, inline or a JSON file, passed through
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 2  # used when `deepspeed` does not say
     colocate: str | None = None  # share that role's bundles; `gpus` may be a fraction
+    call_timeout_s: Seconds = 3600.0  # of one verb: a step, a pass of log-probabilities, a save
     resources: dict[str, float] = Field(default_factory=dict)  # custom Ray resources or labels
 
 

@@ -54,7 +54,6 @@ class Pool:
         *,
         start: Callable[[int], Awaitable[Worker]],
         stop: Callable[[Worker], Awaitable[None]],
-        admit: Callable[[int], Awaitable[None]] | None = None,
         event: Event,
         watchdog: Watchdog,
     ) -> None:
@@ -64,7 +63,8 @@ class Pool:
         self.workers: dict[int, Worker] = {}
         self.infos: dict[int, WorkerInfo] = {}
         self.health: dict[int, dict[str, Any]] = {}
-        self._start, self._stop, self._admit = start, stop, admit
+        self.admit: Callable[[int], Awaitable[None]] = _at_once  # what a member that is up waits for before it serves
+        self._start, self._stop = start, stop
         self._event, self._watchdog = event, watchdog
         self._changed = asyncio.Event()
         self._wake = asyncio.Event()
@@ -174,8 +174,7 @@ class Pool:
             self.infos[index] = await worker.call("ready", timeout_s=self.policy.start_timeout_s)
             self.fleet.ready(index, time.monotonic())
             self._notify()
-            if self._admit is not None:
-                await self._admit(index)
+            await self.admit(index)
             self.fleet.joined(index, time.monotonic())
         except InfraFailure as error:
             await self.evict(index, f"start failed: {error}")
@@ -241,3 +240,7 @@ class Pool:
         if not task.cancelled() and task.exception() is not None and self._failure is None:
             self._failure = task.exception()
             self._notify()
+
+
+async def _at_once(index: int) -> None:
+    """Admission without a condition."""

@@ -51,10 +51,11 @@ def make_pool(desired: int, policy: PoolPolicy = POLICY, *, broken: frozenset[in
         policy,
         start=start,
         stop=lambda worker: worker.kill(),
-        admit=admit,
         event=lambda kind, detail: events.append((kind, detail)),
         watchdog=Watchdog(),
     )
+    if admit is not None:
+        pool.admit = admit
     return pool, events
 
 
