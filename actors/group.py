@@ -198,7 +198,7 @@ def actor_class(target: type) -> ActorClass:
     """`target` as a Ray actor class: never restarted behind our back (a restart would silently lose weights), calls
     never repeated, `ping` on a thread of its own, and a repr that names role and index."""
 
-    class Actor(target):
+    class Actor(target):  # pyright: ignore[reportUntypedBaseClass]
         def __init__(self, label: str, /, **kwargs: Any) -> None:
             self._actor_label = label
             super().__init__(**kwargs)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -68,18 +69,22 @@ class DeepSpeedBackend:
         _join(placement, self.device)
         self._deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         self.world = ProcessGroupWorld(self.device)
-        self._config = deepspeed_config.resolve(
-            spec.deepspeed,
-            zero_stage=spec.zero_stage,
-            dtype=model.dtype,
-            optim=spec.optim,
-            world_size=placement.world_size,
-        )
+        self._dtype, self._spec = model.dtype, spec
+        self._config = self._resolved(spec.optim)
         self._stage = deepspeed_config.zero_stage_of(self._config)
         self._module = self._load(model, trainable=spec.optim is not None)
-        engaged = spec.optim is not None or self._stage == 3
+        engaged = spec.optim is not None or self._stage == 3  # a frozen model that is not partitioned is just a module
         self._engine: Any = self._initialize(spec.optim) if engaged else None
         self.model: nn.Module = self._engine or self._module
+
+    def _resolved(self, optim: OptimSpec | None) -> dict[str, Any]:
+        return deepspeed_config.resolve(
+            self._spec.deepspeed,
+            zero_stage=self._spec.zero_stage,
+            dtype=self._dtype,
+            optim=optim,
+            world_size=self.world.size,
+        )
 
     def _load(self, model: ModelSpec, *, trainable: bool) -> LanguageModel:
         """The model; in stage 3 a rank keeps only its share of each weight as it is read, so that a model which fits no
@@ -95,7 +100,6 @@ class DeepSpeedBackend:
 
     def _initialize(self, optim: OptimSpec | None) -> Any:
         """The engine. Raises ConfigError for what DeepSpeed itself refuses in its configuration."""
-        self._optim = optim
         parts: dict[str, Any] = {}
         if optim is not None:
             optimizer = build_optimizer(self._trained(), optim)
@@ -107,9 +111,14 @@ class DeepSpeedBackend:
                 parts["optimizer"] = optimizer
             parts["lr_scheduler"] = lambda base: build_schedule(base, optim)
         try:
-            return self._deepspeed.initialize(model=self._module, config=self._config, **parts)[0]
+            engine = self._deepspeed.initialize(model=self._module, config=self._config, **parts)[0]
         except (ValueError, TypeError, AssertionError, self._deepspeed.DeepSpeedConfigError) as error:
             raise ConfigError(f"DeepSpeed refuses its configuration: {error}") from error
+        if optim is not None and self._stage == 0 and self._dtype != "float32":
+            # DeepSpeed makes this optimizer's moments by a step on zero gradients: undo its weight decay and its count.
+            engine.optimizer.refresh_fp32_params()
+            _forget_moments(_innermost(engine.optimizer))
+        return engine
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, weight) for name, weight in self._module.named_parameters() if weight.requires_grad]
@@ -117,26 +126,19 @@ class DeepSpeedBackend:
     def reset_optimizer(self, optim: OptimSpec) -> None:
         """Fresh moments and schedule on the same weights. In place, because partitions are tied to the moments."""
         if "optimizer" in self._config:
-            raise ConfigError(
-                "a DeepSpeed configuration with its own `optimizer` serves one phase: remove that section"
-            )
-        deepspeed_config.own_clipping(self._config, optim)
-        self._optim = optim
+            raise ConfigError("a DeepSpeed configuration with an `optimizer` of its own serves one phase; remove it")
+        clipping = self._resolved(optim)["gradient_clipping"]
         optimizer = _innermost(self._engine.optimizer)
-        fresh = build_optimizer(self._trained(), optim)
-        for state in optimizer.state.values():
-            for value in state.values():
-                value.zero_()
-        for group, settings in zip(optimizer.param_groups, fresh.param_groups, strict=True):
-            group.update({key: value for key, value in settings.items() if key != "params"})
+        for group, fresh in zip(
+            optimizer.param_groups, build_optimizer(self._trained(), optim).param_groups, strict=True
+        ):
+            group.update({key: value for key, value in fresh.items() if key != "params"})
             group["initial_lr"] = optim.learning_rate
+        _forget_moments(optimizer)
         self._engine.lr_scheduler = build_schedule(optimizer, optim)
-        self._set_clipping(optim.max_grad_norm or 0.0)
-
-    def _set_clipping(self, max_norm: float) -> None:
-        self._engine._config.gradient_clipping = max_norm
+        self._engine._config.gradient_clipping = clipping
         if hasattr(self._engine.optimizer, "clip_grad"):
-            self._engine.optimizer.clip_grad = max_norm
+            self._engine.optimizer.clip_grad = clipping
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
@@ -144,16 +146,11 @@ class DeepSpeedBackend:
 
     def step(self) -> StepInfo:
         learning_rate = self._engine.get_lr()[0]
-        norm = self._replicated_norm() if self._stage == 0 else None
+        # In stage 0 and float32 DeepSpeed tells no norm; but then every rank holds the whole gradient by now.
+        told = hasattr(self._engine.optimizer, "_global_grad_norm")
+        norm = None if told else torch.nn.utils.get_total_norm(w.grad for _, w in self._trained() if w.grad is not None)
         self._engine.step()
-        if norm is None:
-            norm = self._engine.get_global_grad_norm()
-        return StepInfo(float(norm), learning_rate)
-
-    def _replicated_norm(self) -> Tensor | None:
-        """In stage 0 nobody else computes it: every rank holds the whole gradient after the last micro-batch."""
-        gradients = [weight.grad for _, weight in self._trained() if weight.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients) if gradients else None
+        return StepInfo(float(self._engine.get_global_grad_norm() if norm is None else norm), learning_rate)
 
     def full_weights(self, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
         return full_tensors(self._module.causal, bucket_bytes, self._gathered)
@@ -166,7 +163,7 @@ class DeepSpeedBackend:
 
     def save_state(self, folder: Path) -> None:
         """Each rank's share. With adapters the frozen base stays in the model's own folder."""
-        if self._engine is None or self._optim is None:
+        if self._spec.optim is None:
             return
         if self.world.rank == 0:
             (folder / LAYOUT_FILE).write_text(json.dumps(self._layout))
@@ -174,15 +171,17 @@ class DeepSpeedBackend:
         self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=frozen)
 
     def load_state(self, folder: Path) -> None:
-        if self._engine is None or self._optim is None:
+        if self._spec.optim is None:
             return
+        if not (folder / LAYOUT_FILE).exists():
+            raise ConfigError(f"{folder} holds no state of backend 'deepspeed'; resume with the backend that saved it")
         saved = json.loads((folder / LAYOUT_FILE).read_text())
         if saved != self._layout:
             raise ConfigError(_mismatch(folder, saved, self._layout))
         strict = not has_adapters(self._module)
         loaded, _ = self._engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=strict)
         if loaded is None:
-            raise ConfigError(f"{folder} holds no DeepSpeed state")
+            raise ConfigError(f"{folder} lacks files of backend 'deepspeed'; resume from another checkpoint")
 
     @property
     def _layout(self) -> dict[str, int]:
@@ -227,6 +226,8 @@ def _import_deepspeed(device: torch.device) -> Any:
         ) from None
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else half a minute of g++; gloo does the same
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # It calls collectives by names that torch has renamed: no news for whoever reads a run's output.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
     return deepspeed
 
 
@@ -255,6 +256,12 @@ def _innermost(optimizer: Any) -> torch.optim.Optimizer:
     while not isinstance(optimizer, torch.optim.AdamW):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+def _forget_moments(optimizer: torch.optim.Optimizer) -> None:
+    for state in optimizer.state.values():
+        for moment in state.values():
+            moment.zero_()
 
 
 def _mismatch(folder: Path, saved: dict[str, int], now: dict[str, int]) -> str:

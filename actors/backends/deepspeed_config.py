@@ -32,9 +32,10 @@ def resolve(
     _own(config, "train_batch_size", world_size, "set train.batch_size instead")
     for section, name in (("bf16", "bfloat16"), ("fp16", "float16")):
         _own(_section(config, section), "enabled", dtype == name, f"set model.dtype={name} instead", f"{section}.")
-    if dtype == "bfloat16":  # micro-batches add up: in bfloat16 the small ones would be rounded away
+    stage = _section(config, "zero_optimization").setdefault("stage", zero_stage)
+    if dtype == "bfloat16" and stage > 0:
+        # Micro-batches add up: in bfloat16 the small ones would be rounded away. Stage 0 of DeepSpeed cannot do better.
         _section(config, "data_types").setdefault("grad_accum_dtype", "fp32")
-    _section(config, "zero_optimization").setdefault("stage", zero_stage)
     # The optimizer is torch's own AdamW also where its state is offloaded, so that nothing is compiled at start-up.
     config.setdefault("zero_force_ds_cpu_optimizer", False)
     if optim is None:

@@ -1,0 +1,434 @@
+"""The contract of a trainer backend, on every one: what a role computes must not depend on who computes it.
+
+The ranks are real Ray actors; a gang of each size is started once, and holds one `Trainable` after the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from actors.backends import BackendSpec
+from actors.backends.optimizer import OptimSpec
+from actors.batch import Batch
+from actors.errors import ConfigError
+from actors.group import start_ranks
+from actors.lora import LoraSpec
+from actors.model import ModelSpec
+from actors.objective import Counts, MicroBatch, Outputs, Stat, World
+from actors.packing import deal
+from actors.trainable import Trainable, UpdateReport
+from actors.worker import WorkerInfo
+from tests.unit.tiny import tiny_model_folder
+
+VERB_S = 120.0
+BUDGET = 100  # tokens per micro-batch: several of them, with any number of ranks
+# Adam divides by the root of the second moment; `adam_eps` is large enough not to blow up what is rounding noise.
+OPTIM = OptimSpec(
+    learning_rate=1e-2,
+    total_steps=8,
+    warmup_steps=2,
+    weight_decay=0.1,
+    adam_eps=1e-3,
+    scheduler="cosine",
+    max_grad_norm=0.7,
+)
+PARTITION_ALL = {
+    "zero_optimization": {"stage3_param_persistence_threshold": 0}
+}  # stage 3 spares small weights otherwise
+LORA = LoraSpec(r=4, alpha=8)
+
+
+@dataclass(frozen=True)
+class Case:
+    kind: str
+    stage: int
+    ranks: int
+
+    def __str__(self) -> str:
+        return self.kind if self.kind == "single" else f"zero{self.stage}-{self.ranks}ranks"
+
+
+SINGLE = Case("single", 0, 1)
+DEEPSPEED = [Case("deepspeed", stage, ranks) for ranks in (1, 2) for stage in (0, 1, 2, 3)]
+ZERO3 = Case("deepspeed", 3, 2)
+every_backend = pytest.mark.parametrize("case", [SINGLE, *DEEPSPEED], ids=str)
+
+
+class MaskedNll:
+    """Mean negative log-likelihood of the masked tokens: the least that an objective can be."""
+
+    needs: frozenset[str] = frozenset()
+    columns: frozenset[str] = frozenset({"mask"})
+    keep_groups = False
+    coupled = False
+
+    def counts(self, micro: MicroBatch) -> Counts:
+        return {"tokens": float(micro["mask"].sum())}
+
+    def statistics(
+        self, micros: list[MicroBatch], outputs: list[Outputs], world: World, state: dict[str, Any]
+    ) -> dict[str, Any]:
+        return {}
+
+    def loss(
+        self, micro: MicroBatch, outputs: Outputs, counts: Counts, statistics: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Stat]]:
+        loss = -(outputs.logps * micro["mask"]).sum() / counts["tokens"]
+        return loss, {"loss": Stat(loss.detach(), combine="sum")}
+
+
+class Rank:
+    """One process of a gang: its place, and the `Trainable` of the moment."""
+
+    def __init__(self, rank: int, world_size: int, master: tuple[str, int] | None) -> None:
+        self.place = {"rank": rank, "world_size": world_size, "master": master}
+        self.trainable: Trainable | None = None
+
+    def ready(self) -> WorkerInfo:
+        return WorkerInfo("rank", os.getpid(), socket.gethostname(), "", {})
+
+    def ping(self) -> None: ...
+
+    def start(self, model: ModelSpec, backend: BackendSpec) -> WorkerInfo:
+        self.trainable = Trainable("policy", model, backend, threads=1, **self.place)
+        return self.trainable.ready()
+
+    def act(self, verb: str, *args: Any) -> Any:
+        return getattr(self.trainable, verb)(*args)
+
+    def act_on(self, own: Any, verb: str, *args: Any) -> Any:
+        return getattr(self.trainable, verb)(own, *args)
+
+    def combine(self, values: list[float]) -> tuple[list[float], list[float]]:
+        assert self.trainable is not None
+        world = self.trainable.backend.world
+        total = world.sum(torch.tensor([float(len(values)), sum(values)]))
+        return total.tolist(), world.gather(torch.tensor(values)).tolist()
+
+
+@dataclass(frozen=True)
+class Role:
+    """A role under test, driven as the driver does it."""
+
+    gang: Any
+    batch: Batch
+
+    def call(self, method: str, *args: Any, per_rank: list[Any] | None = None) -> list[Any]:
+        return asyncio.run(self.gang.call(method, *args, per_rank=per_rank, timeout_s=VERB_S))
+
+    def act(self, verb: str, *args: Any) -> list[Any]:
+        return self.call("act", verb, *args)
+
+    def update(self, steps: int = 1, *, batch: Batch | None = None, budget: int = BUDGET) -> list[UpdateReport]:
+        chunks = [chunk for _, chunk in deal(batch or self.batch, len(self.gang.workers), budget)]
+        return [self.call("act_on", "update", MaskedNll(), 1.0, "u", per_rank=chunks)[0] for _ in range(steps)]
+
+    def logps(self, *, adapters: bool = True) -> np.ndarray:
+        dealt = deal(self.batch, len(self.gang.workers), BUDGET)
+        chunks = [chunk for _, chunk in dealt]
+        found = self.call("act_on", "logps", "ref_logps", 1.0, adapters, per_rank=chunks)
+        column = np.zeros(self.batch.num_tokens, np.float32)
+        for (rows, _), values in zip(dealt, found, strict=True):
+            column[self.batch.token_index(np.asarray(rows))] = values["ref_logps"]
+        return column
+
+    def weights(self, bucket_bytes: int = 20_000) -> dict[str, np.ndarray]:
+        return self.act("export", whole, bucket_bytes)[0]
+
+
+def whole(weights: Iterator[tuple[str, Tensor]]) -> dict[str, np.ndarray]:
+    return {name: tensor.float().cpu().numpy().copy() for name, tensor in weights}
+
+
+@dataclass
+class Run:
+    """What four steps of a case left behind: after the second its state was saved, at the end its weights."""
+
+    reports: list[UpdateReport]
+    weights: dict[str, np.ndarray]
+    state: str
+    model: str
+    losses: list[float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.losses = [report.metrics["loss"] for report in self.reports]
+
+
+Start = Callable[..., Role]
+Train = Callable[[Case], Run]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
+    return ModelSpec(str(tiny_model_folder(tmp_path_factory.mktemp("base"), hidden=32)))
+
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    """Ragged: rows of 3 to 30 tokens, of which some two thirds are learned from."""
+    random = np.random.default_rng(0)
+    lengths = random.integers(3, 30, 16)
+    mask = random.random(lengths.sum()) < 0.7
+    mask[np.cumsum(lengths) - lengths] = False
+    return Batch.build(lengths, tokens=random.integers(2, 64, lengths.sum()).astype(np.int32), mask=mask)
+
+
+@pytest.fixture(scope="module")
+def start(base: ModelSpec, batch: Batch) -> Iterator[Start]:
+    ray.init(address="local", num_cpus=4, include_dashboard=False, object_store_memory=100 * 2**20)
+
+    @cache
+    def gang(ranks: int) -> Any:
+        env = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "DS_ACCELERATOR": "cpu"}
+        group = start_ranks(f"troupe/backends/policy-{ranks}", Rank, [{}] * ranks, env=env)
+        asyncio.run(group.call("ready", timeout_s=VERB_S))
+        return group
+
+    def start(
+        case: Case,
+        *,
+        optim: OptimSpec | None = OPTIM,
+        config: dict[str, Any] | None = PARTITION_ALL,
+        **model: Any,
+    ) -> Role:
+        role = Role(gang(case.ranks), batch)
+        role.call("start", replace(base, **model), BackendSpec(case.kind, optim, config, case.stage))
+        return role
+
+    yield start
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def train(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """Each case's four steps, made once."""
+
+    @cache
+    def train(case: Case) -> Run:
+        role = start(case)
+        state, model = (str(tmp_path_factory.mktemp(f"{name}-{case}")) for name in ("state", "model"))
+        reports = role.update(2)
+        role.act("save_state", state)
+        reports += role.update(2)
+        role.act("save_model", model)
+        return Run(reports, role.weights(), state, model)
+
+    return train
+
+
+def assert_same_weights(
+    weights: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float = 0.0
+) -> None:
+    assert list(weights) == list(expected)
+    for name, tensor in weights.items():
+        np.testing.assert_allclose(tensor, expected[name], rtol=0, atol=tolerance, err_msg=name)
+
+
+def plain_model(path: str) -> dict[str, np.ndarray]:
+    """Weights as transformers reads them, tied ones once."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return {name: weight.detach().numpy() for name, weight in model.named_parameters()}
+
+
+@every_backend
+def test_the_loss_curve_is_that_of_single(train: Train, case: Case) -> None:
+    run, expected = train(case), train(SINGLE)
+    assert expected.losses[-1] < 0.9 * expected.losses[0], "four steps must move the loss, or nothing is compared"
+    np.testing.assert_allclose(run.losses, expected.losses, rtol=1e-5)
+
+
+@every_backend
+def test_gradient_norms_and_learning_rates_are_those_of_single(train: Train, case: Case) -> None:
+    run, expected = train(case), train(SINGLE)
+    assert all(report.grad_norm > 0.7 for report in expected.reports[:2]), "clipping must be at work"
+    np.testing.assert_allclose(
+        [report.grad_norm for report in run.reports], [report.grad_norm for report in expected.reports], rtol=1e-4
+    )
+    rates = [report.learning_rate for report in run.reports]
+    assert rates == [report.learning_rate for report in expected.reports]
+    assert rates[0] == pytest.approx(0.5e-2), "the first of two warm-up steps"
+
+
+@every_backend
+def test_weights_leave_whole_under_the_same_names_and_in_the_same_order(train: Train, case: Case) -> None:
+    assert_same_weights(train(case).weights, train(SINGLE).weights, tolerance=2e-6)
+
+
+@every_backend
+def test_a_saved_model_reopens_with_the_weights_that_were_trained(train: Train, case: Case) -> None:
+    assert_same_weights(plain_model(train(case).model), train(case).weights)
+
+
+@every_backend
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(start: Start, train: Train, case: Case) -> None:
+    run = train(case)
+    role = start(case)
+    role.act("load_state", run.state)
+    resumed = role.update(2)
+    assert [report.metrics["loss"] for report in resumed] == run.losses[2:]
+    assert [report.grad_norm for report in resumed] == [report.grad_norm for report in run.reports[2:]]
+    assert_same_weights(role.weights(), run.weights)
+
+
+@every_backend
+def test_a_new_phase_has_fresh_moments_and_schedule_on_the_same_weights(start: Start, case: Case) -> None:
+    second = replace(OPTIM, learning_rate=2e-3, scheduler="constant", warmup_steps=0, max_grad_norm=0.3)
+
+    def two_phases(case: Case) -> list[float]:
+        role = start(case)
+        role.update(2)
+        role.act("reset", second)
+        reports = role.update(3)
+        assert {report.learning_rate for report in reports} == {2e-3}
+        return [report.metrics["loss"] for report in reports]
+
+    np.testing.assert_allclose(two_phases(case), expected_once("phases", lambda: two_phases(SINGLE)), rtol=1e-5)
+
+
+@every_backend
+def test_adapters_train_alike_and_switch_off_to_the_base(start: Start, tmp_path: Path, case: Case) -> None:
+    base = expected_once("base logps", lambda: start(SINGLE).logps())
+    expected = expected_once("adapters", lambda: [r.metrics["loss"] for r in start(SINGLE, lora=LORA).update(3)])
+    role = start(case, lora=LORA)
+    untouched = role.logps(adapters=False)
+    np.testing.assert_allclose(untouched, base, atol=1e-5)
+    reports = role.update(2)
+    role.act("save_state", str(tmp_path))
+    losses = [report.metrics["loss"] for report in reports + role.update(1)]
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    np.testing.assert_array_equal(role.logps(adapters=False), untouched)
+    assert np.abs(role.logps() - untouched).max() > 1e-3, "the adapters must have learned something"
+    assert_merged_export(role, tmp_path / "merged")
+    resumed = start(case, lora=LORA)
+    resumed.act("load_state", str(tmp_path))
+    assert resumed.update(1)[0].metrics["loss"] == losses[-1]
+
+
+def assert_merged_export(role: Role, folder: Path) -> None:
+    """A plain model with the exported weights computes what the adapted one does; no trace of the adapters is left."""
+    learned = role.logps()
+    role.act("save_model", str(folder))
+    merged = plain_model(str(folder))
+    assert_same_weights(merged, role.weights())
+    assert not [name for name in merged if "lora" in name or "base_layer" in name]
+    np.testing.assert_allclose(plain_logps(str(folder), role.batch), learned, atol=1e-5)
+
+
+def plain_logps(path: str, batch: Batch) -> np.ndarray:
+    """By transformers' own forward pass, row by row, without anything of ours."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    column = np.zeros(batch.num_tokens, np.float32)
+    for row in range(len(batch)):
+        tokens = torch.tensor(batch.row("tokens", row), dtype=torch.int64)[None]
+        with torch.no_grad():
+            logps = model(tokens).logits[:, :-1].float().log_softmax(-1).gather(2, tokens[:, 1:, None])
+        column[batch.offsets[row] + 1 : batch.offsets[row + 1]] = logps.flatten().numpy()
+    return column * batch["mask"]
+
+
+@every_backend
+def test_bfloat16_trains_to_nearly_the_same_losses(start: Start, train: Train, case: Case) -> None:
+    losses = [report.metrics["loss"] for report in start(case, dtype="bfloat16").update(4)]
+    np.testing.assert_allclose(losses, train(SINGLE).losses, rtol=0.02)
+    assert losses != train(SINGLE).losses
+
+
+@pytest.mark.parametrize("case", [SINGLE, Case("deepspeed", 1, 2), ZERO3], ids=str)
+@pytest.mark.parametrize("budget", [35, 400])
+def test_losses_do_not_depend_on_how_rows_are_cut_into_micro_batches(
+    start: Start, train: Train, case: Case, budget: int
+) -> None:
+    losses = [report.metrics["loss"] for report in start(case).update(4, budget=budget)]
+    np.testing.assert_allclose(losses, train(SINGLE).losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", [SINGLE, Case("deepspeed", 2, 1), ZERO3], ids=str)
+def test_gradient_checkpointing_changes_no_loss(start: Start, train: Train, case: Case) -> None:
+    losses = [report.metrics["loss"] for report in start(case, gradient_checkpointing=True).update(4)]
+    np.testing.assert_allclose(losses, train(SINGLE).losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", [Case("deepspeed", stage, 2) for stage in range(4)], ids=str)
+def test_a_rank_without_rows_takes_part(start: Start, batch: Batch, case: Case) -> None:
+    row = batch.select([3])
+    alone = expected_once("one row", lambda: [r.metrics["loss"] for r in start(SINGLE).update(2, batch=row)])
+    np.testing.assert_allclose([r.metrics["loss"] for r in start(case).update(2, batch=row)], alone, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", [SINGLE, *(Case("deepspeed", stage, 2) for stage in range(4))], ids=str)
+def test_a_frozen_role_needs_no_optimizer(start: Start, base: ModelSpec, batch: Batch, case: Case) -> None:
+    role = start(case, optim=None)
+    np.testing.assert_allclose(role.logps(), plain_logps(base.path, batch), atol=1e-5)
+    assert_same_weights(role.weights(), plain_model(base.path))
+
+
+@pytest.mark.parametrize("case", [SINGLE, Case("deepspeed", 0, 1), ZERO3], ids=str)
+def test_an_untied_head_is_trained_and_leaves_too(start: Start, tmp_path: Path, case: Case) -> None:
+    folder = tiny_model_folder(tmp_path, hidden=32, tied=False)
+
+    def two_steps(case: Case) -> tuple[list[float], dict[str, np.ndarray]]:
+        role = start(case, path=str(folder))
+        return [report.metrics["loss"] for report in role.update(2)], role.weights()
+
+    losses, weights = two_steps(case)
+    expected_losses, expected = expected_once("untied", lambda: two_steps(SINGLE))
+    assert "lm_head.weight" in weights
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    assert_same_weights(weights, expected, tolerance=2e-6)
+
+
+@pytest.mark.parametrize("case", [SINGLE, Case("deepspeed", 0, 1), Case("deepspeed", 1, 2)], ids=str)
+def test_the_world_sums_and_gathers_over_ranks(start: Start, case: Case) -> None:
+    own = [[float(rank), 10.0][: rank + 1] for rank in range(case.ranks)]  # one value on rank 0, two on rank 1
+    flat = [value for values in own for value in values]
+    answers = start(case).call("combine", per_rank=own)
+    assert answers == [([len(flat), sum(flat)], flat)] * case.ranks
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3", "zero3_offload"])
+def test_the_shipped_deepspeed_configurations_train(start: Start, train: Train, name: str) -> None:
+    path = Path(__file__).parents[2] / "deploy" / "deepspeed" / f"{name}.json"
+    losses = [report.metrics["loss"] for report in start(ZERO3, config=path).update(2)]
+    np.testing.assert_allclose(losses, train(SINGLE).losses[:2], rtol=1e-5)
+
+
+def test_a_state_of_another_gang_is_refused_with_what_to_do(start: Start, train: Train) -> None:
+    state = train(Case("deepspeed", 2, 1)).state
+    with pytest.raises(
+        ConfigError, match=r"saved by 1 rank\(s\) in ZeRO stage 2.*resume with ranks=1 and zero_stage=2"
+    ):
+        start(Case("deepspeed", 2, 2)).act("load_state", state)
+
+
+def test_a_state_of_another_backend_is_refused(start: Start, train: Train) -> None:
+    with pytest.raises(ConfigError, match="resume with the backend that saved it"):
+        start(Case("deepspeed", 2, 1)).act("load_state", train(SINGLE).state)
+
+
+def test_single_refuses_more_than_one_rank(start: Start) -> None:
+    with pytest.raises(ConfigError, match="deepspeed"):
+        start(Case("single", 0, 2))
+
+
+_EXPECTED: dict[str, Any] = {}
+
+
+def expected_once(key: str, compute: Callable[[], Any]) -> Any:
+    """What `single` makes of a scenario that several cases are compared with."""
+    if key not in _EXPECTED:
+        _EXPECTED[key] = compute()
+    return _EXPECTED[key]
