@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from actors.forward import forward
+from actors.lora import LoraSpec, adapters_off, full_tensors, has_adapters, merged_tensors
+from actors.model import LanguageModel, ModelSpec, load_model
+from actors.objective import MicroBatch
+from tests.unit.test_forward import rows
+from tests.unit.tiny import tiny_model_folder
+
+VARIANTS = [
+    LoraSpec(r=4),
+    LoraSpec(r=4, use_rslora=True),
+    LoraSpec(r=4, use_dora=True),
+    LoraSpec(4, 8.0, 0.0, ("q_proj",)),
+]
+
+
+def adapted(folder: Path, lora: LoraSpec) -> LanguageModel:
+    """A model whose adapters are far from nothing."""
+    torch.manual_seed(0)
+    model = load_model(ModelSpec(str(folder), lora=lora), trainable=True)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def logps(model: LanguageModel, micro: MicroBatch) -> torch.Tensor:
+    with torch.no_grad():
+        return forward(model.eval(), micro).logps
+
+
+@pytest.mark.parametrize("lora", VARIANTS, ids=str)
+def test_merged_weights_compute_what_the_adapters_compute(tmp_path: Path, lora: LoraSpec) -> None:
+    folder = tiny_model_folder(tmp_path)
+    model, plain = adapted(folder, lora), load_model(ModelSpec(str(folder)), trainable=False)
+    base = logps(plain, rows())
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    merged = {name: tensor.clone() for name, tensor in full_tensors(model.causal, 1 << 20)}
+    missing, unexpected = plain.causal.load_state_dict(merged, strict=False)
+    assert (missing, unexpected) == (["lm_head.weight"], [])  # tied: it leaves once, as the embedding
+    torch.testing.assert_close(logps(plain, rows()), logps(model, rows()), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logps(plain, rows()), base, atol=1e-2)
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("lora", VARIANTS, ids=str)
+def test_only_adapters_are_trained(tmp_path: Path, lora: LoraSpec) -> None:
+    model = adapted(tiny_model_folder(tmp_path), lora)
+    assert has_adapters(model)
+    assert {"lora_" in name for name, p in model.named_parameters() if p.requires_grad} == {True}
+    assert {"lora_" in name for name, p in model.named_parameters() if not p.requires_grad} == {False}
+    with adapters_off(model):
+        pass
+    assert {"lora_" in name for name, p in model.named_parameters() if p.requires_grad} == {True}
+
+
+def test_adapters_come_back_on_even_after_an_error(tmp_path: Path) -> None:
+    model = adapted(tiny_model_folder(tmp_path), LoraSpec(r=4))
+    on = logps(model, rows())
+    with pytest.raises(KeyboardInterrupt), adapters_off(model):
+        assert not torch.equal(logps(model, rows()), on)
+        raise KeyboardInterrupt
+    assert torch.equal(logps(model, rows()), on)
+
+
+def test_parameters_are_gathered_in_buckets_of_the_given_size(tmp_path: Path) -> None:
+    model = load_model(ModelSpec(str(tiny_model_folder(tmp_path)), lora=LoraSpec(r=4)), trainable=True)
+    limit = 40_000
+    gathered: list[list[nn.Parameter]] = []
+
+    @contextmanager
+    def gather(parameters: list[nn.Parameter]) -> Generator[None]:
+        gathered.append(parameters)
+        yield
+
+    found = dict(merged_tensors(model.causal, limit, gather))
+    expected = AutoModelForCausalLM.from_pretrained(model.causal.config._name_or_path)
+    assert set(found) == {name for name, _ in expected.named_parameters()}
+    assert {id(p) for bucket in gathered for p in bucket} == {id(p) for p in model.causal.parameters()}
+    assert 1 < len(gathered) < len(found)
+    sizes = [sum(p.nbytes for p in bucket if p.requires_grad is False) for bucket in gathered]
+    assert all(size <= limit for size in sizes)
+
+
+def test_experts_leave_under_the_names_they_are_saved_under(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
+    config |= {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2}
+    MixtralForCausalLM(MixtralConfig(**config)).save_pretrained(tmp_path)
+    from safetensors.torch import load_file
+
+    saved = load_file(tmp_path / "model.safetensors")
+    model = load_model(ModelSpec(str(tmp_path)), trainable=False)
+    found = {name: tensor.clone() for name, tensor in full_tensors(model.causal, 1 << 20)}
+    assert any("experts.3" in name for name in found)
+    assert found.keys() == saved.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in saved.items())
