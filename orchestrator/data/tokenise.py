@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -91,8 +92,12 @@ class Tokeniser:
         return example.prompt is not None if self.completion_only is None else self.completion_only
 
     def _ended(self, ids: list[int]) -> list[int]:
-        eos: Any = self.tokenizer.eos_token_id
-        return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
+        return ids if self._eos is None or ids[-1:] == [self._eos] else [*ids, self._eos]
+
+    @cached_property
+    def _eos(self) -> Any:
+        """Transformers looks a special token up by name at each access."""
+        return self.tokenizer.eos_token_id
 
     def _render_prompt(self, example: Example) -> str:
         """With the opening of the answer; a prompt that ends in the assistant's words is left open instead."""
