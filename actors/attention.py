@@ -38,9 +38,9 @@ class Documents:
     """How the documents of a flat micro-batch lie: `positions` [T] restart at each; `slots` [T] are their places in the
     padded buffer of all buckets. Built once per forward pass, used by every layer.
 
-    Buckets trade padded attention (cheap: documents are short) for kernel calls (dear on a CPU). With 48 documents of 10
-    to 128 tokens, half-filled at worst was as quick as one bucket for all, and 1.4 times as quick as equal lengths only;
-    unlike one bucket it stays so when lengths differ widely.
+    Buckets trade padded attention (cheap: documents are short) for kernel calls (dear on a CPU). With 48 documents of
+    10 to 128 tokens, half-filled at worst was as quick as one bucket for all, and 1.4 times as quick as equal lengths
+    only; unlike one bucket it bounds what is wasted when lengths differ widely.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from actors.backends import BackendSpec
 from actors.backends.optimizer import OptimSpec
@@ -175,6 +175,24 @@ def assert_equal_logps(one: dict[str, np.ndarray], other: dict[str, np.ndarray])
     assert one.keys() == other.keys()
     for name in one:
         np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_the_balancing_loss_of_experts_weighs_each_micro_batch_by_its_tokens(tmp_path: Path) -> None:
+    config = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
+    torch.manual_seed(0)
+    MixtralForCausalLM(MixtralConfig(**config, **heads)).save_pretrained(tmp_path)
+    data = batch(rows=1).select([0, 0, 0])  # equal rows are routed alike, so that the cut cannot change the formula
+    reports = []
+    for micro_batches in (((0, 1, 2),), ((0,), (1, 2))):
+        target = trainable(tmp_path, router_aux_loss_coef=10.0)
+        reports.append(target.update(Chunk(data, micro_batches), Nll(), 1.0, "policy.update"))
+    plain = trainable(tmp_path, router_aux_loss_coef=0.0)
+    without = plain.update(Chunk(data, ((0, 1, 2),)), Nll(), 1.0, "policy.update")
+    assert reports[0].metrics["aux_loss"] == pytest.approx(reports[1].metrics["aux_loss"], rel=1e-4)
+    assert reports[0].grad_norm == pytest.approx(reports[1].grad_norm, rel=1e-4)
+    assert reports[0].grad_norm != pytest.approx(without.grad_norm, rel=1e-2)
+    assert "aux_loss" not in without.metrics
 
 
 def test_metrics_are_combined_over_micro_batches_as_each_says(folder: Path) -> None:
