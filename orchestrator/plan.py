@@ -165,18 +165,19 @@ def _threads(
     share the cores so that those who work at the same time have no more threads than there are cores: oversubscribed,
     all are many times slower.
 
-    Engines take one thread each (all cores shared among them for a large model). If trainers and engines alternate, a
+    Engines take one thread each, or for a large model an equal share of the cores. If trainers and engines alternate, a
     trained role has all cores while it works; if not, what the engines leave. Roles that work while another is
     trained (frozen ones, on data that is not sampled) share with it."""
     cores = machine.cores
     rollout = config.roles.rollout
     small = parameters is None or parameters < SMALL_MODEL
-    engine = rollout.threads or (1 if small else max(1, cores // rollout.workers))
     ahead = any(config.phases[name].train.max_staleness for name in pipelines)
     beside = any(pipeline.generates is None and pipeline.batch_stages for pipeline in pipelines.values())
-    gangs = [role for role in roles if role not in ELASTIC]
+    ranks = sum(count(getattr(config.roles, role)) for role in roles if role not in ELASTIC)
+    engines = rollout.workers + (ranks if ahead else 0)  # and who works at the same time
+    engine = rollout.threads or (1 if small else max(1, cores // engines))
     left = cores - engine * rollout.workers if ahead and "rollout" in roles else cores
-    sharing = sum(count(getattr(config.roles, role)) for role in gangs) if ahead or beside else 0
+    sharing = ranks if ahead or beside else 0
 
     def of(role: str) -> int:
         settings: Role = getattr(config.roles, role)

@@ -123,7 +123,7 @@ class Publisher:
         return ack
 
     async def _rendezvous(self, members: Sequence[int]) -> Rendezvous:
-        names = tuple(self._pool.workers[index].name for index in members)
+        names = tuple(self._pool.infos[index].name for index in members)
         if names != self._members:
             self._epoch, self._members = self._epoch + 1, names
         if self._address is None:

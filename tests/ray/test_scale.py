@@ -1,0 +1,42 @@
+"""`troupe scale RUN rollout=N` on a running job."""
+
+import subprocess
+
+from tests.runs import TROUPE, Run
+
+
+def serving(run: Run) -> int:
+    joined = {event["worker"] for event in run.events("joined") if event["role"] == "rollout"}
+    gone = {event["worker"] for event in run.events("stopped") if event["role"] == "rollout"}
+    return len(joined - gone)
+
+
+def scale(run: Run, count: int) -> None:
+    done = subprocess.run([TROUPE, "scale", str(run.folder), f"rollout={count}"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_running_job_is_scaled_up_and_down_and_new_workers_take_part(tmp_path):
+    run = Run(tmp_path, {"train": {"steps": 400, "batch_size": 8}, "cluster": {"num_cpus": 6}})
+    run.until(lambda: run.steps() >= 2, "step 2")
+    scale(run, 3)
+    run.until(lambda: serving(run) == 3, "three rollout workers")
+    reached = run.steps()
+    run.until(lambda: run.steps() >= reached + 10, "ten more steps")
+    scale(run, 1)
+    run.until(lambda: serving(run) == 1, "one rollout worker")
+    reached = run.steps()
+    run.until(lambda: run.steps() >= reached + 3, "three more steps")
+    run.process.terminate()
+    run.process.wait(60)
+
+    workers = {row["worker"] for row in run.completions()}
+    assert len(workers) == 3, "every worker that joined was given prompts"
+    assert not run.events("evicted"), "scaling down drains, it does not kill"
+
+
+def test_an_unknown_role_is_refused_with_what_is_allowed(tmp_path):
+    done = subprocess.run([TROUPE, "scale", str(tmp_path), "policy=2"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "rollout" in done.stderr
+    assert "Traceback" not in done.stderr

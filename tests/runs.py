@@ -1,0 +1,100 @@
+"""Whole runs as a user starts them: the command `troupe` in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import yaml
+
+TROUPE = str(Path(sys.executable).parent / "troupe")
+
+ARITHMETIC: dict[str, Any] = {
+    "name": "t",
+    "model": {"path": "example:arithmetic"},
+    "rewards": [{"fn": "exact_match"}],
+    "method": "grpo",
+    "options": {"num_generations": 4},
+    "data": {"path": "example:arithmetic"},
+    "train": {"steps": 6, "batch_size": 8, "learning_rate": 1e-3, "scheduler": "constant"},
+    "sampling": {"max_tokens": 5},
+    "roles": {"rollout": {"engine": "vllm", "kv_cache_gib": 0.05, "cpus": 0.5}, "reward": {"cpus": 0.1}},
+    "cluster": {"num_cpus": 4, "object_store_mib": 100},
+    "logging": {"completions_every": 1000, "tensorboard": False},
+}
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with nested changes; neither is modified."""
+    result = dict(base)
+    for key, value in changes.items():
+        nested = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if nested else value
+    return result
+
+
+class Run:
+    """A `troupe run` in the background, and the folder that it writes."""
+
+    def __init__(self, where: Path, changes: dict[str, Any] | None = None, *arguments: str) -> None:
+        where.mkdir(parents=True, exist_ok=True)
+        recipe = where / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump(merged(ARITHMETIC, {"output": str(where), **(changes or {})})))
+        self.where, self.output = where, where / "output.txt"
+        self.process = self._start("run", str(recipe), *arguments)
+
+    def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        environment = {**os.environ, "RAY_ADDRESS": "", "COLUMNS": "160"}
+        environment.pop("RAY_ADDRESS")
+        with self.output.open("ab") as stream:
+            return subprocess.Popen([TROUPE, *arguments], stdout=stream, stderr=stream, cwd=self.where, env=environment)
+
+    def resume(self) -> None:
+        self.process = self._start("resume", str(self.folder))
+
+    @property
+    def folder(self) -> Path:
+        (folder,) = [path for path in self.where.glob("t-*") if path.is_dir()]
+        return folder
+
+    def wait(self, timeout_s: float = 240.0) -> None:
+        """Until the process ends well; its output is the message if it does not."""
+        try:
+            code = self.process.wait(timeout_s)
+        finally:
+            self.process.kill()
+        assert code == 0, self.output.read_text()[-4000:]
+
+    def until(self, condition: Callable[[], Any], what: str, timeout_s: float = 180.0) -> Any:
+        """Poll until the condition holds; the run must not end meanwhile."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if found := condition():
+                return found
+            assert self.process.poll() is None, f"the run ended before {what}:\n{self.output.read_text()[-4000:]}"
+            time.sleep(0.05)
+        raise AssertionError(f"no {what} within {timeout_s:g} s:\n{self.output.read_text()[-4000:]}")
+
+    def lines(self, file: str) -> list[dict[str, Any]]:
+        """Whole lines of a JSONL file in the run's folder; none while there is no folder."""
+        found = list(self.where.glob(f"t-*/{file}"))
+        text = found[0].read_text() if found else ""
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def steps(self) -> int:
+        return max((line["step"] for line in self.lines("metrics.jsonl") if "step_time" in line), default=0)
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        return [line for line in self.lines("events.jsonl") if line["event"] == kind]
+
+    def completions(self) -> list[dict[str, Any]]:
+        """Every sample that was trained on."""
+        files = sorted((self.folder / "completions").glob("*.parquet"))
+        return [row for file in files for row in pq.read_table(file).to_pylist()]
