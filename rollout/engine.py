@@ -1,7 +1,7 @@
 """The contract of an engine that samples. `tests/contract/test_engines.py` runs on every one, and on a user's own.
 
-One thread owns an engine (see `rollout/actor.py`): it adds requests, steps, and applies weights between two steps, so no
-engine needs a lock. Requests in flight keep running across a weight update; their tokens carry the version that
+One thread owns an engine (see `rollout/actor.py`): it adds requests, steps, and applies weights between two steps, so
+no engine needs a lock. Requests in flight keep running across a weight update; their tokens carry the version that
 produced each of them.
 """
 
@@ -72,8 +72,8 @@ class Engine(Protocol):
         ...
 
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Replace all weights, given under Hugging Face names. Running requests continue with the new ones; nothing that
-        was computed with the old ones (a prefix cache, say) is reused for new requests."""
+        """Replace all weights, given under Hugging Face names. Running requests continue with the new ones; nothing
+        that was computed with the old ones (a prefix cache, say) is reused for new requests."""
         ...
 
     def sleep(self) -> None:
@@ -89,6 +89,8 @@ def build_engine(spec: EngineSpec) -> Engine:
     """The engine that the specification asks for, ready to take requests, with the weights of `spec.model`."""
     path = ENGINES.get(spec.kind, spec.kind)
     if ":" not in path:
-        raise ConfigError(f"roles.rollout.engine: {spec.kind!r} is none of {', '.join(ENGINES)}, nor `package.module:Class`")
+        raise ConfigError(
+            f"roles.rollout.engine: {spec.kind!r} is none of {', '.join(ENGINES)}, nor `package.module:Class`"
+        )
     module, name = path.split(":")
     return getattr(import_module(module), name)(spec)

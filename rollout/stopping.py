@@ -1,4 +1,5 @@
-"""When a completion ends, decided in one place for the engines that decode themselves, and as ids for those that do not."""
+"""When a completion ends, decided in one place for the engines that decode themselves, and as ids for those that do
+not."""
 
 from __future__ import annotations
 
@@ -19,14 +20,15 @@ def token_budget(request: Request, max_model_len: int) -> int:
     room = max_model_len - len(request.prompt)
     if room < 1 or not request.prompt:
         raise DataFailure(
-            f"request {request.id}: a prompt of {len(request.prompt)} tokens cannot be continued within max_model_len = "
-            f"{max_model_len} (roles.rollout.max_model_len): it takes 1 to {max_model_len - 1}"
+            f"request {request.id}: a prompt of {len(request.prompt)} tokens cannot be continued within max_model_len "
+            f"= {max_model_len} (roles.rollout.max_model_len): it takes 1 to {max_model_len - 1}"
         )
     return min(request.sampling.max_tokens, room)
 
 
 def end_token_ids(model: str) -> tuple[int, ...]:
-    """The ids that end a sequence: the generation configuration's if the model has one, else the model configuration's."""
+    """The ids that end a sequence: the generation configuration's if the model has one, else the model
+    configuration's."""
     from transformers import AutoConfig, GenerationConfig
 
     try:
@@ -48,7 +50,8 @@ def require_model(model: str) -> None:
 
 
 class StopRule:
-    """Ends the samples of one model. Holds the tokenizer, which is read when a stop string is met for the first time."""
+    """Ends the samples of one model. Holds the tokenizer, which is read when a stop string is met for the first
+    time."""
 
     def __init__(self, model: str, end_ids: Iterable[int]) -> None:
         self._model = model

@@ -1,8 +1,8 @@
 """vLLM in this process, stepped by the thread that owns it.
 
-No engine process of its own: `LLMEngine` with multiprocessing off starts in seconds and takes a weight update between two
-steps. Each sample of a request is one vLLM request with a seed of its own, so that it does not depend on what else is
-decoded or where; the prefix cache shares the prompt.
+No engine process of its own: `LLMEngine` with multiprocessing off starts in seconds and takes a weight update between
+two steps. Each sample of a request is one vLLM request with a seed of its own, so that it does not depend on what
+else is decoded or where; the prefix cache shares the prompt.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from rollout.sampling import Completion, Finish, Request, sample_seed
 from rollout.stopping import end_token_ids, require_model, token_budget
 
 if TYPE_CHECKING:
-    from vllm.outputs import CompletionOutput
+    from vllm.outputs import CompletionOutput, RequestOutput
     from vllm.v1.engine.llm_engine import LLMEngine
 
 ENVIRONMENT = {  # vLLM and torch read these when they are imported
@@ -85,7 +86,7 @@ class VllmEngine:
 
     def step(self) -> list[Finished]:
         finished: list[Finished] = []
-        for output in self._llm.step():
+        for output in cast("list[RequestOutput]", self._llm.step()):
             request_id, _, index = output.request_id.rpartition("#")
             running = self._running[request_id]
             running.completions.append(_completion(int(index), output.outputs[0]))
@@ -95,11 +96,13 @@ class VllmEngine:
         return finished
 
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Requests in flight compute their keys and values again under the new weights: every token's log-probability is
-        that of one version alone."""
-        self._llm.collective_rpc(_reload, args=(list(weights),))
+        """Requests in flight compute their keys and values again under the new weights: every token's log-probability
+        is that of one version alone."""
+        self._llm.collective_rpc(partial(_reload, weights=list(weights)))
         if not self._llm.reset_prefix_cache(reset_running_requests=True):
-            raise InfraFailure("vLLM could not reset its prefix cache: it would reuse keys and values of the old weights")
+            raise InfraFailure(
+                "vLLM could not reset its prefix cache, and would go on with the old weights' keys and values"
+            )
         self.version = version
 
     def sleep(self) -> None:
@@ -143,7 +146,7 @@ def _start(spec: EngineSpec) -> LLMEngine:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    arguments = {
+    arguments: dict[str, Any] = {
         "model": spec.model,
         "dtype": spec.dtype,
         "seed": spec.seed,

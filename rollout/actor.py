@@ -1,0 +1,208 @@
+"""A rollout worker: an engine with the threads around it. A plain class; `actors/group.py` makes a Ray actor of it.
+
+    event loop                        engine thread                 side thread
+    ──────────                        ─────────────                 ───────────
+    generate(request) ── queue ─────► add
+                                      step, step, step ...
+    receive(order) ────────────────── │ ───────────────────────────► stage: tensors arrive beside
+                                      │ step, step, step ...         the weights in use
+                   ── queue ────────► load, between two steps ◄───── staged
+    Ack(version, fingerprint) ◄────── step, step, step ...
+    generate ◄── future ───────────── finished
+    ping(), from any thread: reads counters, waits for nobody
+
+`rollout/engine_loop.py` is the engine thread. Every wait here ends by the future that the engine or side thread
+settles, or by its deadline; a request has no deadline of its own but the caller's: it ends when the engine has stood
+still for `stall_s`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+import actors
+from actors.batch import Batch
+from actors.errors import InfraFailure, TroupeError
+from actors.worker import WorkerInfo
+from rollout.engine import Engine, EngineSpec, build_engine
+from rollout.engine_loop import EngineLoop
+from rollout.sampling import Completion, GroupMeta, Request, to_batch
+from rollout.weights.protocol import Ack, Receiver, SyncOrder
+
+T = TypeVar("T")
+
+START_TIMEOUT_S = 600.0  # callers have a shorter one; a model of a hundred gibibytes takes minutes to read
+VERB_TIMEOUT_S = 120.0  # a command waits for the step that is going on
+TRANSFER_TIMEOUT_S = 600.0  # where the order does not say
+STALL_S = 120.0
+
+
+class RolloutWorker:
+    """Generates and takes new weights at the same time. Used from one event loop; `ping` and `close` from any
+    thread."""
+
+    def __init__(self, name: str, spec: EngineSpec, initial_version: int = -1, stall_s: float = STALL_S) -> None:
+        self.name = name
+        self._spec = spec
+        self._initial_version = initial_version
+        self._stall_s = stall_s
+        self._loop = EngineLoop(name, self._build)
+        self._waiters: Counter[str] = Counter()  # calls of `generate` per request id
+        self._side = ThreadPoolExecutor(1, thread_name_prefix=f"weights {name}")
+        self._receivers: dict[str, Receiver] = {}
+        self._receiving = asyncio.Lock()
+        self._applied: tuple[str, Ack] | None = None  # the last order, by id
+
+    async def ready(self) -> WorkerInfo:
+        """Build the engine, once; who this worker is. Raises ModelError or ConfigError."""
+        began = time.monotonic()
+        await self._within(self._loop.start(), START_TIMEOUT_S, "the engine's start")
+        detail = {"engine": self._spec.kind, "dtype": self._spec.dtype, "start_seconds": time.monotonic() - began}
+        return WorkerInfo(self.name, os.getpid(), platform.node(), str(Path(actors.__file__).parent), detail)
+
+    async def generate(self, request: Request) -> tuple[GroupMeta, Batch]:
+        """All samples of a request. A second call with its id, while it runs, waits for the same samples; when no
+        call is left that waits, the request is aborted. Raises InfraFailure if the engine broke, stands still or was
+        told to abort it, DataFailure if this request can never run."""
+        began = time.monotonic()
+        future = self._loop.generate(request)
+        self._waiters[request.id] += 1
+        try:
+            completions = await self._while_it_moves(future, f"request {request.id}")
+        finally:
+            self._waiters[request.id] -= 1
+            if not self._waiters[request.id]:
+                del self._waiters[request.id]
+                if not future.done():
+                    self._loop.abort([request.id])
+        return self._meta(request, completions, time.monotonic() - began), to_batch(request, completions)
+
+    async def abort(self, request_ids: list[str]) -> int:
+        """End requests; their `generate` raises InfraFailure. How many of them were running; unknown ids are fine."""
+        return await self._within(self._loop.abort(request_ids), VERB_TIMEOUT_S, "abort")
+
+    async def receive(self, order: SyncOrder, payload: Any = None) -> Ack:
+        """Take new weights while decoding goes on, and put them to use between two steps. An order that was carried out
+        is acknowledged again and nothing moves. Raises InfraFailure, the old weights in use, if the transfer failed; if
+        applying them fails, the engine is dead."""
+        async with self._receiving:
+            if self._applied is None or self._applied[0] != order.id:
+                self._applied = (order.id, await self._receive(order, payload))
+            return self._applied[1]
+
+    def ping(self) -> dict[str, Any]:
+        """How it goes, without waiting for anything. `alive` is false if the engine broke or stands still."""
+        stuck_s = self._loop.stuck_seconds
+        return {
+            "alive": self._loop.death is None and stuck_s < self._stall_s,
+            "death": self._loop.death,
+            "version": self._loop.version,
+            "requests": self._loop.requests,
+            "tokens": self._loop.tokens.total,
+            "tokens_per_s": self._loop.tokens.per_second(),
+            "stuck_s": stuck_s,
+            "paused": self._loop.paused,
+        }
+
+    async def pause(self) -> None:
+        """Stop decoding after the step that is going on. Requests are kept, and taken; weights can be received."""
+        await self._within(self._loop.pause(True), VERB_TIMEOUT_S, "pause")
+
+    async def resume(self) -> None:
+        await self._within(self._loop.pause(False), VERB_TIMEOUT_S, "resume")
+
+    async def sleep(self) -> None:
+        """Give the accelerator's memory back. Raises InfraFailure while requests are running."""
+
+        def sleep(engine: Engine) -> None:
+            if engine.busy:
+                raise InfraFailure(f"{self.name} cannot sleep while it generates: abort its requests, or let them end")
+            engine.sleep()
+
+        await self._within(self._loop.submit(sleep), VERB_TIMEOUT_S, "sleep")
+
+    async def wake(self) -> None:
+        await self._within(self._loop.submit(lambda engine: engine.wake()), VERB_TIMEOUT_S, "wake")
+
+    def close(self) -> None:
+        """End the threads and the engine. Calls in flight raise InfraFailure. Closing twice is fine."""
+        self._loop.close()
+        self._side.shutdown(wait=False, cancel_futures=True)
+        for receiver in self._receivers.values():
+            receiver.close()
+
+    def _build(self) -> Engine:
+        engine = build_engine(self._spec)
+        engine.version = self._initial_version
+        return engine
+
+    def _meta(self, request: Request, completions: list[Completion], seconds: float) -> GroupMeta:
+        ordered = sorted(completions, key=lambda completion: completion.index)
+        return GroupMeta(
+            request_id=request.id,
+            worker=self.name,
+            lengths=tuple(len(completion.tokens) for completion in ordered),
+            finishes=tuple(completion.finish for completion in ordered),
+            oldest_version=min(int(completion.versions.min()) for completion in ordered),
+            newest_version=max(int(completion.versions.max()) for completion in ordered),
+            seconds=seconds,
+        )
+
+    async def _receive(self, order: SyncOrder, payload: Any) -> Ack:
+        began = time.monotonic()
+        deadline = order.rendezvous.timeout_s + VERB_TIMEOUT_S if order.rendezvous else TRANSFER_TIMEOUT_S
+        staging = self._side.submit(self._stage, order, payload)
+        weights, fingerprint = await self._within(staging, deadline, f"weights of version {order.version}")
+        received = time.monotonic() - began
+        stall = await self._within(self._loop.load(weights, order.version), VERB_TIMEOUT_S, "applying weights")
+        return Ack(self.name, order.version, fingerprint, received, stall)
+
+    def _stage(self, order: SyncOrder, payload: Any) -> tuple[list[tuple[str, Tensor]], str]:
+        """On the side thread. The transport's own deadline ends it."""
+        from rollout.weights import receiver
+
+        try:
+            if order.transport not in self._receivers:
+                self._receivers[order.transport] = receiver(order.transport, self.name)
+            return self._receivers[order.transport].receive(order, payload)
+        except TroupeError:
+            raise
+        except Exception as error:
+            raise InfraFailure(f"{self.name}: order {order.id} failed: {type(error).__name__}: {error}") from error
+
+    async def _while_it_moves(self, future: Future[T], what: str) -> T:
+        """The future's result. Raises InfraFailure once the engine has stood still for `stall_s`."""
+        return await self._settled(
+            future,
+            lambda: self._loop.stuck_seconds < self._stall_s,
+            self._stall_s / 4,
+            f"{what}: the engine has not finished a step for {self._stall_s:g} s",
+        )
+
+    async def _within(self, future: Future[T], timeout_s: float, what: str) -> T:
+        return await self._settled(future, lambda: False, timeout_s, f"{what} took longer than {timeout_s:g} s")
+
+    async def _settled(self, future: Future[T], patient: Callable[[], bool], interval_s: float, complaint: str) -> T:
+        """The future's result. Looked after every `interval_s`: raises InfraFailure when patience has ended."""
+        waiter = asyncio.wrap_future(future)
+        waiter.add_done_callback(_retrieve)
+        while not (await asyncio.wait({waiter}, timeout=interval_s))[0]:
+            if not patient():
+                raise InfraFailure(f"{self.name}: {complaint}")
+        return waiter.result()
+
+
+def _retrieve(future: asyncio.Future[Any]) -> None:
+    """Mark the outcome as seen: a wait that was given up may still fail, and that is no news."""
+    if not future.cancelled():
+        future.exception()

@@ -1,0 +1,248 @@
+"""The thread that owns an engine.
+
+    any thread                              engine thread
+    ──────────                              ─────────────
+    start() ────────────────────────────►   build the engine
+    generate, abort, load ... ── queue ─►   ┌─► drain the queue: add, abort, load, sleep ...
+                                            │   one step, if the engine is busy and not paused
+    futures ◄────────────────────────────   └── else sleep on the queue
+
+Who waits, and who ends it: the engine thread sleeps on the queue until any command wakes it, `close` among them;
+callers wait for their future, which the engine thread settles. If the engine breaks, the thread ends, and every
+future that is pending, and every later one, is an InfraFailure that says what broke: nobody waits for a dead engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from actors.errors import InfraFailure, TroupeError
+from rollout.engine import Engine, Finished
+from rollout.sampling import Completion, Request
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+PENDING: Any = object()  # what a command answers whose future is settled later
+RATE_WINDOW_S = 10.0
+CLOSE_TIMEOUT_S = 10.0  # a step or a load that takes longer is left to the end of the process
+
+
+@dataclass(frozen=True)
+class _Command:
+    """What the engine thread is asked to do. `breaks`: if it fails, the engine is not to be used any more."""
+
+    run: Callable[[Engine], Any]
+    future: Future[Any]
+    breaks: bool = False
+
+
+class Rate:
+    """A total, and how fast it grew of late. Written by one thread, read by any."""
+
+    def __init__(self, window_s: float = RATE_WINDOW_S) -> None:
+        self.total = 0
+        self._window_s = window_s
+        self._marks: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
+
+    def add(self, amount: int) -> None:
+        now = time.monotonic()
+        self.total += amount
+        self._marks.append((now, self.total))
+        while len(self._marks) > 2 and self._marks[1][0] < now - self._window_s:
+            self._marks.popleft()
+
+    def per_second(self) -> float:
+        then, total = self._marks[0]
+        return (self.total - total) / max(time.monotonic() - then, 1e-3)
+
+
+class EngineLoop:
+    """Thread-safe front of an engine, which is not. Requests are known by their id."""
+
+    def __init__(self, name: str, build: Callable[[], Engine]) -> None:
+        self.name = name
+        self.tokens = Rate()  # of finished samples
+        self.version = -1
+        self.paused = False
+        self.death: str | None = None  # why the engine is no more
+        self._build = build
+        self._built: Future[None] = Future()
+        self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
+        self._pending: dict[str, Future[list[Completion]]] = {}
+        self._dying = threading.Lock()  # so that no command is queued behind the last look at the queue
+        self._turned = time.monotonic()  # when the loop came round last
+        self._thread = threading.Thread(target=self._live, name=f"engine {name}", daemon=True)
+
+    def start(self) -> Future[None]:
+        """Begin to build the engine, once; the future is done when it stands."""
+        if not self._thread.ident:
+            self._thread.start()
+        return self._built
+
+    @property
+    def requests(self) -> int:
+        """How many are being generated, or wait for that."""
+        return len(self._pending)
+
+    @property
+    def stuck_seconds(self) -> float:
+        """For how long the engine thread has been inside one step or command while requests wait for it."""
+        return time.monotonic() - self._turned if self._pending and not self.paused else 0.0
+
+    def generate(self, request: Request) -> Future[list[Completion]]:
+        """The request's samples; the same future for an id that is being generated already."""
+        future = self._pending.get(request.id)
+        if future is None:
+            if not self._pending:
+                self._turned = time.monotonic()  # it slept until now, and was not stuck
+            future = self._pending[request.id] = Future()
+            future.add_done_callback(lambda _: self._pending.pop(request.id, None))
+            self._put(_Command(lambda engine: self._add(engine, request), future))
+        return future
+
+    def abort(self, request_ids: Iterable[str]) -> Future[int]:
+        """Forget requests: whoever waits for one gets an InfraFailure. How many were being generated."""
+        return self.submit(lambda engine: sum(self._abort(engine, request_id) for request_id in request_ids))
+
+    def load(self, weights: list[tuple[str, Tensor]], version: int) -> Future[float]:
+        """Put weights to use between two steps; for how many seconds decoding stood still. If that fails, nobody knows
+        which weights the engine holds, so it is the engine's end."""
+
+        def apply(engine: Engine) -> float:
+            began = time.monotonic()
+            engine.load(weights, version)
+            self.version = engine.version
+            return time.monotonic() - began
+
+        return self.submit(apply, breaks=True)
+
+    def pause(self, paused: bool) -> Future[None]:
+        """Take no step until told otherwise; commands are still carried out, and requests in flight are kept."""
+
+        def set_paused(_: Engine) -> None:
+            self._turned = time.monotonic()
+            self.paused = paused
+
+        return self.submit(set_paused)
+
+    def submit(self, run: Callable[[Engine], T], *, breaks: bool = False) -> Future[T]:
+        """Have the engine thread call `run(engine)` between two steps."""
+        future: Future[T] = Future()
+        self._put(_Command(run, future, breaks))
+        return future
+
+    def close(self) -> None:
+        """End the thread and the engine. Whoever waits gets an InfraFailure."""
+        self._commands.put(None)
+        if self._thread.ident and self._thread is not threading.current_thread():
+            self._thread.join(CLOSE_TIMEOUT_S)
+        self._end("closed")
+
+    def _put(self, command: _Command) -> None:
+        with self._dying:
+            if self.death is None:
+                self._commands.put(command)
+                return
+        _fail(command.future, InfraFailure(f"{self.name}: {self.death}"))
+
+    def _live(self) -> None:
+        """The engine thread, from start to end."""
+        engine: Engine | None = None
+        why = "closed"
+        try:
+            engine = self._build()
+            self.version = engine.version
+            self._built.set_result(None)
+            self._work(engine)
+        except Exception as error:
+            why = f"the engine broke: {type(error).__name__}: {error}"
+            log.exception("%s: %s", self.name, why)
+            _fail(self._built, error)  # as it is: a model folder that is none is the user's to mend
+        finally:
+            self._end(why)
+            if engine is not None:
+                engine.close()
+
+    def _work(self, engine: Engine) -> None:
+        """Commands and steps by turns, until `close`."""
+        while True:
+            asleep = self.paused or not engine.busy
+            while asleep or not self._commands.empty():
+                command = self._commands.get()  # ended by any command
+                if command is None:
+                    return
+                self._turned = time.monotonic()
+                self._carry_out(command, engine)
+                asleep = False
+            if engine.busy and not self.paused:
+                for finished in engine.step():
+                    self._finish(finished)
+            self._turned = time.monotonic()
+
+    def _carry_out(self, command: _Command, engine: Engine) -> None:
+        try:
+            result = command.run(engine)
+        except Exception as error:
+            known = isinstance(error, TroupeError) and not command.breaks
+            _fail(command.future, error if known else InfraFailure(f"{self.name}: {type(error).__name__}: {error}"))
+            if command.breaks:
+                raise
+        else:
+            if result is not PENDING:
+                _succeed(command.future, result)
+
+    def _add(self, engine: Engine, request: Request) -> Any:
+        if request.id in self._pending:  # else it was aborted before its turn came
+            engine.add(request)
+        return PENDING
+
+    def _abort(self, engine: Engine, request_id: str) -> bool:
+        future = self._pending.get(request_id)
+        if future is None:
+            return False
+        engine.abort(request_id)
+        return _fail(future, InfraFailure(f"{self.name}: request {request_id} was aborted"))
+
+    def _finish(self, finished: Finished) -> None:
+        self.tokens.add(sum(len(completion.tokens) for completion in finished.completions))
+        _succeed(self._pending[finished.request.id], finished.completions)
+
+    def _end(self, why: str) -> None:
+        """Settle every future that is pending; from now on `_put` settles them at once."""
+        with self._dying:
+            if self.death is not None:
+                return
+            self.death = why
+        error = InfraFailure(f"{self.name}: {why}")
+        _fail(self._built, error)
+        for future in list(self._pending.values()):
+            _fail(future, error)
+        while not self._commands.empty():
+            if (command := self._commands.get()) is not None:
+                _fail(command.future, error)
+
+
+def _succeed(future: Future[Any], result: Any) -> None:
+    with suppress(InvalidStateError):  # somebody settled it first
+        future.set_result(result)
+
+
+def _fail(future: Future[Any], error: Exception) -> bool:
+    """True unless somebody settled it first."""
+    try:
+        future.set_exception(error)
+    except InvalidStateError:
+        return False
+    return True

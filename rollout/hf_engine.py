@@ -1,0 +1,216 @@
+"""transformers in this process: no dependency that the trainer does not have, and results that can be repeated to the
+bit.
+
+The unit of decoding is one request. Its samples share the prompt, so it is read once and its keys and values are
+handed to every row; rows stay equally long, so there is no padding; a row that ends leaves the batch. Nothing else is
+in that batch: what is sampled is a function of (weights, request, threads) alone, whatever else is waiting and
+whichever worker runs it.
+
+Requests run one after the other. Taking turns would not make batches larger, would hold more caches at a time, and
+would finish the first group last; rewards and training can begin with the first group.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from actors.errors import ConfigError, InfraFailure
+from rollout.engine import EngineSpec, Finished
+from rollout.sampling import Completion, Finish, Request, Sampling, sample_seed
+from rollout.stopping import StopRule, end_token_ids, require_model, token_budget
+
+
+@dataclass
+class _Row:
+    """One sample on its way."""
+
+    index: int
+    draw: torch.Generator
+    tokens: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    finish: Finish | None = None
+
+    def completion(self) -> Completion:
+        assert self.finish is not None
+        return Completion(
+            self.index,
+            np.asarray(self.tokens, dtype=np.int32),
+            np.asarray(self.logps, dtype=np.float32),
+            np.asarray(self.versions, dtype=np.int32),
+            self.finish,
+        )
+
+
+@dataclass
+class _Part:
+    """Samples of one request that are decoded together, all equally far. `cache` is None until their first step, and
+    again after new weights."""
+
+    request: Request
+    budget: int
+    rows: list[_Row]
+    cache: Any = None
+
+
+class HfEngine:
+    """`options` are keyword arguments of `from_pretrained`. A request of more than `max_concurrency` samples is decoded
+    in parts of that many."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        if spec.tensor_parallel != 1:
+            raise ConfigError("roles.rollout.tensor_parallel: the hf engine runs on one device; use engine: vllm, or 1")
+        require_model(spec.model)
+        torch.set_num_threads(spec.threads)  # of the calling thread, which owns the engine
+        self.version = -1
+        self._spec = spec
+        self._device = torch.device("cuda" if spec.gpus > 0 else "cpu")
+        self._model = _read_model(spec).to(self._device).eval()
+        self._stop = StopRule(spec.model, end_token_ids(spec.model))
+        self._waiting: deque[_Part] = deque()  # the first is running
+        self._done: dict[str, list[Completion]] = {}
+
+    def add(self, request: Request) -> None:
+        budget = token_budget(request, self._spec.max_model_len)
+        self._done[request.id] = []
+        rows = [_Row(index, _generator(request, index, self._device)) for index in range(request.n)]
+        for start in range(0, request.n, self._spec.max_concurrency):
+            self._waiting.append(_Part(request, budget, rows[start : start + self._spec.max_concurrency]))
+
+    def abort(self, request_id: str) -> None:
+        self._done.pop(request_id, None)
+        self._waiting = deque(part for part in self._waiting if part.request.id != request_id)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting)
+
+    @torch.inference_mode()
+    def step(self) -> list[Finished]:
+        part = self._waiting[0]
+        logits = self._next_logits(part)
+        tokens, logps = draw(logits, part.request.sampling, [row.draw for row in part.rows])
+        for row, token, logp in zip(part.rows, tokens.tolist(), logps.tolist(), strict=True):
+            row.tokens.append(token)
+            row.logps.append(logp)
+            row.versions.append(self.version)
+            row.finish = self._stop.finish(row.tokens, part.request.sampling, part.budget)
+        return self._retire(part)
+
+    def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Running samples compute their keys and values again under the new weights: every token's log-probability is
+        that of one version alone."""
+        _copy_weights(self._model, dict(weights))
+        for part in self._waiting:
+            part.cache = None
+        self.version = version
+
+    def sleep(self) -> None:
+        self._model.to("cpu")
+
+    def wake(self) -> None:
+        self._model.to(self._device)
+
+    def close(self) -> None:
+        self._waiting.clear()
+
+    def _next_logits(self, part: _Part) -> Tensor:
+        """[R, V] float32: what each row says next."""
+        if part.cache is not None:
+            last = torch.tensor([[row.tokens[-1]] for row in part.rows], device=self._device)
+            return self._forward(last, part)
+        if part.rows[0].tokens:  # new weights came in between: read everything again
+            texts = [[*part.request.prompt, *row.tokens] for row in part.rows]
+            return self._forward(torch.tensor(texts, device=self._device), part)
+        return self._read_prompt(part)
+
+    def _read_prompt(self, part: _Part) -> Tensor:
+        """Once for all rows."""
+        logits = self._forward(torch.tensor([part.request.prompt], device=self._device), part)
+        part.cache.batch_repeat_interleave(len(part.rows))
+        return logits.expand(len(part.rows), -1)
+
+    def _forward(self, ids: Tensor, part: _Part) -> Tensor:
+        output = self._model(input_ids=ids, past_key_values=part.cache, use_cache=True, logits_to_keep=1)
+        part.cache = output.past_key_values
+        return output.logits[:, -1].float()
+
+    def _retire(self, part: _Part) -> list[Finished]:
+        """Let the rows that ended leave the batch, and the part if none is left."""
+        going = [place for place, row in enumerate(part.rows) if row.finish is None]
+        if len(going) == len(part.rows):
+            return []
+        completions = self._done[part.request.id]
+        completions += [row.completion() for row in part.rows if row.finish is not None]
+        if going:
+            part.rows = [part.rows[place] for place in going]
+            part.cache.batch_select_indices(torch.tensor(going, device=self._device))
+            return []
+        self._waiting.popleft()
+        if len(completions) < part.request.n:
+            return []
+        return [Finished(part.request, self._done.pop(part.request.id))]
+
+
+def draw(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
+    """One token per row of `logits` [R, V], each from its row's generator, and its log-probability under the
+    distribution that it was drawn from; for greedy ones, under the unscaled distribution."""
+    if sampling.temperature == 0:
+        logps = logits.log_softmax(-1)
+        tokens = logits.argmax(-1)
+    else:
+        logps = truncate(logits / sampling.temperature, sampling).log_softmax(-1)
+        noise = torch.empty_like(logps)
+        for row, generator in zip(noise, generators, strict=True):
+            row.exponential_(generator=generator)
+        tokens = (logps - noise.log()).argmax(-1)  # the Gumbel trick: argmax of p / Exp(1)
+    return tokens, logps.gather(-1, tokens[:, None])[:, 0]
+
+
+def truncate(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Minus infinity for tokens outside min_p, top_k and top_p; the likeliest token is always kept."""
+    if sampling.min_p > 0:
+        probs = logits.softmax(-1)
+        logits = logits.masked_fill(probs < sampling.min_p * probs.amax(-1, keepdim=True), -torch.inf)
+    if sampling.top_k > 0:
+        smallest = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    if sampling.top_p < 1:
+        ordered, order = logits.sort(-1, descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        outside = (before >= sampling.top_p).scatter(-1, order, before >= sampling.top_p)
+        logits = logits.masked_fill(outside, -torch.inf)
+    return logits
+
+
+def _generator(request: Request, index: int, device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(sample_seed(request.seed, index))
+
+
+def _read_model(spec: EngineSpec) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(spec.model, dtype=getattr(torch, spec.dtype), **spec.options)
+
+
+@torch.no_grad()
+def _copy_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Copy into the model's own tensors. Raises InfraFailure unless every parameter is given (a tied one once), and
+    nothing that the model does not have."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    unknown = sorted(set(weights) - set(own))
+    reached = {id(own[name]) for name in weights if name in own}
+    missing = sorted(name for name, parameter in own.items() if id(parameter) not in reached)
+    if unknown or missing:
+        raise InfraFailure(f"weights do not fit the model: not sent {missing[:5]}, not in the model {unknown[:5]}")
+    for name, tensor in weights.items():
+        own[name].copy_(tensor)
