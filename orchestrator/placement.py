@@ -34,7 +34,8 @@ from orchestrator.imports import worker_setup
 from orchestrator.plan import Machine, Plan, RolePlan
 
 POLL_S = 0.05
-HEADROOM_CPUS = 64  # of our own Ray, where CPUs are book-keeping: what workers that join later may ask for
+HEADROOM_CPUS = 64  # for workers that join later
+LOCAL = "local"  # Ray's word for a Ray of our own
 BOARD_TIMEOUT_S = 30.0
 
 
@@ -250,14 +251,11 @@ def connect(cluster: ClusterConfig, plan: Plan, *, debug: bool = False) -> str:
     """Connect to the Ray at `cluster.address`, else at RAY_ADDRESS, else start one of our own. Its address.
 
     An address that has to be guessed (`auto`) is refused: it may be somebody else's Ray."""
-    address = cluster.address or os.environ.get("RAY_ADDRESS") or "local"
-    if address == "auto":
-        raise ConfigError("cluster.address=auto may find somebody else's Ray; give its address, or none to start one")
+    address = _address(cluster)
     own: dict[str, Any] = {}
-    if address == "local":
-        cpus = cluster.num_cpus or max(Machine.here().cores, math.ceil(plan.total("CPU"))) + HEADROOM_CPUS
+    if address == LOCAL:
         own = {
-            "num_cpus": cpus,
+            "num_cpus": _own_cpus(cluster, plan),
             "object_store_memory": cluster.object_store_mib * 2**20,
             "include_dashboard": cluster.dashboard,
         }
@@ -275,6 +273,33 @@ def connect(cluster: ClusterConfig, plan: Plan, *, debug: bool = False) -> str:
     except (ConnectionError, RuntimeError) as error:
         raise PlacementError(f"no Ray answers at {address}: {str(error).splitlines()[0]}") from None
     return ray.get_runtime_context().gcs_address
+
+
+def cluster_at_hand(cluster: ClusterConfig, plan: Plan) -> ClusterView:
+    """What `connect` would find: the nodes of a running Ray, or this machine as our own Ray would offer it. Starts nothing,
+    and leaves no connection behind."""
+    if _address(cluster) == LOCAL:
+        import torch
+
+        return ClusterView.of_machine(cpus=_own_cpus(cluster, plan), gpus=torch.cuda.device_count())
+    connect(cluster, plan)
+    try:
+        return view_cluster()
+    finally:
+        ray.shutdown()
+
+
+def _address(cluster: ClusterConfig) -> str:
+    address = cluster.address or os.environ.get("RAY_ADDRESS") or LOCAL
+    if address == "auto":
+        raise ConfigError("cluster.address=auto may find somebody else's Ray; give its address, or none to start one")
+    return address
+
+
+def _own_cpus(cluster: ClusterConfig, plan: Plan) -> int:
+    """CPUs of a Ray of our own: the plan's, and room for workers that join later. They are book-keeping: what is really
+    shared are the cores, by the plan's threads."""
+    return cluster.num_cpus or max(Machine.here().cores, math.ceil(plan.total("CPU"))) + HEADROOM_CPUS
 
 
 def view_cluster() -> ClusterView:

@@ -1,0 +1,324 @@
+"""Plans, their refusals and their fit, without Ray: from two cores to 256 GPUs."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from actors.errors import ConfigError
+from orchestrator.bundles import Bundle, ClusterView, Node, fit, shortages
+from orchestrator.config import RunConfig
+from orchestrator.memory import Training, estimate
+from orchestrator.methods import build
+from orchestrator.pipeline import Pairs, Pipeline, Stage, Verb
+from orchestrator.plan import Machine, Plan, draft_plan, make_plan, problems
+from orchestrator.plan_view import render
+
+SEVEN_BILLION = 7_000_000_000
+SMALL = 1_300_000
+
+
+def config(method: str = "grpo", *, options: dict[str, Any] | None = None, **keys: Any) -> RunConfig:
+    """One phase of a method; `train`, `data`, `evaluation` go to the phase and everything else to the run."""
+    of_phase = {key: keys.pop(key) for key in ("train", "data", "sampling", "evaluation") if key in keys}
+    phase = {"method": method, "options": options or {}, **of_phase}
+    return RunConfig.model_validate({"phases": {method: phase}, **keys})
+
+
+def planned(config: RunConfig, *, cores: int = 2, parameters: int | None = SMALL) -> Plan:
+    pipelines = {name: build(phase.method, phase.options) for name, phase in config.phases.items()}
+    return draft_plan(config, pipelines, parameters=parameters, machine=Machine(cores))
+
+
+def threads(plan: Plan) -> dict[str, int]:
+    return {name: role.threads for name, role in plan.roles.items()}
+
+
+def gpu_nodes(count: int, gpus: int = 8) -> ClusterView:
+    return ClusterView(tuple(Node(f"node-{i}", {"CPU": 128.0, "GPU": float(gpus)}) for i in range(count)))
+
+
+def test_supervised_training_launches_a_policy_and_nothing_else() -> None:
+    assert list(planned(config("sft")).roles) == ["policy"]
+
+
+def test_evaluation_brings_workers_that_sample_and_score() -> None:
+    evaluation = {"data": {"path": "example:arithmetic"}}
+    assert list(planned(config("sft", evaluation=evaluation)).roles) == ["policy", "rollout", "reward"]
+
+
+def test_a_reference_is_launched_exactly_if_the_method_asks_for_one() -> None:
+    assert "reference" not in planned(config(options={"beta": 0.0})).roles
+    assert "reference" in planned(config(options={"beta": 0.1})).roles
+
+
+def test_with_adapters_the_policy_is_its_own_reference_unless_another_model_is_named() -> None:
+    lora = {"lora": {"r": 8}}
+    implicit = planned(config(options={"beta": 0.1}, model=lora))
+    assert implicit.implicit_reference and "reference" not in implicit.roles
+    named = planned(config(options={"beta": 0.1}, model=lora, roles={"reference": {"model": "another"}}))
+    assert not named.implicit_reference and "reference" in named.roles
+
+
+def test_the_roles_of_all_phases_are_launched_once() -> None:
+    phases = {"warm": {"method": "sft"}, "rl": {"method": "grpo", "options": {"beta": 0.1}}}
+    plan = planned(RunConfig.model_validate({"phases": phases}))
+    assert list(plan.roles) == ["policy", "reference", "rollout", "reward"]
+    assert [phase.rows_per_item for phase in plan.phases] == [1, 8]
+
+
+def test_a_trainer_that_alternates_with_its_engines_has_all_cores() -> None:
+    assert threads(planned(config())) == {"policy": 2, "rollout": 1, "reward": 1}
+    assert threads(planned(config(), cores=8)) == {"policy": 8, "rollout": 1, "reward": 1}
+
+
+def test_a_trainer_that_works_beside_its_engines_has_the_cores_that_they_leave() -> None:
+    ahead = {"max_staleness": 1}
+    assert threads(planned(config(train=ahead)))["policy"] == 1
+    two_engines = config(train=ahead, roles={"rollout": {"workers": 2}})
+    assert threads(planned(two_engines, cores=8))["policy"] == 6
+
+
+def test_a_reference_that_works_ahead_of_the_trainer_shares_the_cores_with_it() -> None:
+    assert threads(planned(config("dpo"), cores=4)) == {"policy": 2, "reference": 2}
+
+
+def test_engines_share_all_cores_where_the_model_is_large() -> None:
+    roles = {"rollout": {"workers": 2}}
+    assert threads(planned(config(roles=roles), cores=8, parameters=SEVEN_BILLION))["rollout"] == 4
+
+
+def test_threads_that_are_given_are_kept_and_reach_the_environment() -> None:
+    plan = planned(config(roles={"policy": {"threads": 5}, "rollout": {"threads": 3}}))
+    assert threads(plan) == {"policy": 5, "rollout": 3, "reward": 1}
+    assert plan.roles["policy"].env["OMP_NUM_THREADS"] == "5"
+    assert all(role.env["OMP_WAIT_POLICY"] == "PASSIVE" for role in plan.roles.values())
+
+
+def test_deepspeed_is_told_about_the_cpu_exactly_where_a_rank_has_no_gpu() -> None:
+    on_cpu = planned(config(roles={"policy": {"backend": "deepspeed"}}))
+    on_gpu = planned(config(roles={"policy": {"backend": "deepspeed", "gpus": 1}, "rollout": {"gpus": 1}}))
+    assert on_cpu.roles["policy"].env["DS_ACCELERATOR"] == "cpu"
+    assert "DS_ACCELERATOR" not in on_gpu.roles["policy"].env
+
+
+@given(
+    cores=st.integers(1, 64),
+    workers=st.integers(1, 80),
+    ranks=st.integers(1, 8),
+    staleness=st.integers(0, 2),
+    parameters=st.sampled_from([None, SMALL, SEVEN_BILLION]),
+)
+def test_whoever_works_at_the_same_time_does_not_outnumber_the_cores(
+    cores: int, workers: int, ranks: int, staleness: int, parameters: int | None
+) -> None:
+    roles = {"policy": {"backend": "deepspeed", "ranks": ranks}, "rollout": {"workers": workers}}
+    train = {"max_staleness": staleness, "batch_size": 8}
+    plan = planned(config(train=train, options={"beta": 0.0}, roles=roles), cores=cores, parameters=parameters)
+    trainer = plan.roles["policy"].threads * ranks
+    engines = plan.roles["rollout"].threads * workers
+    busy = [trainer + engines] if staleness else [trainer, engines]
+    processes = ranks + workers if staleness else max(ranks, workers)
+    assert all(total <= max(cores, processes) for total in busy)
+    assert min(threads(plan).values()) >= 1
+
+
+@pytest.mark.parametrize(
+    ("gpus", "policy", "reference", "rollout"), [(8, 4, 1, 3), (256, 128, 32, 96)], ids=["8 GPUs", "256 GPUs"]
+)
+def test_a_plan_of_that_size_fills_its_cluster_and_one_rank_more_is_named(
+    gpus: int, policy: int, reference: int, rollout: int
+) -> None:
+    def plan(more: int) -> Plan:
+        sizes = {
+            "policy": {"backend": "deepspeed", "ranks": policy + more, "gpus": 1},
+            "reference": {"backend": "deepspeed", "ranks": reference, "gpus": 1},
+            "rollout": {"workers": rollout, "gpus": 1},
+        }
+        return planned(config(options={"beta": 0.1}, train={"batch_size": 512}, roles=sizes))
+
+    cluster = gpu_nodes(gpus // 8)
+    fitting = plan(0)
+    assert problems(fitting, cluster) == []
+    assert len(fitting.gang) == policy + reference and fitting.total("GPU") == gpus
+    (problem,) = problems(plan(1), cluster)
+    assert f"the plan needs {gpus + 1} GPU in all, the cluster has {gpus}: 1 GPU short" in problem
+
+
+def test_colocated_roles_add_up_in_the_bundles_of_their_host() -> None:
+    roles = {
+        "policy": {"backend": "deepspeed", "ranks": 2, "gpus": 0.5},
+        "reference": {"backend": "deepspeed", "ranks": 1, "gpus": 0.25, "colocate": "policy"},
+        "rollout": {"workers": 2, "gpus": 0.25, "colocate": "policy"},
+    }
+    plan = planned(config(options={"beta": 0.1}, roles=roles))
+    assert [bundle.roles for bundle in plan.gang] == [("policy", "reference", "rollout"), ("policy", "rollout")]
+    assert [bundle.resources["GPU"] for bundle in plan.gang] == [1.0, 0.75]
+    assert plan.roles["reference"].bundles == (0,)
+    assert plan.roles["rollout"].bundles == (0, 1)
+    assert [role.name for role in plan.elastic if role.host is None] == ["reward"]
+
+
+def test_memory_and_custom_resources_are_reserved_as_given() -> None:
+    plan = planned(config("sft", roles={"policy": {"memory_gib": 2, "resources": {"fast_disk": 1}}}))
+    assert plan.gang[0].resources == {"CPU": 1.0, "memory": 2.0 * 2**30, "fast_disk": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (config(train={"max_staleness": 1}, options={"correction": "none"}), "does not correct for that"),
+        (config("sft", train={"max_staleness": 1}), "sft samples nothing"),
+        (config(roles={"policy": {"ranks": 2}}), "set roles.policy.backend=deepspeed"),
+        (
+            config(train={"batch_size": 3}, roles={"policy": {"ranks": 4, "backend": "deepspeed"}}),
+            "leaves some of roles.policy.ranks=4 without data; use a batch of at least 4",
+        ),
+        (
+            config(options={"minibatches": 5}, train={"batch_size": 32}),
+            "batch_size=32 does not divide into 5 minibatches",
+        ),
+        (
+            config(roles={"rollout": {"colocate": "polcy"}}),
+            "rollout.colocate=polcy: it can share the bundles of policy",
+        ),
+        (config(roles={"policy": {"colocate": "policy"}}), "policy.colocate=policy: it can share the bundles of"),
+        (
+            config(roles={"rollout": {"colocate": "policy", "workers": 3}}),
+            "3 processes cannot share the 1 bundle(s) of policy",
+        ),
+        (
+            config(roles={"policy": {"gpus": 0.7}, "rollout": {"gpus": 0.7, "colocate": "policy"}}),
+            "roles.policy with rollout beside it: 1.4 GPUs per bundle",
+        ),
+        (config(roles={"policy": {"gpus": 1}, "rollout": {"gpus": 0.5, "workers": 2}}), "several of them on one GPU"),
+        (config(roles={"policy": {"gpus": 1}}), "set weights.transport=object_store"),
+        (
+            config(roles={"policy": {"gpus": 1}, "rollout": {"gpus": 1, "tensor_parallel": 2}}),
+            "set roles.rollout.gpus=2",
+        ),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
+)
+def test_what_cannot_work_is_refused_with_its_key_and_what_to_do(changed: RunConfig, said: str) -> None:
+    plan = planned(changed)
+    (refusal,) = plan.refusals
+    assert said in refusal
+    pipelines = {phase.name: phase.pipeline for phase in plan.phases}
+    with pytest.raises(ConfigError) as caught:
+        make_plan(changed, pipelines, machine=Machine(2))
+    assert str(caught.value) == refusal
+
+
+def test_all_refusals_are_told_at_once_together_with_what_the_cluster_lacks() -> None:
+    roles = {"policy": {"ranks": 2, "gpus": 1}, "rollout": {"gpus": 1, "colocate": "reward"}}
+    plan = planned(config("grpo", train={"batch_size": 1}, roles=roles))
+    found = problems(plan, ClusterView.of_machine(cpus=8))
+    assert len(found) == 4
+    assert "policy: no place for 2 of 2, each needs 1 GPU and 1 CPU: the largest node has 0 GPU" in found
+
+
+def test_a_role_that_nobody_can_size_is_named() -> None:
+    mystery = Pipeline(Pairs, Stage(Verb.LOGPS, "oracle", frozenset({"tokens"}), frozenset({"ref_logps"})))
+    plan = draft_plan(config("sft"), {"sft": mystery}, machine=Machine(2))
+    assert plan.refusals == ("role oracle: the pipeline needs it, but there is no roles.oracle to size it with",)
+
+
+def test_staleness_with_a_correction_is_allowed_and_widens_what_is_in_flight() -> None:
+    plan = planned(config(train={"max_staleness": 2, "batch_size": 16}, options={"correction": "token_truncate"}))
+    assert plan.refusals == ()
+    assert plan.phases[0].groups_in_flight == 48
+
+
+def test_a_truncated_distribution_is_warned_about_once_and_not_refused() -> None:
+    plan = planned(config(sampling={"top_p": 0.9}))
+    assert plan.refusals == () and len(plan.warnings) == 1 and "top_p" in plan.warnings[0]
+    assert planned(config(sampling={"top_p": 0.9, "temperature": 0})).warnings == ()
+
+
+def test_batch_arithmetic_counts_rows_optimizer_steps_and_micro_batches() -> None:
+    phase = planned(
+        config(
+            options={"num_generations": 4, "minibatches": 2, "updates_per_batch": 3},
+            train={"batch_size": 16, "token_budget": 1000},
+            sampling={"max_tokens": 60},
+            data={"max_prompt_length": 40},
+        )
+    ).phases[0]
+    assert phase.rows_per_step == 64
+    assert phase.optimizer_steps_per_batch == 6
+    assert phase.longest_row == 100
+    assert phase.micro_batches == 4  # 32 rows of a minibatch, ten of the longest in each micro-batch
+
+
+def test_zero_stages_divide_what_they_shard_and_adapters_cost_little() -> None:
+    def training(stage: int, **changes: Any) -> Training:
+        return replace(Training(stage, 8, None, gradient_checkpointing=False), **changes)
+
+    plain, one, two, three = (estimate(SEVEN_BILLION, "bfloat16", training=training(stage)) for stage in range(4))
+    assert plain.weights == pytest.approx(7e9 * 2 / 2**30)
+    assert plain.optimizer == pytest.approx(7e9 * 12 / 2**30) and one.optimizer == plain.optimizer / 8
+    assert one.gradients == plain.gradients and two.gradients == plain.gradients / 8
+    assert two.weights == plain.weights and three.weights == plain.weights / 8
+    adapters = estimate(SEVEN_BILLION, "bfloat16", training=training(0, lora_rank=16))
+    assert adapters.weights == plain.weights and adapters.optimizer < 0.02 * plain.optimizer
+
+
+def test_recomputing_activations_takes_a_fraction_of_storing_them() -> None:
+    kept = Training(0, 1, None, gradient_checkpointing=False)
+    stored = estimate(SEVEN_BILLION, "bfloat16", tokens=8192, training=kept)
+    recomputed = estimate(SEVEN_BILLION, "bfloat16", tokens=8192, training=replace(kept, gradient_checkpointing=True))
+    assert 0.05 < recomputed.activations / stored.activations < 0.2
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(1, 8)), max_size=12),
+    st.lists(st.tuples(st.integers(0, 8), st.integers(1, 16)), min_size=1, max_size=4),
+)
+def test_no_node_is_given_more_than_it_has_and_what_has_no_place_is_reported(
+    asked: list[tuple[int, int]], offered: list[tuple[int, int]]
+) -> None:
+    bundles = [Bundle((f"role{i}",), {"GPU": float(g), "CPU": float(c)}) for i, (g, c) in enumerate(asked)]
+    cluster = ClusterView(tuple(Node(str(i), {"GPU": float(g), "CPU": float(c)}) for i, (g, c) in enumerate(offered)))
+    found = fit(bundles, cluster)
+    for node in cluster.nodes:
+        for kind in ("GPU", "CPU"):
+            given = sum(b.resources[kind] for b, at in zip(bundles, found.nodes, strict=True) if at == node.name)
+            assert given <= node.resources[kind]
+    homeless = {bundle.label for bundle, at in zip(bundles, found.nodes, strict=True) if at is None}
+    assert {line.split(":")[0] for line in shortages(bundles, cluster)} == homeless
+
+
+def test_scattered_room_is_told_apart_from_missing_room() -> None:
+    cluster = gpu_nodes(2, gpus=3)
+    bundles = [Bundle(("rollout",), {"GPU": 2.0})] * 3
+    assert shortages(bundles, cluster) == [
+        "rollout: no place for 1 of 3, each needs 2 GPU: enough is free in all, but not on one node"
+    ]
+
+
+def test_the_view_shows_stages_arithmetic_memory_placement_and_refusals() -> None:
+    roles = {"policy": {"ranks": 2, "gpus": 1}, "rollout": {"gpus": 1}}
+    plan = planned(config(options={"beta": 0.1}, roles=roles), parameters=26_000_000)
+    terminal = Console(width=200, record=True, file=io.StringIO())
+    terminal.print(render(plan, gpu_nodes(1, gpus=2)))
+    shown = terminal.export_text()
+    for expected in (
+        "reference.logps",
+        "ref_logps",
+        "collect",
+        "learn",
+        "a batch is 32 prompts x 8 samples = 256 rows",
+        "0-1 of the gang",
+        "weights",
+        "2 GPU, 128 CPU on 1 node(s)",
+        "set roles.policy.backend=deepspeed",
+        "rollout: no place for 1 of 1",
+    ):
+        assert expected in shown, expected
