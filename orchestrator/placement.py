@@ -276,8 +276,8 @@ def connect(cluster: ClusterConfig, plan: Plan, *, debug: bool = False) -> str:
 
 
 def cluster_at_hand(cluster: ClusterConfig, plan: Plan) -> ClusterView:
-    """What `connect` would find: the nodes of a running Ray, or this machine as our own Ray would offer it. Starts nothing,
-    and leaves no connection behind."""
+    """What `connect` would find: the nodes of a running Ray, or this machine as our own Ray would offer it. Starts
+    nothing, and leaves no connection behind."""
     if _address(cluster) == LOCAL:
         import torch
 

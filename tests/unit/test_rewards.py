@@ -36,7 +36,7 @@ from tests.unit.tiny import tiny_tokenizer
 GOLDEN_FILE = Path(__file__).parents[1] / "golden/rewards.json"
 GOLDEN = {case["id"]: case for case in json.loads(GOLDEN_FILE.read_text())["cases"]}
 
-SCORING = '''
+SCORING = """
 import asyncio
 
 def length(completions, **kwargs):
@@ -75,7 +75,7 @@ class Threshold:
     def __call__(self, completion_ids): return [float(len(ids) > self.at) for ids in completion_ids]
 
 NOT_CALLABLE = 3
-'''
+"""
 
 
 @pytest.fixture(scope="module")
