@@ -74,9 +74,7 @@ class LocalCluster:
         large = [role for role in plan.roles.values() if not role.elastic and role.count > 1]
         if large:
             given = ", ".join(f"roles.{role.name}.ranks={role.count}" for role in large)
-            raise ConfigError(
-                f"{given}: in one process (--local) a role has one rank; set it to 1, or run without --local"
-            )
+            raise ConfigError(f"{given}: with --local a role is one rank in this process; set it to 1, or run without")
         self._plan = plan
 
     async def start_group(self, role: str, target: type, kwargs_per_rank: Sequence[Mapping[str, Any]]) -> Group:
