@@ -56,7 +56,7 @@ class LossObjective:
             values, found = term.loss(view, **term.options)
             total = total + term.weight * term.reduce(values, view, counts[str(index)])
             metrics |= found
-        return total, metrics
+        return total, {"loss": Stat(total.detach(), combine="sum"), **metrics}
 
 
 def _view(term: Term, micro: MicroBatch, outputs: Outputs, shared: Mapping[str, Tensor]) -> Tokens:

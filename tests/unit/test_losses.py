@@ -153,6 +153,7 @@ def test_order_micro_batches_and_ranks_change_neither_value_nor_gradient(
     for name, gradient in whole.extra_gradients.items():
         torch.testing.assert_close(split.extra_gradients[name], gradient, rtol=1e-9, atol=1e-12)
     assert split.metrics == pytest.approx(whole.metrics, rel=1e-9, abs=1e-12)
+    assert split.metrics["loss"] == pytest.approx(whole.value, rel=1e-9, abs=1e-12)
 
 
 def _gradient_is_the_slope(method: str, options: dict[str, Any]) -> bool:

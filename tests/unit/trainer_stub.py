@@ -105,7 +105,8 @@ def combined(stats: Sequence[Mapping[str, Stat]]) -> dict[str, float]:
         entries = [each[name] for each in stats if name in each]
         totals = [float(torch.as_tensor(stat.total).detach()) for stat in entries]
         weight = sum(float(stat.weight) for stat in entries)
-        found[name] = sum(totals) / weight if entries[0].combine == "mean" and weight else max(totals)
+        kinds = {"mean": sum(totals) / weight if weight else 0.0, "sum": sum(totals), "max": max(totals)}
+        found[name] = kinds[entries[0].combine]
     return found
 
 

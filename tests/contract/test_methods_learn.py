@@ -1,0 +1,160 @@
+"""Every method moves what it exists to move: its own stages, a few steps, on a two-layer model, in one process.
+
+What the data, the sampler and the reward would supply is made up here; everything after that is the method's pipeline.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.backends import BackendSpec
+from actors.backends.optimizer import OptimSpec
+from actors.batch import Batch
+from actors.model import ModelSpec
+from actors.packing import deal
+from actors.trainable import Trainable
+from orchestrator.losses.objective import LossObjective
+from orchestrator.methods import build
+from orchestrator.pipeline import Pipeline, Stage, Verb
+from tests.unit.tiny import tiny_model_folder
+
+STEPS = 6
+TOKEN_BUDGET = 96  # several micro-batches
+
+CASES: list[tuple[str, dict[str, Any], str]] = [
+    ("sft", {"token_metrics": True}, "likelihood"),
+    ("sft", {"loss_type": "dft"}, "likelihood"),
+    *[("dpo", {"loss_type": name}, "margin") for name in ("sigmoid", "hinge", "ipo", "nca_pair", "bco_pair", "aot")],
+    *[("dpo", {"loss_type": name}, "margin") for name in ("sppo_hard", "apo_zero", "apo_down", "aot_unpaired")],
+    ("dpo", {"loss_type": "discopop", "discopop_tau": 1.0}, "margin"),  # at 0.05 its slope at the start is positive
+    ("dpo", {"loss_type": "exo_pair", "label_smoothing": 0.01}, "margin"),
+    ("dpo", {"loss_type": "robust", "label_smoothing": 0.1}, "margin"),
+    ("dpo", {"loss_type": ["sigmoid_norm", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}, "margin"),
+    ("dpo", {"use_weighting": True, "ld_alpha": 0.5, "f_divergence_type": "js_divergence"}, "margin"),
+    ("dpo", {"token_metrics": True}, "margin"),
+    ("cpo", {}, "margin"),
+    ("simpo", {}, "margin"),
+    ("alphapo", {}, "margin"),
+    ("tpo", {}, "margin"),
+    ("kto", {}, "margin"),
+    ("kto", {"loss_type": "apo_zero_unpaired"}, "margin"),
+    ("bco", {}, "margin"),
+    ("bco", {"density_ratio": True}, "margin"),
+    ("grpo", {}, "advantage"),
+    ("grpo", {"loss_type": "grpo", "beta": 0.01, "updates_per_batch": 2, "minibatches": 2}, "advantage"),
+    ("grpo", {"loss_type": "cispo", "epsilon_high": 5.0, "correction": "token_truncate"}, "advantage"),
+    ("grpo", {"top_entropy_quantile": 0.5, "entropy_coef": 0.001, "mask_truncated_completions": True}, "advantage"),
+    *[("grpo", {"loss_type": name}, "advantage") for name in ("bnpo", "luspo", "sapo", "gmpo", "vespo", "dppo")],
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model_folder(tmp_path_factory.mktemp("model"), hidden=32, vocab=32)
+
+
+def trainable(folder: Path) -> Trainable:
+    optim = OptimSpec(learning_rate=1e-3, total_steps=4 * STEPS)
+    made = Trainable("policy", ModelSpec(str(folder)), BackendSpec("single", optim), threads=1)
+    made.ready()
+    return made
+
+
+def made_up(pipeline: Pipeline, policy: Trainable) -> Batch:
+    """A batch of the pipeline's kind of data, with every column that the data, the sampler and the reward write."""
+    rng = np.random.default_rng(0)
+    size = 4 if pipeline.data.prompts_only else pipeline.data.rows_per_item
+    lengths = rng.integers(5, 12, 32 // size * size)
+    rows = np.arange(len(lengths))
+    mask = np.concatenate([np.arange(length) >= 2 for length in lengths])
+    batch = Batch.build(lengths, tokens=rng.integers(2, 32, lengths.sum()), mask=mask, group=rows // size)
+    of_row = {
+        "preferred": rows % size == 0,
+        "gold": rows % size == 2,
+        "mismatched": rows % size == 1,
+        "label": rows // size % 2 == 0,
+        "weight": rng.uniform(0.5, 2.0, len(rows)),
+        "reward": (rows % size < size // 2).astype(np.float32),
+        "truncated": rows % 7 == 0,
+    }
+    sampled = {"sample_logps": _logps(policy, batch, "sample_logps")}
+    return batch.with_columns(**of_row, **sampled)
+
+
+def _logps(policy: Trainable, batch: Batch, into: str) -> np.ndarray:
+    column = np.zeros(batch.num_tokens, np.float32)
+    ((rows, chunk),) = deal(batch.only({"tokens", "mask"}), 1, TOKEN_BUDGET)
+    column[batch.token_index(np.asarray(rows))] = policy.logps(chunk, into, 1.0)[into]
+    return column
+
+
+def learn(pipeline: Pipeline, policy: Trainable, reference: Trainable, batch: Batch) -> dict[str, float]:
+    """The stages of one step; the metrics of its last update."""
+    metrics: dict[str, float] = {}
+    for stage in pipeline:
+        if stage.verb is Verb.LOGPS:
+            role = reference if stage.role == "reference" else policy
+            batch = batch.with_columns(**{stage.options["into"]: _logps(role, batch, stage.options["into"])})
+        elif stage.verb is Verb.CREDIT and stage.call is not None:
+            batch = batch.with_columns(**stage.call(batch, **stage.options))
+        elif stage.verb is Verb.UPDATE:
+            metrics = _update(stage, policy, batch)
+    return metrics
+
+
+def _update(stage: Stage, policy: Trainable, batch: Batch) -> dict[str, float]:
+    assert stage.call is not None
+    objective = LossObjective(stage.call, stage.options["reduce"], stage.options["loss_options"])
+    needed = batch.only({"tokens", "mask", "group"} | objective.columns)
+    metrics: dict[str, float] = {}
+    for _ in range(stage.options["epochs"]):
+        for part in np.array_split(np.unique(batch["group"]), stage.options["minibatches"]):
+            rows = needed.select(np.flatnonzero(np.isin(batch["group"], part)))
+            ((_, chunk),) = deal(rows, 1, TOKEN_BUDGET, keep_groups=objective.keep_groups)
+            assert len(chunk.micro_batches) > 1
+            metrics = policy.update(chunk, objective, 1.0, stage.name).metrics
+    return metrics
+
+
+def likelihood(policy: Trainable, batch: Batch) -> float:
+    return float(_logps(policy, batch, "old_logps")[batch["mask"]].mean())
+
+
+def margin(policy: Trainable, batch: Batch) -> float:
+    """By how much better rows are more likely, per token, than worse ones; unpaired rows have a label for that."""
+    of_row = batch.sum_by_row(_logps(policy, batch, "old_logps") * batch["mask"]) / batch.sum_by_row(batch["mask"])
+    better, worse = batch["preferred"], ~batch["preferred"] & ~batch["gold"]
+    return float(of_row[better].mean() - of_row[worse].mean())
+
+
+def label_margin(policy: Trainable, batch: Batch) -> float:
+    """By how much desirable rows are more likely than undesirable ones."""
+    of_row = batch.sum_by_row(_logps(policy, batch, "old_logps") * batch["mask"])
+    return float(of_row[batch["label"]].mean() - of_row[~batch["label"]].mean())
+
+
+def advantage(policy: Trainable, batch: Batch) -> float:
+    """Mean log-probability of rewarded samples, above that of the others."""
+    of_row = batch.sum_by_row(_logps(policy, batch, "old_logps") * batch["mask"])
+    return float(of_row[batch["reward"] > 0].mean() - of_row[batch["reward"] == 0].mean())
+
+
+MEASURES = {"likelihood": likelihood, "margin": margin, "advantage": advantage}
+
+
+@pytest.mark.parametrize(("method", "options", "aim"), CASES, ids=[f"{m} {o}" for m, o, _ in CASES])
+def test_a_few_steps_move_what_the_method_exists_to_move(
+    folder: Path, method: str, options: dict[str, Any], aim: str
+) -> None:
+    pipeline, policy, reference = build(method, options), trainable(folder), trainable(folder)
+    batch = made_up(pipeline, policy)
+    measure = label_margin if "label" in pipeline.data.columns else MEASURES[aim]
+    before = measure(policy, batch)
+    for _ in range(STEPS):
+        metrics = learn(pipeline, policy, reference, batch)
+    assert measure(policy, batch) > before + 0.01
+    assert all(np.isfinite(value) for value in metrics.values()), metrics
