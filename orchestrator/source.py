@@ -11,6 +11,7 @@ knows its position draws exactly what the uninterrupted one would have drawn.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from typing import Any, Protocol
@@ -26,7 +27,7 @@ from orchestrator.data.formats import choose, without_nones
 from orchestrator.data.items import Item, Items, Prompt, packed, render
 from orchestrator.data.order import Order
 from orchestrator.data.prepare import Preparer, limits_of, wanted_columns
-from orchestrator.data.report import BadRows, DataReport, tally
+from orchestrator.data.report import BadRows, DataReport
 from orchestrator.data.store import Record, Store
 from orchestrator.data.stream import InStreamOrder, StreamSource
 from orchestrator.data.tokenise import Tokeniser
@@ -178,12 +179,10 @@ def _tokenised(data: DataConfig, kind: DataKind, rows: raw.Rows, preparer: Prepa
 
 
 def _tokenise(rows: raw.Rows, columns: list[str], preparer: Preparer) -> tuple[Store, Record]:
-    refused: list[tuple[int, str]] = []
-    chunks = (
-        preparer.prepare(chunk, lambda row, reason: refused.append((row, reason))) for chunk in _chunks(rows, columns)
-    )
-    store, dropped, truncated, straddling = stored.build(chunks)
-    return store, Record(len(rows), dropped, truncated, straddling, refused)
+    record = Record(len(rows))
+    chunks = _chunks(rows, columns)
+    items = (item for chunk in chunks for item in preparer.prepare(chunk, lambda *bad: record.bad.append(bad)))
+    return stored.build(items, record), record
 
 
 def _chunks(rows: raw.Rows, columns: list[str]) -> Iterator[list[tuple[int, dict[str, Any]]]]:
@@ -217,7 +216,7 @@ def _fingerprint(rows: raw.Rows, columns: list[str], preparer: Preparer) -> str:
 
 def _report(rows: raw.Rows, preparer: Preparer, record: Record, items: Items, cut: int, bad: BadRows) -> DataReport:
     lengths = items.store.lengths
-    truncated = tally(record.truncated) | ({"longer than a pack (data.packing=bfd)": cut} if cut else {})
+    truncated = record.truncated + Counter({"longer than a pack (data.packing=bfd)": cut})
     straddling = f"{record.straddling:,} rows have a token that straddles prompt and completion: it is the completion's"
     return DataReport(
         source=rows.name,
@@ -228,13 +227,13 @@ def _report(rows: raw.Rows, preparer: Preparer, record: Record, items: Items, cu
         tokens=int(lengths.sum()),
         learned_tokens=int(items.store.mask.sum()),
         longest=int(lengths.max()),
-        dropped=tally(record.dropped),
-        truncated=truncated,
+        dropped=dict(record.dropped.most_common()),
+        truncated=dict(truncated.most_common()),
         bad=bad.check(),
         notes=(straddling,) if record.straddling else (),
     )
 
 
 def _nothing_left(name: str, record: Record) -> str:
-    reasons = "; ".join(f"{count} rows: {reason}" for reason, count in tally(record.dropped).items())
+    reasons = "; ".join(f"{count} rows: {reason}" for reason, count in record.dropped.most_common())
     return f"{name}: none of {record.rows} rows is left ({reasons or 'all of them were bad'})"

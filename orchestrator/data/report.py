@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from actors.errors import DataError
@@ -74,8 +72,3 @@ class BadRows:
         head = f"{rows} cannot be used, more than data.max_bad_rows={self._allowed} allows:"
         mend = f"  mend them, or set data.max_bad_rows={len(self._rows)} to skip them"
         return "\n".join([head, *shown, *more, mend])
-
-
-def tally(reasons: Sequence[str]) -> dict[str, int]:
-    """Reason -> count, the most frequent first."""
-    return dict(Counter(reasons).most_common())

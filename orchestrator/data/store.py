@@ -10,28 +10,38 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.data.fit import Fit
 from orchestrator.data.prepare import Prepared
 
 NO_LABEL = -1
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass
 class Record:
-    """What became of the raw rows, as `DataReport` tells it. `bad` holds (row, reason)."""
+    """What became of the raw rows, for `DataReport`: reasons with their counts, bad rows as (row, reason)."""
 
-    rows: int
-    dropped: list[str]
-    truncated: list[str]
-    straddling: int
-    bad: list[tuple[int, str]]
+    rows: int = 0
+    dropped: Counter[str] = field(default_factory=Counter[str])
+    truncated: Counter[str] = field(default_factory=Counter[str])
+    straddling: int = 0
+    bad: list[tuple[int, str]] = field(default_factory=list[tuple[int, str]])
+
+    def add(self, fit: Fit) -> None:
+        """Note the outcome of one item."""
+        if fit.dropped:
+            self.dropped[fit.dropped] += 1
+        elif fit.truncated:
+            self.truncated[fit.truncated] += 1
+        self.straddling += fit.encoded.straddles and not fit.dropped
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,22 +67,20 @@ class Store:
         return np.diff(self.offsets)
 
 
-def build(prepared: Iterable[Sequence[Prepared]]) -> tuple[Store, list[str], list[str], int]:
-    """(the store of what was kept, reasons of dropped ones, reasons of truncated ones, how many straddle)."""
+def build(items: Iterable[Prepared], record: Record) -> Store:
+    """A store of the items that were kept; `record` notes what became of each."""
     writer = _Writer()
-    for chunk in prepared:
-        for item in chunk:
+    for item in items:
+        record.add(item.fit)
+        if not item.fit.dropped:
             writer.add(item)
-    return writer.store(), writer.dropped, writer.truncated, writer.straddling
+    return writer.store()
 
 
 class _Writer:
-    """Python lists per chunk would be ten times the size: flat arrays are made every so often."""
+    """Tokens become arrays at once: as Python integers they would take ten times the memory."""
 
     def __init__(self) -> None:
-        self.dropped: list[str] = []
-        self.truncated: list[str] = []
-        self.straddling = 0
         self._flat: dict[str, list[NDArray[Any]]] = {"tokens": [], "mask": [], "step_label": []}
         self._lengths: list[int] = []
         self._rows_of_item: list[int] = []
@@ -83,12 +91,6 @@ class _Writer:
 
     def add(self, item: Prepared) -> None:
         fit, example = item.fit, item.example
-        if fit.dropped:
-            self.dropped.append(fit.dropped)
-            return
-        if fit.truncated:
-            self.truncated.append(fit.truncated)
-        self.straddling += fit.encoded.straddles
         for row, mask in zip(fit.encoded.rows, fit.encoded.masks, strict=True):
             self._flat["tokens"].append(np.array(row, dtype=np.int32))
             self._flat["mask"].append(np.array(mask, dtype=np.bool_))
@@ -134,9 +136,10 @@ def load(folder: Path) -> tuple[Store, Record] | None:
     """What `save` wrote, memory-mapped; None if there is nothing."""
     if not (folder / "record.json").exists():
         return None
-    record = json.loads((folder / "record.json").read_text())
-    record["bad"] = [(row, reason) for row, reason in record["bad"]]
-    return Store(**{e.name: _mapped(folder / f"{e.name}.npy") for e in fields(Store)}), Record(**record)
+    kept = json.loads((folder / "record.json").read_text())
+    bad = [(row, reason) for row, reason in kept["bad"]]
+    record = Record(kept["rows"], Counter(kept["dropped"]), Counter(kept["truncated"]), kept["straddling"], bad)
+    return Store(**{entry.name: _mapped(folder / f"{entry.name}.npy") for entry in fields(Store)}), record
 
 
 def _mapped(file: Path) -> NDArray[Any]:

@@ -29,8 +29,9 @@ from orchestrator.data import store as stored
 from orchestrator.data.fit import Limits
 from orchestrator.data.formats import Format, choose, without_nones
 from orchestrator.data.items import Item, Items, Prompt, packed, render
-from orchestrator.data.prepare import Preparer
+from orchestrator.data.prepare import Preparer, wanted_columns
 from orchestrator.data.report import BadRows, DataReport
+from orchestrator.data.store import Record
 from orchestrator.data.tokenise import Tokeniser
 from orchestrator.pipeline import DataKind
 
@@ -75,7 +76,7 @@ class StreamSource:
         self._data, self._kind, self._tokeniser, self._limits = data, kind, tokeniser, limits
         self._seed, self._pack_length = seed, data.max_length or model_max_length
         self._bad = BadRows(data.max_bad_rows)
-        self._counts, self._dropped, self._truncated = _Counts(), Counter[str](), Counter[str]()
+        self._counts, self._record = _Counts(), Record()
         self._format: Format | None = None
         self._columns: tuple[str, ...] = ()
         self._lock = Lock()
@@ -93,8 +94,8 @@ class StreamSource:
             source=f"{self._data.path or 'mixture'} (stream, so far)",
             format=str(self._format),
             columns=self._columns,
-            dropped=dict(self._dropped),
-            truncated=dict(self._truncated),
+            dropped=dict(self._record.dropped.most_common()),
+            truncated=dict(self._record.truncated.most_common()),
             bad=self._bad.check(),
             **vars(self._counts),
         )
@@ -143,19 +144,21 @@ class StreamSource:
                 yield items, local, chunk[int(items.store.source_row[local])][2] if items.bins is None else {}
         bad.check()
         if empty:
-            raise DataError(f"{self.report.source}: no row of it can be used ({dict(self._dropped) or 'it is empty'})")
+            raise DataError(
+                f"{self.report.source}: no row of it can be used ({dict(self._record.dropped) or 'it is empty'})"
+            )
 
     def _prepare(self, chunk: list[raw.Origin], bad: BadRows, *, counted: bool) -> Items:
-        preparer = Preparer(self._format_of(chunk), self._limits, self._tokeniser, self._kind.prompts_only)
-        absent = dict.fromkeys(preparer.format.columns)
-        rows = [(index, {**absent, **row}) for index, (_, _, row) in enumerate(chunk)]
+        form = self._format_of(chunk)
+        preparer = Preparer(form, self._limits, self._tokeniser, self._kind.prompts_only)
+        wanted = wanted_columns(form, self._kind, self._data, self._columns)
+        rows = [(index, {name: row.get(name) for name in wanted}) for index, (_, _, row) in enumerate(chunk)]
         prepared = preparer.prepare(rows, lambda index, reason: bad.add(*chunk[index][:2], reason))
         bad.check()
-        store, dropped, truncated, _ = stored.build([prepared])
-        items, cut = packed(store, self._data, self._kind, self._pack_length)
+        record = self._record if counted else Record()
+        items, cut = packed(stored.build(prepared, record), self._data, self._kind, self._pack_length)
         if counted:
-            self._dropped.update(dropped)
-            self._truncated.update([*truncated, *["longer than a pack (data.packing=bfd)"] * cut])
+            record.truncated += Counter({"longer than a pack (data.packing=bfd)": cut})
             self._count(len(chunk), items)
         return items
 

@@ -47,6 +47,13 @@ def test_a_streamed_prompt_has_the_columns_of_its_row(tmp_path: Path) -> None:
     assert (prompt.prompt, prompt.columns) == ("1+1=", {"answer": "2"})  # pyright: ignore
 
 
+def test_a_streamed_column_that_happens_to_be_called_weight_counts_only_if_it_is_mapped(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "d.jsonl", [{"text": "ab", "weight": 70.5}])
+    assert "weight" not in opened(file, Completions, streaming=True).batch([0])
+    mapped = opened(file, Completions, streaming=True, columns={"weight": "weight"})
+    assert mapped.batch([0])["weight"].tolist() == [70.5]
+
+
 def test_the_length_of_a_stream_is_unknown_and_says_what_to_set(file: Path) -> None:
     with pytest.raises(DataError, match=r"train\.steps"):
         len(opened(file, Completions, streaming=True))
