@@ -1,0 +1,264 @@
+"""Plans of 8 and 256 GPUs on an invented cluster: real Ray, several raylets on this machine, no GPU."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster as InventedCluster
+from ray.util.placement_group import placement_group_table
+
+import actors
+from actors.errors import InfraFailure, PlacementError, RunError
+from actors.worker import WorkerInfo
+from orchestrator.config import PhaseConfig, RolesConfig, RunConfig, TrainConfig
+from orchestrator.methods import build
+from orchestrator.placement import RayCluster, view_cluster
+from orchestrator.plan import Plan, make_plan, problems
+
+READY_S = 60.0
+GPUS_PER_NODE = 64  # invented: four nodes are 256 GPUs
+
+
+class Resident:
+    """Stands in for a trainer, an engine or a reward: it says where it is."""
+
+    def __init__(
+        self, name: str = "", rank: int = 0, world_size: int = 1, master: Any = None, packages: str = ""
+    ) -> None:
+        self.name, self.rank = name, rank
+        self.packages = packages or str(Path(actors.__file__).parent)
+
+    def ready(self) -> WorkerInfo:
+        return WorkerInfo(self.name, os.getpid(), ray.get_runtime_context().get_node_id(), self.packages, {})
+
+    def ping(self) -> dict[str, Any]:
+        return {"alive": True}
+
+    def gpus(self) -> list[int]:
+        return [int(index) for index in ray.get_gpu_ids()]
+
+    def environment(self, name: str) -> str | None:
+        return os.environ.get(name)
+
+
+@pytest.fixture(scope="module")
+def invented() -> Iterator[InventedCluster]:
+    cluster = InventedCluster(
+        initialize_head=True, head_node_args={"num_cpus": 32, "num_gpus": 0, "object_store_memory": 100 * 2**20}
+    )
+    for _ in range(4):
+        cluster.add_node(num_cpus=128, num_gpus=GPUS_PER_NODE, object_store_memory=80 * 2**20)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    cluster.wait_for_nodes()
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.fixture
+def anyone() -> str:
+    return f"test-{time.monotonic_ns()}"
+
+
+def config(roles: dict[str, Any], *, beta: float = 0.04, batch_size: int = 512, timeout_s: float = 30.0) -> RunConfig:
+    """GRPO with a reference (`beta`), sized by `roles`."""
+    phase = PhaseConfig(method="grpo", options={"beta": beta}, train=TrainConfig(steps=1, batch_size=batch_size))
+    return RunConfig.model_validate(
+        {
+            "phases": {"grpo": phase},
+            "roles": RolesConfig.model_validate(roles),
+            "weights": {"transport": "object_store"},
+            "cluster": {"placement_timeout_s": timeout_s},
+        }
+    )
+
+
+def planned(config: RunConfig) -> Plan:
+    return make_plan(config, {name: build(phase.method, phase.options) for name, phase in config.phases.items()})
+
+
+def gpus_in_use() -> float:
+    return ray.cluster_resources().get("GPU", 0.0) - ray.available_resources().get("GPU", 0.0)
+
+
+async def until(condition: Any, timeout_s: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about in time"
+        await asyncio.sleep(0.05)
+
+
+def groups_alive() -> int:
+    return sum(table["state"] == "CREATED" for table in placement_group_table().values())
+
+
+SIZES = {
+    8: {"policy": 4, "reference": 1, "rollout": 3},
+    256: {"policy": 128, "reference": 32, "rollout": 96},
+}
+
+
+@pytest.mark.parametrize("gpus", SIZES)
+async def test_a_plan_is_reserved_as_one_gang_and_one_group_per_rollout_worker(
+    invented: InventedCluster, anyone: str, gpus: int
+) -> None:
+    size = SIZES[gpus]
+    wanted = config(
+        {
+            "policy": {"backend": "deepspeed", "ranks": size["policy"], "gpus": 1},
+            "reference": {"backend": "deepspeed", "ranks": size["reference"], "gpus": 1},
+            "rollout": {"workers": size["rollout"], "gpus": 1},
+        }
+    )
+    plan = planned(wanted)
+    assert problems(plan, view_cluster()) == []
+    before = groups_alive()
+    cluster = RayCluster(wanted, anyone, disconnect=False)
+    try:
+        await cluster.reserve(plan)
+        assert groups_alive() - before == 1 + size["rollout"] + 1  # the gang, the rollout workers, a reward worker
+        await until(lambda: gpus_in_use() == gpus)
+    finally:
+        await cluster.close()
+    await until(lambda: gpus_in_use() == 0)
+    assert groups_alive() == before
+
+
+async def test_neighbouring_ranks_share_a_node_and_each_has_its_gpu_and_environment(
+    invented: InventedCluster, anyone: str
+) -> None:
+    wanted = config({"policy": {"backend": "deepspeed", "ranks": 6, "gpus": 1, "threads": 3}}, beta=0.0)
+    cluster = RayCluster(wanted, anyone, disconnect=False)
+    try:
+        await cluster.reserve(planned(wanted))
+        group = await cluster.start_group("policy", Resident, [{"name": f"policy/{rank}"} for rank in range(6)])
+        infos: list[WorkerInfo] = await group.call("ready", timeout_s=READY_S)
+        assert len({info.pid for info in infos}) == 6
+        nodes = [info.node for info in infos]
+        assert sum(left != right for left, right in pairwise(nodes)) == len(set(nodes)) - 1
+        held = [
+            (info.node, *gpus) for info, gpus in zip(infos, await group.call("gpus", timeout_s=READY_S), strict=True)
+        ]
+        assert len(set(held)) == 6
+        assert await group.call("environment", "OMP_NUM_THREADS", timeout_s=READY_S) == ["3"] * 6
+        rows = cluster.describe()
+        assert [(row["role"], row["name"], row["gpus"], row["threads"]) for row in rows] == [
+            ("policy", f"policy/{rank}", 1.0, 3) for rank in range(6)
+        ]
+    finally:
+        await cluster.close()
+
+
+async def test_colocated_roles_share_each_gpu_by_fractions(invented: InventedCluster, anyone: str) -> None:
+    wanted = config(
+        {
+            "policy": {"backend": "deepspeed", "ranks": 2, "gpus": 0.5},
+            "reference": {"backend": "deepspeed", "ranks": 2, "gpus": 0.25, "colocate": "policy"},
+            "rollout": {"workers": 2, "gpus": 0.25, "colocate": "policy"},
+        }
+    )
+    cluster = RayCluster(wanted, anyone, disconnect=False)
+    try:
+        await cluster.reserve(planned(wanted))
+        await until(lambda: gpus_in_use() == 2)
+        held: list[tuple[str, tuple[int, ...]]] = []
+        for role in ("policy", "reference"):
+            group = await cluster.start_group(role, Resident, [{}, {}])
+            infos = await group.call("ready", timeout_s=READY_S)
+            gpus = await group.call("gpus", timeout_s=READY_S)
+            held += [(info.node, tuple(mine)) for info, mine in zip(infos, gpus, strict=True)]
+        for index in range(2):
+            worker = await cluster.start_worker("rollout", index, Resident, {})
+            info = await worker.call("ready", timeout_s=READY_S)
+            held.append((info.node, tuple(await worker.call("gpus", timeout_s=READY_S))))
+        assert sorted(Counter(held).values()) == [3, 3]  # two GPUs, each with policy, reference and rollout
+        await until(lambda: gpus_in_use() == 2)
+        with pytest.raises(InfraFailure, match=r"shares the 2 bundle\(s\) of policy"):
+            await cluster.start_worker("rollout", 2, Resident, {})
+        await cluster.stop_worker(worker)
+        replacement = await cluster.start_worker("rollout", 3, Resident, {})
+        assert (await replacement.call("ready", timeout_s=READY_S)).node == info.node
+    finally:
+        await cluster.close()
+    await until(lambda: gpus_in_use() == 0)
+
+
+async def test_a_worker_that_joins_brings_a_group_and_takes_it_along_when_it_leaves(
+    invented: InventedCluster, anyone: str
+) -> None:
+    wanted = config({"policy": {"gpus": 1}, "rollout": {"workers": 1, "gpus": 2, "tensor_parallel": 2}}, beta=0.0)
+    cluster = RayCluster(wanted, anyone, disconnect=False)
+    try:
+        await cluster.reserve(planned(wanted))
+        reserved = groups_alive()
+        workers = [await cluster.start_worker("rollout", index, Resident, {}) for index in range(3)]
+        for worker in workers:
+            await worker.call("ready", timeout_s=READY_S)
+        assert groups_alive() == reserved + 2
+        await until(lambda: gpus_in_use() == 1 + 3 * 2)
+        for worker in workers:
+            await cluster.stop_worker(worker)
+            await cluster.stop_worker(worker)
+        await until(lambda: gpus_in_use() == 1)
+        assert groups_alive() == reserved - 1
+    finally:
+        await cluster.close()
+
+
+async def test_a_plan_without_room_says_within_the_deadline_which_role_lacks_what(
+    invented: InventedCluster, anyone: str
+) -> None:
+    wanted = config(
+        {
+            "policy": {"backend": "deepspeed", "ranks": 2, "gpus": 1},
+            "reference": {"backend": "deepspeed", "ranks": 1, "gpus": GPUS_PER_NODE + 1},
+            "rollout": {"workers": 1, "gpus": 1, "cpus": 1000},
+        },
+        timeout_s=1.0,
+    )
+    before = groups_alive()
+    cluster = RayCluster(wanted, anyone, disconnect=False)
+    began = time.monotonic()
+    with pytest.raises(PlacementError) as caught:
+        await cluster.reserve(planned(wanted))
+    assert time.monotonic() - began < 5
+    message = str(caught.value)
+    assert "reference: no place for 1 of 1, each needs 65 GPU" in message and "the largest node has 64 GPU" in message
+    assert "rollout: no place for 1 of 1, each needs 1 GPU and 1000 CPU: the largest node has 128 CPU" in message
+    assert "policy" not in message
+    assert groups_alive() == before
+    await cluster.close()
+
+
+async def test_a_cluster_that_others_fill_is_not_called_too_small(invented: InventedCluster, anyone: str) -> None:
+    many = config({"policy": {"backend": "deepspeed", "ranks": 256, "gpus": 1}}, beta=0.0)
+    more = config({"policy": {"gpus": 1}}, beta=0.0, timeout_s=0.5)
+    first, second = (RayCluster(each, anyone, disconnect=False) for each in (many, more))
+    try:
+        await first.reserve(planned(many))
+        with pytest.raises(PlacementError, match="others use it"):
+            await second.reserve(planned(more))
+    finally:
+        await first.close()
+        await second.close()
+
+
+async def test_a_worker_that_imported_other_packages_is_refused(invented: InventedCluster, anyone: str) -> None:
+    wanted = config({}, beta=0.0)
+    cluster = RayCluster(wanted, anyone, disconnect=False)
+    try:
+        await cluster.reserve(planned(wanted))
+        worker = await cluster.start_worker("rollout", 0, Resident, {"packages": "/home/somebody/actors"})
+        with pytest.raises(RunError, match="imported `actors` from /home/somebody/actors"):
+            await worker.call("ready", timeout_s=READY_S)
+    finally:
+        await cluster.close()
