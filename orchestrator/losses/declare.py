@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from torch import Tensor
@@ -58,7 +58,10 @@ class Read:
 
 
 def reads(*names: str, **conditions: Any) -> Callable[[Decorated], Decorated]:
-    """Declares that a loss reads columns or extras, if its options satisfy the conditions."""
+    """Declares that a loss reads columns or extras, or asks something of the forward pass, if its options satisfy the
+    conditions."""
+    if unknown := set(names) - COLUMNS.keys() - EXTRAS - FORWARD_OPTIONS:
+        raise ValueError(f"@reads names {sorted(unknown)}, which is neither a column nor an extra of the forward pass")
 
     def declare(loss: Decorated) -> Decorated:
         loss.__dict__["reads"] = (*loss.__dict__.get("reads", ()), Read(frozenset(names), conditions))
@@ -91,7 +94,7 @@ class Term:
     def view(self) -> type[Tokens]:
         return view_of(self.loss)
 
-    @property
+    @cached_property
     def reads(self) -> frozenset[str]:
         """Columns, extras and options of the forward pass that this loss reads under these options."""
         return _reads(self.loss, self.options)

@@ -27,6 +27,7 @@ from orchestrator.losses.reduce import item_mean, token_mean
 from orchestrator.losses.surrogates import clipped
 from orchestrator.losses.views import PolicyTokens
 from orchestrator.methods import build
+from orchestrator.mismatches import with_mismatches
 from tests.unit.trainer_stub import Result, Rows, optimise
 
 FILE = json.loads((Path(__file__).parent / "losses.json").read_text())
@@ -144,7 +145,7 @@ def test_sft_equals_the_peer(case: dict[str, Any]) -> None:
 # KTO and BCO
 
 
-@cases("kto/")
+@cases("kto/", without=("kto/kl_pairs",))
 def test_kto_equals_the_peer(case: dict[str, Any]) -> None:
     inputs = case["inputs"]
     real, other = inputs["per_token_logps"], inputs["KL_per_token_logps"]
@@ -173,6 +174,32 @@ def test_kto_equals_the_peer(case: dict[str, Any]) -> None:
     torch.testing.assert_close(gradient[: len(real), : len(real[0])], expected.double(), atol=1e-6, rtol=1e-6)
     assert not gradient[len(real) :].any()
     assert result.metrics.get("kl", 0.0) == pytest.approx(case["outputs"]["kl"], abs=1e-6)
+
+
+def test_mismatched_rows_pair_prompts_with_the_completions_that_the_peer_pairs_them_with() -> None:
+    case = CASES["kto/kl_pairs"]
+    completions = case["outputs"]["completion_ids"]
+    rows = [[20 + row, *completion] for row, completion in enumerate(completions)]
+    batch = Batch.build(
+        [len(row) for row in rows],
+        tokens=np.concatenate(rows),
+        mask=np.concatenate([np.arange(len(row)) > 0 for row in rows]),
+        label=[True, False, True, False],
+    )
+    doubled = with_mismatches(batch)
+    found = [doubled.row("tokens", row).tolist() for row in np.flatnonzero(doubled["mismatched"])]
+    assert found == [[20 + row, *other] for row, other in enumerate(case["outputs"]["KL_completion_ids"])]
+
+
+def test_the_deviation_equals_the_peer_where_rewards_are_missing() -> None:
+    case = CASES["data/nanstd"]
+    rewards = np.array(case["inputs"]["x"], dtype=np.float64)
+    group = np.repeat(np.arange(2), rewards.shape[1])
+    centred = zscore_by_group(rewards.flatten(), group, scale="none").reshape(rewards.shape)
+    scaled = zscore_by_group(rewards.flatten(), group).reshape(rewards.shape)
+    assert centred[0, 0] / scaled[0, 0] - 1e-4 == pytest.approx(case["outputs"]["std"][0], abs=1e-5)
+    assert case["outputs"]["std"][1] == "nan"
+    assert not scaled[1].any()
 
 
 def test_bco_equals_the_peer_over_two_steps_with_one_running_mean() -> None:

@@ -89,7 +89,7 @@ def optimise(
     statistics = statistics_of(objective, parts, states)
     value, stats = torch.zeros((), dtype=rows.logps.dtype), list[dict[str, Stat]]()
     for rank, found in zip(parts, statistics, strict=True):
-        for part in rank:
+        for part in filter(len, rank):  # an empty micro-batch moves through the model, but has no loss
             loss, metrics = objective.loss(part.micro, _outputs(part), counts, found)
             value = value + loss
             stats.append(metrics)
