@@ -131,13 +131,6 @@ def margin_sigmoid(
     return smoothed_logistic(beta * difference - gamma, label_smoothing)
 
 
-def odds_ratio(scores: PairScores, beta: float) -> Tensor:
-    """`-β log σ(log odds(chosen) - log odds(rejected))`, odds of `e^score`. For log-probabilities per token.
-
-    Source: arXiv:2403.07691, eq. 6 and 7, with λ for beta."""
-    return -beta * F.logsigmoid(log_odds(scores))
-
-
 CONTRASTS: dict[str, Callable[..., Tensor]] = {
     contrast.__name__: contrast
     for contrast in (
@@ -202,6 +195,18 @@ def of_triples(
     )
 
 
+@reads("entropy", "mean_logits", "is_top1", token_metrics=is_on)
+def odds_ratio(pairs: Pairs, *, beta: float, token_metrics: bool = False) -> Loss:
+    """[P]: `-β log σ(log odds(chosen) - log odds(rejected))`, odds of the mean token's probability.
+
+    Source: arXiv:2403.07691, eq. 6 and 7, with λ for beta."""
+    scores = pair_scores(pairs, pairs.logps).per_token
+    difference = log_odds(scores.chosen) - log_odds(scores.rejected)
+    log_sigmoid = F.logsigmoid(difference)
+    own = {"log_odds_chosen": pairs.pair_stat(difference), "log_odds_ratio": pairs.pair_stat(log_sigmoid)}
+    return -beta * log_sigmoid, own | pair_metrics(pairs, scores, beta, token_metrics)
+
+
 def pair_scores(pairs: Pairs, values: Tensor, ld_alpha: float | None = None) -> PairScores:
     """Per-token values summed over each completion; with `ld_alpha`, that is the weight of a token beyond the shorter
     completion's length."""
@@ -222,9 +227,9 @@ def shaped(scores: Tensor, alpha: float) -> Tensor:
     return -torch.expm1(-alpha * scores) / alpha if alpha else scores
 
 
-def log_odds(scores: PairScores) -> Tensor:
-    """[P]: `log odds(chosen) - log odds(rejected)`."""
-    return scores.difference - _log1mexp(scores.chosen) + _log1mexp(scores.rejected)
+def log_odds(logps: Tensor) -> Tensor:
+    """`log(p / (1 - p))` of `p = e^logps`."""
+    return logps - _log1mexp(logps)
 
 
 def policy_likelihood(pairs: Pairs) -> Tensor:

@@ -79,8 +79,9 @@ def orpo(*, beta: Positive = 0.1, token_metrics: bool = False) -> Pipeline:
     """Odds-ratio preference optimisation: supervised fine-tuning with a penalty on the odds of what was rejected.
 
     The likelihood term spans prompt and completion. Source: arXiv:2403.07691, eq. 6 (its λ is `beta`)."""
-    options = _options(odds_ratio, beta, token_metrics, length_normalised=True)
-    return _pairs(options, Term(chosen_sequence_nll, token_mean))
+    options = {"beta": beta, "token_metrics": token_metrics}
+    loss = Sum(Term(odds_ratio, item_mean, options=options), Term(chosen_sequence_nll, token_mean))
+    return Pipeline(Pairs, update("policy", loss))
 
 
 def tpo(
