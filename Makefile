@@ -7,8 +7,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 RECIPE ?= grpo_arithmetic
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-script-location
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-warn-script-location
 
+EMPTY := 5# what pytest answers for a suite without tests
 SUITES := tests/test_house.py tests/unit tests/golden tests/contract tests/ray tests/chaos tests/gpu
 
 .PHONY: demo test lint format types unit bench venv clean
@@ -18,7 +19,7 @@ demo: venv
 
 # One process per suite: what a suite leaves behind (threads, Ray, an engine) cannot colour the next one.
 test: lint types
-	@for suite in $(wildcard $(SUITES)); do echo "== $$suite"; $(BIN)/pytest -q $$suite || exit 1; done
+	@for suite in $(wildcard $(SUITES)); do echo "== $$suite"; $(BIN)/pytest -q $$suite || [ $$? -eq $(EMPTY) ] || exit 1; done
 
 unit: venv
 	$(BIN)/pytest -q tests/test_house.py tests/unit tests/golden

@@ -133,7 +133,8 @@ def _try_backend(kind: str) -> Callable[[], str]:
         from actors.trainable import Trainable
 
         model, backend = ModelSpec(_example_model()), BackendSpec(kind, OptimSpec(learning_rate=1e-3, total_steps=1))
-        return f"holds a model: {Trainable('doctor', model, backend, threads=1).ready().detail}"
+        held = Trainable("doctor", model, backend, threads=1).ready().detail
+        return f"holds {held['parameters']:,} parameters on {held['device']}"
 
     return probe
 

@@ -7,15 +7,15 @@ import json
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from actors.errors import ConfigError, UserError
+from actors.errors import ConfigError
 from orchestrator.config import DataConfig, RunConfig
 from orchestrator.explain import unknown
 from orchestrator.metrics import METRICS_FILE, read
@@ -81,8 +81,21 @@ def show_status(folder: Path) -> None:
 
 
 def show_plan(config: RunConfig) -> bool:
-    """True if nothing would be refused."""
-    raise UserError(f"{config.name}: no plan")
+    """What a run would be; True if nothing would be refused. Opens the data and launches nothing."""
+    from orchestrator.placement import cluster_at_hand
+    from orchestrator.plan import draft_plan, problems
+    from orchestrator.plan_view import render
+    from orchestrator.prepare import prepare
+
+    prepared = prepare(config)
+    pipelines = {phase.name: phase.pipeline for phase in prepared.phases}
+    plan = draft_plan(config, pipelines, parameters=prepared.parameters)
+    cluster = cluster_at_hand(config.cluster, plan)
+    _print(render(plan, cluster))
+    for phase in prepared.phases:
+        _print(Text(f"\ndata of {phase.name}", "bold"))
+        _print(Text("\n".join([*phase.source.report.lines(), phase.source.preview()])))
+    return not problems(plan, cluster)
 
 
 def _method(name: str) -> Callable[..., Pipeline]:
@@ -149,6 +162,6 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _print(what: Table | Text | str | Mapping[str, Any]) -> None:
+def _print(what: RenderableType) -> None:
     terminal = Console(highlight=False)
     (terminal if terminal.is_terminal else Console(highlight=False, width=160)).print(what)

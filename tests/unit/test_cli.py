@@ -114,6 +114,24 @@ def test_data_that_fits_a_method_is_reported(troupe: Troupe):
     assert "rows read as prompt" in done.stdout
 
 
+def test_a_plan_shows_stages_roles_and_placement_and_refuses_nothing(troupe: Troupe):
+    done = troupe("plan", "grpo_arithmetic", "cluster.num_cpus=4")
+    assert done.returncode == 0, done.stderr
+    for part in (
+        "rollout.generate",
+        "64 prompts x 8 samples = 512 rows",
+        "4 CPU on 1 node",
+        "nothing would be refused",
+    ):
+        assert part in done.stdout
+
+
+def test_a_plan_that_the_machine_cannot_hold_says_which_role_lacks_what_and_exits_with_2(troupe: Troupe):
+    done = troupe("plan", "grpo_arithmetic", "roles.policy.gpus=80", "weights.transport=object_store")
+    assert done.returncode == 2
+    assert "policy: no place for 1 of 1, each needs 80 GPU" in done.stdout
+
+
 def test_a_command_that_does_not_exist_is_a_usage_error(troupe: Troupe):
     assert_refused(troupe("trian"), "No such command")
 
