@@ -121,9 +121,9 @@ def _lacking(needs: Resources, bundles: Iterable[Bundle], cluster: ClusterView) 
         if need > largest + SLACK:
             reasons.append(f"the largest node has {amount(resource, largest)}")
         elif wanted > total + SLACK:
-            missing = amount(resource, wanted - total)
-            reasons.append(
-                f"the plan needs {amount(resource, wanted)} in all, the cluster has {total:g}: {missing} short"
+            in_all, there, short = (amount(resource, value) for value in (wanted, total, wanted - total))
+            reasons.append(f"the plan needs {in_all} in all, the cluster has {there}: {short} short")
+                f"the plan needs {amount(resource, wanted)} in all, the cluster has {amount(resource, total)}: {missing} short"
             )
     return reasons or ["enough is free in all, but not on one node"]
 

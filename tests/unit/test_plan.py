@@ -148,7 +148,7 @@ def test_a_plan_of_that_size_fills_its_cluster_and_one_rank_more_is_named(
     assert problems(fitting, cluster) == []
     assert len(fitting.gang) == policy + reference and fitting.total("GPU") == gpus
     (problem,) = problems(plan(1), cluster)
-    assert f"the plan needs {gpus + 1} GPU in all, the cluster has {gpus}: 1 GPU short" in problem
+    assert f"the plan needs {gpus + 1} GPU in all, the cluster has {gpus} GPU: 1 GPU short" in problem
 
 
 def test_colocated_roles_add_up_in_the_bundles_of_their_host() -> None:
