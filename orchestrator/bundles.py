@@ -123,8 +123,6 @@ def _lacking(needs: Resources, bundles: Iterable[Bundle], cluster: ClusterView) 
         elif wanted > total + SLACK:
             in_all, there, short = (amount(resource, value) for value in (wanted, total, wanted - total))
             reasons.append(f"the plan needs {in_all} in all, the cluster has {there}: {short} short")
-                f"the plan needs {amount(resource, wanted)} in all, the cluster has {amount(resource, total)}: {missing} short"
-            )
     return reasons or ["enough is free in all, but not on one node"]
 
 
