@@ -26,7 +26,8 @@ def forward(
     first. `chunk_rows` bounds how many tokens' logits exist at a time (default: 2**24 logits' worth).
     """
     tokens = micro["tokens"]
-    predicted = predicted_tokens(micro, all_tokens=all_tokens)
+    predicted = predicted_tokens(micro, all_tokens=all_tokens or "all_tokens" in needs)
+    needs = needs - {"all_tokens"}
     found = model(tokens, tuple(micro.lengths.tolist()), predicted, temperature, needs, chunk_rows)
 
     def over_all_tokens(values: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CHUNK_LOGITS = 2**24  # logits of one chunk (64 MiB in float32) where the caller does not say how many rows
-EXTRAS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # what may be asked for besides `logps`
+EXTRAS = ("entropy", "mean_logps", "log_sum_sq_probs", "mean_logits", "is_top1")  # what may be asked for besides `logps`
 NEEDS = frozenset({*EXTRAS, "entropy_grad"})
 
 
@@ -69,6 +69,11 @@ class Projection:
         wanted = self.needs | {"entropy"} if "entropy_grad" in self.needs else self.needs
         return tuple(name for name in EXTRAS if name in wanted)
 
+    @property
+    def with_gradient(self) -> frozenset[str]:
+        """Of the extras, those that carry a gradient."""
+        return frozenset({"mean_logps", *(["entropy"] if "entropy_grad" in self.needs else [])})
+
     def chunks(self, rows: int) -> Iterator[slice]:
         return (slice(start, start + self.chunk_rows) for start in range(0, rows, self.chunk_rows))
 
@@ -100,11 +105,11 @@ class _TokenQuantities(torch.autograd.Function):
             outputs[0][part] = log_probs.gather(1, targets[part, None]).squeeze(1)
             for output, name in zip(outputs[1:], projection.extras, strict=True):
                 output[part] = _extra(name, log_probs, logits, outputs[0][part], projection)
-        differentiable = 2 if "entropy_grad" in projection.needs else 1
-        ctx.mark_non_differentiable(*outputs[differentiable:])
+        graded = projection.with_gradient
+        ctx.mark_non_differentiable(*(o for o, name in zip(outputs[1:], projection.extras) if name not in graded))
         ctx.projection = projection
         ctx.log_probs = log_probs if projection.keeps_log_probs(len(hidden)) and any(ctx.needs_input_grad) else None
-        ctx.save_for_backward(hidden, weight, bias, targets, outputs[1] if differentiable == 2 else None)
+        ctx.save_for_backward(hidden, weight, bias, targets, outputs[1] if "entropy" in graded else None)
         return tuple(outputs)
 
     @staticmethod
@@ -122,6 +127,9 @@ class _TokenQuantities(torch.autograd.Function):
             grad = _logps_gradient(log_probs, targets[part], grads[0][part])
             if entropy is not None:
                 grad -= log_probs.exp() * (log_probs + entropy[part, None]) * grads[1][part, None]
+            if "mean_logps" in projection.extras:
+                mean_grad = grads[1 + projection.extras.index("mean_logps")][part, None]
+                grad += mean_grad * (1 / log_probs.shape[1] - log_probs.exp())
             grad = projection.scaling.backward_(grad.div_(projection.temperature), logits).to(hidden.dtype)
             hidden_grad[part] = grad @ weight
             if weight_grad is not None:
@@ -135,6 +143,8 @@ def _extra(name: str, log_probs: Tensor, logits: Tensor, logps: Tensor, projecti
     match name:
         case "entropy":
             return -(log_probs.exp() * log_probs).sum(-1)
+        case "mean_logps":
+            return log_probs.mean(-1)
         case "log_sum_sq_probs":
             return torch.logsumexp(2 * log_probs, dim=-1)
         case "mean_logits":

@@ -28,6 +28,7 @@ TOKEN_BUDGET = 96  # several micro-batches
 CASES: list[tuple[str, dict[str, Any], str]] = [
     ("sft", {"token_metrics": True}, "likelihood"),
     ("sft", {"loss_type": "dft"}, "likelihood"),
+    ("sft", {"label_smoothing": 0.1}, "likelihood"),
     *[("dpo", {"loss_type": name}, "margin") for name in ("sigmoid", "hinge", "ipo", "nca_pair", "bco_pair", "aot")],
     *[("dpo", {"loss_type": name}, "margin") for name in ("sppo_hard", "apo_zero", "apo_down", "aot_unpaired")],
     ("dpo", {"loss_type": "discopop", "discopop_tau": 1.0}, "margin"),  # at 0.05 its slope at the start is positive
@@ -39,6 +40,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("cpo", {}, "margin"),
     ("simpo", {}, "margin"),
     ("alphapo", {}, "margin"),
+    ("orpo", {"beta": 1.0}, "margin"),
     ("tpo", {}, "margin"),
     ("kto", {}, "margin"),
     ("kto", {"loss_type": "apo_zero_unpaired"}, "margin"),
