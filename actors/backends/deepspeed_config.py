@@ -87,18 +87,21 @@ def _own(config: Json, key: str, value: Any, advice: str, prefix: str = "") -> N
 
 
 def _own_optimizer(config: Json, optim: OptimSpec) -> None:
-    """A section `optimizer` chooses another kind than AdamW; what `train` decides in it may be "auto"."""
+    """A section `optimizer` chooses another kind than ours; what `train` decides in it may be absent or "auto"."""
     if config.get("optimizer", AUTO) == AUTO:
         config.pop("optimizer", None)
         return
-    params = _section(_section(config, "optimizer"), "params")
+    optimizer = _section(config, "optimizer")
+    params = _section(optimizer, "params")
     ours = {
         "lr": optim.learning_rate,
         "betas": list(optim.adam_betas),
         "eps": optim.adam_eps,
         "weight_decay": optim.weight_decay,
     }
-    for key in ours.keys() & params.keys() | {"lr"}:
+    # Every kind of Adam takes all four; another kind takes a rate, and those of the others that the user wrote down.
+    takes = ours.keys() if "adam" in str(optimizer.get("type", "")).lower() else ours.keys() & params.keys() | {"lr"}
+    for key in takes:
         _own(
             params, key, ours[key], f"set train.{'learning_rate' if key == 'lr' else key} instead", "optimizer.params."
         )

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -24,7 +26,7 @@ from transformers import AutoModelForCausalLM
 from actors.backends import BackendSpec
 from actors.backends.optimizer import OptimSpec
 from actors.batch import Batch
-from actors.errors import ConfigError
+from actors.errors import ConfigError, InfraFailure
 from actors.group import start_ranks
 from actors.lora import LoraSpec
 from actors.model import ModelSpec
@@ -95,7 +97,7 @@ class Rank:
     """One process of a gang: its place, and the `Trainable` of the moment."""
 
     def __init__(self, rank: int, world_size: int, master: tuple[str, int] | None) -> None:
-        self.place = {"rank": rank, "world_size": world_size, "master": master}
+        self.place: dict[str, Any] = {"rank": rank, "world_size": world_size, "master": master}
         self.trainable: Trainable | None = None
 
     def ready(self) -> WorkerInfo:
@@ -189,7 +191,7 @@ def batch() -> Batch:
 
 @pytest.fixture(scope="module")
 def start(base: ModelSpec, batch: Batch) -> Iterator[Start]:
-    ray.init(address="local", num_cpus=4, include_dashboard=False, object_store_memory=100 * 2**20)
+    ray.init(address="local", num_cpus=8, include_dashboard=False, object_store_memory=100 * 2**20)
 
     @cache
     def gang(ranks: int) -> Any:
@@ -404,6 +406,26 @@ def test_the_shipped_deepspeed_configurations_train(start: Start, train: Train, 
     path = Path(__file__).parents[2] / "deploy" / "deepspeed" / f"{name}.json"
     losses = [report.metrics["loss"] for report in start(ZERO3, config=path).update(2)]
     np.testing.assert_allclose(losses, train(SINGLE).losses[:2], rtol=1e-5)
+
+
+def test_an_optimizer_of_deepspeeds_configuration_takes_its_settings_from_the_run(start: Start, train: Train) -> None:
+    config = {"optimizer": {"type": "AdamW", "params": {"torch_adam": True, "lr": "auto"}}}
+    losses = [report.metrics["loss"] for report in start(Case("deepspeed", 2, 2), config=config).update(4)]
+    np.testing.assert_allclose(losses, train(SINGLE).losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", [Case("deepspeed", 2, 2)], ids=str)
+def test_the_death_of_a_rank_ends_the_update_with_an_infra_failure(
+    start: Start, base: ModelSpec, batch: Batch, case: Case
+) -> None:
+    role = Role(start_ranks("troupe/backends/doomed", Rank, [{}] * case.ranks), batch)
+    role.call("start", base, BackendSpec(case.kind, OPTIM, None, case.stage))
+    role.update()
+    os.kill(role.call("ready")[1].pid, signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(InfraFailure, match="doomed/1"):
+        role.update()
+    assert time.monotonic() - began < 20
 
 
 def test_a_state_of_another_gang_is_refused_with_what_to_do(start: Start, train: Train) -> None:

@@ -78,6 +78,12 @@ def test_a_contradiction_is_refused_naming_the_key_and_where_to_set_it(given: An
     assert next(iter(given)) in str(caught.value)
 
 
+def test_an_adam_of_deepspeeds_own_gets_everything_that_the_run_decides() -> None:
+    optimizer = resolved({"optimizer": {"type": "OneBitAdam", "params": {"freeze_step": 3}}})["optimizer"]
+    ours = {"lr": 1e-4, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.1}
+    assert optimizer == {"type": "OneBitAdam", "params": {"freeze_step": 3, **ours}}
+
+
 def test_an_equal_value_is_no_contradiction() -> None:
     assert resolved({"gradient_clipping": 0.5, "fp16": {"enabled": False}})["gradient_clipping"] == 0.5
 
