@@ -44,6 +44,7 @@ T = TypeVar("T")
 START_TIMEOUT_S = 600.0  # callers have a shorter one; a model of a hundred gibibytes takes minutes to read
 VERB_TIMEOUT_S = 120.0  # a command waits for the step that is going on
 TRANSFER_TIMEOUT_S = 600.0  # where the order does not say
+CLOSE_TIMEOUT_S = 10.0
 STALL_S = 120.0
 
 
@@ -136,7 +137,7 @@ class RolloutWorker:
 
     def close(self) -> None:
         """End the threads and the engine. Calls in flight raise InfraFailure. Closing twice is fine."""
-        self._loop.close()
+        self._loop.close(min(self._stall_s, CLOSE_TIMEOUT_S))
         self._side.shutdown(wait=False, cancel_futures=True)
         for receiver in self._receivers.values():
             receiver.close()

@@ -36,7 +36,6 @@ log = logging.getLogger(__name__)
 
 PENDING: Any = object()  # what a command answers whose future is settled later
 RATE_WINDOW_S = 10.0
-CLOSE_TIMEOUT_S = 10.0  # a step or a load that takes longer is left to the end of the process
 
 
 @dataclass(frozen=True)
@@ -143,11 +142,12 @@ class EngineLoop:
         self._put(_Command(run, future, breaks))
         return future
 
-    def close(self) -> None:
-        """End the thread and the engine. Whoever waits gets an InfraFailure."""
+    def close(self, timeout_s: float) -> None:
+        """End the thread and the engine. Whoever waits gets an InfraFailure. What the engine does not finish in time is
+        left to the end of the process."""
         self._commands.put(None)
         if self._thread.ident and self._thread is not threading.current_thread():
-            self._thread.join(CLOSE_TIMEOUT_S)
+            self._thread.join(timeout_s)
         self._end("closed")
 
     def _put(self, command: _Command) -> None:
@@ -160,18 +160,17 @@ class EngineLoop:
     def _live(self) -> None:
         """The engine thread, from start to end."""
         engine: Engine | None = None
-        why = "closed"
+        why, cause = "closed", None
         try:
             engine = self._build()
             self.version = engine.version
             self._built.set_result(None)
             self._work(engine)
         except Exception as error:
-            why = f"the engine broke: {type(error).__name__}: {error}"
+            why, cause = f"the engine broke: {type(error).__name__}: {error}", error
             log.exception("%s: %s", self.name, why)
-            _fail(self._built, error)  # as it is: a model folder that is none is the user's to mend
         finally:
-            self._end(why)
+            self._end(why, cause)
             if engine is not None:
                 engine.close()
 
@@ -219,14 +218,14 @@ class EngineLoop:
         self.tokens.add(sum(len(completion.tokens) for completion in finished.completions))
         _succeed(self._pending[finished.request.id], finished.completions)
 
-    def _end(self, why: str) -> None:
+    def _end(self, why: str, cause: Exception | None = None) -> None:
         """Settle every future that is pending; from now on `_put` settles them at once."""
         with self._dying:
             if self.death is not None:
                 return
             self.death = why
         error = InfraFailure(f"{self.name}: {why}")
-        _fail(self._built, error)
+        _fail(self._built, cause or error)  # as it is: a model folder that is none is the user's to mend
         for future in list(self._pending.values()):
             _fail(future, error)
         while not self._commands.empty():

@@ -190,7 +190,7 @@ def _reload(worker: Any, weights: list[tuple[str, Tensor]]) -> None:
             module.quant_method.process_weights_after_loading(module)
     missing = sorted(expected - loaded)
     if missing:
-        raise InfraFailure(f"{len(missing)} of {len(expected)} parameters were not sent: {', '.join(missing[:5])}")
+        raise InfraFailure(f"{len(missing)} of {len(expected)} parameters not sent: {', '.join(missing[:5])}")
 
 
 def _sample_id(request_id: str, index: int) -> str:

@@ -1,0 +1,235 @@
+"""The worker around an engine: results, deaths, stalls, aborts, weights, pauses. The engine is the scripted one."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from actors.errors import ConfigError, DataFailure, InfraFailure, ModelError
+from rollout.actor import RolloutWorker
+from rollout.engine import EngineSpec, build_engine
+from rollout.sampling import Finish, Request, Sampling
+from rollout.weights import DiskWrite
+from rollout.weights.protocol import Manifest, SendReport, SyncOrder, TensorMeta
+
+PROMPT = (5, 6, 7)
+SCRIPT = {"5 6 7": [[8, 9, 1], [10, 1]]}
+ENDLESS = {"5 6 7": [[8] * 100_000]}
+WEIGHTS = [("w", torch.arange(6.0).reshape(2, 3))]
+
+
+def request(name: str = "a", n: int = 2, max_tokens: int = 100_000) -> Request:
+    return Request(name, PROMPT, n, Sampling(max_tokens), seed=3, group=7)
+
+
+@asynccontextmanager
+async def worker(stall_s: float = 60.0, **options: Any) -> AsyncIterator[RolloutWorker]:
+    spec = EngineSpec("scripted", "no model", max_model_len=200_000, options={"completions": SCRIPT, **options})
+    subject = RolloutWorker("rollout/3", spec, initial_version=4, stall_s=stall_s)
+    try:
+        await subject.ready()
+        yield subject
+    finally:
+        subject.close()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 4
+    while not condition():
+        assert time.monotonic() < deadline, "waited 4 s in vain"
+        await asyncio.sleep(0.002)
+
+
+def sync(folder: Path, version: int, name: str = "") -> tuple[SyncOrder, SendReport]:
+    """An order that the disk transport has sent."""
+    manifest = Manifest((TensorMeta("w", "float32", (2, 3)),), bucket_bytes=1024)
+    order = SyncOrder(
+        name or f"publish-{version}", version, "disk", manifest, folder=str(folder / f"version-{version}")
+    )
+    return order, DiskWrite(order)(iter(WEIGHTS))
+
+
+async def test_a_group_comes_with_its_samples_and_what_the_driver_needs_of_them() -> None:
+    async with worker() as subject:
+        meta, batch = await subject.generate(request())
+        assert (meta.request_id, meta.worker, meta.lengths) == ("a", "rollout/3", (3, 2))
+        assert meta.finishes == (Finish.STOP, Finish.STOP)
+        assert (meta.oldest_version, meta.newest_version) == (4, 4)
+        assert batch["tokens"].tolist() == [5, 6, 7, 8, 9, 1, 5, 6, 7, 10, 1]
+        assert batch["group"].tolist() == [7, 7]
+
+
+async def test_a_second_call_with_the_same_id_joins_the_first() -> None:
+    async with worker(seconds_per_step=0.01) as subject:
+        first, second = await asyncio.gather(subject.generate(request()), subject.generate(request()))
+        assert first[1]["tokens"].tolist() == second[1]["tokens"].tolist()
+        assert subject.ping()["tokens"] == 5, "generated once"
+
+
+async def test_a_request_that_nobody_waits_for_any_longer_is_aborted_but_not_before() -> None:
+    async with worker(completions=ENDLESS, seconds_per_step=0.001) as subject:
+        calls = [asyncio.ensure_future(subject.generate(request())) for _ in range(2)]
+        await until(lambda: subject.ping()["requests"] == 1)
+        calls[0].cancel()
+        await asyncio.sleep(0.05)
+        assert subject.ping()["requests"] == 1
+        calls[1].cancel()
+        await until(lambda: subject.ping()["requests"] == 0)
+
+
+async def test_an_aborted_request_is_an_infra_failure_and_the_others_go_on() -> None:
+    async with worker(seconds_per_step=0.02) as subject:
+        doomed, kept = (asyncio.ensure_future(subject.generate(request(name))) for name in ("doomed", "kept"))
+        await until(lambda: subject.ping()["requests"] == 2)
+        assert await subject.abort(["doomed", "unknown"]) == 1
+        with pytest.raises(InfraFailure, match="doomed was aborted"):
+            await doomed
+        assert (await kept)[0].lengths == (3, 2)
+
+
+async def test_a_request_that_can_never_run_is_a_data_failure_and_one_that_fails_here_an_infra_failure() -> None:
+    async with worker(data_failures="bad-*", infra_failures="unlucky-*") as subject:
+        with pytest.raises(DataFailure, match="bad-1"):
+            await subject.generate(request("bad-1"))
+        with pytest.raises(InfraFailure, match="unlucky-1"):
+            await subject.generate(request("unlucky-1"))
+        await subject.generate(request("good"))
+        assert subject.ping()["alive"]
+
+
+@pytest.mark.parametrize("fault", [{"break_at_step": 2}, {"break_at_request": 2}])
+async def test_when_the_engine_breaks_everybody_who_waits_is_told_and_so_is_everybody_later(
+    fault: dict[str, int],
+) -> None:
+    async with worker(seconds_per_step=0.02, **fault) as subject:
+        calls = [subject.generate(request(f"r{i}")) for i in range(4)]
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        assert all(isinstance(r, InfraFailure) and "scripted to break" in str(r) for r in results)
+        with pytest.raises(InfraFailure, match="scripted to break"):
+            await subject.generate(request("later"))
+        with pytest.raises(InfraFailure, match="scripted to break"):
+            await subject.pause()
+        assert not subject.ping()["alive"]
+        assert "scripted to break" in subject.ping()["death"]
+
+
+async def test_an_engine_that_stands_still_fails_its_requests_and_its_ping() -> None:
+    async with worker(hang_at_step=2, stall_s=0.2) as subject:
+        with pytest.raises(InfraFailure, match=r"not finished a step for 0\.2 s"):
+            await subject.generate(request())
+        assert subject.ping()["death"] is None, "it may come back"
+        assert not subject.ping()["alive"]
+
+
+async def test_an_engine_that_slept_for_long_is_not_taken_for_one_that_stands_still() -> None:
+    async with worker(stall_s=0.1, seconds_per_step=0.01) as subject:
+        await asyncio.sleep(0.2)
+        call = asyncio.ensure_future(subject.generate(request()))
+        await asyncio.sleep(0)
+        assert subject.ping()["alive"]
+        await call
+
+
+async def test_closing_ends_every_wait() -> None:
+    async with worker(completions=ENDLESS, seconds_per_step=0.001) as subject:
+        call = asyncio.ensure_future(subject.generate(request()))
+        await until(lambda: subject.ping()["requests"] == 1)
+        await asyncio.to_thread(subject.close)
+        with pytest.raises(InfraFailure, match="closed"):
+            await call
+        subject.close()
+
+
+async def test_weights_that_arrive_while_decoding_are_used_from_the_next_token_on(tmp_path: Path) -> None:
+    async with worker(completions={"5 6 7": [[8] * 60]}, seconds_per_step=0.005) as subject:
+        call = asyncio.ensure_future(subject.generate(request(n=1)))
+        await until(lambda: subject.ping()["requests"] == 1)
+        await asyncio.sleep(0.05)
+        order, report = sync(tmp_path, 5)
+        ack = await subject.receive(order)
+        meta, batch = await call
+        versions = batch["version"][3:].tolist()
+        assert (ack.member, ack.version, ack.fingerprint) == ("rollout/3", 5, report.fingerprint)
+        assert (meta.oldest_version, meta.newest_version) == (4, 5)
+        assert versions == sorted(versions)
+        assert set(versions) == {4, 5}
+        assert subject.ping()["version"] == 5
+
+
+async def test_an_order_that_was_carried_out_is_acknowledged_again_and_nothing_is_loaded(tmp_path: Path) -> None:
+    async with worker(load_seconds=0.1) as subject:
+        order, _ = sync(tmp_path, 5)
+        first, joined = await asyncio.gather(subject.receive(order), subject.receive(order))
+        began = time.monotonic()
+        again = await subject.receive(order)
+        assert first == joined == again
+        assert time.monotonic() - began < 0.1 <= first.stall_seconds
+
+
+async def test_a_transfer_that_fails_leaves_the_old_weights_in_use(tmp_path: Path) -> None:
+    async with worker() as subject:
+        order, _ = sync(tmp_path, 5)
+        broken = SyncOrder("other", 6, "disk", order.manifest, folder=str(tmp_path / "nowhere"))
+        with pytest.raises(InfraFailure):
+            await subject.receive(broken)
+        meta, _ = await subject.generate(request())
+        assert meta.newest_version == 4
+        assert (await subject.receive(order)).version == 5
+
+
+async def test_an_engine_that_cannot_apply_weights_is_dead(tmp_path: Path) -> None:
+    async with worker(break_at_load=1) as subject:
+        with pytest.raises(InfraFailure, match="scripted to break at load"):
+            await subject.receive(sync(tmp_path, 5)[0])
+        await until(lambda: not subject.ping()["alive"])
+
+
+async def test_a_paused_worker_keeps_its_requests_takes_weights_and_goes_on(tmp_path: Path) -> None:
+    async with worker(seconds_per_step=0.002, completions={"5 6 7": [[8] * 20]}, stall_s=0.2) as subject:
+        call = asyncio.ensure_future(subject.generate(request(n=1)))
+        await until(lambda: subject.ping()["requests"] == 1)
+        await subject.pause()
+        await subject.receive(sync(tmp_path, 9)[0])
+        await asyncio.sleep(0.3)
+        assert not call.done(), "a pause is no stall"
+        await subject.resume()
+        meta, _ = await call
+        assert meta.newest_version == 9
+
+
+async def test_a_worker_does_not_sleep_while_it_generates() -> None:
+    async with worker(completions=ENDLESS, seconds_per_step=0.001) as subject:
+        await subject.sleep()
+        await subject.wake()
+        call = asyncio.ensure_future(subject.generate(request()))
+        await until(lambda: subject.ping()["requests"] == 1)
+        with pytest.raises(InfraFailure, match="cannot sleep"):
+            await subject.sleep()
+        call.cancel()
+
+
+async def test_a_model_folder_that_is_none_is_the_users_error(tmp_path: Path) -> None:
+    subject = RolloutWorker("rollout/0", EngineSpec("hf", str(tmp_path)))
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        await subject.ready()
+    assert not subject.ping()["alive"]
+    subject.close()
+
+
+def test_an_unknown_engine_or_option_is_refused_with_what_there_is() -> None:
+    with pytest.raises(ConfigError, match=r"'vlm'.*vllm, hf, scripted"):
+        build_engine(EngineSpec("vlm", "m"))
+    with pytest.raises(ConfigError, match=r"secs_per_step.*seconds_per_step"):
+        build_engine(EngineSpec("scripted", "m", options={"secs_per_step": 1}))
+
+
+def test_an_engine_of_ones_own_is_named_by_module_and_class() -> None:
+    engine = build_engine(EngineSpec("rollout.scripted_engine:ScriptedEngine", "m"))
+    assert engine.version == -1
