@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -17,14 +19,15 @@ from ray.cluster_utils import Cluster as InventedCluster
 from ray.util.placement_group import placement_group_table
 
 import actors
-from actors.errors import InfraFailure, PlacementError, RunError
+from actors.errors import ConfigError, InfraFailure, PlacementError, RunError
 from actors.worker import WorkerInfo
-from orchestrator.config import PhaseConfig, RolesConfig, RunConfig, TrainConfig
+from orchestrator.config import ClusterConfig, PhaseConfig, RolesConfig, RunConfig, TrainConfig
 from orchestrator.methods import build
-from orchestrator.placement import RayCluster, view_cluster
+from orchestrator.placement import RayCluster, connect, view_cluster
 from orchestrator.plan import Plan, make_plan, problems
 
 READY_S = 60.0
+ROOT = Path(actors.__file__).parents[1]
 GPUS_PER_NODE = 64  # invented: four nodes are 256 GPUs
 
 
@@ -250,6 +253,50 @@ async def test_a_cluster_that_others_fill_is_not_called_too_small(invented: Inve
     finally:
         await first.close()
         await second.close()
+
+
+OWN_RAY = """
+import asyncio, ray
+from orchestrator.config import RunConfig
+from orchestrator.methods import build
+from orchestrator.placement import RayCluster, cluster_at_hand, connect
+from orchestrator.plan import make_plan, problems
+from rewards.actor import RewardWorker
+from rewards.loading import RewardSpec
+
+config = RunConfig.model_validate({"phases": {"grpo": {"method": "grpo"}}, "roles": {"rollout": {"workers": 40}}})
+plan = make_plan(config, {"grpo": build("grpo", {})})
+assert problems(plan, cluster_at_hand(config.cluster, plan)) == []
+assert not ray.is_initialized()
+
+async def main():
+    address = connect(config.cluster, plan)
+    cluster = RayCluster(config, "own")
+    assert cluster.address == address
+    await cluster.reserve(plan)
+    reward = await cluster.start_worker("reward", 0, RewardWorker, {"name": "r", "rewards": [], "tokenizer": "nowhere"})
+    print("health:", await reward.call("ping", timeout_s=120))
+    await cluster.close()
+    await cluster.close()
+    print("connected:", ray.is_initialized())
+
+asyncio.run(main())
+"""
+
+
+def test_without_an_address_a_ray_of_our_own_holds_more_workers_than_there_are_cores_and_ends_with_the_run() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", OWN_RAY], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert "health: {'alive': True" in done.stdout and "connected: False" in done.stdout
+
+
+def test_an_address_that_must_be_guessed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    with pytest.raises(ConfigError, match="may find somebody else's Ray"):
+        connect(ClusterConfig(), planned(config({})))
 
 
 async def test_a_worker_that_imported_other_packages_is_refused(invented: InventedCluster, anyone: str) -> None:
