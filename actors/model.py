@@ -102,7 +102,9 @@ class LanguageModel(nn.Module):
 def load_model(spec: ModelSpec, device: torch.device | str = "cpu", *, trainable: bool) -> LanguageModel:
     """The model with its adapters, on `device`, in training mode if `trainable`, else frozen. Raises ModelError."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # its bars of reading and writing files would draw over the driver's console
     register()
     _check_folder(spec.path)
     try:

@@ -28,40 +28,27 @@ class Verb(StrEnum):
 
 @dataclass(frozen=True)
 class DataKind:
-    """What a row of the data source supplies. `columns`: those that its batch has from the start."""
+    """What a row of the data source supplies. `columns`: those that its batch has from the start. Which columns of a data
+    set can be read as which kind is decided by `orchestrator/data/formats.py`."""
 
     name: str
     columns: frozenset[str]
-    needs: tuple[tuple[str, ...], ...]  # acceptable sets of columns of the data set
     rows_per_item: int = 1
     prompts_only: bool = False
 
 
-Completions = DataKind("completions", frozenset({"tokens", "mask", "group"}), (("prompt", "completion"), ("messages",), ("text",)))
-Prompts = DataKind("prompts", frozenset(), (("prompt",),), prompts_only=True)
-Pairs = DataKind(
-    "pairs",
-    frozenset({"tokens", "mask", "group", "preferred"}),
-    (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
-    rows_per_item=2,
-)
-Triples = DataKind(
-    "triples",
-    frozenset({"tokens", "mask", "group", "preferred", "gold"}),
-    (("prompt", "chosen", "rejected", "reference"),),
-    rows_per_item=3,
-)
-Labelled = DataKind("labelled", frozenset({"tokens", "mask", "group", "label"}), (("prompt", "completion", "label"),))
+_ROWS = frozenset({"tokens", "mask", "group"})
+
+Completions = DataKind("completions", _ROWS)
+Prompts = DataKind("prompts", frozenset(), prompts_only=True)
+Pairs = DataKind("pairs", _ROWS | {"preferred"}, rows_per_item=2)
+Triples = DataKind("triples", _ROWS | {"preferred", "gold"}, rows_per_item=3)
+Labelled = DataKind("labelled", _ROWS | {"label"})
+WeightedLabelled = DataKind("weighted_labelled", Labelled.columns | {"weight"})  # by density ratio
 MismatchedLabelled = DataKind(  # each row with a second one: its prompt with another row's completion
-    "mismatched_labelled",
-    Labelled.columns | {"mismatched"},
-    Labelled.needs,
-    rows_per_item=2,
+    "mismatched_labelled", Labelled.columns | {"mismatched"}, rows_per_item=2
 )
-WeightedLabelled = DataKind("weighted_labelled", Labelled.columns | {"weight"}, Labelled.needs)  # by density ratio
-StepLabels = DataKind(
-    "step_labels", frozenset({"tokens", "mask", "group", "step_label"}), (("prompt", "completions", "labels"),)
-)
+StepLabels = DataKind("step_labels", _ROWS | {"step_label"})
 
 
 @dataclass(frozen=True)

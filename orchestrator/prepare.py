@@ -147,17 +147,18 @@ def _prepare_phase(
 ) -> PreparedPhase:
     phase = config.phases[name]
     source = open_source(phase.data, pipeline.data, tokenizer, seed=config.seed, model_max_length=room)
-    steps = phase_steps(phase, name, len(source))
+    steps = phase_steps(phase, name, source)
     evaluation = _open_evaluation(phase.evaluation, tokenizer, config.seed, room)
     first_version = sum(earlier.steps for earlier in before)
     sampling = Sampling(**phase.sampling.model_dump())
     return PreparedPhase(name, len(before), phase, pipeline, source, evaluation, steps, sampling, first_version)
 
 
-def phase_steps(phase: PhaseConfig, name: str, items: int) -> int:
+def phase_steps(phase: PhaseConfig, name: str, source: Source) -> int:
     """Optimizer steps of a phase: `train.steps`, or as many as `train.epochs` passes over the data take."""
     where, train = f"phases.{name}.train", phase.train
-    if train.batch_size > items:
+    items = None if phase.data.streaming else len(source)  # a stream does not know its length
+    if items is not None and train.batch_size > items:
         raise ConfigError(
             f"{where}.batch_size={train.batch_size} is more than the {items} items of {phase.data.path!r}; "
             "lower it or give more data"
@@ -168,6 +169,8 @@ def phase_steps(phase: PhaseConfig, name: str, items: int) -> int:
         return train.steps
     if train.epochs is None:
         raise ConfigError(f"{where} sets neither steps nor epochs; set one, e.g. {where}.steps=100")
+    if items is None:
+        raise ConfigError(f"{where}.epochs={train.epochs:g} of a stream cannot be counted; set {where}.steps")
     return max(1, int(items * train.epochs) // train.batch_size)
 
 
