@@ -1,0 +1,334 @@
+"""What every engine must do, on each of them. A user's own engine joins by a line in `SUBJECTS`.
+
+Log-probabilities are compared with transformers' forward pass: within 1e-4 in float32; in bfloat16 within 0.1, and
+0.02 on average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from actors.errors import DataFailure, InfraFailure
+from rollout.engine import Engine, EngineSpec, build_engine
+from rollout.sampling import Completion, Finish, Request, Sampling
+from tests.unit.tiny import tiny_model_folder, tiny_tokenizer
+
+EOS = 1
+MAX_MODEL_LEN = 256
+MAX_CONCURRENCY = 8
+PROMPT = (5, 9, 14, 20, 33)
+LONG_PROMPT = tuple(2 + (7 * place) % 60 for place in range(200))  # longer than a block of vLLM's prefix cache
+SUBJECTS = {
+    "vllm-tied": ("vllm", True, "float32"),
+    "vllm-untied": ("vllm", False, "float32"),
+    "vllm-bf16": ("vllm", True, "bfloat16"),
+    "hf-tied": ("hf", True, "float32"),
+    "hf-untied": ("hf", False, "float32"),
+    "hf-bf16": ("hf", True, "bfloat16"),
+    "scripted": ("scripted", True, "float32"),
+}
+Weights = list[tuple[str, torch.Tensor]]
+
+
+@dataclass
+class Subject:
+    """An engine, and transformers with the same weights."""
+
+    engine: Engine
+    spec: EngineSpec
+    reference: Any
+    original: Weights
+
+    def run(self, *requests: Request) -> dict[str, list[Completion]]:
+        for request in requests:
+            self.engine.add(request)
+        return self.finish()
+
+    def finish(self) -> dict[str, list[Completion]]:
+        """Step until nothing is running: samples by request id, in order."""
+        results: dict[str, list[Completion]] = {}
+        for _ in range(10_000):
+            if not self.engine.busy:
+                return results
+            for finished in self.engine.step():
+                samples = sorted(finished.completions, key=lambda completion: completion.index)
+                results[finished.request.id] = samples
+        raise AssertionError("the engine is busy after 10,000 steps")
+
+    def one(self, request: Request) -> Completion:
+        return self.run(request)[request.id][0]
+
+    def load(self, weights: Weights, version: int) -> None:
+        self.reference.load_state_dict(dict(weights), strict=False)
+        self.engine.load(weights, version)
+
+    def other_weights(self, seed: int) -> Weights:
+        torch.manual_seed(seed)
+        return [(name, tensor + 0.05 * torch.randn_like(tensor)) for name, tensor in self.original]
+
+    @torch.no_grad()
+    def logits(self, prompt: tuple[int, ...], completion: Completion) -> torch.Tensor:
+        """[C, V] of the reference: what it would say at each token of the completion."""
+        ids = torch.tensor([[*prompt, *completion.tokens]])
+        return self.reference(ids).logits[0, len(prompt) - 1 : -1].float()
+
+    def error(self, prompt: tuple[int, ...], completion: Completion, temperature: float = 1.0) -> np.ndarray:
+        """[C]: how far the engine's log-probabilities are from the reference's."""
+        logps = (self.logits(prompt, completion) / temperature).log_softmax(-1)
+        chosen = logps.gather(1, torch.tensor(completion.tokens, dtype=torch.long)[:, None])[:, 0]
+        return np.abs(chosen.numpy() - completion.logps)
+
+
+def build(name: str, root: Path, options: dict[str, Any] | None = None) -> Subject:
+    from transformers import AutoModelForCausalLM
+
+    kind, tied, dtype = SUBJECTS[name]
+    folder = tiny_model_folder(root, hidden=128, tied=tied)
+    spec = EngineSpec(
+        kind,
+        str(folder),
+        dtype=dtype,
+        max_model_len=MAX_MODEL_LEN,
+        max_concurrency=MAX_CONCURRENCY,
+        kv_cache_gib=0.05,
+        options=options or {},
+    )
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    original = [(name, parameter.detach().clone()) for name, parameter in reference.named_parameters()]
+    return Subject(build_engine(spec), spec, reference, original)
+
+
+@pytest.fixture(scope="module")
+def subjects(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Subject]]:
+    """Each engine is built once: vLLM takes seconds."""
+    built: dict[str, Subject] = {}
+
+    def get(name: str) -> Subject:
+        if name not in built:
+            built[name] = build(name, tmp_path_factory.mktemp(name))
+        return built[name]
+
+    yield get
+    for subject in built.values():
+        subject.engine.close()
+
+
+@pytest.fixture
+def subject(request: pytest.FixtureRequest, subjects: Callable[[str], Subject]) -> Subject:
+    """The engine of this test's parameter with its first weights, as version 0."""
+    subject = subjects(request.param)
+    assert not subject.engine.busy, "an earlier test left a request"
+    if subject.engine.version != 0:
+        subject.load(subject.original, 0)
+    return subject
+
+
+def on(*names: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("subject", names, indirect=True)
+
+
+MODELS = ("vllm-tied", "vllm-untied", "hf-tied", "hf-untied")
+ENGINES = ("vllm-tied", "hf-tied", "scripted")
+
+
+@on(*MODELS)
+def test_greedy_tokens_are_the_models_argmax(subject: Subject) -> None:
+    completion = subject.one(Request("greedy", PROMPT, 1, Sampling(40, temperature=0), seed=1))
+    assert completion.tokens.tolist() == subject.logits(PROMPT, completion).argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@on(*MODELS)
+def test_sampled_log_probabilities_are_the_models(subject: Subject, temperature: float) -> None:
+    for completion in subject.run(Request("a", PROMPT, 4, Sampling(32, temperature=temperature), seed=2))["a"]:
+        assert subject.error(PROMPT, completion, temperature).max() < 1e-4
+
+
+@on("vllm-bf16", "hf-bf16")
+def test_sampled_log_probabilities_in_bfloat16_are_near_the_models(subject: Subject) -> None:
+    samples = subject.run(Request("a", PROMPT, 4, Sampling(32), seed=2))["a"]
+    errors = np.concatenate([subject.error(PROMPT, completion) for completion in samples])
+    assert errors.max() < 0.1
+    assert errors.mean() < 0.02
+
+
+@pytest.mark.parametrize("cut", [{"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.3}])
+@on("vllm-tied", "hf-tied")
+def test_a_truncated_distribution_is_renormalised_over_the_tokens_it_keeps(
+    subject: Subject, cut: dict[str, Any]
+) -> None:
+    completion = subject.one(Request("cut", PROMPT, 1, Sampling(32, **cut), seed=3))
+    probs = subject.logits(PROMPT, completion).softmax(-1)
+    for place, (token, logp) in enumerate(zip(completion.tokens, completion.logps, strict=True)):
+        kept = kept_tokens(probs[place], **cut)
+        assert kept[token]
+        assert logp == pytest.approx((probs[place, token] / probs[place][kept].sum()).log().item(), abs=1e-3)
+
+
+def kept_tokens(probs: torch.Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> torch.Tensor:
+    """[V] bool, from the definitions: the k likeliest; the fewest that reach p; those near the likeliest."""
+    likelier = torch.tensor([probs[probs > prob].sum() for prob in probs])
+    rank = torch.tensor([int((probs > prob).sum()) for prob in probs])
+    return (
+        (rank < top_k if top_k else torch.ones_like(probs).bool()) & (likelier < top_p) & (probs >= min_p * probs.max())
+    )
+
+
+@on(*ENGINES)
+def test_a_seed_fixes_the_samples_and_another_seed_gives_others(subject: Subject) -> None:
+    sampling = Sampling(24)
+    first, again = (subject.run(Request("a", PROMPT, 3, sampling, seed=4))["a"] for _ in range(2))
+    other = subject.run(Request("a", PROMPT, 3, sampling, seed=5))["a"]
+    assert [c.tokens.tolist() for c in first] == [c.tokens.tolist() for c in again]
+    assert all(a.tokens.tolist() != b.tokens.tolist() for a, b in zip(first, other, strict=True))
+    assert len({tuple(c.tokens) for c in first}) == 3
+
+
+@on(*ENGINES)
+def test_samples_do_not_depend_on_what_else_is_running(subject: Subject) -> None:
+    request = Request("a", PROMPT, 4, Sampling(24), seed=6)
+    alone = subject.run(request)["a"]
+    others = [Request(f"other-{i}", PROMPT[i:] + PROMPT, 3, Sampling(10 + i), seed=i) for i in range(4)]
+    crowded = subject.run(*others[:2], request, *others[2:])["a"]
+    assert [c.tokens.tolist() for c in alone] == [c.tokens.tolist() for c in crowded]
+
+
+@on("hf-tied")
+def test_the_hf_engine_repeats_log_probabilities_to_the_bit_in_any_company(subject: Subject) -> None:
+    request = Request("a", PROMPT, 4, Sampling(24), seed=6)
+    alone = subject.run(request)["a"]
+    crowded = subject.run(Request("b", LONG_PROMPT, 5, Sampling(9), seed=1), request)["a"]
+    assert all(np.array_equal(a.logps, b.logps) for a, b in zip(alone, crowded, strict=True))
+
+
+@on(*ENGINES)
+def test_a_request_gets_as_many_samples_as_it_asked_for_and_more_samples_change_none(subject: Subject) -> None:
+    four = subject.run(Request("a", PROMPT, 4, Sampling(16), seed=7))["a"]
+    two = subject.run(Request("a", PROMPT, 2, Sampling(16), seed=7))["a"]
+    assert [c.index for c in four] == [0, 1, 2, 3]
+    assert [c.tokens.tolist() for c in four[:2]] == [c.tokens.tolist() for c in two]
+
+
+@on(*ENGINES)
+def test_a_sample_ends_with_the_first_stop_token_and_keeps_it(subject: Subject) -> None:
+    request = Request("free", PROMPT, 1, Sampling(40), seed=8)
+    free = subject.one(request).tokens.tolist()
+    stop = free[min(6, len(free) - 1)]
+    ended = subject.one(replace(request, sampling=Sampling(40, stop_token_ids=(stop,))))
+    assert ended.tokens.tolist() == free[: free.index(stop) + 1]
+    assert ended.finish is Finish.STOP
+
+
+@on("vllm-tied", "hf-tied")
+def test_a_sample_ends_with_the_token_that_completes_a_stop_string(subject: Subject) -> None:
+    request = Request("free", PROMPT, 1, Sampling(40), seed=8)
+    free = subject.one(request).tokens.tolist()
+    stop = tiny_tokenizer().decode(free[4:6])
+    ended = subject.one(replace(request, sampling=Sampling(40, stop=("never said", stop))))
+    assert len(stop) == 2
+    assert ended.tokens.tolist() == free[:6]
+    assert ended.finish is Finish.STOP
+
+
+@on(*ENGINES)
+def test_samples_end_with_the_end_of_sequence_or_at_their_limit_and_say_which(subject: Subject) -> None:
+    samples = subject.run(Request("a", PROMPT, 32, Sampling(48), seed=9))["a"]
+    for completion in samples:
+        ended = completion.tokens[-1] == EOS
+        assert EOS not in completion.tokens[:-1]
+        assert completion.finish is (Finish.STOP if ended else Finish.LENGTH)
+        assert ended or len(completion.tokens) == 48
+    assert {completion.finish for completion in samples} == {Finish.STOP, Finish.LENGTH}
+
+
+@on(*ENGINES)
+def test_a_prompt_without_room_for_a_token_is_a_data_failure(subject: Subject) -> None:
+    for prompt in ((7,) * MAX_MODEL_LEN, ()):
+        with pytest.raises(DataFailure, match=f"{len(prompt)} tokens.*max_model_len"):
+            subject.engine.add(Request("long", prompt, 2, Sampling(4), seed=1))
+    assert not subject.engine.busy
+
+
+@on(*ENGINES)
+def test_a_sample_is_no_longer_than_the_context_leaves_room_for(subject: Subject) -> None:
+    prompt = tuple(2 + place % 50 for place in range(MAX_MODEL_LEN - 3))
+    for completion in subject.run(Request("tight", prompt, 8, Sampling(100), seed=11))["tight"]:
+        assert len(completion.tokens) <= 3
+        assert completion.finish is (Finish.STOP if completion.tokens[-1] == EOS else Finish.LENGTH)
+
+
+@on(*ENGINES)
+def test_requests_beyond_the_concurrency_limit_all_finish(subject: Subject) -> None:
+    requests = [Request(f"r{i}", PROMPT, 3, Sampling(6), seed=i) for i in range(3 * MAX_CONCURRENCY)]
+    requests.append(Request("wide", PROMPT, 2 * MAX_CONCURRENCY + 1, Sampling(6), seed=0))
+    results = subject.run(*requests)
+    assert {name: len(samples) for name, samples in results.items()} == {r.id: r.n for r in requests}
+
+
+@on(*ENGINES)
+def test_an_aborted_request_never_finishes_and_the_others_do(subject: Subject) -> None:
+    doomed, kept = (Request(name, PROMPT, 2, Sampling(12), seed=12) for name in ("doomed", "kept"))
+    subject.engine.add(doomed)
+    subject.engine.add(kept)
+    subject.engine.step()
+    subject.engine.abort("doomed")
+    subject.engine.abort("unknown")
+    assert set(subject.finish()) == {"kept"}
+    assert set(subject.run(doomed)) == {"doomed"}, "its id is free again"
+
+
+@on(*ENGINES)
+def test_every_token_carries_the_version_that_produced_it(subject: Subject) -> None:
+    subject.engine.add(Request("a", LONG_PROMPT, 2, Sampling(20), seed=14))
+    for _ in range(3):
+        subject.engine.step()
+    subject.load(subject.other_weights(1), 1)
+    subject.engine.step()
+    subject.load(subject.other_weights(2), 5)
+    for completion in subject.finish()["a"]:
+        assert len(completion.tokens) > 4
+        assert completion.versions.tolist() == [0, 0, 0, 1] + [5] * (len(completion.tokens) - 4)
+    assert subject.engine.version == 5
+
+
+@on(*MODELS)
+def test_tokens_after_new_weights_have_exactly_the_log_probabilities_of_these(subject: Subject) -> None:
+    subject.engine.add(Request("a", LONG_PROMPT, 3, Sampling(20), seed=14))
+    for _ in range(4):
+        subject.engine.step()
+    subject.load(subject.other_weights(1), 1)
+    for completion in subject.finish()["a"]:
+        error = subject.error(LONG_PROMPT, completion)
+        assert error[completion.versions == 1].max() < 1e-4
+        assert error[completion.versions == 0].max() > 1e-2, "the two versions do not differ: this test shows nothing"
+
+
+@on(*MODELS)
+def test_greedy_tokens_follow_new_weights_although_the_prompt_was_cached_and_requests_were_running(
+    subject: Subject,
+) -> None:
+    greedy = Request("greedy", LONG_PROMPT, 1, Sampling(24, temperature=0), seed=1)
+    before = subject.one(greedy)
+    for version in (1, 2):
+        subject.engine.add(Request("running", LONG_PROMPT, 2, Sampling(30), seed=15))
+        subject.engine.step()
+        subject.load(subject.other_weights(version), version)
+        after = subject.run(greedy)["greedy"][0]
+        assert after.tokens.tolist() == subject.logits(LONG_PROMPT, after).argmax(-1).tolist()
+        assert after.tokens.tolist() != before.tokens.tolist()
+
+
+@on(*MODELS)
+def test_weights_that_lack_a_parameter_are_refused_and_a_whole_set_is_taken_again(subject: Subject) -> None:
+    with pytest.raises(InfraFailure, match="not sent"):
+        subject.engine.load([pair for pair in subject.original if "layers.1.mlp.down_proj" not in pair[0]], 3)
+    subject.load(subject.original, 4)
+    completion = subject.one(Request("a", PROMPT, 1, Sampling(16), seed=16))
+    assert subject.error(PROMPT, completion).max() < 1e-4
