@@ -24,20 +24,21 @@ from orchestrator.config import DataConfig
 from orchestrator.data import rows as raw
 from orchestrator.data import store as stored
 from orchestrator.data.formats import choose, without_nones
-from orchestrator.data.items import Item, Items, Prompt, packed, render
+from orchestrator.data.items import Item, Items, Prompt, drawn_together, packed, render
 from orchestrator.data.order import Order
 from orchestrator.data.prepare import Preparer, limits_of, wanted_columns
 from orchestrator.data.report import BadRows, DataReport
 from orchestrator.data.store import Record, Store
 from orchestrator.data.stream import InStreamOrder, StreamSource
 from orchestrator.data.tokenise import Tokeniser
+from orchestrator.data.weights import refuse_weights_of_stream, weighted
 from orchestrator.examples import default_cache_dir
 from orchestrator.pipeline import DataKind
 
 ROWS_AT_ONCE = 1_000
 WORTH_CACHING = 20_000  # rows; fewer are tokenised within a second or two
 UNBOUNDED = 2**31  # a model's length where no model is known
-VERSION = 1  # of what stands in the cache: raise it when rows come out differently
+VERSION = 2  # of what stands in the cache: raise it when rows come out differently
 
 
 class Source(Protocol):
@@ -78,6 +79,7 @@ def open_source(
     tokeniser = Tokeniser(tokenizer, data.completion_only, data.assistant_only, data.append_eos)
     limits = limits_of(data, kind, model_max_length)
     if data.streaming:
+        refuse_weights_of_stream(data, kind)
         return StreamSource(data, kind, tokeniser, limits, seed=seed, model_max_length=model_max_length)
     rows = raw.load(data, seed, bad)
     form = choose(kind, rows.table.column_names, data, rows.name)
@@ -86,14 +88,17 @@ def open_source(
     for row, reason in record.bad:
         bad.add(*rows.origin(row), reason)
     bad.check()
-    items, cut = packed(store, data, kind, data.max_length or model_max_length)
+    max_length = data.max_length or model_max_length
+    if "weight" in kind.columns and not len(store.weight):
+        store = weighted(store)
+    items, cut = packed(store, data, kind, max_length)
     if not len(items):
         raise DataError(_nothing_left(rows.name, record))
     report = _report(rows, preparer, record, items, cut, bad)
     order = Order(seed, len(items), data.shuffle)
     if kind.prompts_only:
         return PromptSource(items, rows, report, order, tokenizer)
-    return RowSource(items, report, order, tokenizer)
+    return RowSource(items, report, order, tokenizer, max_length)
 
 
 def validate(data: DataConfig, kind: DataKind, *, seed: int = 0) -> DataReport:
@@ -117,10 +122,12 @@ def validate(data: DataConfig, kind: DataKind, *, seed: int = 0) -> DataReport:
 class RowSource:
     """Offline data: completions, pairs, labelled or stepwise rows."""
 
-    def __init__(self, items: Items, report: DataReport, order: Order, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, items: Items, report: DataReport, order: Order, tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> None:
         self.report = report
         self.order = order
-        self._items, self._tokenizer = items, tokenizer
+        self._items, self._tokenizer, self._max_length = items, tokenizer, max_length
 
     def __len__(self) -> int:
         return len(self._items)
@@ -129,7 +136,8 @@ class RowSource:
         return Item(index, self._items.rows(index, group=index))
 
     def batch(self, positions: Sequence[int]) -> Batch:
-        return Batch.concat(self._items.rows(self.order.at(position)[1], position) for position in positions)
+        items = (self._items.rows(self.order.at(position)[1], position) for position in positions)
+        return drawn_together(self._items.kind, items, self._max_length)
 
     def preview(self, index: int = 0) -> str:
         return render(self.item(index).batch, self._tokenizer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from actors.errors import DataError
+from orchestrator.data.formats import RowError
 from orchestrator.data.tokenise import Encoded
 
 Truncation = Literal["keep_start", "keep_end", "drop", "error"]
@@ -29,7 +29,7 @@ class Limits:
     truncation: Truncation
 
     def fit_rows(self, encoded: Encoded) -> Fit:
-        """Prompt with completion. What has nothing left to learn from is dropped."""
+        """Prompt with completion. What has nothing left to learn from is dropped. Raises RowError if it is refused."""
         cut = None
         if self.max_prompt_length is not None and encoded.boundary > self.max_prompt_length:
             cut = f"its prompt is longer than data.max_prompt_length={self.max_prompt_length}"
@@ -47,7 +47,8 @@ class Limits:
         return Fit(encoded, truncated=cut)
 
     def fit_prompt(self, encoded: Encoded) -> Fit:
-        """A prompt to be answered. Its start alone is no question: `keep_start` drops it, `keep_end` keeps its end."""
+        """A prompt to be answered. Its start alone is no question: `keep_start` drops it, `keep_end` keeps its end.
+        Raises RowError if it is refused."""
         limit = self.max_prompt_length
         if limit is None or len(encoded.rows[0]) <= limit:
             return Fit(encoded)
@@ -60,9 +61,9 @@ class Limits:
 
     def _refused(self, encoded: Encoded, cut: str, length: int) -> Fit | None:
         if self.truncation == "error":
-            raise DataError(
-                f"a row of {length} tokens: {cut}, and data.truncation=error. Raise the limit, or set "
-                "data.truncation to keep_start, keep_end or drop"
+            raise RowError(
+                f"{length} tokens: {cut}, and data.truncation=error. Raise the limit, or set data.truncation to "
+                "keep_start, keep_end or drop"
             )
         return Fit(encoded, dropped=cut) if self.truncation == "drop" else None
 

@@ -132,13 +132,22 @@ def read_pair(row: Row) -> list[Example]:
     prompt, chosen, rejected = (_content(row, name) for name in ("prompt", "chosen", "rejected"))
     _same_shape("prompt", prompt, "chosen", chosen)
     _same_shape("prompt", prompt, "rejected", rejected)
+    _apart(chosen, rejected)
     return [_example(row, prompt, (chosen, rejected))]
+
+
+def read_triple(row: Row) -> list[Example]:
+    """A pair, and the gold completion as its third."""
+    pair, gold = read_pair(row)[0], _content(row, "reference")
+    _same_shape("prompt", cast(Content, pair.prompt), "reference", gold)
+    return [replace(pair, completions=(*pair.completions, gold))]
 
 
 def read_pair_without_prompt(row: Row) -> list[Example]:
     """The prompt is what chosen and rejected share at their start."""
     chosen, rejected = _content(row, "chosen"), _content(row, "rejected")
     _same_shape("chosen", chosen, "rejected", rejected)
+    _apart(chosen, rejected)
     prompt, chosen, rejected = extract_prompt(chosen, rejected)
     return [_example(row, prompt or None, (chosen, rejected))]
 
@@ -166,6 +175,11 @@ def read_steps(row: Row) -> list[Example]:
     return [replace(_example(row, prompt, tuple(cast(list[str], steps))), step_labels=step_labels)]
 
 
+LABELLED = (
+    Format(("prompt", "completion", "label"), read_labelled),
+    Format(("prompt", "chosen", "rejected"), read_pair_as_labelled),
+    Format(("chosen", "rejected"), read_pair_as_labelled),
+)
 FORMATS: dict[str, tuple[Format, ...]] = {
     "completions": (
         Format(("input_ids",), read_input_ids),
@@ -179,11 +193,10 @@ FORMATS: dict[str, tuple[Format, ...]] = {
         Format(("prompt", "chosen", "rejected"), read_pair),
         Format(("chosen", "rejected"), read_pair_without_prompt),
     ),
-    "labelled": (
-        Format(("prompt", "completion", "label"), read_labelled),
-        Format(("prompt", "chosen", "rejected"), read_pair_as_labelled),
-        Format(("chosen", "rejected"), read_pair_as_labelled),
-    ),
+    "triples": (Format(("prompt", "chosen", "rejected", "reference"), read_triple),),
+    "labelled": LABELLED,
+    "mismatched_labelled": LABELLED,
+    "weighted_labelled": LABELLED,
     "step_labels": (Format(("prompt", "completions", "labels"), read_steps),),
 }
 
@@ -301,6 +314,11 @@ def _template_kwargs(value: Any) -> Mapping[str, Any]:
 def _same_shape(first_name: str, first: Content, second_name: str, second: Content) -> None:
     if isinstance(first, str) != isinstance(second, str):
         raise RowError(f"{first_name} and {second_name} must both be texts or both be lists of messages")
+
+
+def _apart(chosen: Content, rejected: Content) -> None:
+    if chosen == rejected:
+        raise RowError("chosen and rejected are the same: nothing is preferred")
 
 
 def _described(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -15,6 +16,7 @@ from orchestrator.config import DataConfig
 from orchestrator.data.formats import Content
 from orchestrator.data.packing import Bin, best_fit_decreasing, wrapped
 from orchestrator.data.store import Store
+from orchestrator.mismatches import with_mismatches
 from orchestrator.pipeline import DataKind
 
 LEARNED = ("⟦", "⟧")
@@ -72,6 +74,8 @@ class Items:
         columns: dict[str, Any] = {}
         if "preferred" in self.kind.columns:
             columns["preferred"] = np.arange(rows) == 0
+        if "gold" in self.kind.columns:
+            columns["gold"] = np.arange(rows) == 2
         if "label" in self.kind.columns:
             columns["label"] = np.full(rows, self.store.label[index] == 1)
         for name, values in (("margin", self.store.margin), ("weight", self.store.weight)):
@@ -106,6 +110,12 @@ def packed(store: Store, data: DataConfig, kind: DataKind, max_length: int) -> t
         case "bfd":
             cut = sum(length > max_length for length in lengths)
             return Items(store, kind, best_fit_decreasing(lengths, max_length)), cut
+
+
+def drawn_together(kind: DataKind, items: Iterable[Batch], max_length: int) -> Batch:
+    """The rows of one batch. Mismatched rows need the others of their batch, so they are made here."""
+    batch = Batch.concat(items)
+    return with_mismatches(batch, max_length) if "mismatched" in kind.columns else batch
 
 
 def render(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> str:

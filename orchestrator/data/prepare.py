@@ -9,7 +9,7 @@ from actors.errors import DataError
 from orchestrator.config import DataConfig
 from orchestrator.data.fit import Fit, Limits
 from orchestrator.data.formats import Example, Format, Row, RowError
-from orchestrator.data.tokenise import Tokeniser
+from orchestrator.data.tokenise import Encoded, Tokeniser
 from orchestrator.pipeline import DataKind
 
 OPTIONAL = ("tools", "chat_template_kwargs", "labels", "completion_mask", "assistant_masks")
@@ -52,11 +52,17 @@ class Preparer:
         prepared: list[Prepared] = []
         fit = self.limits.fit_prompt if self.prompts_only else self.limits.fit_rows
         for (number, example), encoded in zip(read, self.tokeniser.encode([e for _, e in read]), strict=True):
-            if isinstance(encoded, RowError):
-                refuse(number, str(encoded))
-            else:
-                prepared.append(Prepared(number, example, fit(encoded)))
+            try:
+                prepared.append(Prepared(number, example, fit(_given(encoded))))
+            except RowError as error:
+                refuse(number, str(error))
         return prepared
+
+
+def _given(encoded: Encoded | RowError) -> Encoded:
+    if isinstance(encoded, RowError):
+        raise encoded
+    return encoded
 
 
 def limits_of(data: DataConfig, kind: DataKind, model_max_length: int) -> Limits:
@@ -77,6 +83,6 @@ def limits_of(data: DataConfig, kind: DataKind, model_max_length: int) -> Limits
 def wanted_columns(form: Format, kind: DataKind, data: DataConfig, found: Sequence[str]) -> list[str]:
     """Columns that reading needs. A column that happens to be called `weight` counts only if data.columns says so."""
     names = [*form.columns, *OPTIONAL]
-    names += ["prompt"] * (kind.name == "labelled") + ["margin"] * (kind.name == "pairs")
+    names += ["prompt"] * ("label" in kind.columns) + ["margin"] * ("preferred" in kind.columns)
     names += ["weight"] * ("weight" in data.columns)
     return [name for name in dict.fromkeys(names) if name in found]

@@ -28,7 +28,7 @@ from orchestrator.data import rows as raw
 from orchestrator.data import store as stored
 from orchestrator.data.fit import Limits
 from orchestrator.data.formats import Format, choose, without_nones
-from orchestrator.data.items import Item, Items, Prompt, packed, render
+from orchestrator.data.items import Item, Items, Prompt, drawn_together, packed, render
 from orchestrator.data.prepare import Preparer, wanted_columns
 from orchestrator.data.report import BadRows, DataReport
 from orchestrator.data.store import Record
@@ -74,7 +74,7 @@ class StreamSource:
     ) -> None:
         self.order = InStreamOrder()
         self._data, self._kind, self._tokeniser, self._limits = data, kind, tokeniser, limits
-        self._seed, self._pack_length = seed, data.max_length or model_max_length
+        self._seed, self._max_length = seed, data.max_length or model_max_length
         self._bad = BadRows(data.max_bad_rows)
         self._counts, self._record = _Counts(), Record()
         self._format: Format | None = None
@@ -110,7 +110,7 @@ class StreamSource:
         return Prompt(index, tokens, prompt or str(self._tokeniser.tokenizer.decode(list(tokens))), columns)
 
     def batch(self, positions: Sequence[int]) -> Batch:
-        return Batch.concat(self._rows(position) for position in positions)
+        return drawn_together(self._kind, map(self._rows, positions), self._max_length)
 
     def preview(self, index: int = 0) -> str:
         return render(self._rows(index), self._tokeniser.tokenizer)
@@ -156,7 +156,7 @@ class StreamSource:
         prepared = preparer.prepare(rows, lambda index, reason: bad.add(*chunk[index][:2], reason))
         bad.check()
         record = self._record if counted else Record()
-        items, cut = packed(stored.build(prepared, record), self._data, self._kind, self._pack_length)
+        items, cut = packed(stored.build(prepared, record), self._data, self._kind, self._max_length)
         if counted:
             record.truncated += Counter({"longer than a pack (data.packing=bfd)": cut})
             self._count(len(chunk), items)

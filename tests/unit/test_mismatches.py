@@ -36,3 +36,16 @@ def test_the_mask_of_a_completion_goes_with_it() -> None:
 def test_a_single_row_has_nobody_to_swap_with() -> None:
     with pytest.raises(ValueError, match="at least two examples in a batch, got 1"):
         with_mismatches(labelled().select([0]))
+
+
+def test_a_completion_of_the_same_prompt_is_no_mismatch() -> None:
+    """As where a pair was taken apart into its two answers."""
+    rows = Batch.build([2, 2, 2], tokens=[1, 11, 1, 12, 2, 21], mask=[False, True] * 3, group=[0, 1, 2])
+    doubled = with_mismatches(rows)
+    assert [doubled.row("tokens", row).tolist() for row in (1, 3, 5)] == [[1, 21], [1, 21], [2, 12]]
+
+
+def test_a_mismatched_row_is_cut_to_the_limit_and_the_given_rows_are_not() -> None:
+    doubled = with_mismatches(labelled(), max_length=3)
+    assert doubled.lengths.tolist() == [3, 3, 2, 3, 5, 3]
+    assert doubled.row("tokens", 1).tolist() == [1, 31, 32]

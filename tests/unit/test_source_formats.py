@@ -10,7 +10,17 @@ import pytest
 
 from actors.errors import DataError
 from orchestrator.data.formats import extract_prompt
-from orchestrator.pipeline import Completions, DataKind, Labelled, Pairs, Prompts, StepLabels
+from orchestrator.pipeline import (
+    Completions,
+    DataKind,
+    Labelled,
+    MismatchedLabelled,
+    Pairs,
+    Prompts,
+    StepLabels,
+    Triples,
+    WeightedLabelled,
+)
 from orchestrator.source import Prompt
 from tests.unit.source_stub import (
     MARKED_TEMPLATE,
@@ -154,6 +164,51 @@ def test_unpaired_pairs_alternate_so_that_every_batch_has_both_classes(tmp_path:
     assert source.preview(3) == "p⟦r1<eos>⟧"
 
 
+def test_a_triple_is_a_pair_with_the_gold_completion_as_its_third_row(tmp_path: Path) -> None:
+    row = {"prompt": "ab=", "chosen": "cd", "rejected": "e", "reference": "f"}
+    source = opened(write_rows(tmp_path / "d.jsonl", [row]), Triples)
+    batch = source.batch([0])
+    assert source.preview() == "ab=⟦cd<eos>⟧\nab=⟦e<eos>⟧\nab=⟦f<eos>⟧"
+    assert batch["preferred"].tolist() == [True, False, False]
+    assert batch["gold"].tolist() == [False, False, True]
+
+
+def test_a_batch_of_labelled_rows_has_a_mismatched_row_after_each_within_the_models_length(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "completion": "cde", "label": True}, {"prompt": "qrs", "completion": "d", "label": False}]
+    source = opened(write_rows(tmp_path / "d.jsonl", rows), MismatchedLabelled, model_max_length=5)
+    batch = source.batch([0, 1])
+    texts = [tokenizer().decode(batch.row("tokens", row).tolist()) for row in range(4)]
+    assert texts == ["pcde<eos>", "pd<eos>", "qrsd<eos>", "qrscd"]
+    assert batch["mismatched"].tolist() == [False, True, False, True]
+    assert batch["label"].tolist() == [True, True, False, False]
+    assert source.preview() == "p⟦cde<eos>⟧"
+
+
+def test_pairs_taken_apart_are_mismatched_across_prompts_in_their_own_order(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "chosen": "c", "rejected": "r"}, {"prompt": "q", "chosen": "s", "rejected": "t"}]
+    batch = opened(write_rows(tmp_path / "d.jsonl", rows), MismatchedLabelled).batch(range(4))
+    mismatched = [batch.row("tokens", row).tolist() for row in np.flatnonzero(batch["mismatched"])]
+    assert [tokenizer().decode(row) for row in mismatched] == ["pt<eos>", "pt<eos>", "qr<eos>", "qr<eos>"]
+
+
+def test_undesirable_rows_weigh_less_the_less_their_prompts_look_like_desirable_ones(tmp_path: Path) -> None:
+    words = {True: ["aab", "aba", "baa", "bab"], False: ["xxy", "xyx", "yxx", "yxy"]}
+    rows = [{"prompt": p, "completion": "c", "label": label} for label in words for p in words[label] * 8]
+    strange = [{"prompt": "aab", "completion": "d", "label": False}] * 4
+    source = opened(write_rows(tmp_path / "d.jsonl", [*rows, *strange]), WeightedLabelled)
+    weight = source.batch(range(len(source)))["weight"]
+    assert (weight[:32] == 1).all()
+    assert weight[32:64].max() < weight[64:].min()
+
+
+def test_a_column_of_weights_is_taken_as_it_is_and_a_stream_needs_one(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "completion": "c", "label": False, "odds": odds} for odds in (0.5, 2.0)]
+    file = write_rows(tmp_path / "d.jsonl", rows)
+    assert opened(file, WeightedLabelled, columns={"weight": "odds"}).batch([0, 1])["weight"].tolist() == [0.5, 2.0]
+    with pytest.raises(DataError, match=r"data\.columns\.weight=ITS_NAME"):
+        opened(file, WeightedLabelled, streaming=True)
+
+
 def test_process_labels_stand_at_the_last_token_of_their_step(tmp_path: Path) -> None:
     row = {"prompt": "p", "completions": ["ab", "c"], "labels": [True, False]}
     batch = opened(write_rows(tmp_path / "d.jsonl", [row]), StepLabels).item(0).batch
@@ -189,6 +244,9 @@ def test_a_conversational_prompt_opens_the_answer_and_one_that_began_the_answer_
         (Completions, {"messages": [{"content": "q"}]}, "no `role`"),
         (Completions, {"input_ids": [1, 2], "labels": [1]}, "labels has 1 entries for 2"),
         (Labelled, {"prompt": "a", "completion": "b", "label": 2}, "not true or false"),
+        (Pairs, {"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen and rejected are the same"),
+        (Pairs, {"chosen": [assistant("b")], "rejected": [assistant("b")]}, "chosen and rejected are the same"),
+        (Triples, {"prompt": "a", "chosen": "b", "rejected": "c", "reference": [assistant("b")]}, "both be texts"),
         (StepLabels, {"prompt": "a", "completions": ["b"], "labels": [True, True]}, "one entry per step"),
         (Completions, {"messages": [user("q")], "tools": "{"}, "tools is not JSON"),
     ],
