@@ -2,9 +2,10 @@
 
 Everything is generated from a seed, so that the same name and seed are the same bits everywhere, without a download.
 
-arithmetic   a model of 1.3M parameters that knows nothing; two-digit additions with their answers; and, as
-             `arithmetic_sft`, worked additions in which most carries of the ones are forgotten, so that supervised
-             fine-tuning alone gets stuck
+arithmetic   a model of 1.3M parameters that knows nothing; two-digit additions with their answers; as `arithmetic_sft`,
+             worked additions in which most carries of the ones are forgotten, so that supervised fine-tuning alone gets
+             stuck; and, as `arithmetic_pairs`, `_triples` and `_labelled`, right answers beside those with the carry
+             forgotten, so that preference optimisation takes it on from there
 skewed       models with random weights that end their completions at a constant rate, and random text whose lengths
              are as skewed as those of real data: a workload for measuring speed
 """
@@ -62,6 +63,38 @@ def arithmetic_sft(*, seed: int, split: str, rows: int | None = None, forgotten:
     return {"prompt": [f"{a}+{b}=" for a, b in problems], "completion": answers}
 
 
+def arithmetic_pairs(*, seed: int, split: str, rows: int | None = None) -> dict[str, list[str]]:
+    """Additions whose ones carry: `prompt`, `chosen` (the sum), `rejected` (the sum without the carry)."""
+    problems = _shuffled(_carrying(split), seed, rows)
+    return {
+        "prompt": [f"{a}+{b}=" for a, b in problems],
+        "chosen": [str(a + b) for a, b in problems],
+        "rejected": [_without_carry(a, b) for a, b in problems],
+    }
+
+
+def arithmetic_triples(*, seed: int, split: str, rows: int | None = None) -> dict[str, list[str]]:
+    """As `arithmetic_pairs`, but what is chosen is right or at least carries: in half of the rows its last digit is one
+    off; `reference` is the sum."""
+    problems = _shuffled(_carrying(split), seed, rows)
+    sums = np.array([a + b for a, b in problems])
+    slips = np.random.default_rng([seed, 2]).random(len(problems)) < 0.5
+    chosen = sums // 10 * 10 + (sums + slips) % 10
+    pairs = arithmetic_pairs(seed=seed, split=split, rows=rows)
+    return {**pairs, "chosen": [str(answer) for answer in chosen], "reference": [str(answer) for answer in sums]}
+
+
+def arithmetic_labelled(
+    *, seed: int, split: str, rows: int | None = None, desirable: float = 0.5
+) -> dict[str, list[str] | list[bool]]:
+    """Additions whose ones carry, with one answer each: `prompt`, `completion`, `label`. With probability
+    `desirable` it is the sum and the label true; else the carry is forgotten."""
+    problems = _shuffled(_carrying(split), seed, rows)
+    labels = (np.random.default_rng([seed, 3]).random(len(problems)) < desirable).tolist()
+    answers = [str(a + b) if right else _without_carry(a, b) for (a, b), right in zip(problems, labels, strict=True)]
+    return {"prompt": [f"{a}+{b}=" for a, b in problems], "completion": answers, "label": labels}
+
+
 def skewed(*, seed: int, split: str, rows: int = 512, max_length: int = 256) -> dict[str, list[str]]:
     """Random letters: `prompt`, `completion`, together `max_length` x Beta(0.9, 2.1) tokens with the end-of-sequence
     token; a quarter of that is the prompt."""
@@ -75,9 +108,12 @@ def skewed(*, seed: int, split: str, rows: int = 512, max_length: int = 256) -> 
     }
 
 
-DATASETS: dict[str, Callable[..., dict[str, list[str]]]] = {
+DATASETS: dict[str, Callable[..., dict[str, Any]]] = {
     "arithmetic": arithmetic,
     "arithmetic_sft": arithmetic_sft,
+    "arithmetic_pairs": arithmetic_pairs,
+    "arithmetic_triples": arithmetic_triples,
+    "arithmetic_labelled": arithmetic_labelled,
     "skewed": skewed,
 }
 
@@ -103,6 +139,11 @@ def _problems(split: str) -> list[tuple[int, int]]:
     cut = len(pairs) // 10
     chosen = [pairs[i] for i in (order[:cut] if split == "test" else order[cut:])]
     return [*chosen, *((b, a) for a, b in chosen if a != b)]
+
+
+def _carrying(split: str) -> list[tuple[int, int]]:
+    """Those problems of a split of which the wrong answer differs from the right one."""
+    return [(a, b) for a, b in _problems(split) if a % 10 + b % 10 >= 10]
 
 
 def _shuffled(problems: list[tuple[int, int]], seed: int, rows: int | None) -> list[tuple[int, int]]:

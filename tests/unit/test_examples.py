@@ -137,3 +137,29 @@ def test_completions_of_a_skewed_model_end_at_a_constant_rate_and_never_pad(tmp_
     assert (ending.std() / ending.mean()).item() < 0.3
     assert ending[:, 48:].mean().item() == pytest.approx(ending[:, :48].mean().item(), rel=0.15)
     assert probabilities[..., 0].max().item() < 1e-9
+
+
+def test_preference_data_sets_a_right_answer_against_one_with_the_carry_forgotten() -> None:
+    for prompt, chosen, rejected in zip(*_columns("arithmetic_pairs", "prompt", "chosen", "rejected"), strict=True):
+        a, b = map(int, prompt.rstrip("=").split("+"))
+        assert (int(chosen), int(rejected)) == (a + b, a + b - 10)
+
+
+def test_the_gold_answer_of_a_triple_is_right_and_its_chosen_one_carries_but_may_be_one_off() -> None:
+    gold, chosen, rejected = _columns("arithmetic_triples", "reference", "chosen", "rejected")
+    assert all(int(right) - 10 == int(wrong) for right, wrong in zip(gold, rejected, strict=True))
+    assert all(int(right) // 10 == int(answer) // 10 for right, answer in zip(gold, chosen, strict=True))
+    right = np.mean([one == other for one, other in zip(gold, chosen, strict=True)])
+    assert right == pytest.approx(0.5, abs=0.03)
+
+
+def test_a_label_is_true_exactly_where_the_answer_is_right_and_as_often_as_was_asked_for() -> None:
+    prompts, completions, labels = _columns("arithmetic_labelled", "prompt", "completion", "label", desirable=0.3)
+    sums = [sum(map(int, prompt.rstrip("=").split("+"))) for prompt in prompts]
+    assert [int(answer) == right for answer, right in zip(completions, sums, strict=True)] == labels
+    assert np.mean(labels) == pytest.approx(0.3, abs=0.03)
+
+
+def _columns(name: str, *columns: str, **options: float) -> list[list]:
+    data = examples.dataset(name, seed=0, split="train", **options)
+    return [list(data[column]) for column in columns]
