@@ -72,8 +72,10 @@ class Engine(Protocol):
         ...
 
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Replace all weights, given under Hugging Face names. Running requests continue with the new ones; nothing
-        that was computed with the old ones (a prefix cache, say) is reused for new requests."""
+        """Replace all weights, given under Hugging Face names. Running requests continue with the new ones. Nothing
+        that was computed with the old ones (keys and values, a prefix cache) is used again: the log-probability of a
+        token is that of its one version. Raises, and is not to be used any more, if a parameter of the model is
+        missing."""
         ...
 
     def sleep(self) -> None:

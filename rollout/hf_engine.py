@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from actors.errors import ConfigError, InfraFailure
+from actors.errors import ConfigError, DataFailure, InfraFailure
 from rollout.engine import EngineSpec, Finished
 from rollout.sampling import Completion, Finish, Request, Sampling, sample_seed
 from rollout.stopping import StopRule, end_token_ids, require_model, token_budget
@@ -79,6 +79,10 @@ class HfEngine:
 
     def add(self, request: Request) -> None:
         budget = token_budget(request, self._spec.max_model_len)
+        vocab = self._model.config.get_text_config().vocab_size
+        strays = [token for token in request.prompt if not 0 <= token < vocab]
+        if strays:
+            raise DataFailure(f"request {request.id}: token {strays[0]} is not in the vocabulary of {vocab}")
         self._done[request.id] = []
         rows = [_Row(index, _generator(request, index, self._device)) for index in range(request.n)]
         for start in range(0, request.n, self._spec.max_concurrency):

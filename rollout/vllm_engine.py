@@ -7,7 +7,9 @@ else is decoded or where; the prefix cache shares the prompt.
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,9 +32,8 @@ ENVIRONMENT = {  # vLLM and torch read these when they are imported
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine steps in this process
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else each tensor-parallel worker wants a NUMA node to itself
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # of tensor-parallel workers: a fork of a process with threads may hang
-    "TORCH_COMPILE_DISABLE": "1",  # else the first step compiles the sampler for 4 to 39 s
-    "OMP_WAIT_POLICY": "PASSIVE",  # a spinning OpenMP thread costs a busy machine nine tenths of its throughput
 }
 
 
@@ -66,12 +67,14 @@ class VllmEngine:
         self._llm.set_weight_version(str(version))  # from here on it stands beside every token
 
     def add(self, request: Request) -> None:
+        from vllm.exceptions import VLLMClientError
+
         budget = token_budget(request, self._max_model_len)
         self._running[request.id] = _Running(request)
         try:
             for index in range(request.n):
                 self._add_sample(request, index, budget)
-        except ValueError as error:  # vLLM's word for a request that it will never run
+        except (ValueError, VLLMClientError) as error:
             self.abort(request.id)
             raise DataFailure(f"request {request.id}: vLLM refuses it: {error}") from error
 
@@ -143,6 +146,10 @@ class VllmEngine:
 
 def _start(spec: EngineSpec) -> LLMEngine:
     os.environ.update(ENVIRONMENT)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # says that a CPU has no Triton
+    if spec.gpus == 0:
+        _do_not_compile()
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -162,6 +169,7 @@ def _start(spec: EngineSpec) -> LLMEngine:
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",  # a request says all; a model folder's generation_config.json adds nothing
         "disable_log_stats": True,
+        "use_tqdm_on_load": False,
     }
     set_num_threads = torch.set_num_threads
     set_num_threads(spec.threads)
@@ -169,6 +177,14 @@ def _start(spec: EngineSpec) -> LLMEngine:
         return LLMEngine.from_engine_args(EngineArgs(**{**arguments, **spec.options}))
     finally:
         torch.set_num_threads = set_num_threads  # vLLM's CPU worker disables it for the whole process
+
+
+def _do_not_compile() -> None:
+    """On a CPU the first step would compile the sampler for 4 to 39 s, and gain nothing."""
+    import torch._dynamo
+
+    os.environ["TORCH_COMPILE_DISABLE"] = "1"  # for processes that vLLM starts
+    torch._dynamo.config.disable = True  # here, where torch has read its environment long ago
 
 
 def _reload(worker: Any, weights: list[tuple[str, Tensor]]) -> None:

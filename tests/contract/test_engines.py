@@ -25,14 +25,17 @@ MAX_MODEL_LEN = 256
 MAX_CONCURRENCY = 8
 PROMPT = (5, 9, 14, 20, 33)
 LONG_PROMPT = tuple(2 + (7 * place) % 60 for place in range(200))  # longer than a block of vLLM's prefix cache
-SUBJECTS = {
-    "vllm-tied": ("vllm", True, "float32"),
-    "vllm-untied": ("vllm", False, "float32"),
-    "vllm-bf16": ("vllm", True, "bfloat16"),
-    "hf-tied": ("hf", True, "float32"),
-    "hf-untied": ("hf", False, "float32"),
-    "hf-bf16": ("hf", True, "bfloat16"),
-    "scripted": ("scripted", True, "float32"),
+SUBJECTS: dict[
+    str, tuple[str, bool, dict[str, Any]]
+] = {  # kind, whether the model's embeddings are tied, specification
+    "vllm-tied": ("vllm", True, {}),
+    "vllm-untied": ("vllm", False, {}),
+    "vllm-bf16": ("vllm", True, {"dtype": "bfloat16"}),
+    "vllm-two-ranks": ("vllm", True, {"tensor_parallel": 2}),
+    "hf-tied": ("hf", True, {}),
+    "hf-untied": ("hf", False, {}),
+    "hf-bf16": ("hf", True, {"dtype": "bfloat16"}),
+    "scripted": ("scripted", True, {}),
 }
 Weights = list[tuple[str, torch.Tensor]]
 
@@ -86,21 +89,20 @@ class Subject:
         return np.abs(chosen.numpy() - completion.logps)
 
 
-def build(name: str, root: Path, options: dict[str, Any] | None = None) -> Subject:
+def build(name: str, root: Path) -> Subject:
     from transformers import AutoModelForCausalLM
 
-    kind, tied, dtype = SUBJECTS[name]
+    kind, tied, settings = SUBJECTS[name]
     folder = tiny_model_folder(root, hidden=128, tied=tied)
     spec = EngineSpec(
         kind,
         str(folder),
-        dtype=dtype,
         max_model_len=MAX_MODEL_LEN,
         max_concurrency=MAX_CONCURRENCY,
         kv_cache_gib=0.05,
-        options=options or {},
+        **settings,
     )
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, spec.dtype)).eval()
     original = [(name, parameter.detach().clone()) for name, parameter in reference.named_parameters()]
     return Subject(build_engine(spec), spec, reference, original)
 
@@ -138,7 +140,7 @@ MODELS = ("vllm-tied", "vllm-untied", "hf-tied", "hf-untied")
 ENGINES = ("vllm-tied", "hf-tied", "scripted")
 
 
-@on(*MODELS)
+@on(*MODELS, "vllm-two-ranks")
 def test_greedy_tokens_are_the_models_argmax(subject: Subject) -> None:
     completion = subject.one(Request("greedy", PROMPT, 1, Sampling(40, temperature=0), seed=1))
     assert completion.tokens.tolist() == subject.logits(PROMPT, completion).argmax(-1).tolist()
@@ -256,6 +258,13 @@ def test_a_prompt_without_room_for_a_token_is_a_data_failure(subject: Subject) -
     assert not subject.engine.busy
 
 
+@on("vllm-tied", "hf-tied")
+def test_a_token_outside_the_vocabulary_is_a_data_failure_and_the_engine_goes_on(subject: Subject) -> None:
+    with pytest.raises(DataFailure, match="vocab"):
+        subject.engine.add(Request("stray", (5, 64), 2, Sampling(4), seed=1))
+    assert set(subject.run(Request("good", PROMPT, 2, Sampling(4), seed=1))) == {"good"}
+
+
 @on(*ENGINES)
 def test_a_sample_is_no_longer_than_the_context_leaves_room_for(subject: Subject) -> None:
     prompt = tuple(2 + place % 50 for place in range(MAX_MODEL_LEN - 3))
@@ -298,7 +307,7 @@ def test_every_token_carries_the_version_that_produced_it(subject: Subject) -> N
     assert subject.engine.version == 5
 
 
-@on(*MODELS)
+@on(*MODELS, "vllm-two-ranks")
 def test_tokens_after_new_weights_have_exactly_the_log_probabilities_of_these(subject: Subject) -> None:
     subject.engine.add(Request("a", LONG_PROMPT, 3, Sampling(20), seed=14))
     for _ in range(4):
@@ -310,7 +319,7 @@ def test_tokens_after_new_weights_have_exactly_the_log_probabilities_of_these(su
         assert error[completion.versions == 0].max() > 1e-2, "the two versions do not differ: this test shows nothing"
 
 
-@on(*MODELS)
+@on(*MODELS, "vllm-two-ranks")
 def test_greedy_tokens_follow_new_weights_although_the_prompt_was_cached_and_requests_were_running(
     subject: Subject,
 ) -> None:
