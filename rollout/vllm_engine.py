@@ -165,6 +165,7 @@ def _start(spec: EngineSpec) -> LLMEngine:
         "enforce_eager": spec.gpus == 0,
         "enable_sleep_mode": spec.gpus > 0,
         "enable_prefix_caching": True,
+        **_whole_prompts(spec),
         "async_scheduling": False,  # a step returns what it sampled: weights change between tokens, not somewhere near
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",  # a request says all; a model folder's generation_config.json adds nothing
@@ -177,6 +178,14 @@ def _start(spec: EngineSpec) -> LLMEngine:
         return LLMEngine.from_engine_args(EngineArgs(**{**arguments, **spec.options}))
     finally:
         torch.set_num_threads = set_num_threads  # vLLM's CPU worker disables it for the whole process
+
+
+def _whole_prompts(spec: EngineSpec) -> dict[str, Any]:
+    """On a CPU a prompt is computed in one step. In pieces, vLLM rewinds the random state of a seeded request after each,
+    which only a GPU's generator can do: on a CPU the engine breaks ("CPU Generator does not use offset")."""
+    if spec.gpus:
+        return {}
+    return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, spec.max_model_len)}
 
 
 def _do_not_compile() -> None:
