@@ -29,7 +29,7 @@ SUBJECTS: dict[
     str, tuple[str, bool, dict[str, Any]]
 ] = {  # kind, whether the model's embeddings are tied, specification
     "vllm-tied": ("vllm", True, {}),
-    "vllm-untied": ("vllm", False, {}),
+    "vllm-untied": ("vllm", False, {"options": {"max_num_batched_tokens": MAX_MODEL_LEN}}),
     "vllm-bf16": ("vllm", True, {"dtype": "bfloat16"}),
     "vllm-two-ranks": ("vllm", True, {"tensor_parallel": 2}),
     "hf-tied": ("hf", True, {}),
@@ -282,6 +282,12 @@ def test_requests_beyond_the_concurrency_limit_all_finish(subject: Subject) -> N
 
 
 @on(*ENGINES)
+def test_more_prompt_tokens_than_fit_into_one_step_are_no_obstacle_to_seeded_samples(subject: Subject) -> None:
+    prompts = [tuple(2 + (7 * place + shift) % 60 for place in range(200)) for shift in range(1, 5)]
+    requests = [Request(f"burst/{i}", prompt, 2, Sampling(4), seed=i) for i, prompt in enumerate(prompts)]
+    assert {name: len(samples) for name, samples in subject.run(*requests).items()} == {r.id: 2 for r in requests}
+
+
 def test_an_aborted_request_never_finishes_and_the_others_do(subject: Subject) -> None:
     doomed, kept = (Request(name, PROMPT, 2, Sampling(12), seed=12) for name in ("doomed", "kept"))
     subject.engine.add(doomed)
