@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
 
+from rollout.weights.fingerprint import Fingerprint
 from rollout.weights.protocol import Manifest, TensorMeta
+
+ALIGNMENT = 16  # bytes; a view in another dtype must begin at a multiple of its size
+Staged = list[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -26,31 +31,64 @@ class ManifestOf:
         return self.dtype if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
 
 
-def fill(manifest: Manifest, weights: Iterable[tuple[str, Tensor]]) -> Iterator[Tensor]:
-    """Flat uint8 buckets of the weights, cast to the manifest's dtypes. Each bucket is a buffer of its own, so one may
-    be in flight while the next is filled. Raises ValueError if the weights are not the manifest's."""
+def fill(manifest: Manifest, weights: Iterable[tuple[str, Tensor]], *, reuse: bool = False) -> Iterator[Tensor]:
+    """Flat uint8 buckets of the weights, cast to the manifest's dtypes; the same bytes for the same weights. Raises
+    ValueError if the weights are not the manifest's, in its order.
+
+    Each bucket has memory of its own, unless with `reuse` two buffers take turns: for a caller who is done with one
+    bucket by the time that it asks for the next but one.
+    """
     stream = iter(weights)
-    for bucket in manifest.buckets():
-        flat: Tensor | None = None
-        offset = 0
-        for meta in bucket:
-            name, tensor = next(stream)
-            if name != meta.name or tuple(tensor.shape) != meta.shape:
-                raise ValueError(f"expected {meta.name} {meta.shape}, the trainer sends {name} {tuple(tensor.shape)}")
-            if flat is None:
-                flat = torch.empty(sum(m.nbytes for m in bucket), dtype=torch.uint8, device=tensor.device)
-            target = flat[offset : offset + meta.nbytes].view(getattr(torch, meta.dtype))
-            target.copy_(tensor.detach().reshape(-1))
-            offset += meta.nbytes
-        assert flat is not None
+    first = list(islice(stream, 1))
+    stream = chain(first, stream)
+    device = first[0][1].device if first else torch.device("cpu")
+    sizes = [bucket_bytes(bucket) for bucket in manifest.buckets()]
+    turns = [torch.empty(max(sizes), dtype=torch.uint8, device=device) for _ in sizes[:2]] if reuse else []
+    for index, (bucket, size) in enumerate(zip(manifest.buckets(), sizes, strict=True)):
+        flat = turns[index % 2][:size] if reuse else torch.empty(size, dtype=torch.uint8, device=device)
+        if size > sum(meta.nbytes for meta in bucket):
+            flat.zero_()  # what alignment leaves open is part of the fingerprint
+        for meta, (_, target) in zip(bucket, unfold(bucket, flat), strict=True):
+            target.copy_(_next(stream, meta))  # before the next is drawn: a gathered tensor may be gone by then
         yield flat
+    for name, _ in stream:
+        raise ValueError(f"the trainer sends {name}, which the manifest does not have")
 
 
-def unfold(bucket: tuple[TensorMeta, ...], flat: Tensor) -> list[tuple[str, Tensor]]:
-    """The tensors of a received bucket, as views of it."""
-    tensors, offset = [], 0
+def stage(manifest: Manifest, flats: Iterable[Tensor]) -> tuple[Staged, str]:
+    """All tensors of the buckets as they arrive, as views of them, and their fingerprint. Raises ValueError if the
+    buckets are not the manifest's."""
+    fingerprint, staged = Fingerprint(), Staged()
+    for bucket, flat in zip(manifest.buckets(), flats, strict=True):
+        if flat.numel() != bucket_bytes(bucket):
+            raise ValueError(f"a bucket of {flat.numel()} bytes, the manifest says {bucket_bytes(bucket)}")
+        fingerprint.update(flat)
+        staged += unfold(bucket, flat)
+    return staged, fingerprint.digest()
+
+
+def unfold(bucket: tuple[TensorMeta, ...], flat: Tensor) -> Staged:
+    """The tensors of a bucket, as views of it."""
+    tensors, offset = Staged(), 0
     for meta in bucket:
         values = flat[offset : offset + meta.nbytes].view(getattr(torch, meta.dtype)).view(meta.shape)
         tensors.append((meta.name, values))
-        offset += meta.nbytes
+        offset += _aligned(meta.nbytes)
     return tensors
+
+
+def bucket_bytes(bucket: tuple[TensorMeta, ...]) -> int:
+    """The size of a bucket on the wire, with the gaps that alignment leaves."""
+    return sum(_aligned(meta.nbytes) for meta in bucket)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _next(stream: Iterator[tuple[str, Tensor]], meta: TensorMeta) -> Tensor:
+    name, tensor = next(stream, (None, None))
+    if tensor is None or name != meta.name or tuple(tensor.shape) != meta.shape:
+        sent = "nothing more" if tensor is None else f"{name} {tuple(tensor.shape)}"
+        raise ValueError(f"expected {meta.name} {meta.shape}, the trainer sends {sent}")
+    return tensor.detach()

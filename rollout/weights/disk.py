@@ -8,24 +8,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from actors.errors import InfraFailure
-from rollout.weights.buckets import fill, unfold
+from rollout.weights.buckets import Staged, fill, stage
 from rollout.weights.fingerprint import Fingerprint
 from rollout.weights.protocol import SendReport, SyncOrder
 
 
-def _file(order: SyncOrder) -> Path:
-    assert order.folder is not None
-    return Path(order.folder) / f"version-{order.version}.safetensors"
-
-
 @dataclass(frozen=True)
 class DiskWrite:
-    """An export consumer: writes the buckets beside their final name and renames. Older versions are removed."""
+    """An export consumer: writes the buckets beside their final name and renames. Other versions are removed."""
 
     order: SyncOrder
 
@@ -37,13 +32,10 @@ class DiskWrite:
             fingerprint.update(host)
             buckets[f"{index:06d}"] = host
         file = _file(self.order)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".tmp-{os.getpid()}")
-        save_file(buckets, temporary)
-        temporary.replace(file)
-        for older in file.parent.glob("version-*.safetensors"):
-            if older != file:
-                older.unlink(missing_ok=True)
+        _write_whole(file, buckets)
+        for other in file.parent.glob("version-*.safetensors"):
+            if other != file:
+                other.unlink(missing_ok=True)
         return SendReport(self.order.version, fingerprint.digest(), (), {}, time.perf_counter() - began)
 
 
@@ -51,17 +43,30 @@ class DiskReceiver:
     def __init__(self, member: str) -> None:
         self._member = member
 
-    def receive(self, order: SyncOrder, payload: object = None) -> tuple[list[tuple[str, Tensor]], str]:
+    def receive(self, order: SyncOrder, payload: object = None) -> tuple[Staged, str]:
+        file = _file(order)
         try:
-            buckets = load_file(_file(order))
-        except (OSError, ValueError) as error:
-            raise InfraFailure(f"{self._member}: no weights at {_file(order)}: {error}") from None
-        fingerprint, staged = Fingerprint(), list[tuple[str, Tensor]]()
-        for bucket, name in zip(order.manifest.buckets(), sorted(buckets), strict=True):
-            flat = torch.as_tensor(buckets[name])
-            fingerprint.update(flat)
-            staged += unfold(bucket, flat)
-        return staged, fingerprint.digest()
+            buckets = load_file(file)
+            return stage(order.manifest, (buckets[name] for name in sorted(buckets)))
+        except (OSError, ValueError, SafetensorError) as error:
+            raise InfraFailure(f"{self._member}: no weights of version {order.version} at {file}: {error}") from None
 
     def close(self) -> None:
-        pass
+        """Nothing is held between two orders."""
+
+
+def _file(order: SyncOrder) -> Path:
+    if order.folder is None:
+        raise ValueError(f"order {order.id} travels by disk and names no folder")
+    return Path(order.folder) / f"version-{order.version}.safetensors"
+
+
+def _write_whole(file: Path, buckets: dict[str, Tensor]) -> None:
+    """The file is there with all of its bytes, or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(f".tmp-{os.getpid()}")
+    try:
+        save_file(buckets, temporary)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)

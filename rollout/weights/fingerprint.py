@@ -1,4 +1,4 @@
-"""A fingerprint of the bytes that travelled: equal on sender and receiver exactly if they hold the same weights."""
+"""A fingerprint of the bytes that travelled. Sender and receiver hold the same weights if theirs are equal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ _MIX = 0x9E3779B1  # odd, so that multiplying by it loses nothing modulo 2**64
 
 class Fingerprint:
     """Fed with flat uint8 buckets in the order of sending. On a CPU a hash of the bytes; on an accelerator a position-
-    weighted checksum that is computed there, so that nothing is copied off the device. The prefix names which."""
+    weighted checksum that is computed there, so that nothing is copied off the device. The prefix names which, so that
+    two that were not computed alike never look equal."""
 
     def __init__(self) -> None:
         self._hash = xxhash.xxh3_64()
@@ -20,7 +21,7 @@ class Fingerprint:
 
     def update(self, bucket: Tensor) -> None:
         if bucket.device.type == "cpu":
-            self._hash.update(memoryview(bucket.numpy()))
+            self._hash.update(bucket.numpy().data)
             return
         self._kind = "sum64"
         words = torch.nn.functional.pad(bucket, (0, -bucket.numel() % 4)).view(torch.int32).to(torch.int64)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from actors.errors import InfraFailure
-from rollout.weights.buckets import fill, unfold
+from rollout.weights.buckets import Staged, fill, stage
 from rollout.weights.fingerprint import Fingerprint
 from rollout.weights.protocol import Manifest, SendReport, SyncOrder
 
@@ -44,15 +44,13 @@ class ObjectStoreReceiver:
     def __init__(self, member: str) -> None:
         self._member = member
 
-    def receive(self, order: SyncOrder, payload: object = None) -> tuple[list[tuple[str, Tensor]], str]:
+    def receive(self, order: SyncOrder, payload: object = None) -> tuple[Staged, str]:
         if not isinstance(payload, list):
             raise InfraFailure(f"{self._member}: order {order.id} came without its weights")
-        fingerprint, staged = Fingerprint(), list[tuple[str, Tensor]]()
-        for bucket, array in zip(order.manifest.buckets(), payload, strict=True):
-            flat = torch.tensor(array)  # a copy: the object store's memory is read-only
-            fingerprint.update(flat)
-            staged += unfold(bucket, flat)
-        return staged, fingerprint.digest()
+        try:
+            return stage(order.manifest, (torch.tensor(array) for array in payload))  # copied: it is mapped read-only
+        except ValueError as error:
+            raise InfraFailure(f"{self._member}: order {order.id} came with other weights: {error}") from None
 
     def close(self) -> None:
-        pass
+        """Nothing is held between two orders."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -68,6 +68,7 @@ class Rendezvous:
     epoch: str
     members: tuple[str, ...]
     timeout_s: float
+    topology: Literal["each", "all"] = "each"  # a broadcast of its own for every member, or one for all of them
 
 
 @dataclass(frozen=True)
