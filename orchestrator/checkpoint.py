@@ -54,24 +54,29 @@ class CheckpointStore:
         self.folder, self.keep = folder, keep
 
     async def write(self, writer: Callable[[Path], Awaitable[None]], state: RunState) -> Checkpoint:
-        """Let `writer` fill a folder, then make it a checkpoint. Nothing is left behind if it fails."""
+        """Let `writer` fill a folder, then make it a checkpoint. If that fails, nothing is left behind and those
+        before it are as they were. Raises RunError if the disk does not take it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._sweep()
         temporary = self.folder / f".tmp-{state.total_step}-{uuid.uuid4().hex[:8]}"
         temporary.mkdir()
         try:
             await writer(temporary)
-            return await asyncio.to_thread(self._commit, temporary, state)
-        except BaseException:
+            return await _to_the_end(self._commit, temporary, state)
+        except OSError as error:
+            raise RunError(
+                f"the checkpoint of step {state.total_step} could not be written below {self.folder}: {error}; the one "
+                f"before it is intact: make room, then `troupe resume`"
+            ) from error
+        finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint whose files are what its manifest says; warns about every one that it passes over."""
         for path in reversed(self._committed()):
             problem = verify(path)
             if problem is None:
-                return Checkpoint(path, RunState(**json.loads((path / STATE).read_text())))
+                return Checkpoint(path, _read_state(path))
             warnings.warn(f"checkpoint passed over: {problem}", stacklevel=2)
         return None
 
@@ -83,13 +88,20 @@ class CheckpointStore:
         for path in (temporary / MANIFEST, *(p for p in temporary.rglob("*") if p.is_dir()), temporary):
             _sync(path)
         final = self.folder / f"step-{state.total_step:08d}"
-        if final.exists():  # of a run that was resumed from before it
+        if final.exists():  # passed over when the run was resumed, or it would have been resumed from there
             shutil.rmtree(final)
         temporary.rename(final)
         _sync(self.folder)
-        for older in self._committed()[: -self.keep]:
-            shutil.rmtree(older, ignore_errors=True)
+        self._prune(final)
         return Checkpoint(final, state)
+
+    def _prune(self, newest: Path) -> None:
+        """Only the newest `keep` are left. Later steps go too: they were passed over when the run was resumed, and must
+        neither count nor come up again."""
+        committed = self._committed()
+        upto = committed.index(newest) + 1
+        for path in (*committed[: max(0, upto - self.keep)], *committed[upto:]):
+            shutil.rmtree(path, ignore_errors=True)
 
     def _committed(self) -> list[Path]:
         if not self.folder.is_dir():
@@ -116,6 +128,27 @@ def verify(path: Path) -> str | None:
     return None if STATE in manifest else f"{path}: the manifest has no {STATE}"
 
 
+def _read_state(path: Path) -> RunState:
+    values = json.loads((path / STATE).read_text())
+    try:
+        return RunState(**values)
+    except TypeError as error:
+        raise RunError(
+            f"{path / STATE} is not of this version of Troupe ({error}): resume with the one that wrote it"
+        ) from error
+
+
+async def _to_the_end(work: Callable[[Path, RunState], Checkpoint], temporary: Path, state: RunState) -> Checkpoint:
+    """In a thread. Returns or raises only when it is over: a thread cannot be cancelled, and nothing may be taken away
+    under its hands. It waits for the disk, which the system ends."""
+    working = asyncio.ensure_future(asyncio.to_thread(work, temporary, state))
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        await asyncio.wait({working})
+        raise
+
+
 def _sealed(file: Path) -> dict[str, Any]:
     _sync(file)
     return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
@@ -127,11 +160,9 @@ def _sha256(file: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    """On the disk, not only in its cache. Raises RunError if the disk refuses."""
+    """On the disk, not only in its cache. Raises OSError if the disk refuses."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError as error:
-        raise RunError(f"{path} could not be written to the disk: {error.strerror}") from error
     finally:
         os.close(descriptor)

@@ -1,0 +1,115 @@
+"""Checkpoints under `kill -9`, a full disk and flipped bits: one is always valid, and it never goes backwards."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from orchestrator.checkpoint import Checkpoint, CheckpointStore
+
+KILLS = 25
+KEEP = 2
+WRITER = """
+import asyncio, os, resource, signal, sys
+from pathlib import Path
+from orchestrator.checkpoint import CheckpointStore, RunState
+
+folder, keep, largest = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+if largest:  # bytes that the disk takes
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+
+async def fill(path):
+    for rank in range(3):
+        (path / f"rank{rank}.pt").write_bytes(os.urandom(150_000))
+
+async def main():
+    store = CheckpointStore(folder, keep=keep)
+    found = store.latest()
+    step = found.state.total_step if found else 0
+    while True:
+        step += 1
+        await store.write(fill, RunState("p", 0, step, step, step, {}, 0))
+        print(step, flush=True)
+
+asyncio.run(main())
+"""
+
+
+class Writer:
+    """A process that goes on from the newest checkpoint and writes one after the other, as fast as it can."""
+
+    def __init__(self, folder: Path, largest_file: int = 0) -> None:
+        arguments = [sys.executable, "-c", WRITER, str(folder), str(KEEP), str(largest_file)]
+        self.process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def kill_after(self, seconds: float) -> list[int]:
+        """The steps that it said were written when it was killed, `seconds` after it had written the first."""
+        assert self.process.stdout is not None
+        first = self.process.stdout.readline()
+        assert first, self.process.communicate()[1]
+        time.sleep(seconds)
+        self.process.send_signal(signal.SIGKILL)
+        rest, _ = self.process.communicate(timeout=30)
+        return [int(line) for line in (first + rest).splitlines()]
+
+
+def newest(folder: Path) -> Checkpoint:
+    found = CheckpointStore(folder, keep=KEEP).latest()
+    assert found is not None
+    return found
+
+
+def flip_a_bit(path: Path, chance: random.Random) -> None:
+    file = chance.choice([file for file in path.iterdir() if file.stat().st_size])
+    content = bytearray(file.read_bytes())
+    content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+    file.write_bytes(content)
+
+
+@pytest.mark.filterwarnings("error")  # nothing that a kill leaves behind is ever taken for a checkpoint
+def test_the_newest_checkpoint_is_valid_and_never_goes_back_through_many_kills(tmp_path: Path):
+    chance, last = random.Random(0), 0
+    for _ in range(KILLS):
+        said = Writer(tmp_path).kill_after(chance.uniform(0, 0.05))
+        assert said[0] == last + 1, "it went on from the newest"
+        last = newest(tmp_path).state.total_step
+        assert last in (said[-1], said[-1] + 1), "what was said to be written is there"
+    assert last > KILLS
+
+
+def test_a_flipped_bit_costs_one_checkpoint_and_the_run_goes_on_from_the_one_before(tmp_path: Path):
+    chance = random.Random(1)
+    for _ in range(5):
+        said = Writer(tmp_path).kill_after(0.05)
+        before = newest(tmp_path)
+        assert before.state.total_step >= said[-1] >= 2
+        flip_a_bit(before.path, chance)
+        with pytest.warns(UserWarning, match=f"passed over.*{before.path.name}"):
+            assert newest(tmp_path).state.total_step == before.state.total_step - 1
+        again = Writer(tmp_path).kill_after(0.01)
+        assert again[0] == before.state.total_step
+        assert newest(tmp_path).state.total_step >= before.state.total_step
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("largest_file", [1, 50, 100_000])
+def test_a_full_disk_ends_the_writer_with_a_message_and_the_checkpoint_before_is_intact(
+    tmp_path: Path, largest_file: int
+):
+    Writer(tmp_path).kill_after(0.02)
+    before = newest(tmp_path)
+    writer = Writer(tmp_path, largest_file)
+    _, complaint = writer.process.communicate(timeout=30)
+    assert writer.process.returncode == 1
+    assert "RunError: the checkpoint of step" in complaint and os.strerror(errno.EFBIG) in complaint
+    assert newest(tmp_path).state == before.state
+    assert not list(tmp_path.glob(".tmp-*"))

@@ -1,0 +1,183 @@
+"""Checkpoints are whole or absent: what commits, what is passed over, what is kept, and what a failure leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import warnings
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from actors.errors import RunError
+from orchestrator.checkpoint import MANIFEST, STATE, CheckpointStore, RunState, verify
+
+
+def state(step: int) -> RunState:
+    return RunState("grpo", 1, step, step, step, {"epoch": 0, "position": 8 * step}, 7, {"before": 0.25})
+
+
+async def write(store: CheckpointStore, step: int, content: bytes = b"weights") -> Path:
+    async def writer(folder: Path) -> None:
+        (folder / "policy").mkdir()
+        (folder / "policy" / "rank0.pt").write_bytes(content * step)
+
+    return (await store.write(writer, state(step))).path
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+async def test_the_newest_checkpoint_comes_back_with_its_state_and_files(tmp_path: Path):
+    store = CheckpointStore(tmp_path / "checkpoints", keep=2)
+    assert store.latest() is None
+    for step in (1, 2, 3):
+        await write(store, step)
+    found = CheckpointStore(tmp_path / "checkpoints", keep=2).latest()
+    assert found is not None and found.state == state(3)
+    assert (found.path / "policy" / "rank0.pt").read_bytes() == b"weights" * 3
+
+
+async def test_only_the_newest_are_kept(tmp_path: Path):
+    store = CheckpointStore(tmp_path, keep=2)
+    for step in (2, 4, 6, 8):
+        await write(store, step)
+    assert names(tmp_path) == ["step-00000006", "step-00000008"]
+
+
+async def test_the_manifest_lists_every_file_with_size_and_hash(tmp_path: Path):
+    path = await write(CheckpointStore(tmp_path, keep=1), 2)
+    manifest = json.loads((path / MANIFEST).read_text())
+    assert set(manifest) == {"policy/rank0.pt", STATE}
+    assert manifest["policy/rank0.pt"]["bytes"] == 14 and len(manifest["policy/rank0.pt"]["sha256"]) == 64
+
+
+def cut(path: Path) -> None:
+    file = path / "policy" / "rank0.pt"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def point_outside(path: Path) -> None:
+    manifest = json.loads((path / MANIFEST).read_text())
+    manifest["../elsewhere"] = manifest["policy/rank0.pt"]
+    (path / MANIFEST).write_text(json.dumps(manifest))
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "a flipped bit": lambda path: flip(path / "policy" / "rank0.pt"),
+    "a flipped bit in the state": lambda path: flip(path / STATE),
+    "a cut-off file": cut,
+    "a missing file": lambda path: (path / "policy" / "rank0.pt").unlink(),
+    "no manifest": lambda path: (path / MANIFEST).unlink(),
+    "a manifest that is no JSON": lambda path: (path / MANIFEST).write_text("{"),
+    "a manifest that is a list": lambda path: (path / MANIFEST).write_text("[]"),
+    "an empty manifest": lambda path: (path / MANIFEST).write_text("{}"),
+    "a file outside of the folder": point_outside,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+async def test_a_damaged_checkpoint_is_passed_over_with_a_warning_for_the_one_before(tmp_path: Path, damage: str):
+    store = CheckpointStore(tmp_path, keep=2)
+    for step in (1, 2):
+        await write(store, step)
+    DAMAGE[damage](tmp_path / "step-00000002")
+    assert verify(tmp_path / "step-00000002")
+    with pytest.warns(UserWarning, match="passed over.*step-00000002"):
+        found = store.latest()
+    assert found is not None and found.state.step == 1
+
+
+async def test_what_was_passed_over_neither_counts_as_kept_nor_comes_up_again(tmp_path: Path):
+    store = CheckpointStore(tmp_path, keep=1)
+    await write(store, 8)
+    newer = await write(CheckpointStore(tmp_path, keep=5), 10)
+    flip(newer / STATE)
+    await write(store, 9)  # the run was resumed from step 8
+    with warnings.catch_warnings(action="error"):
+        found = store.latest()
+    assert found is not None and found.state.step == 9
+    assert names(tmp_path) == ["step-00000009"]
+
+
+async def test_a_step_that_is_written_again_replaces_the_damaged_one(tmp_path: Path):
+    store = CheckpointStore(tmp_path, keep=2)
+    flip(await write(store, 3) / STATE)
+    await write(store, 3, b"again")
+    found = store.latest()
+    assert found is not None and (found.path / "policy" / "rank0.pt").read_bytes() == b"again" * 3
+
+
+async def test_a_writer_that_fails_leaves_nothing_and_the_checkpoint_before_it(tmp_path: Path):
+    store = CheckpointStore(tmp_path, keep=1)
+    await write(store, 1)
+
+    async def fails(folder: Path) -> None:
+        (folder / "half").write_bytes(b"x")
+        raise ValueError("a rank died")
+
+    with pytest.raises(ValueError, match="a rank died"):
+        await store.write(fails, state(2))
+    assert names(tmp_path) == ["step-00000001"]
+
+
+async def test_a_disk_that_refuses_is_an_error_that_says_what_to_do(tmp_path: Path):
+    store = CheckpointStore(tmp_path, keep=1)
+
+    async def full(folder: Path) -> None:
+        with open("/dev/full", "wb", buffering=0) as stream:
+            stream.write(b"x")
+
+    with pytest.raises(RunError, match=r"step 2 could not be written.*No space left.*make room"):
+        await store.write(full, state(2))
+    assert names(tmp_path) == []
+
+
+async def test_leftovers_of_a_killed_process_are_swept_by_the_next_write(tmp_path: Path):
+    left = tmp_path / ".tmp-7-deadbeef"
+    left.mkdir()
+    (left / "rank0.pt").write_bytes(b"x")
+    store = CheckpointStore(tmp_path, keep=1)
+    assert store.latest() is None
+    await write(store, 8)
+    assert names(tmp_path) == ["step-00000008"]
+
+
+async def test_a_cancelled_write_leaves_a_whole_checkpoint_or_none(tmp_path: Path):
+    """Cancelled at every point of its course, the commit in its thread among them."""
+    store = CheckpointStore(tmp_path, keep=1)
+    outcomes = set()
+    for step in range(1, 60):
+        task = asyncio.ensure_future(write(store, step, os.urandom(20_000)))
+        for _ in range(step % 6):
+            await asyncio.sleep(0.0005)
+        task.cancel()
+        await asyncio.wait({task})
+        await asyncio.sleep(0.002)
+        with warnings.catch_warnings(action="error"):  # nothing that was committed is damaged
+            found = store.latest()
+        assert not list(tmp_path.glob(".tmp-*"))
+        outcomes.add(found is not None and found.state.step == step)
+    assert outcomes == {True, False}, "both kinds of outcome were seen"
+
+
+async def test_a_state_of_another_version_is_an_error_that_says_so(tmp_path: Path):
+    store = CheckpointStore(tmp_path, keep=1)
+    path = await write(store, 1)
+    content = json.dumps(json.loads((path / STATE).read_text()) | {"new_field": 1}).encode()
+    (path / STATE).write_bytes(content)
+    manifest = json.loads((path / MANIFEST).read_text())
+    manifest[STATE] = {"bytes": len(content), "sha256": sha256(content).hexdigest()}
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(RunError, match=r"not of this version.*new_field"):
+        store.latest()
