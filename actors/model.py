@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,10 @@ from actors.attention import VARLEN, Documents, register
 from actors.errors import ModelError
 from actors.heads import LogitScaling, TokenHead
 from actors.lora import LoraSpec, attach
+
+# Transformers builds a model under a default device that holds for the whole process: of two roles that load in one
+# process at once (`--local`), one would be left without data.
+LOADING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -108,12 +113,13 @@ def load_model(spec: ModelSpec, device: torch.device | str = "cpu", *, trainable
     register()
     _check_folder(spec.path)
     try:
-        causal = AutoModelForCausalLM.from_pretrained(
-            spec.path,
-            dtype=getattr(torch, spec.dtype),
-            attn_implementation=spec.attn_implementation or VARLEN,
-            trust_remote_code=spec.trust_remote_code,
-        )
+        with LOADING:
+            causal = AutoModelForCausalLM.from_pretrained(
+                spec.path,
+                dtype=getattr(torch, spec.dtype),
+                attn_implementation=spec.attn_implementation or VARLEN,
+                trust_remote_code=spec.trust_remote_code,
+            )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"cannot load {spec.path} as a causal language model: {_first_lines(error)}") from error
     return prepare(causal, spec, trainable=trainable).to(device)

@@ -16,7 +16,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +192,15 @@ class Trainable:
             self.backend.save_model(Path(folder))
             if self._placement.rank == 0:
                 load_tokenizer(self._model_spec).save_pretrained(folder)
+
+    def load_model(self, folder: str) -> None:
+        """Hold the weights of that Hugging Face folder from now on. Raises RunError if this role is trained."""
+        with self._doing("load_model"):
+            if self._backend_spec.optim is not None:
+                raise RunError(f"{self.name} is trained: its optimizer belongs to the weights that it has")
+            self._model_spec = replace(self._model_spec, path=folder)
+            self._backend = None  # first: there may be no room for two
+            self._backend = build_backend(self._model_spec, self._backend_spec, self._placement)
 
     def sleep(self) -> None:
         """Give the accelerator's memory back, keeping the state."""

@@ -29,7 +29,13 @@ def refusals(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Seq
 
 def warnings(config: RunConfig, pipelines: Mapping[str, Pipeline]) -> list[str]:
     """What works, but not as one may think."""
-    return [
+    forgetful = [
+        f"phases.{name}: with model.lora the reference is the model without adapters, which knows nothing of what "
+        "earlier phases taught; if it should, run those phases first and start from the model that they leave"
+        for name, pipeline in list(pipelines.items())[1:]
+        if "reference" in pipeline.roles and config.model.lora is not None and config.roles.reference.model is None
+    ]
+    return forgetful + [
         f"phases.{name}.sampling: top_p, top_k or min_p cut the distribution that is sampled from, while the policy's "
         "log-probabilities are of the whole: ratios between the two are biased"
         for name, pipeline in pipelines.items()
@@ -50,6 +56,8 @@ def _of_phase(where: str, config: RunConfig, phase: PhaseConfig, pipeline: Pipel
             f"{where}.train.max_staleness={train.max_staleness} trains on tokens of older weights, and {phase.method} "
             "as configured does not correct for that; set an option of it that reads sample_logps, or max_staleness=0"
         )
+    if "mismatched" in pipeline.data.columns and train.batch_size < 2:
+        yield f"{where}.train.batch_size=1: {phase.method} swaps completions between a batch's examples; use 2 or more"
     for update in pipeline.updates:
         yield from _of_update(where, config, phase, update.role, int(update.options.get("minibatches", 1)))
 

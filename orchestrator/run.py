@@ -1,8 +1,8 @@
 """A whole run: prepare, plan, place, then phase after phase through the loop, with the evidence that it leaves behind.
 
-    prepare ─► plan ─► cluster ─► launch ─► for each phase: [resume] ─► evaluate ─► train ─► evaluate ─► checkpoint
-                                     │
-                       beside the loop: control board (scale), watchdog (who waits on what)
+prepare ─► plan ─► cluster ─► launch ─► for each phase: [resume] ─► evaluate ─► train ─► evaluate ─► checkpoint
+                                 │
+                   beside the loop: control board (scale), watchdog (who waits on what)
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import json
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from actors.errors import ConfigError, InfraFailure, RunError
+from actors.errors import ConfigError, InfraFailure
 from orchestrator.checkpoint import Checkpoint, CheckpointStore, RunState
 from orchestrator.cluster import Cluster, LocalCluster
 from orchestrator.collector import Collector, GroupCollector, RowCollector
@@ -56,8 +56,8 @@ class RunResult:
 
 
 def run(config: RunConfig, *, local: bool = False, resume: Path | None = None) -> RunResult:
-    """Train as configured. `local` keeps everything in this process. With `resume`, continue the run of that folder from
-    its newest valid checkpoint. Raises UserError before anything is launched, RunError afterwards."""
+    """Train as configured. `local` keeps everything in this process. With `resume`, continue the run of that folder
+    from its newest valid checkpoint. Raises UserError before anything is launched, RunError afterwards."""
     began = time.monotonic()
     prepared = prepare(config)
     plan = make_plan(config, {phase.name: phase.pipeline for phase in prepared.phases}, parameters=prepared.parameters)
@@ -91,8 +91,12 @@ class _Run:
         self.console = Console({phase.name: phase.steps for phase in self.prepared.phases})
         self.store = CheckpointStore(self.folder / "checkpoints", keep=config.checkpoint.keep)
         self.watchdog = Watchdog(report_after_s=config.cluster.watchdog_s)
-        self.log = MetricsLog(self.folder, run=config.name, tensorboard=config.logging.tensorboard,
-                              ray_metrics=config.logging.ray_metrics and not self.local)
+        self.log = MetricsLog(
+            self.folder,
+            run=config.name,
+            tensorboard=config.logging.tensorboard,
+            ray_metrics=config.logging.ray_metrics and not self.local,
+        )
         self.ledger = Ledger(allowed_in_a_row=max(64, 4 * max(p.config.train.batch_size for p in self.prepared.phases)))
 
     async def execute(self) -> RunResult:
@@ -102,9 +106,11 @@ class _Run:
         if found is not None:
             self.scores.update(found.state.scores)
             self.log.rewind(found.state.total_step)
-        async with self._cluster() as cluster, launch(
-            self.prepared, self.plan, cluster, self.folder, self.event, self.watchdog
-        ) as roles, self._beside(roles, cluster):
+        async with (
+            self._cluster() as cluster,
+            launch(self.prepared, self.plan, cluster, self.folder, self.event, self.watchdog) as roles,
+            self._beside(roles, cluster),
+        ):
             self.console.placed(cluster.describe())
             self.event("started", {"seconds": round(time.monotonic() - self.began, 3)})
             for phase in self.prepared.phases:
@@ -116,6 +122,7 @@ class _Run:
     async def _phase(self, phase: PreparedPhase, roles: Roles, found: Checkpoint | None) -> None:
         """One phase, from its start or from a checkpoint inside it."""
         roles.enter(PhaseSettings(phase.pipeline, phase.config.train.token_budget, phase.temperature, self.config.seed))
+        await self._set_reference(phase, roles, resumed=found is not None)
         await self._set_weights(phase, roles, found)
         progress = Progress(found.state.step, found.state.version) if found else Progress(0, phase.first_version)
         cursor = Cursor.from_json(found.state.cursor) if found else Cursor()
@@ -128,6 +135,18 @@ class _Run:
             await train(phase.pipeline, phase.steps, roles, collector, progress, self._after_step(phase, roles, cursor))
         finally:
             await collector.close()
+
+    async def _set_reference(self, phase: PreparedPhase, roles: Roles, *, resumed: bool) -> None:
+        """The reference is the policy as it was when the phase began, unless `roles.reference.model` is another. It is
+        kept in the run's folder: a phase that is resumed must find it again."""
+        shared = "reference" in phase.pipeline.roles and "reference" in roles.groups
+        if phase.index == 0 or not shared or self.config.roles.reference.model is not None:
+            return
+        folder = self.folder / "references" / phase.name
+        if not resumed:
+            folder.mkdir(parents=True, exist_ok=True)
+            await roles.groups["policy"].call("save_model", str(folder), timeout_s=SAVE_TIMEOUT_S)
+        await roles.groups["reference"].call("load_model", str(folder), timeout_s=SAVE_TIMEOUT_S)
 
     async def _set_weights(self, phase: PreparedPhase, roles: Roles, found: Checkpoint | None) -> None:
         """A fresh optimizer for the phase, and if it is resumed, everything as the checkpoint has it."""
@@ -166,7 +185,9 @@ class _Run:
             self._show_completions(phase, record, last)
             evaluation = phase.config.evaluation
             if evaluation and (last or (evaluation.every and step % evaluation.every == 0)):
-                await self._evaluate(phase, roles, phase.name if last else f"{phase.name}@{step}", Progress(step, record.version))
+                await self._evaluate(
+                    phase, roles, phase.name if last else f"{phase.name}@{step}", Progress(step, record.version)
+                )
             if last or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
                 await self._save(phase, roles, cursor, record)
 
@@ -276,9 +297,14 @@ class _Run:
         name = board_name(self.folder.name)
         board = await cluster.start_board(name, Board)
         RunFile(self.folder.name, cluster.address, name, os.getpid()).write(self.folder)
-        pools = {role: pool for role, pool in (("rollout", roles.rollout), ("reward", roles.reward)) if pool is not None}
+        pools = {
+            role: pool for role, pool in (("rollout", roles.rollout), ("reward", roles.reward)) if pool is not None
+        }
         while True:
-            status = {role: {"desired": pool.fleet.desired, "serving": pool.count(State.SERVING)} for role, pool in pools.items()}
+            status = {
+                role: {"desired": pool.fleet.desired, "serving": pool.count(State.SERVING)}
+                for role, pool in pools.items()
+            }
             with contextlib.suppress(InfraFailure):  # a board that died costs scaling, not the run
                 for role, count in (await board.call("exchange", status, timeout_s=10.0)).items():
                     if role in pools:
