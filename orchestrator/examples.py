@@ -4,8 +4,8 @@ Everything is generated from a seed, so that the same name and seed are the same
 
 arithmetic   a model of 1.3M parameters that knows nothing; two-digit additions with their answers; as `arithmetic_sft`,
              worked additions in which most carries of the ones are forgotten, so that supervised fine-tuning alone gets
-             stuck; and, as `arithmetic_pairs`, `_triples` and `_labelled`, right answers beside those with the carry
-             forgotten, so that preference optimisation takes it on from there
+             stuck; and, as `arithmetic_pairs`, `_triples` and `_labelled`, right answers beside wrongly carried ones,
+             so that preference optimisation takes it on from there
 skewed       models with random weights that end their completions at a constant rate, and random text whose lengths
              are as skewed as those of real data: a workload for measuring speed
 """
@@ -64,19 +64,20 @@ def arithmetic_sft(*, seed: int, split: str, rows: int | None = None, forgotten:
 
 
 def arithmetic_pairs(*, seed: int, split: str, rows: int | None = None) -> dict[str, list[str]]:
-    """Additions whose ones carry: `prompt`, `chosen` (the sum), `rejected` (the sum without the carry)."""
-    problems = _shuffled(_carrying(split), seed, rows)
+    """Additions: `prompt`, `chosen` (the sum), `rejected` (its carry is forgotten, or where there is none, made up:
+    else to carry always would be preferred)."""
+    problems = _shuffled(_problems(split), seed, rows)
     return {
         "prompt": [f"{a}+{b}=" for a, b in problems],
         "chosen": [str(a + b) for a, b in problems],
-        "rejected": [_without_carry(a, b) for a, b in problems],
+        "rejected": [_with_wrong_carry(a, b) for a, b in problems],
     }
 
 
 def arithmetic_triples(*, seed: int, split: str, rows: int | None = None) -> dict[str, list[str]]:
-    """As `arithmetic_pairs`, but what is chosen is right or at least carries: in half of the rows its last digit is one
+    """As `arithmetic_pairs`, but what is chosen is right in its carry only: in half of the rows its last digit is one
     off; `reference` is the sum."""
-    problems = _shuffled(_carrying(split), seed, rows)
+    problems = _shuffled(_problems(split), seed, rows)
     sums = np.array([a + b for a, b in problems])
     slips = np.random.default_rng([seed, 2]).random(len(problems)) < 0.5
     chosen = sums // 10 * 10 + (sums + slips) % 10
@@ -87,11 +88,11 @@ def arithmetic_triples(*, seed: int, split: str, rows: int | None = None) -> dic
 def arithmetic_labelled(
     *, seed: int, split: str, rows: int | None = None, desirable: float = 0.5
 ) -> dict[str, list[str] | list[bool]]:
-    """Additions whose ones carry, with one answer each: `prompt`, `completion`, `label`. With probability
-    `desirable` it is the sum and the label true; else the carry is forgotten."""
-    problems = _shuffled(_carrying(split), seed, rows)
+    """Additions with one answer each: `prompt`, `completion`, `label`. With probability `desirable` the answer is the
+    sum and the label true; else it is what `arithmetic_pairs` rejects."""
+    problems = _shuffled(_problems(split), seed, rows)
     labels = (np.random.default_rng([seed, 3]).random(len(problems)) < desirable).tolist()
-    answers = [str(a + b) if right else _without_carry(a, b) for (a, b), right in zip(problems, labels, strict=True)]
+    answers = [str(a + b) if right else _with_wrong_carry(a, b) for (a, b), right in zip(problems, labels, strict=True)]
     return {"prompt": [f"{a}+{b}=" for a, b in problems], "completion": answers, "label": labels}
 
 
@@ -141,11 +142,6 @@ def _problems(split: str) -> list[tuple[int, int]]:
     return [*chosen, *((b, a) for a, b in chosen if a != b)]
 
 
-def _carrying(split: str) -> list[tuple[int, int]]:
-    """Those problems of a split of which the wrong answer differs from the right one."""
-    return [(a, b) for a, b in _problems(split) if a % 10 + b % 10 >= 10]
-
-
 def _shuffled(problems: list[tuple[int, int]], seed: int, rows: int | None) -> list[tuple[int, int]]:
     """`rows` problems; each is used once before any is used again."""
     rng = np.random.default_rng([seed, 0])
@@ -157,6 +153,11 @@ def _shuffled(problems: list[tuple[int, int]], seed: int, rows: int | None) -> l
 def _without_carry(a: int, b: int) -> str:
     """The sum as it comes out if nothing is carried from the ones: 37+58 -> 85."""
     return f"{a // 10 + b // 10}{(a + b) % 10}"
+
+
+def _with_wrong_carry(a: int, b: int) -> str:
+    """The sum as it comes out if a carry from the ones is forgotten, or if there is none, made up."""
+    return str(a + b - 10) if a % 10 + b % 10 >= 10 else str(a + b + 10)
 
 
 @dataclass(frozen=True)

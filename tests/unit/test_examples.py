@@ -139,15 +139,16 @@ def test_completions_of_a_skewed_model_end_at_a_constant_rate_and_never_pad(tmp_
     assert probabilities[..., 0].max().item() < 1e-9
 
 
-def test_preference_data_sets_a_right_answer_against_one_with_the_carry_forgotten() -> None:
+def test_preference_data_sets_a_right_answer_against_one_that_forgets_or_makes_up_a_carry() -> None:
     for prompt, chosen, rejected in zip(*_columns("arithmetic_pairs", "prompt", "chosen", "rejected"), strict=True):
         a, b = map(int, prompt.rstrip("=").split("+"))
-        assert (int(chosen), int(rejected)) == (a + b, a + b - 10)
+        assert int(chosen) == a + b
+        assert int(rejected) - int(chosen) == (-10 if a % 10 + b % 10 >= 10 else 10)
 
 
 def test_the_gold_answer_of_a_triple_is_right_and_its_chosen_one_carries_but_may_be_one_off() -> None:
     gold, chosen, rejected = _columns("arithmetic_triples", "reference", "chosen", "rejected")
-    assert all(int(right) - 10 == int(wrong) for right, wrong in zip(gold, rejected, strict=True))
+    assert all(abs(int(right) - int(wrong)) == 10 for right, wrong in zip(gold, rejected, strict=True))
     assert all(int(right) // 10 == int(answer) // 10 for right, answer in zip(gold, chosen, strict=True))
     right = np.mean([one == other for one, other in zip(gold, chosen, strict=True)])
     assert right == pytest.approx(0.5, abs=0.03)
