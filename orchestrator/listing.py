@@ -32,6 +32,19 @@ def show_methods(*, papers: bool) -> None:
         what, source = _described(method)
         table.add_row(name, data, roles, what, *([source] if papers else []))
     _print(table)
+    if papers:
+        _print(_papers())
+
+
+def _papers() -> Table:
+    """Which recipe holds which paper's settings."""
+    from orchestrator.papers import papers
+
+    table = _table("recipe", "paper", "arXiv", "method and options")
+    for paper in papers():
+        options = (f"{name}={_yaml(value)}" for name, value in paper.options.items())
+        table.add_row(paper.recipe, paper.title, paper.number, " ".join([paper.method, *options]))
+    return table
 
 
 def show_method(name: str) -> None:

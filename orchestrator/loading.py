@@ -49,7 +49,16 @@ def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def recipes() -> dict[str, str]:
     """Shipped recipes: name -> the first sentence of its file."""
-    return {file.stem: _headline(file) for file in sorted(RECIPES.glob("*.yaml"))}
+    return {recipe_name(file): _headline(file) for folder in (".", "papers") for file in _files(RECIPES / folder)}
+
+
+def recipe_name(file: Path) -> str:
+    """What a shipped recipe is called: `dpo_arithmetic`, `papers/dpo`."""
+    return file.relative_to(RECIPES).with_suffix("").as_posix()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.yaml"))
 
 
 def find_recipe(recipe: str | Path) -> Path:
@@ -57,10 +66,10 @@ def find_recipe(recipe: str | Path) -> Path:
     file = Path(recipe)
     if file.is_file():
         return file
-    if file.suffix in (".yaml", ".yml") or len(file.parts) > 1:
-        raise ConfigError(f"there is no file {file} (looked in {Path.cwd()})")
     shipped = RECIPES / f"{recipe}.yaml"
     if not shipped.is_file():
+        if file.suffix in (".yaml", ".yml") or file.parent.name not in ("", "papers"):
+            raise ConfigError(f"there is no file {file} (looked in {Path.cwd()})")
         raise ConfigError(unknown("recipe", str(recipe), list(recipes())) + ". Or give the path of a YAML file")
     return shipped
 

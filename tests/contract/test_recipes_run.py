@@ -1,0 +1,78 @@
+"""Every shipped recipe trains: three steps of each phase in one process, a two-layer model in the place of its own."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.config import RunConfig
+from orchestrator.loading import load_config, recipes
+from orchestrator.prepare import build_pipeline
+from orchestrator.run import RunResult, run
+from tests.unit.source_stub import write_rows
+from tests.unit.tiny import tiny_model_folder
+
+STEPS = 3
+SAMPLED = ("grpo_arithmetic",)  # sampling has its own tests, with engines
+NAMES = [name for name in recipes() if name not in SAMPLED]
+PAPERS = [name for name in NAMES if name.startswith("papers/")]
+WITH_REFERENCE = ["dpo_arithmetic", "kto_arithmetic", "bco_arithmetic"]
+
+ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "completions": lambda i: {"prompt": f"{i}+1=", "completion": str(i + 1)},
+    "pairs": lambda i: {"prompt": f"{i}+1=", "chosen": str(i + 1), "rejected": str(i + 11)},
+    "labelled": lambda i: {"prompt": f"{i}+1=", "completion": str(i + i % 2), "label": i % 2 == 1},
+}
+ROWS |= {f"{how}_labelled": ROWS["labelled"] for how in ("mismatched", "weighted")}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model_folder(tmp_path_factory.mktemp("model"), hidden=32)
+
+
+def started(config: RunConfig, model: Path, output: Path, replaced: dict[str, Any]) -> tuple[RunResult, list[dict]]:
+    """The run in miniature, and its lines of metrics. `replaced`: keys of its data that are different."""
+    phases: dict[str, Any] = {}
+    for name, phase in config.phases.items():
+        train = phase.train.model_copy(update={"steps": STEPS, "epochs": None, "batch_size": 8})
+        phases[name] = phase.model_copy(update={"train": train, "data": phase.data.model_copy(update=replaced)})
+    small = config.model.model_copy(update={"path": str(model), "dtype": "float32"})
+    quiet = config.logging.model_copy(update={"tensorboard": False})
+    updates = {"model": small, "phases": phases, "output": output, "logging": quiet, "roles": type(config.roles)()}
+    result = run(config.model_copy(update=updates), local=True)
+    return result, [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_trained(result: RunResult, lines: list[dict], config: RunConfig) -> None:
+    assert len(lines) == STEPS * len(config.phases)
+    assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines)
+    assert result.model is not None and (result.model / "config.json").is_file()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in PAPERS])
+def test_a_methods_recipe_trains_on_its_own_data(name: str, model: Path, tmp_path: Path) -> None:
+    config = load_config(name)
+    result, lines = started(config, model, tmp_path, {"limit": 64})
+    assert_trained(result, lines, config)
+    if name in WITH_REFERENCE:
+        first = lines[STEPS]
+        assert first["rewards/chosen"] == pytest.approx(
+            0, abs=1e-6
+        )  # it starts from its reference
+        assert any(abs(line["rewards/chosen"]) > 1e-9 for line in lines[STEPS + 1 :])
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_papers_recipe_trains_on_rows_of_its_kind(name: str, model: Path, tmp_path: Path) -> None:
+    config = load_config(name)
+    (kind,) = (build_pipeline(phase).data.name for phase in config.phases.values())
+    rows = write_rows(tmp_path / "rows.jsonl", map(ROWS[kind], range(16)))
+    replaced = {"path": str(rows), "columns": {}, "max_length": 64, "max_prompt_length": None}
+    result, lines = started(config, model, tmp_path, replaced)
+    assert_trained(result, lines, config)
