@@ -1,9 +1,9 @@
 """One batch for every method: frozen, columnar, ragged.
 
 No padding on the wire or in the object store: a per-token column is flat over all rows, and `lengths` says where rows
-end. A preference pair is two rows of a `group` that differ in `preferred`; a trajectory with tool calls is one row whose
-`mask` skips the tool's tokens. Columns are numpy arrays, because Ray ships those without a copy; arrays that came out of
-the object store are read-only.
+end. A preference pair is two rows of a `group` that differ in `preferred`; a trajectory with tool calls is one row
+whose `mask` skips the tool's tokens. Columns are numpy arrays, because Ray ships those without a copy; arrays that came
+out of the object store are read-only.
 """
 
 from __future__ import annotations

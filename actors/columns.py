@@ -53,12 +53,16 @@ COLUMNS: dict[str, Column] = {
         _token("advantages", np.float32, "advantage of the token", "credit"),
         _token("returns", np.float32, "return from the token on", "credit"),
         _token("step_label", np.int8, "process label at a step's last token: 0, 1, or -1 for none", "source"),
-        _row("group", np.int64, "rows that belong together: samples of one prompt, the two of a pair", "source, generate"),
+        _row(
+            "group", np.int64, "rows that belong together: samples of one prompt, the two of a pair", "source, generate"
+        ),
         _row("reward", np.float32, "weighted sum of the rewards; NaN where unscorable", "score"),
         _row("preferred", np.bool_, "of a pair: the chosen one", "source"),
         _row("label", np.bool_, "unpaired preference: desirable", "source"),
         _row("gold", np.bool_, "of a triple: the completion that is imitated", "source"),
-        _row("mismatched", np.bool_, "a prompt with another prompt's completion, to estimate a KL divergence", "source"),
+        _row(
+            "mismatched", np.bool_, "a prompt with another prompt's completion, to estimate a KL divergence", "source"
+        ),
         _row("margin", np.float32, "by how much the chosen one is better", "source"),
         _row("truncated", np.bool_, "the completion hit its length limit", "generate"),
         _row("weight", np.float32, "weight of the row in the loss", "source"),

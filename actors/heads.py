@@ -15,7 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CHUNK_LOGITS = 2**24  # logits of one chunk (64 MiB in float32) where the caller does not say how many rows
-EXTRAS = ("entropy", "mean_logps", "log_sum_sq_probs", "mean_logits", "is_top1")  # what may be asked for besides `logps`
+EXTRAS = (
+    "entropy",
+    "mean_logps",
+    "log_sum_sq_probs",
+    "mean_logits",
+    "is_top1",
+)  # what may be asked for besides `logps`
 NEEDS = frozenset({*EXTRAS, "entropy_grad"})
 
 
@@ -113,7 +119,7 @@ class _TokenQuantities(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, entropy = ctx.saved_tensors
         projection: Projection = ctx.projection
         hidden_grad = torch.zeros_like(hidden)
@@ -151,7 +157,8 @@ def _extra(name: str, log_probs: Tensor, logits: Tensor, logps: Tensor, projecti
             return logits.mean(-1) / projection.temperature
         case "is_top1":
             return (logps >= log_probs.amax(-1)).float()
-    raise ValueError(f"no such token quantity: {name}")
+        case _:
+            raise ValueError(f"no such token quantity: {name}")
 
 
 def _logps_gradient(log_probs: Tensor, targets: Tensor, grad: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """What a trainer executes without knowing what it is: the seam between actors and methods.
 
-The driver hands an `Objective` to the ranks of a trained role. The rank runs the forward passes, lets the objective turn
-each micro-batch into a scalar, and steps its optimizer. Normalisation uses counts that are summed over all micro-batches
-and ranks first, so a result depends neither on micro-batching nor on the number of ranks.
+The driver hands an `Objective` to the ranks of a trained role. The rank runs the forward passes, lets the objective
+turn each micro-batch into a scalar, and steps its optimizer. Normalisation uses counts that are summed over all
+micro-batches and ranks first, so a result depends neither on micro-batching nor on the number of ranks.
 """
 
 from __future__ import annotations

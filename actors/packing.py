@@ -22,10 +22,10 @@ class Chunk:
 def pack(lengths: Sequence[int], ranks: int, token_budget: int) -> list[MicroBatches]:
     """Deal items to ranks and micro-batches so that work is balanced. One entry per rank.
 
-    Every item is dealt exactly once; no micro-batch exceeds `token_budget` unless a single item does; every rank gets the
-    same number of micro-batches (some may be empty, where there are fewer items than that); the result is a function of
-    the arguments alone. `lengths` are tokens per item; an item is a row, or a group of rows that must stay together.
-    Raises ValueError if an item is longer than the budget.
+    Every item is dealt exactly once; no micro-batch exceeds `token_budget` unless a single item does; every rank gets
+    the same number of micro-batches (some may be empty, where there are fewer items than that); the result is a
+    function of the arguments alone. `lengths` are tokens per item; an item is a row, or a group of rows that must stay
+    together. Raises ValueError if an item is longer than the budget.
     """
     if ranks < 1 or token_budget < 1:
         raise ValueError(f"ranks and token_budget must be positive, got {ranks} and {token_budget}")

@@ -1,9 +1,9 @@
 """How the driver speaks to an actor, whichever way it runs: `Worker` is one process, `Group` the ranks of a role.
 
-`LocalWorker` and `LocalGroup` run everything in the driver's own process (`--local`, unit tests); `actors/group.py` has the
-same two over Ray. A worker wraps a *plain object*: its public methods are the verbs, sync or async. Every call has a
-deadline. A call that could not be carried out because the worker is dead, unreachable or too slow raises `InfraFailure`;
-an exception of the method itself is raised as it is.
+`LocalWorker` and `LocalGroup` run everything in the driver's own process (`--local`, unit tests); `actors/group.py` has
+the same two over Ray. A worker wraps a *plain object*: its public methods are the verbs, sync or async. Every call has
+a deadline. A call that could not be carried out because the worker is dead, unreachable or too slow raises
+`InfraFailure`; an exception of the method itself is raised as it is.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class Worker(Protocol):
 
     name: str
 
-    async def call(
-        self, method: str, *args: Any, timeout_s: float, task_name: str | None = None, **kwargs: Any
-    ) -> Any:
+    async def call(self, method: str, *args: Any, timeout_s: float, task_name: str | None = None, **kwargs: Any) -> Any:
         """The method's result. `Ref` arguments arrive as values. `task_name` is what a dashboard shows."""
         ...
 
-    async def call_split(self, method: str, *args: Any, timeout_s: float, task_name: str | None = None) -> tuple[Any, Ref]:
+    async def call_split(
+        self, method: str, *args: Any, timeout_s: float, task_name: str | None = None
+    ) -> tuple[Any, Ref]:
         """For a method that returns a pair: the first as a value, the second as a `Ref`."""
         ...
 
@@ -65,10 +65,15 @@ class Group(Protocol):
     def workers(self) -> Sequence[Worker]: ...
 
     async def call(
-        self, method: str, *shared: Any, per_rank: Sequence[Any] | None = None, timeout_s: float, task_name: str | None = None
+        self,
+        method: str,
+        *shared: Any,
+        per_rank: Sequence[Any] | None = None,
+        timeout_s: float,
+        task_name: str | None = None,
     ) -> list[Any]:
-        """Call every rank at once; results in rank order. With `per_rank`, rank r's first argument is `per_rank[r]`. If one
-        rank fails, its error is raised and the others are not waited for beyond the deadline."""
+        """Call every rank at once; results in rank order. With `per_rank`, rank r's first argument is `per_rank[r]`. If
+        one rank fails, its error is raised and the others are not waited for beyond the deadline."""
         ...
 
     async def kill(self) -> None: ...
@@ -91,9 +96,7 @@ class LocalWorker:
         self._one_at_a_time = asyncio.Lock()
         self._dead = asyncio.Event()
 
-    async def call(
-        self, method: str, *args: Any, timeout_s: float, task_name: str | None = None, **kwargs: Any
-    ) -> Any:
+    async def call(self, method: str, *args: Any, timeout_s: float, task_name: str | None = None, **kwargs: Any) -> Any:
         if self._dead.is_set():
             raise InfraFailure(f"{self.name}.{method}: the worker was killed")
         args = tuple(arg.target if isinstance(arg, Ref) else arg for arg in args)
@@ -109,7 +112,9 @@ class LocalWorker:
             work.cancel()
             death.cancel()
 
-    async def call_split(self, method: str, *args: Any, timeout_s: float, task_name: str | None = None) -> tuple[Any, Ref]:
+    async def call_split(
+        self, method: str, *args: Any, timeout_s: float, task_name: str | None = None
+    ) -> tuple[Any, Ref]:
         first, second = await self.call(method, *args, timeout_s=timeout_s, task_name=task_name)
         return first, Ref(second)
 
@@ -137,7 +142,12 @@ class LocalGroup:
         self.workers = (worker,)
 
     async def call(
-        self, method: str, *shared: Any, per_rank: Sequence[Any] | None = None, timeout_s: float, task_name: str | None = None
+        self,
+        method: str,
+        *shared: Any,
+        per_rank: Sequence[Any] | None = None,
+        timeout_s: float,
+        task_name: str | None = None,
     ) -> list[Any]:
         args = shared if per_rank is None else (per_rank[0], *shared)
         return [await self.workers[0].call(method, *args, timeout_s=timeout_s, task_name=task_name)]

@@ -1,7 +1,7 @@
 """Collection: everything that happens to data before a role that is trained touches it. It may run ahead of learning.
 
-Items that need no sampling come in rows, batch by batch (`RowCollector`). Prompts come as groups, and each group flows by
-itself, so that a slow reward or a dead engine delays one group and not the batch (`GroupCollector`):
+Items that need no sampling come in rows, batch by batch (`RowCollector`). Prompts come as groups, and each group flows
+by itself, so that a slow reward or a dead engine delays one group and not the batch (`GroupCollector`):
 
     cursor ─► admit ─► generate ─► score ─► keep? ─► ready ─┐ a batch's worth
       ▲         ▲ the staleness contract                    ├─► batch stages ─► next()
@@ -159,7 +159,11 @@ class GroupCollector:
         await _cancel([self._running[p] for p in late if p in self._running])
         for position in late:
             self._forget(position)
-        stale = [p for p, g in self._ready.items() if self._contract.too_old(g.meta.oldest_version, next_version=next_version)]
+        stale = [
+            p
+            for p, g in self._ready.items()
+            if self._contract.too_old(g.meta.oldest_version, next_version=next_version)
+        ]
         for position in stale:
             del self._ready[position]
             self._accepted -= 1
@@ -205,14 +209,17 @@ class GroupCollector:
             meta, tokens = await self._company.generate(self._request(position, prompt.tokens))
             generated = time.perf_counter()
             if not enough_survive(len(meta.lengths), self._samples):
-                return self._drop(position, "too few samples survived", "; ".join(meta.failures))
+                self._drop(position, "too few samples survived", "; ".join(meta.failures))
+                return
             score = await self._company.score(prompt, tokens)
         except RunError as error:
             if classify(error) is Kind.BUG:
                 raise
-            return self._drop(position, str(classify(error)), str(error))
+            self._drop(position, str(classify(error)), str(error))
+            return
         if not all(stage.call(score.total, **stage.options) for stage in self._keeps if stage.call):
-            return self._filter(position)
+            self._filter(position)
+            return
         self._ledger.accepted()
         self._filtered_in_a_row = 0
         self._accepted += 1
@@ -221,7 +228,9 @@ class GroupCollector:
 
     def _request(self, position: int, tokens: tuple[int, ...]) -> Request:
         seed = sample_seed(self._seed, position)
-        return Request(f"{self._run}/{position}/v{self._version}", tokens, self._samples, self._sampling, seed, group=position)
+        return Request(
+            f"{self._run}/{position}/v{self._version}", tokens, self._samples, self._sampling, seed, group=position
+        )
 
     def _drop(self, position: int, reason: str, detail: str) -> None:
         self._settled.append(position)
@@ -234,7 +243,9 @@ class GroupCollector:
         self._filtered_in_a_row += 1
         bound = 50 * self._contract.batch
         if self._filtered_in_a_row > bound:
-            raise BudgetExhausted(f"{bound} prompt groups in a row were filtered out: no prompt tells good from bad samples")
+            raise BudgetExhausted(
+                f"{bound} prompt groups in a row were filtered out: no prompt tells good from bad samples"
+            )
 
     async def _assemble(self, version: int) -> Collected:
         """A batch that may be trained at `version`: the oldest groups first, then in the order of their prompts."""

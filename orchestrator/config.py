@@ -1,8 +1,8 @@
 """The configuration of a run: every key, its type, its range and its default, in one place.
 
-Files are YAML; `a.b=c` on the command line overrides (`orchestrator/overrides.py`). Everything is frozen. A key that does
-not exist is an error that names the nearest one that does. A method's `options` are validated against the method's own
-signature.
+Files are YAML; `a.b=c` on the command line overrides (`orchestrator/overrides.py`). Everything is frozen. A key that
+does not exist is an error that names the nearest one that does. A method's `options` are validated against the method's
+own signature.
 
 A run is one phase, or several in sequence that share the policy: a phase is a method with its data and its schedule.
 A file with one phase writes `method`, `data`, `train` ... at the top level; a file with several writes `phases`, a
@@ -66,7 +66,9 @@ class DataConfig(Section):
     mixture: tuple[MixtureEntry, ...] = ()
     split: str = "train"
     columns: dict[str, str] = Field(default_factory=dict)  # our name -> the data set's name
-    max_length: Positive | None = None  # tokens of prompt and completion; what is longer is handled as `truncation` says
+    max_length: Positive | None = (
+        None  # tokens of prompt and completion; what is longer is handled as `truncation` says
+    )
     max_prompt_length: Positive | None = None
     truncation: Literal["keep_start", "keep_end", "drop", "error"] = "keep_start"
     packing: Literal["none", "bfd", "bfd_split", "wrapped"] = "none"
@@ -82,7 +84,8 @@ class DataConfig(Section):
 
 
 class TrainConfig(Section):
-    """The schedule of a phase. `batch_size` counts items of the data set per optimizer step: prompts, examples, pairs."""
+    """The schedule of a phase. `batch_size` counts items of the data set per optimizer step: prompts, examples,
+    pairs."""
 
     steps: Positive | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
@@ -121,7 +124,8 @@ class RewardConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Greedy completions of held-out prompts, scored by the run's rewards. At a phase's start and end, and in between."""
+    """Greedy completions of held-out prompts, scored by the run's rewards. At a phase's start and end, and in
+    between."""
 
     data: DataConfig
     every: Positive | None = None  # steps; None: only at the start and the end of the phase

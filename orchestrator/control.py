@@ -1,11 +1,12 @@
 """How a running job is reached from outside: a named actor that holds what is desired, and the folder that names it.
 
-    troupe scale RUN rollout=4 ──► Board (actor troupe/RUN/control) ◄── the driver looks every second
+troupe scale RUN rollout=4 ──► Board (actor troupe/RUN/control) ◄── the driver looks every second
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from dataclasses import asdict, dataclass
@@ -67,7 +68,9 @@ class RunFile:
         try:
             return cls(**json.loads((folder / "run.json").read_text()))
         except (OSError, ValueError, TypeError) as error:
-            raise ConfigError(f"{folder} is not a run's folder ({error}); give the folder that `troupe run` printed") from None
+            raise ConfigError(
+                f"{folder} is not a run's folder ({error}); give the folder that `troupe run` printed"
+            ) from None
 
 
 def board_name(run: str) -> str:
@@ -78,7 +81,9 @@ def parse_scale(text: str) -> tuple[str, int]:
     """`rollout=4` -> ("rollout", 4)."""
     match = re.fullmatch(r"(\w+)=(\d+)", text)
     if match is None or match[1] not in ELASTIC:
-        raise ConfigError(f"cannot scale {text!r}; write ROLE=N with ROLE one of {', '.join(ELASTIC)} and N a number, e.g. rollout=4")
+        raise ConfigError(
+            f"cannot scale {text!r}; write ROLE=N with ROLE one of {', '.join(ELASTIC)} and N a number, e.g. rollout=4"
+        )
     return match[1], int(match[2])
 
 
@@ -99,9 +104,11 @@ def _board_call(folder: Path, method: str, *args: Any) -> Any:
     if run.address is None:
         raise UserError(f"{run.name} runs in one process (--local): it has no workers to scale and no board to ask")
     try:
-        ray.init(address=run.address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=run.address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError) as error:
-        raise RunError(f"the Ray of run {run.name} at {run.address} does not answer; has the run ended? ({error})") from None
+        raise RunError(
+            f"the Ray of run {run.name} at {run.address} does not answer; has the run ended? ({error})"
+        ) from None
     try:
         board = ray.get_actor(run.actor, namespace=NAMESPACE)
         return ray.get(getattr(board, method).remote(*args), timeout=CALL_TIMEOUT_S)

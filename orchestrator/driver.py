@@ -59,7 +59,8 @@ async def train(
     progress: Progress,
     after_step: Callable[[StepRecord], Awaitable[None]],
 ) -> None:
-    """Run a phase from `progress.step` to `steps`. `after_step` logs, evaluates and saves; the weights do not move in it."""
+    """Run a phase from `progress.step` to `steps`. `after_step` logs, evaluates and saves; the weights do not move in
+    it."""
     while progress.step < steps:
         clock = StepClock()
         with clock("collect"):

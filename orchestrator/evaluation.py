@@ -40,7 +40,10 @@ async def evaluate(source: Any, roles: Roles, sampling: Sampling, *, label: str)
     if not done:
         raise RunError(f"evaluation {label}: all {len(results)} prompts failed")
     totals = np.array([score.total[0] for _, score in done], dtype=np.float64)
-    metrics = {"eval_reward": float(np.nanmean(totals)), "eval_completions/mean_length": float(np.mean([n for n, _ in done]))}
+    metrics = {
+        "eval_reward": float(np.nanmean(totals)),
+        "eval_completions/mean_length": float(np.mean([n for n, _ in done])),
+    }
     for column, name in enumerate(done[0][1].names):
         values = np.array([score.rewards[0, column] for _, score in done], dtype=np.float64)
         metrics[f"eval_rewards/{name}/mean"] = float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")

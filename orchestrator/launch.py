@@ -1,7 +1,7 @@
 """From a plan to living roles: who is started with what, and who is gone at the end.
 
-Groups of ranks (policy, reference, ...) and the pools' first workers start at the same time: what takes long is imports.
-Rollout workers are up but not admitted until the first publish.
+Groups of ranks (policy, reference, ...) and the pools' first workers start at the same time: what takes long is
+imports. Rollout workers are up but not admitted until the first publish.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ async def _start_group(role: str, prepared: Prepared, plan: Plan, cluster: Clust
     )
     spec = _model_spec(prepared, role)
     common = {"model": spec, "backend": backend, "threads": plan.roles[role].threads, "seed": prepared.config.seed}
-    ranks = [{**common, "name": f"{role}/{rank}", "rank": rank, "world_size": config.ranks} for rank in range(config.ranks)]
+    ranks = [
+        {**common, "name": f"{role}/{rank}", "rank": rank, "world_size": config.ranks} for rank in range(config.ranks)
+    ]
     return await cluster.start_group(role, Trainable, ranks)
 
 
@@ -147,7 +149,9 @@ def _rollout_pool(prepared: Prepared, plan: Plan, cluster: Cluster, event: Event
         return await cluster.start_worker("rollout", index, RolloutWorker, {"name": f"rollout/{index}", "spec": spec})
 
     policy = PoolPolicy(
-        slots=max(1, 2 * role.max_concurrency // _samples(prepared)),  # twice: the engine must never wait for the driver
+        slots=max(
+            1, 2 * role.max_concurrency // _samples(prepared)
+        ),  # twice: the engine must never wait for the driver
         max_attempts=role.max_attempts,
         call_timeout_s=role.request_timeout_s,
         start_timeout_s=role.start_timeout_s,
@@ -157,7 +161,9 @@ def _rollout_pool(prepared: Prepared, plan: Plan, cluster: Cluster, event: Event
 
 
 def _samples(prepared: Prepared) -> int:
-    return max(int(phase.pipeline.generates.options["n"]) if phase.pipeline.generates else 1 for phase in prepared.phases)
+    return max(
+        int(phase.pipeline.generates.options["n"]) if phase.pipeline.generates else 1 for phase in prepared.phases
+    )
 
 
 def _reward_pool(prepared: Prepared, cluster: Cluster, event: Event, watchdog: Watchdog) -> Pool:
@@ -178,6 +184,10 @@ def _reward_pool(prepared: Prepared, cluster: Cluster, event: Event, watchdog: W
     return Pool("reward", role.workers, policy, start=start, stop=cluster.stop_worker, event=event, watchdog=watchdog)
 
 
-def _publisher(config: RunConfig, policy: Group, rollout: Pool, cluster: Cluster, folder: Path, event: Event) -> Publisher:
+def _publisher(
+    config: RunConfig, policy: Group, rollout: Pool, cluster: Cluster, folder: Path, event: Event
+) -> Publisher:
     dtype = config.weights.dtype or config.roles.rollout.dtype or config.model.dtype
-    return Publisher(policy, rollout, cluster.objects, config.weights, dtype=dtype, folder=str(folder / "weights"), event=event)
+    return Publisher(
+        policy, rollout, cluster.objects, config.weights, dtype=dtype, folder=str(folder / "weights"), event=event
+    )

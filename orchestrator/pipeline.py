@@ -28,8 +28,8 @@ class Verb(StrEnum):
 
 @dataclass(frozen=True)
 class DataKind:
-    """What a row of the data source supplies. `columns`: those that its batch has from the start. Which columns of a data
-    set can be read as which kind is decided by `orchestrator/data/formats.py`."""
+    """What a row of the data source supplies. `columns`: those that its batch has from the start. Which columns of a
+    data set can be read as which kind is decided by `orchestrator/data/formats.py`."""
 
     name: str
     columns: frozenset[str]
@@ -143,7 +143,9 @@ def keep(predicate: Callable[..., bool], **options: Any) -> Stage:
 
 def logps(role: str, *, into: str, adapters: bool = True) -> Stage:
     """Per-token log-probabilities under a role's weights, written to column `into`."""
-    return Stage(Verb.LOGPS, role, frozenset({"tokens"}), frozenset({into}), options={"into": into, "adapters": adapters})
+    return Stage(
+        Verb.LOGPS, role, frozenset({"tokens"}), frozenset({into}), options={"into": into, "adapters": adapters}
+    )
 
 
 def credit(call: Callable[..., Any], **options: Any) -> Stage:
@@ -162,8 +164,8 @@ def update(
     minibatches: int = 1,
     **options: Any,
 ) -> Stage:
-    """Optimise a role. What the loss reads is declared beside it (see `orchestrator/losses/declare.py`). A `Sum` of losses
-    has reductions and options of its own."""
+    """Optimise a role. What the loss reads is declared beside it (see `orchestrator/losses/declare.py`). A `Sum` of
+    losses has reductions and options of its own."""
     from orchestrator.losses.declare import columns_of  # torch is loaded when a method is built, not before
 
     plan = {"reduce": reduce, "epochs": epochs, "minibatches": minibatches, "loss_options": options}

@@ -186,7 +186,8 @@ class Pool:
     async def _take_down(self, action: Stop) -> None:
         member = self.fleet.members.get(action.index)
         if member is not None and member.state is State.STARTING:  # too slow: a failure, unlike being scaled down
-            return await self.evict(action.index, action.why)
+            await self.evict(action.index, action.why)
+            return
         self.fleet.stopped(action.index)
         self._event("stopped", {"role": self.role, "worker": action.index, "why": action.why})
         worker = self.workers.pop(action.index, None)
@@ -196,11 +197,15 @@ class Pool:
     async def _keep_pinging(self) -> None:
         while True:
             await asyncio.sleep(self.policy.ping_every_s)
-            await asyncio.gather(*(self._check(index) for index in self.indices(State.JOINING, State.SERVING, State.DRAINING)))
+            await asyncio.gather(
+                *(self._check(index) for index in self.indices(State.JOINING, State.SERVING, State.DRAINING))
+            )
 
     async def _check(self, index: int) -> None:
         if not await self._answers(index):
-            await self.evict(index, f"did not answer a ping within {self.policy.ping_timeout_s:g} s, or its process is gone")
+            await self.evict(
+                index, f"did not answer a ping within {self.policy.ping_timeout_s:g} s, or its process is gone"
+            )
 
     async def _answers(self, index: int) -> bool:
         worker = self.workers.get(index)

@@ -22,7 +22,6 @@ from orchestrator.source import Source, open_source
 from rewards.loading import RewardSpec, check_columns, check_reward
 from rollout.sampling import Sampling
 
-
 UNBOUNDED = 2**31  # of a model that does not say how far its positions reach
 
 
@@ -193,7 +192,8 @@ def _check_rewards(prepared: Prepared) -> None:
             scored["its evaluation data"] = phase.evaluation
         if scored and not prepared.rewards:
             raise ConfigError(
-                f"phase {phase.name} scores completions, but the run has no rewards; add e.g. rewards: [{{fn: exact_match}}]"
+                f"phase {phase.name} scores completions, but the run has no rewards; "
+                "add some, for example rewards: [{fn: exact_match}]"
             )
         for what, source in scored.items():
             check_columns(prepared.rewards, source.report.columns, f"phase {phase.name}, {what}")

@@ -1,9 +1,9 @@
 """Weights as a versioned, verified resource: every serving rollout worker has acknowledged (version, fingerprint).
 
-Membership is reconciled before every publish. Joining workers that are up take part; a different set of members than last
-time makes a new epoch of the transport. After the transfer exactly those members are promoted whose acknowledgement
-equals what the trainer sent; the others are evicted and replaced. A worker that comes up between two publishes catches up
-through the object store, before it gets any work.
+Membership is reconciled before every publish. Joining workers that are up take part; a different set of members than
+last time makes a new epoch of the transport. After the transfer exactly those members are promoted whose
+acknowledgement equals what the trainer sent; the others are evicted and replaced. A worker that comes up between two
+publishes catches up through the object store, before it gets any work.
 """
 
 from __future__ import annotations
@@ -38,7 +38,15 @@ class Publisher:
     """Moves the policy's weights to the members of a pool. One sync at a time."""
 
     def __init__(
-        self, policy: Group, pool: Pool, objects: Objects, config: WeightsConfig, *, dtype: str, folder: str, event: Event
+        self,
+        policy: Group,
+        pool: Pool,
+        objects: Objects,
+        config: WeightsConfig,
+        *,
+        dtype: str,
+        folder: str,
+        event: Event,
     ) -> None:
         self.version = -1
         self._policy, self._pool, self._objects, self._config = policy, pool, objects, config
@@ -47,7 +55,8 @@ class Publisher:
         self.changing = asyncio.Lock()  # held while the policy is updated and published: nobody catches up meanwhile
         self._published = asyncio.Event()
         self._held: dict[int, int] = {}  # member -> version that it acknowledged
-        self._epoch, self._members = 0, ()
+        self._epoch = 0
+        self._members: tuple[str, ...] = ()
         self._address: tuple[str, int] | None = None
         self._manifest: Manifest | None = None
         self._snapshot: tuple[SendReport, Ref] | None = None
@@ -112,7 +121,9 @@ class Publisher:
             ack: Ack = await worker.call("receive", order, payload, timeout_s=self._config.timeout_s + 30)
             report = await sent if isinstance(sent, asyncio.Future) else sent
             if (ack.version, ack.fingerprint) != (report.version, report.fingerprint):
-                raise InfraFailure(f"acknowledged {ack.version}/{ack.fingerprint}, sent {report.version}/{report.fingerprint}")
+                raise InfraFailure(
+                    f"acknowledged {ack.version}/{ack.fingerprint}, sent {report.version}/{report.fingerprint}"
+                )
         except InfraFailure as error:
             self._event("sync_failed", {"worker": index, "version": order.version, "why": str(error)})
             await self._pool.evict(index, f"weights of version {order.version} not confirmed: {error}")
@@ -126,15 +137,23 @@ class Publisher:
         names = tuple(self._pool.infos[index].name for index in members)
         if names != self._members:
             self._epoch, self._members = self._epoch + 1, names
-        if self._address is None:
-            self._address = (await self._policy.call("run", OpenCollective(), timeout_s=self._config.timeout_s))[0]
-        host, port = self._address
+        host, port = await self._get_address()
         return Rendezvous(host, port, str(self._epoch), names, self._config.timeout_s)
 
+    async def _get_address(self) -> tuple[str, int]:
+        """Where the policy's first rank keeps the store at which members meet."""
+        address = self._address
+        if address is None:
+            address = (await self._policy.call("run", OpenCollective(), timeout_s=self._config.timeout_s))[0]
+            self._address = address
+        return address
+
     async def _get_manifest(self) -> Manifest:
-        if self._manifest is None:
-            self._manifest = await self._export(ManifestOf(self._dtype, self._bucket_bytes), "weights manifest")
-        return self._manifest
+        manifest = self._manifest
+        if manifest is None:
+            manifest = await self._export(ManifestOf(self._dtype, self._bucket_bytes), "weights manifest")
+            self._manifest = manifest
+        return manifest
 
     async def _packed(self, version: int | None = None) -> tuple[SendReport, Ref]:
         """All weights as one object in the object store, made once per version."""

@@ -1,8 +1,9 @@
-"""The roles of a run, by name: run a stage on a batch, generate, score, publish. The only place where verbs become calls.
+"""The roles of a run, by name: run a stage on a batch, generate, score, publish. The only place where verbs become
+calls.
 
-    collector ── generate, score ──► pools of rollout and reward workers
-    loop ─────── run(stage, batch) ─► groups of ranks (policy, reference, ...)
-    loop ─────── publish(version) ──► publisher: policy ──► every rollout worker
+collector ── generate, score ──► pools of rollout and reward workers
+loop ─────── run(stage, batch) ─► groups of ranks (policy, reference, ...)
+loop ─────── publish(version) ──► publisher: policy ──► every rollout worker
 """
 
 from __future__ import annotations
@@ -101,7 +102,9 @@ class Roles:
         pool = _required(self.reward, "reward")
 
         async def work(worker: Worker) -> ScoreResult:
-            return await worker.call("score", tokens, prompt.prompt, prompt.columns, timeout_s=pool.policy.call_timeout_s)
+            return await worker.call(
+                "score", tokens, prompt.prompt, prompt.columns, timeout_s=pool.policy.call_timeout_s
+            )
 
         return await pool.call(f"score prompt {prompt.id}", work)
 
@@ -153,7 +156,9 @@ class Roles:
         """One optimizer step per minibatch and epoch; metrics are means over them."""
         assert stage.call is not None
         objective = LossObjective(stage.call, stage.options["reduce"], stage.options["loss_options"])
-        needed = batch.only({"tokens", "mask", "group", *objective.columns} & set(batch.columns) | set(objective.columns))
+        needed = batch.only(
+            {"tokens", "mask", "group", *objective.columns} & set(batch.columns) | set(objective.columns)
+        )
         reports = []
         for epoch in range(stage.options["epochs"]):
             for rows in _minibatches(needed, stage.options["minibatches"], (self.phase.seed, step, epoch)):

@@ -35,7 +35,9 @@ def _rewards(groups: Sequence[Group]) -> dict[str, float]:
 def _user_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """What reward functions logged themselves (`log_metric`), averaged over groups."""
     names = dict.fromkeys(name for group in groups for name in group.score.metrics)
-    return {name: _nanmean(np.array([g.score.metrics[name] for g in groups if name in g.score.metrics])) for name in names}
+    return {
+        name: _nanmean(np.array([g.score.metrics[name] for g in groups if name in g.score.metrics])) for name in names
+    }
 
 
 def _lengths(groups: Sequence[Group]) -> dict[str, float]:

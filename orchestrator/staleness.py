@@ -1,9 +1,10 @@
 """The staleness contract: how far a token may lag behind the weights that it trains. Pure.
 
-A *version* counts published weights: version v is what the policy is after v training steps. A batch trained at version v
-may hold no token older than `v - max_staleness`. The contract is kept in three places, in this order: what is admitted,
-what is cancelled before new weights are published, and a hard check when a batch is shipped to the trainer.
-Versions are counted over the whole run. `max_staleness = 0` is synchronous training: nothing is admitted for a batch before the weights it trains are published.
+A *version* counts published weights: version v is what the policy is after v training steps. A batch trained at version
+v may hold no token older than `v - max_staleness`. The contract is kept in three places, in this order: what is
+admitted, what is cancelled before new weights are published, and a hard check when a batch is shipped to the trainer.
+Versions are counted over the whole run. `max_staleness = 0` is synchronous training: nothing is admitted for a batch
+before the weights it trains are published.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Contract:
         return version - self.max_staleness
 
     def too_old(self, oldest: int, *, next_version: int) -> bool:
-        """Whether a group whose oldest token has version `oldest` can no longer be trained once `next_version` is out."""
+        """Whether a group whose oldest token has version `oldest` can no longer be trained once `next_version` is
+        out."""
         return oldest < self.oldest_allowed(next_version)
 
     def check(self, oldest: Iterable[int], *, version: int) -> None:

@@ -181,8 +181,8 @@ def _start(spec: EngineSpec) -> LLMEngine:
 
 
 def _whole_prompts(spec: EngineSpec) -> dict[str, Any]:
-    """On a CPU a prompt is computed in one step. In pieces, vLLM rewinds the random state of a seeded request after each,
-    which only a GPU's generator can do: on a CPU the engine breaks ("CPU Generator does not use offset")."""
+    """On a CPU a prompt is computed in one step. In pieces, vLLM rewinds the random state of a seeded request after
+    each, which only a GPU's generator can do: on a CPU the engine breaks ("CPU Generator does not use offset")."""
     if spec.gpus:
         return {}
     return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, spec.max_model_len)}

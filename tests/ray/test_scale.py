@@ -12,7 +12,9 @@ def serving(run: Run) -> int:
 
 
 def scale(run: Run, count: int) -> None:
-    done = subprocess.run([TROUPE, "scale", str(run.folder), f"rollout={count}"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [TROUPE, "scale", str(run.folder), f"rollout={count}"], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
 
 

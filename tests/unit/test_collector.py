@@ -64,7 +64,9 @@ class Company:
 
     async def score(self, prompt: Any, tokens: Ref) -> ScoreResult:
         total = np.array(self.rewards.get(prompt.id, [0.0, 1.0][: len(tokens.target)]), dtype=np.float32)
-        return ScoreResult(names=("r",), rewards=total[:, None], total=total, texts=[""] * len(total), extra={}, metrics={})
+        return ScoreResult(
+            names=("r",), rewards=total[:, None], total=total, texts=[""] * len(total), extra={}, metrics={}
+        )
 
     async def fetch(self, refs: list[Ref]) -> list[Batch]:
         return [ref.target for ref in refs]
@@ -77,7 +79,9 @@ def spread(rewards: np.ndarray) -> bool:
     return bool(np.ptp(rewards) > 0)
 
 
-def collector(company: Company, *, batch: int = 3, staleness: int = 0, version: int = 0, cursor: Cursor | None = None, **ledger):
+def collector(
+    company: Company, *, batch: int = 3, staleness: int = 0, version: int = 0, cursor: Cursor | None = None, **ledger
+):
     company.version = version
     return GroupCollector(
         Endless(),

@@ -14,7 +14,13 @@ from orchestrator.pool import Pool, PoolPolicy
 from orchestrator.supervision import Watchdog
 
 POLICY = PoolPolicy(
-    slots=4, max_attempts=5, call_timeout_s=5.0, start_timeout_s=5.0, max_restarts=100, ping_every_s=0.02, ping_timeout_s=1.0
+    slots=4,
+    max_attempts=5,
+    call_timeout_s=5.0,
+    start_timeout_s=5.0,
+    max_restarts=100,
+    ping_every_s=0.02,
+    ping_timeout_s=1.0,
 )
 
 

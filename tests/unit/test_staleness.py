@@ -35,7 +35,9 @@ def test_groups_consumed_in_order_of_admission_are_never_too_old(eta, batch, dat
     contract = Contract(eta, batch)
     started, version, consumed = [], 0, 0
     for _ in range(30):
-        while contract.may_admit(accepted=consumed, running=len(started) - consumed, version=version) and data.draw(st.booleans()):
+        while contract.may_admit(accepted=consumed, running=len(started) - consumed, version=version) and data.draw(
+            st.booleans()
+        ):
             started.append(version)
         if len(started) - consumed >= batch:
             contract.check(started[consumed : consumed + batch], version=version)

@@ -12,7 +12,9 @@ def test_failures_are_told_apart_by_their_class():
     assert classify(ZeroDivisionError()) is Kind.BUG
 
 
-@pytest.mark.parametrize(("survivors", "wanted", "enough"), [(6, 8, True), (5, 8, False), (1, 1, True), (2, 3, False), (3, 3, True)])
+@pytest.mark.parametrize(
+    ("survivors", "wanted", "enough"), [(6, 8, True), (5, 8, False), (1, 1, True), (2, 3, False), (3, 3, True)]
+)
 def test_a_group_trains_with_three_quarters_of_its_samples(survivors, wanted, enough):
     assert enough_survive(survivors, wanted) is enough
 
