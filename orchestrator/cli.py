@@ -104,11 +104,15 @@ def check(
     method: Annotated[str, typer.Option("--method", help="Which method the data is for.")],
     split: Annotated[str, typer.Option("--split")] = "train",
     bad_rows: Annotated[int, typer.Option("--bad-rows", help="How many rows may be unusable.")] = 0,
+    model: Annotated[str | None, typer.Option("--model", help="Also tokenise for it, and name rows too long.")] = None,
+    max_length: Annotated[int | None, typer.Option("--max-length", help="In tokens; with --model.")] = None,
+    max_prompt_length: Annotated[int | None, typer.Option("--max-prompt-length", help="The same.")] = None,
 ) -> None:
     """Read a data set as a method would, and say what is wrong with it."""
     from orchestrator.listing import show_data
 
-    show_data(data, method, split=split, max_bad_rows=bad_rows)
+    limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
+    show_data(data, method, model, split=split, max_bad_rows=bad_rows, **limits)
 
 
 @app.command()

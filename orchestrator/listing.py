@@ -71,16 +71,34 @@ def show_recipes() -> None:
     _print(table)
 
 
-def show_data(path: str, method: str, *, split: str, max_bad_rows: int) -> None:
-    """Raises DataError for data that the method cannot use."""
+def show_data(path: str, method: str, model: str | None, **options: Any) -> None:
+    """Without a model rows are read and not tokenised, so none is too long. `options` are keys of `DataConfig`. Raises
+    DataError for data that the method cannot use."""
     pipeline = _default_pipeline(_method(method))
     if pipeline is None:
         raise ConfigError(f"method {method} has options without a default, so its data cannot be checked by itself")
-    from orchestrator.source import validate
-
-    report = validate(DataConfig(path=path, split=split, max_bad_rows=max_bad_rows), pipeline.data)
-    for line in report.lines():
+    for line in _examined(_data_config(path, model, options), pipeline, model):
         _print(Text(line))
+
+
+def _data_config(path: str, model: str | None, options: dict[str, Any]) -> DataConfig:
+    if model is None and (limit := next((name for name, value in options.items() if "length" in name and value), None)):
+        option = limit.replace("_", "-")
+        raise ConfigError(f"--{option}={options[limit]} counts tokens, so it needs a tokenizer: name one by --model")
+    return DataConfig(path=path, truncation="error", **options)
+
+
+def _examined(data: DataConfig, pipeline: Pipeline, model: str | None) -> list[str]:
+    """A report, and with a model a row as it is learned from."""
+    from orchestrator.prepare import load_tokenizer, model_length, resolve_model
+    from orchestrator.source import open_source, validate
+
+    if model is None:
+        return validate(data, pipeline.data).lines()
+    folder = resolve_model(model, seed=0)
+    words = load_tokenizer(folder, None, trust_remote_code=False)
+    source = open_source(data, pipeline.data, words, seed=0, model_max_length=model_length(folder))
+    return [*source.report.lines(), source.preview()]
 
 
 def show_status(folder: Path) -> None:
