@@ -236,6 +236,18 @@ def test_staleness_with_a_correction_is_allowed_and_widens_what_is_in_flight() -
     assert plan.phases[0].groups_in_flight == 48
 
 
+def test_a_reference_that_forgets_earlier_phases_is_warned_about() -> None:
+    phases = {"warm": {"method": "sft"}, "prefer": {"method": "dpo"}}
+    assert planned(RunConfig.model_validate({"phases": phases})).warnings == ()
+    (warning,) = planned(RunConfig.model_validate({"phases": phases, "model": {"lora": {"r": 8}}})).warnings
+    assert warning.startswith("phases.prefer: with model.lora the reference is the model without adapters")
+
+
+def test_a_batch_of_one_is_refused_where_examples_swap_their_completions() -> None:
+    assert "use 2 or more" in planned(config("kto", train={"batch_size": 1})).refusals[0]
+    assert planned(config("bco", train={"batch_size": 1})).refusals == ()
+
+
 def test_a_truncated_distribution_is_warned_about_once_and_not_refused() -> None:
     plan = planned(config(sampling={"top_p": 0.9}))
     assert plan.refusals == () and len(plan.warnings) == 1 and "top_p" in plan.warnings[0]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -310,6 +311,23 @@ def test_a_frozen_role_computes_but_does_not_train(folder: Path) -> None:
     assert not any(parameter.requires_grad for parameter in frozen.backend.model.parameters())
     with pytest.raises(RunError, match="frozen"):
         frozen.update(chunk(batch()), Nll(), 1.0, "policy.update")
+
+
+def test_a_frozen_role_takes_the_weights_of_a_folder_and_a_trained_one_refuses(folder: Path, tmp_path: Path) -> None:
+    policy, reference = trainable(folder), trainable(folder, optim=None)
+    train(policy, range(1))
+    policy.save_model(str(tmp_path / "kept"))
+    reference.load_model(str(tmp_path / "kept"))
+    assert_equal_bits(weights(reference), weights(policy))
+    with pytest.raises(RunError, match="is trained"):
+        policy.load_model(str(folder))
+
+
+def test_two_roles_of_one_process_may_load_at_once(folder: Path) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        loaded = list(threads.map(lambda _: trainable(folder, optim=None), range(4)))
+    for other in loaded[1:]:
+        assert_equal_bits(weights(loaded[0]), weights(other))
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run(folder: Path) -> None:
