@@ -62,9 +62,7 @@ def test_a_methods_recipe_trains_on_its_own_data(name: str, model: Path, tmp_pat
     assert_trained(result, lines, config)
     if name in WITH_REFERENCE:
         first = lines[STEPS]
-        assert first["rewards/chosen"] == pytest.approx(
-            0, abs=1e-6
-        )  # it starts from its reference
+        assert first["rewards/chosen"] == pytest.approx(0, abs=1e-6)  # it starts from its reference
         assert any(abs(line["rewards/chosen"]) > 1e-9 for line in lines[STEPS + 1 :])
 
 
