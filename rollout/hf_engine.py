@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from actors.errors import ConfigError, DataFailure, InfraFailure
+from actors.model import LOADING
 from rollout.engine import EngineSpec, Finished
 from rollout.sampling import Completion, Finish, Request, Sampling, sample_seed
 from rollout.stopping import StopRule, end_token_ids, require_model, token_budget
@@ -203,7 +204,8 @@ def _read_model(spec: EngineSpec) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(spec.model, dtype=getattr(torch, spec.dtype), **spec.options)
+    with LOADING:
+        return AutoModelForCausalLM.from_pretrained(spec.model, dtype=getattr(torch, spec.dtype), **spec.options)
 
 
 @torch.no_grad()

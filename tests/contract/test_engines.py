@@ -288,6 +288,7 @@ def test_more_prompt_tokens_than_fit_into_one_step_are_no_obstacle_to_seeded_sam
     assert {name: len(samples) for name, samples in subject.run(*requests).items()} == {r.id: 2 for r in requests}
 
 
+@on(*ENGINES)
 def test_an_aborted_request_never_finishes_and_the_others_do(subject: Subject) -> None:
     doomed, kept = (Request(name, PROMPT, 2, Sampling(12), seed=12) for name in ("doomed", "kept"))
     subject.engine.add(doomed)
