@@ -50,10 +50,12 @@ def circles(rendezvous: Rendezvous) -> list[Circle]:
 
 @dataclass(frozen=True)
 class Seat:
-    """A process' place in a circle: its group, and the device on which buckets are sent or arrive."""
+    """A process' place in a circle: its group, the device on which buckets are sent or arrive, and how long a broadcast
+    may take."""
 
     group: dist.ProcessGroupGloo | dist.ProcessGroupNCCL
     device: torch.device
+    patience: timedelta  # the group's own: it cannot be let go of while a broadcast is under way
 
     def broadcast(self, flat: Tensor) -> dist.Work:
         options = dist.BroadcastOptions()
@@ -71,11 +73,11 @@ def sit(room: PrefixStore, rank: int, size: int, device: torch.device, address: 
     NCCL where everybody has a GPU to themselves, else gloo: NCCL refuses two ranks on one GPU."""
     devices = {room.get(_device_of(other)) for other in range(size)}
     if device.type == "cpu" or len(devices) < size:
-        return Seat(dist.ProcessGroupGloo(room, rank, size, _gloo_options(address, patience)), device)
+        return Seat(dist.ProcessGroupGloo(room, rank, size, _gloo_options(address, patience)), device, patience)
     with _blocking_waits():
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = patience
-        return Seat(dist.ProcessGroupNCCL(room, rank, size, options), device)
+        return Seat(dist.ProcessGroupNCCL(room, rank, size, options), device, patience)
 
 
 def room_of(store: TCPStore, rendezvous: Rendezvous, circle: Circle) -> PrefixStore:
@@ -118,9 +120,9 @@ class CollectiveSender:
             if index == 0:
                 failed |= self._meet(rendezvous, flat.device, patience)
             fingerprint.update(flat)
-            failed |= self._land(flying, patience)
+            failed |= self._land(flying)
             flying = {circle: seat.broadcast(flat) for circle, seat in self.seats.items()}
-        failed |= self._land(flying, patience)
+        failed |= self._land(flying)
         delivered = tuple(member for member in rendezvous.members if member not in failed)
         return SendReport(order.version, fingerprint.digest(), delivered, failed, time.perf_counter() - began)
 
@@ -158,12 +160,12 @@ class CollectiveSender:
         why = f"did not come to epoch {rendezvous.epoch} within {patience.total_seconds():g} s"
         return failed | dict.fromkeys(absent, why)
 
-    def _land(self, flying: dict[Circle, dist.Work], patience: timedelta) -> dict[str, str]:
+    def _land(self, flying: dict[Circle, dist.Work]) -> dict[str, str]:
         """Wait for the bucket in flight; a circle that did not take it is dropped for the rest of the epoch."""
         failed: dict[str, str] = {}
         for circle, work in flying.items():
             try:
-                work.wait(patience)
+                work.wait(self.seats[circle].patience)
             except RuntimeError as error:
                 self.seats.pop(circle).leave()
                 failed |= dict.fromkeys(circle, _first_line(error))
