@@ -31,21 +31,21 @@ class ManifestOf:
         return self.dtype if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
 
 
-def fill(manifest: Manifest, weights: Iterable[tuple[str, Tensor]], *, reuse: bool = False) -> Iterator[Tensor]:
+def fill(manifest: Manifest, weights: Iterable[tuple[str, Tensor]], *, buffers: int | None = None) -> Iterator[Tensor]:
     """Flat uint8 buckets of the weights, cast to the manifest's dtypes; the same bytes for the same weights. Raises
     ValueError if the weights are not the manifest's, in its order.
 
-    Each bucket has memory of its own, unless with `reuse` two buffers take turns: for a caller who is done with one
-    bucket by the time that it asks for the next but one.
+    Each bucket has memory of its own, unless a number of `buffers` is given, which take turns: a bucket is valid until
+    that many later ones are asked for.
     """
     stream = iter(weights)
     first = list(islice(stream, 1))
     stream = chain(first, stream)
     device = first[0][1].device if first else torch.device("cpu")
     sizes = [bucket_bytes(bucket) for bucket in manifest.buckets()]
-    turns = [torch.empty(max(sizes), dtype=torch.uint8, device=device) for _ in sizes[:2]] if reuse else []
+    turns = [torch.empty(max(sizes), dtype=torch.uint8, device=device) for _ in sizes[:buffers]] if buffers else []
     for index, (bucket, size) in enumerate(zip(manifest.buckets(), sizes, strict=True)):
-        flat = turns[index % 2][:size] if reuse else torch.empty(size, dtype=torch.uint8, device=device)
+        flat = turns[index % len(turns)][:size] if turns else torch.empty(size, dtype=torch.uint8, device=device)
         if size > sum(meta.nbytes for meta in bucket):
             flat.zero_()  # what alignment leaves open is part of the fingerprint
         for meta, (_, target) in zip(bucket, unfold(bucket, flat), strict=True):

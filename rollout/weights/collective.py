@@ -2,7 +2,7 @@
 
     trainer rank 0                                   member
     OpenCollective: a TCPStore on a free port  ◄──── (host, port) travels in the order
-    send: fill bucket k+1 │ bucket k in flight ════► receive into staging, hash, next
+    send: fill bucket k+2 │ k, k+1 in flight ══════► k+1, k+2 into staging │ hash bucket k
           one process group per circle               the process group of its circle
 
 A circle is the trainer and the members that one broadcast serves. By default every member has one of its own
@@ -22,6 +22,7 @@ import os
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,8 +40,10 @@ from rollout.weights.fingerprint import Fingerprint
 from rollout.weights.protocol import Rendezvous, SendReport, SyncOrder
 
 SENDER = 0  # the trainer's rank in every circle; members follow in their order
+AHEAD = 2  # buckets in flight: a side that fills or hashes one must not keep the other waiting
 LOOK_EVERY_S = 0.002
 Circle = tuple[str, ...]
+Flight = dict[Circle, dist.Work]  # one bucket on its way
 
 
 def circles(rendezvous: Rendezvous) -> list[Circle]:
@@ -112,27 +115,28 @@ class CollectiveSender:
             raise
 
     def _send(self, order: SyncOrder, rendezvous: Rendezvous, weights: Iterable[tuple[str, Tensor]]) -> SendReport:
-        """The next bucket is filled while the last one is in flight."""
+        """Up to `AHEAD` buckets are in flight while the next one is filled."""
         began, failed = time.perf_counter(), dict[str, str]()
-        fingerprint, flying = Fingerprint(), dict[Circle, dist.Work]()
-        patience = timedelta(seconds=rendezvous.timeout_s / 3)
-        for index, flat in enumerate(fill(order.manifest, weights, reuse=True)):
+        fingerprint, flights = Fingerprint(), deque[Flight]()
+        for index, flat in enumerate(fill(order.manifest, weights, buffers=AHEAD + 1)):
             if index == 0:
-                failed |= self._meet(rendezvous, flat.device, patience)
+                failed |= self._meet(rendezvous, flat.device)
             fingerprint.update(flat)
-            failed |= self._land(flying)
-            flying = {circle: seat.broadcast(flat) for circle, seat in self.seats.items()}
-        failed |= self._land(flying)
+            if len(flights) == AHEAD:
+                failed |= self._land(flights.popleft())
+            flights.append({circle: seat.broadcast(flat) for circle, seat in self.seats.items()})
+        for flight in flights:
+            failed |= self._land(flight)
         delivered = tuple(member for member in rendezvous.members if member not in failed)
         return SendReport(order.version, fingerprint.digest(), delivered, failed, time.perf_counter() - began)
 
-    def _meet(self, rendezvous: Rendezvous, device: torch.device, patience: timedelta) -> dict[str, str]:
+    def _meet(self, rendezvous: Rendezvous, device: torch.device) -> dict[str, str]:
         """A seat in every circle of the epoch. Returns who is in none, and why."""
         failed: dict[str, str] = {}
         if self.epoch != rendezvous.epoch:
             self._leave()
             self.epoch = rendezvous.epoch
-            failed = self._sit_down(rendezvous, device, patience)
+            failed = self._sit_down(rendezvous, device, timedelta(seconds=rendezvous.timeout_s / 3))
         lost = [member for circle in circles(rendezvous) if circle not in self.seats for member in circle]
         return dict.fromkeys(lost, "was lost in this epoch") | failed
 
@@ -160,15 +164,16 @@ class CollectiveSender:
         why = f"did not come to epoch {rendezvous.epoch} within {patience.total_seconds():g} s"
         return failed | dict.fromkeys(absent, why)
 
-    def _land(self, flying: dict[Circle, dist.Work]) -> dict[str, str]:
-        """Wait for the bucket in flight; a circle that did not take it is dropped for the rest of the epoch."""
+    def _land(self, flight: Flight) -> dict[str, str]:
+        """Wait for a bucket in flight; a circle that did not take it is dropped for the rest of the epoch."""
         failed: dict[str, str] = {}
-        for circle, work in flying.items():
-            try:
-                work.wait(self.seats[circle].patience)
-            except RuntimeError as error:
-                self.seats.pop(circle).leave()
-                failed |= dict.fromkeys(circle, _first_line(error))
+        for circle, work in flight.items():
+            if circle in self.seats:
+                try:
+                    work.wait(self.seats[circle].patience)
+                except RuntimeError as error:
+                    self.seats.pop(circle).leave()
+                    failed |= dict.fromkeys(circle, _first_line(error))
         return failed
 
     def _leave(self) -> None:
@@ -251,8 +256,11 @@ class CollectiveReceiver:
         sizes = [bucket_bytes(bucket) for bucket in order.manifest.buckets()]
         if [flat.numel() for flat in self._staging] != sizes:
             self._staging = [torch.empty(size, dtype=torch.uint8, device=seat.device) for size in sizes]
-        for flat in self._staging:
-            seat.broadcast(flat).wait()
+        arriving = deque(seat.broadcast(flat) for flat in self._staging[:AHEAD])
+        for index, flat in enumerate(self._staging):
+            arriving.popleft().wait()
+            if index + AHEAD < len(self._staging):
+                arriving.append(seat.broadcast(self._staging[index + AHEAD]))
             if flat.is_cuda:
                 torch.cuda.synchronize(flat.device)
             yield flat

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import count, pairwise
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -81,16 +81,16 @@ def trainer() -> Iterator[Stage]:
     shapes=st.lists(st.lists(st.integers(0, 5), max_size=3), max_size=12),
     dtypes=st.lists(st.sampled_from(["float32", "bfloat16", "int64", "bool", "uint8"]), min_size=12, max_size=12),
     bucket=st.integers(1, 300),
-    reuse=st.booleans(),
+    buffers=st.sampled_from([None, 1, 2, 3]),
 )
 @settings(deadline=None, max_examples=150)
-def test_weights_of_any_shapes_and_dtypes_come_out_of_the_buckets_as_they_went_in(shapes, dtypes, bucket, reuse):
+def test_weights_of_any_shapes_and_dtypes_come_out_of_the_buckets_as_they_went_in(shapes, dtypes, bucket, buffers):
     given_weights = [
         (f"w{index}", (torch.rand(shape) * 9 - 4).to(getattr(torch, dtype)))
         for index, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=False))
     ]
     manifest = ManifestOf("bfloat16", bucket)(iter(given_weights))
-    flats = (flat.clone() for flat in fill(manifest, iter(given_weights), reuse=reuse))
+    flats = (flat.clone() for flat in fill(manifest, iter(given_weights), buffers=buffers))
     staged, _ = stage(manifest, flats)
     assert [name for name, _ in staged] == [name for name, _ in given_weights]
     for (_, got), (_, was) in zip(staged, given_weights, strict=True):
@@ -108,15 +108,16 @@ def test_a_bucket_is_within_its_limit_unless_one_tensor_alone_exceeds_it(bucket)
 
 def test_the_same_weights_have_the_same_fingerprint_whatever_was_in_memory_before():
     manifest = ManifestOf("bfloat16", KIB)(weights())
-    prints = {stage(manifest, fill(manifest, weights(), reuse=reuse))[1] for reuse in (False, True, False)}
+    prints = {stage(manifest, fill(manifest, weights(), buffers=buffers))[1] for buffers in (None, 1, 2, None)}
     assert len(prints) == 1
 
 
-def test_two_buffers_take_turns_when_buckets_may_be_reused():
+@pytest.mark.parametrize("buffers", [1, 2, 3])
+def test_so_many_buffers_take_turns_as_may(buffers: int):
     manifest = ManifestOf("float32", KIB)(weights())
-    places = [flat.data_ptr() for flat in fill(manifest, weights(), reuse=True)]
-    assert len(places) > 3 and len(set(places)) == 2
-    assert all(a != b for a, b in pairwise(places)), "one is in flight while the other is filled"
+    places = [flat.data_ptr() for flat in fill(manifest, weights(), buffers=buffers)]
+    assert len(places) > buffers and len(set(places)) == buffers
+    assert places[buffers:] == places[:-buffers], "the oldest is taken, which has landed by then"
 
 
 @pytest.mark.parametrize(
