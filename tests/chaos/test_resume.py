@@ -7,6 +7,8 @@ import pytest
 
 from tests.runs import Run
 
+pytestmark = pytest.mark.timeout(900)  # whole runs, several processes each; a busy machine is slow to start them
+
 CHANGES = {
     "train": {"steps": 10, "batch_size": 8, "max_staleness": 0},
     "roles": {"rollout": {"engine": "hf", "workers": 2}},

@@ -4,7 +4,11 @@ import os
 import signal
 from collections import Counter
 
+import pytest
+
 from tests.runs import Run
+
+pytestmark = pytest.mark.timeout(900)  # whole runs, several processes each; a busy machine is slow to start them
 
 
 def test_a_run_survives_kill_9_of_its_rollout_workers_and_trains_each_sample_once(tmp_path):

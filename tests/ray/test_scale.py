@@ -2,7 +2,11 @@
 
 import subprocess
 
+import pytest
+
 from tests.runs import TROUPE, Run
+
+pytestmark = pytest.mark.timeout(900)  # whole runs, several processes each; a busy machine is slow to start them
 
 
 def serving(run: Run) -> int:
