@@ -144,6 +144,7 @@ class GroupCollector:
         self._filtered = self._filtered_in_a_row = self._expired = 0
         self._changed = asyncio.Event()
         self._failure: BaseException | None = None
+        self._closed = False
         self._ahead: asyncio.Task[Collected] | None = None
 
     async def next(self, version: int) -> Collected:
@@ -177,11 +178,14 @@ class GroupCollector:
         self._admit()
 
     async def close(self) -> None:
+        self._closed = True  # a group that finishes meanwhile makes no room for another
         await _cancel([*self._running.values(), *([self._ahead] if self._ahead else [])])
 
     def _admit(self) -> None:
-        while self._failure is None and self._contract.may_admit(
-            accepted=self._accepted, running=len(self._running), version=self._version
+        while (
+            not self._closed
+            and self._failure is None
+            and self._contract.may_admit(accepted=self._accepted, running=len(self._running), version=self._version)
         ):
             position = self._redraw.pop(0) if self._redraw else next(self._drawing)
             self._started[position] = self._version

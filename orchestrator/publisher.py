@@ -93,7 +93,7 @@ class Publisher:
         transport = self._config.transport
         order = SyncOrder(f"publish-{version}-{time.monotonic_ns()}", version, transport, await self._get_manifest())
         if transport == "disk":
-            return replace(order, folder=f"{self._folder}/version-{version}")
+            return replace(order, folder=self._folder)
         return replace(order, rendezvous=await self._rendezvous(members)) if transport == "collective" else order
 
     async def _transfer(self, order: SyncOrder, members: Sequence[int]) -> list[Ack]:

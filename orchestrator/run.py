@@ -164,7 +164,7 @@ class _Run:
             roles,
             phase.pipeline,
             cursor,
-            Contract(train_config.max_staleness, train_config.batch_size, phase.first_version),
+            Contract(train_config.max_staleness, train_config.batch_size, phase.first_version, phase.steps),
             phase.sampling,
             run=phase.name,
             seed=self.config.seed + phase.index,

@@ -22,11 +22,13 @@ class Contract:
     max_staleness: int
     batch: int
     first_version: int = 0
+    batches: int | None = None  # of the whole phase: nothing is admitted that no step would train
 
     def may_admit(self, *, accepted: int, running: int, version: int) -> bool:
         """Whether one more group may start. `accepted`: groups taken into batches or waiting for one since the phase
         began; `running`: groups being generated or scored. Source: arXiv:2505.24298 (AReaL), eq. 3."""
-        return accepted + running < (self.max_staleness + version - self.first_version + 1) * self.batch
+        ahead = self.max_staleness + version - self.first_version + 1
+        return accepted + running < (ahead if self.batches is None else min(ahead, self.batches)) * self.batch
 
     def oldest_allowed(self, version: int) -> int:
         """The oldest token version in a batch that is trained at `version`."""

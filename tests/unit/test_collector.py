@@ -208,6 +208,17 @@ async def test_a_resumed_collector_draws_what_was_not_trained_on_with_the_same_s
     await resumed.close()
 
 
+async def test_a_closed_collector_starts_nothing_more():
+    company = Company(slow={1})
+    feed = collector(company, staleness=2)
+    await feed.next(0)
+    await feed.close()
+    seen = len(company.seen)
+    company.slow.clear()
+    await asyncio.sleep(0.02)
+    assert len(company.seen) == seen
+
+
 async def test_rows_come_in_batches_in_order_and_are_settled_after_training():
     cursor = Cursor()
     feed = RowCollector(Endless(), Company(), cursor, items=2)

@@ -30,6 +30,11 @@ def test_versions_before_the_phase_do_not_count():
     assert admitted(contract, 100) == 4
 
 
+def test_nothing_is_admitted_that_no_step_of_the_phase_would_train():
+    contract = Contract(max_staleness=2, batch=4, first_version=10, batches=3)
+    assert [admitted(contract, version) for version in (10, 11, 12, 13)] == [12, 12, 12, 12]
+
+
 @given(eta=st.integers(0, 4), batch=st.integers(1, 5), data=st.data())
 def test_groups_consumed_in_order_of_admission_are_never_too_old(eta, batch, data):
     contract = Contract(eta, batch)
