@@ -1,0 +1,51 @@
+"""How weights travel is no part of what is learned: a run over every transport ends with the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rollout.weights import TRANSPORTS
+from tests.runs import Run
+
+STEPS = 3
+WAYS: dict[str, dict[str, Any]] = {
+    "collective": {"transport": "collective"},
+    "collective, all at once": {"transport": "collective", "topology": "all"},
+    "object_store": {"transport": "object_store"},
+    "disk": {"transport": "disk"},
+}
+
+
+def run(where: Path, way: str) -> Run:
+    changes = {
+        "train": {"steps": STEPS, "batch_size": 4},
+        "roles": {"rollout": {"engine": "hf"}},
+        "weights": WAYS[way],
+    }
+    finished = Run(where, changes, "--local")
+    finished.wait()
+    return finished
+
+
+def model(finished: Run) -> bytes:
+    return (finished.folder / "checkpoints" / f"step-{STEPS:08d}" / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def by_default(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return model(run(tmp_path_factory.mktemp("default"), "collective"))
+
+
+def test_every_transport_is_under_test():
+    assert {way["transport"] for way in WAYS.values()} == set(TRANSPORTS)
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "collective"])
+def test_a_run_ends_with_the_same_bits_whichever_way_its_weights_travel(tmp_path: Path, by_default: bytes, way: str):
+    finished = run(tmp_path, way)
+    assert model(finished) == by_default
+    if way == "disk":
+        assert [file.name for file in (finished.folder / "weights").iterdir()] == [f"version-{STEPS}.safetensors"]
