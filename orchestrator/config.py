@@ -215,6 +215,7 @@ class WeightsConfig(Section):
     """How published weights reach the rollout workers."""
 
     transport: Literal["collective", "object_store", "disk"] = "collective"
+    topology: Literal["each", "all"] = "each"  # collective: a broadcast for every worker, or one for all of them
     bucket_mib: Annotated[float, Field(gt=0)] = 4.0
     timeout_s: Seconds = 120.0
     dtype: DType | None = None  # on the wire; default: the rollout dtype

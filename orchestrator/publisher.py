@@ -138,7 +138,7 @@ class Publisher:
         if names != self._members:
             self._epoch, self._members = self._epoch + 1, names
         host, port = await self._get_address()
-        return Rendezvous(host, port, str(self._epoch), names, self._config.timeout_s)
+        return Rendezvous(host, port, str(self._epoch), names, self._config.timeout_s, self._config.topology)
 
     async def _get_address(self) -> tuple[str, int]:
         """Where the policy's first rank keeps the store at which members meet."""
