@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.errors import ConfigError, InfraFailure
+from actors.worker import Worker
 from orchestrator.checkpoint import Checkpoint, CheckpointStore, RunState
 from orchestrator.cluster import Cluster, LocalCluster
 from orchestrator.collector import Collector, GroupCollector, RowCollector
@@ -108,8 +109,9 @@ class _Run:
             self.log.rewind(found.state.total_step)
         async with (
             self._cluster() as cluster,
+            self._board(cluster) as board,
             launch(self.prepared, self.plan, cluster, self.folder, self.event, self.watchdog) as roles,
-            self._beside(roles, cluster),
+            self._beside(roles, await board),
         ):
             self.console.placed(cluster.describe())
             self.event("started", {"seconds": round(time.monotonic() - self.began, 3)})
@@ -278,10 +280,26 @@ class _Run:
             await cluster.close()
 
     @asynccontextmanager
-    async def _beside(self, roles: Roles, cluster: Cluster) -> AsyncIterator[None]:
+    async def _board(self, cluster: Cluster) -> AsyncIterator[asyncio.Future[Worker]]:
+        """The actor through which the run is reached from outside; it starts while the roles do."""
+
+        async def put_up() -> Worker:
+            name = board_name(self.folder.name)
+            board = await cluster.start_board(name, Board)
+            RunFile(self.folder.name, cluster.address, name, os.getpid()).write(self.folder)
+            return board
+
+        starting = asyncio.ensure_future(put_up())
+        try:
+            yield starting
+        finally:
+            await _cancelled(starting)
+
+    @asynccontextmanager
+    async def _beside(self, roles: Roles, board: Worker) -> AsyncIterator[None]:
         """What goes on beside the loop, for as long as the block lasts."""
         async with AsyncExitStack() as stack:
-            for work in (self._watch(), self._obey_board(roles, cluster)):
+            for work in (self._watch(), self._obey_board(roles, board)):
                 task = asyncio.ensure_future(work)
                 stack.push_async_callback(_cancelled, task)
             yield
@@ -292,11 +310,8 @@ class _Run:
             for line in self.watchdog.overdue():
                 self.console.warn(line)
 
-    async def _obey_board(self, roles: Roles, cluster: Cluster) -> None:
+    async def _obey_board(self, roles: Roles, board: Worker) -> None:
         """Put up the status and take what is desired, every second."""
-        name = board_name(self.folder.name)
-        board = await cluster.start_board(name, Board)
-        RunFile(self.folder.name, cluster.address, name, os.getpid()).write(self.folder)
         pools = {
             role: pool for role, pool in (("rollout", roles.rollout), ("reward", roles.reward)) if pool is not None
         }
