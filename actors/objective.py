@@ -81,6 +81,7 @@ class Outputs:
     logps: Tensor
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     aux_loss: Tensor | None = None  # scalar, weighted balancing loss of experts; the trainer adds it
+    rows: int = 0  # that went through the model: fewer than tokens, where rows of the batch begin alike
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from actors.batch import Batch
 
 MicroBatches = tuple[tuple[int, ...], ...]
+UNEVEN = 1.1  # how much larger the largest micro-batch may be so that groups stay together
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,12 @@ def _balance(lengths: Sequence[int], bins: int, budget: int) -> list[list[int]] 
 def deal(batch: Batch, ranks: int, token_budget: int, *, keep_groups: bool = False) -> list[tuple[list[int], Chunk]]:
     """One (rows, chunk) per rank: which rows of `batch` it got, in the chunk's order, and the chunk itself.
 
-    With `keep_groups`, rows of one `group` stay in one micro-batch, adjacent and in the batch's order.
+    With `keep_groups`, rows of one `group` stay in one micro-batch, adjacent and in the batch's order. Without, they do
+    where that costs nothing: samples of a prompt begin alike, and what begins alike in a micro-batch is computed once.
     """
-    items = _groups(batch) if keep_groups else [[row] for row in range(len(batch))]
-    lengths = [int(batch.lengths[rows].sum()) for rows in items]
+    items = _groups(batch) if keep_groups else _grouped_if_free(batch, ranks, token_budget)
     dealt = []
-    for micro_batches in pack(lengths, ranks, token_budget):
+    for micro_batches in pack(_sizes(batch, items), ranks, token_budget):
         rows: list[int] = []
         local: list[tuple[int, ...]] = []
         for members in micro_batches:
@@ -69,6 +70,30 @@ def deal(batch: Batch, ranks: int, token_budget: int, *, keep_groups: bool = Fal
             rows.extend(chosen)
         dealt.append((rows, Chunk(batch.select(rows), tuple(local))))
     return dealt
+
+
+def _grouped_if_free(batch: Batch, ranks: int, token_budget: int) -> list[list[int]]:
+    """Whole groups as items, unless rows by themselves make fewer or clearly smaller micro-batches."""
+    rows = [[row] for row in range(len(batch))]
+    groups = _groups(batch) if "group" in batch else rows
+    if len(groups) == len(rows) or max(_sizes(batch, groups)) > token_budget:
+        return rows
+    (count, largest), (least, smallest) = (
+        _extent(_sizes(batch, items), ranks, token_budget) for items in (groups, rows)
+    )
+    return groups if count == least and largest <= UNEVEN * smallest else rows
+
+
+def _extent(lengths: Sequence[int], ranks: int, token_budget: int) -> tuple[int, int]:
+    """Micro-batches per rank, and tokens of the largest one."""
+    dealt = pack(lengths, ranks, token_budget)
+    return len(dealt[0]), max(sum(lengths[item] for item in micro) for rank in dealt for micro in rank)
+
+
+def _sizes(batch: Batch, items: Sequence[Sequence[int]]) -> list[int]:
+    """Tokens of each item."""
+    lengths = batch.lengths.tolist()
+    return [sum(lengths[row] for row in rows) for rows in items]
 
 
 def _groups(batch: Batch) -> list[list[int]]:

@@ -261,7 +261,9 @@ class Trainable:
             loss, stats = pass_.loss(micro, outputs) if len(micro) else (outputs.logps.sum() * 0, {})
         with clock.measure("backward"):
             self.backend.backward(loss, last=last)
-        return {**stats, "loss": Stat(loss.detach(), combine="sum")}
+        size = int(micro.lengths.sum())
+        shared = Stat(size - outputs.rows, size) if size else Stat(0.0, 0.0)
+        return {**stats, "loss": Stat(loss.detach(), combine="sum"), "shared_share": shared}
 
     def _detail(self) -> dict[str, Any]:
         backend = self.backend

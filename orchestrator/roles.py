@@ -126,7 +126,9 @@ class Roles:
         into = stage.options["into"]
         role, adapters = self._holder(stage)
         group = self.groups[role]
-        dealt = deal(batch.only({"tokens", "mask"}), len(group.workers), self.phase.token_budget)
+        dealt = deal(
+            batch.only({"tokens", "mask", "group"} & set(batch.columns)), len(group.workers), self.phase.token_budget
+        )
         chunks = await asyncio.gather(*(self.objects.put(chunk) for _, chunk in dealt))
         results = await group.call(
             "logps",
