@@ -40,7 +40,8 @@ from actors.worker import WorkerInfo
 
 @dataclass(frozen=True)
 class UpdateReport:
-    """What one optimizer step did; equal on all ranks but for `seconds` (forward, backward, step, in this process)."""
+    """What one optimizer step did; equal on all ranks but for `seconds`: forward, backward, step and, where rows are
+    coupled, statistics, in this process."""
 
     metrics: dict[str, float]
     grad_norm: float
@@ -59,7 +60,7 @@ class _Clock:
     def measure(self, phase: str) -> Generator[None]:
         start = time.perf_counter()
         yield
-        self.seconds[phase] += time.perf_counter() - start
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
 class Trainable:
@@ -142,7 +143,10 @@ class Trainable:
             tokens = sum_counts([_sizes(micro) for micro in micros], self.backend.world, self.backend.device)
             if not tokens.get("real"):
                 raise RunError(f"{self.name}: an update was asked for with an empty batch")
-            statistics = self._statistics(micros, objective, temperature, stage)
+            statistics: dict[str, Any] = {}
+            if objective.coupled:
+                with clock.measure("statistics"):
+                    statistics = self._statistics(micros, objective, temperature, stage)
             pass_ = _Pass(objective, temperature, counts, statistics, tokens["real"])
             stats = [self._learn(micro, pass_, clock, last=micro is micros[-1]) for micro in micros]
             with clock.measure("step"):
@@ -245,8 +249,6 @@ class Trainable:
     def _statistics(
         self, micros: list[MicroBatch], objective: Objective, temperature: float, stage: str
     ) -> dict[str, Any]:
-        if not objective.coupled:
-            return {}
         outputs = list(self._without_gradient(micros, temperature, objective.needs))
         filled = [(micro, output) for micro, output in zip(micros, outputs) if output is not None]
         state = self._objective_states.setdefault(stage, {})

@@ -1,158 +1,166 @@
 """Troupe beside TRL: the same generated model, data, batch, dtype and cores, in turn, on a length-skewed workload.
 
-    python tests/benchmarks/against_trl.py [--sizes 2.6m 26m] [--dtypes float32] [--methods sft grpo] [--rounds 2]
+    python tests/benchmarks/against_trl.py --methods sft dpo --sizes 2.6m --dtypes float32 --rounds 3
 
 TRL 1.16.0 is installed into an environment of its own (`.cache/trl`) that shares every other package with this one, so
-both sides compute with the same torch. Prints a table and, last, one line of JSON. Figures are medians over steps; what
-counts is the ratio, since both sides ran on the same machine within minutes.
+both sides compute with the same torch. Both read one file; rows that are not sampled are trained on in the same order,
+and it is an error if the two sides count different tokens. What counts are the ratios: both sides ran on the same
+machine within minutes. Prints tables after every workload and, last, one line of JSON.
+
+A step's rows are the same on both sides but for TRL's packing, whose steps have about as many tokens; ratios per token
+hold for all. `Ray and rest` is what no phase claims: of Troupe's steps, above all calls and the driver.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import site
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import venv
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
+from processes import computes_bfloat16, processor, run
 from rich.console import Console
 from rich.table import Table
-
-from orchestrator.examples import dataset, model_folder
+from workload import BATCHING, METHODS, SIZES, Job
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent.parent
 TRL = "trl==1.16.0"
-CORES = os.cpu_count() or 1
-TIMEOUT_S = 1800
+TIMEOUT_S = 1800.0
+PHASES = ("generate", "score", "logps", "update", "publish", "rest")
+Figures = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Job:
-    """One workload. `rows` are sequences per step; prompts = rows / samples. Lengths in tokens."""
+class Target:
+    """At least so many times as fast, per step or per token of text."""
 
-    method: str
-    size: str
-    dtype: str
-    rows: int
-    samples: int = 1
-    max_length: int = 256
-    max_tokens: int = 96
-    beta: float = 0.04
-    warmup: int = 2
-    steps: int = 6
-    threads: int = CORES
+    ratio: float
+    per: str
 
-    @classmethod
-    def of(cls, method: str, size: str, dtype: str) -> Job:
-        if method == "sft":
-            return cls(method, size, dtype, rows=16)
-        return cls(method, size, dtype, rows=64 if size == "2.6m" else 32, samples=8, warmup=1, steps=4)
+
+TARGETS = {
+    ("grpo", "plain"): Target(2.5, "step"),
+    ("sft", "plain"): Target(2.0, "token"),
+    ("sft", "group_by_length"): Target(1.0, "token"),
+    ("dpo", "plain"): Target(2.0, "token"),
+}
 
 
 def main() -> None:
     options = _options()
     python = trl_environment(REPOSITORY / ".cache" / "trl")
-    results = []
+    results: list[Figures] = []
     for size in options.sizes:
         for dtype in options.dtypes:
             for method in options.methods:
-                results.append(compare(Job.of(method, size, dtype), python, options.rounds))
+                results += compare(Job.of(method, size, dtype, options.steps), python, options)
                 show(results)
-    print(json.dumps({"cores": CORES, "processor": _processor(), "results": results}))
+    print(json.dumps({"benchmark": "against_trl", "trl": TRL, "processor": processor(), "results": results}))
 
 
-def compare(job: Job, python: Path, rounds: int) -> dict[str, Any]:
-    """Both sides in turn; the medians over all their steps."""
-    theirs, ours = [], []
-    for _ in range(rounds):
-        theirs.append(run_trl(job, python))
+def compare(job: Job, python: Path, options: argparse.Namespace) -> Iterator[Figures]:
+    """One result per way in which TRL makes batches. In every round each side runs once."""
+    batchings = [name for name in BATCHING.get(job.method, ("plain",)) if name in options.batching]
+    theirs: dict[str, list[Figures]] = {name: [] for name in batchings}
+    ours: list[Figures] = []
+    for _ in range(options.rounds):
+        for batching in batchings:
+            theirs[batching].append(run_trl(replace(job, batching=batching), python))
         ours.append(run_troupe(job))
-    summary = {"job": asdict(job), "trl": _median(theirs), "troupe": _median(ours)}
-    summary["speedup"] = summary["trl"]["step_s"] / summary["troupe"]["step_s"]
-    return summary
+    for batching in batchings:
+        trl, troupe = _median(theirs[batching]), _median(ours)
+        if batching == "plain":
+            _same_tokens(job, trl, troupe)
+        ratios = {"step": trl["step_s"] / troupe["step_s"], "token": _rate(troupe) / _rate(trl)}
+        yield {"job": asdict(replace(job, batching=batching)), "trl": trl, "troupe": troupe, "ratios": ratios}
 
 
-def run_trl(job: Job, python: Path) -> dict[str, Any]:
+def _same_tokens(job: Job, trl: Figures, troupe: Figures) -> None:
+    if job.tokens() is not None and trl["tokens"] != troupe["tokens"]:
+        raise RuntimeError(
+            f"{job.method}: TRL trained on {trl['tokens']} tokens per step, Troupe on {troupe['tokens']}"
+        )
+
+
+def run_trl(job: Job, python: Path) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data.jsonl"
-        columns = ("prompt", "completion") if job.method == "sft" else ("prompt",)
-        rows = dataset("skewed", seed=0, split="train", max_length=job.max_length)
-        data.write_text("\n".join(json.dumps({name: row[name] for name in columns}) for row in rows))
-        given = {**asdict(job), "model": _model(job), "data": str(data), "output": folder}
-        command = [str(python), "-W", "ignore", str(HERE / "trl_run.py"), json.dumps(given)]
-        output, peak_gib = _run(command, {"OMP_NUM_THREADS": str(job.threads)})
-    result = json.loads(output.strip().splitlines()[-1])
-    result["step_s"] = statistics.median(result.pop("steps_s"))
-    return {**result, "peak_gib": peak_gib}
+        job.write(data)
+        given = {**asdict(job), "items": job.items, "model": str(job.model), "data": str(data), "output": folder}
+        command = [python, "-W", "ignore", HERE / "trl_run.py", json.dumps(given)]
+        environment = {"OMP_NUM_THREADS": str(job.threads), "HF_DATASETS_CACHE": folder}
+        output, peak_gib = run(command, environment, TIMEOUT_S)
+    return {**json.loads(output.strip().splitlines()[-1]), "peak_gib": peak_gib}
 
 
-def run_troupe(job: Job) -> dict[str, Any]:
+def run_troupe(job: Job) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
-        recipe = Path(folder) / "recipe.yaml"
-        recipe.write_text(yaml.safe_dump(_recipe(job, folder)))
-        _, peak_gib = _run([str(Path(sys.executable).parent / "troupe"), "run", str(recipe)], {})
+        data, recipe = Path(folder) / "data.jsonl", Path(folder) / "recipe.yaml"
+        job.write(data)
+        recipe.write_text(yaml.safe_dump(_recipe(job, data, folder)))
+        _, peak_gib = run([Path(sys.executable).parent / "troupe", "run", recipe], {}, TIMEOUT_S)
         (metrics,) = Path(folder).glob("bench-*/metrics.jsonl")
         lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     steps = [line for line in lines if "step_time" in line][job.warmup :]
 
-    def median(name: str) -> float:
-        return statistics.median(line.get(name, 0.0) for line in steps)
+    def mean(name: str) -> float:
+        return sum(line.get(name, 0.0) for line in steps) / len(steps)
 
-    parts = {
-        "generate": "time/generate",
-        "score": "time/score",
-        "logps": "time/batch_stages",
-        "forward": "time/forward",
-        "backward": "time/backward",
-        "optimizer": "time/step",
-        "publish": "time/publish",
+    given = job.tokens()
+    update = {name: mean(f"time/{name}") for name in ("statistics", "forward", "backward", "step")}
+    phases = {
+        "generate": mean("time/generate"),
+        "score": mean("time/score"),
+        "logps": mean("time/batch_stages" if job.method == "grpo" else "time/collect"),
+        "update": sum(update.values()),
+        "publish": mean("time/publish"),
     }
-    seconds = {part: median(name) for part, name in parts.items()}
-    step_s = median("step_time")
-    seconds["Ray and rest"] = step_s - sum(seconds.values())
     return {
-        "step_s": step_s,
-        "tokens": median("num_tokens"),
-        "parts": seconds,
-        "padding": median("padding_share"),
-        "mean_length": median("completions/mean_length"),
+        "step_s": mean("step_time"),
+        "tokens": mean("num_tokens") if given is None else sum(given) / len(given),
+        "phases": {**phases, "rest": mean("step_time") - sum(phases.values())},
+        "update": update,
+        "padding": mean("padding_share"),
+        "mean_length": mean("completions/mean_length") or None,
         "peak_gib": peak_gib,
     }
 
 
-def _recipe(job: Job, folder: str) -> dict[str, Any]:
-    common = {
+def _recipe(job: Job, data: Path, folder: str) -> Figures:
+    recipe: Figures = {
         "name": "bench",
         "output": folder,
         "model": {"path": f"example:skewed-{job.size}", "dtype": job.dtype},
-        "data": {"path": "example:skewed", "options": {"max_length": job.max_length}, "max_length": job.max_length},
+        "method": job.method,
+        "data": {"path": str(data), "max_length": job.max_length, "shuffle": job.method == "grpo"},
+        "train": {
+            "steps": job.warmup + job.steps,
+            "batch_size": job.items,
+            "learning_rate": 1e-6,
+            "token_budget": 4096,
+        },
         "logging": {"completions_every": None, "tensorboard": False, "ray_metrics": False},
         "cluster": {"num_cpus": 8},
     }
-    schedule = {"steps": job.warmup + job.steps, "learning_rate": 1e-6, "token_budget": 4096}
-    if job.method == "sft":
-        return {**common, "method": "sft", "train": {**schedule, "batch_size": job.rows}}
-    return {
-        **common,
-        "method": "grpo",
-        "options": {"num_generations": job.samples, "beta": job.beta},
-        "train": {**schedule, "batch_size": job.rows // job.samples},
-        "sampling": {"max_tokens": job.max_tokens},
-        "rewards": [{"fn": f"{HERE / 'length_reward.py'}:length_reward"}],
-        "roles": {"rollout": {"workers": CORES, "threads": 1, "kv_cache_gib": 0.25}},
-    }
+    if job.method == "grpo":
+        recipe["options"] = {"num_generations": job.samples, "beta": job.beta}
+        recipe["sampling"] = {"max_tokens": job.max_tokens}
+        recipe["rewards"] = [{"fn": f"{HERE / 'length_reward.py'}:length_reward"}]
+        recipe["roles"] = {"rollout": {"workers": job.threads, "threads": 1, "kv_cache_gib": 0.25}}
+    elif job.method != "sft":
+        recipe["options"] = {"beta": job.beta}
+    return recipe
 
 
 def trl_environment(folder: Path) -> Path:
@@ -169,45 +177,11 @@ def trl_environment(folder: Path) -> Path:
     return python
 
 
-def _run(command: list[str], environment: dict[str, str]) -> tuple[str, float]:
-    """Output, and the peak memory (GiB) of all processes together, shared pages counted once (PSS)."""
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
-    )
-    peak, stop = [0.0], threading.Event()
-    watcher = threading.Thread(target=_watch, args=(process.pid, peak, stop), daemon=True)
-    watcher.start()
-    try:
-        output, errors = process.communicate(timeout=TIMEOUT_S)
-    finally:
-        process.kill()
-        stop.set()
-        watcher.join(10)
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(command)[:200]} failed:\n{errors[-3000:]}")
-    return output, peak[0]
-
-
-def _watch(pid: int, peak: list[float], stop: threading.Event) -> None:
-    while not stop.wait(1.0):
-        total = 0
-        try:
-            root = psutil.Process(pid)
-            for process in (root, *root.children(recursive=True)):
-                try:
-                    total += process.memory_full_info().pss
-                except psutil.Error:
-                    continue
-        except psutil.Error:
-            return
-        peak[0] = max(peak[0], total / 2**30)
-
-
-def _median(runs: list[dict[str, Any]]) -> dict[str, Any]:
+def _median(runs: list[Figures]) -> Figures:
     """Key by key; nested dictionaries too; None where a side has no such figure."""
-    merged: dict[str, Any] = {}
+    merged: Figures = {}
     for key in runs[0]:
-        values = [run[key] for run in runs]
+        values = [figures[key] for figures in runs]
         if isinstance(values[0], dict):
             merged[key] = _median(values)
         else:
@@ -215,49 +189,55 @@ def _median(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return merged
 
 
-def show(results: list[dict[str, Any]]) -> None:
-    table = Table(
-        "workload",
-        "TRL s/step",
-        "Troupe s/step",
-        "ratio",
-        "TRL tok/s",
-        "Troupe tok/s",
-        "padding",
-        "TRL GiB",
-        "Troupe GiB",
-    )
-    for result in results:
-        job, theirs, ours = result["job"], result["trl"], result["troupe"]
-        rates = [f"{side['tokens'] / side['step_s']:,.0f}" for side in (theirs, ours)]
-        sizes = [f"{side['peak_gib']:.2f}" for side in (theirs, ours)]
-        seconds = [f"{side['step_s']:.3f}" for side in (theirs, ours)]
-        name = f"{job['method']} {job['size']} {job['dtype']}"
-        table.add_row(name, *seconds, f"{result['speedup']:.2f}x", *rates, f"{ours['padding']:.1%}", *sizes)
+def _rate(side: Figures) -> float:
+    return side["tokens"] / side["step_s"]
+
+
+def show(results: list[Figures]) -> None:
     console = Console(width=140)
-    console.print(table)
+    speed = Table("workload", "TRL batches", "s/step", "", "ratio", "tokens/s", "", "ratio", "target", "padding", "GiB")
+    parts = Table("seconds per step", *PHASES[:-1], "Ray and rest", "share of it")
     for result in results:
-        parts = {
-            side: {name: round(value, 3) for name, value in result[side]["parts"].items()} for side in ("trl", "troupe")
-        }
-        console.print(f"{result['job']['method']} {result['job']['size']} {result['job']['dtype']}: {parts}")
+        job, theirs, ours, ratios = (result[name] for name in ("job", "trl", "troupe", "ratios"))
+        name = f"{job['method']} {job['size']} {job['dtype']}"
+        speed.add_row(
+            name,
+            job["batching"],
+            *(f"{side['step_s']:.3f}" for side in (theirs, ours)),
+            f"{ratios['step']:.2f}x",
+            *(f"{_rate(side):,.0f}" for side in (theirs, ours)),
+            f"{ratios['token']:.2f}x",
+            _verdict(job, ratios),
+            " / ".join(f"{side['padding']:.0%}" for side in (theirs, ours)),
+            " / ".join(f"{side['peak_gib']:.2f}" for side in (theirs, ours)),
+        )
+        for label, side in ((f"TRL {job['batching']}", theirs), ("Troupe", ours)):
+            seconds = [f"{side['phases'][phase]:.3f}" for phase in PHASES]
+            parts.add_row(f"{name}  {label}", *seconds, f"{side['phases']['rest'] / side['step_s']:.1%}")
+    console.print("Two figures: TRL's and Troupe's. Padding: share of what goes through the models in training.")
+    console.print(speed)
+    console.print(parts)
 
 
-def _model(job: Job) -> str:
-    return str(model_folder(f"skewed-{job.size}", 0))
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+def _verdict(job: Figures, ratios: dict[str, float]) -> str:
+    target = TARGETS.get((job["method"], job["batching"]))
+    if target is None:
+        return ""
+    return f"{target.ratio:g}x/{target.per} {'met' if ratios[target.per] >= target.ratio else 'MISSED'}"
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=["2.6m", "26m"])
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--methods", nargs="+", default=["sft", "grpo"])
-    parser.add_argument("--rounds", type=int, default=2)
+    dtypes = ["float32", *(["bfloat16"] if computes_bfloat16() else [])]
+    batchings = list(dict.fromkeys(name for names in BATCHING.values() for name in names))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument(
+        "--dtypes", nargs="+", default=dtypes, help="default: float32, and bfloat16 if the processor has it"
+    )
+    parser.add_argument("--batching", nargs="+", choices=batchings, default=batchings, help="TRL's, for sft")
+    parser.add_argument("--rounds", type=int, default=1, help="both sides in turn; medians are shown")
+    parser.add_argument("--steps", type=int, help="counted steps per run; default: 8, of grpo 4")
     return parser.parse_args()
 
 

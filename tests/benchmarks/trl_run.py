@@ -1,6 +1,7 @@
-"""One training by TRL, timed by part; runs inside the environment that `against_trl.py` makes. Prints one JSON line.
+"""One training by TRL, timed by phase; runs inside the environment that `against_trl.py` makes. Prints one JSON line.
 
-The time of a part is the wall time inside TRL's own function for it; `rest` is what no part claims.
+The time of a phase is the wall time inside TRL's own functions for it, phases inside it left out; `rest` is what no
+phase claims. Padding is counted where the models are called: tokens that the attention mask leaves out.
 """
 
 from __future__ import annotations
@@ -9,57 +10,128 @@ import json
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from datasets import Dataset
 from length_reward import length_reward
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
-seconds: dict[str, float] = defaultdict(float)
+GENERATE, SCORE, LOGPS, UPDATE = "generate", "score", "logps", "update"
 
 
-def timed(owner: type, name: str, part: str) -> None:
-    function = getattr(owner, name)
+class Clock:
+    """Seconds by phase. Phases nest: the time of an inner one is not the outer one's."""
 
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        began = time.perf_counter()
-        try:
-            return function(*args, **kwargs)
-        finally:
-            seconds[part] += time.perf_counter() - began
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._open: list[str] = []
+        self._since = time.perf_counter()
 
-    setattr(owner, name, wrapper)
+    @property
+    def phase(self) -> str | None:
+        return self._open[-1] if self._open else None
+
+    def begin(self, phase: str) -> None:
+        self._charge()
+        self._open.append(phase)
+
+    def end(self) -> None:
+        self._charge()
+        self._open.pop()
+
+    def clear(self) -> None:
+        self._charge()
+        self.seconds.clear()
+
+    def _charge(self) -> None:
+        now = time.perf_counter()
+        if self._open:
+            self.seconds[self._open[-1]] += now - self._since
+        self._since = now
+
+
+class Tokens:
+    """What goes through the models: tokens of text, and all that is computed with them. Decoding is counted apart: a
+    sequence that has ended is computed until the last one has."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.clear()
+
+    def clear(self) -> None:
+        self.real = self.computed = self.decoded = 0
+
+    def count(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens, mask = kwargs["input_ids"], kwargs.get("attention_mask")
+        if self._clock.phase == GENERATE:
+            self.decoded += len(tokens)
+            return
+        self.computed += tokens.numel()
+        self.real += tokens.numel() if mask is None else int(mask.sum())
 
 
 class Steps(TrainerCallback):
-    """Seconds of each step; the parts are cleared after the warm-up."""
+    """Seconds of each step; what was counted is cleared after the warm-up."""
 
-    def __init__(self, warmup: int) -> None:
-        self.warmup, self.durations, self.began = warmup, [], 0.0
+    def __init__(self, warmup: int, clock: Clock, tokens: Tokens) -> None:
+        self.warmup, self.clock, self.tokens = warmup, clock, tokens
+        self.durations: list[float] = []
+        self.began = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.warmup:
-            seconds.clear()
+            self.clock.clear()
+            self.tokens.clear()
         self.began = time.perf_counter()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.clock.begin(UPDATE)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.clock.end()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.durations.append(time.perf_counter() - self.began)
 
 
-def main() -> None:
-    job = json.loads(sys.argv[1])
-    torch.set_num_threads(job["threads"])
-    dtype = getattr(torch, job["dtype"])
-    tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype, use_cache=True)
-    rows = Dataset.from_json(job["data"])
-    steps = Steps(job["warmup"])
+def timed(owner: Any, name: str, phase: Callable[[], str], clock: Clock) -> None:
+    function = getattr(owner, name)
+
+    @wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        clock.begin(phase())
+        try:
+            return function(*args, **kwargs)
+        finally:
+            clock.end()
+
+    setattr(owner, name, wrapper)
+
+
+def time_phases(trainer: Any, clock: Clock) -> None:
+    """A pass without gradient is `logps` (of the reference, or of the policy for an estimate), one with it `update`."""
+    phases = {"_generate": GENERATE, "_calculate_rewards": SCORE, "_compute_kl_logps": LOGPS, "compute_loss": UPDATE}
+    for name, phase in phases.items():
+        if hasattr(trainer, name):
+            timed(trainer, name, lambda phase=phase: phase, clock)
+    if hasattr(trainer, "_get_per_token_logps_and_entropies"):
+        by_gradient = lambda: UPDATE if torch.is_grad_enabled() else LOGPS  # noqa: E731
+        timed(trainer, "_get_per_token_logps_and_entropies", by_gradient, clock)
+    if getattr(trainer, "ref_model", None) is not None:
+        timed(trainer.ref_model, "forward", lambda: LOGPS, clock)
+    timed(trainer.accelerator, "backward", lambda: UPDATE, clock)
+    timed(trainer.accelerator, "clip_grad_norm_", lambda: UPDATE, clock)
+
+
+def make_trainer(job: dict[str, Any], model: Any, tokenizer: Any, rows: Dataset, callback: TrainerCallback) -> Any:
     common = {
         "output_dir": job["output"],
         "max_steps": job["warmup"] + job["steps"],
-        "per_device_train_batch_size": job["rows"],
+        "per_device_train_batch_size": job["items"],
         "gradient_accumulation_steps": 1,
         "gradient_checkpointing": False,
         "learning_rate": 1e-6,
@@ -72,45 +144,73 @@ def main() -> None:
         "dataloader_num_workers": 0,
         "seed": 0,
     }
-    if job["method"] == "sft":
-        config = SFTConfig(**common, max_length=job["max_length"])
-        trainer = SFTTrainer(model, args=config, train_dataset=rows, processing_class=tokenizer, callbacks=[steps])
-    else:
-        config = GRPOConfig(
-            **common,
-            num_generations=job["samples"],
-            max_completion_length=job["max_tokens"],
-            beta=job["beta"],
-            temperature=1.0,
-        )
-        timed(GRPOTrainer, "_generate", "generate")
-        timed(GRPOTrainer, "_calculate_rewards", "score")
-        timed(GRPOTrainer, "_get_per_token_logps_and_entropies", "forward")
-        trainer = GRPOTrainer(
-            model,
-            reward_funcs=length_reward,
-            args=config,
-            train_dataset=rows,
-            processing_class=tokenizer,
-            callbacks=[steps],
-        )
+    given = {"model": model, "train_dataset": rows, "processing_class": tokenizer, "callbacks": [callback]}
+    match job["method"]:
+        case "sft":
+            return SFTTrainer(args=SFTConfig(**common | _batching(job, rows)), **given)
+        case "dpo":
+            in_order = {"train_sampling_strategy": "sequential", "max_length": job["max_length"], "beta": job["beta"]}
+            return DPOTrainer(args=DPOConfig(**common, **in_order), **given)
+        case "kto":
+            return KTOTrainer(args=KTOConfig(**common, max_length=job["max_length"], beta=job["beta"]), **given)
+        case "grpo":
+            sampled = {"num_generations": job["samples"], "max_completion_length": job["max_tokens"]}
+            config = GRPOConfig(
+                **common | {"per_device_train_batch_size": job["rows"]}, **sampled, beta=job["beta"], temperature=1.0
+            )
+            return GRPOTrainer(args=config, reward_funcs=length_reward, **given)
+    raise ValueError(f"no such method: {job['method']}")
+
+
+def _batching(job: dict[str, Any], rows: Dataset) -> dict[str, Any]:
+    """Plain batches are taken in the data's order. A packed row is `max_length` tokens of several examples: so many of
+    them are a batch that a step has about as many tokens as a plain one."""
+    options: dict[str, Any] = {"max_length": job["max_length"]}
+    match job["batching"]:
+        case "plain":
+            return options | {"train_sampling_strategy": "sequential"}
+        case "group_by_length":
+            return options | {"train_sampling_strategy": "group_by_length"}
+        case "packing":
+            mean = sum(len(row["prompt"]) + len(row["completion"]) + 1 for row in rows) / len(rows)
+            packs = max(1, round(job["rows"] * mean / job["max_length"]))
+            return options | {"packing": True, "packing_strategy": "bfd", "per_device_train_batch_size": packs}
+    raise ValueError(f"no such batching: {job['batching']}")
+
+
+def main() -> None:
+    job = json.loads(sys.argv[1])
+    torch.set_num_threads(job["threads"])
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job["dtype"]), use_cache=True)
+    clock = Clock()
+    tokens = Tokens(clock)
+    steps = Steps(job["warmup"], clock, tokens)
+    trainer = make_trainer(job, model, tokenizer, Dataset.from_json(job["data"]), steps)
+    time_phases(trainer, clock)
+    for module in {trainer.model, getattr(trainer, "ref_model", None)} - {None}:
+        module.register_forward_pre_hook(tokens.count, with_kwargs=True)
     trainer.train()
+    print(json.dumps(summary(job, trainer, steps, clock, tokens)))
+
+
+def summary(job: dict[str, Any], trainer: Any, steps: Steps, clock: Clock, tokens: Tokens) -> dict[str, Any]:
     counted = steps.durations[job["warmup"] :]
     history = [entry for entry in trainer.state.log_history if "num_tokens" in entry]
-    tokens = (history[-1]["num_tokens"] - history[job["warmup"] - 1]["num_tokens"]) / len(counted)
+    seen = history[-1]["num_tokens"] - history[job["warmup"] - 1]["num_tokens"]
     lengths = [entry["completions/mean_length"] for entry in history if "completions/mean_length" in entry]
-    parts = {part: value / len(counted) for part, value in seconds.items()}
-    print(
-        json.dumps(
-            {
-                "step_s": sum(counted) / len(counted),
-                "steps_s": counted,
-                "tokens": tokens,
-                "parts": parts,
-                "mean_length": sum(lengths) / len(lengths) if lengths else None,
-            }
-        )
-    )
+    phases = {phase: clock.seconds[phase] / len(counted) for phase in (GENERATE, SCORE, LOGPS, UPDATE)}
+    step_s = sum(counted) / len(counted)
+    mean_length = sum(lengths) / len(lengths) if lengths else None
+    sampled = sum(lengths[job["warmup"] :]) * job["rows"]
+    return {
+        "step_s": step_s,
+        "tokens": seen / len(counted),
+        "phases": {**phases, "publish": 0.0, "rest": step_s - sum(phases.values())},
+        "padding": 1 - tokens.real / tokens.computed,
+        "decoded_in_vain": 1 - sampled / tokens.decoded if tokens.decoded else None,
+        "mean_length": mean_length,
+    }
 
 
 if __name__ == "__main__":

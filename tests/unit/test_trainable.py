@@ -205,6 +205,8 @@ def test_metrics_are_combined_over_micro_batches_as_each_says(folder: Path) -> N
     assert report.metrics["entropy"] == pytest.approx(whole.metrics["entropy"], rel=1e-5)
     assert "unmeasured" not in report.metrics
     assert report.seconds.keys() == {"forward", "backward", "step"}
+    coupled = trainable(folder).update(chunk(data), Nll(coupled=True), 1.0, "policy.update")
+    assert coupled.seconds.keys() == {"forward", "backward", "step", "statistics"}
     assert all(seconds > 0 for seconds in report.seconds.values())
 
 
