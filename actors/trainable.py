@@ -3,7 +3,8 @@
 All ranks of a role are called at once with the same verb, each with its own chunk; every verb but `ping` is collective.
 
     driver ──update(chunk r, objective)──► rank r:  counts, summed over micro-batches and ranks
-                                                    [outputs without gradient -> statistics]    if rows are coupled
+                                                    [outputs without gradient -> statistics]    if rows are coupled:
+                                                        of all rows, or of those that are there for it alone
                                                     per micro-batch: forward, loss, backward
                                                     one optimizer step
            ◄──────────UpdateReport──────── metrics combined over micro-batches and ranks
@@ -34,7 +35,7 @@ from actors.forward import forward
 from actors.metrics import combine, sum_counts
 from actors.model import ModelSpec, load_tokenizer
 from actors.objective import Counts, MicroBatch, Objective, Outputs, Stat
-from actors.packing import Chunk
+from actors.packing import Chunk, MicroBatches
 from actors.worker import WorkerInfo
 
 
@@ -123,8 +124,8 @@ class Trainable:
         0 at tokens that the mask leaves out. `adapters=False` computes the base model's."""
         with self._doing("logps"), contextlib.nullcontext() if adapters else self.backend.adapters_off():
             values = np.zeros(chunk.batch.num_tokens, np.float32)
-            micros = self._micro_batches(chunk)
-            for rows, outputs in zip(chunk.micro_batches, self._without_gradient(micros, temperature)):
+            micros = self._micro_batches(chunk.batch, chunk.micro_batches)
+            for rows, outputs in zip(chunk.micro_batches, self._without_noise(micros, temperature)):
                 if outputs is not None:
                     values[chunk.batch.token_index(np.asarray(rows, np.int64))] = outputs.logps.cpu().numpy()
             return {into: values}
@@ -134,21 +135,19 @@ class Trainable:
 
         The loss is the sum of `objective.loss` over all micro-batches and ranks. Raises RunError if the gradient is not
         finite, or if there is nothing to learn from."""
-        with self._doing("update"), _random_stream(self._seed, self._placement.rank, self._steps_done):
+        with self._doing("update"), self._drawing():
             if self._backend_spec.optim is None:
                 raise RunError(f"{self.name} is frozen: it was built without an optimizer")
             clock = _Clock()
-            micros = self._micro_batches(chunk)
+            micros = self._micro_batches(chunk.batch, chunk.micro_batches)
+            aside = self._micro_batches(chunk.batch, chunk.aside)
             counts = sum_counts([objective.counts(micro) for micro in micros], self.backend.world, self.backend.device)
-            tokens = sum_counts([_sizes(micro) for micro in micros], self.backend.world, self.backend.device)
-            if not tokens.get("real"):
+            sizes = [*map(_sizes, micros), *(_sizes(micro) | {"learned": 0.0} for micro in aside)]
+            tokens = sum_counts(sizes, self.backend.world, self.backend.device)
+            if not tokens.get("learned"):
                 raise RunError(f"{self.name}: an update was asked for with an empty batch")
-            statistics: dict[str, Any] = {}
-            if objective.coupled:
-                with clock.measure("statistics"):
-                    statistics = self._statistics(micros, objective, temperature, stage)
-            pass_ = _Pass(objective, temperature, counts, statistics, tokens["real"])
-            stats = [self._learn(micro, pass_, clock, last=micro is micros[-1]) for micro in micros]
+            pass_ = _Pass(objective, temperature, counts, tokens["learned"])
+            stats = self._learn(micros, aside, pass_, stage, clock)
             with clock.measure("step"):
                 info = self.backend.step()
             if not np.isfinite(info.grad_norm):
@@ -229,43 +228,66 @@ class Trainable:
     def _own_file(self) -> str:
         return f"trainable-rank{self._placement.rank}.pt"
 
-    def _micro_batches(self, chunk: Chunk) -> list[MicroBatch]:
-        return [MicroBatch.of(chunk.batch.select(rows), self.backend.device) for rows in chunk.micro_batches]
+    def _micro_batches(self, batch: Batch, micro_batches: MicroBatches) -> list[MicroBatch]:
+        return [MicroBatch.of(batch.select(rows), self.backend.device) for rows in micro_batches]
 
-    def _without_gradient(
-        self, micros: list[MicroBatch], temperature: float, needs: frozenset[str] = frozenset()
-    ) -> Iterator[Outputs | None]:
-        """Outputs per micro-batch, without dropout and noise; None where it is empty, but it was run all the same."""
+    def _without_noise(self, micros: list[MicroBatch], temperature: float) -> Iterator[Outputs | None]:
+        """Outputs per micro-batch, without gradient; None where it is empty, but it was run all the same."""
         training = self.backend.model.training
         self.backend.model.eval()
         try:
             with torch.no_grad():
                 for micro in micros:
-                    outputs = forward(self.backend.model, _filled(micro), temperature=temperature, needs=needs)
+                    outputs = forward(self.backend.model, _filled(micro), temperature=temperature)
                     yield outputs if len(micro) else None
         finally:
             self.backend.model.train(training)
 
-    def _statistics(
-        self, micros: list[MicroBatch], objective: Objective, temperature: float, stage: str
-    ) -> dict[str, Any]:
-        outputs = list(self._without_gradient(micros, temperature, objective.needs))
-        filled = [(micro, output) for micro, output in zip(micros, outputs) if output is not None]
-        state = self._objective_states.setdefault(stage, {})
-        return objective.statistics([m for m, _ in filled], [o for _, o in filled], self.backend.world, state)
+    def _learn(
+        self, micros: list[MicroBatch], aside: list[MicroBatch], pass_: _Pass, stage: str, clock: _Clock
+    ) -> list[dict[str, Stat]]:
+        """Gradients of all micro-batches, with the statistics that their losses need; metrics of each."""
+        objective = pass_.objective
+        outputs = (self._outputs(micro, pass_, clock) for micro in micros)  # one at a time: each holds a graph
+        if objective.coupled and objective.aside is None and len(micros) == 1:
+            outputs = iter(ready := list(outputs))
+            pass_ = replace(pass_, statistics=self._statistics(micros, ready, pass_, stage))
+        elif objective.coupled:
+            seen = micros if objective.aside is None else aside
+            with torch.no_grad(), self._drawing():  # the same draws as in the pass with gradient, from their beginning
+                foreseen = [self._outputs(micro, pass_, clock, "statistics") for micro in seen]
+            pass_ = replace(pass_, statistics=self._statistics(seen, foreseen, pass_, stage))
+        return [
+            self._descend(micro, found, pass_, clock, last=micro is micros[-1])
+            for micro, found in zip(micros, outputs, strict=True)
+        ]
 
-    def _learn(self, micro: MicroBatch, pass_: _Pass, clock: _Clock, *, last: bool) -> dict[str, Stat]:
-        """Forward and backward of one micro-batch. An empty one takes part too: the ranks move in step."""
+    def _outputs(self, micro: MicroBatch, pass_: _Pass, clock: _Clock, part: str = "forward") -> Outputs:
+        """An empty micro-batch takes part too: the ranks move in step."""
+        with clock.measure(part):
+            needs = pass_.objective.needs
+            return forward(self.backend.model, _filled(micro), temperature=pass_.temperature, needs=needs)
+
+    def _statistics(self, micros: list[MicroBatch], outputs: list[Outputs], pass_: _Pass, stage: str) -> dict[str, Any]:
+        filled = [(micro, found.detached()) for micro, found in zip(micros, outputs, strict=True) if len(micro)]
+        state = self._objective_states.setdefault(stage, {})
+        return pass_.objective.statistics([m for m, _ in filled], [o for _, o in filled], self.backend.world, state)
+
+    def _descend(
+        self, micro: MicroBatch, outputs: Outputs, pass_: _Pass, clock: _Clock, *, last: bool
+    ) -> dict[str, Stat]:
+        """Loss and backward of one micro-batch."""
         with clock.measure("forward"):
-            outputs = forward(
-                self.backend.model, _filled(micro), temperature=pass_.temperature, needs=pass_.objective.needs
-            )
             loss, stats = pass_.loss(micro, outputs) if len(micro) else (outputs.logps.sum() * 0, {})
         with clock.measure("backward"):
             self.backend.backward(loss, last=last)
         size = int(micro.lengths.sum())
         shared = Stat(size - outputs.rows, size) if size else Stat(0.0, 0.0)
         return {**stats, "loss": Stat(loss.detach(), combine="sum"), "shared_share": shared}
+
+    def _drawing(self) -> contextlib.AbstractContextManager[None]:
+        """What this update draws at random (dropout, noise), from its beginning."""
+        return _random_stream(self._seed, self._placement.rank, self._steps_done)
 
     def _detail(self) -> dict[str, Any]:
         backend = self.backend
@@ -295,8 +317,8 @@ class _Pass:
     objective: Objective
     temperature: float
     counts: Counts
-    statistics: dict[str, Any]
-    tokens: float  # of the whole batch, all ranks
+    tokens: float  # that are learned from, on all ranks
+    statistics: dict[str, Any] = field(default_factory=dict)
 
     def loss(self, micro: MicroBatch, outputs: Outputs) -> tuple[Tensor, dict[str, Stat]]:
         """The objective's, plus the experts' balancing loss weighted by this micro-batch's share of tokens."""
@@ -309,9 +331,9 @@ class _Pass:
 
 
 def _sizes(micro: MicroBatch) -> Counts:
-    """Tokens of a micro-batch, and how many of them go through the model."""
+    """Tokens of a micro-batch, how many of them are learned from, and how many go through the model."""
     real = float(micro.lengths.sum())
-    return {"real": real, "computed": max(real, 1.0)}
+    return {"real": real, "learned": real, "computed": max(real, 1.0)}
 
 
 def _filled(micro: MicroBatch) -> MicroBatch:

@@ -171,7 +171,13 @@ class Roles:
 
     async def _update_once(self, stage: Stage, batch: Batch, objective: LossObjective, step: int) -> dict[str, float]:
         group = self.groups[stage.role]
-        dealt = deal(batch, len(group.workers), self.phase.token_budget, keep_groups=objective.keep_groups)
+        dealt = deal(
+            batch,
+            len(group.workers),
+            self.phase.token_budget,
+            keep_groups=objective.keep_groups,
+            aside=objective.aside,
+        )
         chunks = await asyncio.gather(*(self.objects.put(chunk) for _, chunk in dealt))
         reports = await group.call(
             "update",

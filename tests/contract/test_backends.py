@@ -30,10 +30,13 @@ from actors.errors import ConfigError, InfraFailure
 from actors.group import start_ranks
 from actors.lora import LoraSpec
 from actors.model import ModelSpec
-from actors.objective import Counts, MicroBatch, Outputs, Stat, World
+from actors.objective import Counts, MicroBatch, Objective, Outputs, Stat, World
 from actors.packing import deal
 from actors.trainable import Trainable, UpdateReport
 from actors.worker import WorkerInfo
+from orchestrator.losses.objective import LossObjective
+from orchestrator.losses.reduce import item_mean
+from orchestrator.losses.unpaired import bco, kto
 from tests.unit.tiny import tiny_model_folder
 
 VERB_S = 120.0
@@ -77,6 +80,7 @@ class MaskedNll:
     columns: frozenset[str] = frozenset({"mask"})
     keep_groups = False
     coupled = False
+    aside = None
 
     def counts(self, micro: MicroBatch) -> Counts:
         return {"tokens": float(micro["mask"].sum())}
@@ -135,9 +139,13 @@ class Role:
     def act(self, verb: str, *args: Any) -> list[Any]:
         return self.call("act", verb, *args)
 
-    def update(self, steps: int = 1, *, batch: Batch | None = None, budget: int = BUDGET) -> list[UpdateReport]:
-        chunks = [chunk for _, chunk in deal(batch or self.batch, len(self.gang.workers), budget)]
-        return [self.call("act_on", "update", MaskedNll(), 1.0, "u", per_rank=chunks)[0] for _ in range(steps)]
+    def update(
+        self, steps: int = 1, *, batch: Batch | None = None, budget: int = BUDGET, objective: Objective | None = None
+    ) -> list[UpdateReport]:
+        objective = objective or MaskedNll()
+        dealt = deal(batch or self.batch, len(self.gang.workers), budget, aside=objective.aside)
+        chunks = [chunk for _, chunk in dealt]
+        return [self.call("act_on", "update", objective, 1.0, "u", per_rank=chunks)[0] for _ in range(steps)]
 
     def logps(self, *, adapters: bool = True) -> np.ndarray:
         dealt = deal(self.batch, len(self.gang.workers), BUDGET)
@@ -356,6 +364,25 @@ def test_losses_do_not_depend_on_how_rows_are_cut_into_micro_batches(
 ) -> None:
     losses = [report.metrics["loss"] for report in start(case).update(4, budget=budget)]
     np.testing.assert_allclose(losses, train(SINGLE).losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", [SINGLE, Case("deepspeed", 2, 2), ZERO3], ids=str)
+@pytest.mark.parametrize("budget", [BUDGET, 1000], ids=["several micro-batches", "one micro-batch"])
+@pytest.mark.parametrize("loss", [kto, bco], ids=["over rows set aside", "over all rows"])
+def test_losses_that_look_across_rows_are_those_of_single(
+    start: Start, batch: Batch, case: Case, budget: int, loss: Callable[..., Any]
+) -> None:
+    every_other = np.arange(len(batch)) % 2 == 1
+    columns = {"ref_logps": -4.0 * batch["mask"], "label": np.arange(len(batch)) % 4 < 2, "mismatched": every_other}
+    objective = LossObjective(loss, item_mean, {"beta": 0.1})
+    data = batch.with_columns(**columns)
+
+    def losses(case: Case, budget: int) -> list[float]:
+        reports = start(case).update(3, batch=data, budget=budget, objective=objective)
+        return [x for r in reports for x in (r.metrics["loss"], r.grad_norm, r.metrics["rewards/chosen"])]
+
+    expected = expected_once(f"coupled by {loss.__name__}", lambda: losses(SINGLE, 60))
+    np.testing.assert_allclose(losses(case, budget), expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("case", [SINGLE, Case("deepspeed", 2, 1), ZERO3], ids=str)

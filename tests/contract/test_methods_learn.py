@@ -116,7 +116,8 @@ def _update(stage: Stage, policy: Trainable, batch: Batch) -> dict[str, float]:
     for _ in range(stage.options["epochs"]):
         for part in np.array_split(np.unique(batch["group"]), stage.options["minibatches"]):
             rows = needed.select(np.flatnonzero(np.isin(batch["group"], part)))
-            ((_, chunk),) = deal(rows, 1, TOKEN_BUDGET, keep_groups=objective.keep_groups)
+            how = {"keep_groups": objective.keep_groups, "aside": objective.aside}
+            ((_, chunk),) = deal(rows, 1, TOKEN_BUDGET, **how)
             assert len(chunk.micro_batches) > 1
             metrics = policy.update(chunk, objective, 1.0, stage.name).metrics
     return metrics

@@ -26,7 +26,7 @@ from orchestrator.losses.surrogates import clipped
 from orchestrator.losses.views import PolicyTokens, Tokens
 from orchestrator.losses.views import given as field
 from orchestrator.methods import build
-from tests.unit.trainer_stub import Rows, Split, optimise, statistics_of
+from tests.unit.trainer_stub import Rows, Split, learned_from, optimise, seen_by_statistics, statistics_of
 
 WEIGHTED = {"correction": "token_truncate", "top_entropy_quantile": 0.5, "off_policy_mask_threshold": 0.1, "beta": 0.1}
 
@@ -183,9 +183,15 @@ def value_of(objective: LossObjective, rows: Rows, *, frozen: bool) -> Callable[
     gradient."""
     if not frozen:
         return lambda logps: optimise(objective, Rows(rows.micro, logps, rows.extra)).value
-    (statistics,) = statistics_of(objective, [[rows]], [{}])
-    counts = objective.counts(rows.micro)
-    return lambda logps: float(objective.loss(rows.micro, Outputs(logps, rows.extra), counts, statistics)[0])
+    split = [[range(len(rows))]]
+    (statistics,) = statistics_of(objective, seen_by_statistics(objective, rows, split), [{}])
+
+    def value(logps: Tensor) -> float:
+        (((learned,),)) = learned_from(objective, Rows(rows.micro, logps, rows.extra), split)
+        outputs, counts = Outputs(learned.logps, learned.extra), objective.counts(learned.micro)
+        return float(objective.loss(learned.micro, outputs, counts, statistics)[0])
+
+    return value
 
 
 @every_method
@@ -201,7 +207,8 @@ def test_a_loss_reads_every_column_that_it_declares(method: str, options: dict[s
 def test_an_objective_survives_pickling(method: str, options: dict[str, Any]) -> None:
     objective, rows = objective_of(method, options), random_rows(method, options, seed=5)
     copy = pickle.loads(pickle.dumps(objective))
-    assert (copy.columns, copy.needs, copy.coupled) == (objective.columns, objective.needs, objective.coupled)
+    for name in ("columns", "needs", "keep_groups", "coupled", "aside"):
+        assert getattr(copy, name) == getattr(objective, name)
     assert optimise(copy, rows).value == optimise(objective, rows).value
 
 
@@ -373,9 +380,19 @@ def test_the_kl_estimate_of_kto_is_clamped_after_averaging_over_everything() -> 
     assert found == pytest.approx(float(ratios.mean()))
 
 
-def test_mismatched_rows_have_no_gradient() -> None:
+def test_losses_whose_statistics_are_over_different_rows_are_not_summed() -> None:
+    kto, bco = (objective_of(name, {}).terms[0] for name in ("kto", "bco"))
+    with pytest.raises(ConfigError, match=r"different rows \(all rows, mismatched\)"):
+        LossObjective(Sum(kto, bco), None, {})
+
+
+def test_mismatched_rows_move_the_estimate_and_have_no_gradient() -> None:
     rows = random_rows("kto", {}, seed=1)
-    gradient = optimise(objective_of("kto", {}), rows).gradient
     mismatched = rows.micro.per_token(rows.micro["mismatched"])
+    nearer = Rows(rows.micro, torch.where(mismatched, 0.1 * rows.logps, rows.logps))
+    found, moved = (optimise(objective_of("kto", {}), each) for each in (rows, nearer))
+    assert moved.metrics["kl"] > found.metrics["kl"]
+    assert moved.value != pytest.approx(found.value, rel=1e-6)
+    gradient = found.gradient
     assert not gradient[mismatched].any()
     assert gradient[~mismatched & rows.micro["mask"]].all()

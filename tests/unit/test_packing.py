@@ -88,6 +88,23 @@ def test_rows_of_a_group_are_parted_where_ranks_would_be_uneven_or_a_micro_batch
     assert max(sizes) - min(sizes) <= 1
 
 
+@given(st.lists(st.tuples(st.integers(1, 10), st.booleans()), min_size=1, max_size=20), rank_counts, st.booleans())
+def test_rows_set_aside_are_dealt_once_too_and_by_themselves(
+    rows: list[tuple[int, bool]], ranks: int, keep_groups: bool
+) -> None:
+    lengths, marked = zip(*rows, strict=True)
+    group = np.arange(len(rows)) // 2
+    batch = Batch.build(lengths, tokens=np.arange(sum(lengths)), group=group, mismatched=np.array(marked))
+    dealt = deal(batch, ranks, BUDGET, keep_groups=keep_groups, aside="mismatched")
+    assert sorted(row for mine, _ in dealt for row in mine) == list(range(len(batch)))
+    for kind, wanted in (("micro_batches", False), ("aside", True)):
+        assert len({len(getattr(chunk, kind)) for _, chunk in dealt}) == 1, "the ranks move in step"
+        for mine, chunk in dealt:
+            named = [mine[local] for micro in getattr(chunk, kind) for local in micro]
+            assert sorted(named) == [row for row in sorted(mine) if marked[row] is wanted]
+            assert all(chunk.batch.lengths[list(micro)].sum() <= BUDGET for micro in getattr(chunk, kind))
+
+
 @given(st.lists(st.tuples(st.integers(1, 10), st.integers(1, 4)), min_size=1, max_size=10), rank_counts)
 def test_rows_of_a_group_stay_together_and_in_order(groups: list[tuple[int, int]], ranks: int) -> None:
     lengths = [length for length, count in groups for _ in range(count)]
