@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 import actors
+from actors.averaging import Average, AverageSpec
 from actors.backends import BackendSpec, Placement, build_backend
 from actors.backends.optimizer import OptimSpec
 from actors.backends.protocol import Backend
@@ -90,6 +91,7 @@ class Trainable:
         self._seed = seed
         self._backend: Backend | None = None
         self._objective_states: dict[str, dict[str, Any]] = {}
+        self._average: Average | None = None
         self._steps_done = 0
         self._busy: tuple[str, float] | None = None
 
@@ -112,11 +114,14 @@ class Trainable:
             "steps_done": self._steps_done,
         }
 
-    def reset(self, optim: OptimSpec) -> None:
-        """A new phase: fresh optimizer, schedule and objective states on the same weights."""
+    def reset(self, optim: OptimSpec, average: AverageSpec | None = None) -> None:
+        """A new phase: fresh optimizer, schedule, objective states and average on the same weights."""
         with self._doing("reset"):
             self.backend.reset_optimizer(optim)
             self._objective_states.clear()
+            self._average = None if average is None else Average(average, self.backend.world)
+            if self._average is not None:
+                self._average.begin(self.backend.trained_weights())
 
     def logps(self, chunk: Chunk, into: str, temperature: float, adapters: bool = True) -> dict[str, np.ndarray]:
         """`{into: [T] float32}` for the rows of `chunk.batch` in their order, from a pass without gradient.
@@ -153,21 +158,38 @@ class Trainable:
             if not np.isfinite(info.grad_norm):
                 raise RunError(f"{self.name}: the gradient norm of step {self._steps_done + 1} is {info.grad_norm}")
             self._steps_done += 1
+            if self._average is not None:
+                with clock.measure("step"):
+                    self._average.after_step(self.backend.trained_weights)
             metrics = combine(stats, self.backend.world, self.backend.device)
             metrics |= {"num_tokens": tokens["real"], "padding_share": 1 - tokens["real"] / tokens["computed"]}
             return UpdateReport(metrics, info.grad_norm, info.learning_rate, int(tokens["real"]), clock.seconds)
 
-    def export(self, consumer: Callable[[Iterator[tuple[str, Tensor]]], Any], bucket_bytes: int) -> Any:
+    def export(
+        self, consumer: Callable[[Iterator[tuple[str, Tensor]]], Any], bucket_bytes: int, as_saved: bool = True
+    ) -> Any:
         """How weights leave: on rank 0, what `consumer` makes of all (Hugging Face name, full tensor); elsewhere None.
+        Without `as_saved` they are those of the model in memory, which is what `mix` takes.
 
         Gathering is collective, so what the consumer leaves over is drawn all the same, even if it fails."""
         with self._doing("export"):
-            weights = self.backend.full_weights(bucket_bytes)
+            weights = self.backend.full_weights(bucket_bytes, as_saved=as_saved)
             try:
                 return consumer(weights) if self._placement.rank == 0 else None
             finally:
                 for _ in weights:
                     pass
+
+    def mix(
+        self, payload: Any, reader: Callable[[Any], Iterator[tuple[str, Tensor]]], share: float, bucket_bytes: int
+    ) -> None:
+        """Move this role's weights towards another's: each becomes `share` of the other's and the rest of its own.
+        `reader` makes the other's `export` of `payload`. Raises RunError if this role is trained, or is another model.
+        """
+        with self._doing("mix"):
+            if self._backend_spec.optim is not None:
+                raise RunError(f"{self.name} is trained: its optimizer belongs to the weights that it has")
+            self.backend.mix(reader(payload), share, bucket_bytes)
 
     def run(self, task: Callable[[], Any]) -> Any:
         """Call something in this process: a transport opening its port, say."""
@@ -179,6 +201,7 @@ class Trainable:
         with self._doing("save_state"):
             self.backend.save_state(Path(folder))
             state = {"seed": self._seed, "steps_done": self._steps_done, "objectives": self._objective_states}
+            state["average"] = None if self._average is None else self._average.state()
             torch.save(state, Path(folder) / self._own_file)
 
     def load_state(self, folder: str) -> None:
@@ -188,11 +211,14 @@ class Trainable:
             state = torch.load(Path(folder) / self._own_file, weights_only=False)
             self._seed, self._steps_done = state["seed"], state["steps_done"]
             self._objective_states = state["objectives"]
+            if self._average is not None:
+                self._average.load(state.get("average"))
 
-    def save_model(self, folder: str) -> None:
-        """A Hugging Face folder: merged weights, config, generation config, tokenizer."""
+    def save_model(self, folder: str, averaged: bool = False) -> None:
+        """A Hugging Face folder: merged weights, config, generation config, tokenizer. The weights are those of now, or
+        their average since the phase began. Raises RunError if none is taken."""
         with self._doing("save_model"):
-            self.backend.save_model(Path(folder))
+            self.backend.save_model(Path(folder), self._taken().whole if averaged else None)
             if self._placement.rank == 0:
                 load_tokenizer(self._model_spec).save_pretrained(folder)
 
@@ -223,6 +249,11 @@ class Trainable:
         if self._backend is None:
             raise RunError(f"{self.name}: not ready; `ready` loads the model")
         return self._backend
+
+    def _taken(self) -> Average:
+        if self._average is None:
+            raise RunError(f"{self.name}: no average of its weights is taken in this phase")
+        return self._average
 
     @property
     def _own_file(self) -> str:

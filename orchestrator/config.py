@@ -83,6 +83,19 @@ class DataConfig(Section):
     options: dict[str, Any] = Field(default_factory=dict)  # of `example:NAME`, or passed to datasets.load_dataset
 
 
+class BemaConfig(Section):
+    """A bias-corrected moving average of the trained weights (arXiv:2508.00180), saved as `bema/` beside `model/`.
+    Steps are optimizer steps of the phase."""
+
+    update_freq: Positive = 400  # steps from one average to the next
+    ema_power: Annotated[float, Field(ge=0)] = 0.5
+    bias_power: Annotated[float, Field(ge=0)] = 0.2
+    lag: Annotated[float, Field(ge=1)] = 10.0
+    multiplier: Annotated[float, Field(ge=0)] = 1.0
+    update_after: Annotated[int, Field(ge=0)] = 0  # the step whose weights it starts from
+    min_ema_multiplier: Fraction = 0.0
+
+
 class TrainConfig(Section):
     """The schedule of a phase. `batch_size` counts items of the data set per optimizer step: prompts, examples,
     pairs."""
@@ -100,6 +113,7 @@ class TrainConfig(Section):
     min_lr_ratio: Fraction = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     max_staleness: Annotated[int, Field(ge=0)] = 0  # optimizer steps that a token may lag behind the weights it trains
+    bema: BemaConfig | None = None  # average the weights; `{}`: with its defaults
 
 
 class SamplingConfig(Section):

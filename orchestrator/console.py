@@ -67,6 +67,8 @@ class Finished(Protocol):
     @property
     def model(self) -> Path | None: ...
     @property
+    def averaged(self) -> Path | None: ...
+    @property
     def picture(self) -> Path | None: ...
 
 
@@ -142,6 +144,7 @@ class Console:
         where = _table(None)
         places = {
             "model": result.model,
+            "averaged": result.averaged,
             "curves": result.picture,
             "checkpoint": result.checkpoint,
             "run": result.folder,

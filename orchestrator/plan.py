@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from actors.errors import ConfigError
 from orchestrator.bundles import GIB, Bundle, ClusterView, Resources, shortages
-from orchestrator.config import FrozenRole, PhaseConfig, RolesConfig, RolloutRole, RunConfig, TrainedRole
+from orchestrator.config import BemaConfig, FrozenRole, PhaseConfig, RolesConfig, RolloutRole, RunConfig, TrainedRole
 from orchestrator.memory import Memory, Training, estimate
 from orchestrator.pipeline import Pipeline
 from orchestrator.refusals import ELASTIC, Role, count, refusals, warnings
@@ -71,6 +71,7 @@ class PhasePlan:
     longest_row: int | None  # tokens; None where the configuration sets no limit
     micro_batches: int | None
     groups_in_flight: int  # prompt groups that may be collected ahead of what was trained
+    bema: BemaConfig | None = None  # how the policy's weights are averaged
 
     @property
     def rows_per_step(self) -> int:
@@ -250,7 +251,8 @@ def _memory(role: str, config: RunConfig, parameters: int | None) -> Memory | No
         return estimate(parameters, settings.dtype or config.model.dtype, tokens=tokens)
     lora = config.model.lora.r if config.model.lora else None
     stage = _zero_stage(settings) if settings.backend == "deepspeed" else 0
-    training = Training(stage, settings.ranks, lora, config.model.gradient_checkpointing)
+    averaged = role == "policy" and any(phase.train.bema for phase in config.phases.values())
+    training = Training(stage, settings.ranks, lora, config.model.gradient_checkpointing, averaged)
     return estimate(parameters, config.model.dtype, tokens=tokens, training=training)
 
 
@@ -266,7 +268,6 @@ def _phase_plan(name: str, config: RunConfig, pipeline: Pipeline) -> PhasePlan:
     generates = pipeline.generates
     rows = int(generates.options["n"]) if generates else pipeline.data.rows_per_item
     minibatches = max((int(update.options["minibatches"]) for update in pipeline.updates), default=1)
-    epochs = max((int(update.options["epochs"]) for update in pipeline.updates), default=1)
     longest = _longest_row(phase, sampled=generates is not None)
     return PhasePlan(
         name=name,
@@ -274,10 +275,11 @@ def _phase_plan(name: str, config: RunConfig, pipeline: Pipeline) -> PhasePlan:
         pipeline=pipeline,
         items_per_step=phase.train.batch_size,
         rows_per_item=rows,
-        optimizer_steps_per_batch=minibatches * epochs,
+        optimizer_steps_per_batch=pipeline.optimizer_steps_per_batch,
         longest_row=longest,
         micro_batches=_micro_batches(config, phase, pipeline, rows, minibatches, longest),
         groups_in_flight=(phase.train.max_staleness + 1) * phase.train.batch_size if generates else 0,
+        bema=phase.train.bema,
     )
 
 

@@ -147,6 +147,7 @@ def _prepare_phase(
     phase = config.phases[name]
     source = open_source(phase.data, pipeline.data, tokenizer, seed=config.seed, model_max_length=room)
     steps = phase_steps(phase, name, source)
+    _check_something_happens(phase, name, pipeline, steps)
     evaluation = _open_evaluation(phase.evaluation, tokenizer, config.seed, room)
     first_version = sum(earlier.steps for earlier in before)
     sampling = Sampling(**phase.sampling.model_dump())
@@ -171,6 +172,23 @@ def phase_steps(phase: PhaseConfig, name: str, source: Source) -> int:
     if items is None:
         raise ConfigError(f"{where}.epochs={train.epochs:g} of a stream cannot be counted; set {where}.steps")
     return max(1, int(items * train.epochs) // train.batch_size)
+
+
+def _check_something_happens(phase: PhaseConfig, name: str, pipeline: Pipeline, steps: int) -> None:
+    """Raises ConfigError for what is asked for every so many steps, and would not come up in this many."""
+    for stage in pipeline.mixes:
+        if stage.options["every"] > steps:
+            raise ConfigError(
+                f"phases.{name}: the weights of {stage.role} follow every {stage.options['every']} steps, but the "
+                f"phase has {steps}; lower options.ref_model_sync_steps, or train for longer"
+            )
+    bema, optimizer_steps = phase.train.bema, steps * pipeline.optimizer_steps_per_batch
+    if bema is not None and bema.update_after + bema.update_freq > optimizer_steps:
+        raise ConfigError(
+            f"phases.{name}.train.bema takes its first average at step {bema.update_after + bema.update_freq} "
+            f"(update_after + update_freq), but the phase has {optimizer_steps} optimizer steps; lower "
+            f"phases.{name}.train.bema.update_freq, or train for longer"
+        )
 
 
 def _open_evaluation(evaluation: EvaluationConfig | None, tokenizer: Any, seed: int, room: int) -> Source | None:

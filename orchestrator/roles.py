@@ -25,6 +25,7 @@ from orchestrator.losses.objective import LossObjective
 from orchestrator.pipeline import Pipeline, Stage, Verb
 from orchestrator.pool import Pool
 from orchestrator.publisher import Publisher, SyncReport
+from orchestrator.transfer import mix_towards
 from rewards.actor import ScoreResult
 from rollout.sampling import GroupMeta, Request
 
@@ -63,6 +64,7 @@ class Roles:
             Verb.LOGPS: self._logps,
             Verb.CREDIT: self._credit,
             Verb.UPDATE: self._update,
+            Verb.MIX: self._mix,
         }
 
     def enter(self, phase: PhaseSettings) -> None:
@@ -191,6 +193,18 @@ class Roles:
         first = reports[0]
         seconds = {f"time/{name}": value for name, value in first.seconds.items()}
         return {**first.metrics, "grad_norm": first.grad_norm, "learning_rate": first.learning_rate, **seconds}
+
+    async def _mix(self, stage: Stage, batch: Batch, step: int) -> tuple[Batch, dict[str, float]]:
+        """Move a role's weights towards those of the source as this step leaves them, if it is such a step."""
+        if (step + 1) % stage.options["every"] == 0:
+            await mix_towards(
+                self.groups[stage.options["source"]],
+                self.groups[stage.role],
+                stage.options["share"],
+                timeout_s=self._call_timeout_s,
+                task_name=_label(stage, step),
+            )
+        return batch, {}
 
 
 def _minibatches(batch: Batch, count: int, seed: tuple[int, int, int]) -> list[np.ndarray | None]:

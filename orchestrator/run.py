@@ -31,7 +31,7 @@ from orchestrator.cursor import Cursor
 from orchestrator.driver import Progress, StepRecord, train
 from orchestrator.evaluation import Evaluation, evaluate, greedy
 from orchestrator.fleet import State
-from orchestrator.launch import launch, optim_spec
+from orchestrator.launch import average_spec, launch, optim_spec
 from orchestrator.metrics import MetricsLog
 from orchestrator.plan import Plan, make_plan
 from orchestrator.plot import draw
@@ -43,6 +43,7 @@ from orchestrator.supervision import Ledger, Watchdog
 
 SAVE_TIMEOUT_S = 1800.0
 BOARD_EVERY_S = 1.0
+AVERAGED = "bema"  # in a checkpoint, beside `model`
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class RunResult:
     scores: dict[str, float]
     checkpoint: Path | None
     model: Path | None
+    averaged: Path | None  # the model with the average of the weights that the last phase went through
     picture: Path | None
 
 
@@ -125,6 +127,7 @@ class _Run:
         """One phase, from its start or from a checkpoint inside it."""
         roles.enter(PhaseSettings(phase.pipeline, phase.config.train.token_budget, phase.temperature, self.config.seed))
         await self._set_reference(phase, roles, resumed=found is not None)
+        await self._set_mixed(phase, roles, found)
         await self._set_weights(phase, roles, found)
         progress = Progress(found.state.step, found.state.version) if found else Progress(0, phase.first_version)
         cursor = Cursor.from_json(found.state.cursor) if found else Cursor()
@@ -150,10 +153,24 @@ class _Run:
             await roles.groups["policy"].call("save_model", str(folder), timeout_s=SAVE_TIMEOUT_S)
         await roles.groups["reference"].call("load_model", str(folder), timeout_s=SAVE_TIMEOUT_S)
 
+    async def _set_mixed(self, phase: PreparedPhase, roles: Roles, found: Checkpoint | None) -> None:
+        """If the phase is resumed, roles whose weights follow the trained ones have those of the checkpoint."""
+        if found is None:
+            return
+        for role in phase.pipeline.mixed:
+            folder = found.path / role
+            if not folder.is_dir():
+                raise ConfigError(
+                    f"{folder} does not exist: the run that wrote this checkpoint did not move the weights of {role}; "
+                    "resume with the options of its method that it had"
+                )
+            await roles.groups[role].call("load_model", str(folder), timeout_s=SAVE_TIMEOUT_S)
+
     async def _set_weights(self, phase: PreparedPhase, roles: Roles, found: Checkpoint | None) -> None:
         """A fresh optimizer for the phase, and if it is resumed, everything as the checkpoint has it."""
         for role in phase.pipeline.trained:
-            await roles.groups[role].call("reset", optim_spec(phase), timeout_s=SAVE_TIMEOUT_S)
+            average = average_spec(phase) if role == "policy" else None  # what leaves as a model
+            await roles.groups[role].call("reset", optim_spec(phase), average, timeout_s=SAVE_TIMEOUT_S)
             if found is not None:
                 await roles.groups[role].call("load_state", str(found.path / role), timeout_s=SAVE_TIMEOUT_S)
 
@@ -220,13 +237,18 @@ class _Run:
         return result
 
     async def _save(self, phase: PreparedPhase, roles: Roles, cursor: Cursor, record: StepRecord) -> None:
-        """A checkpoint: every trained role's state, a model folder, and where the run stands."""
+        """A checkpoint: every trained role's state, the weights of those that follow them, a model folder, one with the
+        average if that is taken, and where the run stands."""
 
         async def write(folder: Path) -> None:
             for role in phase.pipeline.trained:
                 (folder / role).mkdir()
                 await roles.groups[role].call("save_state", str(folder / role), timeout_s=SAVE_TIMEOUT_S)
+            for role in phase.pipeline.mixed:
+                await roles.groups[role].call("save_model", str(folder / role), timeout_s=SAVE_TIMEOUT_S)
             await roles.groups["policy"].call("save_model", str(folder / "model"), timeout_s=SAVE_TIMEOUT_S)
+            if phase.config.train.bema is not None:
+                await roles.groups["policy"].call("save_model", str(folder / AVERAGED), True, timeout_s=SAVE_TIMEOUT_S)
 
         total = phase.first_version + record.step
         state = RunState(
@@ -246,9 +268,10 @@ class _Run:
     def _finish(self) -> RunResult:
         self.log.close()
         picture = draw(self.folder)
-        model = self.last_checkpoint.path / "model" if self.last_checkpoint else None
         checkpoint = self.last_checkpoint.path if self.last_checkpoint else None
-        result = RunResult(self.folder, dict(self.scores), checkpoint, model, picture)
+        model = checkpoint / "model" if checkpoint else None
+        averaged = checkpoint / AVERAGED if checkpoint and (checkpoint / AVERAGED).is_dir() else None
+        result = RunResult(self.folder, dict(self.scores), checkpoint, model, averaged, picture)
         self.console.done(result)
         return result
 

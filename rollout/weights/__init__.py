@@ -7,10 +7,19 @@ from collections.abc import Callable
 from rollout.weights.buckets import ManifestOf
 from rollout.weights.collective import CollectiveReceiver, CollectiveSend, OpenCollective
 from rollout.weights.disk import DiskReceiver, DiskWrite
-from rollout.weights.object_store import ObjectStoreReceiver, PackBuckets
+from rollout.weights.object_store import ObjectStoreReceiver, PackBuckets, UnpackBuckets
 from rollout.weights.protocol import Receiver
 
-__all__ = ["TRANSPORTS", "CollectiveSend", "DiskWrite", "ManifestOf", "OpenCollective", "PackBuckets", "receiver"]
+__all__ = [
+    "TRANSPORTS",
+    "CollectiveSend",
+    "DiskWrite",
+    "ManifestOf",
+    "OpenCollective",
+    "PackBuckets",
+    "UnpackBuckets",
+    "receiver",
+]
 
 TRANSPORTS: dict[str, Callable[[str], Receiver]] = {
     "collective": CollectiveReceiver,

@@ -18,9 +18,10 @@ Staged = list[tuple[str, Tensor]]
 
 @dataclass(frozen=True)
 class ManifestOf:
-    """An export consumer that only looks: names and shapes in the order of sending, and the dtype on the wire."""
+    """An export consumer that only looks: names and shapes in the order of sending, and the dtype on the wire (None:
+    each tensor's own)."""
 
-    dtype: str
+    dtype: str | None
     bucket_bytes: int
 
     def __call__(self, weights: Iterable[tuple[str, Tensor]]) -> Manifest:
@@ -28,7 +29,8 @@ class ManifestOf:
         return Manifest(tensors, self.bucket_bytes)
 
     def _wire(self, tensor: Tensor) -> str:
-        return self.dtype if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
+        own = str(tensor.dtype).removeprefix("torch.")
+        return (self.dtype or own) if tensor.is_floating_point() else own
 
 
 def fill(manifest: Manifest, weights: Iterable[tuple[str, Tensor]], *, buffers: int | None = None) -> Iterator[Tensor]:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from actors.averaging import AverageSpec
 from actors.backends import BackendSpec
 from actors.backends.optimizer import OptimSpec
 from actors.batch import Batch
@@ -37,6 +38,7 @@ from actors.worker import WorkerInfo
 from orchestrator.losses.objective import LossObjective
 from orchestrator.losses.reduce import item_mean
 from orchestrator.losses.unpaired import bco, kto
+from orchestrator.transfer import mix_towards
 from tests.unit.tiny import tiny_model_folder
 
 VERB_S = 120.0
@@ -118,6 +120,12 @@ class Rank:
 
     def act_on(self, own: Any, verb: str, *args: Any) -> Any:
         return getattr(self.trainable, verb)(own, *args)
+
+    def export(self, *args: Any) -> Any:
+        return self.act("export", *args)
+
+    def mix(self, *args: Any) -> None:
+        self.act("mix", *args)
 
     def combine(self, values: list[float]) -> tuple[list[float], list[float]]:
         assert self.trainable is not None
@@ -403,6 +411,68 @@ def test_a_frozen_role_needs_no_optimizer(start: Start, base: ModelSpec, batch: 
     role = start(case, optim=None)
     np.testing.assert_allclose(role.logps(), plain_logps(base.path, batch), atol=1e-5)
     assert_same_weights(role.weights(), plain_model(base.path))
+
+
+AVERAGE = AverageSpec(
+    update_freq=2, ema_power=0.5, bias_power=0.2, lag=10, multiplier=1, update_after=0, min_ema_multiplier=0.0
+)
+VARIANTS: dict[str, dict[str, Any]] = {"full": {}, "adapters": {"lora": LORA}, "bfloat16": {"dtype": "bfloat16"}}
+AVERAGED = [("full", case) for case in (SINGLE, *DEEPSPEED)]
+AVERAGED += [(variant, case) for variant in ("adapters", "bfloat16") for case in (SINGLE, *DEEPSPEED[4:])]
+
+
+@pytest.mark.parametrize(("variant", "case"), AVERAGED, ids=str)
+def test_an_average_is_that_of_single_and_a_resumed_one_that_of_an_uninterrupted_run(
+    start: Start, tmp_path: Path, case: Case, variant: str
+) -> None:
+    def saved(role: Role, name: str) -> dict[str, np.ndarray]:
+        role.act("save_model", str(tmp_path / name), True)
+        return plain_model(str(tmp_path / name))
+
+    def averaged(case: Case, name: str) -> dict[str, np.ndarray]:
+        role = start(case, **VARIANTS[variant])
+        role.act("reset", OPTIM, AVERAGE)
+        role.update(3)
+        (state := tmp_path / f"state-{name}").mkdir()
+        role.act("save_state", str(state))
+        role.update(1)
+        own = role.weights()
+        average = saved(role, name)
+        assert_same_weights(role.weights(), own)  # saving the average has left them alone
+        moved = max(np.abs(average[name] - weight).max() for name, weight in own.items())
+        assert moved > 1e-3, "the average must differ from the weights, or nothing is compared"
+        return average
+
+    average = averaged(case, "average")
+    tolerance = 2**-7 if variant == "bfloat16" else 2e-6  # one unit of half precision at 1: it is saved in that
+    expected = expected_once(f"average {variant}", lambda: averaged(SINGLE, "expected"))
+    assert_same_weights(average, expected, tolerance)
+    resumed = start(case, **VARIANTS[variant])
+    resumed.act("reset", OPTIM, AVERAGE)
+    resumed.act("load_state", str(tmp_path / "state-average"))
+    resumed.update(1)
+    assert_same_weights(saved(resumed, "resumed"), average)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("case", [Case("deepspeed", stage, 2) for stage in range(4)], ids=str)
+def test_a_frozen_role_takes_in_a_share_of_the_trained_ones_weights(
+    start: Start, tmp_path: Path, case: Case, tied: bool
+) -> None:
+    folder = str(tiny_model_folder(tmp_path, hidden=32, tied=tied))
+    policy, reference = start(SINGLE, path=folder), start(case, optim=None, path=folder)
+    expected = reference.weights()
+    for share in (0.25, 0.6):
+        policy.update()
+        asyncio.run(mix_towards(policy.gang, reference.gang, share, timeout_s=VERB_S, task_name="mix"))
+        new = policy.weights()
+        expected = {name: (1 - share) * own + share * new[name] for name, own in expected.items()}
+        assert_same_weights(reference.weights(), expected, tolerance=3e-7)
+    reference.act("save_model", str(tmp_path / "mixed"))
+    np.testing.assert_allclose(plain_logps(str(tmp_path / "mixed"), reference.batch), reference.logps(), atol=1e-5)
+    kept = reference.weights()
+    reference.act("load_model", str(tmp_path / "mixed"))
+    assert_same_weights(reference.weights(), kept)  # what a checkpoint does
 
 
 @pytest.mark.parametrize("case", [SINGLE, Case("deepspeed", 0, 1), ZERO3], ids=str)

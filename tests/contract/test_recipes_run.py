@@ -40,8 +40,11 @@ def started(config: RunConfig, model: Path, output: Path, replaced: dict[str, An
     """The run in miniature, and its lines of metrics. `replaced`: keys of its data that are different."""
     phases: dict[str, Any] = {}
     for name, phase in config.phases.items():
-        train = phase.train.model_copy(update={"steps": STEPS, "epochs": None, "batch_size": 8})
-        phases[name] = phase.model_copy(update={"train": train, "data": phase.data.model_copy(update=replaced)})
+        bema = phase.train.bema and phase.train.bema.model_copy(update={"update_freq": 1})
+        short = {"steps": STEPS, "epochs": None, "batch_size": 8, "bema": bema}
+        options = {**phase.options, **({"ref_model_sync_steps": 2} if "ref_model_sync_steps" in phase.options else {})}
+        updates = {"train": phase.train.model_copy(update=short), "data": phase.data.model_copy(update=replaced)}
+        phases[name] = phase.model_copy(update={**updates, "options": options})
     small = config.model.model_copy(update={"path": str(model), "dtype": "float32"})
     quiet = config.logging.model_copy(update={"tensorboard": False})
     updates = {"model": small, "phases": phases, "output": output, "logging": quiet, "roles": type(config.roles)()}

@@ -315,6 +315,49 @@ def test_scattered_room_is_told_apart_from_missing_room() -> None:
     ]
 
 
+def test_a_reference_that_follows_has_weights_of_its_own_and_begins_as_the_policy() -> None:
+    options = {"sync_ref_model": True}
+    assert planned(config("dpo", options=options)).refusals == ()
+    (adapted,) = planned(config("dpo", options=options, model={"lora": {"r": 8}})).refusals
+    assert "with model.lora the reference is the policy without its adapters" in adapted
+    (other,) = planned(config("kto", options=options, roles={"reference": {"model": "another"}})).refusals
+    assert "roles.reference.model=another" in other and "options.sync_ref_model=false" in other
+
+
+def test_a_reference_that_follows_alternates_with_the_trainer_and_has_all_cores() -> None:
+    following = planned(config("dpo", options={"sync_ref_model": True}), cores=4)
+    assert threads(following) == {"policy": 4, "reference": 4}
+
+
+def test_averages_cost_three_copies_of_what_is_trained_shared_by_the_ranks() -> None:
+    roles = {"policy": {"backend": "deepspeed", "ranks": 4, "zero_stage": 0}}
+    plain, averaged = (
+        planned(config("dpo", train={"bema": bema}, roles=roles), parameters=SEVEN_BILLION).roles for bema in (None, {})
+    )
+    policy = averaged["policy"].memory
+    assert policy is not None and policy.averages == pytest.approx(3 * 4 * 7e9 / 4 / 2**30)
+    assert plain["policy"].memory == replace(policy, averages=0.0)
+    assert averaged["reference"].memory == plain["reference"].memory
+
+
+def test_an_average_that_a_later_phase_outlives_is_warned_about() -> None:
+    first, second = ({"method": "sft", "train": {"bema": bema}} for bema in ({}, None))
+    plan = planned(RunConfig.model_validate({"phases": {"one": first, "two": second}}))
+    assert len(plan.warnings) == 1 and plan.warnings[0].startswith("phases.one.train.bema: ")
+    assert planned(RunConfig.model_validate({"phases": {"one": second, "two": first}})).warnings == ()
+
+
+def test_the_view_shows_what_moves_weights_besides_training() -> None:
+    options = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.25, "ref_model_sync_steps": 64}
+    plan = planned(config("dpo", options=options, train={"bema": {"update_after": 50}}))
+    terminal = Console(width=200, record=True, file=io.StringIO())
+    terminal.print(render(plan, gpu_nodes(1)))
+    shown = terminal.export_text()
+    assert "reference: after every 64 steps 0.25 policy + 0.75 reference" in shown
+    assert "bema: an average every 400 optimizer steps, first at step 450; saved as bema/" in shown
+    assert "averages" in shown
+
+
 def test_the_view_shows_stages_arithmetic_memory_placement_and_refusals() -> None:
     roles = {"policy": {"ranks": 2, "gpus": 1}, "rollout": {"gpus": 1}}
     plan = planned(config(options={"beta": 0.1}, roles=roles), parameters=26_000_000)
