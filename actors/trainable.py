@@ -16,6 +16,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Generator, Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,25 @@ class Trainable:
             metrics |= {"num_tokens": tokens["real"], "padding_share": 1 - tokens["real"] / tokens["computed"]}
             return UpdateReport(metrics, info.grad_norm, info.learning_rate, int(tokens["real"]), clock.seconds)
 
+    def evaluate(self, chunk: Chunk, objective: Objective, temperature: float, stage: str) -> dict[str, float]:
+        """The metrics that `update` would report of this batch, its loss among them, from a pass without gradient,
+        dropout and noise. Weights, optimizer and the objective's state stay as they are."""
+        with self._doing("evaluate"), torch.no_grad():
+            world, device = self.backend.world, self.backend.device
+            micros = self._micro_batches(chunk)
+            counts = sum_counts([objective.counts(micro) for micro in micros], world, device)
+            tokens = sum_counts([_sizes(micro) for micro in micros], world, device)
+            if not tokens.get("real"):
+                raise RunError(f"{self.name}: an evaluation was asked for with an empty batch")
+            found = list(self._without_gradient(micros, temperature, objective.needs))
+            seen = [(micro, outputs) for micro, outputs in zip(micros, found) if outputs is not None]
+            statistics: dict[str, Any] = {}
+            if objective.coupled:
+                state = deepcopy(self._objective_states.get(stage, {}))
+                statistics = objective.statistics([m for m, _ in seen], [o for _, o in seen], world, state)
+            pass_ = _Pass(objective, temperature, counts, statistics, tokens["real"])
+            return combine([_measured(*pass_.loss(*each)) for each in seen], world, device)
+
     def export(self, consumer: Callable[[Iterator[tuple[str, Tensor]]], Any], bucket_bytes: int) -> Any:
         """How weights leave: on rank 0, what `consumer` makes of all (Hugging Face name, full tensor); elsewhere None.
 
@@ -261,7 +281,7 @@ class Trainable:
             loss, stats = pass_.loss(micro, outputs) if len(micro) else (outputs.logps.sum() * 0, {})
         with clock.measure("backward"):
             self.backend.backward(loss, last=last)
-        return {**stats, "loss": Stat(loss.detach(), combine="sum")}
+        return _measured(loss, stats)
 
     def _detail(self) -> dict[str, Any]:
         backend = self.backend
@@ -302,6 +322,11 @@ class _Pass:
         size = _sizes(micro)["real"]
         balancing = Stat(outputs.aux_loss.detach() * size, size)
         return loss + outputs.aux_loss * (size / self.tokens), {**stats, "aux_loss": balancing}
+
+
+def _measured(loss: Tensor, stats: dict[str, Stat]) -> dict[str, Stat]:
+    """A micro-batch's metrics with its share of the loss."""
+    return {**stats, "loss": Stat(loss.detach(), combine="sum")}
 
 
 def _sizes(micro: MicroBatch) -> Counts:
