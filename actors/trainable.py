@@ -2,10 +2,7 @@
 
 All ranks of a role are called at once with the same verb, each with its own chunk; every verb but `ping` is collective.
 
-    driver ──update(chunk r, objective)──► rank r:  counts, summed over micro-batches and ranks
-                                                    [outputs without gradient -> statistics]    if rows are coupled:
-                                                        of all rows, or of those that are there for it alone
-                                                    per micro-batch: forward, loss, backward
+    driver ──update(chunk r, objective)──► rank r:  a pass of its micro-batches (`actors/passes.py`)
                                                     one optimizer step
            ◄──────────UpdateReport──────── metrics combined over micro-batches and ranks
 """
@@ -17,7 +14,8 @@ import os
 import platform
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field, replace
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +28,11 @@ from actors.averaging import Average, AverageSpec
 from actors.backends import BackendSpec, Placement, build_backend
 from actors.backends.optimizer import OptimSpec
 from actors.backends.protocol import Backend
-from actors.batch import Batch
 from actors.errors import RunError
-from actors.forward import forward
-from actors.metrics import combine, sum_counts
 from actors.model import ModelSpec, load_tokenizer
-from actors.objective import Counts, MicroBatch, Objective, Outputs, Stat
-from actors.packing import Chunk, MicroBatches
+from actors.objective import Objective
+from actors.packing import Chunk
+from actors.passes import Pass, micro_batches, without_noise
 from actors.worker import WorkerInfo
 
 
@@ -50,19 +46,6 @@ class UpdateReport:
     learning_rate: float
     tokens: int  # of the whole batch, all ranks
     seconds: dict[str, float]
-
-
-@dataclass
-class _Clock:
-    """Seconds by phase of an update."""
-
-    seconds: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "backward": 0.0, "step": 0.0})
-
-    @contextlib.contextmanager
-    def measure(self, phase: str) -> Generator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
 class Trainable:
@@ -129,9 +112,9 @@ class Trainable:
         0 at tokens that the mask leaves out. `adapters=False` computes the base model's."""
         with self._doing("logps"), contextlib.nullcontext() if adapters else self.backend.adapters_off():
             values = np.zeros(chunk.batch.num_tokens, np.float32)
-            micros = self._micro_batches(chunk.batch, chunk.micro_batches)
-            for rows, outputs in zip(chunk.micro_batches, self._without_noise(micros, temperature)):
-                if outputs is not None:
+            micros = micro_batches(chunk.batch, chunk.micro_batches, self.backend)
+            for rows, outputs in zip(chunk.micro_batches, without_noise(self.backend, micros, temperature)):
+                if rows:
                     values[chunk.batch.token_index(np.asarray(rows, np.int64))] = outputs.logps.cpu().numpy()
             return {into: values}
 
@@ -143,27 +126,27 @@ class Trainable:
         with self._doing("update"), self._drawing():
             if self._backend_spec.optim is None:
                 raise RunError(f"{self.name} is frozen: it was built without an optimizer")
-            clock = _Clock()
-            micros = self._micro_batches(chunk.batch, chunk.micro_batches)
-            aside = self._micro_batches(chunk.batch, chunk.aside)
-            counts = sum_counts([objective.counts(micro) for micro in micros], self.backend.world, self.backend.device)
-            sizes = [*map(_sizes, micros), *(_sizes(micro) | {"learned": 0.0} for micro in aside)]
-            tokens = sum_counts(sizes, self.backend.world, self.backend.device)
-            if not tokens.get("learned"):
-                raise RunError(f"{self.name}: an update was asked for with an empty batch")
-            pass_ = _Pass(objective, temperature, counts, tokens["learned"])
-            stats = self._learn(micros, aside, pass_, stage, clock)
-            with clock.measure("step"):
+            state = self._objective_states.setdefault(stage, {})
+            share = Pass(self.backend, chunk, objective, temperature, state)
+            metrics = share.learn(self._drawing)
+            with share.clock.measure("step"):
                 info = self.backend.step()
             if not np.isfinite(info.grad_norm):
                 raise RunError(f"{self.name}: the gradient norm of step {self._steps_done + 1} is {info.grad_norm}")
             self._steps_done += 1
             if self._average is not None:
-                with clock.measure("step"):
+                with share.clock.measure("step"):
                     self._average.after_step(self.backend.trained_weights)
-            metrics = combine(stats, self.backend.world, self.backend.device)
-            metrics |= {"num_tokens": tokens["real"], "padding_share": 1 - tokens["real"] / tokens["computed"]}
-            return UpdateReport(metrics, info.grad_norm, info.learning_rate, int(tokens["real"]), clock.seconds)
+            real, computed = share.tokens["real"], share.tokens["computed"]
+            metrics |= {"num_tokens": real, "padding_share": 1 - real / computed}
+            return UpdateReport(metrics, info.grad_norm, info.learning_rate, int(real), share.clock.seconds)
+
+    def evaluate(self, chunk: Chunk, objective: Objective, temperature: float, stage: str) -> dict[str, float]:
+        """The metrics that `update` would report of this batch, its loss among them, from a pass without gradient,
+        dropout and noise. Weights, optimizer and the objective's state stay as they are."""
+        with self._doing("evaluate"):
+            state = deepcopy(self._objective_states.get(stage, {}))
+            return Pass(self.backend, chunk, objective, temperature, state).measure()
 
     def export(
         self, consumer: Callable[[Iterator[tuple[str, Tensor]]], Any], bucket_bytes: int, as_saved: bool = True
@@ -259,63 +242,6 @@ class Trainable:
     def _own_file(self) -> str:
         return f"trainable-rank{self._placement.rank}.pt"
 
-    def _micro_batches(self, batch: Batch, micro_batches: MicroBatches) -> list[MicroBatch]:
-        return [MicroBatch.of(batch.select(rows), self.backend.device) for rows in micro_batches]
-
-    def _without_noise(self, micros: list[MicroBatch], temperature: float) -> Iterator[Outputs | None]:
-        """Outputs per micro-batch, without gradient; None where it is empty, but it was run all the same."""
-        training = self.backend.model.training
-        self.backend.model.eval()
-        try:
-            with torch.no_grad():
-                for micro in micros:
-                    outputs = forward(self.backend.model, _filled(micro), temperature=temperature)
-                    yield outputs if len(micro) else None
-        finally:
-            self.backend.model.train(training)
-
-    def _learn(
-        self, micros: list[MicroBatch], aside: list[MicroBatch], pass_: _Pass, stage: str, clock: _Clock
-    ) -> list[dict[str, Stat]]:
-        """Gradients of all micro-batches, with the statistics that their losses need; metrics of each."""
-        objective = pass_.objective
-        outputs = (self._outputs(micro, pass_, clock) for micro in micros)  # one at a time: each holds a graph
-        if objective.coupled and objective.aside is None and len(micros) == 1:
-            outputs = iter(ready := list(outputs))
-            pass_ = replace(pass_, statistics=self._statistics(micros, ready, pass_, stage))
-        elif objective.coupled:
-            seen = micros if objective.aside is None else aside
-            with torch.no_grad(), self._drawing():  # the same draws as in the pass with gradient, from their beginning
-                foreseen = [self._outputs(micro, pass_, clock, "statistics") for micro in seen]
-            pass_ = replace(pass_, statistics=self._statistics(seen, foreseen, pass_, stage))
-        return [
-            self._descend(micro, found, pass_, clock, last=micro is micros[-1])
-            for micro, found in zip(micros, outputs, strict=True)
-        ]
-
-    def _outputs(self, micro: MicroBatch, pass_: _Pass, clock: _Clock, part: str = "forward") -> Outputs:
-        """An empty micro-batch takes part too: the ranks move in step."""
-        with clock.measure(part):
-            needs = pass_.objective.needs
-            return forward(self.backend.model, _filled(micro), temperature=pass_.temperature, needs=needs)
-
-    def _statistics(self, micros: list[MicroBatch], outputs: list[Outputs], pass_: _Pass, stage: str) -> dict[str, Any]:
-        filled = [(micro, found.detached()) for micro, found in zip(micros, outputs, strict=True) if len(micro)]
-        state = self._objective_states.setdefault(stage, {})
-        return pass_.objective.statistics([m for m, _ in filled], [o for _, o in filled], self.backend.world, state)
-
-    def _descend(
-        self, micro: MicroBatch, outputs: Outputs, pass_: _Pass, clock: _Clock, *, last: bool
-    ) -> dict[str, Stat]:
-        """Loss and backward of one micro-batch."""
-        with clock.measure("forward"):
-            loss, stats = pass_.loss(micro, outputs) if len(micro) else (outputs.logps.sum() * 0, {})
-        with clock.measure("backward"):
-            self.backend.backward(loss, last=last)
-        size = int(micro.lengths.sum())
-        shared = Stat(size - outputs.rows, size) if size else Stat(0.0, 0.0)
-        return {**stats, "loss": Stat(loss.detach(), combine="sum"), "shared_share": shared}
-
     def _drawing(self) -> contextlib.AbstractContextManager[None]:
         """What this update draws at random (dropout, noise), from its beginning."""
         return _random_stream(self._seed, self._placement.rank, self._steps_done)
@@ -339,37 +265,6 @@ class Trainable:
             yield
         finally:
             self._busy = None
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """What the micro-batches of one update share."""
-
-    objective: Objective
-    temperature: float
-    counts: Counts
-    tokens: float  # that are learned from, on all ranks
-    statistics: dict[str, Any] = field(default_factory=dict)
-
-    def loss(self, micro: MicroBatch, outputs: Outputs) -> tuple[Tensor, dict[str, Stat]]:
-        """The objective's, plus the experts' balancing loss weighted by this micro-batch's share of tokens."""
-        loss, stats = self.objective.loss(micro, outputs, self.counts, self.statistics)
-        if outputs.aux_loss is None:
-            return loss, stats
-        size = _sizes(micro)["real"]
-        balancing = Stat(outputs.aux_loss.detach() * size, size)
-        return loss + outputs.aux_loss * (size / self.tokens), {**stats, "aux_loss": balancing}
-
-
-def _sizes(micro: MicroBatch) -> Counts:
-    """Tokens of a micro-batch, how many of them are learned from, and how many go through the model."""
-    real = float(micro.lengths.sum())
-    return {"real": real, "learned": real, "computed": max(real, 1.0)}
-
-
-def _filled(micro: MicroBatch) -> MicroBatch:
-    """The same, or one token with nothing to predict: what a rank runs whose micro-batch is empty."""
-    return micro if len(micro) else MicroBatch.of(Batch.build([1], tokens=[0]), micro.lengths.device)
 
 
 @contextlib.contextmanager

@@ -138,10 +138,12 @@ class RewardConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Greedy completions of held-out prompts, scored by the run's rewards. At a phase's start and end, and in
-    between."""
+    """What is measured on held-out data at a phase's start and end, and in between. `data`: prompts, answered greedily
+    and scored by the run's rewards. `rows`: rows as the phase learns from them; its loss and metrics, without learning.
+    One of the two, or both."""
 
-    data: DataConfig
+    data: DataConfig | None = None
+    rows: DataConfig | None = None
     every: Positive | None = None  # steps; None: only at the start and the end of the phase
     max_tokens: Positive | None = None  # default: the phase's sampling.max_tokens
     at_start: bool = True

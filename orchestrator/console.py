@@ -19,6 +19,8 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.metrics import held_out_margin
+
 BAR_WIDTH = 16
 PLAIN_WIDTH = 140  # columns where the output is not a terminal
 RECENT_STEPS = 20  # that the time left is estimated from
@@ -52,6 +54,11 @@ STEP_LINE = (
     Shown("stale", _metric("staleness/mean"), "3.1f"),
     Shown("tok/s", _tokens_per_second, "6.0f"),
     Shown("s/step", _metric("step_time"), "5.2f"),
+)
+HELD_OUT_LINE = (
+    Shown("loss", _metric("eval_loss"), ".4f"),
+    Shown("margin", held_out_margin, ".4f"),
+    Shown("accuracy", _metric("eval_rewards/accuracies"), ".1%"),
 )
 
 
@@ -132,6 +139,15 @@ class Console:
 
     def evaluation(self, label: str, score: float) -> None:
         self._terminal.print(Text().append(f"evaluation {label}: ", "bold").append(f"{score:.4f}", "bold magenta"))
+
+    def held_out(self, label: str, metrics: Mapping[str, float]) -> None:
+        """One line of the numbers that say most about held-out rows."""
+        line = Text().append(f"held-out rows {label}:", "bold")
+        for shown in HELD_OUT_LINE:
+            value = shown.value(metrics)
+            if value is not None:
+                line.append(f"  {shown.label} ", "dim").append(format(value, shown.form), "magenta")
+        self._terminal.print(line)
 
     def warn(self, message: str) -> None:
         self._terminal.print(Text().append("! ", "bold yellow").append(message, "yellow"))

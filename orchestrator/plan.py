@@ -150,9 +150,9 @@ def _has_implicit_reference(config: RunConfig) -> bool:
 
 
 def _launched(config: RunConfig, pipelines: Mapping[str, Pipeline], implicit_reference: bool) -> list[str]:
-    """Roles of all phases, gangs first; evaluation needs somebody who samples and somebody who scores."""
+    """Roles of all phases, gangs first; held-out prompts need somebody who samples and somebody who scores."""
     named = dict.fromkeys(role for pipeline in pipelines.values() for role in pipeline.roles)
-    if any(phase.evaluation for phase in config.phases.values()):
+    if any(phase.evaluation and phase.evaluation.data for phase in config.phases.values()):
         named |= dict.fromkeys(ELASTIC)
     if implicit_reference:
         named.pop("reference", None)

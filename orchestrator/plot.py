@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from orchestrator.metrics import METRICS_FILE, read
+from orchestrator.metrics import METRICS_FILE, held_out_margin, read
 
 Line = dict[str, Any]
 Points = list[tuple[int, float]]  # (step, value)
@@ -26,11 +26,12 @@ SMOOTHED_FROM = 20  # points
 @dataclass(frozen=True)
 class Panel:
     """One curve: how a line of metrics becomes a value (None: not on this line). `sparse`: few points, each of which
-    matters, and a phase goes on from where the one before ended."""
+    matters. `goes_on`: a phase begins where the one before ended, so its curve does, too."""
 
     title: str
     value: Callable[[Line], float | None]
     sparse: bool = False
+    goes_on: bool = False
 
 
 def draw(folder: Path) -> Path | None:
@@ -65,7 +66,7 @@ def _draw_panel(axis: Any, panel: Panel, lines: Sequence[Line], *, named: bool) 
         if named:
             axis.text((first + last) / 2, 0.97, phase, transform=axis.get_xaxis_transform(), **_LABEL)
         points = _points(panel, [line for line in lines if line["phase"] == phase])
-        _draw_curve(axis, previous[-1:] + points if panel.sparse else points, panel, COLOURS[index % len(COLOURS)])
+        _draw_curve(axis, previous[-1:] + points if panel.goes_on else points, panel, COLOURS[index % len(COLOURS)])
         previous = points
     axis.set_xlim(0, max(line["step"] for line in lines) or 1)
 
@@ -123,6 +124,12 @@ def _metric(name: str) -> Callable[[Line], float | None]:
     return lambda line: line.get(name)
 
 
+def _likelier(line: Line) -> float | None:
+    """By how many nats held-out rows that are chosen are likelier than the others."""
+    chosen, rejected = (line.get(f"eval_logps/{side}") for side in ("chosen", "rejected"))
+    return None if chosen is None or rejected is None else chosen - rejected
+
+
 def _tokens_per_second(line: Line) -> float | None:
     tokens, seconds = line.get("num_tokens"), line.get("step_time")
     return tokens / seconds if tokens and seconds else None
@@ -131,7 +138,11 @@ def _tokens_per_second(line: Line) -> float | None:
 _LABEL: dict[str, Any] = {"ha": "center", "va": "top", "fontsize": 8, "color": FAINT}
 _VALUE: dict[str, Any] = {"ha": "center", "fontsize": 8, "color": INK}
 PANELS = (
-    Panel("evaluation: reward on held-out prompts", _metric("eval_reward"), sparse=True),
+    Panel("evaluation: reward on held-out prompts", _metric("eval_reward"), sparse=True, goes_on=True),
+    Panel("held-out rows: loss", _metric("eval_loss"), sparse=True),
+    Panel("held-out rows: reward, chosen above rejected", held_out_margin, sparse=True),
+    Panel("held-out rows: log-probability, chosen above rejected", _likelier, sparse=True),
+    Panel("held-out rows: share with the right order", _metric("eval_rewards/accuracies"), sparse=True),
     Panel("reward", _metric("reward")),
     Panel("loss", _metric("loss")),
     Panel("completion length, tokens", _metric("completions/mean_length")),

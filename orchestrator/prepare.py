@@ -17,7 +17,7 @@ from actors.errors import ConfigError, ModelError
 from orchestrator.config import DataConfig, EvaluationConfig, PhaseConfig, RunConfig
 from orchestrator.examples import PREFIX, is_example, model_folder
 from orchestrator.methods import build
-from orchestrator.pipeline import Pipeline, Prompts
+from orchestrator.pipeline import DataKind, Pipeline, Prompts
 from orchestrator.source import Source, open_source
 from rewards.loading import RewardSpec, check_columns, check_reward
 from rollout.sampling import Sampling
@@ -34,7 +34,8 @@ class PreparedPhase:
     config: PhaseConfig
     pipeline: Pipeline
     source: Source
-    evaluation: Source | None
+    evaluation: Source | None  # held-out prompts
+    held_out: Source | None  # held-out rows
     steps: int
     sampling: Sampling
     first_version: int  # of the policy's weights when the phase begins
@@ -148,10 +149,12 @@ def _prepare_phase(
     source = open_source(phase.data, pipeline.data, tokenizer, seed=config.seed, model_max_length=room)
     steps = phase_steps(phase, name, source)
     _check_something_happens(phase, name, pipeline, steps)
-    evaluation = _open_evaluation(phase.evaluation, tokenizer, config.seed, room)
+    evaluation, held_out = _open_evaluation(phase, name, pipeline.data, tokenizer, config.seed, room)
     first_version = sum(earlier.steps for earlier in before)
     sampling = Sampling(**phase.sampling.model_dump())
-    return PreparedPhase(name, len(before), phase, pipeline, source, evaluation, steps, sampling, first_version)
+    return PreparedPhase(
+        name, len(before), phase, pipeline, source, evaluation, held_out, steps, sampling, first_version
+    )
 
 
 def phase_steps(phase: PhaseConfig, name: str, source: Source) -> int:
@@ -191,11 +194,43 @@ def _check_something_happens(phase: PhaseConfig, name: str, pipeline: Pipeline, 
         )
 
 
-def _open_evaluation(evaluation: EvaluationConfig | None, tokenizer: Any, seed: int, room: int) -> Source | None:
-    if evaluation is None:
-        return None
-    data: DataConfig = evaluation.data.model_copy(update={"shuffle": False})
-    return open_source(data, Prompts, tokenizer, seed=seed, model_max_length=room)
+def _open_evaluation(
+    phase: PhaseConfig, name: str, kind: DataKind, tokenizer: Any, seed: int, room: int
+) -> tuple[Source | None, Source | None]:
+    """(held-out prompts, held-out rows)."""
+    if phase.evaluation is None:
+        return None, None
+    where = f"phases.{name}.evaluation"
+    if wrong := _wrong_with(phase.evaluation, where, phase.method, kind):
+        raise ConfigError(wrong)
+
+    def opened(data: DataConfig | None, kind: DataKind) -> Source | None:
+        unshuffled = data.model_copy(update={"shuffle": False}) if data is not None else None
+        return unshuffled and open_source(unshuffled, kind, tokenizer, seed=seed, model_max_length=room)
+
+    prompts, rows = opened(phase.evaluation.data, Prompts), opened(phase.evaluation.rows, kind)
+    if rows is not None and "mismatched" in kind.columns and len(rows) < 2:
+        raise ConfigError(f"{where}.rows has one item; {phase.method} swaps completions between items: give it more")
+    return prompts, rows
+
+
+def _wrong_with(evaluation: EvaluationConfig, where: str, method: str, kind: DataKind) -> str | None:
+    if evaluation.data is None and evaluation.rows is None:
+        return (
+            f"{where} names nothing to evaluate on; set {where}.data (prompts, answered and scored by the rewards), "
+            f"{where}.rows (rows, whose loss is taken), or both"
+        )
+    if evaluation.rows is not None and kind.prompts_only:
+        return (
+            f"{where}.rows: {method} learns from what it samples, so rows have no loss of its own; set {where}.data "
+            "to held-out prompts instead"
+        )
+    if evaluation.rows is not None and evaluation.rows.streaming:
+        return (
+            f"{where}.rows.streaming=true: held-out rows are evaluated all at once; leave it out, and set "
+            f"{where}.rows.limit if they are too many"
+        )
+    return None
 
 
 def _evaluation_tokens(phase: PreparedPhase) -> int:

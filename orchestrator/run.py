@@ -29,7 +29,7 @@ from orchestrator.console import Console
 from orchestrator.control import Board, RunFile, board_name
 from orchestrator.cursor import Cursor
 from orchestrator.driver import Progress, StepRecord, train
-from orchestrator.evaluation import Evaluation, evaluate, greedy
+from orchestrator.evaluation import evaluate, evaluate_rows, greedy
 from orchestrator.fleet import State
 from orchestrator.launch import average_spec, launch, optim_spec
 from orchestrator.metrics import MetricsLog
@@ -133,8 +133,8 @@ class _Run:
         cursor = Cursor.from_json(found.state.cursor) if found else Cursor()
         async with roles.changing_weights():
             await roles.publish(progress.version)
-        if found is None and phase.index == 0 and phase.config.evaluation and phase.config.evaluation.at_start:
-            await self._evaluate(phase, roles, "before", progress)
+        if found is None and phase.config.evaluation and phase.config.evaluation.at_start:
+            await self._evaluate(phase, roles, progress)
         collector = self._collector(phase, roles, cursor, progress)
         try:
             await train(phase.pipeline, phase.steps, roles, collector, progress, self._after_step(phase, roles, cursor))
@@ -204,9 +204,7 @@ class _Run:
             self._show_completions(phase, record, last)
             evaluation = phase.config.evaluation
             if evaluation and (last or (evaluation.every and step % evaluation.every == 0)):
-                await self._evaluate(
-                    phase, roles, phase.name if last else f"{phase.name}@{step}", Progress(step, record.version)
-                )
+                await self._evaluate(phase, roles, Progress(step, record.version))
             if last or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
                 await self._save(phase, roles, cursor, record)
 
@@ -222,19 +220,36 @@ class _Run:
             shown = rows[:: max(1, len(rows) // self.config.logging.completions_shown)]
             self.console.completions(shown[: self.config.logging.completions_shown])
 
-    async def _evaluate(self, phase: PreparedPhase, roles: Roles, label: str, progress: Progress) -> Evaluation | None:
-        config = phase.config.evaluation
-        assert config is not None and phase.evaluation is not None
+    async def _evaluate(self, phase: PreparedPhase, roles: Roles, progress: Progress) -> None:
+        """On held-out rows and prompts, whichever the phase has. Where a phase begins, prompts may have been answered
+        already: at the end of the one before."""
+        at_start, at_end = progress.step == 0, progress.step == phase.steps
+        label = phase.name if at_end else f"{phase.name}@{progress.step}"
+        metrics: dict[str, float] = {}
+        if phase.held_out is not None:
+            with self.watchdog.waiting(f"evaluation {label} on held-out rows"):
+                metrics |= await evaluate_rows(phase.held_out, roles)
+            self.console.held_out(label, metrics)
+        if phase.evaluation is not None and not (at_start and self.scores):
+            label = "before" if at_start else label
+            metrics |= await self._answer(phase, roles, label, progress, keep_score=at_start or at_end)
+        if metrics:
+            self.log.write(phase.first_version + progress.step, phase.name, metrics)
+
+    async def _answer(
+        self, phase: PreparedPhase, roles: Roles, label: str, progress: Progress, *, keep_score: bool
+    ) -> dict[str, float]:
+        """Held-out prompts, answered with the newest weights and scored."""
+        assert phase.evaluation is not None and phase.config.evaluation is not None
         async with roles.changing_weights():
             await roles.publish(progress.version)
-        sampling = greedy(phase.sampling, config.max_tokens)
+        sampling = greedy(phase.sampling, phase.config.evaluation.max_tokens)
         with self.watchdog.waiting(f"evaluation {label}"):
             result = await evaluate(phase.evaluation, roles, sampling, label=label)
-        self.log.write(phase.first_version + progress.step, phase.name, result.metrics)
         self.console.evaluation(label, result.score)
-        if "@" not in label:
+        if keep_score:
             self.scores[label] = result.score
-        return result
+        return result.metrics
 
     async def _save(self, phase: PreparedPhase, roles: Roles, cursor: Cursor, record: StepRecord) -> None:
         """A checkpoint: every trained role's state, the weights of those that follow them, a model folder, one with the

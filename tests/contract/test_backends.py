@@ -155,6 +155,10 @@ class Role:
         chunks = [chunk for _, chunk in dealt]
         return [self.call("act_on", "update", objective, 1.0, "u", per_rank=chunks)[0] for _ in range(steps)]
 
+    def evaluate(self) -> dict[str, float]:
+        chunks = [chunk for _, chunk in deal(self.batch, len(self.gang.workers), BUDGET)]
+        return self.call("act_on", "evaluate", MaskedNll(), 1.0, "u", per_rank=chunks)[0]
+
     def logps(self, *, adapters: bool = True) -> np.ndarray:
         dealt = deal(self.batch, len(self.gang.workers), BUDGET)
         chunks = [chunk for _, chunk in dealt]
@@ -356,6 +360,16 @@ def plain_logps(path: str, batch: Batch) -> np.ndarray:
             logps = model(tokens).logits[:, :-1].float().log_softmax(-1).gather(2, tokens[:, 1:, None])
         column[batch.offsets[row] + 1 : batch.offsets[row + 1]] = logps.flatten().numpy()
     return column * batch["mask"]
+
+
+@every_backend
+def test_an_evaluation_is_the_loss_of_the_next_step_and_changes_nothing(start: Start, train: Train, case: Case) -> None:
+    role = start(case)
+    losses: list[float] = []
+    for _ in range(2):
+        losses.append(role.evaluate()["loss"])
+        role.update()
+    np.testing.assert_allclose(losses, train(SINGLE).losses[:2], rtol=1e-5)
 
 
 @every_backend

@@ -53,6 +53,11 @@ def test_evaluation_brings_workers_that_sample_and_score() -> None:
     assert list(planned(config("sft", evaluation=evaluation)).roles) == ["policy", "rollout", "reward"]
 
 
+def test_held_out_rows_bring_nobody() -> None:
+    evaluation = {"rows": {"path": "example:arithmetic_sft", "split": "test"}}
+    assert list(planned(config("sft", evaluation=evaluation)).roles) == ["policy"]
+
+
 def test_a_reference_is_launched_exactly_if_the_method_asks_for_one() -> None:
     assert "reference" not in planned(config(options={"beta": 0.0})).roles
     assert "reference" in planned(config(options={"beta": 0.1})).roles

@@ -293,6 +293,36 @@ def test_logps_draw_no_noise_and_leave_the_random_state_alone(folder: Path) -> N
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("coupled", [False, True])
+def test_an_evaluation_reports_what_an_update_would_without_noise_or_learning(folder: Path, coupled: bool) -> None:
+    noisy = {"lora": LoraSpec(r=4, dropout=0.5), "neftune_noise_alpha": 50.0}
+    target, plain = trainable(folder, **noisy), trainable(folder, lora=LoraSpec(r=4))
+    data, objective = chunk(batch()), Nll(coupled=coupled)
+    found = [target.evaluate(data, objective, 1.0, "policy.update") for _ in range(2)]
+    report = plain.update(data, objective, 1.0, "policy.update")
+    assert found[0] == found[1]
+    assert found[0] == pytest.approx({name: report.metrics[name] for name in found[0]}, rel=1e-5)
+    assert set(report.metrics) - set(found[0]) == {"num_tokens", "padding_share"}
+
+
+def test_an_evaluation_between_updates_leaves_no_trace(folder: Path) -> None:
+    plain, evaluated = (trainable(folder, **VARIANTS["lora"]) for _ in range(2))
+    objective = Nll(coupled=True)  # its state counts steps
+    expected = train(plain, range(3), objective)
+    found = train(evaluated, range(1), objective)
+    evaluated.evaluate(chunk(batch(7)), objective, 1.0, "policy.update")
+    found += train(evaluated, range(1, 3), objective)
+    assert [report.metrics for report in found] == [report.metrics for report in expected]
+    assert_equal_bits(weights(evaluated), weights(plain))
+
+
+def test_a_frozen_role_evaluates_too_and_an_empty_batch_is_refused(folder: Path) -> None:
+    frozen = trainable(folder, optim=None)
+    assert frozen.evaluate(chunk(batch()), Nll(), 1.0, "u")["loss"] > 0
+    with pytest.raises(RunError, match="empty batch"):
+        frozen.evaluate(Chunk(batch().select([]), ((),)), Nll(), 1.0, "u")
+
+
 def test_adapters_off_is_the_base_model_exactly(folder: Path) -> None:
     adapted, base = trainable(folder, lora=LoraSpec(r=4)), trainable(folder, optim=None)
     data = chunk(batch())
