@@ -16,7 +16,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,13 +206,19 @@ class RayCluster:
                 self._seats[role.name] = seats
 
     async def _create(self, wanted: Sequence[Sequence[Bundle]]) -> list[PlacementGroup]:
-        """Placement groups for these bundles, all reserved. Raises PlacementError, and then leaves none behind."""
+        """Placement groups for these bundles, all reserved. Where there is no room in time, the bundles' next choice of
+        nodes is tried. Raises PlacementError, and then leaves none behind."""
         groups: list[PlacementGroup] = []
         try:
             for bundles in wanted:
-                resources = [dict(bundle.resources) for bundle in bundles]
-                groups.append(await asyncio.to_thread(placement_group, resources, "PACK"))
-            pending = await self._pending(groups)
+                groups.append(await asyncio.to_thread(_ask, bundles, 0))
+            pending = await self._pending(groups, range(len(groups)))
+            for choice in range(1, max((_choices(bundles) for bundles in wanted), default=1)):
+                for index in pending:
+                    if choice < _choices(wanted[index]):
+                        await asyncio.to_thread(remove_placement_group, groups[index])
+                        groups[index] = await asyncio.to_thread(_ask, wanted[index], choice)
+                pending = await self._pending(groups, pending)
             if pending:
                 lacking = [bundle for index in pending for bundle in wanted[index]]
                 everything = [bundle for bundles in wanted for bundle in bundles]
@@ -223,10 +229,10 @@ class RayCluster:
             raise
         return groups
 
-    async def _pending(self, groups: Sequence[PlacementGroup]) -> list[int]:
-        """Which groups were not reserved by the deadline."""
+    async def _pending(self, groups: Sequence[PlacementGroup], among: Iterable[int]) -> list[int]:
+        """Which of these groups were not reserved by the deadline."""
         deadline = time.monotonic() + self._timeout_s
-        pending = list(range(len(groups)))
+        pending = list(among)
         while pending:
             pending = [index for index in pending if not await asyncio.to_thread(_is_created, groups[index])]
             if not pending or time.monotonic() > deadline:
@@ -240,7 +246,7 @@ class RayCluster:
         lines = shortages(everything, view)
         if not lines:
             free = describe({name: ray.available_resources().get(name, 0.0) for name in ("GPU", "CPU")})
-            asked = dict.fromkeys(f"{bundle.label}: {describe(bundle.resources)} each" for bundle in lacking)
+            asked = dict.fromkeys(f"{bundle.label}: {bundle.needs} each" for bundle in lacking)
             lines = [*asked, f"the cluster is large enough, but others use it: {free} free now"]
         return "\n".join(
             [f"no room on the cluster ({view}) within cluster.placement_timeout_s={self._timeout_s:g}:", *lines]
@@ -306,8 +312,23 @@ def view_cluster() -> ClusterView:
     """The living nodes of the Ray that this process is connected to."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     return ClusterView(
-        tuple(Node(node["NodeManagerHostname"] + "/" + node["NodeID"][:6], node["Resources"]) for node in nodes)
+        tuple(
+            Node(node["NodeManagerHostname"] + "/" + node["NodeID"][:6], node["Resources"], node["Labels"])
+            for node in nodes
+        )
     )
+
+
+def _ask(bundles: Sequence[Bundle], choice: int) -> PlacementGroup:
+    """A group for these bundles, on the nodes that they prefer, or their next choice."""
+    selectors = [dict(bundle.selectors[choice]) if bundle.selectors else {} for bundle in bundles]
+    resources = [dict(bundle.resources) for bundle in bundles]
+    labelled: dict[str, Any] = {"bundle_label_selector": selectors} if any(selectors) else {}
+    return placement_group(resources, "PACK", **labelled)
+
+
+def _choices(bundles: Sequence[Bundle]) -> int:
+    return max(1, *(len(bundle.selectors) for bundle in bundles))
 
 
 def _is_created(group: PlacementGroup) -> bool:

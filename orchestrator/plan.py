@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from actors.errors import ConfigError
 from orchestrator.bundles import GIB, Bundle, ClusterView, Resources, shortages
-from orchestrator.config import FrozenRole, PhaseConfig, RolesConfig, RolloutRole, RunConfig, TrainedRole
+from orchestrator.config import Fallback, FrozenRole, PhaseConfig, RolesConfig, RolloutRole, RunConfig, TrainedRole
+from orchestrator.labels import Selector
 from orchestrator.memory import Memory, Training, estimate
 from orchestrator.pipeline import Pipeline
 from orchestrator.refusals import ELASTIC, Role, count, refusals, warnings
@@ -47,6 +48,7 @@ class RolePlan:
     memory: Memory | None  # an estimate of one process; None if the model's size is not known
     host: str | None  # the role whose bundles it shares
     bundles: tuple[int, ...]  # in the gang, one per rank; of an elastic role only if it shares them
+    selectors: tuple[Selector, ...] = ()  # of nodes, in the order of preference
 
     @property
     def elastic(self) -> bool:
@@ -55,7 +57,7 @@ class RolePlan:
     @property
     def own_bundle(self) -> Bundle:
         """What an elastic worker reserves for itself."""
-        return Bundle((self.name,), self.resources)
+        return Bundle((self.name,), self.resources, self.selectors)
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,7 @@ def _gang(config: RunConfig, roles: list[str]) -> tuple[tuple[Bundle, ...], dict
         if role not in ELASTIC and role not in guests:
             settings: Role = getattr(config.roles, role)
             seats[role] = tuple(range(len(bundles), len(bundles) + count(settings)))
-            bundles += [Bundle((role,), _resources(settings))] * count(settings)
+            bundles += [Bundle((role,), _resources(settings), _selectors(settings))] * count(settings)
     for role in guests:
         settings = getattr(config.roles, role)
         host = seats.get(str(settings.colocate), ())
@@ -222,10 +224,18 @@ def _resources(settings: Role) -> dict[str, float]:
     return {name: float(value) for name, value in {**asked, **custom}.items() if value}
 
 
+def _selectors(settings: Role) -> tuple[Selector, ...]:
+    """Choices of nodes, the first one preferred; none if every node will do."""
+    first: Selector = getattr(settings, "label_selector", {})
+    others: tuple[Fallback, ...] = getattr(settings, "fallback_strategy", ())
+    return (first, *(other.label_selector for other in others)) if first else ()
+
+
 def _role_plan(role: str, config: RunConfig, threads: int, bundles: tuple[int, ...], memory: Memory | None) -> RolePlan:
     settings: Role = getattr(config.roles, role)
     env = _environment(settings, threads)
-    return RolePlan(role, count(settings), _resources(settings), threads, env, memory, settings.colocate, bundles)
+    resources, selectors = _resources(settings), _selectors(settings)
+    return RolePlan(role, count(settings), resources, threads, env, memory, settings.colocate, bundles, selectors)
 
 
 def _environment(settings: Role, threads: int) -> dict[str, str]:
