@@ -239,8 +239,11 @@ def _role_plan(role: str, config: RunConfig, threads: int, bundles: tuple[int, .
 
 
 def _environment(settings: Role, threads: int) -> dict[str, str]:
-    """What must be set before torch is imported. PASSIVE: idle OpenMP threads must not spin on the others' cores."""
+    """What must be set before torch is imported. PASSIVE: idle OpenMP threads must not spin on the others' cores. Ray
+    hides the GPUs of others from an actor that has some, but shows all of them to one that has none."""
     env = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    if settings.gpus == 0:
+        env["CUDA_VISIBLE_DEVICES"] = ""
     if isinstance(settings, TrainedRole) and settings.backend == "deepspeed" and settings.gpus == 0:
         env["DS_ACCELERATOR"] = "cpu"
     return env

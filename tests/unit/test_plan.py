@@ -410,3 +410,9 @@ def test_a_selector_that_ray_would_not_take_is_refused_when_the_configuration_is
 )
 def test_conditions_on_labels_mean_what_they_mean_to_ray(condition: str, value: str | None, met: bool) -> None:
     assert meets({} if value is None else {"role": value}, {"role": condition}) is met
+
+
+def test_a_role_without_gpus_sees_none() -> None:
+    plan = planned(config(roles={"policy": {"gpus": 1}, "rollout": {"gpus": 1}}))
+    hidden = {name: role.env.get("CUDA_VISIBLE_DEVICES") for name, role in plan.roles.items()}
+    assert hidden == {"policy": None, "rollout": None, "reward": ""}
