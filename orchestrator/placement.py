@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -103,6 +104,7 @@ class RayCluster:
         self._groups: list[RayGroup] = []
         self._workers: dict[str, PlacedWorker] = {}
         self._board: RayWorker | None = None
+        self._daemons = _own_daemons()
 
     async def reserve(self, plan: Plan) -> None:
         self._plan = plan
@@ -157,8 +159,11 @@ class RayCluster:
         rows = [worker.row() for worker in (*ranks, *self._workers.values())]
         return [row for row in rows if row is not None]
 
+    def alive(self) -> bool:
+        return all(_is_running(daemon) for daemon in self._daemons)
+
     async def close(self) -> None:
-        if not ray.is_initialized():
+        if not ray.is_initialized() or not self.alive():
             return
         workers, self._workers = list(self._workers.values()), {}
         groups, self._groups = self._groups, []
@@ -329,6 +334,19 @@ def _ask(bundles: Sequence[Bundle], choice: int) -> PlacementGroup:
 
 def _choices(bundles: Sequence[Bundle]) -> int:
     return max(1, *(len(bundle.selectors) for bundle in bundles))
+
+
+def _own_daemons() -> tuple[psutil.Process, ...]:
+    """Of a Ray that this process started: its children. None if it connected to a Ray that was there."""
+    children = psutil.Process().children()
+    return tuple(child for child in children if any("/ray/" in part for part in child.cmdline()))
+
+
+def _is_running(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _is_created(group: PlacementGroup) -> bool:
