@@ -258,8 +258,9 @@ class RayCluster:
         )
 
 
-def connect(cluster: ClusterConfig, plan: Plan, *, debug: bool = False) -> str:
-    """Connect to the Ray at `cluster.address`, else at RAY_ADDRESS, else start one of our own. Its address.
+def connect(cluster: ClusterConfig, plan: Plan, *, debug: bool = False) -> str | None:
+    """Connect to the Ray at `cluster.address`, else at RAY_ADDRESS, else start one of our own. Returns the URL of
+    its dashboard, if it has one.
 
     An address that has to be guessed (`auto`) is refused: it may be somebody else's Ray."""
     address = _address(cluster)
@@ -273,7 +274,7 @@ def connect(cluster: ClusterConfig, plan: Plan, *, debug: bool = False) -> str:
         # Our actors have environments of their own, so none would be taken from Ray's stock of idle workers.
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     try:
-        ray.init(
+        context = ray.init(
             address=address,
             namespace=NAMESPACE,
             log_to_driver=debug,
@@ -283,7 +284,7 @@ def connect(cluster: ClusterConfig, plan: Plan, *, debug: bool = False) -> str:
         )
     except (ConnectionError, RuntimeError) as error:
         raise PlacementError(f"no Ray answers at {address}: {str(error).splitlines()[0]}") from None
-    return ray.get_runtime_context().gcs_address
+    return f"http://{context.dashboard_url}" if context.dashboard_url else None
 
 
 def cluster_at_hand(cluster: ClusterConfig, plan: Plan) -> ClusterView:

@@ -84,6 +84,7 @@ class _Run:
     began: float
     scores: dict[str, float] = field(default_factory=dict)
     last_checkpoint: Checkpoint | None = None
+    dashboard: str | None = None  # Ray's
     ending: Ending | None = None  # once there is something to put in order
 
     def __post_init__(self) -> None:
@@ -126,6 +127,7 @@ class _Run:
             self._beside(roles, cluster),
         ):
             self.console.placed(cluster.describe())
+            self.console.at(self.folder, self.dashboard)
             self.event("started", {"seconds": round(time.monotonic() - self.began, 3)})
             for phase in self.prepared.phases:
                 if found is None or phase.index >= found.state.phase_index:
@@ -280,7 +282,7 @@ class _Run:
         else:
             from orchestrator.placement import RayCluster, connect
 
-            connect(self.config.cluster, self.plan, debug=self.config.debug)
+            self.dashboard = connect(self.config.cluster, self.plan, debug=self.config.debug)
             cluster = RayCluster(self.config, run=self.folder.name)
         self.ending = Ending(cluster.alive, self._where_it_stands)
         self.ending.obey_signals()

@@ -325,9 +325,9 @@ assert problems(plan, cluster_at_hand(config.cluster, plan)) == []
 assert not ray.is_initialized()
 
 async def main():
-    address = connect(config.cluster, plan)
+    assert connect(config.cluster, plan) is None, "no dashboard unless it is asked for"
     cluster = RayCluster(config, "own")
-    assert cluster.address == address
+    assert cluster.address == ray.get_runtime_context().gcs_address
     await cluster.reserve(plan)
     reward = await cluster.start_worker("reward", 0, RewardWorker, {"name": "r", "rewards": [], "tokenizer": "nowhere"})
     print("health:", await reward.call("ping", timeout_s=120))
