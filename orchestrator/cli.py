@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from actors.errors import RunError, UserError
+from actors.errors import Interrupted, RunError, UserError
 from orchestrator.imports import pin
 
-REFUSED, BROKEN, TERMINATED = 2, 1, 143  # exit codes; Ctrl-C gives 130
+REFUSED, BROKEN = 2, 1  # exit codes
 
 app = typer.Typer(
     name="troupe",
@@ -41,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except RunError as error:
         _complain("the run failed", error)
         sys.exit(BROKEN)
-    except asyncio.CancelledError:  # SIGTERM: the run has put its things in order
-        sys.exit(TERMINATED)
+    except Interrupted as ended:  # it has said where it stands
+        sys.exit(ended.exit_code)
 
 
 @app.command()

@@ -14,11 +14,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from orchestrator import labels
 
 Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+LabelSelector = Annotated[dict[str, str], AfterValidator(labels.check)]  # see orchestrator/labels.py
 DType = Literal["float32", "bfloat16", "float16"]
 
 
@@ -173,7 +176,8 @@ class TrainedRole(Section):
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 2  # used when `deepspeed` does not say
     colocate: str | None = None  # share that role's bundles; `gpus` may be a fraction
     call_timeout_s: Seconds = 3600.0  # of one verb: a step, a pass of log-probabilities, a save
-    resources: dict[str, float] = Field(default_factory=dict)  # custom Ray resources or labels
+    resources: dict[str, float] = Field(default_factory=dict)  # custom Ray resources
+    label_selector: LabelSelector = Field(default_factory=dict)  # of the nodes that it may run on
 
 
 class FrozenRole(TrainedRole):
@@ -196,6 +200,12 @@ class RewardRole(Section):
     colocate: str | None = None
 
 
+class Fallback(Section):
+    """Another choice of nodes, as Ray writes it. An empty selector takes every node."""
+
+    label_selector: LabelSelector
+
+
 class RolloutRole(Section):
     """The fleet of rollout workers; each has a placement group of its own and may join or leave at any time."""
 
@@ -205,6 +215,9 @@ class RolloutRole(Section):
     cpus: Annotated[float, Field(gt=0)] = 1.0
     threads: Positive | None = None
     memory_gib: Annotated[float, Field(gt=0)] | None = None
+    resources: dict[str, float] = Field(default_factory=dict)  # custom Ray resources
+    label_selector: LabelSelector = Field(default_factory=dict)  # of the nodes that it may run on, e.g. {role: rollout}
+    fallback_strategy: tuple[Fallback, ...] = ()  # if there is no room: tried in turn, each for placement_timeout_s
     tensor_parallel: Positive = 1
     dtype: DType | None = None  # default: the model's
     kv_cache_gib: Annotated[float, Field(gt=0)] = 0.25

@@ -113,6 +113,12 @@ class Console:
             table.add_row(*map(_plain, row.values()))
         self._terminal.print(table)
 
+    def at(self, folder: Path, dashboard: str | None) -> None:
+        """Where to look while the run goes on; `troupe status`, `scale` and `resume` take the folder."""
+        for name, place in (("run", str(folder)), ("dashboard", dashboard)):
+            if place is not None:
+                self._terminal.print(Text(f"{name:<10} ", "dim"), Text(place, overflow="fold"), sep="", soft_wrap=True)
+
     def step(self, phase: str, step: int, steps: int, metrics: Mapping[str, float]) -> None:
         """One line: how far, how well, how long still."""
         left = self._pace[phase].seconds_left(step, steps)

@@ -16,7 +16,17 @@ from dataclasses import dataclass
 
 from actors.errors import ConfigError
 from orchestrator.bundles import GIB, Bundle, ClusterView, Resources, shortages
-from orchestrator.config import BemaConfig, FrozenRole, PhaseConfig, RolesConfig, RolloutRole, RunConfig, TrainedRole
+from orchestrator.config import (
+    BemaConfig,
+    Fallback,
+    FrozenRole,
+    PhaseConfig,
+    RolesConfig,
+    RolloutRole,
+    RunConfig,
+    TrainedRole,
+)
+from orchestrator.labels import Selector
 from orchestrator.memory import Memory, Training, estimate
 from orchestrator.pipeline import Pipeline
 from orchestrator.refusals import ELASTIC, Role, count, refusals, warnings
@@ -47,6 +57,7 @@ class RolePlan:
     memory: Memory | None  # an estimate of one process; None if the model's size is not known
     host: str | None  # the role whose bundles it shares
     bundles: tuple[int, ...]  # in the gang, one per rank; of an elastic role only if it shares them
+    selectors: tuple[Selector, ...] = ()  # of nodes, in the order of preference
 
     @property
     def elastic(self) -> bool:
@@ -55,7 +66,7 @@ class RolePlan:
     @property
     def own_bundle(self) -> Bundle:
         """What an elastic worker reserves for itself."""
-        return Bundle((self.name,), self.resources)
+        return Bundle((self.name,), self.resources, self.selectors)
 
 
 @dataclass(frozen=True)
@@ -203,7 +214,7 @@ def _gang(config: RunConfig, roles: list[str]) -> tuple[tuple[Bundle, ...], dict
         if role not in ELASTIC and role not in guests:
             settings: Role = getattr(config.roles, role)
             seats[role] = tuple(range(len(bundles), len(bundles) + count(settings)))
-            bundles += [Bundle((role,), _resources(settings))] * count(settings)
+            bundles += [Bundle((role,), _resources(settings), _selectors(settings))] * count(settings)
     for role in guests:
         settings = getattr(config.roles, role)
         host = seats.get(str(settings.colocate), ())
@@ -223,15 +234,26 @@ def _resources(settings: Role) -> dict[str, float]:
     return {name: float(value) for name, value in {**asked, **custom}.items() if value}
 
 
+def _selectors(settings: Role) -> tuple[Selector, ...]:
+    """Choices of nodes, the first one preferred; none if every node will do."""
+    first: Selector = getattr(settings, "label_selector", {})
+    others: tuple[Fallback, ...] = getattr(settings, "fallback_strategy", ())
+    return (first, *(other.label_selector for other in others)) if first else ()
+
+
 def _role_plan(role: str, config: RunConfig, threads: int, bundles: tuple[int, ...], memory: Memory | None) -> RolePlan:
     settings: Role = getattr(config.roles, role)
     env = _environment(settings, threads)
-    return RolePlan(role, count(settings), _resources(settings), threads, env, memory, settings.colocate, bundles)
+    resources, selectors = _resources(settings), _selectors(settings)
+    return RolePlan(role, count(settings), resources, threads, env, memory, settings.colocate, bundles, selectors)
 
 
 def _environment(settings: Role, threads: int) -> dict[str, str]:
-    """What must be set before torch is imported. PASSIVE: idle OpenMP threads must not spin on the others' cores."""
+    """What must be set before torch is imported. PASSIVE: idle OpenMP threads must not spin on the others' cores. Ray
+    hides the GPUs of others from an actor that has some, but shows all of them to one that has none."""
     env = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    if settings.gpus == 0:
+        env["CUDA_VISIBLE_DEVICES"] = ""
     if isinstance(settings, TrainedRole) and settings.backend == "deepspeed" and settings.gpus == 0:
         env["DS_ACCELERATOR"] = "cpu"
     return env

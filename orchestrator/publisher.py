@@ -119,7 +119,8 @@ class Publisher:
         if worker is None:
             return None
         try:
-            ack: Ack = await worker.call("receive", order, payload, timeout_s=self._config.timeout_s + 30)
+            deadline, name = self._config.timeout_s + 30, f"rollout.receive v{order.version}"
+            ack: Ack = await worker.call("receive", order, payload, timeout_s=deadline, task_name=name)
             report = await sent if isinstance(sent, asyncio.Future) else sent
             if (ack.version, ack.fingerprint) != (report.version, report.fingerprint):
                 raise InfraFailure(

@@ -116,6 +116,13 @@ def _of_role(where: str, role: str, settings: Role, roles: RolesConfig, launched
             f"{where}.gpus={settings.gpus:g} with tensor_parallel={settings.tensor_parallel}: a worker holds "
             f"all of its engine's GPUs; set {where}.gpus={settings.tensor_parallel}"
         )
+    if isinstance(settings, RolloutRole) and settings.fallback_strategy and not settings.label_selector:
+        yield f"{where}.fallback_strategy is for when {where}.label_selector finds no room, and there is none; set one"
+    if settings.colocate is not None and getattr(settings, "label_selector", None):
+        yield (
+            f"{where}.label_selector: a colocated role runs where {settings.colocate} runs; set "
+            f"roles.{settings.colocate}.label_selector instead"
+        )
     if settings.colocate is not None:
         yield from _of_colocation(where, role, settings, roles, launched)
     elif not any(getattr(roles, other).colocate == role for other in launched if other in RolesConfig.model_fields):

@@ -105,7 +105,8 @@ class Roles:
 
         async def work(worker: Worker) -> tuple[GroupMeta, Ref]:
             try:
-                return await worker.call_split("generate", request, timeout_s=pool.policy.call_timeout_s)
+                name, deadline = f"rollout.generate {request.id}", pool.policy.call_timeout_s
+                return await worker.call_split("generate", request, timeout_s=deadline, task_name=name)
             except asyncio.CancelledError:
                 await _abort(worker, request.id)
                 raise
@@ -115,11 +116,10 @@ class Roles:
     async def score(self, prompt: Any, tokens: Ref) -> ScoreResult:
         """Rewards of one prompt's samples, from whichever reward worker is free."""
         pool = _required(self.reward, "reward")
+        name, deadline = f"reward.score prompt {prompt.id}", pool.policy.call_timeout_s
 
         async def work(worker: Worker) -> ScoreResult:
-            return await worker.call(
-                "score", tokens, prompt.prompt, prompt.columns, timeout_s=pool.policy.call_timeout_s
-            )
+            return await worker.call("score", tokens, prompt.prompt, prompt.columns, timeout_s=deadline, task_name=name)
 
         return await pool.call(f"score prompt {prompt.id}", work)
 

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import json
 import os
-import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -19,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from actors.errors import ConfigError, InfraFailure
+from actors.errors import ConfigError, InfraFailure, Interrupted
 from actors.worker import Worker
 from orchestrator.checkpoint import Checkpoint, CheckpointStore, RunState
 from orchestrator.cluster import Cluster, LocalCluster
@@ -29,6 +28,7 @@ from orchestrator.console import Console
 from orchestrator.control import Board, RunFile, board_name
 from orchestrator.cursor import Cursor
 from orchestrator.driver import Progress, StepRecord, train
+from orchestrator.ending import Ending
 from orchestrator.evaluation import evaluate, evaluate_rows, greedy
 from orchestrator.fleet import State
 from orchestrator.launch import average_spec, launch, optim_spec
@@ -87,6 +87,8 @@ class _Run:
     began: float
     scores: dict[str, float] = field(default_factory=dict)
     last_checkpoint: Checkpoint | None = None
+    dashboard: str | None = None  # Ray's
+    ending: Ending | None = None  # once there is something to put in order
 
     def __post_init__(self) -> None:
         config = self.prepared.config
@@ -103,10 +105,23 @@ class _Run:
         self.ledger = Ledger(allowed_in_a_row=max(64, 4 * max(p.config.train.batch_size for p in self.prepared.phases)))
 
     async def execute(self) -> RunResult:
+        """Raises Interrupted if a signal ended the run."""
+        try:
+            return await self._execute()
+        except asyncio.CancelledError:
+            if self.ending is None or self.ending.signal is None:
+                raise
+            self.event("interrupted", {"signal": self.ending.signal.name})
+            self.log.close()
+            self.ending.say()
+            raise Interrupted(self.ending.signal) from None
+
+    async def _execute(self) -> RunResult:
         found = self.store.latest() if self.resuming else None
         if self.resuming and found is None:
             raise ConfigError(f"{self.folder} holds no valid checkpoint to resume from")
         if found is not None:
+            self.last_checkpoint = found
             self.scores.update(found.state.scores)
             self.log.rewind(found.state.total_step)
         async with (
@@ -116,6 +131,7 @@ class _Run:
             self._beside(roles, await board),
         ):
             self.console.placed(cluster.describe())
+            self.console.at(self.folder, self.dashboard)
             self.event("started", {"seconds": round(time.monotonic() - self.began, 3)})
             for phase in self.prepared.phases:
                 if found is None or phase.index >= found.state.phase_index:
@@ -306,16 +322,21 @@ class _Run:
         else:
             from orchestrator.placement import RayCluster, connect
 
-            connect(self.config.cluster, self.plan, debug=self.config.debug)
+            self.dashboard = connect(self.config.cluster, self.plan, debug=self.config.debug)
             cluster = RayCluster(self.config, run=self.folder.name)
-        task = asyncio.current_task()
-        assert task is not None
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # after Ray's own handler
+        self.ending = Ending(cluster.alive, self._where_it_stands)
+        self.ending.obey_signals()
         try:
             await cluster.reserve(self.plan)
             yield cluster
         finally:
             await cluster.close()
+
+    def _where_it_stands(self) -> str:
+        """For whoever stopped the run."""
+        if self.last_checkpoint is None:
+            return f"no checkpoint yet; checkpoint.every=N writes one every N steps. The run's folder: {self.folder}"
+        return f"last checkpoint {self.last_checkpoint.path}; continue with `troupe resume {self.folder}`"
 
     @asynccontextmanager
     async def _board(self, cluster: Cluster) -> AsyncIterator[asyncio.Future[Worker]]:

@@ -59,14 +59,15 @@ class UnpackBuckets:
 class ObjectStoreReceiver:
     """The payload arrives with the call, mapped from shared memory where the worker runs on the same node."""
 
-    def __init__(self, member: str) -> None:
-        self._member = member
+    def __init__(self, member: str, device: torch.device) -> None:
+        self._member, self._device = member, device
 
     def receive(self, order: SyncOrder, payload: object = None) -> tuple[Staged, str]:
         if not isinstance(payload, list):
             raise InfraFailure(f"{self._member}: order {order.id} came without its weights")
         try:
-            return stage(order.manifest, (torch.tensor(array) for array in payload))  # copied: it is mapped read-only
+            copies = (torch.tensor(array) for array in payload)  # it is mapped read-only
+            return stage(order.manifest, copies, self._device)
         except ValueError as error:
             raise InfraFailure(f"{self._member}: order {order.id} came with other weights: {error}") from None
 
