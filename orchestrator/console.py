@@ -111,6 +111,11 @@ class Console:
             table.add_row(*map(_plain, row.values()))
         self._terminal.print(table)
 
+    def data(self, phase: str, lines: Sequence[str]) -> None:
+        """What became of the rows of a phase's data set."""
+        for line in lines:
+            self._terminal.print(Text().append(f"{phase:<{self._name_width}} ", "bold").append(line, "dim"))
+
     def step(self, phase: str, step: int, steps: int, metrics: Mapping[str, float]) -> None:
         """One line: how far, how well, how long still."""
         left = self._pace[phase].seconds_left(step, steps)

@@ -13,6 +13,7 @@ from actors.objective import Counts, MicroBatch, Outputs, Stat, World
 from orchestrator.losses.declare import LossFunction, Term, terms_of
 from orchestrator.losses.reduce import Reduction
 from orchestrator.losses.views import Tokens
+from orchestrator.pipeline import Stage
 
 
 class LossObjective:
@@ -29,6 +30,12 @@ class LossObjective:
         self.needs = names - self.columns
         self.keep_groups = any(term.view.keep_groups for term in self.terms)
         self.coupled = any(term.statistics for term in self.terms)
+
+    @classmethod
+    def of(cls, stage: Stage) -> LossObjective:
+        """What an update stage optimises."""
+        assert stage.call is not None, f"{stage.name} optimises nothing"
+        return cls(stage.call, stage.options["reduce"], stage.options["loss_options"])
 
     def counts(self, micro: MicroBatch) -> Counts:
         return {str(index): term.reduce.count(term.view, micro) for index, term in enumerate(self.terms)}
