@@ -101,6 +101,9 @@ def recipes() -> None:
 def check(
     data: Annotated[str, typer.Argument(help="Hub name, file, folder, or example:NAME.")],
     method: Annotated[str, typer.Option("--method", help="Which method the data is for.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key.key=value, for example data.columns.chosen=better.")
+    ] = None,
     split: Annotated[str, typer.Option("--split")] = "train",
     bad_rows: Annotated[int, typer.Option("--bad-rows", help="How many rows may be unusable.")] = 0,
     model: Annotated[str | None, typer.Option("--model", help="Also tokenise for it, and name rows too long.")] = None,
@@ -111,7 +114,7 @@ def check(
     from orchestrator.listing import show_data
 
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
-    show_data(data, method, model, split=split, max_bad_rows=bad_rows, **limits)
+    show_data(data, method, model, overrides or [], split=split, max_bad_rows=bad_rows, **limits)
 
 
 @app.command()

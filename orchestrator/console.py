@@ -119,6 +119,11 @@ class Console:
             if place is not None:
                 self._terminal.print(Text(f"{name:<10} ", "dim"), Text(place, overflow="fold"), sep="", soft_wrap=True)
 
+    def data(self, phase: str, lines: Sequence[str]) -> None:
+        """What became of the rows of a phase's data set."""
+        for line in lines:
+            self._terminal.print(Text().append(f"{phase:<{self._name_width}} ", "bold").append(line, "dim"))
+
     def step(self, phase: str, step: int, steps: int, metrics: Mapping[str, float]) -> None:
         """One line: how far, how well, how long still."""
         left = self._pace[phase].seconds_left(step, steps)

@@ -16,6 +16,7 @@ from typing import Any
 from actors.errors import ConfigError, ModelError
 from orchestrator.config import DataConfig, EvaluationConfig, PhaseConfig, RunConfig
 from orchestrator.examples import PREFIX, is_example, model_folder
+from orchestrator.losses.objective import LossObjective
 from orchestrator.methods import build
 from orchestrator.pipeline import DataKind, Pipeline, Prompts
 from orchestrator.source import Source, open_source
@@ -152,9 +153,28 @@ def _prepare_phase(
     evaluation, held_out = _open_evaluation(phase, name, pipeline.data, tokenizer, config.seed, room)
     first_version = sum(earlier.steps for earlier in before)
     sampling = Sampling(**phase.sampling.model_dump())
+    for where, each in ((f"phases.{name}.data", source), (f"phases.{name}.evaluation.rows", held_out)):
+        if each is not None:
+            _refuse_too_long(each, pipeline, phase, where, f"phases.{name}.train.token_budget")
     return PreparedPhase(
         name, len(before), phase, pipeline, source, evaluation, held_out, steps, sampling, first_version
     )
+
+
+def _refuse_too_long(source: Source, pipeline: Pipeline, phase: PhaseConfig, where: str, budget: str) -> None:
+    """A micro-batch holds whole rows, or whole items where a loss compares the rows of one."""
+    whole = any(LossObjective.of(update).keep_groups for update in pipeline.updates)
+    longest = source.longest.item if whole else source.longest.row
+    what = f"all rows of an item of {pipeline.data.name} together" if whole else "a row"
+    limit = f"{where}.max_length"
+    if pipeline.generates:
+        longest, what = longest + phase.sampling.max_tokens, "a prompt with sampling.max_tokens"
+        limit = f"{where}.max_prompt_length or sampling.max_tokens"
+    if longest > phase.train.token_budget:
+        raise ConfigError(
+            f"{budget}={phase.train.token_budget}: {what} may have {longest} tokens, and a micro-batch takes it whole; "
+            f"raise {budget}, or lower {limit}"
+        )
 
 
 def phase_steps(phase: PhaseConfig, name: str, source: Source) -> int:

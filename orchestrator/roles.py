@@ -86,7 +86,7 @@ class Roles:
         metrics: dict[str, float] = {}
         for stage in self.phase.pipeline:
             if stage.verb is Verb.UPDATE:
-                objective = _objective(stage)
+                objective = LossObjective.of(stage)
                 found = await self._on_every_rank("evaluate", stage, _read(batch, objective), objective, step=-1)
                 metrics |= found[0]
             else:
@@ -170,7 +170,7 @@ class Roles:
 
     async def _update(self, stage: Stage, batch: Batch, step: int) -> tuple[Batch, dict[str, float]]:
         """One optimizer step per minibatch and epoch; metrics are means over them."""
-        objective = _objective(stage)
+        objective = LossObjective.of(stage)
         needed = _read(batch, objective)
         reports = []
         for epoch in range(stage.options["epochs"]):
@@ -214,11 +214,6 @@ class Roles:
                 task_name=_label(stage, step),
             )
         return batch, {}
-
-
-def _objective(stage: Stage) -> LossObjective:
-    assert stage.call is not None
-    return LossObjective(stage.call, stage.options["reduce"], stage.options["loss_options"])
 
 
 def _read(batch: Batch, objective: LossObjective) -> Batch:

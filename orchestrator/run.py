@@ -151,6 +151,7 @@ class _Run:
             await roles.publish(progress.version)
         if found is None and phase.config.evaluation and phase.config.evaluation.at_start:
             await self._evaluate(phase, roles, progress)
+        self.console.data(phase.name, phase.source.report.lines())
         collector = self._collector(phase, roles, cursor, progress)
         try:
             await train(phase.pipeline, phase.steps, roles, collector, progress, self._after_step(phase, roles, cursor))
@@ -212,7 +213,8 @@ class _Run:
     def _after_step(self, phase: PreparedPhase, roles: Roles, cursor: Cursor) -> Any:
         async def after_step(record: StepRecord) -> None:
             step, last = record.step, record.step == phase.steps
-            metrics = {**rollout_metrics(record.collected, record.version - 1), **record.metrics}
+            sampled = rollout_metrics(record.collected, record.version - 1)
+            metrics = {**sampled, **record.metrics, **phase.source.report.metrics()}
             total = phase.first_version + step
             if last or step % self.config.logging.every == 0:
                 self.log.write(total, phase.name, metrics)

@@ -14,6 +14,7 @@ from actors.objective import Counts, MicroBatch, Outputs, Stat, World
 from orchestrator.losses.declare import LossFunction, Term, terms_of
 from orchestrator.losses.reduce import Reduction
 from orchestrator.losses.views import Tokens
+from orchestrator.pipeline import Stage
 
 
 class LossObjective:
@@ -32,6 +33,12 @@ class LossObjective:
         couplings = [term.coupling for term in self.terms if term.coupling is not None]
         self.coupled = bool(couplings)
         self.aside = _the_one({coupling.over for coupling in couplings})
+
+    @classmethod
+    def of(cls, stage: Stage) -> LossObjective:
+        """What an update stage optimises."""
+        assert stage.call is not None, f"{stage.name} optimises nothing"
+        return cls(stage.call, stage.options["reduce"], stage.options["loss_options"])
 
     def counts(self, micro: MicroBatch) -> Counts:
         return {str(index): term.reduce.count(term.view, micro) for index, term in enumerate(self.terms)}

@@ -11,6 +11,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -209,8 +210,9 @@ def batch() -> Batch:
     return Batch.build(lengths, tokens=random.integers(2, 64, lengths.sum()).astype(np.int32), mask=mask)
 
 
-@pytest.fixture(scope="module")
-def start(base: ModelSpec, batch: Batch) -> Iterator[Start]:
+@contextmanager
+def start_gangs() -> Iterator[Callable[[int], Any]]:
+    """Gangs by their number of ranks, each started once."""
     ray.init(address="local", num_cpus=8, include_dashboard=False, object_store_memory=100 * 2**20)
 
     @cache
@@ -220,6 +222,19 @@ def start(base: ModelSpec, batch: Batch) -> Iterator[Start]:
         asyncio.run(group.call("ready", timeout_s=VERB_S))
         return group
 
+    try:
+        yield gang
+    finally:
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def start(base: ModelSpec, batch: Batch) -> Iterator[Start]:
+    with start_gangs() as gang:
+        yield starting(gang, base, batch)
+
+
+def starting(gang: Callable[[int], Any], base: ModelSpec, batch: Batch) -> Start:
     def start(
         case: Case,
         *,
@@ -231,8 +246,7 @@ def start(base: ModelSpec, batch: Batch) -> Iterator[Start]:
         role.call("start", replace(base, **model), BackendSpec(case.kind, optim, config, case.stage))
         return role
 
-    yield start
-    ray.shutdown()
+    return start
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,11 @@ the rows nor the way they are split into micro-batches and ranks changes either.
 
 from __future__ import annotations
 
+import inspect
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from orchestrator.losses.reduce import item_mean, row_mean_of_token_means, token
 from orchestrator.losses.surrogates import clipped
 from orchestrator.losses.views import PolicyTokens, Tokens
 from orchestrator.losses.views import given as field
-from orchestrator.methods import build
+from orchestrator.methods import METHODS, build
 from tests.unit.trainer_stub import Rows, Split, learned_from, optimise, seen_by_statistics, statistics_of
 
 WEIGHTED = {"correction": "token_truncate", "top_entropy_quantile": 0.5, "off_policy_mask_threshold": 0.1, "beta": 0.1}
@@ -44,14 +45,16 @@ METHOD_OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("dpo", {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0], "token_metrics": True}),
     ("dpo", {"use_weighting": True}),
     ("dpo", {"ld_alpha": 0.3}),
+    ("dpo", {"loss_type": "sft"}),
     ("cpo", {}),
+    ("cpo", {"loss_type": "sigmoid", "label_smoothing": 0.1}),
     ("cpo", {"loss_type": "ipo"}),
     ("cpo", {"loss_type": "hinge", "cpo_alpha": 0.0}),
     ("simpo", {"label_smoothing": 0.1}),
     ("alphapo", {}),
     ("orpo", {}),
     ("tpo", {}),
-    ("tpo", {"loss_type": "tpo-l"}),
+    *[("tpo", {"loss_type": name}) for name in ("hinge", "ipo", "tpo-l")],
     ("kto", {"undesirable_weight": 1.5}),
     ("kto", {"loss_type": "apo_zero_unpaired"}),
     ("bco", {}),
@@ -66,6 +69,26 @@ METHOD_OPTIONS: list[tuple[str, dict[str, Any]]] = [
 
 # A stop-gradient makes the gradient another thing than the slope of the value; the golden cases hold those gradients.
 STOPS_GRADIENT = ("dft", "use_weighting", "cispo", "vespo", "dppo", "current", "sequence_token")
+
+
+def test_every_method_and_every_loss_type_is_among_those_that_are_tried() -> None:
+    for name, method in METHODS.items():
+        tried = [options for method_tried, options in METHOD_OPTIONS if method_tried == name]
+        assert tried, name
+        parameter = inspect.signature(method).parameters.get("loss_type")
+        if parameter is not None:
+            given = [options.get("loss_type", parameter.default) for options in tried]
+            found = {each for names in given for each in ([names] if isinstance(names, str) else names)}
+            assert found == set(_names_in(get_type_hints(method)["loss_type"])), name
+
+
+def _names_in(annotation: Any) -> Iterator[str]:
+    """The names of all `Literal`s in an annotation."""
+    for part in get_args(annotation):
+        if isinstance(part, str):
+            yield part
+        else:
+            yield from _names_in(part)
 
 
 def name_of(method: str, options: dict[str, Any]) -> str:
