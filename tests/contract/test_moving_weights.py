@@ -85,11 +85,12 @@ def naive_loop(config: RunConfig, to: Path) -> None:
     positions = Cursor().unsettled()
     for step in range(1, STEPS + 1):
         batch: Batch = prepared.source.batch(list(islice(positions, train.batch_size)))
-        ((rows, chunk),) = deal(batch.only({"tokens", "mask"}), 1, train.token_budget)
+        ((rows, chunk),) = deal(batch.only({"tokens", "mask", "group"}), 1, train.token_budget)
         column = np.zeros(batch.num_tokens, np.float32)
         column[batch.token_index(np.asarray(rows))] = reference.logps(chunk, "ref_logps", 1.0)["ref_logps"]
         needed = batch.with_columns(ref_logps=column).only({"tokens", "mask", "group"} | objective.columns)
-        ((_, chunk),) = deal(needed, 1, train.token_budget, keep_groups=objective.keep_groups)
+        kept = objective.keep_groups
+        ((_, chunk),) = deal(needed, 1, train.token_budget, keep_groups=kept, aside=objective.aside)
         policy.update(chunk, objective, 1.0, stage.name)
         if step % EVERY == 0:
             with torch.no_grad():
