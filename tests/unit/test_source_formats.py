@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,33 @@ def test_the_boundary_of_a_pair_is_where_the_first_of_the_two_parts_from_the_pro
 def test_conversational_pairs_share_their_prompt(tmp_path: Path) -> None:
     row = {"chosen": [user("q"), assistant("yes")], "rejected": [user("q"), assistant("no")]}
     assert previews(tmp_path, row, Pairs, PLAIN_TEMPLATE) == "u:q;a:⟦yes;⟧\nu:q;a:⟦no;⟧"
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "shown"),
+    [
+        (Pairs, {"prompt": [user("q")], "chosen": [assistant("r")], "rejected": [assistant("s")]}, "rs"),
+        (
+            Triples,
+            {
+                "prompt": [user("q")],
+                "chosen": [assistant("r")],
+                "rejected": [assistant("s")],
+                "reference": [assistant("t")],
+            },
+            "rst",
+        ),
+        (Labelled, {"prompt": [user("q")], "completion": [assistant("r")], "label": False}, "r"),
+        (Labelled, {"chosen": [user("q"), assistant("r")], "rejected": [user("q"), assistant("s")]}, "r"),
+    ],
+)
+def test_preferences_over_conversations_are_rendered_by_the_template(
+    tmp_path: Path, kind: DataKind, row: dict, shown: str
+) -> None:
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    row = {**row, "chat_template_kwargs": {"shout": True}, "tools": tools}
+    prompt = f"[{json.dumps(tools)}]!u:q;a:"
+    assert previews(tmp_path, row, kind, PLAIN_TEMPLATE) == "\n".join(f"{prompt}⟦{answer};⟧" for answer in shown)
 
 
 def test_a_margin_goes_with_both_rows_of_its_pair(tmp_path: Path) -> None:
