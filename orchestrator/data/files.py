@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,8 +67,11 @@ def data_files(path: Path, split: str) -> list[Path]:
 
 
 def _files_table(files: list[Path], data: DataConfig, streaming: bool) -> Any:
-    suffix = files[0].suffix
-    options = {**_table_options(suffix, data), **data.options} if BUILDERS[suffix] == "csv" else data.options
+    suffix, options = files[0].suffix, data.options
+    if BUILDERS[suffix] == "csv":
+        options = {**_table_options(suffix, data), **options}
+        for file in files:
+            _refuse_more_cells_than_columns(file, options.get("sep", ","))
     return _loaded(
         str(files[0]),
         BUILDERS[suffix],
@@ -85,13 +89,26 @@ def _table_options(suffix: str, data: DataConfig) -> dict[str, Any]:
     return {"converters": texts} | ({"sep": "\t"} if suffix == ".tsv" else {})
 
 
+def _refuse_more_cells_than_columns(file: Path, separator: str) -> None:
+    """Where the first row has more cells than there are columns, pandas takes the first cells for names of rows and
+    shifts the others. It does refuse later rows that are longer than the first."""
+    with file.open(newline="", errors="replace") as opened:
+        rows = csv.reader(opened, delimiter=separator)
+        header, first = next(rows, []), next(rows, [])
+    if len(first) > len(header):
+        raise DataError(f"{file}: row 1 has {len(first)} cells for {len(header)} columns ({', '.join(header)})")
+
+
 def _loaded(what: str, builder: str, data: DataConfig, **options: Any) -> Any:
     from datasets import load_dataset
 
     try:
         return load_dataset(builder, cache_dir=str(data.cache_dir) if data.cache_dir else None, **options)
     except Exception as error:  # whatever a builder, a parser or the network raises
-        raise DataError(f"cannot load {what}: {type(error).__name__}: {error} (data.path)") from error
+        cause = error
+        while cause.__cause__ is not None:  # a builder says that something went wrong; what it was, the first one knows
+            cause = cause.__cause__
+        raise DataError(f"cannot load {what}: {type(cause).__name__}: {cause} (data.path)") from error
 
 
 def _saved(folder: Path, split: str) -> Dataset:

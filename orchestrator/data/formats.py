@@ -98,10 +98,10 @@ def read_messages(row: Row) -> list[Example]:
 
 def read_conversations(row: Row) -> list[Example]:
     turns = _dicts(row, "conversations")
-    if not all({"from", "value"} <= set(turn) for turn in turns):
-        raise RowError("conversations: every turn needs `from` and `value`")
+    if not all(isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str) for turn in turns):
+        raise RowError("conversations: every turn needs `from` and `value`, both texts")
     messages = [{"role": ROLES.get(turn["from"], turn["from"]), "content": turn["value"]} for turn in turns]
-    return [_example(row, None, (messages,))]
+    return [_example(row, None, (_saying_something(messages, "conversations"),))]
 
 
 def read_text(row: Row) -> list[Example]:
@@ -258,6 +258,12 @@ def _messages(row: Row, name: str) -> list[Message]:
             raise RowError(f"{name}: a message has no `role`")
         if "content" not in message and "tool_calls" not in message:
             raise RowError(f"{name}: a message has neither `content` nor `tool_calls`")
+    return _saying_something(messages, name)
+
+
+def _saying_something(messages: list[Message], name: str) -> list[Message]:
+    if not any(message.get("content") or message.get("tool_calls") for message in messages):
+        raise RowError(f"{name} is empty: none of its messages says anything")
     return messages
 
 

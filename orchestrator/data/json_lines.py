@@ -30,11 +30,11 @@ def json_rows(file: Path, bad: BadRows) -> Iterator[tuple[int, dict[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8-sig"))
+                row = json.loads(line.decode("utf-8-sig").strip())
             except UnicodeDecodeError as error:
                 bad.add(str(file), number, f"not UTF-8: byte {line[error.start]:#04x} at position {error.start}")
-            except ValueError as error:
-                bad.add(str(file), number, f"not JSON: {error}")
+            except json.JSONDecodeError as error:
+                bad.add(str(file), number, f"not JSON: {error.msg} (character {error.pos + 1})")
             else:
                 if isinstance(row, dict):
                     yield number, row

@@ -71,6 +71,23 @@ def test_an_empty_cell_of_a_table_is_a_missing_text(tmp_path: Path) -> None:
         opened(file, Completions, cache_dir=tmp_path / "cache")
 
 
+def test_a_table_whose_rows_have_more_cells_than_columns_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("prompt,completion\nx,1,2\n")
+    with pytest.raises(DataError, match=r"row 1 has 3 cells for 2 columns \(prompt, completion\)"):
+        opened(file, Completions, cache_dir=tmp_path / "cache")
+    file.write_text("prompt,completion\nx,1\ny,2,3\n")
+    with pytest.raises(DataError, match="Expected 2 fields in line 3, saw 3"):
+        opened(file, Completions, cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.txt"])
+def test_broken_utf_8_in_a_table_or_a_text_is_named_as_such(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"text\na\n\xff\n")
+    with pytest.raises(DataError, match=rf"cannot load .*{name}: UnicodeDecodeError: .* byte 0xff"):
+        opened(tmp_path / name, Completions, cache_dir=tmp_path / "cache")
+
+
 def test_a_text_file_has_a_row_per_line(tmp_path: Path) -> None:
     file = tmp_path / "rows.txt"
     file.write_text("ab\ncd\n")
@@ -143,7 +160,7 @@ def test_broken_rows_beyond_the_bound_are_an_error_that_names_the_first_with_the
         opened(broken, Completions, max_bad_rows=3)
     message = str(refusal.value)
     assert "5 rows cannot be used" in message
-    assert f"{broken}, row 2: not JSON" in message
+    assert f"{broken}, row 2: not JSON: Unterminated string starting at (character 20)" in message
     assert f"{broken}, row 3: not UTF-8: byte 0xff" in message
     assert "... and 2 more" in message
     assert "data.max_bad_rows=5" in message

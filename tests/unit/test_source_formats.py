@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,33 @@ def test_conversational_pairs_share_their_prompt(tmp_path: Path) -> None:
     assert previews(tmp_path, row, Pairs, PLAIN_TEMPLATE) == "u:q;a:⟦yes;⟧\nu:q;a:⟦no;⟧"
 
 
+@pytest.mark.parametrize(
+    ("kind", "row", "shown"),
+    [
+        (Pairs, {"prompt": [user("q")], "chosen": [assistant("r")], "rejected": [assistant("s")]}, "rs"),
+        (
+            Triples,
+            {
+                "prompt": [user("q")],
+                "chosen": [assistant("r")],
+                "rejected": [assistant("s")],
+                "reference": [assistant("t")],
+            },
+            "rst",
+        ),
+        (Labelled, {"prompt": [user("q")], "completion": [assistant("r")], "label": False}, "r"),
+        (Labelled, {"chosen": [user("q"), assistant("r")], "rejected": [user("q"), assistant("s")]}, "r"),
+    ],
+)
+def test_preferences_over_conversations_are_rendered_by_the_template(
+    tmp_path: Path, kind: DataKind, row: dict, shown: str
+) -> None:
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    row = {**row, "chat_template_kwargs": {"shout": True}, "tools": tools}
+    prompt = f"[{json.dumps(tools)}]!u:q;a:"
+    assert previews(tmp_path, row, kind, PLAIN_TEMPLATE) == "\n".join(f"{prompt}⟦{answer};⟧" for answer in shown)
+
+
 def test_a_margin_goes_with_both_rows_of_its_pair(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "chosen": "b", "rejected": "c", "margin": margin} for margin in (0.5, 2)]
     assert opened(write_rows(tmp_path / "d.jsonl", rows), Pairs).batch([1, 0])["margin"].tolist() == [2, 2, 0.5, 0.5]
@@ -242,6 +270,15 @@ def test_a_conversational_prompt_opens_the_answer_and_one_that_began_the_answer_
         (Completions, {"prompt": "a", "completion": None}, "completion is missing"),
         (Completions, {"prompt": "a", "completion": [assistant("b")]}, "both be texts or both be lists"),
         (Completions, {"messages": [{"content": "q"}]}, "no `role`"),
+        (Completions, {"messages": []}, "messages is empty"),
+        (Completions, {"conversations": [{"from": "human"}]}, "every turn needs `from` and `value`"),
+        (
+            Completions,
+            {"conversations": [{"from": 1, "value": "q"}]},
+            "every turn needs `from` and `value`, both texts",
+        ),
+        (Completions, {"conversations": [{"from": "gpt", "value": ""}]}, "conversations is empty"),
+        (Pairs, {"prompt": [user("q")], "chosen": [assistant("")], "rejected": [assistant("b")]}, "chosen is empty"),
         (Completions, {"input_ids": [1, 2], "labels": [1]}, "labels has 1 entries for 2"),
         (Labelled, {"prompt": "a", "completion": "b", "label": 2}, "not true or false"),
         (Pairs, {"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen and rejected are the same"),

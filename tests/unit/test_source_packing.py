@@ -6,11 +6,18 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from actors.forward import forward
+from actors.model import ModelSpec, load_model
+from actors.objective import MicroBatch
 from orchestrator.data.order import Order
 from orchestrator.data.packing import Bin, best_fit_decreasing, wrapped
+from orchestrator.pipeline import Completions
+from tests.unit.source_stub import opened, tokenizer, write_rows
+from tests.unit.tiny import tiny_model_folder
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "packing.json").read_text())
 LENGTHS = st.lists(st.integers(0, 30), max_size=60)
@@ -26,6 +33,36 @@ def test_packs_equal_those_of_trl(case: dict) -> None:
     bins = best_fit_decreasing([len(d) for d in documents], max_length, split=case["id"].endswith("split"))
     assert tokens_of(bins, documents) == case["outputs"]["input_ids"]
     assert [[len(piece) for piece in bin_] for bin_ in bins] == case["outputs"]["seq_lengths"]
+
+
+def logps_by_letter(tmp_path: Path, documents: list[str], packing: str) -> dict[str, list[float]]:
+    """What a model makes of each document, all of them in the same micro-batch; a document is one letter repeated."""
+    file = write_rows(tmp_path / "d.jsonl", [{"text": text} for text in documents])
+    source = opened(file, Completions, max_length=16, packing=packing, append_eos=False)
+    batch = source.batch(range(len(source)))
+    micro = MicroBatch.of(batch)
+    model = load_model(ModelSpec(str(tiny_model_folder(tmp_path, vocab=258))), trainable=False)
+    with torch.no_grad():
+        logps = forward(model, micro).logps.tolist()
+    words, found = tokenizer(), dict[str, list[float]]()
+    for token, value in zip(batch["tokens"].tolist(), logps, strict=True):
+        found.setdefault(words.decode([token]), []).append(value)
+    return found
+
+
+@pytest.mark.parametrize("packing", ["none", "bfd", "bfd_split"])
+def test_packed_documents_never_see_one_another(tmp_path: Path, packing: str) -> None:
+    before = logps_by_letter(tmp_path, ["a" * 9, "b" * 20, "c" * 5, "d" * 2], packing)
+    after = logps_by_letter(tmp_path, ["e" * 9, "b" * 20, "c" * 5, "f" * 2], packing)
+    assert {letter: after[letter] for letter in "bc"} == {letter: before[letter] for letter in "bc"}
+    assert after["e"] != before["a"]
+
+
+def test_wrapped_documents_see_what_came_before_them_in_their_pack_and_nothing_else(tmp_path: Path) -> None:
+    before = logps_by_letter(tmp_path, ["a" * 9, "b" * 7, "c" * 5, "d" * 2], "wrapped")
+    after = logps_by_letter(tmp_path, ["e" * 9, "b" * 7, "c" * 5, "f" * 2], "wrapped")
+    assert after["b"] != before["b"]  # the rest of the first pack
+    assert after["c"] == before["c"]  # the start of the second
 
 
 def test_wrapped_cuts_the_concatenation_of_all_documents_every_max_length_tokens() -> None:
