@@ -100,6 +100,7 @@ class _Run:
         self.ledger = Ledger(allowed_in_a_row=max(64, 4 * max(p.config.train.batch_size for p in self.prepared.phases)))
 
     async def execute(self) -> RunResult:
+        self._since_start("prepared")
         found = self.store.latest() if self.resuming else None
         if self.resuming and found is None:
             raise ConfigError(f"{self.folder} holds no valid checkpoint to resume from")
@@ -112,7 +113,7 @@ class _Run:
             self._beside(roles, cluster),
         ):
             self.console.placed(cluster.describe())
-            self.event("started", {"seconds": round(time.monotonic() - self.began, 3)})
+            self._since_start("started")
             for phase in self.prepared.phases:
                 if found is None or phase.index >= found.state.phase_index:
                     mine = found if found is not None and phase.index == found.state.phase_index else None
@@ -127,7 +128,9 @@ class _Run:
         progress = Progress(found.state.step, found.state.version) if found else Progress(0, phase.first_version)
         cursor = Cursor.from_json(found.state.cursor) if found else Cursor()
         async with roles.changing_weights():
-            await roles.publish(progress.version)
+            report = await roles.publish(progress.version)
+        if report is not None:
+            self.event("published", {"version": report.version, "seconds": round(report.seconds, 3)})
         if found is None and phase.index == 0 and phase.config.evaluation and phase.config.evaluation.at_start:
             await self._evaluate(phase, roles, "before", progress)
         collector = self._collector(phase, roles, cursor, progress)
@@ -250,8 +253,12 @@ class _Run:
         self.console.done(result)
         return result
 
+    def _since_start(self, kind: str) -> None:
+        """A stage of starting is over: seconds since the run was asked for, imports of its own rooms not included."""
+        self.event(kind, {"seconds": round(time.monotonic() - self.began, 3)})
+
     def event(self, kind: str, detail: dict[str, Any]) -> None:
-        """One line in `events.jsonl`: joins, deaths, retries, resizes, checkpoints."""
+        """One line in `events.jsonl`: stages of starting, joins, deaths, retries, resizes, checkpoints."""
         line = {"time": round(time.time(), 3), "event": kind, **detail}
         with (self.folder / "events.jsonl").open("a") as stream:
             stream.write(json.dumps(line) + "\n")
@@ -267,12 +274,14 @@ class _Run:
             from orchestrator.placement import RayCluster, connect
 
             connect(self.config.cluster, self.plan, debug=self.config.debug)
+            self._since_start("connected")
             cluster = RayCluster(self.config, run=self.folder.name)
         task = asyncio.current_task()
         assert task is not None
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # after Ray's own handler
         try:
             await cluster.reserve(self.plan)
+            self._since_start("reserved")
             yield cluster
         finally:
             await cluster.close()
