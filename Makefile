@@ -13,7 +13,7 @@ EMPTY := 5# what pytest answers for a suite without tests
 BENCHMARKS := startup vocabulary publish against_trl# of tests/benchmarks, the longest last
 SUITES := tests/test_house.py tests/unit tests/golden tests/contract tests/ray tests/chaos tests/gpu
 
-.PHONY: demo test lint format types unit bench venv clean
+.PHONY: demo test lint format types unit bench curves venv clean
 
 demo: venv
 	$(BIN)/troupe run $(RECIPE)
@@ -38,6 +38,9 @@ types: venv
 
 bench: venv
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python tests/benchmarks/$$name.py || exit 1; done
+
+curves: venv
+	$(BIN)/python tests/benchmarks/learning_curves.py
 
 venv: $(STAMP)
 

@@ -6,6 +6,9 @@
 
 A padded key stands after every real query of its document, so causal attention never looks at it; a padded query's
 output is never read, so no gradient comes back from it. Hence no mask at all, and the quick kernels apply.
+
+Where documents begin alike (`actors/prefixes.py`), the model computes a common beginning once; attention, which is
+cheap beside the rest, spreads its rows out to whole documents and collects one row of each again.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from actors.errors import ModelError
+from actors.prefixes import SharedPrefixes
 
 VARLEN = "troupe_varlen"  # the name under which transformers knows this attention
 MIN_FILL = 0.5  # a document joins a bucket if it is at least that part of the bucket's longest (see `Documents`)
@@ -36,16 +40,18 @@ class Bucket:
 
 class Documents:
     """How the documents of a flat micro-batch lie: `positions` [T] restart at each; `slots` [T] are their places in the
-    padded buffer of all buckets. Built once per forward pass, used by every layer.
+    padded buffer of all buckets. Built once per forward pass, used by every layer. The model computes one row per
+    token, or with `shared` the rows that it keeps.
 
     Buckets trade padded attention (cheap: documents are short) for kernel calls (dear on a CPU). With 48 documents of
     10 to 128 tokens, half-filled at worst was as quick as one bucket for all, and 1.4 times as quick as equal lengths
     only; unlike one bucket it bounds what is wasted when lengths differ widely.
     """
 
-    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+    def __init__(self, lengths: Sequence[int], device: torch.device, shared: SharedPrefixes | None = None) -> None:
         self.lengths = list(lengths)
         self.device = device
+        self.shared = shared
         self.longest = max(self.lengths, default=0)
 
     @cached_property
@@ -73,8 +79,28 @@ class Documents:
 
     @cached_property
     def already_padded(self) -> bool:
-        """True if all documents are equally long: the flat rows are the padded buffer."""
-        return len(self.buckets) == 1 and self.num_slots == sum(self.lengths)
+        """True if all documents are equally long and computed whole: the flat rows are the padded buffer."""
+        return self.shared is None and len(self.buckets) == 1 and self.num_slots == sum(self.lengths)
+
+    @cached_property
+    def row_of_slot(self) -> Tensor:
+        """With `shared`: the row that fills each slot. What fills the padding is never looked at."""
+        assert self.shared is not None
+        rows = torch.zeros(self.num_slots, dtype=torch.int64, device=self.device)
+        return rows.index_copy(0, self.slots, self.shared.row_of_token)
+
+    @cached_property
+    def slot_of_row(self) -> Tensor:
+        """A slot of each row, from which its output is taken."""
+        return self.slots if self.shared is None else self.slots[self.shared.kept]
+
+    def of_rows(self, per_token: Tensor) -> Tensor:
+        """[T] -> [R]: what belongs to each computed row."""
+        return per_token if self.shared is None else per_token[self.shared.kept]
+
+    def at_tokens(self, rows: Tensor, index: Tensor) -> Tensor:
+        """[R, H], [N] -> [N, H]: the rows that stand for these tokens."""
+        return rows.index_select(0, index) if self.shared is None else spread(rows, self.shared.row_of_token[index])
 
     @cached_property
     def _layout(self) -> tuple[list[Bucket], Tensor]:
@@ -98,6 +124,12 @@ def _alike(lengths: Sequence[int]) -> list[list[int]]:
         else:
             groups.append([index])
     return groups
+
+
+def spread(rows: Tensor, index: Tensor) -> Tensor:
+    """[R, ...], [N] -> [N, ...]: rows repeated as the index says. As an embedding, because its gradient, unlike that of
+    a selection, adds up repeated rows quickly."""
+    return F.embedding(index, rows.flatten(1)).unflatten(1, rows.shape[1:])
 
 
 class _Unpad(torch.autograd.Function):
@@ -138,8 +170,18 @@ def varlen_attention(
     window = sliding_window if sliding_window is not None and sliding_window < documents.longest else None
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0:
-        return _kernel_attention(q, k, v, documents, scaling, window)[None], None
+        return _flat_attention(q, k, v, documents, scaling, window)[None], None
     return _bucket_attention(q, k, v, documents, dropout, scaling, window)[None], None
+
+
+def _flat_attention(
+    query: Tensor, key: Tensor, value: Tensor, documents: Documents, scaling: float | None, window: int | None
+) -> Tensor:
+    """The kernel's attention, on whole documents."""
+    if documents.shared is None:
+        return _kernel_attention(query, key, value, documents, scaling, window)
+    query, key, value = (spread(rows, documents.shared.row_of_token) for rows in (query, key, value))
+    return _Unpad.apply(_kernel_attention(query, key, value, documents, scaling, window), documents.shared.kept)
 
 
 def _kernel_attention(
@@ -174,10 +216,12 @@ def _bucket_attention(
         gqa = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(q, k, v, mask, dropout, mask is None, scale=scaling, enable_gqa=gqa)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return outputs[0] if documents.already_padded else _Unpad.apply(torch.cat(outputs), documents.slots)
+    return outputs[0] if documents.already_padded else _Unpad.apply(torch.cat(outputs), documents.slot_of_row)
 
 
 def _pad(rows: Tensor, documents: Documents) -> Tensor:
+    if documents.shared is not None:
+        return spread(rows, documents.row_of_slot)
     return rows.new_zeros(documents.num_slots, *rows.shape[1:]).index_copy(0, documents.slots, rows)
 
 

@@ -6,6 +6,7 @@ TroupeError
 │   ├── DataError          a data set or a row
 │   ├── ModelError         a model folder or a tokenizer
 │   └── PlacementError     the cluster lacks what the plan needs
+├── Interrupted        a signal ended a run, in order
 └── RunError           something broke while a run was going on
     ├── InfraFailure       an actor, an engine or a wait died: retry elsewhere, bounded
     ├── DataFailure        this sample always fails: drop it and count it
@@ -42,6 +43,14 @@ class ModelError(UserError):
 
 class PlacementError(UserError):
     """The cluster cannot hold the plan; the message names the role and what it lacks."""
+
+
+class Interrupted(TroupeError):
+    """SIGINT or SIGTERM ended the run, and its things are in order."""
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(f"ended by signal {signal}")
+        self.exit_code = 128 + signal  # as a shell has it
 
 
 class RunError(TroupeError):

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from actors.objective import MicroBatch, Outputs
 
+NOT_PER_TOKEN = frozenset({"logps", "aux_loss", "rows"})  # of what a model returns; `logps` has a place of its own
+
 
 def forward(
     model: Callable[..., Mapping[str, Tensor]],
@@ -33,8 +35,8 @@ def forward(
     def over_all_tokens(values: Tensor) -> Tensor:
         return values.new_zeros(len(tokens)).index_copy(0, predicted, values)
 
-    extra = {name: over_all_tokens(values) for name, values in found.items() if name not in ("logps", "aux_loss")}
-    return Outputs(over_all_tokens(found["logps"]), extra, found.get("aux_loss"))
+    extra = {name: over_all_tokens(values) for name, values in found.items() if name not in NOT_PER_TOKEN}
+    return Outputs(over_all_tokens(found["logps"]), extra, found.get("aux_loss"), int(found["rows"]))
 
 
 def predicted_tokens(micro: MicroBatch, *, all_tokens: bool = False) -> Tensor:

@@ -85,8 +85,8 @@ def adapters_off(model: nn.Module) -> Generator[None]:
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """One tensor of the model: the name under which it leaves, and the adapter layer whose base weight it is."""
+class Entry:
+    """One tensor of a model: the name under which it leaves, and the adapter layer whose base weight it is."""
 
     name: str
     tensor: Tensor
@@ -115,24 +115,24 @@ class _Entry:
         return weight + self.layer.get_delta_weight(ADAPTER).to(weight.dtype)
 
 
-def _resident(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+def resident(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
     """Nothing to gather: every parameter is whole already."""
     return nullcontext()
 
 
-def merged_tensors(causal: Any, bucket_bytes: int, gather: Gather = _resident) -> Iterator[tuple[str, Tensor]]:
+def merged_tensors(causal: Any, bucket_bytes: int, gather: Gather = resident) -> Iterator[tuple[str, Tensor]]:
     """(name in the model without adapters, full tensor with adapters merged); training weights are not touched.
 
     `gather` makes the given parameters whole while its context lasts; it is entered once per bucket of at most
     `bucket_bytes` (or one tensor). Tied weights come once. The order is fixed; a tensor is valid until the next.
     """
-    for bucket in _buckets(_entries(causal), bucket_bytes):
+    for bucket in buckets(entries(causal), bucket_bytes):
         with gather([parameter for entry in bucket for parameter in entry.parameters]):
             for entry in bucket:
                 yield entry.name, entry.merged()
 
 
-def full_tensors(causal: Any, bucket_bytes: int, gather: Gather = _resident) -> Iterator[tuple[str, Tensor]]:
+def full_tensors(causal: Any, bucket_bytes: int, gather: Gather = resident) -> Iterator[tuple[str, Tensor]]:
     """`merged_tensors` under the names of a saved Hugging Face folder, which is what an engine loads.
 
     The two differ where transformers holds weights fused that are saved apart: a layer's experts.
@@ -147,21 +147,23 @@ def full_tensors(causal: Any, bucket_bytes: int, gather: Gather = _resident) -> 
             yield name, tensor
 
 
-def _entries(causal: Any) -> list[_Entry]:
+def entries(causal: Any) -> list[Entry]:
+    """Every weight of the model once, adapters with the weight that they belong to; the order is fixed."""
     layers = adapter_layers(causal)
-    entries: dict[int, _Entry] = {}
+    found: dict[int, Entry] = {}
     for key, tensor in causal.state_dict(keep_vars=True).items():
         prefix, wrapped, leaf = key.rpartition(".base_layer.")
         if ".lora_" in key:
             continue
         layer = layers[prefix] if wrapped and leaf == "weight" else None
-        entries.setdefault(id(tensor), _Entry(key.replace(".base_layer.", "."), tensor, layer))
-    return list(entries.values())
+        found.setdefault(id(tensor), Entry(key.replace(".base_layer.", "."), tensor, layer))
+    return list(found.values())
 
 
-def _buckets(entries: list[_Entry], bucket_bytes: int) -> Iterator[list[_Entry]]:
-    bucket: list[_Entry] = []
-    for entry in entries:
+def buckets(of: list[Entry], bucket_bytes: int) -> Iterator[list[Entry]]:
+    """Consecutive entries of at most `bucket_bytes` together, at least one each."""
+    bucket: list[Entry] = []
+    for entry in of:
         if bucket and sum(other.nbytes for other in bucket) + entry.nbytes > bucket_bytes:
             yield bucket
             bucket = []

@@ -17,6 +17,7 @@ from actors.attention import VARLEN, Documents, register
 from actors.errors import ModelError
 from actors.heads import LogitScaling, TokenHead
 from actors.lora import LoraSpec, attach
+from actors.prefixes import shared_prefixes
 
 # Transformers builds a model under a default device that holds for the whole process: of two roles that load in one
 # process at once (`--local`), one would be left without data.
@@ -54,6 +55,10 @@ class LanguageModel(nn.Module):
         self.neftune_noise_alpha = neftune_noise_alpha
         own = getattr(causal.config, "router_aux_loss_coef", None) or 0.0
         self.router_aux_loss_coef: float = own if router_aux_loss_coef is None else router_aux_loss_coef
+        self._packs = causal.config._attn_implementation == VARLEN
+        self._drops_out = bool(getattr(causal.config, "attention_dropout", 0.0)) or any(
+            isinstance(module, nn.Dropout) and module.p > 0 for module in causal.modules()
+        )
 
     def forward(
         self,
@@ -65,19 +70,28 @@ class LanguageModel(nn.Module):
         chunk_rows: int | None = None,
     ) -> Mapping[str, Tensor]:
         """`tokens` [T], documents end to end, each of `lengths` tokens; `predicted` [N] are indices into `tokens`, none
-        of them a document's first. Returns `logps` [N], what `needs` names [N], and `aux_loss` (scalar, its
-        coefficient applied) if the model has experts to balance."""
-        documents = Documents(lengths, tokens.device)
+        of them a document's first. Returns `logps` [N], what `needs` names [N], `aux_loss` (scalar, its coefficient
+        applied) if the model has experts to balance, and `rows` (scalar), how many rows were computed."""
+        documents = Documents(lengths, tokens.device, shared_prefixes(tokens, lengths) if self._may_share else None)
         decoder = self.causal.get_decoder()
-        inputs = self._inputs(tokens, documents)
+        inputs = self._inputs(documents.of_rows(tokens), documents)
         if self.router_aux_loss_coef:
             inputs["output_router_logits"] = True
-        decoded = decoder(**inputs, position_ids=documents.positions[None], use_cache=False, documents=documents)
-        hidden = decoded.last_hidden_state[0].index_select(0, predicted - 1)
+        positions = documents.of_rows(documents.positions)
+        decoded = decoder(**inputs, position_ids=positions[None], use_cache=False, documents=documents)
+        hidden = documents.at_tokens(decoded.last_hidden_state[0], predicted - 1)
         outputs = dict(self.head(hidden, tokens.index_select(0, predicted), temperature, needs, chunk_rows))
         if self.router_aux_loss_coef:
             outputs["aux_loss"] = self.router_aux_loss_coef * self._balancing_loss(decoded.router_logits)
+        outputs["rows"] = torch.tensor(len(positions))
         return outputs
+
+    @property
+    def _may_share(self) -> bool:
+        """False where a token's states depend on more than the tokens up to it: dropout and noise, which differ from
+        document to document, or experts, whose load counts every token."""
+        random = self.training and (self._drops_out or self.neftune_noise_alpha > 0)
+        return self._packs and not random and not self.router_aux_loss_coef
 
     def _inputs(self, tokens: Tensor, documents: Documents) -> dict[str, Any]:
         if not (self.training and self.neftune_noise_alpha):

@@ -81,6 +81,11 @@ class Outputs:
     logps: Tensor
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     aux_loss: Tensor | None = None  # scalar, weighted balancing loss of experts; the trainer adds it
+    rows: int = 0  # that went through the model: fewer than tokens, where rows of the batch begin alike
+
+    def detached(self) -> Outputs:
+        """The same numbers without gradient."""
+        return Outputs(self.logps.detach(), {name: values.detach() for name, values in self.extra.items()})
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,7 @@ class Objective(Protocol):
     columns: frozenset[str]  # batch columns that it reads, besides tokens and lengths
     keep_groups: bool  # rows of one `group` must share a micro-batch
     coupled: bool  # it wants `statistics` over the whole batch before any gradient
+    aside: str | None  # a boolean column of rows that only `statistics` sees, all others being for the loss alone
 
     def counts(self, micro: MicroBatch) -> Counts:
         """Local counts to be summed over micro-batches and ranks: the denominators of the reduction."""
@@ -122,7 +128,8 @@ class Objective(Protocol):
     def statistics(
         self, micros: list[MicroBatch], outputs: list[Outputs], world: World, state: dict[str, Any]
     ) -> dict[str, Any]:
-        """Only if `coupled`: values that couple rows across micro-batches and ranks, from a pass without gradient.
+        """Only if `coupled`: values that couple rows across micro-batches and ranks. It is given every row, or the rows
+        that `aside` marks; `outputs` are what the loss would see of them, without gradient.
 
         `state` belongs to this objective's update stage, is kept by the trainer between steps and is checkpointed."""
         ...

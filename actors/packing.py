@@ -5,18 +5,25 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
-from actors.batch import Batch
+import numpy as np
+
+from actors.batch import Array, Batch
 
 MicroBatches = tuple[tuple[int, ...], ...]
+UNEVEN = 1.1  # how much larger the largest micro-batch may be so that groups stay together
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one data-parallel rank works on: its rows, and which of them form each micro-batch."""
+    """What one data-parallel rank works on: its rows, and which of them form each micro-batch.
+
+    `aside`: micro-batches of rows that no gradient is taken of."""
 
     batch: Batch
     micro_batches: MicroBatches
+    aside: MicroBatches = ()
 
 
 def pack(lengths: Sequence[int], ranks: int, token_budget: int) -> list[MicroBatches]:
@@ -52,27 +59,67 @@ def _balance(lengths: Sequence[int], bins: int, budget: int) -> list[list[int]] 
     return filled
 
 
-def deal(batch: Batch, ranks: int, token_budget: int, *, keep_groups: bool = False) -> list[tuple[list[int], Chunk]]:
+def deal(
+    batch: Batch, ranks: int, token_budget: int, *, keep_groups: bool = False, aside: str | None = None
+) -> list[tuple[list[int], Chunk]]:
     """One (rows, chunk) per rank: which rows of `batch` it got, in the chunk's order, and the chunk itself.
 
-    With `keep_groups`, rows of one `group` stay in one micro-batch, adjacent and in the batch's order.
+    With `keep_groups`, rows of one `group` stay in one micro-batch, adjacent and in the batch's order. Without, they do
+    where that costs nothing: samples of a prompt begin alike, and what begins alike in a micro-batch is computed once.
+    `aside` names a boolean column: rows where it is true are balanced by themselves, and share no micro-batch with the
+    others.
     """
-    items = _groups(batch) if keep_groups else [[row] for row in range(len(batch))]
-    lengths = [int(batch.lengths[rows].sum()) for rows in items]
-    dealt = []
-    for micro_batches in pack(lengths, ranks, token_budget):
-        rows: list[int] = []
-        local: list[tuple[int, ...]] = []
-        for members in micro_batches:
-            chosen = [row for item in members for row in items[item]]
-            local.append(tuple(range(len(rows), len(rows) + len(chosen))))
-            rows.extend(chosen)
-        dealt.append((rows, Chunk(batch.select(rows), tuple(local))))
-    return dealt
+    marked = np.zeros(len(batch), np.bool_) if aside is None else batch[aside]
+    learned, others = (
+        _micro_batches(batch, np.flatnonzero(rows), ranks, token_budget, keep_groups) for rows in (~marked, marked)
+    )
+    return [_chunk(batch, *both) for both in zip(learned, others, strict=True)]
 
 
-def _groups(batch: Batch) -> list[list[int]]:
+def _micro_batches(
+    batch: Batch, rows: Array, ranks: int, token_budget: int, keep_groups: bool
+) -> list[list[list[int]]]:
+    """Of each rank, of each of its micro-batches: which of `rows`."""
+    items = _groups(batch, rows) if keep_groups else _grouped_if_free(batch, rows, ranks, token_budget)
+    return [
+        [[row for item in members for row in items[item]] for members in micro_batches]
+        for micro_batches in pack(_sizes(batch, items), ranks, token_budget)
+    ]
+
+
+def _grouped_if_free(batch: Batch, rows: Array, ranks: int, token_budget: int) -> list[list[int]]:
+    """Whole groups as items, unless rows by themselves make fewer or clearly smaller micro-batches."""
+    single = [[row] for row in rows.tolist()]
+    groups = _groups(batch, rows) if "group" in batch else single
+    if len(groups) == len(single) or max(_sizes(batch, groups)) > token_budget:
+        return single
+    (count, largest), (least, smallest) = (
+        _extent(_sizes(batch, items), ranks, token_budget) for items in (groups, single)
+    )
+    return groups if count == least and largest <= UNEVEN * smallest else single
+
+
+def _extent(lengths: Sequence[int], ranks: int, token_budget: int) -> tuple[int, int]:
+    """Micro-batches per rank, and tokens of the largest one."""
+    dealt = pack(lengths, ranks, token_budget)
+    return len(dealt[0]), max(sum(lengths[item] for item in micro) for rank in dealt for micro in rank)
+
+
+def _sizes(batch: Batch, items: Sequence[Sequence[int]]) -> list[int]:
+    """Tokens of each item."""
+    return [int(batch.lengths[list(rows)].sum()) for rows in items]
+
+
+def _chunk(batch: Batch, learned: list[list[int]], aside: list[list[int]]) -> tuple[list[int], Chunk]:
+    """Rows of `batch` in the order of their micro-batches, which name them by their places in the chunk."""
+    rows = [row for micro_batch in (*learned, *aside) for row in micro_batch]
+    places = iter(range(len(rows)))
+    local = [tuple(islice(places, len(micro_batch))) for micro_batch in (*learned, *aside)]
+    return rows, Chunk(batch.select(rows), tuple(local[: len(learned)]), tuple(local[len(learned) :]))
+
+
+def _groups(batch: Batch, rows: Array) -> list[list[int]]:
     groups: dict[int, list[int]] = {}
-    for row, group in enumerate(batch["group"].tolist()):
+    for row, group in zip(rows.tolist(), batch["group"][rows].tolist(), strict=True):
         groups.setdefault(group, []).append(row)
     return list(groups.values())

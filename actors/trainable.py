@@ -2,9 +2,7 @@
 
 All ranks of a role are called at once with the same verb, each with its own chunk; every verb but `ping` is collective.
 
-    driver ──update(chunk r, objective)──► rank r:  counts, summed over micro-batches and ranks
-                                                    [outputs without gradient -> statistics]    if rows are coupled
-                                                    per micro-batch: forward, loss, backward
+    driver ──update(chunk r, objective)──► rank r:  a pass of its micro-batches (`actors/passes.py`)
                                                     one optimizer step
            ◄──────────UpdateReport──────── metrics combined over micro-batches and ranks
 """
@@ -16,7 +14,8 @@ import os
 import platform
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field, replace
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,15 @@ import torch
 from torch import Tensor
 
 import actors
+from actors.averaging import Average, AverageSpec
 from actors.backends import BackendSpec, Placement, build_backend
 from actors.backends.optimizer import OptimSpec
 from actors.backends.protocol import Backend
-from actors.batch import Batch
 from actors.errors import RunError
-from actors.forward import forward
-from actors.metrics import combine, sum_counts
 from actors.model import ModelSpec, load_tokenizer
-from actors.objective import Counts, MicroBatch, Objective, Outputs, Stat
+from actors.objective import Objective
 from actors.packing import Chunk
+from actors.passes import Pass, micro_batches, without_noise
 from actors.worker import WorkerInfo
 
 
@@ -48,19 +46,6 @@ class UpdateReport:
     learning_rate: float
     tokens: int  # of the whole batch, all ranks
     seconds: dict[str, float]
-
-
-@dataclass
-class _Clock:
-    """Seconds by phase of an update."""
-
-    seconds: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "backward": 0.0, "step": 0.0})
-
-    @contextlib.contextmanager
-    def measure(self, phase: str) -> Generator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
 class Trainable:
@@ -89,6 +74,7 @@ class Trainable:
         self._seed = seed
         self._backend: Backend | None = None
         self._objective_states: dict[str, dict[str, Any]] = {}
+        self._average: Average | None = None
         self._steps_done = 0
         self._busy: tuple[str, float] | None = None
 
@@ -111,11 +97,14 @@ class Trainable:
             "steps_done": self._steps_done,
         }
 
-    def reset(self, optim: OptimSpec) -> None:
-        """A new phase: fresh optimizer, schedule and objective states on the same weights."""
+    def reset(self, optim: OptimSpec, average: AverageSpec | None = None) -> None:
+        """A new phase: fresh optimizer, schedule, objective states and average on the same weights."""
         with self._doing("reset"):
             self.backend.reset_optimizer(optim)
             self._objective_states.clear()
+            self._average = None if average is None else Average(average, self.backend.world)
+            if self._average is not None:
+                self._average.begin(self.backend.trained_weights())
 
     def logps(self, chunk: Chunk, into: str, temperature: float, adapters: bool = True) -> dict[str, np.ndarray]:
         """`{into: [T] float32}` for the rows of `chunk.batch` in their order, from a pass without gradient.
@@ -123,9 +112,9 @@ class Trainable:
         0 at tokens that the mask leaves out. `adapters=False` computes the base model's."""
         with self._doing("logps"), contextlib.nullcontext() if adapters else self.backend.adapters_off():
             values = np.zeros(chunk.batch.num_tokens, np.float32)
-            micros = self._micro_batches(chunk)
-            for rows, outputs in zip(chunk.micro_batches, self._without_gradient(micros, temperature)):
-                if outputs is not None:
+            micros = micro_batches(chunk.batch, chunk.micro_batches, self.backend)
+            for rows, outputs in zip(chunk.micro_batches, without_noise(self.backend, micros, temperature)):
+                if rows:
                     values[chunk.batch.token_index(np.asarray(rows, np.int64))] = outputs.logps.cpu().numpy()
             return {into: values}
 
@@ -134,41 +123,56 @@ class Trainable:
 
         The loss is the sum of `objective.loss` over all micro-batches and ranks. Raises RunError if the gradient is not
         finite, or if there is nothing to learn from."""
-        with self._doing("update"), _random_stream(self._seed, self._placement.rank, self._steps_done):
+        with self._doing("update"), self._drawing():
             if self._backend_spec.optim is None:
                 raise RunError(f"{self.name} is frozen: it was built without an optimizer")
-            clock = _Clock()
-            micros = self._micro_batches(chunk)
-            counts = sum_counts([objective.counts(micro) for micro in micros], self.backend.world, self.backend.device)
-            tokens = sum_counts([_sizes(micro) for micro in micros], self.backend.world, self.backend.device)
-            if not tokens.get("real"):
-                raise RunError(f"{self.name}: an update was asked for with an empty batch")
-            statistics: dict[str, Any] = {}
-            if objective.coupled:
-                with clock.measure("statistics"):
-                    statistics = self._statistics(micros, objective, temperature, stage)
-            pass_ = _Pass(objective, temperature, counts, statistics, tokens["real"])
-            stats = [self._learn(micro, pass_, clock, last=micro is micros[-1]) for micro in micros]
-            with clock.measure("step"):
+            state = self._objective_states.setdefault(stage, {})
+            share = Pass(self.backend, chunk, objective, temperature, state)
+            metrics = share.learn(self._drawing)
+            with share.clock.measure("step"):
                 info = self.backend.step()
             if not np.isfinite(info.grad_norm):
                 raise RunError(f"{self.name}: the gradient norm of step {self._steps_done + 1} is {info.grad_norm}")
             self._steps_done += 1
-            metrics = combine(stats, self.backend.world, self.backend.device)
-            metrics |= {"num_tokens": tokens["real"], "padding_share": 1 - tokens["real"] / tokens["computed"]}
-            return UpdateReport(metrics, info.grad_norm, info.learning_rate, int(tokens["real"]), clock.seconds)
+            if self._average is not None:
+                with share.clock.measure("step"):
+                    self._average.after_step(self.backend.trained_weights)
+            real, computed = share.tokens["real"], share.tokens["computed"]
+            metrics |= {"num_tokens": real, "padding_share": 1 - real / computed}
+            return UpdateReport(metrics, info.grad_norm, info.learning_rate, int(real), share.clock.seconds)
 
-    def export(self, consumer: Callable[[Iterator[tuple[str, Tensor]]], Any], bucket_bytes: int) -> Any:
+    def evaluate(self, chunk: Chunk, objective: Objective, temperature: float, stage: str) -> dict[str, float]:
+        """The metrics that `update` would report of this batch, its loss among them, from a pass without gradient,
+        dropout and noise. Weights, optimizer and the objective's state stay as they are."""
+        with self._doing("evaluate"):
+            state = deepcopy(self._objective_states.get(stage, {}))
+            return Pass(self.backend, chunk, objective, temperature, state).measure()
+
+    def export(
+        self, consumer: Callable[[Iterator[tuple[str, Tensor]]], Any], bucket_bytes: int, as_saved: bool = True
+    ) -> Any:
         """How weights leave: on rank 0, what `consumer` makes of all (Hugging Face name, full tensor); elsewhere None.
+        Without `as_saved` they are those of the model in memory, which is what `mix` takes.
 
         Gathering is collective, so what the consumer leaves over is drawn all the same, even if it fails."""
         with self._doing("export"):
-            weights = self.backend.full_weights(bucket_bytes)
+            weights = self.backend.full_weights(bucket_bytes, as_saved=as_saved)
             try:
                 return consumer(weights) if self._placement.rank == 0 else None
             finally:
                 for _ in weights:
                     pass
+
+    def mix(
+        self, payload: Any, reader: Callable[[Any], Iterator[tuple[str, Tensor]]], share: float, bucket_bytes: int
+    ) -> None:
+        """Move this role's weights towards another's: each becomes `share` of the other's and the rest of its own.
+        `reader` makes the other's `export` of `payload`. Raises RunError if this role is trained, or is another model.
+        """
+        with self._doing("mix"):
+            if self._backend_spec.optim is not None:
+                raise RunError(f"{self.name} is trained: its optimizer belongs to the weights that it has")
+            self.backend.mix(reader(payload), share, bucket_bytes)
 
     def run(self, task: Callable[[], Any]) -> Any:
         """Call something in this process: a transport opening its port, say."""
@@ -180,6 +184,7 @@ class Trainable:
         with self._doing("save_state"):
             self.backend.save_state(Path(folder))
             state = {"seed": self._seed, "steps_done": self._steps_done, "objectives": self._objective_states}
+            state["average"] = None if self._average is None else self._average.state()
             torch.save(state, Path(folder) / self._own_file)
 
     def load_state(self, folder: str) -> None:
@@ -189,11 +194,14 @@ class Trainable:
             state = torch.load(Path(folder) / self._own_file, weights_only=False)
             self._seed, self._steps_done = state["seed"], state["steps_done"]
             self._objective_states = state["objectives"]
+            if self._average is not None:
+                self._average.load(state.get("average"))
 
-    def save_model(self, folder: str) -> None:
-        """A Hugging Face folder: merged weights, config, generation config, tokenizer."""
+    def save_model(self, folder: str, averaged: bool = False) -> None:
+        """A Hugging Face folder: merged weights, config, generation config, tokenizer. The weights are those of now, or
+        their average since the phase began. Raises RunError if none is taken."""
         with self._doing("save_model"):
-            self.backend.save_model(Path(folder))
+            self.backend.save_model(Path(folder), self._taken().whole if averaged else None)
             if self._placement.rank == 0:
                 load_tokenizer(self._model_spec).save_pretrained(folder)
 
@@ -225,45 +233,18 @@ class Trainable:
             raise RunError(f"{self.name}: not ready; `ready` loads the model")
         return self._backend
 
+    def _taken(self) -> Average:
+        if self._average is None:
+            raise RunError(f"{self.name}: no average of its weights is taken in this phase")
+        return self._average
+
     @property
     def _own_file(self) -> str:
         return f"trainable-rank{self._placement.rank}.pt"
 
-    def _micro_batches(self, chunk: Chunk) -> list[MicroBatch]:
-        return [MicroBatch.of(chunk.batch.select(rows), self.backend.device) for rows in chunk.micro_batches]
-
-    def _without_gradient(
-        self, micros: list[MicroBatch], temperature: float, needs: frozenset[str] = frozenset()
-    ) -> Iterator[Outputs | None]:
-        """Outputs per micro-batch, without dropout and noise; None where it is empty, but it was run all the same."""
-        training = self.backend.model.training
-        self.backend.model.eval()
-        try:
-            with torch.no_grad():
-                for micro in micros:
-                    outputs = forward(self.backend.model, _filled(micro), temperature=temperature, needs=needs)
-                    yield outputs if len(micro) else None
-        finally:
-            self.backend.model.train(training)
-
-    def _statistics(
-        self, micros: list[MicroBatch], objective: Objective, temperature: float, stage: str
-    ) -> dict[str, Any]:
-        outputs = list(self._without_gradient(micros, temperature, objective.needs))
-        filled = [(micro, output) for micro, output in zip(micros, outputs) if output is not None]
-        state = self._objective_states.setdefault(stage, {})
-        return objective.statistics([m for m, _ in filled], [o for _, o in filled], self.backend.world, state)
-
-    def _learn(self, micro: MicroBatch, pass_: _Pass, clock: _Clock, *, last: bool) -> dict[str, Stat]:
-        """Forward and backward of one micro-batch. An empty one takes part too: the ranks move in step."""
-        with clock.measure("forward"):
-            outputs = forward(
-                self.backend.model, _filled(micro), temperature=pass_.temperature, needs=pass_.objective.needs
-            )
-            loss, stats = pass_.loss(micro, outputs) if len(micro) else (outputs.logps.sum() * 0, {})
-        with clock.measure("backward"):
-            self.backend.backward(loss, last=last)
-        return {**stats, "loss": Stat(loss.detach(), combine="sum")}
+    def _drawing(self) -> contextlib.AbstractContextManager[None]:
+        """What this update draws at random (dropout, noise), from its beginning."""
+        return _random_stream(self._seed, self._placement.rank, self._steps_done)
 
     def _detail(self) -> dict[str, Any]:
         backend = self.backend
@@ -284,37 +265,6 @@ class Trainable:
             yield
         finally:
             self._busy = None
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """What the micro-batches of one update share."""
-
-    objective: Objective
-    temperature: float
-    counts: Counts
-    statistics: dict[str, Any]
-    tokens: float  # of the whole batch, all ranks
-
-    def loss(self, micro: MicroBatch, outputs: Outputs) -> tuple[Tensor, dict[str, Stat]]:
-        """The objective's, plus the experts' balancing loss weighted by this micro-batch's share of tokens."""
-        loss, stats = self.objective.loss(micro, outputs, self.counts, self.statistics)
-        if outputs.aux_loss is None:
-            return loss, stats
-        size = _sizes(micro)["real"]
-        balancing = Stat(outputs.aux_loss.detach() * size, size)
-        return loss + outputs.aux_loss * (size / self.tokens), {**stats, "aux_loss": balancing}
-
-
-def _sizes(micro: MicroBatch) -> Counts:
-    """Tokens of a micro-batch, and how many of them go through the model."""
-    real = float(micro.lengths.sum())
-    return {"real": real, "computed": max(real, 1.0)}
-
-
-def _filled(micro: MicroBatch) -> MicroBatch:
-    """The same, or one token with nothing to predict: what a rank runs whose micro-batch is empty."""
-    return micro if len(micro) else MicroBatch.of(Batch.build([1], tokens=[0]), micro.lengths.device)
 
 
 @contextlib.contextmanager

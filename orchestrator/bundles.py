@@ -6,8 +6,11 @@ A bundle is what one process reserves, or several that share it (colocation). `f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+from orchestrator import labels
+from orchestrator.labels import Labels, Selector
 
 GIB = 2**30
 SLACK = 1e-6  # of a resource: sums of fractions are not exact
@@ -17,26 +20,39 @@ Resources = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Bundle:
-    """What is reserved for one process of each of `roles`. Names of resources are Ray's: CPU, GPU, memory, ..."""
+    """What is reserved for one process of each of `roles`. Names of resources are Ray's: CPU, GPU, memory, ...
+    `selectors`: on which nodes, in the order of preference; none: anywhere."""
 
     roles: tuple[str, ...]
     resources: Resources
+    selectors: tuple[Selector, ...] = ()
 
     def shared_with(self, role: str, more: Resources) -> Bundle:
         """The bundle with room for a process of another role as well."""
         names = dict.fromkeys([*self.resources, *more])
         total = {name: self.resources.get(name, 0.0) + more.get(name, 0.0) for name in names}
-        return Bundle((*self.roles, role), total)
+        return Bundle((*self.roles, role), total, self.selectors)
 
     @property
     def label(self) -> str:
         return " + ".join(self.roles)
+
+    @property
+    def needs(self) -> str:
+        """`1 GPU and 2 CPU on a node with role=rollout`."""
+        where = ", else ".join(labels.describe(selector) for selector in self.selectors)
+        return describe(self.resources) + (f" on a node with {where}" if where else "")
+
+    def takes(self, node: Node) -> bool:
+        """Whether the node's labels are among those wanted."""
+        return not self.selectors or any(labels.meets(node.labels, selector) for selector in self.selectors)
 
 
 @dataclass(frozen=True)
 class Node:
     name: str
     resources: Resources
+    labels: Labels = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True)
@@ -73,11 +89,12 @@ class Fit:
 def fit(bundles: Sequence[Bundle], cluster: ClusterView) -> Fit:
     """Place the hungriest bundles first, each on the fullest node that can take it."""
     left = {node.name: dict(node.resources) for node in cluster.nodes}
+    nodes = {node.name: node for node in cluster.nodes}
     found = Fit([None] * len(bundles), left)
     hungriest = sorted(range(len(bundles)), key=lambda index: _appetite(bundles[index]), reverse=True)
     for index in hungriest:
         needs = bundles[index].resources
-        able = [name for name, free in left.items() if _covers(free, needs)]
+        able = [name for name, free in left.items() if _covers(free, needs) and bundles[index].takes(nodes[name])]
         if able:
             node = min(able, key=lambda name: (left[name].get("GPU", 0.0), left[name].get("CPU", 0.0)))
             found.nodes[index] = node
@@ -94,9 +111,8 @@ def shortages(bundles: Sequence[Bundle], cluster: ClusterView) -> list[str]:
     for label in homeless:
         mine = [index for index, bundle in enumerate(bundles) if bundle.label == label]
         without = sum(placed[index] is None for index in mine)
-        needs = bundles[mine[0]].resources
-        lacking = "; ".join(_lacking(needs, bundles, cluster))
-        lines.append(f"{label}: no place for {without} of {len(mine)}, each needs {describe(needs)}: {lacking}")
+        lacking = "; ".join(_lacking(bundles[mine[0]], bundles, cluster))
+        lines.append(f"{label}: no place for {without} of {len(mine)}, each needs {bundles[mine[0]].needs}: {lacking}")
     return lines
 
 
@@ -112,17 +128,26 @@ def amount(resource: str, value: float) -> str:
     return f"{value / GIB:.1f} GiB memory" if resource == "memory" else f"{value:g} {resource}"
 
 
-def _lacking(needs: Resources, bundles: Iterable[Bundle], cluster: ClusterView) -> list[str]:
-    """Why: no node is that large, or all of them together are too small, or what is free is scattered."""
+def _lacking(bundle: Bundle, bundles: Sequence[Bundle], cluster: ClusterView) -> list[str]:
+    """Why: no node has the labels, or none that has them is that large, or all of them together are too small, or what
+    is free is scattered."""
+    able = ClusterView(tuple(node for node in cluster.nodes if bundle.takes(node)))
+    if not able.nodes:
+        found = [node.labels for node in cluster.nodes]
+        missing = [reason for selector in bundle.selectors for reason in labels.lacking(found, selector)]
+        return list(dict.fromkeys(missing)) or ["no node has all of these labels"]
+    such = " with these labels" if bundle.selectors else ""
+    rivals = [each for each in bundles if all(bundle.takes(node) for node in cluster.nodes if each.takes(node))]
     reasons: list[str] = []
-    for resource, need in needs.items():
-        wanted = sum(bundle.resources.get(resource, 0.0) for bundle in bundles)
-        largest, total = cluster.largest(resource), cluster.total(resource)
+    for resource, need in bundle.resources.items():
+        wanted = sum(other.resources.get(resource, 0.0) for other in rivals)
+        largest, total = able.largest(resource), able.total(resource)
         if need > largest + SLACK:
-            reasons.append(f"the largest node has {amount(resource, largest)}")
+            reasons.append(f"the largest node{such} has {amount(resource, largest)}")
         elif wanted > total + SLACK:
             in_all, there, short = (amount(resource, value) for value in (wanted, total, wanted - total))
-            reasons.append(f"the plan needs {in_all} in all, the cluster has {there}: {short} short")
+            where = f"the nodes{such} have" if such else "the cluster has"
+            reasons.append(f"the plan needs {in_all} in all, {where} {there}: {short} short")
     return reasons or ["enough is free in all, but not on one node"]
 
 
@@ -130,8 +155,9 @@ def _covers(free: Resources, needs: Resources) -> bool:
     return all(free.get(resource, 0.0) + SLACK >= need for resource, need in needs.items())
 
 
-def _appetite(bundle: Bundle) -> tuple[float, float]:
-    return bundle.resources.get("GPU", 0.0), bundle.resources.get("CPU", 0.0)
+def _appetite(bundle: Bundle) -> tuple[bool, float, float]:
+    """Who may go to a few nodes only comes first."""
+    return bool(bundle.selectors), bundle.resources.get("GPU", 0.0), bundle.resources.get("CPU", 0.0)
 
 
 def _worth_telling(resource: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from actors.errors import RunError, UserError
+from actors.errors import Interrupted, RunError, UserError
 from orchestrator.imports import pin
 
-REFUSED, BROKEN, TERMINATED = 2, 1, 143  # exit codes; Ctrl-C gives 130
+REFUSED, BROKEN = 2, 1  # exit codes
 
 app = typer.Typer(
     name="troupe",
@@ -41,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except RunError as error:
         _complain("the run failed", error)
         sys.exit(BROKEN)
-    except asyncio.CancelledError:  # SIGTERM: the run has put its things in order
-        sys.exit(TERMINATED)
+    except Interrupted as ended:  # it has said where it stands
+        sys.exit(ended.exit_code)
 
 
 @app.command()
@@ -102,6 +101,9 @@ def recipes() -> None:
 def check(
     data: Annotated[str, typer.Argument(help="Hub name, file, folder, or example:NAME.")],
     method: Annotated[str, typer.Option("--method", help="Which method the data is for.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key.key=value, for example data.columns.chosen=better.")
+    ] = None,
     split: Annotated[str, typer.Option("--split")] = "train",
     bad_rows: Annotated[int, typer.Option("--bad-rows", help="How many rows may be unusable.")] = 0,
     model: Annotated[str | None, typer.Option("--model", help="Also tokenise for it, and name rows too long.")] = None,
@@ -112,7 +114,7 @@ def check(
     from orchestrator.listing import show_data
 
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
-    show_data(data, method, model, split=split, max_bad_rows=bad_rows, **limits)
+    show_data(data, method, model, overrides or [], split=split, max_bad_rows=bad_rows, **limits)
 
 
 @app.command()

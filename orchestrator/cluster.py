@@ -55,6 +55,10 @@ class Cluster(Protocol):
         """One row per process that is ready: role, name, node, pid, cpus, gpus, threads."""
         ...
 
+    def alive(self) -> bool:
+        """False once the machinery under this cluster is gone, and every process with it. From any thread."""
+        ...
+
     async def close(self) -> None:
         """End every process and give all room back. Closing twice is fine."""
         ...
@@ -98,6 +102,9 @@ class LocalCluster:
         planned = [(plan.roles[role], name) for role, name in named if plan is not None and role in plan.roles]
         here = {"node": platform.node(), "pid": os.getpid()}
         return [{"role": role.name, "name": name, **here, "threads": role.threads} for role, name in planned]
+
+    def alive(self) -> bool:
+        return True
 
     async def close(self) -> None:
         workers, self._workers = list(self._workers.values()), {}

@@ -14,11 +14,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from orchestrator import labels
 
 Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+LabelSelector = Annotated[dict[str, str], AfterValidator(labels.check)]  # see orchestrator/labels.py
 DType = Literal["float32", "bfloat16", "float16"]
 
 
@@ -83,6 +86,19 @@ class DataConfig(Section):
     options: dict[str, Any] = Field(default_factory=dict)  # of `example:NAME`, or passed to datasets.load_dataset
 
 
+class BemaConfig(Section):
+    """A bias-corrected moving average of the trained weights (arXiv:2508.00180), saved as `bema/` beside `model/`.
+    Steps are optimizer steps of the phase."""
+
+    update_freq: Positive = 400  # steps from one average to the next
+    ema_power: Annotated[float, Field(ge=0)] = 0.5
+    bias_power: Annotated[float, Field(ge=0)] = 0.2
+    lag: Annotated[float, Field(ge=1)] = 10.0
+    multiplier: Annotated[float, Field(ge=0)] = 1.0
+    update_after: Annotated[int, Field(ge=0)] = 0  # the step whose weights it starts from
+    min_ema_multiplier: Fraction = 0.0
+
+
 class TrainConfig(Section):
     """The schedule of a phase. `batch_size` counts items of the data set per optimizer step: prompts, examples,
     pairs."""
@@ -100,6 +116,7 @@ class TrainConfig(Section):
     min_lr_ratio: Fraction = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     max_staleness: Annotated[int, Field(ge=0)] = 0  # optimizer steps that a token may lag behind the weights it trains
+    bema: BemaConfig | None = None  # average the weights; `{}`: with its defaults
 
 
 class SamplingConfig(Section):
@@ -124,10 +141,12 @@ class RewardConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Greedy completions of held-out prompts, scored by the run's rewards. At a phase's start and end, and in
-    between."""
+    """What is measured on held-out data at a phase's start and end, and in between. `data`: prompts, answered greedily
+    and scored by the run's rewards. `rows`: rows as the phase learns from them; its loss and metrics, without learning.
+    One of the two, or both."""
 
-    data: DataConfig
+    data: DataConfig | None = None
+    rows: DataConfig | None = None
     every: Positive | None = None  # steps; None: only at the start and the end of the phase
     max_tokens: Positive | None = None  # default: the phase's sampling.max_tokens
     at_start: bool = True
@@ -157,7 +176,8 @@ class TrainedRole(Section):
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 2  # used when `deepspeed` does not say
     colocate: str | None = None  # share that role's bundles; `gpus` may be a fraction
     call_timeout_s: Seconds = 3600.0  # of one verb: a step, a pass of log-probabilities, a save
-    resources: dict[str, float] = Field(default_factory=dict)  # custom Ray resources or labels
+    resources: dict[str, float] = Field(default_factory=dict)  # custom Ray resources
+    label_selector: LabelSelector = Field(default_factory=dict)  # of the nodes that it may run on
 
 
 class FrozenRole(TrainedRole):
@@ -180,6 +200,12 @@ class RewardRole(Section):
     colocate: str | None = None
 
 
+class Fallback(Section):
+    """Another choice of nodes, as Ray writes it. An empty selector takes every node."""
+
+    label_selector: LabelSelector
+
+
 class RolloutRole(Section):
     """The fleet of rollout workers; each has a placement group of its own and may join or leave at any time."""
 
@@ -189,6 +215,9 @@ class RolloutRole(Section):
     cpus: Annotated[float, Field(gt=0)] = 1.0
     threads: Positive | None = None
     memory_gib: Annotated[float, Field(gt=0)] | None = None
+    resources: dict[str, float] = Field(default_factory=dict)  # custom Ray resources
+    label_selector: LabelSelector = Field(default_factory=dict)  # of the nodes that it may run on, e.g. {role: rollout}
+    fallback_strategy: tuple[Fallback, ...] = ()  # if there is no room: tried in turn, each for placement_timeout_s
     tensor_parallel: Positive = 1
     dtype: DType | None = None  # default: the model's
     kv_cache_gib: Annotated[float, Field(gt=0)] = 0.25

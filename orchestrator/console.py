@@ -19,6 +19,8 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.metrics import held_out_margin
+
 BAR_WIDTH = 16
 PLAIN_WIDTH = 140  # columns where the output is not a terminal
 RECENT_STEPS = 20  # that the time left is estimated from
@@ -53,6 +55,11 @@ STEP_LINE = (
     Shown("tok/s", _tokens_per_second, "6.0f"),
     Shown("s/step", _metric("step_time"), "5.2f"),
 )
+HELD_OUT_LINE = (
+    Shown("loss", _metric("eval_loss"), ".4f"),
+    Shown("margin", held_out_margin, ".4f"),
+    Shown("accuracy", _metric("eval_rewards/accuracies"), ".1%"),
+)
 
 
 class Finished(Protocol):
@@ -66,6 +73,8 @@ class Finished(Protocol):
     def checkpoint(self) -> Path | None: ...
     @property
     def model(self) -> Path | None: ...
+    @property
+    def averaged(self) -> Path | None: ...
     @property
     def picture(self) -> Path | None: ...
 
@@ -104,6 +113,17 @@ class Console:
             table.add_row(*map(_plain, row.values()))
         self._terminal.print(table)
 
+    def at(self, folder: Path, dashboard: str | None) -> None:
+        """Where to look while the run goes on; `troupe status`, `scale` and `resume` take the folder."""
+        for name, place in (("run", str(folder)), ("dashboard", dashboard)):
+            if place is not None:
+                self._terminal.print(Text(f"{name:<10} ", "dim"), Text(place, overflow="fold"), sep="", soft_wrap=True)
+
+    def data(self, phase: str, lines: Sequence[str]) -> None:
+        """What became of the rows of a phase's data set."""
+        for line in lines:
+            self._terminal.print(Text().append(f"{phase:<{self._name_width}} ", "bold").append(line, "dim"))
+
     def step(self, phase: str, step: int, steps: int, metrics: Mapping[str, float]) -> None:
         """One line: how far, how well, how long still."""
         left = self._pace[phase].seconds_left(step, steps)
@@ -131,6 +151,15 @@ class Console:
     def evaluation(self, label: str, score: float) -> None:
         self._terminal.print(Text().append(f"evaluation {label}: ", "bold").append(f"{score:.4f}", "bold magenta"))
 
+    def held_out(self, label: str, metrics: Mapping[str, float]) -> None:
+        """One line of the numbers that say most about held-out rows."""
+        line = Text().append(f"held-out rows {label}:", "bold")
+        for shown in HELD_OUT_LINE:
+            value = shown.value(metrics)
+            if value is not None:
+                line.append(f"  {shown.label} ", "dim").append(format(value, shown.form), "magenta")
+        self._terminal.print(line)
+
     def warn(self, message: str) -> None:
         self._terminal.print(Text().append("! ", "bold yellow").append(message, "yellow"))
 
@@ -142,6 +171,7 @@ class Console:
         where = _table(None)
         places = {
             "model": result.model,
+            "averaged": result.averaged,
             "curves": result.picture,
             "checkpoint": result.checkpoint,
             "run": result.folder,

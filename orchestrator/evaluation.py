@@ -1,4 +1,5 @@
-"""Held-out evaluation: greedy completions of prompts that are never trained on, scored by the run's rewards."""
+"""Held-out evaluation: greedy completions of prompts that are never trained on, scored by the run's rewards; and a
+phase's own loss and metrics on rows that are never trained on."""
 
 from __future__ import annotations
 
@@ -49,6 +50,13 @@ async def evaluate(source: Any, roles: Roles, sampling: Sampling, *, label: str)
         metrics[f"eval_rewards/{name}/mean"] = float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")
     metrics["eval_failed"] = float(len(results) - len(done))
     return Evaluation(metrics["eval_reward"], len(done), metrics)
+
+
+async def evaluate_rows(source: Any, roles: Roles) -> dict[str, float]:
+    """`eval_loss` and the other metrics that a step reports, of all held-out rows as one batch: no number depends on
+    how many rows a batch has."""
+    batch = await asyncio.to_thread(source.batch, range(len(source)))
+    return {f"eval_{name}": value for name, value in (await roles.evaluate(batch)).items()}
 
 
 def greedy(sampling: Sampling, max_tokens: int | None) -> Sampling:

@@ -238,9 +238,19 @@ def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def _save(recipe: ModelRecipe, seed: int, folder: Path) -> None:
+    """The files of `save_pretrained`, without what that loads and prints on the way: this is the first second of
+    somebody's first run."""
+    from safetensors.torch import save_file
+
     words = tokenizer()
-    _build(recipe, seed, len(words)).save_pretrained(folder)
-    words.save_pretrained(folder)
+    model = _build(recipe, seed, len(words))
+    weights = model.state_dict()
+    if recipe.tied:
+        del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    model.config.architectures, model.config.dtype = [type(model).__name__], "float32"
+    for part in (model.config, model.generation_config, words):
+        part.save_pretrained(folder)
 
 
 def _build(recipe: ModelRecipe, seed: int, vocab_size: int) -> Qwen2ForCausalLM:

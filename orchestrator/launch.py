@@ -14,6 +14,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from actors.averaging import AverageSpec
 from actors.backends import BackendSpec
 from actors.backends.optimizer import OptimSpec
 from actors.errors import ConfigError
@@ -126,9 +127,15 @@ def _model_spec(prepared: Prepared, role: str) -> ModelSpec:
 def optim_spec(phase: PreparedPhase) -> OptimSpec:
     """The optimizer and schedule of a phase; its length counts optimizer steps, several per batch where there are."""
     train: TrainConfig = phase.config.train
-    per_batch = max((u.options["epochs"] * u.options["minibatches"] for u in phase.pipeline.updates), default=1)
+    total = phase.steps * phase.pipeline.optimizer_steps_per_batch
     shared = set(OptimSpec.__dataclass_fields__) & set(TrainConfig.model_fields)
-    return OptimSpec(**{name: getattr(train, name) for name in shared}, total_steps=phase.steps * per_batch)
+    return OptimSpec(**{name: getattr(train, name) for name in shared}, total_steps=total)
+
+
+def average_spec(phase: PreparedPhase) -> AverageSpec | None:
+    """How the policy's weights are averaged in a phase, if they are."""
+    bema = phase.config.train.bema
+    return None if bema is None else AverageSpec(**bema.model_dump())
 
 
 def _rollout_pool(prepared: Prepared, plan: Plan, cluster: Cluster, event: Event, watchdog: Watchdog) -> Pool:

@@ -7,7 +7,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,9 +17,12 @@ from rich.text import Text
 
 from actors.errors import ConfigError
 from orchestrator.config import DataConfig, RunConfig
+from orchestrator.data.report import LEARNED
 from orchestrator.explain import unknown
 from orchestrator.metrics import METRICS_FILE, read
 from orchestrator.pipeline import Pipeline
+
+PREVIEW_LIMIT = 4_000  # characters of a rendered row
 
 
 def show_methods(*, papers: bool) -> None:
@@ -71,34 +74,40 @@ def show_recipes() -> None:
     _print(table)
 
 
-def show_data(path: str, method: str, model: str | None, **options: Any) -> None:
-    """Without a model rows are read and not tokenised, so none is too long. `options` are keys of `DataConfig`. Raises
-    DataError for data that the method cannot use."""
-    pipeline = _default_pipeline(_method(method))
-    if pipeline is None:
-        raise ConfigError(f"method {method} has options without a default, so its data cannot be checked by itself")
-    for line in _examined(_data_config(path, model, options), pipeline, model):
-        _print(Text(line))
+def show_data(path: str, method: str, model: str | None, overrides: Sequence[str], **options: Any) -> None:
+    """Without a model rows are read and not tokenised, so none is too long. `options` are keys of `DataConfig`, and
+    `overrides` reach every key of a run. Raises DataError for data that the method cannot use."""
+    from orchestrator.loading import config_of
+
+    _method(method)
+    data = {"path": path, "truncation": "error", **options}
+    tree: dict[str, Any] = {"method": method, "data": data, "model": {"path": model} if model else {}}
+    config = config_of(tree, overrides, "troupe check")
+    for line in _examined(config, tokenised=model is not None):
+        _print(line)
 
 
-def _data_config(path: str, model: str | None, options: dict[str, Any]) -> DataConfig:
-    if model is None and (limit := next((name for name, value in options.items() if "length" in name and value), None)):
-        option = limit.replace("_", "-")
-        raise ConfigError(f"--{option}={options[limit]} counts tokens, so it needs a tokenizer: name one by --model")
-    return DataConfig(path=path, truncation="error", **options)
-
-
-def _examined(data: DataConfig, pipeline: Pipeline, model: str | None) -> list[str]:
+def _examined(config: RunConfig, *, tokenised: bool) -> list[Text]:
     """A report, and with a model a row as it is learned from."""
-    from orchestrator.prepare import load_tokenizer, model_length, resolve_model
+    from orchestrator.prepare import build_pipeline, load_tokenizer, model_length, resolve_model
     from orchestrator.source import open_source, validate
 
-    if model is None:
-        return validate(data, pipeline.data).lines()
-    folder = resolve_model(model, seed=0)
-    words = load_tokenizer(folder, None, trust_remote_code=False)
-    source = open_source(data, pipeline.data, words, seed=0, model_max_length=model_length(folder))
-    return [*source.report.lines(), source.preview()]
+    (phase,) = config.phases.values()
+    kind, model = build_pipeline(phase).data, config.model
+    if not tokenised:
+        _refuse_limits_in_tokens(phase.data)
+        return list(map(Text, validate(phase.data, kind).lines()))
+    folder = resolve_model(model.path, seed=0)
+    words = load_tokenizer(model.tokenizer or folder, model.chat_template, model.trust_remote_code)
+    source = open_source(phase.data, kind, words, seed=0, model_max_length=model_length(folder))
+    return [*map(Text, source.report.lines()), coloured(source.preview())]
+
+
+def _refuse_limits_in_tokens(data: DataConfig) -> None:
+    for name in ("max_length", "max_prompt_length"):
+        if (limit := getattr(data, name)) is not None:
+            option = name.replace("_", "-")
+            raise ConfigError(f"--{option}={limit} counts tokens, so it needs a tokenizer: name one by --model")
 
 
 def show_status(folder: Path) -> None:
@@ -125,8 +134,19 @@ def show_plan(config: RunConfig) -> bool:
     _print(render(plan, cluster))
     for phase in prepared.phases:
         _print(Text(f"\ndata of {phase.name}", "bold"))
-        _print(Text("\n".join([*phase.source.report.lines(), phase.source.preview()])))
+        _print(Text("\n".join(phase.source.report.lines())))
+        _print(coloured(phase.source.preview()))
     return not problems(plan, cluster)
+
+
+def coloured(preview: str) -> Text:
+    """A rendered row, what is learned from in colour; the middle of a long one is left out."""
+    if len(preview) > PREVIEW_LIMIT:
+        half = PREVIEW_LIMIT // 2
+        preview = f"{preview[:half]} … {len(preview) - 2 * half:,} characters … {preview[-half:]}"
+    text = Text(preview)
+    text.highlight_regex(re.compile(f"{LEARNED[0]}[^{LEARNED[1]}]*{LEARNED[1]}?"), "green")
+    return text
 
 
 def _method(name: str) -> Callable[..., Pipeline]:

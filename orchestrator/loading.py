@@ -30,14 +30,12 @@ SAVED = "config.json"  # in a run's folder; JSON is YAML
 
 def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The configuration of a run, every key and every method's option checked. Raises ConfigError."""
-    file = find_recipe(recipe)
-    draft = Draft.read(file)
-    for override in map(syntax.parse, overrides):
-        draft.override(override)
-    draft.fold()
-    config = _validated(draft)
-    _check_methods(config, draft)
-    return config
+    return _checked(Draft.read(find_recipe(recipe)), overrides)
+
+
+def config_of(tree: dict[str, Any], overrides: Sequence[str], name: str) -> RunConfig:
+    """As `load_config`, of a tree with one phase that a command makes; `name` is what it is called in refusals."""
+    return _checked(Draft(name, tree, {}), overrides)
 
 
 def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -151,6 +149,15 @@ class Draft:
                 f"`{key}` stands beside `phases` ({self.where((key,))}). A file has either one phase, with its keys at "
                 f"the top level, or `phases`: move it to phases.NAME.{key}"
             )
+
+
+def _checked(draft: Draft, overrides: Sequence[str]) -> RunConfig:
+    for override in map(syntax.parse, overrides):
+        draft.override(override)
+    draft.fold()
+    config = _validated(draft)
+    _check_methods(config, draft)
+    return config
 
 
 def _validated(draft: Draft) -> RunConfig:

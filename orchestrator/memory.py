@@ -14,13 +14,14 @@ LORA_SHARE_PER_RANK = (
 
 @dataclass(frozen=True)
 class Memory:
-    """GiB of one process. On a GPU, `process` stays on the host."""
+    """GiB of one process. On a GPU, `averages` and `process` stay on the host."""
 
     weights: float = 0.0
     gradients: float = 0.0
     optimizer: float = 0.0
     activations: float = 0.0
     kv_cache: float = 0.0
+    averages: float = 0.0
     process: float = PROCESS_GIB
 
     @property
@@ -36,6 +37,7 @@ class Training:
     ranks: int
     lora_rank: int | None
     gradient_checkpointing: bool
+    averaged: bool = False  # the trained weights are averaged: three float32 copies, an equal part of them on each rank
 
 
 def estimate(
@@ -58,6 +60,7 @@ def estimate(
         gradients=trained * 4 / GIB / _share(training, 2),
         optimizer=trained * (8 if dtype == "float32" else 12) / GIB / _share(training, 1),
         activations=_activation_bytes(parameters, width, tokens, layers_kept) / GIB,
+        averages=trained * 12 / GIB / training.ranks if training.averaged else 0.0,
     )
 
 

@@ -24,6 +24,7 @@ class Verb(StrEnum):
     LOGPS = "logps"
     CREDIT = "credit"
     UPDATE = "update"
+    MIX = "mix"
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,17 @@ class Pipeline:
         return tuple(dict.fromkeys(stage.role for stage in self.stages if stage.verb is Verb.UPDATE))
 
     @property
+    def mixed(self) -> tuple[str, ...]:
+        """Roles that are not trained and whose weights change all the same, by those of a trained one."""
+        return tuple(dict.fromkeys(stage.role for stage in self.mixes))
+
+    @property
     def collect(self) -> tuple[Stage, ...]:
-        """The longest prefix of stages that touches no trained role: it may run ahead of learning."""
+        """The longest prefix of stages that touches no role whose weights change: it may run ahead of learning."""
+        changing = {*self.trained, *self.mixed}
         count = 0
         for stage in self.stages:
-            if stage.role in self.trained or stage.verb is Verb.CREDIT:
+            if stage.role in changing or stage.verb is Verb.CREDIT:
                 break
             count += 1
         return self.stages[:count]
@@ -123,6 +130,14 @@ class Pipeline:
     @property
     def updates(self) -> tuple[Stage, ...]:
         return tuple(stage for stage in self.stages if stage.verb is Verb.UPDATE)
+
+    @property
+    def optimizer_steps_per_batch(self) -> int:
+        return max((int(stage.options["epochs"] * stage.options["minibatches"]) for stage in self.updates), default=1)
+
+    @property
+    def mixes(self) -> tuple[Stage, ...]:
+        return tuple(stage for stage in self.stages if stage.verb is Verb.MIX)
 
 
 def generate(role: str = "rollout", *, n: int) -> Stage:
@@ -172,6 +187,13 @@ def update(
     return Stage(Verb.UPDATE, role, frozenset(columns_of(loss, options)), frozenset(), loss, plan)
 
 
+def mix(role: str, source: str, *, share: float, every: int) -> Stage:
+    """Move the weights of a role that is not trained towards those of one that is: after every `every`-th step,
+    `share` of the source and the rest of its own."""
+    options = {"source": source, "share": share, "every": every}
+    return Stage(Verb.MIX, role, frozenset(), frozenset(), options=options)
+
+
 def when(condition: Any, *stages: Stage) -> tuple[Stage, ...]:
     """The stages if the condition holds, else none: `*when(beta, logps("reference", into="ref_logps"))`."""
     return stages if condition else ()
@@ -190,3 +212,10 @@ def _check_closes(pipeline: Pipeline) -> None:
                 f"(written so far: {', '.join(sorted(written)) or 'nothing'})"
             )
         written |= stage.writes
+    for stage in pipeline.mixes:
+        source = stage.options["source"]
+        if source not in pipeline.trained or stage.role in pipeline.trained:
+            raise ConfigError(
+                f"stage {stage.name} moves {stage.role} towards {source}: the one must not be trained and the other "
+                f"must be (trained: {', '.join(pipeline.trained) or 'nothing'})"
+            )

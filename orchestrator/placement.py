@@ -16,10 +16,11 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -103,6 +104,7 @@ class RayCluster:
         self._groups: list[RayGroup] = []
         self._workers: dict[str, PlacedWorker] = {}
         self._board: RayWorker | None = None
+        self._daemons = _own_daemons()
 
     async def reserve(self, plan: Plan) -> None:
         self._plan = plan
@@ -157,8 +159,11 @@ class RayCluster:
         rows = [worker.row() for worker in (*ranks, *self._workers.values())]
         return [row for row in rows if row is not None]
 
+    def alive(self) -> bool:
+        return all(_is_running(daemon) for daemon in self._daemons)
+
     async def close(self) -> None:
-        if not ray.is_initialized():
+        if not ray.is_initialized() or not self.alive():
             return
         workers, self._workers = list(self._workers.values()), {}
         groups, self._groups = self._groups, []
@@ -206,13 +211,19 @@ class RayCluster:
                 self._seats[role.name] = seats
 
     async def _create(self, wanted: Sequence[Sequence[Bundle]]) -> list[PlacementGroup]:
-        """Placement groups for these bundles, all reserved. Raises PlacementError, and then leaves none behind."""
+        """Placement groups for these bundles, all reserved. Where there is no room in time, the bundles' next choice of
+        nodes is tried. Raises PlacementError, and then leaves none behind."""
         groups: list[PlacementGroup] = []
         try:
             for bundles in wanted:
-                resources = [dict(bundle.resources) for bundle in bundles]
-                groups.append(await asyncio.to_thread(placement_group, resources, "PACK"))
-            pending = await self._pending(groups)
+                groups.append(await asyncio.to_thread(_ask, bundles, 0))
+            pending = await self._pending(groups, range(len(groups)))
+            for choice in range(1, max((_choices(bundles) for bundles in wanted), default=1)):
+                for index in pending:
+                    if choice < _choices(wanted[index]):
+                        await asyncio.to_thread(remove_placement_group, groups[index])
+                        groups[index] = await asyncio.to_thread(_ask, wanted[index], choice)
+                pending = await self._pending(groups, pending)
             if pending:
                 lacking = [bundle for index in pending for bundle in wanted[index]]
                 everything = [bundle for bundles in wanted for bundle in bundles]
@@ -223,10 +234,10 @@ class RayCluster:
             raise
         return groups
 
-    async def _pending(self, groups: Sequence[PlacementGroup]) -> list[int]:
-        """Which groups were not reserved by the deadline."""
+    async def _pending(self, groups: Sequence[PlacementGroup], among: Iterable[int]) -> list[int]:
+        """Which of these groups were not reserved by the deadline."""
         deadline = time.monotonic() + self._timeout_s
-        pending = list(range(len(groups)))
+        pending = list(among)
         while pending:
             pending = [index for index in pending if not await asyncio.to_thread(_is_created, groups[index])]
             if not pending or time.monotonic() > deadline:
@@ -240,15 +251,16 @@ class RayCluster:
         lines = shortages(everything, view)
         if not lines:
             free = describe({name: ray.available_resources().get(name, 0.0) for name in ("GPU", "CPU")})
-            asked = dict.fromkeys(f"{bundle.label}: {describe(bundle.resources)} each" for bundle in lacking)
+            asked = dict.fromkeys(f"{bundle.label}: {bundle.needs} each" for bundle in lacking)
             lines = [*asked, f"the cluster is large enough, but others use it: {free} free now"]
         return "\n".join(
             [f"no room on the cluster ({view}) within cluster.placement_timeout_s={self._timeout_s:g}:", *lines]
         )
 
 
-def connect(cluster: ClusterConfig, plan: Plan, *, debug: bool = False) -> str:
-    """Connect to the Ray at `cluster.address`, else at RAY_ADDRESS, else start one of our own. Its address.
+def connect(cluster: ClusterConfig, plan: Plan, *, debug: bool = False) -> str | None:
+    """Connect to the Ray at `cluster.address`, else at RAY_ADDRESS, else start one of our own. Returns the URL of
+    its dashboard, if it has one.
 
     An address that has to be guessed (`auto`) is refused: it may be somebody else's Ray."""
     address = _address(cluster)
@@ -262,7 +274,7 @@ def connect(cluster: ClusterConfig, plan: Plan, *, debug: bool = False) -> str:
         # Our actors have environments of their own, so none would be taken from Ray's stock of idle workers.
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     try:
-        ray.init(
+        context = ray.init(
             address=address,
             namespace=NAMESPACE,
             log_to_driver=debug,
@@ -272,7 +284,7 @@ def connect(cluster: ClusterConfig, plan: Plan, *, debug: bool = False) -> str:
         )
     except (ConnectionError, RuntimeError) as error:
         raise PlacementError(f"no Ray answers at {address}: {str(error).splitlines()[0]}") from None
-    return ray.get_runtime_context().gcs_address
+    return f"http://{context.dashboard_url}" if context.dashboard_url else None
 
 
 def cluster_at_hand(cluster: ClusterConfig, plan: Plan) -> ClusterView:
@@ -306,8 +318,36 @@ def view_cluster() -> ClusterView:
     """The living nodes of the Ray that this process is connected to."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     return ClusterView(
-        tuple(Node(node["NodeManagerHostname"] + "/" + node["NodeID"][:6], node["Resources"]) for node in nodes)
+        tuple(
+            Node(node["NodeManagerHostname"] + "/" + node["NodeID"][:6], node["Resources"], node["Labels"])
+            for node in nodes
+        )
     )
+
+
+def _ask(bundles: Sequence[Bundle], choice: int) -> PlacementGroup:
+    """A group for these bundles, on the nodes that they prefer, or their next choice."""
+    selectors = [dict(bundle.selectors[choice]) if bundle.selectors else {} for bundle in bundles]
+    resources = [dict(bundle.resources) for bundle in bundles]
+    labelled: dict[str, Any] = {"bundle_label_selector": selectors} if any(selectors) else {}
+    return placement_group(resources, "PACK", **labelled)
+
+
+def _choices(bundles: Sequence[Bundle]) -> int:
+    return max(1, *(len(bundle.selectors) for bundle in bundles))
+
+
+def _own_daemons() -> tuple[psutil.Process, ...]:
+    """Of a Ray that this process started: its children. None if it connected to a Ray that was there."""
+    children = psutil.Process().children()
+    return tuple(child for child in children if any("/ray/" in part for part in child.cmdline()))
+
+
+def _is_running(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _is_created(group: PlacementGroup) -> bool:

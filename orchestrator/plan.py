@@ -16,7 +16,17 @@ from dataclasses import dataclass
 
 from actors.errors import ConfigError
 from orchestrator.bundles import GIB, Bundle, ClusterView, Resources, shortages
-from orchestrator.config import FrozenRole, PhaseConfig, RolesConfig, RolloutRole, RunConfig, TrainedRole
+from orchestrator.config import (
+    BemaConfig,
+    Fallback,
+    FrozenRole,
+    PhaseConfig,
+    RolesConfig,
+    RolloutRole,
+    RunConfig,
+    TrainedRole,
+)
+from orchestrator.labels import Selector
 from orchestrator.memory import Memory, Training, estimate
 from orchestrator.pipeline import Pipeline
 from orchestrator.refusals import ELASTIC, Role, count, refusals, warnings
@@ -47,6 +57,7 @@ class RolePlan:
     memory: Memory | None  # an estimate of one process; None if the model's size is not known
     host: str | None  # the role whose bundles it shares
     bundles: tuple[int, ...]  # in the gang, one per rank; of an elastic role only if it shares them
+    selectors: tuple[Selector, ...] = ()  # of nodes, in the order of preference
 
     @property
     def elastic(self) -> bool:
@@ -55,7 +66,7 @@ class RolePlan:
     @property
     def own_bundle(self) -> Bundle:
         """What an elastic worker reserves for itself."""
-        return Bundle((self.name,), self.resources)
+        return Bundle((self.name,), self.resources, self.selectors)
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,7 @@ class PhasePlan:
     longest_row: int | None  # tokens; None where the configuration sets no limit
     micro_batches: int | None
     groups_in_flight: int  # prompt groups that may be collected ahead of what was trained
+    bema: BemaConfig | None = None  # how the policy's weights are averaged
 
     @property
     def rows_per_step(self) -> int:
@@ -149,9 +161,9 @@ def _has_implicit_reference(config: RunConfig) -> bool:
 
 
 def _launched(config: RunConfig, pipelines: Mapping[str, Pipeline], implicit_reference: bool) -> list[str]:
-    """Roles of all phases, gangs first; evaluation needs somebody who samples and somebody who scores."""
+    """Roles of all phases, gangs first; held-out prompts need somebody who samples and somebody who scores."""
     named = dict.fromkeys(role for pipeline in pipelines.values() for role in pipeline.roles)
-    if any(phase.evaluation for phase in config.phases.values()):
+    if any(phase.evaluation and phase.evaluation.data for phase in config.phases.values()):
         named |= dict.fromkeys(ELASTIC)
     if implicit_reference:
         named.pop("reference", None)
@@ -202,7 +214,7 @@ def _gang(config: RunConfig, roles: list[str]) -> tuple[tuple[Bundle, ...], dict
         if role not in ELASTIC and role not in guests:
             settings: Role = getattr(config.roles, role)
             seats[role] = tuple(range(len(bundles), len(bundles) + count(settings)))
-            bundles += [Bundle((role,), _resources(settings))] * count(settings)
+            bundles += [Bundle((role,), _resources(settings), _selectors(settings))] * count(settings)
     for role in guests:
         settings = getattr(config.roles, role)
         host = seats.get(str(settings.colocate), ())
@@ -222,15 +234,26 @@ def _resources(settings: Role) -> dict[str, float]:
     return {name: float(value) for name, value in {**asked, **custom}.items() if value}
 
 
+def _selectors(settings: Role) -> tuple[Selector, ...]:
+    """Choices of nodes, the first one preferred; none if every node will do."""
+    first: Selector = getattr(settings, "label_selector", {})
+    others: tuple[Fallback, ...] = getattr(settings, "fallback_strategy", ())
+    return (first, *(other.label_selector for other in others)) if first else ()
+
+
 def _role_plan(role: str, config: RunConfig, threads: int, bundles: tuple[int, ...], memory: Memory | None) -> RolePlan:
     settings: Role = getattr(config.roles, role)
     env = _environment(settings, threads)
-    return RolePlan(role, count(settings), _resources(settings), threads, env, memory, settings.colocate, bundles)
+    resources, selectors = _resources(settings), _selectors(settings)
+    return RolePlan(role, count(settings), resources, threads, env, memory, settings.colocate, bundles, selectors)
 
 
 def _environment(settings: Role, threads: int) -> dict[str, str]:
-    """What must be set before torch is imported. PASSIVE: idle OpenMP threads must not spin on the others' cores."""
+    """What must be set before torch is imported. PASSIVE: idle OpenMP threads must not spin on the others' cores. Ray
+    hides the GPUs of others from an actor that has some, but shows all of them to one that has none."""
     env = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    if settings.gpus == 0:
+        env["CUDA_VISIBLE_DEVICES"] = ""
     if isinstance(settings, TrainedRole) and settings.backend == "deepspeed" and settings.gpus == 0:
         env["DS_ACCELERATOR"] = "cpu"
     return env
@@ -250,7 +273,8 @@ def _memory(role: str, config: RunConfig, parameters: int | None) -> Memory | No
         return estimate(parameters, settings.dtype or config.model.dtype, tokens=tokens)
     lora = config.model.lora.r if config.model.lora else None
     stage = _zero_stage(settings) if settings.backend == "deepspeed" else 0
-    training = Training(stage, settings.ranks, lora, config.model.gradient_checkpointing)
+    averaged = role == "policy" and any(phase.train.bema for phase in config.phases.values())
+    training = Training(stage, settings.ranks, lora, config.model.gradient_checkpointing, averaged)
     return estimate(parameters, config.model.dtype, tokens=tokens, training=training)
 
 
@@ -266,7 +290,6 @@ def _phase_plan(name: str, config: RunConfig, pipeline: Pipeline) -> PhasePlan:
     generates = pipeline.generates
     rows = int(generates.options["n"]) if generates else pipeline.data.rows_per_item
     minibatches = max((int(update.options["minibatches"]) for update in pipeline.updates), default=1)
-    epochs = max((int(update.options["epochs"]) for update in pipeline.updates), default=1)
     longest = _longest_row(phase, sampled=generates is not None)
     return PhasePlan(
         name=name,
@@ -274,10 +297,11 @@ def _phase_plan(name: str, config: RunConfig, pipeline: Pipeline) -> PhasePlan:
         pipeline=pipeline,
         items_per_step=phase.train.batch_size,
         rows_per_item=rows,
-        optimizer_steps_per_batch=minibatches * epochs,
+        optimizer_steps_per_batch=pipeline.optimizer_steps_per_batch,
         longest_row=longest,
         micro_batches=_micro_batches(config, phase, pipeline, rows, minibatches, longest),
         groups_in_flight=(phase.train.max_staleness + 1) * phase.train.batch_size if generates else 0,
+        bema=phase.train.bema,
     )
 
 

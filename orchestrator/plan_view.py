@@ -23,7 +23,7 @@ def _parts(plan: Plan, cluster: ClusterView) -> Iterator[RenderableType]:
     for phase in plan.phases:
         yield _heading(f"phase {phase.name}: {phase.method} on {phase.pipeline.data.name}")
         yield _stages(phase)
-        yield Text(arithmetic(phase) + "\n")
+        yield Text("\n".join([arithmetic(phase), *_movements(phase)]) + "\n")
     yield _heading("roles")
     yield _roles(plan)
     if plan.implicit_reference:
@@ -57,6 +57,16 @@ def arithmetic(phase: PhasePlan) -> str:
     return "; ".join(said)
 
 
+def _movements(phase: PhasePlan) -> Iterator[str]:
+    """What happens to weights besides training."""
+    for stage in phase.pipeline.mixes:
+        share, source, every = (stage.options[name] for name in ("share", "source", "every"))
+        yield f"{stage.role}: after every {every} steps {share:g} {source} + {1 - share:g} {stage.role}"
+    if phase.bema is not None:
+        first = phase.bema.update_after + phase.bema.update_freq
+        yield f"bema: an average every {phase.bema.update_freq} optimizer steps, first at step {first}; saved as bema/"
+
+
 def _stages(phase: PhasePlan) -> Table:
     table = _table("stage", "reads", "writes", "part")
     learning = len(phase.pipeline.collect)
@@ -83,6 +93,7 @@ def _memory(memory: Memory) -> tuple[str, str]:
         "optimizer": memory.optimizer,
         "activations": memory.activations,
         "KV cache": memory.kv_cache,
+        "averages": memory.averages,
         "process": memory.process,
     }
     parts = [f"{name} {gib:.2f}" for name, gib in named.items() if gib >= 0.005]

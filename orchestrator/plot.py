@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from orchestrator.metrics import METRICS_FILE, read
+from orchestrator.metrics import METRICS_FILE, held_out_margin, read
 
 Line = dict[str, Any]
 Points = list[tuple[int, float]]  # (step, value)
@@ -26,17 +26,29 @@ SMOOTHED_FROM = 20  # points
 @dataclass(frozen=True)
 class Panel:
     """One curve: how a line of metrics becomes a value (None: not on this line). `sparse`: few points, each of which
-    matters, and a phase goes on from where the one before ended."""
+    matters. `goes_on`: a phase begins where the one before ended, so its curve does, too. `share`: between 0 and 1, if
+    all of its values are."""
 
     title: str
     value: Callable[[Line], float | None]
     sparse: bool = False
+    goes_on: bool = False
+    share: bool = False
 
 
-def draw(folder: Path) -> Path | None:
-    """Draw `folder/curves.png` from `folder/metrics.jsonl`; None if nothing was measured yet."""
-    lines = read(folder / METRICS_FILE)
-    panels = [panel for panel in PANELS if any(panel.value(line) is not None for line in lines)]
+def draw(
+    folder: Path,
+    file: Path | None = None,
+    *,
+    title: str | None = None,
+    phase: str | None = None,
+    panels: Sequence[Panel] | None = None,
+    dpi: int = 130,
+) -> Path | None:
+    """Draw `folder/curves.png` (or another file) from `folder/metrics.jsonl`; None if nothing was measured yet. With
+    `phase`, that one alone; `panels`: default, all for which there is something to draw."""
+    lines = [line for line in read(folder / METRICS_FILE) if phase in (None, line["phase"])]
+    panels = [panel for panel in panels or PANELS if any(panel.value(line) is not None for line in lines)]
     if not panels:
         return None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -44,30 +56,31 @@ def draw(folder: Path) -> Path | None:
 
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.6 * columns, 2.9 * rows + 0.5), dpi=130, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(4.6 * columns, 2.9 * rows + 0.5), dpi=dpi, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(folder.name, fontsize=11, color=INK, x=0.01, ha="left", fontweight="bold")
+    figure.suptitle(title or folder.name, fontsize=11, color=INK, x=0.01, ha="left", fontweight="bold")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for index, (axis, panel) in enumerate(zip(axes, panels, strict=False)):
         _draw_panel(axis, panel, lines, named=index == 0)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
-    file = folder / PICTURE
+    file = file or folder / PICTURE
     figure.savefig(file)
     return file
 
 
 def _draw_panel(axis: Any, panel: Panel, lines: Sequence[Line], *, named: bool) -> None:
-    _style(axis, panel, share=panel.sparse and all(0 <= y <= 1 for _, y in _points(panel, lines)))
+    _style(axis, panel, share=panel.share and all(0 <= y <= 1 for _, y in _points(panel, lines)))
     previous: Points = []
-    for index, (phase, first, last) in enumerate(_spans(lines)):
+    spans = _spans(lines)
+    for index, (phase, first, last) in enumerate(spans):
         axis.axvspan(first, last, color=SHADES[index % len(SHADES)], lw=0)
         if named:
             axis.text((first + last) / 2, 0.97, phase, transform=axis.get_xaxis_transform(), **_LABEL)
         points = _points(panel, [line for line in lines if line["phase"] == phase])
-        _draw_curve(axis, previous[-1:] + points if panel.sparse else points, panel, COLOURS[index % len(COLOURS)])
+        _draw_curve(axis, previous[-1:] + points if panel.goes_on else points, panel, COLOURS[index % len(COLOURS)])
         previous = points
-    axis.set_xlim(0, max(line["step"] for line in lines) or 1)
+    axis.set_xlim(spans[0][1], max(spans[-1][2], spans[0][1] + 1))
 
 
 def _draw_curve(axis: Any, points: Points, panel: Panel, colour: str) -> None:
@@ -107,8 +120,8 @@ def _spans(lines: Sequence[Line]) -> list[tuple[str, int, int]]:
     """(phase, first step, last step) in the order in which they ran; each begins where the one before ended."""
     spans: list[tuple[str, int, int]] = []
     for phase, group in groupby(lines, key=lambda line: line["phase"]):
-        last = max(line["step"] for line in group)
-        spans.append((phase, spans[-1][2] if spans else 0, last))
+        steps = [line["step"] for line in group]
+        spans.append((phase, spans[-1][2] if spans else min(steps), max(steps)))
     return spans
 
 
@@ -123,6 +136,12 @@ def _metric(name: str) -> Callable[[Line], float | None]:
     return lambda line: line.get(name)
 
 
+def _likelier(line: Line) -> float | None:
+    """By how many nats held-out rows that are chosen are likelier than the others."""
+    chosen, rejected = (line.get(f"eval_logps/{side}") for side in ("chosen", "rejected"))
+    return None if chosen is None or rejected is None else chosen - rejected
+
+
 def _tokens_per_second(line: Line) -> float | None:
     tokens, seconds = line.get("num_tokens"), line.get("step_time")
     return tokens / seconds if tokens and seconds else None
@@ -131,7 +150,11 @@ def _tokens_per_second(line: Line) -> float | None:
 _LABEL: dict[str, Any] = {"ha": "center", "va": "top", "fontsize": 8, "color": FAINT}
 _VALUE: dict[str, Any] = {"ha": "center", "fontsize": 8, "color": INK}
 PANELS = (
-    Panel("evaluation: reward on held-out prompts", _metric("eval_reward"), sparse=True),
+    Panel("evaluation: reward on held-out prompts", _metric("eval_reward"), sparse=True, goes_on=True, share=True),
+    Panel("held-out rows: loss", _metric("eval_loss"), sparse=True),
+    Panel("held-out rows: reward, chosen above rejected", held_out_margin, sparse=True),
+    Panel("held-out rows: log-probability, chosen above rejected", _likelier, sparse=True),
+    Panel("held-out rows: share with the right order", _metric("eval_rewards/accuracies"), sparse=True, share=True),
     Panel("reward", _metric("reward")),
     Panel("loss", _metric("loss")),
     Panel("completion length, tokens", _metric("completions/mean_length")),

@@ -16,8 +16,9 @@ from typing import Any
 from actors.errors import ConfigError, ModelError
 from orchestrator.config import DataConfig, EvaluationConfig, PhaseConfig, RunConfig
 from orchestrator.examples import PREFIX, is_example, model_folder
+from orchestrator.losses.objective import LossObjective
 from orchestrator.methods import build
-from orchestrator.pipeline import Pipeline, Prompts
+from orchestrator.pipeline import DataKind, Pipeline, Prompts
 from orchestrator.source import Source, open_source
 from rewards.loading import RewardSpec, check_columns, check_reward
 from rollout.sampling import Sampling
@@ -34,7 +35,8 @@ class PreparedPhase:
     config: PhaseConfig
     pipeline: Pipeline
     source: Source
-    evaluation: Source | None
+    evaluation: Source | None  # held-out prompts
+    held_out: Source | None  # held-out rows
     steps: int
     sampling: Sampling
     first_version: int  # of the policy's weights when the phase begins
@@ -147,10 +149,32 @@ def _prepare_phase(
     phase = config.phases[name]
     source = open_source(phase.data, pipeline.data, tokenizer, seed=config.seed, model_max_length=room)
     steps = phase_steps(phase, name, source)
-    evaluation = _open_evaluation(phase.evaluation, tokenizer, config.seed, room)
+    _check_something_happens(phase, name, pipeline, steps)
+    evaluation, held_out = _open_evaluation(phase, name, pipeline.data, tokenizer, config.seed, room)
     first_version = sum(earlier.steps for earlier in before)
     sampling = Sampling(**phase.sampling.model_dump())
-    return PreparedPhase(name, len(before), phase, pipeline, source, evaluation, steps, sampling, first_version)
+    for where, each in ((f"phases.{name}.data", source), (f"phases.{name}.evaluation.rows", held_out)):
+        if each is not None:
+            _refuse_too_long(each, pipeline, phase, where, f"phases.{name}.train.token_budget")
+    return PreparedPhase(
+        name, len(before), phase, pipeline, source, evaluation, held_out, steps, sampling, first_version
+    )
+
+
+def _refuse_too_long(source: Source, pipeline: Pipeline, phase: PhaseConfig, where: str, budget: str) -> None:
+    """A micro-batch holds whole rows, or whole items where a loss compares the rows of one."""
+    whole = any(LossObjective.of(update).keep_groups for update in pipeline.updates)
+    longest = source.longest.item if whole else source.longest.row
+    what = f"all rows of an item of {pipeline.data.name} together" if whole else "a row"
+    limit = f"{where}.max_length"
+    if pipeline.generates:
+        longest, what = longest + phase.sampling.max_tokens, "a prompt with sampling.max_tokens"
+        limit = f"{where}.max_prompt_length or sampling.max_tokens"
+    if longest > phase.train.token_budget:
+        raise ConfigError(
+            f"{budget}={phase.train.token_budget}: {what} may have {longest} tokens, and a micro-batch takes it whole; "
+            f"raise {budget}, or lower {limit}"
+        )
 
 
 def phase_steps(phase: PhaseConfig, name: str, source: Source) -> int:
@@ -173,11 +197,60 @@ def phase_steps(phase: PhaseConfig, name: str, source: Source) -> int:
     return max(1, int(items * train.epochs) // train.batch_size)
 
 
-def _open_evaluation(evaluation: EvaluationConfig | None, tokenizer: Any, seed: int, room: int) -> Source | None:
-    if evaluation is None:
-        return None
-    data: DataConfig = evaluation.data.model_copy(update={"shuffle": False})
-    return open_source(data, Prompts, tokenizer, seed=seed, model_max_length=room)
+def _check_something_happens(phase: PhaseConfig, name: str, pipeline: Pipeline, steps: int) -> None:
+    """Raises ConfigError for what is asked for every so many steps, and would not come up in this many."""
+    for stage in pipeline.mixes:
+        if stage.options["every"] > steps:
+            raise ConfigError(
+                f"phases.{name}: the weights of {stage.role} follow every {stage.options['every']} steps, but the "
+                f"phase has {steps}; lower options.ref_model_sync_steps, or train for longer"
+            )
+    bema, optimizer_steps = phase.train.bema, steps * pipeline.optimizer_steps_per_batch
+    if bema is not None and bema.update_after + bema.update_freq > optimizer_steps:
+        raise ConfigError(
+            f"phases.{name}.train.bema takes its first average at step {bema.update_after + bema.update_freq} "
+            f"(update_after + update_freq), but the phase has {optimizer_steps} optimizer steps; lower "
+            f"phases.{name}.train.bema.update_freq, or train for longer"
+        )
+
+
+def _open_evaluation(
+    phase: PhaseConfig, name: str, kind: DataKind, tokenizer: Any, seed: int, room: int
+) -> tuple[Source | None, Source | None]:
+    """(held-out prompts, held-out rows)."""
+    if phase.evaluation is None:
+        return None, None
+    where = f"phases.{name}.evaluation"
+    if wrong := _wrong_with(phase.evaluation, where, phase.method, kind):
+        raise ConfigError(wrong)
+
+    def opened(data: DataConfig | None, kind: DataKind) -> Source | None:
+        unshuffled = data.model_copy(update={"shuffle": False}) if data is not None else None
+        return unshuffled and open_source(unshuffled, kind, tokenizer, seed=seed, model_max_length=room)
+
+    prompts, rows = opened(phase.evaluation.data, Prompts), opened(phase.evaluation.rows, kind)
+    if rows is not None and "mismatched" in kind.columns and len(rows) < 2:
+        raise ConfigError(f"{where}.rows has one item; {phase.method} swaps completions between items: give it more")
+    return prompts, rows
+
+
+def _wrong_with(evaluation: EvaluationConfig, where: str, method: str, kind: DataKind) -> str | None:
+    if evaluation.data is None and evaluation.rows is None:
+        return (
+            f"{where} names nothing to evaluate on; set {where}.data (prompts, answered and scored by the rewards), "
+            f"{where}.rows (rows, whose loss is taken), or both"
+        )
+    if evaluation.rows is not None and kind.prompts_only:
+        return (
+            f"{where}.rows: {method} learns from what it samples, so rows have no loss of its own; set {where}.data "
+            "to held-out prompts instead"
+        )
+    if evaluation.rows is not None and evaluation.rows.streaming:
+        return (
+            f"{where}.rows.streaming=true: held-out rows are evaluated all at once; leave it out, and set "
+            f"{where}.rows.limit if they are too many"
+        )
+    return None
 
 
 def _evaluation_tokens(phase: PreparedPhase) -> int:

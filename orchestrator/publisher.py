@@ -19,6 +19,7 @@ from actors.worker import Group, Objects, Ref
 from orchestrator.config import WeightsConfig
 from orchestrator.fleet import State
 from orchestrator.pool import Event, Pool
+from orchestrator.transfer import export_payload
 from rollout.weights import CollectiveSend, DiskWrite, ManifestOf, OpenCollective, PackBuckets
 from rollout.weights.protocol import Ack, Manifest, Rendezvous, SendReport, SyncOrder
 
@@ -118,7 +119,8 @@ class Publisher:
         if worker is None:
             return None
         try:
-            ack: Ack = await worker.call("receive", order, payload, timeout_s=self._config.timeout_s + 30)
+            deadline, name = self._config.timeout_s + 30, f"rollout.receive v{order.version}"
+            ack: Ack = await worker.call("receive", order, payload, timeout_s=deadline, task_name=name)
             report = await sent if isinstance(sent, asyncio.Future) else sent
             if (ack.version, ack.fingerprint) != (report.version, report.fingerprint):
                 raise InfraFailure(
@@ -159,13 +161,8 @@ class Publisher:
         """All weights as one object in the object store, made once per version."""
         if self._snapshot is None:
             packed = PackBuckets(await self._get_manifest(), self.version if version is None else version)
-            first, *others = self._policy.workers
             deadline = self._config.timeout_s + 30
-            results = await asyncio.gather(
-                first.call_split("export", packed, self._bucket_bytes, timeout_s=deadline),
-                *(worker.call("export", packed, self._bucket_bytes, timeout_s=deadline) for worker in others),
-            )
-            self._snapshot = results[0]
+            self._snapshot = await export_payload(self._policy, packed, self._bucket_bytes, timeout_s=deadline)
         return self._snapshot
 
     async def _export(self, consumer: Any, task_name: str) -> Any:

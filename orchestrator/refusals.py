@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from orchestrator.config import PhaseConfig, RewardRole, RolesConfig, RolloutRole, RunConfig, TrainedRole
+from orchestrator.config import FrozenRole, PhaseConfig, RewardRole, RolesConfig, RolloutRole, RunConfig, TrainedRole
 from orchestrator.pipeline import Pipeline
 
 ELASTIC = ("rollout", "reward")  # pools of workers that come and go; every other role is a gang of ranks
@@ -35,12 +35,19 @@ def warnings(config: RunConfig, pipelines: Mapping[str, Pipeline]) -> list[str]:
         for name, pipeline in list(pipelines.items())[1:]
         if "reference" in pipeline.roles and config.model.lora is not None and config.roles.reference.model is None
     ]
-    return forgetful + [
+    biased = [
         f"phases.{name}.sampling: top_p, top_k or min_p cut the distribution that is sampled from, while the policy's "
         "log-probabilities are of the whole: ratios between the two are biased"
         for name, pipeline in pipelines.items()
         if pipeline.generates and _truncates(config.phases[name])
     ]
+    lost = [
+        f"phases.{name}.train.bema: the average is in the checkpoints of that phase, of which later ones leave "
+        f"checkpoint.keep={config.checkpoint.keep}; the phases after it go on from the model itself"
+        for name in list(pipelines)[:-1]
+        if config.phases[name].train.bema is not None
+    ]
+    return forgetful + biased + lost
 
 
 def _of_phase(where: str, config: RunConfig, phase: PhaseConfig, pipeline: Pipeline) -> Iterator[str]:
@@ -58,8 +65,26 @@ def _of_phase(where: str, config: RunConfig, phase: PhaseConfig, pipeline: Pipel
         )
     if "mismatched" in pipeline.data.columns and train.batch_size < 2:
         yield f"{where}.train.batch_size=1: {phase.method} swaps completions between a batch's examples; use 2 or more"
+    for role in pipeline.mixed:
+        yield from _of_mixed(where, config, phase, role)
     for update in pipeline.updates:
         yield from _of_update(where, config, phase, update.role, int(update.options.get("minibatches", 1)))
+
+
+def _of_mixed(where: str, config: RunConfig, phase: PhaseConfig, role: str) -> Iterator[str]:
+    """A role whose weights follow the policy's must have weights of its own, and begin with the policy's."""
+    said = f"{where}: {phase.method} as configured moves the weights of the {role} (options.sync_ref_model)"
+    settings = getattr(config.roles, role)
+    if isinstance(settings, FrozenRole) and settings.model is not None:
+        yield (
+            f"{said}, but roles.{role}.model={settings.model} is a model of its own, which need not be the policy's; "
+            f"leave roles.{role}.model unset, or set options.sync_ref_model=false"
+        )
+    elif config.model.lora is not None:
+        yield (
+            f"{said}, but with model.lora the {role} is the policy without its adapters and has no weights to move; "
+            "train without model.lora, or set options.sync_ref_model=false"
+        )
 
 
 def _of_update(where: str, config: RunConfig, phase: PhaseConfig, role: str, minibatches: int) -> Iterator[str]:
@@ -90,6 +115,13 @@ def _of_role(where: str, role: str, settings: Role, roles: RolesConfig, launched
         yield (
             f"{where}.gpus={settings.gpus:g} with tensor_parallel={settings.tensor_parallel}: a worker holds "
             f"all of its engine's GPUs; set {where}.gpus={settings.tensor_parallel}"
+        )
+    if isinstance(settings, RolloutRole) and settings.fallback_strategy and not settings.label_selector:
+        yield f"{where}.fallback_strategy is for when {where}.label_selector finds no room, and there is none; set one"
+    if settings.colocate is not None and getattr(settings, "label_selector", None):
+        yield (
+            f"{where}.label_selector: a colocated role runs where {settings.colocate} runs; set "
+            f"roles.{settings.colocate}.label_selector instead"
         )
     if settings.colocate is not None:
         yield from _of_colocation(where, role, settings, roles, launched)

@@ -25,6 +25,7 @@ from orchestrator.losses.objective import LossObjective
 from orchestrator.pipeline import Pipeline, Stage, Verb
 from orchestrator.pool import Pool
 from orchestrator.publisher import Publisher, SyncReport
+from orchestrator.transfer import mix_towards
 from rewards.actor import ScoreResult
 from rollout.sampling import GroupMeta, Request
 
@@ -63,6 +64,7 @@ class Roles:
             Verb.LOGPS: self._logps,
             Verb.CREDIT: self._credit,
             Verb.UPDATE: self._update,
+            Verb.MIX: self._mix,
         }
 
     def enter(self, phase: PhaseSettings) -> None:
@@ -78,6 +80,19 @@ class Roles:
         """One batch-wise stage: the batch with the columns that it writes, and its metrics."""
         return await self._verbs[stage.verb](stage, batch, step)
 
+    async def evaluate(self, batch: Batch) -> dict[str, float]:
+        """What the phase's updates would report of a batch, without learning from it. The stages before them run as in
+        a step."""
+        metrics: dict[str, float] = {}
+        for stage in self.phase.pipeline:
+            if stage.verb is Verb.UPDATE:
+                objective = LossObjective.of(stage)
+                found = await self._on_every_rank("evaluate", stage, _read(batch, objective), objective, step=-1)
+                metrics |= found[0]
+            else:
+                batch, _ = await self.run(stage, batch, step=-1)
+        return metrics
+
     async def run_batch_stages(self, batch: Batch) -> Batch:
         """The batch-wise stages of the collecting part."""
         for stage in self.phase.pipeline.batch_stages:
@@ -90,7 +105,8 @@ class Roles:
 
         async def work(worker: Worker) -> tuple[GroupMeta, Ref]:
             try:
-                return await worker.call_split("generate", request, timeout_s=pool.policy.call_timeout_s)
+                name, deadline = f"rollout.generate {request.id}", pool.policy.call_timeout_s
+                return await worker.call_split("generate", request, timeout_s=deadline, task_name=name)
             except asyncio.CancelledError:
                 await _abort(worker, request.id)
                 raise
@@ -100,11 +116,10 @@ class Roles:
     async def score(self, prompt: Any, tokens: Ref) -> ScoreResult:
         """Rewards of one prompt's samples, from whichever reward worker is free."""
         pool = _required(self.reward, "reward")
+        name, deadline = f"reward.score prompt {prompt.id}", pool.policy.call_timeout_s
 
         async def work(worker: Worker) -> ScoreResult:
-            return await worker.call(
-                "score", tokens, prompt.prompt, prompt.columns, timeout_s=pool.policy.call_timeout_s
-            )
+            return await worker.call("score", tokens, prompt.prompt, prompt.columns, timeout_s=deadline, task_name=name)
 
         return await pool.call(f"score prompt {prompt.id}", work)
 
@@ -126,7 +141,8 @@ class Roles:
         into = stage.options["into"]
         role, adapters = self._holder(stage)
         group = self.groups[role]
-        dealt = deal(batch.only({"tokens", "mask"}), len(group.workers), self.phase.token_budget)
+        needed = batch.only({"tokens", "mask", "group"} & set(batch.columns))
+        dealt = deal(needed, len(group.workers), self.phase.token_budget)
         chunks = await asyncio.gather(*(self.objects.put(chunk) for _, chunk in dealt))
         results = await group.call(
             "logps",
@@ -154,11 +170,8 @@ class Roles:
 
     async def _update(self, stage: Stage, batch: Batch, step: int) -> tuple[Batch, dict[str, float]]:
         """One optimizer step per minibatch and epoch; metrics are means over them."""
-        assert stage.call is not None
-        objective = LossObjective(stage.call, stage.options["reduce"], stage.options["loss_options"])
-        needed = batch.only(
-            {"tokens", "mask", "group", *objective.columns} & set(batch.columns) | set(objective.columns)
-        )
+        objective = LossObjective.of(stage)
+        needed = _read(batch, objective)
         reports = []
         for epoch in range(stage.options["epochs"]):
             for rows in _minibatches(needed, stage.options["minibatches"], (self.phase.seed, step, epoch)):
@@ -168,11 +181,20 @@ class Roles:
         return batch, {name: float(np.mean([report[name] for report in reports if name in report])) for name in names}
 
     async def _update_once(self, stage: Stage, batch: Batch, objective: LossObjective, step: int) -> dict[str, float]:
+        first = (await self._on_every_rank("update", stage, batch, objective, step))[0]
+        seconds = {f"time/{name}": value for name, value in first.seconds.items()}
+        return {**first.metrics, "grad_norm": first.grad_norm, "learning_rate": first.learning_rate, **seconds}
+
+    async def _on_every_rank(
+        self, method: str, stage: Stage, batch: Batch, objective: LossObjective, step: int
+    ) -> list[Any]:
+        """`update` or `evaluate`: each rank has its share of the batch, and answers for all of it."""
         group = self.groups[stage.role]
-        dealt = deal(batch, len(group.workers), self.phase.token_budget, keep_groups=objective.keep_groups)
+        ranks, budget = len(group.workers), self.phase.token_budget
+        dealt = deal(batch, ranks, budget, keep_groups=objective.keep_groups, aside=objective.aside)
         chunks = await asyncio.gather(*(self.objects.put(chunk) for _, chunk in dealt))
-        reports = await group.call(
-            "update",
+        return await group.call(
+            method,
             objective,
             self.phase.temperature,
             stage.name,
@@ -180,9 +202,23 @@ class Roles:
             timeout_s=self._call_timeout_s,
             task_name=_label(stage, step),
         )
-        first = reports[0]
-        seconds = {f"time/{name}": value for name, value in first.seconds.items()}
-        return {**first.metrics, "grad_norm": first.grad_norm, "learning_rate": first.learning_rate, **seconds}
+
+    async def _mix(self, stage: Stage, batch: Batch, step: int) -> tuple[Batch, dict[str, float]]:
+        """Move a role's weights towards those of the source as this step leaves them, if it is such a step."""
+        if (step + 1) % stage.options["every"] == 0:
+            await mix_towards(
+                self.groups[stage.options["source"]],
+                self.groups[stage.role],
+                stage.options["share"],
+                timeout_s=self._call_timeout_s,
+                task_name=_label(stage, step),
+            )
+        return batch, {}
+
+
+def _read(batch: Batch, objective: LossObjective) -> Batch:
+    """The columns that a trainer needs of a batch."""
+    return batch.only({"tokens", "mask", "group", *objective.columns} & set(batch.columns) | set(objective.columns))
 
 
 def _minibatches(batch: Batch, count: int, seed: tuple[int, int, int]) -> list[np.ndarray | None]:

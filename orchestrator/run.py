@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import json
 import os
-import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -19,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from actors.errors import ConfigError, InfraFailure
+from actors.errors import ConfigError, InfraFailure, Interrupted
+from actors.worker import Worker
 from orchestrator.checkpoint import Checkpoint, CheckpointStore, RunState
 from orchestrator.cluster import Cluster, LocalCluster
 from orchestrator.collector import Collector, GroupCollector, RowCollector
@@ -28,9 +28,10 @@ from orchestrator.console import Console
 from orchestrator.control import Board, RunFile, board_name
 from orchestrator.cursor import Cursor
 from orchestrator.driver import Progress, StepRecord, train
-from orchestrator.evaluation import Evaluation, evaluate, greedy
+from orchestrator.ending import Ending
+from orchestrator.evaluation import evaluate, evaluate_rows, greedy
 from orchestrator.fleet import State
-from orchestrator.launch import launch, optim_spec
+from orchestrator.launch import average_spec, launch, optim_spec
 from orchestrator.metrics import MetricsLog
 from orchestrator.plan import Plan, make_plan
 from orchestrator.plot import draw
@@ -42,6 +43,7 @@ from orchestrator.supervision import Ledger, Watchdog
 
 SAVE_TIMEOUT_S = 1800.0
 BOARD_EVERY_S = 1.0
+AVERAGED = "bema"  # in a checkpoint, beside `model`
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class RunResult:
     scores: dict[str, float]
     checkpoint: Path | None
     model: Path | None
+    averaged: Path | None  # the model with the average of the weights that the last phase went through
     picture: Path | None
 
 
@@ -84,6 +87,8 @@ class _Run:
     began: float
     scores: dict[str, float] = field(default_factory=dict)
     last_checkpoint: Checkpoint | None = None
+    dashboard: str | None = None  # Ray's
+    ending: Ending | None = None  # once there is something to put in order
 
     def __post_init__(self) -> None:
         config = self.prepared.config
@@ -100,19 +105,34 @@ class _Run:
         self.ledger = Ledger(allowed_in_a_row=max(64, 4 * max(p.config.train.batch_size for p in self.prepared.phases)))
 
     async def execute(self) -> RunResult:
+        """Raises Interrupted if a signal ended the run."""
+        try:
+            return await self._execute()
+        except asyncio.CancelledError:
+            if self.ending is None or self.ending.signal is None:
+                raise
+            self.event("interrupted", {"signal": self.ending.signal.name})
+            self.log.close()
+            self.ending.say()
+            raise Interrupted(self.ending.signal) from None
+
+    async def _execute(self) -> RunResult:
         self._since_start("prepared")
         found = self.store.latest() if self.resuming else None
         if self.resuming and found is None:
             raise ConfigError(f"{self.folder} holds no valid checkpoint to resume from")
         if found is not None:
+            self.last_checkpoint = found
             self.scores.update(found.state.scores)
             self.log.rewind(found.state.total_step)
         async with (
             self._cluster() as cluster,
+            self._board(cluster) as board,
             launch(self.prepared, self.plan, cluster, self.folder, self.event, self.watchdog) as roles,
-            self._beside(roles, cluster),
+            self._beside(roles, await board),
         ):
             self.console.placed(cluster.describe())
+            self.console.at(self.folder, self.dashboard)
             self._since_start("started")
             for phase in self.prepared.phases:
                 if found is None or phase.index >= found.state.phase_index:
@@ -124,6 +144,7 @@ class _Run:
         """One phase, from its start or from a checkpoint inside it."""
         roles.enter(PhaseSettings(phase.pipeline, phase.config.train.token_budget, phase.temperature, self.config.seed))
         await self._set_reference(phase, roles, resumed=found is not None)
+        await self._set_mixed(phase, roles, found)
         await self._set_weights(phase, roles, found)
         progress = Progress(found.state.step, found.state.version) if found else Progress(0, phase.first_version)
         cursor = Cursor.from_json(found.state.cursor) if found else Cursor()
@@ -131,8 +152,9 @@ class _Run:
             report = await roles.publish(progress.version)
         if report is not None:
             self.event("published", {"version": report.version, "seconds": round(report.seconds, 3)})
-        if found is None and phase.index == 0 and phase.config.evaluation and phase.config.evaluation.at_start:
-            await self._evaluate(phase, roles, "before", progress)
+        if found is None and phase.config.evaluation and phase.config.evaluation.at_start:
+            await self._evaluate(phase, roles, progress)
+        self.console.data(phase.name, phase.source.report.lines())
         collector = self._collector(phase, roles, cursor, progress)
         try:
             await train(phase.pipeline, phase.steps, roles, collector, progress, self._after_step(phase, roles, cursor))
@@ -151,10 +173,24 @@ class _Run:
             await roles.groups["policy"].call("save_model", str(folder), timeout_s=SAVE_TIMEOUT_S)
         await roles.groups["reference"].call("load_model", str(folder), timeout_s=SAVE_TIMEOUT_S)
 
+    async def _set_mixed(self, phase: PreparedPhase, roles: Roles, found: Checkpoint | None) -> None:
+        """If the phase is resumed, roles whose weights follow the trained ones have those of the checkpoint."""
+        if found is None:
+            return
+        for role in phase.pipeline.mixed:
+            folder = found.path / role
+            if not folder.is_dir():
+                raise ConfigError(
+                    f"{folder} does not exist: the run that wrote this checkpoint did not move the weights of {role}; "
+                    "resume with the options of its method that it had"
+                )
+            await roles.groups[role].call("load_model", str(folder), timeout_s=SAVE_TIMEOUT_S)
+
     async def _set_weights(self, phase: PreparedPhase, roles: Roles, found: Checkpoint | None) -> None:
         """A fresh optimizer for the phase, and if it is resumed, everything as the checkpoint has it."""
         for role in phase.pipeline.trained:
-            await roles.groups[role].call("reset", optim_spec(phase), timeout_s=SAVE_TIMEOUT_S)
+            average = average_spec(phase) if role == "policy" else None  # what leaves as a model
+            await roles.groups[role].call("reset", optim_spec(phase), average, timeout_s=SAVE_TIMEOUT_S)
             if found is not None:
                 await roles.groups[role].call("load_state", str(found.path / role), timeout_s=SAVE_TIMEOUT_S)
 
@@ -180,7 +216,8 @@ class _Run:
     def _after_step(self, phase: PreparedPhase, roles: Roles, cursor: Cursor) -> Any:
         async def after_step(record: StepRecord) -> None:
             step, last = record.step, record.step == phase.steps
-            metrics = {**rollout_metrics(record.collected, record.version - 1), **record.metrics}
+            sampled = rollout_metrics(record.collected, record.version - 1)
+            metrics = {**sampled, **record.metrics, **phase.source.report.metrics()}
             total = phase.first_version + step
             if last or step % self.config.logging.every == 0:
                 self.log.write(total, phase.name, metrics)
@@ -188,9 +225,7 @@ class _Run:
             self._show_completions(phase, record, last)
             evaluation = phase.config.evaluation
             if evaluation and (last or (evaluation.every and step % evaluation.every == 0)):
-                await self._evaluate(
-                    phase, roles, phase.name if last else f"{phase.name}@{step}", Progress(step, record.version)
-                )
+                await self._evaluate(phase, roles, Progress(step, record.version))
             if last or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
                 await self._save(phase, roles, cursor, record)
 
@@ -206,28 +241,50 @@ class _Run:
             shown = rows[:: max(1, len(rows) // self.config.logging.completions_shown)]
             self.console.completions(shown[: self.config.logging.completions_shown])
 
-    async def _evaluate(self, phase: PreparedPhase, roles: Roles, label: str, progress: Progress) -> Evaluation | None:
-        config = phase.config.evaluation
-        assert config is not None and phase.evaluation is not None
+    async def _evaluate(self, phase: PreparedPhase, roles: Roles, progress: Progress) -> None:
+        """On held-out rows and prompts, whichever the phase has. Where a phase begins, prompts may have been answered
+        already: at the end of the one before."""
+        at_start, at_end = progress.step == 0, progress.step == phase.steps
+        label = phase.name if at_end else f"{phase.name}@{progress.step}"
+        metrics: dict[str, float] = {}
+        if phase.held_out is not None:
+            with self.watchdog.waiting(f"evaluation {label} on held-out rows"):
+                metrics |= await evaluate_rows(phase.held_out, roles)
+            self.console.held_out(label, metrics)
+        if phase.evaluation is not None and not (at_start and self.scores):
+            label = "before" if at_start else label
+            metrics |= await self._answer(phase, roles, label, progress, keep_score=at_start or at_end)
+        if metrics:
+            self.log.write(phase.first_version + progress.step, phase.name, metrics)
+
+    async def _answer(
+        self, phase: PreparedPhase, roles: Roles, label: str, progress: Progress, *, keep_score: bool
+    ) -> dict[str, float]:
+        """Held-out prompts, answered with the newest weights and scored."""
+        assert phase.evaluation is not None and phase.config.evaluation is not None
         async with roles.changing_weights():
             await roles.publish(progress.version)
-        sampling = greedy(phase.sampling, config.max_tokens)
+        sampling = greedy(phase.sampling, phase.config.evaluation.max_tokens)
         with self.watchdog.waiting(f"evaluation {label}"):
             result = await evaluate(phase.evaluation, roles, sampling, label=label)
-        self.log.write(phase.first_version + progress.step, phase.name, result.metrics)
         self.console.evaluation(label, result.score)
-        if "@" not in label:
+        if keep_score:
             self.scores[label] = result.score
-        return result
+        return result.metrics
 
     async def _save(self, phase: PreparedPhase, roles: Roles, cursor: Cursor, record: StepRecord) -> None:
-        """A checkpoint: every trained role's state, a model folder, and where the run stands."""
+        """A checkpoint: every trained role's state, the weights of those that follow them, a model folder, one with the
+        average if that is taken, and where the run stands."""
 
         async def write(folder: Path) -> None:
             for role in phase.pipeline.trained:
                 (folder / role).mkdir()
                 await roles.groups[role].call("save_state", str(folder / role), timeout_s=SAVE_TIMEOUT_S)
+            for role in phase.pipeline.mixed:
+                await roles.groups[role].call("save_model", str(folder / role), timeout_s=SAVE_TIMEOUT_S)
             await roles.groups["policy"].call("save_model", str(folder / "model"), timeout_s=SAVE_TIMEOUT_S)
+            if phase.config.train.bema is not None:
+                await roles.groups["policy"].call("save_model", str(folder / AVERAGED), True, timeout_s=SAVE_TIMEOUT_S)
 
         total = phase.first_version + record.step
         state = RunState(
@@ -247,9 +304,10 @@ class _Run:
     def _finish(self) -> RunResult:
         self.log.close()
         picture = draw(self.folder)
-        model = self.last_checkpoint.path / "model" if self.last_checkpoint else None
         checkpoint = self.last_checkpoint.path if self.last_checkpoint else None
-        result = RunResult(self.folder, dict(self.scores), checkpoint, model, picture)
+        model = checkpoint / "model" if checkpoint else None
+        averaged = checkpoint / AVERAGED if checkpoint and (checkpoint / AVERAGED).is_dir() else None
+        result = RunResult(self.folder, dict(self.scores), checkpoint, model, averaged, picture)
         self.console.done(result)
         return result
 
@@ -273,12 +331,11 @@ class _Run:
         else:
             from orchestrator.placement import RayCluster, connect
 
-            connect(self.config.cluster, self.plan, debug=self.config.debug)
+            self.dashboard = connect(self.config.cluster, self.plan, debug=self.config.debug)
             self._since_start("connected")
             cluster = RayCluster(self.config, run=self.folder.name)
-        task = asyncio.current_task()
-        assert task is not None
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # after Ray's own handler
+        self.ending = Ending(cluster.alive, self._where_it_stands)
+        self.ending.obey_signals()
         try:
             await cluster.reserve(self.plan)
             self._since_start("reserved")
@@ -286,11 +343,33 @@ class _Run:
         finally:
             await cluster.close()
 
+    def _where_it_stands(self) -> str:
+        """For whoever stopped the run."""
+        if self.last_checkpoint is None:
+            return f"no checkpoint yet; checkpoint.every=N writes one every N steps. The run's folder: {self.folder}"
+        return f"last checkpoint {self.last_checkpoint.path}; continue with `troupe resume {self.folder}`"
+
     @asynccontextmanager
-    async def _beside(self, roles: Roles, cluster: Cluster) -> AsyncIterator[None]:
+    async def _board(self, cluster: Cluster) -> AsyncIterator[asyncio.Future[Worker]]:
+        """The actor through which the run is reached from outside; it starts while the roles do."""
+
+        async def put_up() -> Worker:
+            name = board_name(self.folder.name)
+            board = await cluster.start_board(name, Board)
+            RunFile(self.folder.name, cluster.address, name, os.getpid()).write(self.folder)
+            return board
+
+        starting = asyncio.ensure_future(put_up())
+        try:
+            yield starting
+        finally:
+            await _cancelled(starting)
+
+    @asynccontextmanager
+    async def _beside(self, roles: Roles, board: Worker) -> AsyncIterator[None]:
         """What goes on beside the loop, for as long as the block lasts."""
         async with AsyncExitStack() as stack:
-            for work in (self._watch(), self._obey_board(roles, cluster)):
+            for work in (self._watch(), self._obey_board(roles, board)):
                 task = asyncio.ensure_future(work)
                 stack.push_async_callback(_cancelled, task)
             yield
@@ -301,11 +380,8 @@ class _Run:
             for line in self.watchdog.overdue():
                 self.console.warn(line)
 
-    async def _obey_board(self, roles: Roles, cluster: Cluster) -> None:
+    async def _obey_board(self, roles: Roles, board: Worker) -> None:
         """Put up the status and take what is desired, every second."""
-        name = board_name(self.folder.name)
-        board = await cluster.start_board(name, Board)
-        RunFile(self.folder.name, cluster.address, name, os.getpid()).write(self.folder)
         pools = {
             role: pool for role, pool in (("rollout", roles.rollout), ("reward", roles.reward)) if pool is not None
         }

@@ -24,7 +24,7 @@ from orchestrator.config import DataConfig
 from orchestrator.data import rows as raw
 from orchestrator.data import store as stored
 from orchestrator.data.formats import choose, without_nones
-from orchestrator.data.items import Item, Items, Prompt, drawn_together, packed, render
+from orchestrator.data.items import Item, Items, Longest, Prompt, drawn_together, packed, render
 from orchestrator.data.order import Order
 from orchestrator.data.prepare import Preparer, limits_of, wanted_columns
 from orchestrator.data.report import BadRows, DataReport
@@ -56,6 +56,11 @@ class Source(Protocol):
 
     def __len__(self) -> int:
         """Items of one epoch. Raises DataError for a stream, which does not know."""
+        ...
+
+    @property
+    def longest(self) -> Longest:
+        """What a micro-batch must have room for. Of a stream, what its limits allow."""
         ...
 
     def item(self, index: int) -> Item | Prompt:
@@ -132,6 +137,10 @@ class RowSource:
     def __len__(self) -> int:
         return len(self._items)
 
+    @property
+    def longest(self) -> Longest:
+        return self._items.longest(self._max_length)
+
     def item(self, index: int) -> Item:
         return Item(index, self._items.rows(index, group=index))
 
@@ -155,6 +164,10 @@ class PromptSource:
 
     def __len__(self) -> int:
         return len(self._items)
+
+    @property
+    def longest(self) -> Longest:
+        return Longest(self.report.longest, self.report.longest)
 
     def item(self, index: int) -> Prompt:
         tokens = self._items.prompt_tokens(index)

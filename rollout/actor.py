@@ -173,8 +173,10 @@ class RolloutWorker:
         from rollout.weights import receiver
 
         try:
+            if self._loop.device is None:
+                raise InfraFailure(f"{self.name}: order {order.id} came before the engine was ready")
             if order.transport not in self._receivers:
-                self._receivers[order.transport] = receiver(order.transport, self.name)
+                self._receivers[order.transport] = receiver(order.transport, self.name, self._loop.device)
             return self._receivers[order.transport].receive(order, payload)
         except TroupeError:
             raise

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from actors.errors import ConfigError
@@ -53,6 +54,7 @@ class Engine(Protocol):
     """Not thread-safe: one thread owns it."""
 
     version: int  # of the weights in use; -1 until some were loaded
+    device: torch.device  # where it computes, and where new weights are staged for `load`
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises DataFailure for one that can never run (prompt too long for the model, say)."""

@@ -25,6 +25,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from actors.errors import InfraFailure, TroupeError
@@ -74,6 +75,7 @@ class EngineLoop:
         self.name = name
         self.tokens = Rate()  # of finished samples
         self.version = -1
+        self.device: torch.device | None = None  # the engine's, once it is built
         self.paused = False
         self.death: str | None = None  # why the engine is no more
         self._build = build
@@ -163,7 +165,7 @@ class EngineLoop:
         why, cause = "closed", None
         try:
             engine = self._build()
-            self.version = engine.version
+            self.version, self.device = engine.version, engine.device
             self._built.set_result(None)
             self._work(engine)
         except Exception as error:

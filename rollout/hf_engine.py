@@ -72,8 +72,8 @@ class HfEngine:
         torch.set_num_threads(spec.threads)  # of the calling thread, which owns the engine
         self.version = -1
         self._spec = spec
-        self._device = torch.device("cuda" if spec.gpus > 0 else "cpu")
-        self._model = _read_model(spec).to(self._device).eval()
+        self.device = torch.device("cuda" if spec.gpus > 0 else "cpu")
+        self._model = _read_model(spec).to(self.device).eval()
         self._stop = StopRule(spec.model, end_token_ids(spec.model))
         self._waiting: deque[_Part] = deque()  # the first is running
         self._done: dict[str, list[Completion]] = {}
@@ -85,7 +85,7 @@ class HfEngine:
         if strays:
             raise DataFailure(f"request {request.id}: token {strays[0]} is not in the vocabulary of {vocab}")
         self._done[request.id] = []
-        rows = [_Row(index, _generator(request, index, self._device)) for index in range(request.n)]
+        rows = [_Row(index, _generator(request, index, self.device)) for index in range(request.n)]
         for start in range(0, request.n, self._spec.max_concurrency):
             self._waiting.append(_Part(request, budget, rows[start : start + self._spec.max_concurrency]))
 
@@ -121,7 +121,7 @@ class HfEngine:
         self._model.to("cpu")
 
     def wake(self) -> None:
-        self._model.to(self._device)
+        self._model.to(self.device)
 
     def close(self) -> None:
         self._waiting.clear()
@@ -129,16 +129,16 @@ class HfEngine:
     def _next_logits(self, part: _Part) -> Tensor:
         """[R, V] float32: what each row says next."""
         if part.cache is not None:
-            last = torch.tensor([[row.tokens[-1]] for row in part.rows], device=self._device)
+            last = torch.tensor([[row.tokens[-1]] for row in part.rows], device=self.device)
             return self._forward(last, part)
         if part.rows[0].tokens:  # new weights came in between: read everything again
             texts = [[*part.request.prompt, *row.tokens] for row in part.rows]
-            return self._forward(torch.tensor(texts, device=self._device), part)
+            return self._forward(torch.tensor(texts, device=self.device), part)
         return self._read_prompt(part)
 
     def _read_prompt(self, part: _Part) -> Tensor:
         """Once for all rows."""
-        logits = self._forward(torch.tensor([part.request.prompt], device=self._device), part)
+        logits = self._forward(torch.tensor([part.request.prompt], device=self.device), part)
         part.cache.batch_repeat_interleave(len(part.rows))
         return logits.expand(len(part.rows), -1)
 
@@ -156,7 +156,7 @@ class HfEngine:
         completions += [row.completion() for row in part.rows if row.finish is not None]
         if going:
             part.rows = [part.rows[place] for place in going]
-            part.cache.batch_select_indices(torch.tensor(going, device=self._device))
+            part.cache.batch_select_indices(torch.tensor(going, device=self.device))
             return []
         self._waiting.popleft()
         if len(completions) < part.request.n:

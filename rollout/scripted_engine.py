@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from actors.errors import ConfigError, DataFailure, InfraFailure
@@ -98,6 +99,7 @@ class ScriptedEngine:
 
     def __init__(self, spec: EngineSpec) -> None:
         self.version = -1
+        self.device = torch.device("cpu")
         self.loads: list[tuple[int, int, float]] = []
         self._script = Script.from_options(spec.options)
         self._spec = spec

@@ -52,7 +52,7 @@ class VllmEngine:
         require_model(spec.model)
         self._max_model_len = spec.max_model_len
         self._end_ids = end_token_ids(spec.model)
-        self._sleeps = spec.gpus > 0  # on a CPU there is no memory to give back
+        self.device = torch.device("cuda" if spec.gpus > 0 else "cpu")
         self._llm = _start(spec)
         self._running: dict[str, _Running] = {}
         self.version = -1
@@ -109,11 +109,11 @@ class VllmEngine:
         self.version = version
 
     def sleep(self) -> None:
-        if self._sleeps:
+        if self.device.type != "cpu":  # there, there is no memory to give back
             self._llm.sleep(level=1)
 
     def wake(self) -> None:
-        if self._sleeps:
+        if self.device.type != "cpu":
             self._llm.wake_up()
 
     def close(self) -> None:
@@ -160,6 +160,7 @@ def _start(spec: EngineSpec) -> LLMEngine:
         "max_model_len": spec.max_model_len,
         "max_num_seqs": spec.max_concurrency,
         "kv_cache_memory_bytes": int(spec.kv_cache_gib * 2**30),
+        **_share_of_gpu(spec),
         "tensor_parallel_size": spec.tensor_parallel,
         "distributed_executor_backend": "uni" if spec.tensor_parallel == 1 else "mp",
         "enforce_eager": spec.gpus == 0,
@@ -178,6 +179,12 @@ def _start(spec: EngineSpec) -> LLMEngine:
         return LLMEngine.from_engine_args(EngineArgs(**{**arguments, **spec.options}))
     finally:
         torch.set_num_threads = set_num_threads  # vLLM's CPU worker disables it for the whole process
+
+
+def _share_of_gpu(spec: EngineSpec) -> dict[str, Any]:
+    """A colocated engine has a part of a GPU. vLLM does not start unless as much of the GPU is free as it may use, most
+    of it by default, although the cache's size is given."""
+    return {"gpu_memory_utilization": spec.gpus} if 0 < spec.gpus < 1 else {}
 
 
 def _whole_prompts(spec: EngineSpec) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -40,21 +41,39 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def _hear_ctrl_c() -> None:
+    """What a shell starts in the background, the tests perhaps, ignores Ctrl-C, and so does what that starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Run:
     """A `troupe run` in the background, and the folder that it writes."""
 
-    def __init__(self, where: Path, changes: dict[str, Any] | None = None, *arguments: str) -> None:
+    in_foreground = False
+
+    def __init__(
+        self, where: Path, changes: dict[str, Any] | None = None, *arguments: str, environment: Any = None
+    ) -> None:
         where.mkdir(parents=True, exist_ok=True)
+        self.environment: dict[str, str] = environment or {}
         recipe = where / "recipe.yaml"
         recipe.write_text(yaml.safe_dump(merged(ARITHMETIC, {"output": str(where), **(changes or {})})))
         self.where, self.output = where, where / "output.txt"
         self.process = self._start("run", str(recipe), *arguments)
 
     def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
-        environment = {**os.environ, "RAY_ADDRESS": "", "COLUMNS": "160"}
-        environment.pop("RAY_ADDRESS")
+        inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        environment = {**inherited, "COLUMNS": "160", **self.environment}
         with self.output.open("ab") as stream:
-            return subprocess.Popen([TROUPE, *arguments], stdout=stream, stderr=stream, cwd=self.where, env=environment)
+            return subprocess.Popen(
+                [TROUPE, *arguments],
+                stdout=stream,
+                stderr=stream,
+                cwd=self.where,
+                env=environment,
+                process_group=0 if self.in_foreground else None,
+                preexec_fn=_hear_ctrl_c if self.in_foreground else None,
+            )
 
     def resume(self) -> None:
         self.process = self._start("resume", str(self.folder))

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from actors.backends import BackendSpec, Placement, deepspeed_config
 from actors.backends.optimizer import OptimSpec, build_optimizer, build_schedule
 from actors.backends.protocol import StepInfo
 from actors.errors import ConfigError
-from actors.lora import adapters_off, full_tensors, has_adapters
+from actors.exchange import Instead, mix_in, replaced
+from actors.lora import adapters_off, full_tensors, has_adapters, merged_tensors
 from actors.model import LanguageModel, ModelSpec, load_model
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # of one collective: then the ranks that wait raise instead of hanging
@@ -152,11 +154,27 @@ class DeepSpeedBackend:
         self._engine.step()
         return StepInfo(float(self._engine.get_global_grad_norm() if norm is None else norm), learning_rate)
 
-    def full_weights(self, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
-        return full_tensors(self._module.causal, bucket_bytes, self._gathered)
+    def full_weights(self, bucket_bytes: int, *, as_saved: bool = True) -> Iterator[tuple[str, Tensor]]:
+        tensors = full_tensors if as_saved else merged_tensors
+        return tensors(self._module.causal, bucket_bytes, self._gathered)
 
-    def _gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
-        return self._deepspeed.zero.GatheredParameters(parameters) if self._stage == 3 else nullcontext()
+    def trained_weights(self) -> Iterator[tuple[str, Tensor]]:
+        for name, weight in self._module.causal.named_parameters():
+            if weight.requires_grad:
+                stepped = self._deepspeed.utils.safe_get_full_fp32_param(weight)
+                yield (
+                    name,
+                    weight.detach() if stepped is None else stepped,
+                )  # stage 0 in float32 steps the weight itself
+
+    def mix(self, weights: Iterator[tuple[str, Tensor]], share: float, bucket_bytes: int) -> None:
+        mix_in(self._module.causal, weights, share, bucket_bytes, partial(self._gathered, written=True))
+
+    def _gathered(self, parameters: list[nn.Parameter], *, written: bool = False) -> AbstractContextManager[Any]:
+        """Whole on every rank. What is `written` into them is kept: on leaving, every rank's is that of rank 0."""
+        if self._stage != 3:
+            return nullcontext()
+        return self._deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if written else None)
 
     def adapters_off(self) -> AbstractContextManager[None]:
         return adapters_off(self._module)
@@ -187,13 +205,14 @@ class DeepSpeedBackend:
     def _layout(self) -> dict[str, int]:
         return {"ranks": self.world.size, "zero_stage": self._stage}
 
-    def save_model(self, folder: Path) -> None:
-        weights = {}
-        for name, tensor in self.full_weights(bucket_bytes=256 * 2**20):
+    def save_model(self, folder: Path, instead: Instead | None = None) -> None:
+        weights, causal = {}, self._module.causal
+        gather = self._gathered if instead is None else replaced(self._gathered, causal, instead)
+        for name, tensor in full_tensors(causal, 256 * 2**20, gather):
             if self.world.rank == 0:
                 weights[name] = tensor.to("cpu", copy=True)
         if self.world.rank == 0:
-            self._module.causal.save_pretrained(folder, state_dict=weights)
+            causal.save_pretrained(folder, state_dict=weights)
         dist.barrier()
 
     def sleep(self) -> None:

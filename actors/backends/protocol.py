@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
+from actors.exchange import Instead
 from actors.objective import World
 
 if TYPE_CHECKING:
@@ -54,10 +55,20 @@ class Backend(Protocol):
         """A new phase of a run: fresh moments and schedule on the same weights."""
         ...
 
-    def full_weights(self, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
+    def full_weights(self, bucket_bytes: int, *, as_saved: bool = True) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face parameter name, full tensor) in a fixed order, on every rank, adapters merged. Collective.
         Never holds more than `bucket_bytes` (or one tensor) beyond the rank's own share. A tensor is valid until the
-        next."""
+        next. Without `as_saved` the names and tensors are those of the model in memory, which holds some fused."""
+        ...
+
+    def trained_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, full tensor) of what the optimizer steps, one weight at a time, in a fixed order, on every rank: the
+        float32 one beside a half-precision parameter. Collective. Not to be written into."""
+        ...
+
+    def mix(self, weights: Iterator[tuple[str, Tensor]], share: float, bucket_bytes: int) -> None:
+        """For a frozen role: each weight becomes `share` of the one given and the rest of its own. `weights` are a like
+        model's `full_weights(as_saved=False)`, whole on every rank. Raises RunError if they are of another model."""
         ...
 
     def adapters_off(self) -> AbstractContextManager[None]:
@@ -70,8 +81,9 @@ class Backend(Protocol):
 
     def load_state(self, folder: Path) -> None: ...
 
-    def save_model(self, folder: Path) -> None:
-        """A Hugging Face folder (weights and config; adapters merged), written by rank 0."""
+    def save_model(self, folder: Path, instead: Instead | None = None) -> None:
+        """A Hugging Face folder (weights and config; adapters merged), written by rank 0. With `instead`, the trained
+        weights in it are what that gives for their names in `trained_weights`."""
         ...
 
     def sleep(self) -> None:

@@ -19,7 +19,8 @@ from actors.backends import BackendSpec, Placement
 from actors.backends.optimizer import OptimSpec, Stepper
 from actors.backends.protocol import StepInfo
 from actors.errors import ConfigError
-from actors.lora import adapters_off, full_tensors, merged_tensors
+from actors.exchange import Instead, mix_in, replaced
+from actors.lora import adapters_off, full_tensors, merged_tensors, resident
 from actors.model import ModelSpec, load_model
 
 STATE_FILE = "single.pt"
@@ -76,8 +77,15 @@ class SingleBackend:
         self._round_weights()
         return info
 
-    def full_weights(self, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
-        return full_tensors(self.model.causal, bucket_bytes)
+    def full_weights(self, bucket_bytes: int, *, as_saved: bool = True) -> Iterator[tuple[str, Tensor]]:
+        tensors = full_tensors if as_saved else merged_tensors
+        return tensors(self.model.causal, bucket_bytes)
+
+    def trained_weights(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, weight.master.detach()) for name, weight in self._weights.items())
+
+    def mix(self, weights: Iterator[tuple[str, Tensor]], share: float, bucket_bytes: int) -> None:
+        mix_in(self.model.causal, weights, share, bucket_bytes, resident)
 
     def adapters_off(self) -> AbstractContextManager[None]:
         return adapters_off(self.model)
@@ -93,9 +101,10 @@ class SingleBackend:
         self.stepper.load_state_dict(state)
         self._round_weights()
 
-    def save_model(self, folder: Path) -> None:
+    def save_model(self, folder: Path, instead: Instead | None = None) -> None:
         causal = self.model.causal
-        causal.save_pretrained(folder, state_dict=dict(merged_tensors(causal, bucket_bytes=0)))
+        gather = resident if instead is None else replaced(resident, causal, instead)
+        causal.save_pretrained(folder, state_dict=dict(merged_tensors(causal, 0, gather)))
 
     def sleep(self) -> None:
         self._move(torch.device("cpu"))

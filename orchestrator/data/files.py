@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
+TEXTS = ("text", "prompt", "completion", "chosen", "rejected", "reference")  # our columns that hold texts
 SUFFIXES = (*JSON_SUFFIXES, *BUILDERS)
 
 
@@ -66,7 +67,7 @@ def data_files(path: Path, split: str) -> list[Path]:
 
 def _files_table(files: list[Path], data: DataConfig, streaming: bool) -> Any:
     suffix = files[0].suffix
-    options = {"sep": "\t", **data.options} if suffix == ".tsv" else data.options
+    options = {**_table_options(suffix, data), **data.options} if BUILDERS[suffix] == "csv" else data.options
     return _loaded(
         str(files[0]),
         BUILDERS[suffix],
@@ -76,6 +77,12 @@ def _files_table(files: list[Path], data: DataConfig, streaming: bool) -> Any:
         streaming=streaming,
         **options,
     )
+
+
+def _table_options(suffix: str, data: DataConfig) -> dict[str, Any]:
+    """A table of text has no types: what looks like a number in a column of texts is a text all the same."""
+    texts: dict[str, Any] = {data.columns.get(name, name): str for name in TEXTS}
+    return {"converters": texts} | ({"sep": "\t"} if suffix == ".tsv" else {})
 
 
 def _loaded(what: str, builder: str, data: DataConfig, **options: Any) -> Any:

@@ -15,11 +15,10 @@ from actors.batch import Batch
 from orchestrator.config import DataConfig
 from orchestrator.data.formats import Content
 from orchestrator.data.packing import Bin, best_fit_decreasing, wrapped
+from orchestrator.data.report import LEARNED
 from orchestrator.data.store import Store
 from orchestrator.mismatches import with_mismatches
 from orchestrator.pipeline import DataKind
-
-LEARNED = ("⟦", "⟧")
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,14 @@ class Item:
 
     id: int
     batch: Batch
+
+
+@dataclass(frozen=True)
+class Longest:
+    """Tokens of the longest row, and of the longest item with all of its rows, that a batch may hold."""
+
+    row: int
+    item: int
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,17 @@ class Items:
     def rows(self, index: int, group: int) -> Batch:
         """The rows of one item, with `group` in that column."""
         return self._packed(self.bins[index], group) if self.bins is not None else self._whole(index, group)
+
+    def longest(self, max_length: int) -> Longest:
+        """A mismatched row is a prompt with another row's completion, so it may be longer than any row of the data."""
+        store, item = self.store, int(np.diff(self.store.offsets[self.store.first_row]).max())
+        row = int(store.lengths.max())
+        if self.bins is not None:
+            row = item = max(sum(map(len, pieces)) if self.joined else max(map(len, pieces)) for pieces in self.bins)
+        if "mismatched" in self.kind.columns:
+            prompts = store.prompt_lengths
+            row = max(row, min(max_length, int(prompts.max() + (store.lengths - prompts).max())))
+        return Longest(row, item)
 
     def prompt_tokens(self, index: int) -> tuple[int, ...]:
         start, stop = self.store.offsets[index : index + 2]

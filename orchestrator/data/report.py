@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from actors.errors import DataError
 
+LEARNED = ("⟦", "⟧")  # around what is learned from, in a row that is shown as text
 SHOWN = 3  # bad rows that an error spells out
 
 
@@ -38,6 +39,15 @@ class DataReport:
     truncated: dict[str, int] = field(default_factory=dict[str, int])
     bad: tuple[BadRow, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def metrics(self) -> dict[str, float]:
+        """Rows that are not, or not wholly, learned from: a data set that shrinks must not do so silently."""
+        counts = {
+            "dropped": sum(self.dropped.values()),
+            "truncated": sum(self.truncated.values()),
+            "bad": len(self.bad),
+        }
+        return {f"data/{what}": float(count) for what, count in counts.items()}
 
     def lines(self) -> list[str]:
         """For the console: one fact a line."""

@@ -66,6 +66,13 @@ class Store:
         """[R] tokens per row."""
         return np.diff(self.offsets)
 
+    @property
+    def prompt_lengths(self) -> NDArray[np.int64]:
+        """[R] tokens before the first that is learned from."""
+        learned = np.append(np.flatnonzero(self.mask), len(self.mask))
+        first = learned[np.searchsorted(learned, self.offsets[:-1])]
+        return np.minimum(first, self.offsets[1:]) - self.offsets[:-1]
+
 
 def build(items: Iterable[Prepared], record: Record) -> Store:
     """A store of the items that were kept; `record` notes what became of each."""

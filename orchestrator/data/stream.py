@@ -28,7 +28,7 @@ from orchestrator.data import rows as raw
 from orchestrator.data import store as stored
 from orchestrator.data.fit import Limits
 from orchestrator.data.formats import Format, choose, without_nones
-from orchestrator.data.items import Item, Items, Prompt, drawn_together, packed, render
+from orchestrator.data.items import Item, Items, Longest, Prompt, drawn_together, packed, render
 from orchestrator.data.prepare import Preparer, wanted_columns
 from orchestrator.data.report import BadRows, DataReport
 from orchestrator.data.store import Record
@@ -99,6 +99,13 @@ class StreamSource:
             bad=self._bad.check(),
             **vars(self._counts),
         )
+
+    @property
+    def longest(self) -> Longest:
+        """As long as the limits allow: the rows are not known."""
+        row = self._limits.max_prompt_length if self._kind.prompts_only else self._max_length
+        assert row is not None  # `limits_of` bounds prompts by the model's length
+        return Longest(row, row * self._kind.rows_per_item)
 
     def item(self, index: int) -> Item | Prompt:
         items, local, row = self._find(index)

@@ -70,12 +70,25 @@ def reads(*names: str, **conditions: Any) -> Callable[[Decorated], Decorated]:
     return declare
 
 
-def couples(statistics: Statistics, **conditions: Any) -> Callable[[Decorated], Decorated]:
+@dataclass(frozen=True)
+class Coupling:
+    """Statistics over rows: of all of them, or of those that the column `over` marks."""
+
+    statistics: Statistics
+    over: str | None
+    when: Read
+
+
+def couples(statistics: Statistics, *, over: str | None = None, **conditions: Any) -> Callable[[Decorated], Decorated]:
     """Declares that a loss looks across rows: `statistics(views, world, state, **options)` runs before any gradient, on
-    all micro-batches of all ranks, and what it returns is the view's `shared`. It takes the options that it names."""
+    all micro-batches of all ranks, and what it returns is the view's `shared`. It takes the options that it names.
+
+    `over`: a boolean column. The statistics are then over the rows where it is true. Nothing else is made of those
+    rows: the loss sees the others."""
 
     def declare(loss: Decorated) -> Decorated:
-        loss.__dict__["couples"] = (statistics, Read(frozenset(), conditions))
+        names = frozenset({over}) if over is not None else frozenset[str]()
+        loss.__dict__["couples"] = Coupling(statistics, over, Read(names, conditions))
         return loss
 
     return declare
@@ -100,9 +113,10 @@ class Term:
         return _reads(self.loss, self.options)
 
     @property
-    def statistics(self) -> Statistics | None:
-        statistics, when = self.loss.__dict__.get("couples", (None, None))
-        return statistics if when is not None and when.applies(_bound(self.loss, self.options)) else None
+    def coupling(self) -> Coupling | None:
+        """How the loss looks across rows under these options; None if it does not."""
+        coupling: Coupling | None = self.loss.__dict__.get("couples")
+        return coupling if coupling and coupling.when.applies(_bound(self.loss, self.options)) else None
 
     def named(self, function: Callable[..., Any]) -> dict[str, Any]:
         """Of this term's options, with their defaults, those that `function` names."""
@@ -157,6 +171,8 @@ def _all_reads(loss: LossFunction, options: Mapping[str, Any]) -> frozenset[str]
 def _reads(loss: LossFunction, options: Mapping[str, Any]) -> frozenset[str]:
     bound = _bound(loss, options)
     declared: tuple[Read, ...] = loss.__dict__.get("reads", ())
+    coupling: Coupling | None = loss.__dict__.get("couples")
+    declared += (coupling.when,) if coupling else ()
     return view_of(loss).always_reads().union(*(read.names for read in declared if read.applies(bound)))
 
 

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from actors.columns import COLUMNS
+from actors.errors import ConfigError
 from actors.objective import Counts, MicroBatch, Outputs, Stat, World
 from orchestrator.losses.declare import LossFunction, Term, terms_of
 from orchestrator.losses.reduce import Reduction
 from orchestrator.losses.views import Tokens
+from orchestrator.pipeline import Stage
 
 
 class LossObjective:
@@ -28,7 +30,15 @@ class LossObjective:
         self.columns = names & frozenset(COLUMNS)
         self.needs = names - self.columns
         self.keep_groups = any(term.view.keep_groups for term in self.terms)
-        self.coupled = any(term.statistics for term in self.terms)
+        couplings = [term.coupling for term in self.terms if term.coupling is not None]
+        self.coupled = bool(couplings)
+        self.aside = _the_one({coupling.over for coupling in couplings})
+
+    @classmethod
+    def of(cls, stage: Stage) -> LossObjective:
+        """What an update stage optimises."""
+        assert stage.call is not None, f"{stage.name} optimises nothing"
+        return cls(stage.call, stage.options["reduce"], stage.options["loss_options"])
 
     def counts(self, micro: MicroBatch) -> Counts:
         return {str(index): term.reduce.count(term.view, micro) for index, term in enumerate(self.terms)}
@@ -40,10 +50,11 @@ class LossObjective:
         """For each coupled term what its statistics function returns; each keeps a state of its own."""
         found: dict[str, Any] = {}
         for index, term in enumerate(self.terms):
-            if term.statistics is not None:
+            if term.coupling is not None:
                 views = [_view(term, micro, output, {}) for micro, output in zip(micros, outputs, strict=True)]
                 own = state.setdefault(str(index), {})
-                found[str(index)] = term.statistics(views, world, own, **term.named(term.statistics))
+                statistics = term.coupling.statistics
+                found[str(index)] = statistics(views, world, own, **term.named(statistics))
         return found
 
     def loss(
@@ -61,3 +72,11 @@ class LossObjective:
 
 def _view(term: Term, micro: MicroBatch, outputs: Outputs, shared: Mapping[str, Tensor]) -> Tokens:
     return term.view.of(micro, outputs, term.reads, shared)
+
+
+def _the_one(columns: set[str | None]) -> str | None:
+    """The rows that all statistics of an objective are over; a row cannot be left out for one term alone."""
+    if len(columns) > 1:
+        named = ", ".join(sorted(column or "all rows" for column in columns))
+        raise ConfigError(f"losses of one sum have statistics over different rows ({named}); use them one by one")
+    return next(iter(columns), None)

@@ -10,29 +10,26 @@ from torch import Tensor
 
 from actors.objective import Stat, World
 from orchestrator.losses.declare import Loss, couples, is_on, reads
-from orchestrator.losses.views import RefLabelled, RefLabelledWithMismatches, given, joined
+from orchestrator.losses.views import RefLabelled, given, joined
 
 
-def mismatched_kl(views: list[RefLabelledWithMismatches], world: World, state: dict[str, Any]) -> dict[str, Tensor]:
-    """`max(0, mean of u over mismatched rows)` of the whole batch: how far the policy has moved on any prompt."""
-    ratios = joined([view.log_ratios[view.mismatched] for view in views])
+def mean_kl(views: list[RefLabelled], world: World, state: dict[str, Any]) -> dict[str, Tensor]:
+    """`max(0, mean of u)` of the whole batch. Over mismatched rows: how far the policy has moved on any prompt."""
+    ratios = joined([view.log_ratios for view in views])
     total, count = world.sum(torch.stack([ratios.sum(), ratios.new_tensor(float(len(ratios)))]))
     return {"kl": (total / count.clamp(min=1)).clamp(min=0)}
 
 
-@couples(mismatched_kl)
-def kto(
-    rows: RefLabelledWithMismatches, *, beta: float, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
-) -> Loss:
-    """[B]: `λ_D (1 - σ(β(u - z)))` for a desirable row, `λ_U (1 - σ(β(z - u)))` for an undesirable one; 0 for a
-    mismatched one. `z` is the KL estimate of `mismatched_kl`. Source: arXiv:2402.01306.
-    """
+@couples(mean_kl, over="mismatched")
+def kto(rows: RefLabelled, *, beta: float, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> Loss:
+    """[B]: `λ_D (1 - σ(β(u - z)))` for a desirable row, `λ_U (1 - σ(β(z - u)))` for an undesirable one.
+
+    `z` is the KL estimate of `mean_kl` over the mismatched rows. Source: arXiv:2402.01306."""
     kl = rows.shared["kl"]
     values = _weighted(
         rows, 1 - torch.sigmoid(_signed(rows, beta * (rows.log_ratios - kl))), desirable_weight, undesirable_weight
     )
-    real = ~rows.mismatched
-    return torch.where(real, values, 0), {"kl": Stat(kl), **_metrics(rows, beta, real)}
+    return values, {"kl": Stat(kl), **_metrics(rows, beta)}
 
 
 def apo_zero_unpaired(
@@ -44,7 +41,7 @@ def apo_zero_unpaired(
     values = _weighted(
         rows, 1 - torch.sigmoid(_signed(rows, beta * rows.log_ratios)), desirable_weight, undesirable_weight
     )
-    return values, _metrics(rows, beta, torch.ones_like(rows.label))
+    return values, _metrics(rows, beta)
 
 
 def running_mean_reward(
@@ -69,7 +66,7 @@ def bco(rows: RefLabelled, *, beta: float, density_ratio: bool = False) -> Loss:
     values = -F.logsigmoid(_signed(rows, beta * rows.log_ratios - delta))
     if density_ratio:
         values = values * torch.where(rows.label, 1.0, given(rows.weight))
-    return values, {"delta": Stat(delta), **_metrics(rows, beta, torch.ones_like(rows.label))}
+    return values, {"delta": Stat(delta), **_metrics(rows, beta)}
 
 
 def _signed(rows: RefLabelled, values: Tensor) -> Tensor:
@@ -80,9 +77,9 @@ def _weighted(rows: RefLabelled, values: Tensor, desirable: float, undesirable: 
     return values * torch.where(rows.label, desirable, undesirable)
 
 
-def _metrics(rows: RefLabelled, beta: float, real: Tensor) -> dict[str, Stat]:
-    """`chosen` are the desirable rows, `rejected` the others; mismatched rows are in neither."""
-    sides = {"chosen": rows.label & real, "rejected": ~rows.label & real}
+def _metrics(rows: RefLabelled, beta: float) -> dict[str, Stat]:
+    """`chosen` are the desirable rows, `rejected` the others."""
+    sides = {"chosen": rows.label, "rejected": ~rows.label}
     rewards, logps = beta * rows.log_ratios, rows.row_sums(rows.logps)
     named = {f"rewards/{side}": rows.row_stat(rewards, members) for side, members in sides.items()}
     return named | {f"logps/{side}": rows.row_stat(logps, members) for side, members in sides.items()}

@@ -209,14 +209,3 @@ class RefLabelled(Tokens):
     def row_stat(self, values: Tensor, rows: Tensor) -> Stat:
         """A metric that is the mean over `rows` [B] bool, of all micro-batches and ranks."""
         return Stat(values.detach()[rows].sum(), rows.sum())
-
-
-@dataclass(frozen=True, kw_only=True)
-class RefLabelledWithMismatches(RefLabelled):
-    """As above, among rows that join a prompt to another prompt's completion: those only estimate the KL divergence."""
-
-    mismatched: Tensor  # [B] bool
-
-    @staticmethod
-    def count_items(micro: MicroBatch) -> int:
-        return int((~micro["mismatched"]).sum())

@@ -15,6 +15,7 @@ from orchestrator.losses.likelihood import chosen_nll
 from orchestrator.losses.pairwise import CONTRASTS, Contrast, against_reference
 from orchestrator.losses.reduce import item_mean, token_mean
 from orchestrator.losses.transport import aot, aot_unpaired
+from orchestrator.methods.reference_sync import MIXUP_ALPHA, SYNC_STEPS, Share, Steps, reference_sync
 from orchestrator.pipeline import Pairs, Pipeline, logps, update
 
 Positive = Annotated[float, Field(gt=0)]
@@ -54,6 +55,9 @@ def dpo(
     use_weighting: bool = False,
     discopop_tau: Positive = 0.05,
     token_metrics: bool = False,
+    sync_ref_model: bool = False,
+    ref_model_mixup_alpha: Share = MIXUP_ALPHA,
+    ref_model_sync_steps: Steps = SYNC_STEPS,
 ) -> Pipeline:
     """Direct preference optimisation: the policy is its own reward model. Source: arXiv:2305.18290, eq. 7."""
     names = (loss_type,) if isinstance(loss_type, str) else loss_type
@@ -68,7 +72,8 @@ def dpo(
     }
     extra = {"label_smoothing": label_smoothing, "discopop_tau": discopop_tau}
     terms = (_term(name, weight, shared, extra) for name, weight in zip(names, weights, strict=True))
-    return Pipeline(Pairs, logps("reference", into="ref_logps"), update("policy", Sum(*terms)))
+    sync = reference_sync(sync_ref_model, ref_model_mixup_alpha, ref_model_sync_steps)
+    return Pipeline(Pairs, logps("reference", into="ref_logps"), update("policy", Sum(*terms)), *sync)
 
 
 def _term(name: str, weight: float, shared: dict[str, Any], extra: dict[str, Any]) -> Term:

@@ -10,6 +10,7 @@ from orchestrator.losses.reduce import item_mean
 from orchestrator.losses.unpaired import apo_zero_unpaired as apo_zero_loss
 from orchestrator.losses.unpaired import bco as bco_loss
 from orchestrator.losses.unpaired import kto as kto_loss
+from orchestrator.methods.reference_sync import MIXUP_ALPHA, SYNC_STEPS, Share, Steps, reference_sync
 from orchestrator.pipeline import Labelled, MismatchedLabelled, Pipeline, WeightedLabelled, logps, update
 
 Positive = Annotated[float, Field(gt=0)]
@@ -22,6 +23,9 @@ def kto(
     beta: Positive = 0.1,
     desirable_weight: NotNegative = 1.0,
     undesirable_weight: NotNegative = 1.0,
+    sync_ref_model: bool = False,
+    ref_model_mixup_alpha: Share = MIXUP_ALPHA,
+    ref_model_sync_steps: Steps = SYNC_STEPS,
 ) -> Pipeline:
     """Kahneman-Tversky optimisation: gains and losses against how far the policy has moved.
 
@@ -30,6 +34,7 @@ def kto(
         "kto": (MismatchedLabelled, kto_loss),
         "apo_zero_unpaired": (Labelled, apo_zero_loss),
     }[loss_type]
+    sync = reference_sync(sync_ref_model, ref_model_mixup_alpha, ref_model_sync_steps)
     return Pipeline(
         data,
         logps("reference", into="ref_logps"),
@@ -41,16 +46,26 @@ def kto(
             desirable_weight=desirable_weight,
             undesirable_weight=undesirable_weight,
         ),
+        *sync,
     )
 
 
-def bco(*, beta: Positive = 0.1, density_ratio: bool = False) -> Pipeline:
+def bco(
+    *,
+    beta: Positive = 0.1,
+    density_ratio: bool = False,
+    sync_ref_model: bool = False,
+    ref_model_mixup_alpha: Share = MIXUP_ALPHA,
+    ref_model_sync_steps: Steps = SYNC_STEPS,
+) -> Pipeline:
     """Binary classifier optimisation: a classifier of desirable completions, its threshold the mean reward so far.
 
     `density_ratio` weighs undesirable rows by how likely their prompts are among the desirable ones.
     Source: arXiv:2404.04656."""
+    sync = reference_sync(sync_ref_model, ref_model_mixup_alpha, ref_model_sync_steps)
     return Pipeline(
         WeightedLabelled if density_ratio else Labelled,
         logps("reference", into="ref_logps"),
         update("policy", bco_loss, reduce=item_mean, beta=beta, density_ratio=density_ratio),
+        *sync,
     )

@@ -18,9 +18,10 @@ Staged = list[tuple[str, Tensor]]
 
 @dataclass(frozen=True)
 class ManifestOf:
-    """An export consumer that only looks: names and shapes in the order of sending, and the dtype on the wire."""
+    """An export consumer that only looks: names and shapes in the order of sending, and the dtype on the wire (None:
+    each tensor's own)."""
 
-    dtype: str
+    dtype: str | None
     bucket_bytes: int
 
     def __call__(self, weights: Iterable[tuple[str, Tensor]]) -> Manifest:
@@ -28,7 +29,8 @@ class ManifestOf:
         return Manifest(tensors, self.bucket_bytes)
 
     def _wire(self, tensor: Tensor) -> str:
-        return self.dtype if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
+        own = str(tensor.dtype).removeprefix("torch.")
+        return (self.dtype or own) if tensor.is_floating_point() else own
 
 
 def fill(manifest: Manifest, weights: Iterable[tuple[str, Tensor]], *, buffers: int | None = None) -> Iterator[Tensor]:
@@ -55,15 +57,15 @@ def fill(manifest: Manifest, weights: Iterable[tuple[str, Tensor]], *, buffers: 
         raise ValueError(f"the trainer sends {name}, which the manifest does not have")
 
 
-def stage(manifest: Manifest, flats: Iterable[Tensor]) -> tuple[Staged, str]:
-    """All tensors of the buckets as they arrive, as views of them, and their fingerprint. Raises ValueError if the
-    buckets are not the manifest's."""
+def stage(manifest: Manifest, flats: Iterable[Tensor], device: torch.device) -> tuple[Staged, str]:
+    """All tensors of the buckets as they arrive, on that device, and their fingerprint, taken where they arrived. Views
+    of the buckets where these arrive there. Raises ValueError if the buckets are not the manifest's."""
     fingerprint, staged = Fingerprint(), Staged()
     for bucket, flat in zip(manifest.buckets(), flats, strict=True):
         if flat.numel() != bucket_bytes(bucket):
             raise ValueError(f"a bucket of {flat.numel()} bytes, the manifest says {bucket_bytes(bucket)}")
         fingerprint.update(flat)
-        staged += unfold(bucket, flat)
+        staged += unfold(bucket, flat.to(device))
     return staged, fingerprint.digest()
 
 

@@ -212,8 +212,8 @@ class CollectiveReceiver:
     is valid until the next one. So is the connection to the trainer's store: to make one, torch looks up the names of
     both ends, which takes seconds where nobody answers."""
 
-    def __init__(self, member: str) -> None:
-        self._member = member
+    def __init__(self, member: str, device: torch.device) -> None:
+        self._member, self._device = member, device
         self._store: TCPStore | None = None
         self._address: tuple[str, int] | None = None  # of the store
         self._seat: Seat | None = None
@@ -224,7 +224,7 @@ class CollectiveReceiver:
         if order.rendezvous is None:
             raise ValueError(f"order {order.id} is collective and has no rendezvous")
         try:
-            return stage(order.manifest, self._arrivals(order, self._meet(order.rendezvous)))
+            return stage(order.manifest, self._arrivals(order, self._meet(order.rendezvous)), self._device)
         except RuntimeError as error:
             self.close()
             why = f"weights of version {order.version} did not arrive: {_first_line(error)}"
@@ -236,12 +236,21 @@ class CollectiveReceiver:
             self._leave()
             (circle,) = [circle for circle in circles(rendezvous) if self._member in circle]
             room, rank = room_of(store, rendezvous, circle), 1 + circle.index(self._member)
-            device = torch.device(room.get(_device_of(SENDER)).decode().partition(" ")[0])  # the kind that it has
-            room.set(_device_of(rank), _describe(device))
+            self._check_kind(room.get(_device_of(SENDER)).decode())
+            room.set(_device_of(rank), _describe(self._device))
             patience = timedelta(seconds=rendezvous.timeout_s)
-            self._seat = sit(room, rank, len(circle) + 1, device, _own_address(rendezvous.host), patience)
+            self._seat = sit(room, rank, len(circle) + 1, self._device, _own_address(rendezvous.host), patience)
             self._epoch = rendezvous.epoch
         return self._seat
+
+    def _check_kind(self, sender: str) -> None:
+        """Both sides hash the buckets where they are, and a GPU hashes otherwise than a CPU does."""
+        kind = sender.partition(" ")[0]
+        if kind != self._device.type:
+            raise InfraFailure(
+                f"{self._member}: the trainer's weights are on {kind}, this engine is on {self._device.type}; set "
+                "weights.transport=object_store"
+            )
 
     def _connect(self, rendezvous: Rendezvous) -> TCPStore:
         address, patience = (rendezvous.host, rendezvous.port), timedelta(seconds=rendezvous.timeout_s)

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -40,14 +41,14 @@ class DiskWrite:
 
 
 class DiskReceiver:
-    def __init__(self, member: str) -> None:
-        self._member = member
+    def __init__(self, member: str, device: torch.device) -> None:
+        self._member, self._device = member, device
 
     def receive(self, order: SyncOrder, payload: object = None) -> tuple[Staged, str]:
         file = _file(order)
         try:
             buckets = load_file(file)
-            return stage(order.manifest, (buckets[name] for name in sorted(buckets)))
+            return stage(order.manifest, (buckets[name] for name in sorted(buckets)), self._device)
         except (OSError, ValueError, SafetensorError) as error:
             raise InfraFailure(f"{self._member}: no weights of version {order.version} at {file}: {error}") from None
 

@@ -6,7 +6,7 @@ What an actor returns outlives it, so a worker can still join while the trainer 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from actors.errors import InfraFailure
-from rollout.weights.buckets import Staged, fill, stage
+from rollout.weights.buckets import Staged, fill, stage, unfold
 from rollout.weights.fingerprint import Fingerprint
 from rollout.weights.protocol import Manifest, SendReport, SyncOrder
 
@@ -38,17 +38,36 @@ class PackBuckets:
         return SendReport(self.version, fingerprint.digest(), (), {}, time.perf_counter() - began), payload
 
 
+@dataclass(frozen=True)
+class UnpackBuckets:
+    """The other end of `PackBuckets` for a role that takes weights in one by one: (name, tensor), a bucket of them in
+    memory at a time. Raises InfraFailure, before the first, for other bytes than were sent."""
+
+    manifest: Manifest
+    fingerprint: str
+
+    def __call__(self, payload: Payload) -> Iterator[tuple[str, Tensor]]:
+        found = Fingerprint()
+        for array in payload:
+            found.update(torch.tensor(array))
+        if found.digest() != self.fingerprint:
+            raise InfraFailure(f"weights arrived as {found.digest()}, sent were {self.fingerprint}")
+        for bucket, array in zip(self.manifest.buckets(), payload, strict=True):
+            yield from unfold(bucket, torch.tensor(array))
+
+
 class ObjectStoreReceiver:
     """The payload arrives with the call, mapped from shared memory where the worker runs on the same node."""
 
-    def __init__(self, member: str) -> None:
-        self._member = member
+    def __init__(self, member: str, device: torch.device) -> None:
+        self._member, self._device = member, device
 
     def receive(self, order: SyncOrder, payload: object = None) -> tuple[Staged, str]:
         if not isinstance(payload, list):
             raise InfraFailure(f"{self._member}: order {order.id} came without its weights")
         try:
-            return stage(order.manifest, (torch.tensor(array) for array in payload))  # copied: it is mapped read-only
+            copies = (torch.tensor(array) for array in payload)  # it is mapped read-only
+            return stage(order.manifest, copies, self._device)
         except ValueError as error:
             raise InfraFailure(f"{self._member}: order {order.id} came with other weights: {error}") from None
 

@@ -106,7 +106,7 @@ class Ack:
 
 
 class Receiver(Protocol):
-    """In a rollout worker, off the thread that decodes."""
+    """In a rollout worker, off the thread that decodes. Stages on the device that it was made for."""
 
     def receive(self, order: SyncOrder, payload: object = None) -> tuple[list[tuple[str, Tensor]], str]:
         """(staged weights, fingerprint). `payload` is what travels with the call, for transports that use it. Raises

@@ -3,6 +3,7 @@
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.runs import Run
@@ -32,8 +33,11 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def test_a_killed_and_resumed_run_ends_with_the_same_bits(tmp_path: Path, uninterrupted: bytes, at_step: int):
     run = Run(tmp_path, CHANGES)
     run.until(lambda: run.steps() >= at_step, f"step {at_step}")
+    family = psutil.Process(run.process.pid).children(recursive=True)
+    actors = [process for process in family if "Agent" not in process.name()]  # Ray's agents take a minute to notice
     run.process.send_signal(signal.SIGKILL)
     run.process.wait(30)
+    assert not psutil.wait_procs(actors, timeout=30)[1], "no process outlives its driver"
     assert run.steps() < 10, "it was over before it was killed"
     run.resume()
     run.wait()

@@ -11,6 +11,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from actors.averaging import AverageSpec
 from actors.backends import BackendSpec
 from actors.backends.optimizer import OptimSpec
 from actors.batch import Batch
@@ -30,10 +32,14 @@ from actors.errors import ConfigError, InfraFailure
 from actors.group import start_ranks
 from actors.lora import LoraSpec
 from actors.model import ModelSpec
-from actors.objective import Counts, MicroBatch, Outputs, Stat, World
+from actors.objective import Counts, MicroBatch, Objective, Outputs, Stat, World
 from actors.packing import deal
 from actors.trainable import Trainable, UpdateReport
 from actors.worker import WorkerInfo
+from orchestrator.losses.objective import LossObjective
+from orchestrator.losses.reduce import item_mean
+from orchestrator.losses.unpaired import bco, kto
+from orchestrator.transfer import mix_towards
 from tests.unit.tiny import tiny_model_folder
 
 VERB_S = 120.0
@@ -77,6 +83,7 @@ class MaskedNll:
     columns: frozenset[str] = frozenset({"mask"})
     keep_groups = False
     coupled = False
+    aside = None
 
     def counts(self, micro: MicroBatch) -> Counts:
         return {"tokens": float(micro["mask"].sum())}
@@ -115,6 +122,12 @@ class Rank:
     def act_on(self, own: Any, verb: str, *args: Any) -> Any:
         return getattr(self.trainable, verb)(own, *args)
 
+    def export(self, *args: Any) -> Any:
+        return self.act("export", *args)
+
+    def mix(self, *args: Any) -> None:
+        self.act("mix", *args)
+
     def combine(self, values: list[float]) -> tuple[list[float], list[float]]:
         assert self.trainable is not None
         world = self.trainable.backend.world
@@ -135,9 +148,17 @@ class Role:
     def act(self, verb: str, *args: Any) -> list[Any]:
         return self.call("act", verb, *args)
 
-    def update(self, steps: int = 1, *, batch: Batch | None = None, budget: int = BUDGET) -> list[UpdateReport]:
-        chunks = [chunk for _, chunk in deal(batch or self.batch, len(self.gang.workers), budget)]
-        return [self.call("act_on", "update", MaskedNll(), 1.0, "u", per_rank=chunks)[0] for _ in range(steps)]
+    def update(
+        self, steps: int = 1, *, batch: Batch | None = None, budget: int = BUDGET, objective: Objective | None = None
+    ) -> list[UpdateReport]:
+        objective = objective or MaskedNll()
+        dealt = deal(batch or self.batch, len(self.gang.workers), budget, aside=objective.aside)
+        chunks = [chunk for _, chunk in dealt]
+        return [self.call("act_on", "update", objective, 1.0, "u", per_rank=chunks)[0] for _ in range(steps)]
+
+    def evaluate(self) -> dict[str, float]:
+        chunks = [chunk for _, chunk in deal(self.batch, len(self.gang.workers), BUDGET)]
+        return self.call("act_on", "evaluate", MaskedNll(), 1.0, "u", per_rank=chunks)[0]
 
     def logps(self, *, adapters: bool = True) -> np.ndarray:
         dealt = deal(self.batch, len(self.gang.workers), BUDGET)
@@ -189,8 +210,9 @@ def batch() -> Batch:
     return Batch.build(lengths, tokens=random.integers(2, 64, lengths.sum()).astype(np.int32), mask=mask)
 
 
-@pytest.fixture(scope="module")
-def start(base: ModelSpec, batch: Batch) -> Iterator[Start]:
+@contextmanager
+def start_gangs() -> Iterator[Callable[[int], Any]]:
+    """Gangs by their number of ranks, each started once."""
     ray.init(address="local", num_cpus=8, include_dashboard=False, object_store_memory=100 * 2**20)
 
     @cache
@@ -200,6 +222,19 @@ def start(base: ModelSpec, batch: Batch) -> Iterator[Start]:
         asyncio.run(group.call("ready", timeout_s=VERB_S))
         return group
 
+    try:
+        yield gang
+    finally:
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def start(base: ModelSpec, batch: Batch) -> Iterator[Start]:
+    with start_gangs() as gang:
+        yield starting(gang, base, batch)
+
+
+def starting(gang: Callable[[int], Any], base: ModelSpec, batch: Batch) -> Start:
     def start(
         case: Case,
         *,
@@ -211,8 +246,7 @@ def start(base: ModelSpec, batch: Batch) -> Iterator[Start]:
         role.call("start", replace(base, **model), BackendSpec(case.kind, optim, config, case.stage))
         return role
 
-    yield start
-    ray.shutdown()
+    return start
 
 
 @pytest.fixture(scope="module")
@@ -343,6 +377,16 @@ def plain_logps(path: str, batch: Batch) -> np.ndarray:
 
 
 @every_backend
+def test_an_evaluation_is_the_loss_of_the_next_step_and_changes_nothing(start: Start, train: Train, case: Case) -> None:
+    role = start(case)
+    losses: list[float] = []
+    for _ in range(2):
+        losses.append(role.evaluate()["loss"])
+        role.update()
+    np.testing.assert_allclose(losses, train(SINGLE).losses[:2], rtol=1e-5)
+
+
+@every_backend
 def test_bfloat16_trains_to_nearly_the_same_losses(start: Start, train: Train, case: Case) -> None:
     losses = [report.metrics["loss"] for report in start(case, dtype="bfloat16").update(4)]
     np.testing.assert_allclose(losses, train(SINGLE).losses, rtol=0.02)
@@ -356,6 +400,25 @@ def test_losses_do_not_depend_on_how_rows_are_cut_into_micro_batches(
 ) -> None:
     losses = [report.metrics["loss"] for report in start(case).update(4, budget=budget)]
     np.testing.assert_allclose(losses, train(SINGLE).losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", [SINGLE, Case("deepspeed", 2, 2), ZERO3], ids=str)
+@pytest.mark.parametrize("budget", [BUDGET, 1000], ids=["several micro-batches", "one micro-batch"])
+@pytest.mark.parametrize("loss", [kto, bco], ids=["over rows set aside", "over all rows"])
+def test_losses_that_look_across_rows_are_those_of_single(
+    start: Start, batch: Batch, case: Case, budget: int, loss: Callable[..., Any]
+) -> None:
+    every_other = np.arange(len(batch)) % 2 == 1
+    columns = {"ref_logps": -4.0 * batch["mask"], "label": np.arange(len(batch)) % 4 < 2, "mismatched": every_other}
+    objective = LossObjective(loss, item_mean, {"beta": 0.1})
+    data = batch.with_columns(**columns)
+
+    def losses(case: Case, budget: int) -> list[float]:
+        reports = start(case).update(3, batch=data, budget=budget, objective=objective)
+        return [x for r in reports for x in (r.metrics["loss"], r.grad_norm, r.metrics["rewards/chosen"])]
+
+    expected = expected_once(f"coupled by {loss.__name__}", lambda: losses(SINGLE, 60))
+    np.testing.assert_allclose(losses(case, budget), expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("case", [SINGLE, Case("deepspeed", 2, 1), ZERO3], ids=str)
@@ -376,6 +439,68 @@ def test_a_frozen_role_needs_no_optimizer(start: Start, base: ModelSpec, batch: 
     role = start(case, optim=None)
     np.testing.assert_allclose(role.logps(), plain_logps(base.path, batch), atol=1e-5)
     assert_same_weights(role.weights(), plain_model(base.path))
+
+
+AVERAGE = AverageSpec(
+    update_freq=2, ema_power=0.5, bias_power=0.2, lag=10, multiplier=1, update_after=0, min_ema_multiplier=0.0
+)
+VARIANTS: dict[str, dict[str, Any]] = {"full": {}, "adapters": {"lora": LORA}, "bfloat16": {"dtype": "bfloat16"}}
+AVERAGED = [("full", case) for case in (SINGLE, *DEEPSPEED)]
+AVERAGED += [(variant, case) for variant in ("adapters", "bfloat16") for case in (SINGLE, *DEEPSPEED[4:])]
+
+
+@pytest.mark.parametrize(("variant", "case"), AVERAGED, ids=str)
+def test_an_average_is_that_of_single_and_a_resumed_one_that_of_an_uninterrupted_run(
+    start: Start, tmp_path: Path, case: Case, variant: str
+) -> None:
+    def saved(role: Role, name: str) -> dict[str, np.ndarray]:
+        role.act("save_model", str(tmp_path / name), True)
+        return plain_model(str(tmp_path / name))
+
+    def averaged(case: Case, name: str) -> dict[str, np.ndarray]:
+        role = start(case, **VARIANTS[variant])
+        role.act("reset", OPTIM, AVERAGE)
+        role.update(3)
+        (state := tmp_path / f"state-{name}").mkdir()
+        role.act("save_state", str(state))
+        role.update(1)
+        own = role.weights()
+        average = saved(role, name)
+        assert_same_weights(role.weights(), own)  # saving the average has left them alone
+        moved = max(np.abs(average[name] - weight).max() for name, weight in own.items())
+        assert moved > 1e-3, "the average must differ from the weights, or nothing is compared"
+        return average
+
+    average = averaged(case, "average")
+    tolerance = 2**-7 if variant == "bfloat16" else 2e-6  # one unit of half precision at 1: it is saved in that
+    expected = expected_once(f"average {variant}", lambda: averaged(SINGLE, "expected"))
+    assert_same_weights(average, expected, tolerance)
+    resumed = start(case, **VARIANTS[variant])
+    resumed.act("reset", OPTIM, AVERAGE)
+    resumed.act("load_state", str(tmp_path / "state-average"))
+    resumed.update(1)
+    assert_same_weights(saved(resumed, "resumed"), average)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("case", [Case("deepspeed", stage, 2) for stage in range(4)], ids=str)
+def test_a_frozen_role_takes_in_a_share_of_the_trained_ones_weights(
+    start: Start, tmp_path: Path, case: Case, tied: bool
+) -> None:
+    folder = str(tiny_model_folder(tmp_path, hidden=32, tied=tied))
+    policy, reference = start(SINGLE, path=folder), start(case, optim=None, path=folder)
+    expected = reference.weights()
+    for share in (0.25, 0.6):
+        policy.update()
+        asyncio.run(mix_towards(policy.gang, reference.gang, share, timeout_s=VERB_S, task_name="mix"))
+        new = policy.weights()
+        expected = {name: (1 - share) * own + share * new[name] for name, own in expected.items()}
+        assert_same_weights(reference.weights(), expected, tolerance=3e-7)
+    reference.act("save_model", str(tmp_path / "mixed"))
+    np.testing.assert_allclose(plain_logps(str(tmp_path / "mixed"), reference.batch), reference.logps(), atol=1e-5)
+    kept = reference.weights()
+    reference.act("load_model", str(tmp_path / "mixed"))
+    assert_same_weights(reference.weights(), kept)  # what a checkpoint does
 
 
 @pytest.mark.parametrize("case", [SINGLE, Case("deepspeed", 0, 1), ZERO3], ids=str)

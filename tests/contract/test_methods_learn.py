@@ -83,14 +83,14 @@ def made_up(pipeline: Pipeline, policy: Trainable) -> Batch:
         "reward": (rows % size < size // 2).astype(np.float32),
         "truncated": rows % 7 == 0,
     }
-    sampled = {"sample_logps": _logps(policy, batch, "sample_logps")}
+    sampled = {"sample_logps": logps_of(policy, batch, "sample_logps")}
     return batch.with_columns(**of_row, **sampled)
 
 
-def _logps(policy: Trainable, batch: Batch, into: str) -> np.ndarray:
+def logps_of(policy: Trainable, batch: Batch, into: str, *, adapters: bool = True) -> np.ndarray:
     column = np.zeros(batch.num_tokens, np.float32)
     ((rows, chunk),) = deal(batch.only({"tokens", "mask"}), 1, TOKEN_BUDGET)
-    column[batch.token_index(np.asarray(rows))] = policy.logps(chunk, into, 1.0)[into]
+    column[batch.token_index(np.asarray(rows))] = policy.logps(chunk, into, 1.0, adapters)[into]
     return column
 
 
@@ -100,7 +100,7 @@ def learn(pipeline: Pipeline, policy: Trainable, reference: Trainable, batch: Ba
     for stage in pipeline:
         if stage.verb is Verb.LOGPS:
             role = reference if stage.role == "reference" else policy
-            batch = batch.with_columns(**{stage.options["into"]: _logps(role, batch, stage.options["into"])})
+            batch = batch.with_columns(**{stage.options["into"]: logps_of(role, batch, stage.options["into"])})
         elif stage.verb is Verb.CREDIT and stage.call is not None:
             batch = batch.with_columns(**stage.call(batch, **stage.options))
         elif stage.verb is Verb.UPDATE:
@@ -116,32 +116,33 @@ def _update(stage: Stage, policy: Trainable, batch: Batch) -> dict[str, float]:
     for _ in range(stage.options["epochs"]):
         for part in np.array_split(np.unique(batch["group"]), stage.options["minibatches"]):
             rows = needed.select(np.flatnonzero(np.isin(batch["group"], part)))
-            ((_, chunk),) = deal(rows, 1, TOKEN_BUDGET, keep_groups=objective.keep_groups)
+            how = {"keep_groups": objective.keep_groups, "aside": objective.aside}
+            ((_, chunk),) = deal(rows, 1, TOKEN_BUDGET, **how)
             assert len(chunk.micro_batches) > 1
             metrics = policy.update(chunk, objective, 1.0, stage.name).metrics
     return metrics
 
 
 def likelihood(policy: Trainable, batch: Batch) -> float:
-    return float(_logps(policy, batch, "old_logps")[batch["mask"]].mean())
+    return float(logps_of(policy, batch, "old_logps")[batch["mask"]].mean())
 
 
 def margin(policy: Trainable, batch: Batch) -> float:
     """By how much better rows are more likely, per token, than worse ones; unpaired rows have a label for that."""
-    of_row = batch.sum_by_row(_logps(policy, batch, "old_logps") * batch["mask"]) / batch.sum_by_row(batch["mask"])
+    of_row = batch.sum_by_row(logps_of(policy, batch, "old_logps") * batch["mask"]) / batch.sum_by_row(batch["mask"])
     better, worse = batch["preferred"], ~batch["preferred"] & ~batch["gold"]
     return float(of_row[better].mean() - of_row[worse].mean())
 
 
 def label_margin(policy: Trainable, batch: Batch) -> float:
     """By how much desirable rows are more likely than undesirable ones."""
-    of_row = batch.sum_by_row(_logps(policy, batch, "old_logps") * batch["mask"])
+    of_row = batch.sum_by_row(logps_of(policy, batch, "old_logps") * batch["mask"])
     return float(of_row[batch["label"]].mean() - of_row[~batch["label"]].mean())
 
 
 def advantage(policy: Trainable, batch: Batch) -> float:
     """Mean log-probability of rewarded samples, above that of the others."""
-    of_row = batch.sum_by_row(_logps(policy, batch, "old_logps") * batch["mask"])
+    of_row = batch.sum_by_row(logps_of(policy, batch, "old_logps") * batch["mask"])
     return float(of_row[batch["reward"] > 0].mean() - of_row[batch["reward"] == 0].mean())
 
 

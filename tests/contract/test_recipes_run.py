@@ -40,8 +40,18 @@ def started(config: RunConfig, model: Path, output: Path, replaced: dict[str, An
     """The run in miniature, and its lines of metrics. `replaced`: keys of its data that are different."""
     phases: dict[str, Any] = {}
     for name, phase in config.phases.items():
-        train = phase.train.model_copy(update={"steps": STEPS, "epochs": None, "batch_size": 8})
-        phases[name] = phase.model_copy(update={"train": train, "data": phase.data.model_copy(update=replaced)})
+        bema = phase.train.bema and phase.train.bema.model_copy(update={"update_freq": 1})
+        short = {"steps": STEPS, "epochs": None, "batch_size": 8, "bema": bema}
+        options = {**phase.options, **({"ref_model_sync_steps": 2} if "ref_model_sync_steps" in phase.options else {})}
+        changed: dict[str, Any] = {
+            "train": phase.train.model_copy(update=short),
+            "data": phase.data.model_copy(update=replaced),
+            "options": options,
+        }
+        if phase.evaluation is not None and phase.evaluation.rows is not None:
+            few = phase.evaluation.rows.model_copy(update={"limit": 12})
+            changed["evaluation"] = phase.evaluation.model_copy(update={"rows": few})
+        phases[name] = phase.model_copy(update=changed)
     small = config.model.model_copy(update={"path": str(model), "dtype": "float32"})
     quiet = config.logging.model_copy(update={"tensorboard": False})
     updates = {"model": small, "phases": phases, "output": output, "logging": quiet, "roles": type(config.roles)()}
@@ -49,10 +59,27 @@ def started(config: RunConfig, model: Path, output: Path, replaced: dict[str, An
     return result, [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def steps_of(lines: list[dict]) -> list[dict]:
+    return [line for line in lines if "loss" in line]
+
+
 def assert_trained(result: RunResult, lines: list[dict], config: RunConfig) -> None:
-    assert len(lines) == STEPS * len(config.phases)
-    assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines)
+    steps = steps_of(lines)
+    assert len(steps) == STEPS * len(config.phases)
+    assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in steps)
     assert result.model is not None and (result.model / "config.json").is_file()
+
+
+def assert_evaluated(lines: list[dict], config: RunConfig) -> None:
+    """Each phase with held-out rows at its start and its end; `every` is beyond the few steps."""
+    total = 0
+    for name, phase in config.phases.items():
+        found = [line for line in lines if line["phase"] == name and "eval_loss" in line]
+        expected = [total, total + STEPS] if phase.evaluation and phase.evaluation.rows else []
+        assert [line["step"] for line in found] == expected
+        assert all(math.isfinite(line["eval_loss"]) for line in found)
+        assert len({line["eval_loss"] for line in found}) == len(found)
+        total += STEPS
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in PAPERS])
@@ -60,10 +87,13 @@ def test_a_methods_recipe_trains_on_its_own_data(name: str, model: Path, tmp_pat
     config = load_config(name)
     result, lines = started(config, model, tmp_path, {"limit": 64})
     assert_trained(result, lines, config)
+    assert any(phase.evaluation for phase in config.phases.values())
+    assert_evaluated(lines, config)
     if name in WITH_REFERENCE:
-        first = lines[STEPS]
+        steps = steps_of(lines)
+        first = steps[STEPS]
         assert first["rewards/chosen"] == pytest.approx(0, abs=1e-6)  # it starts from its reference
-        assert any(abs(line["rewards/chosen"]) > 1e-9 for line in lines[STEPS + 1 :])
+        assert any(abs(line["rewards/chosen"]) > 1e-9 for line in steps[STEPS + 1 :])
 
 
 @pytest.mark.parametrize("name", PAPERS)

@@ -14,9 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from actors.averaging import Average, AverageSpec
+from actors.backends.single import SoloWorld
 from actors.batch import Batch
+from actors.exchange import mix_in
+from actors.lora import resident
 from actors.objective import MicroBatch
 from orchestrator.advantages import mask_truncated, zscore_by_group
 from orchestrator.density_ratio import density_ratio_weights
@@ -517,3 +521,27 @@ def test_advantages_equal_the_peer(case: dict[str, Any]) -> None:
     group = np.arange(len(total)) // inputs["num_generations"]
     found = zscore_by_group(total, group, scale=case["config"]["scale_rewards"])
     np.testing.assert_allclose(found, case["outputs"]["advantages"], atol=1e-4)
+
+
+# Weights that move besides training
+
+
+def test_an_average_of_weights_equals_the_peer() -> None:
+    case = CASES["callback/bema"]
+    spec = AverageSpec(update_freq=1, update_after=0, min_ema_multiplier=0.0, **case["config"])
+    theta = torch.tensor(case["inputs"]["theta0"])
+    average = Average(spec, SoloWorld())
+    average.begin([("weight", theta)])
+    for increment, expected in zip(case["inputs"]["increments"], case["outputs"]["running"], strict=True):
+        theta = theta + increment
+        average.after_step(partial(list, [("weight", theta)]))
+        torch.testing.assert_close(average.whole("weight").view(1, -1), torch.tensor(expected), atol=1e-6, rtol=1e-6)
+
+
+def test_a_reference_that_follows_equals_the_peer() -> None:
+    case = CASES["callback/sync_ref"]
+    reference = nn.Linear(2, 1, bias=False).requires_grad_(False)
+    reference.weight.copy_(torch.tensor(case["inputs"]["ref"]))
+    policy = iter([("weight", torch.tensor(case["inputs"]["policy"]))])
+    mix_in(reference, policy, case["config"]["alpha"], 1, resident)
+    torch.testing.assert_close(reference.weight.data, torch.tensor(case["outputs"]["ref"]), atol=1e-7, rtol=1e-6)

@@ -255,6 +255,61 @@ async def test_a_cluster_that_others_fill_is_not_called_too_small(invented: Inve
         await second.close()
 
 
+@pytest.fixture(scope="module")
+def labelled(invented: InventedCluster) -> Iterator[str]:
+    """Two small nodes that are labelled, for rollout workers with a resource of their own. Yields their zone."""
+    nodes = [
+        invented.add_node(
+            num_cpus=2, resources={"engine": 2}, labels={"role": role, "zone": "z"}, object_store_memory=80 * 2**20
+        )
+        for role in ("rollout", "spare")
+    ]
+    invented.wait_for_nodes()
+    yield "z"
+    for node in nodes:
+        invented.remove_node(node)
+
+
+def labels_of(node_id: str) -> dict[str, str]:
+    [labels] = [node["Labels"] for node in ray.nodes() if node["NodeID"] == node_id]
+    return labels
+
+
+async def test_labels_say_where_rollout_workers_go_and_a_fallback_takes_what_finds_no_room(
+    invented: InventedCluster, labelled: str, anyone: str
+) -> None:
+    rollout = {
+        "workers": 2,
+        "resources": {"engine": 1},
+        "label_selector": {"role": "rollout", "zone": labelled},
+        "fallback_strategy": [{"label_selector": {"role": "in(spare, other)"}}],
+    }
+    wanted = config({"rollout": rollout}, beta=0.0, timeout_s=1.0)
+    cluster = RayCluster(wanted, anyone, disconnect=False)
+    try:
+        await cluster.reserve(planned(wanted))
+        places: list[str] = []
+        for index in range(4):
+            worker = await cluster.start_worker("rollout", index, Resident, {})
+            places.append(labels_of((await worker.call("ready", timeout_s=READY_S)).node)["role"])
+        assert places == ["rollout", "rollout", "spare", "spare"]
+        with pytest.raises(InfraFailure, match="role=rollout and zone=z, else role=in"):
+            await cluster.start_worker("rollout", 4, Resident, {})
+    finally:
+        await cluster.close()
+
+
+async def test_a_label_that_no_node_has_is_named_within_the_deadline(invented: InventedCluster, anyone: str) -> None:
+    rollout = {"label_selector": {"role": "nobody"}}
+    wanted = config({"rollout": rollout}, beta=0.0, timeout_s=0.5)
+    before = groups_alive()
+    cluster = RayCluster(wanted, anyone, disconnect=False)
+    with pytest.raises(PlacementError, match="no node meets role=nobody"):
+        await cluster.reserve(planned(wanted))
+    assert groups_alive() == before
+    await cluster.close()
+
+
 OWN_RAY = """
 import asyncio, ray
 from orchestrator.config import RunConfig
@@ -270,9 +325,9 @@ assert problems(plan, cluster_at_hand(config.cluster, plan)) == []
 assert not ray.is_initialized()
 
 async def main():
-    address = connect(config.cluster, plan)
+    assert connect(config.cluster, plan) is None, "no dashboard unless it is asked for"
     cluster = RayCluster(config, "own")
-    assert cluster.address == address
+    assert cluster.address == ray.get_runtime_context().gcs_address
     await cluster.reserve(plan)
     reward = await cluster.start_worker("reward", 0, RewardWorker, {"name": "r", "rewards": [], "tokenizer": "nowhere"})
     print("health:", await reward.call("ping", timeout_s=120))

@@ -101,6 +101,29 @@ def test_bad_rows_within_the_bound_are_listed_and_the_rest_is_counted(
     assert "row 2: not JSON" in said
 
 
+def test_what_a_refusal_says_to_set_can_be_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path, PAIR.replace(b"chosen", b"better"), b"{")
+    code, said = check(capsys, file, "dpo", "data.columns.chosen=better", "data.max_bad_rows=1")
+    assert code == 0, said
+    assert "1 rows read as prompt + chosen + rejected" in said
+    code, said = check(capsys, file, "dpo", "data.column.chosen=better")
+    assert code == 2
+    assert "did you mean data.columns?" in said
+
+
+def test_options_of_the_method_and_a_chat_template_are_taken_into_account(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = b'[{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "r"}]'
+    file = write(tmp_path, b'{"prompt": ' + turns + b', "label": true}')
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}")
+    options = ("options.loss_type=apo_zero_unpaired", f"model.chat_template={template}")
+    code, said = check(capsys, file, "kto", "--model", "example:arithmetic", *options)
+    assert code == 0, said
+    assert "u:q;⟦a:r;⟧" in said
+
+
 @pytest.mark.parametrize(
     ("data", "methods"),
     [

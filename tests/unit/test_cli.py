@@ -12,6 +12,7 @@ import pytest
 
 from orchestrator.cli import main
 from orchestrator.imports import ROOT
+from orchestrator.listing import PREVIEW_LIMIT, coloured
 from orchestrator.methods import METHODS
 
 TROUPE = (
@@ -124,6 +125,13 @@ def test_a_plan_shows_stages_roles_and_placement_and_refuses_nothing(troupe: Tro
         "nothing would be refused",
     ):
         assert part in done.stdout
+
+
+def test_what_a_row_is_learned_from_is_coloured_and_a_long_row_is_cut_in_its_middle():
+    text = coloured(f"37+58=⟦95<eos>⟧{'x' * PREVIEW_LIMIT}")
+    (learned,) = text.spans
+    assert (text.plain[learned.start : learned.end], str(learned.style)) == ("⟦95<eos>⟧", "green")
+    assert f"… {len('37+58=⟦95<eos>⟧')} characters …" in text.plain
 
 
 def test_a_plan_that_the_machine_cannot_hold_says_which_role_lacks_what_and_exits_with_2(troupe: Troupe):

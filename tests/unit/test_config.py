@@ -129,7 +129,7 @@ def test_a_value_that_fits_no_member_of_a_union_lists_all_members(single: Path):
 
 
 def test_a_missing_key_is_named(single: Path):
-    assert "evaluation.data: is required" in refusal(single, "evaluation.every=5")
+    assert "data.mixture.0.fraction: is required" in refusal(single, "data.mixture=[{path: a.jsonl}]")
 
 
 def test_an_unknown_method_is_answered_with_the_nearest(single: Path):

@@ -3,10 +3,11 @@ the rows nor the way they are split into micro-batches and ranks changes either.
 
 from __future__ import annotations
 
+import inspect
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -25,8 +26,8 @@ from orchestrator.losses.reduce import item_mean, row_mean_of_token_means, token
 from orchestrator.losses.surrogates import clipped
 from orchestrator.losses.views import PolicyTokens, Tokens
 from orchestrator.losses.views import given as field
-from orchestrator.methods import build
-from tests.unit.trainer_stub import Rows, Split, optimise, statistics_of
+from orchestrator.methods import METHODS, build
+from tests.unit.trainer_stub import Rows, Split, learned_from, optimise, seen_by_statistics, statistics_of
 
 WEIGHTED = {"correction": "token_truncate", "top_entropy_quantile": 0.5, "off_policy_mask_threshold": 0.1, "beta": 0.1}
 
@@ -44,14 +45,16 @@ METHOD_OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("dpo", {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0], "token_metrics": True}),
     ("dpo", {"use_weighting": True}),
     ("dpo", {"ld_alpha": 0.3}),
+    ("dpo", {"loss_type": "sft"}),
     ("cpo", {}),
+    ("cpo", {"loss_type": "sigmoid", "label_smoothing": 0.1}),
     ("cpo", {"loss_type": "ipo"}),
     ("cpo", {"loss_type": "hinge", "cpo_alpha": 0.0}),
     ("simpo", {"label_smoothing": 0.1}),
     ("alphapo", {}),
     ("orpo", {}),
     ("tpo", {}),
-    ("tpo", {"loss_type": "tpo-l"}),
+    *[("tpo", {"loss_type": name}) for name in ("hinge", "ipo", "tpo-l")],
     ("kto", {"undesirable_weight": 1.5}),
     ("kto", {"loss_type": "apo_zero_unpaired"}),
     ("bco", {}),
@@ -66,6 +69,26 @@ METHOD_OPTIONS: list[tuple[str, dict[str, Any]]] = [
 
 # A stop-gradient makes the gradient another thing than the slope of the value; the golden cases hold those gradients.
 STOPS_GRADIENT = ("dft", "use_weighting", "cispo", "vespo", "dppo", "current", "sequence_token")
+
+
+def test_every_method_and_every_loss_type_is_among_those_that_are_tried() -> None:
+    for name, method in METHODS.items():
+        tried = [options for method_tried, options in METHOD_OPTIONS if method_tried == name]
+        assert tried, name
+        parameter = inspect.signature(method).parameters.get("loss_type")
+        if parameter is not None:
+            given = [options.get("loss_type", parameter.default) for options in tried]
+            found = {each for names in given for each in ([names] if isinstance(names, str) else names)}
+            assert found == set(_names_in(get_type_hints(method)["loss_type"])), name
+
+
+def _names_in(annotation: Any) -> Iterator[str]:
+    """The names of all `Literal`s in an annotation."""
+    for part in get_args(annotation):
+        if isinstance(part, str):
+            yield part
+        else:
+            yield from _names_in(part)
 
 
 def name_of(method: str, options: dict[str, Any]) -> str:
@@ -183,9 +206,15 @@ def value_of(objective: LossObjective, rows: Rows, *, frozen: bool) -> Callable[
     gradient."""
     if not frozen:
         return lambda logps: optimise(objective, Rows(rows.micro, logps, rows.extra)).value
-    (statistics,) = statistics_of(objective, [[rows]], [{}])
-    counts = objective.counts(rows.micro)
-    return lambda logps: float(objective.loss(rows.micro, Outputs(logps, rows.extra), counts, statistics)[0])
+    split = [[range(len(rows))]]
+    (statistics,) = statistics_of(objective, seen_by_statistics(objective, rows, split), [{}])
+
+    def value(logps: Tensor) -> float:
+        (((learned,),)) = learned_from(objective, Rows(rows.micro, logps, rows.extra), split)
+        outputs, counts = Outputs(learned.logps, learned.extra), objective.counts(learned.micro)
+        return float(objective.loss(learned.micro, outputs, counts, statistics)[0])
+
+    return value
 
 
 @every_method
@@ -201,7 +230,8 @@ def test_a_loss_reads_every_column_that_it_declares(method: str, options: dict[s
 def test_an_objective_survives_pickling(method: str, options: dict[str, Any]) -> None:
     objective, rows = objective_of(method, options), random_rows(method, options, seed=5)
     copy = pickle.loads(pickle.dumps(objective))
-    assert (copy.columns, copy.needs, copy.coupled) == (objective.columns, objective.needs, objective.coupled)
+    for name in ("columns", "needs", "keep_groups", "coupled", "aside"):
+        assert getattr(copy, name) == getattr(objective, name)
     assert optimise(copy, rows).value == optimise(objective, rows).value
 
 
@@ -373,9 +403,19 @@ def test_the_kl_estimate_of_kto_is_clamped_after_averaging_over_everything() -> 
     assert found == pytest.approx(float(ratios.mean()))
 
 
-def test_mismatched_rows_have_no_gradient() -> None:
+def test_losses_whose_statistics_are_over_different_rows_are_not_summed() -> None:
+    kto, bco = (objective_of(name, {}).terms[0] for name in ("kto", "bco"))
+    with pytest.raises(ConfigError, match=r"different rows \(all rows, mismatched\)"):
+        LossObjective(Sum(kto, bco), None, {})
+
+
+def test_mismatched_rows_move_the_estimate_and_have_no_gradient() -> None:
     rows = random_rows("kto", {}, seed=1)
-    gradient = optimise(objective_of("kto", {}), rows).gradient
     mismatched = rows.micro.per_token(rows.micro["mismatched"])
+    nearer = Rows(rows.micro, torch.where(mismatched, 0.1 * rows.logps, rows.logps))
+    found, moved = (optimise(objective_of("kto", {}), each) for each in (rows, nearer))
+    assert moved.metrics["kl"] > found.metrics["kl"]
+    assert moved.value != pytest.approx(found.value, rel=1e-6)
+    gradient = found.gradient
     assert not gradient[mismatched].any()
     assert gradient[~mismatched & rows.micro["mask"]].all()

@@ -13,7 +13,7 @@ from orchestrator.losses.objective import LossObjective
 from orchestrator.losses.pairwise import CONTRASTS
 from orchestrator.methods import METHODS, build
 from orchestrator.methods.dpo import TRANSPORT, LossName
-from orchestrator.pipeline import Pipeline, Verb
+from orchestrator.pipeline import Completions, Pipeline, Verb, mix
 
 DOCS = Path(__file__).parents[2] / "docs" / "methods"
 
@@ -65,6 +65,24 @@ def test_what_makes_up_for_staleness_reads_the_sampler_s_log_probabilities(optio
 @pytest.mark.parametrize("name", ["dpo", "kto", "bco"])
 def test_methods_against_a_reference_launch_one(name: str) -> None:
     assert build(name, {}).roles == ("policy", "reference")
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto", "bco"])
+def test_a_reference_that_follows_moves_after_the_update_and_is_no_longer_asked_ahead_of_it(name: str) -> None:
+    pipeline = build(name, {"sync_ref_model": True})
+    assert verbs(pipeline) == ["reference.logps", "policy.update", "reference.mix"]
+    assert (pipeline.trained, pipeline.mixed, pipeline.roles) == (("policy",), ("reference",), ("policy", "reference"))
+    assert pipeline.mixes[0].options == {"source": "policy", "share": 0.6, "every": 512}
+    assert pipeline.collect == () and pipeline.learn == pipeline.stages
+    still = build(name, {})
+    assert [stage.name for stage in still.collect] == ["reference.logps"] and still.mixed == ()
+
+
+def test_only_a_role_that_is_not_trained_moves_towards_one_that_is() -> None:
+    with pytest.raises(ConfigError, match=r"reference\.mix moves reference towards policy: .* \(trained: nothing\)"):
+        Pipeline(Completions, mix("reference", "policy", share=0.5, every=1))
+    with pytest.raises(ConfigError, match=r"policy\.mix moves policy towards policy: .* \(trained: policy\)"):
+        Pipeline(Completions, *build("sft", {}), mix("policy", "policy", share=0.5, every=1))
 
 
 @pytest.mark.parametrize("name", ["cpo", "simpo", "alphapo", "orpo", "tpo"])
@@ -131,6 +149,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("dpo", {"loss_type": ["sigmoid", "hing"]}, r"options\.loss_type='hing'"),
     ("dpo", {"loss_type": "aot", "f_divergence_type": "forward_kl"}, r"not defined for loss_type aot"),
     ("dpo", {"loss_type": ["sigmoid", "sft"], "use_weighting": True}, r"use_weighting weighs pairs"),
+    ("dpo", {"ref_model_mixup_alpha": 0.3}, r"ref_model_mixup_alpha=0\.3 needs options\.sync_ref_model=true"),
+    ("kto", {"ref_model_sync_steps": 8}, r"ref_model_sync_steps=8 needs options\.sync_ref_model=true"),
+    ("bco", {"sync_ref_model": True, "ref_model_mixup_alpha": 0}, r"ref_model_mixup_alpha=0: .*greater than 0"),
     ("cpo", {"loss_type": "ipo", "label_smoothing": 0.1}, r"needs options\.loss_type=sigmoid, not ipo"),
     ("tpo", {"loss_type": "hinge", "label_smoothing": 0.1}, r"needs options\.loss_type sigmoid or tpo-l"),
 ]

@@ -26,6 +26,7 @@ class Ended:
     scores: dict[str, float]
     checkpoint: Path | None = None
     model: Path | None = None
+    averaged: Path | None = None
     picture: Path | None = None
 
 

@@ -71,6 +71,40 @@ def test_dealt_chunks_put_together_are_the_batch(lengths: list[int], ranks: int)
     assert tokens.tolist() == batch["tokens"].tolist()
 
 
+def micro_batches(groups: list[int], ranks: int, length: int = 10) -> list[list[int]]:
+    """Which group each row of each micro-batch belongs to."""
+    batch = Batch.build([length] * len(groups), tokens=np.zeros(length * len(groups), int), group=groups)
+    dealt = deal(batch, ranks, BUDGET)
+    return [[groups[rows[local]] for local in micro] for rows, chunk in dealt for micro in chunk.micro_batches]
+
+
+def test_rows_of_a_group_stay_together_where_that_costs_nothing() -> None:
+    assert micro_batches([0, 1, 0, 1, 2, 3, 2, 3], ranks=2) == [[0, 0, 2, 2], [1, 1, 3, 3]]
+
+
+@pytest.mark.parametrize("groups", [[0, 0, 0, 1], [0, 0, 1, 1, 2, 2], [0] * 6 + [1, 2]])
+def test_rows_of_a_group_are_parted_where_ranks_would_be_uneven_or_a_micro_batch_too_large(groups: list[int]) -> None:
+    sizes = [len(micro) for micro in micro_batches(groups, ranks=2)]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@given(st.lists(st.tuples(st.integers(1, 10), st.booleans()), min_size=1, max_size=20), rank_counts, st.booleans())
+def test_rows_set_aside_are_dealt_once_too_and_by_themselves(
+    rows: list[tuple[int, bool]], ranks: int, keep_groups: bool
+) -> None:
+    lengths, marked = zip(*rows, strict=True)
+    group = np.arange(len(rows)) // 2
+    batch = Batch.build(lengths, tokens=np.arange(sum(lengths)), group=group, mismatched=np.array(marked))
+    dealt = deal(batch, ranks, BUDGET, keep_groups=keep_groups, aside="mismatched")
+    assert sorted(row for mine, _ in dealt for row in mine) == list(range(len(batch)))
+    for kind, wanted in (("micro_batches", False), ("aside", True)):
+        assert len({len(getattr(chunk, kind)) for _, chunk in dealt}) == 1, "the ranks move in step"
+        for mine, chunk in dealt:
+            named = [mine[local] for micro in getattr(chunk, kind) for local in micro]
+            assert sorted(named) == [row for row in sorted(mine) if marked[row] is wanted]
+            assert all(chunk.batch.lengths[list(micro)].sum() <= BUDGET for micro in getattr(chunk, kind))
+
+
 @given(st.lists(st.tuples(st.integers(1, 10), st.integers(1, 4)), min_size=1, max_size=10), rank_counts)
 def test_rows_of_a_group_stay_together_and_in_order(groups: list[tuple[int, int]], ranks: int) -> None:
     lengths = [length for length, count in groups for _ in range(count)]

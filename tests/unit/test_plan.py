@@ -14,6 +14,7 @@ from rich.console import Console
 from actors.errors import ConfigError
 from orchestrator.bundles import Bundle, ClusterView, Node, fit, shortages
 from orchestrator.config import RunConfig
+from orchestrator.labels import meets
 from orchestrator.memory import Training, estimate
 from orchestrator.methods import build
 from orchestrator.pipeline import Pairs, Pipeline, Stage, Verb
@@ -51,6 +52,11 @@ def test_supervised_training_launches_a_policy_and_nothing_else() -> None:
 def test_evaluation_brings_workers_that_sample_and_score() -> None:
     evaluation = {"data": {"path": "example:arithmetic"}}
     assert list(planned(config("sft", evaluation=evaluation)).roles) == ["policy", "rollout", "reward"]
+
+
+def test_held_out_rows_bring_nobody() -> None:
+    evaluation = {"rows": {"path": "example:arithmetic_sft", "split": "test"}}
+    assert list(planned(config("sft", evaluation=evaluation)).roles) == ["policy"]
 
 
 def test_a_reference_is_launched_exactly_if_the_method_asks_for_one() -> None:
@@ -315,6 +321,49 @@ def test_scattered_room_is_told_apart_from_missing_room() -> None:
     ]
 
 
+def test_a_reference_that_follows_has_weights_of_its_own_and_begins_as_the_policy() -> None:
+    options = {"sync_ref_model": True}
+    assert planned(config("dpo", options=options)).refusals == ()
+    (adapted,) = planned(config("dpo", options=options, model={"lora": {"r": 8}})).refusals
+    assert "with model.lora the reference is the policy without its adapters" in adapted
+    (other,) = planned(config("kto", options=options, roles={"reference": {"model": "another"}})).refusals
+    assert "roles.reference.model=another" in other and "options.sync_ref_model=false" in other
+
+
+def test_a_reference_that_follows_alternates_with_the_trainer_and_has_all_cores() -> None:
+    following = planned(config("dpo", options={"sync_ref_model": True}), cores=4)
+    assert threads(following) == {"policy": 4, "reference": 4}
+
+
+def test_averages_cost_three_copies_of_what_is_trained_shared_by_the_ranks() -> None:
+    roles = {"policy": {"backend": "deepspeed", "ranks": 4, "zero_stage": 0}}
+    plain, averaged = (
+        planned(config("dpo", train={"bema": bema}, roles=roles), parameters=SEVEN_BILLION).roles for bema in (None, {})
+    )
+    policy = averaged["policy"].memory
+    assert policy is not None and policy.averages == pytest.approx(3 * 4 * 7e9 / 4 / 2**30)
+    assert plain["policy"].memory == replace(policy, averages=0.0)
+    assert averaged["reference"].memory == plain["reference"].memory
+
+
+def test_an_average_that_a_later_phase_outlives_is_warned_about() -> None:
+    first, second = ({"method": "sft", "train": {"bema": bema}} for bema in ({}, None))
+    plan = planned(RunConfig.model_validate({"phases": {"one": first, "two": second}}))
+    assert len(plan.warnings) == 1 and plan.warnings[0].startswith("phases.one.train.bema: ")
+    assert planned(RunConfig.model_validate({"phases": {"one": second, "two": first}})).warnings == ()
+
+
+def test_the_view_shows_what_moves_weights_besides_training() -> None:
+    options = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.25, "ref_model_sync_steps": 64}
+    plan = planned(config("dpo", options=options, train={"bema": {"update_after": 50}}))
+    terminal = Console(width=200, record=True, file=io.StringIO())
+    terminal.print(render(plan, gpu_nodes(1)))
+    shown = terminal.export_text()
+    assert "reference: after every 64 steps 0.25 policy + 0.75 reference" in shown
+    assert "bema: an average every 400 optimizer steps, first at step 450; saved as bema/" in shown
+    assert "averages" in shown
+
+
 def test_the_view_shows_stages_arithmetic_memory_placement_and_refusals() -> None:
     roles = {"policy": {"ranks": 2, "gpus": 1}, "rollout": {"gpus": 1}}
     plan = planned(config(options={"beta": 0.1}, roles=roles), parameters=26_000_000)
@@ -334,3 +383,84 @@ def test_the_view_shows_stages_arithmetic_memory_placement_and_refusals() -> Non
         "rollout: no place for 1 of 1",
     ):
         assert expected in shown, expected
+
+
+def labelled_nodes(*labels: dict[str, str]) -> ClusterView:
+    return ClusterView(tuple(Node(f"node-{i}", {"CPU": 4.0}, each) for i, each in enumerate(labels)))
+
+
+def test_a_labelled_role_goes_to_such_nodes_only_and_the_others_make_room() -> None:
+    roles = {"rollout": {"workers": 2, "cpus": 2, "label_selector": {"role": "rollout"}}, "policy": {"cpus": 4}}
+    plan = planned(config(roles=roles))
+    cluster = labelled_nodes({"role": "rollout"}, {"role": "trainer"}, {})
+    assert problems(plan, cluster) == []
+    nodes = dict(zip((bundle.label for bundle in plan.bundles), fit(plan.bundles, cluster).nodes))
+    assert nodes["rollout"] == "node-0" and nodes["policy"] != "node-0"
+
+
+def test_a_label_that_no_node_has_is_named_with_the_values_that_there_are() -> None:
+    plan = planned(config(roles={"rollout": {"label_selector": {"role": "rollout", "zone": "!in(a, b)"}}}))
+    [refused] = problems(plan, labelled_nodes({"role": "trainer", "zone": "a"}, {"zone": "b"}))
+    assert "rollout: no place for 1 of 1, each needs 1 CPU on a node with role=rollout and zone=!in(a, b)" in refused
+    assert "no node meets role=rollout (the values there are: trainer)" in refused
+    assert "no node meets zone=!in(a, b) (the values there are: a, b)" in refused
+
+
+def test_labelled_nodes_that_are_too_few_are_counted_without_the_others() -> None:
+    roles = {"rollout": {"workers": 3, "cpus": 2, "label_selector": {"role": "rollout"}}}
+    [refused] = problems(planned(config(roles=roles)), labelled_nodes({"role": "rollout"}, {}, {}))
+    assert "no place for 1 of 3" in refused
+    assert "the plan needs 6 CPU in all, the nodes with these labels have 4 CPU: 2 CPU short" in refused
+
+
+def test_a_fallback_takes_what_the_preferred_nodes_cannot() -> None:
+    rollout = {"label_selector": {"role": "rollout"}, "fallback_strategy": [{"label_selector": {"role": "any"}}]}
+    plan = planned(config(roles={"rollout": rollout}))
+    assert problems(plan, labelled_nodes({"role": "any"})) == []
+    [refused] = problems(plan, labelled_nodes({}))
+    assert (
+        "on a node with role=rollout, else role=any: no node meets role=rollout (no node has a label 'role'" in refused
+    )
+
+
+@pytest.mark.parametrize(
+    ("roles", "part"),
+    [
+        ({"rollout": {"fallback_strategy": [{"label_selector": {}}]}}, "roles.rollout.fallback_strategy is for when"),
+        (
+            {"rollout": {"colocate": "policy", "label_selector": {"role": "rollout"}}},
+            "roles.rollout.label_selector: a colocated role runs where policy runs",
+        ),
+    ],
+)
+def test_labels_that_would_change_nothing_are_refused(roles: dict[str, Any], part: str) -> None:
+    assert any(part in refused for refused in planned(config(roles=roles)).refusals)
+
+
+@pytest.mark.parametrize("selector", [{"-role": "a"}, {"role": "a b"}, {"role": "in()"}, {"role": "!!a"}])
+def test_a_selector_that_ray_would_not_take_is_refused_when_the_configuration_is_read(selector: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=r"is no (label|condition)"):
+        config(roles={"rollout": {"label_selector": selector}})
+
+
+@pytest.mark.parametrize(
+    ("condition", "value", "met"),
+    [
+        ("a", "a", True),
+        ("a", None, False),
+        ("!a", "b", True),
+        ("!a", None, True),
+        ("in(a, b)", "b", True),
+        ("in(a,b)", "c", False),
+        ("!in(a, b)", None, True),
+        ("!in(a, b)", "a", False),
+    ],
+)
+def test_conditions_on_labels_mean_what_they_mean_to_ray(condition: str, value: str | None, met: bool) -> None:
+    assert meets({} if value is None else {"role": value}, {"role": condition}) is met
+
+
+def test_a_role_without_gpus_sees_none() -> None:
+    plan = planned(config(roles={"policy": {"gpus": 1}, "rollout": {"gpus": 1}}))
+    hidden = {name: role.env.get("CUDA_VISIBLE_DEVICES") for name, role in plan.roles.items()}
+    assert hidden == {"policy": None, "rollout": None, "reward": ""}

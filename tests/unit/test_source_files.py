@@ -49,20 +49,26 @@ def shown(source: Any) -> list[str]:
     return [source.preview(index) for index in range(len(source))]
 
 
-@pytest.mark.parametrize("write", [write_jsonl, write_json, write_parquet, write_arrow])
+@pytest.mark.parametrize("write", [write_jsonl, write_json, write_csv, write_tsv, write_parquet, write_arrow])
 def test_a_file_gives_its_rows_in_order(tmp_path: Path, write: Any) -> None:
     file = tmp_path / f"rows.{write.__name__.removeprefix('write_')}"
     write(file)
     assert shown(opened(file, Completions, cache_dir=tmp_path / "cache")) == SHOWN
 
 
-@pytest.mark.parametrize("write", [write_csv, write_tsv])
-def test_columns_of_numbers_in_a_table_of_text_are_refused_as_such(tmp_path: Path, write: Any) -> None:
-    file = tmp_path / f"rows.{write.__name__.removeprefix('write_')}"
-    write(file)
-    with pytest.raises(DataError, match="row 1: completion is of type int, not a text"):
+def test_a_number_in_a_table_is_a_text_where_texts_are_wanted_and_a_number_elsewhere(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("q,prompt,answer\n007,x,3\n8,y,4\n")
+    options = {"cache_dir": tmp_path / "cache", "columns": {"prompt": "q"}}
+    first = opened(file, Prompts, **options).item(0)
+    assert (first.prompt, first.columns) == ("007", {"answer": 3})  # pyright: ignore
+
+
+def test_an_empty_cell_of_a_table_is_a_missing_text(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("prompt,completion\n1,\n2,3\n")
+    with pytest.raises(DataError, match="row 1: completion is missing"):
         opened(file, Completions, cache_dir=tmp_path / "cache")
-    assert opened(file, Prompts, cache_dir=tmp_path / "cache").item(2).columns == {"completion": 3}  # pyright: ignore
 
 
 def test_a_text_file_has_a_row_per_line(tmp_path: Path) -> None:

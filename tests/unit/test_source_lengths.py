@@ -7,9 +7,14 @@ from typing import Any
 
 import pytest
 
-from actors.errors import DataError
+from actors.errors import ConfigError, DataError
+from orchestrator.config import LoggingConfig, ModelConfig, RewardConfig, RunConfig
+from orchestrator.metrics import METRICS_FILE, read
 from orchestrator.pipeline import Completions, Pairs, Prompts
+from orchestrator.prepare import prepare
+from orchestrator.run import run
 from tests.unit.source_stub import opened, tokenizer, write_rows
+from tests.unit.tiny import tiny_model_folder
 
 LONG = {"prompt": "abcd", "completion": "efghi"}  # 4 + 5 + 1 tokens
 SHORT = {"prompt": "a", "completion": "b"}
@@ -123,3 +128,63 @@ def test_tokenised_rows_are_kept_and_used_again_until_something_changes(tmp_path
     words = tokenizer("{{ messages }}")
     opened(write_rows(tmp_path / "d.jsonl", [SHORT]), Completions, words, max_length=6, cache_dir=cache)
     assert len(kept()) == 4
+
+
+def phase_of(tmp_path: Path, method: str, rows: list[dict], budget: int, **data: Any) -> RunConfig:
+    """A run of one phase on those rows, with a model of one token per byte."""
+    data["path"] = str(write_rows(tmp_path / "d.jsonl", rows))
+    train = {"steps": 1, "batch_size": 1, "token_budget": budget}
+    return RunConfig.model_validate({"phases": {"p": {"method": method, "data": data, "train": train}}})
+
+
+ROWS = [{"prompt": "ab", "completion": "cdef"}, {"prompt": "abcdefgh", "completion": "c"}]  # 7 and 10 tokens
+PAIRS = [{"prompt": "ab", "chosen": "cdef", "rejected": "c"}] * 2  # 7 + 4 tokens
+LABELLED = [{**row, "label": True} for row in ROWS]  # mismatched: 8 tokens of one's prompt, 5 of the other's completion
+
+
+@pytest.mark.parametrize(
+    ("method", "rows", "longest", "data"),
+    [
+        ("sft", ROWS, 10, {}),
+        ("sft", ROWS, 8, {"max_length": 8, "packing": "bfd_split"}),
+        ("sft", ROWS, 17, {"packing": "wrapped"}),
+        ("sft", ROWS, 9, {"max_length": 9, "streaming": True}),
+        ("dpo", PAIRS, 11, {}),
+        ("kto", LABELLED, 13, {}),
+        ("kto", LABELLED, 11, {"max_length": 11}),
+        ("bco", LABELLED, 10, {}),
+    ],
+)
+def test_a_micro_batch_that_cannot_hold_the_longest_row_is_refused_before_anything_starts(
+    tmp_path: Path, method: str, rows: list[dict], longest: int, data: dict[str, Any]
+) -> None:
+    refused = rf"token_budget={longest - 1}: .* may have {longest} tokens.*raise phases\.p\.train\.token_budget"
+    with pytest.raises(ConfigError, match=refused):
+        prepare(phase_of(tmp_path, method, rows, longest - 1, **data))
+    source = prepare(phase_of(tmp_path, method, rows, longest, **data)).phases[0].source
+    assert source.longest.row <= longest
+    if method == "kto" and "max_length" not in data:
+        assert max(source.batch([0, 1]).lengths) == longest
+
+
+def test_a_sampled_completion_counts_with_its_prompt(tmp_path: Path) -> None:
+    config = phase_of(tmp_path, "grpo", [{"prompt": "abcd", "answer": "e"}] * 2, 259)
+    config = config.model_copy(update={"rewards": (RewardConfig(fn="exact_match"),)})
+    with pytest.raises(ConfigError, match=r"a prompt with sampling\.max_tokens may have 260 tokens"):
+        prepare(config)
+
+
+def test_a_run_prints_and_logs_what_became_of_the_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = phase_of(tmp_path, "sft", [SHORT, LONG, {"prompt": "abcdefgh", "completion": "x"}], 100, max_length=6)
+    config = config.model_copy(
+        update={
+            "output": tmp_path,
+            "model": ModelConfig(path=str(tiny_model_folder(tmp_path / "model", hidden=32))),
+            "logging": LoggingConfig(tensorboard=False),
+        }
+    )
+    (line,) = read(run(config, local=True).folder / METRICS_FILE)
+    assert [line[f"data/{what}"] for what in ("dropped", "truncated", "bad")] == [1, 1, 0]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "dropped 1 rows: nothing to learn from is left: longer than max_length=6" in printed
+    assert "truncated 1 rows: longer than max_length=6" in printed

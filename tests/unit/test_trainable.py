@@ -35,6 +35,7 @@ class Nll:
     columns: frozenset[str] = frozenset({"mask"})
     keep_groups: bool = False
     coupled: bool = False
+    aside: str | None = None
     seen: list[float] = field(default_factory=list)
 
     def counts(self, micro: MicroBatch) -> Counts:
@@ -196,6 +197,69 @@ def test_the_balancing_loss_of_experts_weighs_each_micro_batch_by_its_tokens(tmp
     assert "aux_loss" not in without.metrics
 
 
+def passes(target: Trainable, of: Chunk, objective: Nll) -> tuple[list[tuple[int, bool]], UpdateReport]:
+    """(tokens, with gradient) of each forward pass of an update, and its report."""
+    seen: list[tuple[int, bool]] = []
+    hook = target.backend.model.register_forward_hook(
+        lambda _, args, __: seen.append((len(args[0]), torch.is_grad_enabled()))
+    )
+    report = target.update(of, objective, 1.0, "policy.update")
+    hook.remove()
+    return seen, report
+
+
+def test_rows_set_aside_are_seen_by_the_statistics_alone_and_pass_once_without_gradient(folder: Path) -> None:
+    data = batch()
+    marked = np.arange(len(data)) % 3 == 0
+    data = data.with_columns(mismatched=marked)
+    kept, left = (data.select(np.flatnonzero(rows)) for rows in (~marked, marked))
+    target, plain = trainable(folder), trainable(folder)
+    ((_, dealt),) = deal(data, 1, 1000, aside="mismatched")
+    seen, report = passes(target, dealt, Nll(coupled=True, aside="mismatched"))
+    assert seen == [(left.num_tokens, False), (kept.num_tokens, True)]
+    expected = plain.update(chunk(kept, 1000), Nll(), 1.0, "policy.update")
+    assert report.metrics["nll"] == pytest.approx(-float(plain_logps(folder, left).sum()), rel=1e-5)
+    assert report.metrics["loss"] == expected.metrics["loss"]
+    assert report.metrics["num_tokens"] == data.num_tokens
+    assert_equal_bits(weights(target), weights(plain))
+
+
+def plain_logps(folder: Path, data: Batch) -> np.ndarray:
+    return trainable(folder, optim=None).logps(chunk(data, 1000), "ref_logps", 1.0)["ref_logps"]
+
+
+def test_one_micro_batch_passes_once_even_if_its_rows_are_coupled_and_several_twice(folder: Path) -> None:
+    data = batch()
+    once, one = passes(trainable(folder), chunk(data, 1000), Nll(coupled=True))
+    assert once == [(data.num_tokens, True)]
+    ((_, cut),) = deal(data, 1, 64)
+    twice, several = passes(trainable(folder), cut, Nll(coupled=True))
+    sizes = [int(cut.batch.lengths[list(rows)].sum()) for rows in cut.micro_batches]
+    assert len(sizes) > 1
+    assert sorted(twice) == sorted([(size, grad) for size in sizes for grad in (False, True)])
+    assert several.metrics["nll"] == pytest.approx(one.metrics["nll"], rel=1e-5)
+    assert several.grad_norm == pytest.approx(one.grad_norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("token_budget", [64, 1000])
+def test_statistics_are_of_the_outputs_that_the_loss_sees_noise_included(folder: Path, token_budget: int) -> None:
+    data = batch()
+    quiet, noisy = trainable(folder), trainable(folder, neftune_noise_alpha=5.0)
+    of_quiet, of_noisy = (
+        target.update(chunk(data, token_budget), Nll(coupled=True), 1.0, "policy.update").metrics
+        for target in (quiet, noisy)
+    )
+    assert of_noisy["nll"] == pytest.approx(of_noisy["loss"] * data["mask"].sum(), rel=1e-6)
+    assert of_noisy["nll"] != pytest.approx(of_quiet["nll"], rel=1e-4)
+
+
+def test_a_batch_that_is_set_aside_whole_is_refused(folder: Path) -> None:
+    data = batch().with_columns(mismatched=np.ones(12, bool))
+    ((_, dealt),) = deal(data, 1, 1000, aside="mismatched")
+    with pytest.raises(RunError, match="empty batch"):
+        trainable(folder).update(dealt, Nll(coupled=True, aside="mismatched"), 1.0, "policy.update")
+
+
 def test_metrics_are_combined_over_micro_batches_as_each_says(folder: Path) -> None:
     data = batch()
     report = trainable(folder).update(chunk(data), Nll(), 1.0, "policy.update")
@@ -227,6 +291,36 @@ def test_logps_draw_no_noise_and_leave_the_random_state_alone(folder: Path) -> N
     data = chunk(batch())
     assert_equal_logps(target.logps(data, "old_logps", 1.0), target.logps(data, "old_logps", 1.0))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_an_evaluation_reports_what_an_update_would_without_noise_or_learning(folder: Path, coupled: bool) -> None:
+    noisy = {"lora": LoraSpec(r=4, dropout=0.5), "neftune_noise_alpha": 50.0}
+    target, plain = trainable(folder, **noisy), trainable(folder, lora=LoraSpec(r=4))
+    data, objective = chunk(batch()), Nll(coupled=coupled)
+    found = [target.evaluate(data, objective, 1.0, "policy.update") for _ in range(2)]
+    report = plain.update(data, objective, 1.0, "policy.update")
+    assert found[0] == found[1]
+    assert found[0] == pytest.approx({name: report.metrics[name] for name in found[0]}, rel=1e-5)
+    assert set(report.metrics) - set(found[0]) == {"num_tokens", "padding_share"}
+
+
+def test_an_evaluation_between_updates_leaves_no_trace(folder: Path) -> None:
+    plain, evaluated = (trainable(folder, **VARIANTS["lora"]) for _ in range(2))
+    objective = Nll(coupled=True)  # its state counts steps
+    expected = train(plain, range(3), objective)
+    found = train(evaluated, range(1), objective)
+    evaluated.evaluate(chunk(batch(7)), objective, 1.0, "policy.update")
+    found += train(evaluated, range(1, 3), objective)
+    assert [report.metrics for report in found] == [report.metrics for report in expected]
+    assert_equal_bits(weights(evaluated), weights(plain))
+
+
+def test_a_frozen_role_evaluates_too_and_an_empty_batch_is_refused(folder: Path) -> None:
+    frozen = trainable(folder, optim=None)
+    assert frozen.evaluate(chunk(batch()), Nll(), 1.0, "u")["loss"] > 0
+    with pytest.raises(RunError, match="empty batch"):
+        frozen.evaluate(Chunk(batch().select([]), ((),)), Nll(), 1.0, "u")
 
 
 def test_adapters_off_is_the_base_model_exactly(folder: Path) -> None:

@@ -24,6 +24,7 @@ from rollout.weights.fingerprint import Fingerprint
 from rollout.weights.protocol import Manifest, Rendezvous, SendReport, SyncOrder
 
 KIB = 1024
+CPU = torch.device("cpu")
 SHAPES = [(16, 8), (8,), (33,), (), (40, 25), (2000,), (3, 1, 5)]
 
 
@@ -52,7 +53,7 @@ class Stage:
         return SyncOrder(f"order {rendezvous.epoch}", 3, "collective", manifest, rendezvous)
 
     def member(self, name: str) -> CollectiveReceiver:
-        return self.members.setdefault(name, CollectiveReceiver(name))
+        return self.members.setdefault(name, CollectiveReceiver(name, CPU))
 
     def receive(self, order: SyncOrder, *members: CollectiveReceiver) -> list[Future[tuple[Staged, str]]]:
         """All members of the order at the same time, each on a thread."""
@@ -91,7 +92,7 @@ def test_weights_of_any_shapes_and_dtypes_come_out_of_the_buckets_as_they_went_i
     ]
     manifest = ManifestOf("bfloat16", bucket)(iter(given_weights))
     flats = (flat.clone() for flat in fill(manifest, iter(given_weights), buffers=buffers))
-    staged, _ = stage(manifest, flats)
+    staged, _ = stage(manifest, flats, CPU)
     assert [name for name, _ in staged] == [name for name, _ in given_weights]
     for (_, got), (_, was) in zip(staged, given_weights, strict=True):
         wanted = was.bfloat16() if was.is_floating_point() else was
@@ -108,7 +109,7 @@ def test_a_bucket_is_within_its_limit_unless_one_tensor_alone_exceeds_it(bucket)
 
 def test_the_same_weights_have_the_same_fingerprint_whatever_was_in_memory_before():
     manifest = ManifestOf("bfloat16", KIB)(weights())
-    prints = {stage(manifest, fill(manifest, weights(), buffers=buffers))[1] for buffers in (None, 1, 2, None)}
+    prints = {stage(manifest, fill(manifest, weights(), buffers=buffers), CPU)[1] for buffers in (None, 1, 2, None)}
     assert len(prints) == 1
 
 
@@ -145,7 +146,7 @@ def test_a_tensor_is_copied_before_the_next_is_drawn():
             lent.fill_(float("nan"))
 
     manifest = ManifestOf("float32", 10_000)(weights())
-    staged, _ = stage(manifest, fill(manifest, gathered()))
+    staged, _ = stage(manifest, fill(manifest, gathered()), CPU)
     assert same(staged, weights(), torch.float32)
 
 
@@ -173,12 +174,12 @@ def by_object_store(manifest: Manifest, folder: Path, trainer: Stage) -> tuple[S
     report, payload = PackBuckets(manifest, 3)(iter(weights()))
     for array in payload:
         array.flags.writeable = False  # as it comes out of shared memory
-    return report, *receiver("object_store", "a").receive(SyncOrder("o", 3, "object_store", manifest), payload)
+    return report, *receiver("object_store", "a", CPU).receive(SyncOrder("o", 3, "object_store", manifest), payload)
 
 
 def by_disk(manifest: Manifest, folder: Path, trainer: Stage) -> tuple[SendReport, Staged, str]:
     order = SyncOrder("o", 3, "disk", manifest, folder=str(folder))
-    return DiskWrite(order)(iter(weights())), *receiver("disk", "a").receive(order)
+    return DiskWrite(order)(iter(weights())), *receiver("disk", "a", CPU).receive(order)
 
 
 BY = {"collective": by_collective, "object_store": by_object_store, "disk": by_disk}
@@ -196,7 +197,7 @@ def test_what_arrives_is_what_was_sent_under_the_fingerprint_that_every_transpor
     manifest = ManifestOf(dtype, 2 * KIB)(weights())
     report, staged, fingerprint = BY[transport](manifest, tmp_path, trainer)
     assert same(staged, weights(), getattr(torch, dtype))
-    expected = stage(manifest, fill(manifest, weights()))[1]
+    expected = stage(manifest, fill(manifest, weights()), CPU)[1]
     assert (report.version, report.fingerprint, fingerprint) == (3, expected, expected)
 
 
@@ -213,19 +214,19 @@ def test_a_missing_or_cut_off_file_is_an_infrastructure_failure(tmp_path: Path):
     manifest = ManifestOf("float32", KIB)(weights())
     order = SyncOrder("o", 1, "disk", manifest, folder=str(tmp_path))
     with pytest.raises(InfraFailure, match="no weights of version 1"):
-        receiver("disk", "a").receive(order)
+        receiver("disk", "a", CPU).receive(order)
     DiskWrite(order)(weights())
     file = tmp_path / "version-1.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(InfraFailure, match="no weights of version 1"):
-        receiver("disk", "a").receive(order)
+        receiver("disk", "a", CPU).receive(order)
 
 
 @pytest.mark.parametrize("payload", [None, [], [np.zeros(3, np.uint8)]])
 def test_an_order_without_its_payload_is_an_infrastructure_failure(payload):
     order = SyncOrder("o", 1, "object_store", ManifestOf("float32", KIB)(weights()))
     with pytest.raises(InfraFailure, match="order o came with"):
-        receiver("object_store", "a").receive(order, payload)
+        receiver("object_store", "a", CPU).receive(order, payload)
 
 
 # Collective: members, epochs, deadlines.
@@ -260,7 +261,7 @@ def test_a_second_run_in_the_same_process_meets_nobody_of_the_first():
     for seed in (1, 2):  # both call their first epoch "1" and their member "a"
         order = SyncOrder("o", 0, "collective", manifest, Rendezvous(*sender.open(), "1", ("a",), 12.0))
         with ThreadPoolExecutor(1) as thread:
-            arriving = thread.submit(CollectiveReceiver("a").receive, order)
+            arriving = thread.submit(CollectiveReceiver("a", CPU).receive, order)
             assert sender.send(order, weights(seed)).fingerprint == arriving.result(10)[1]
     sender.close()
 
@@ -315,7 +316,7 @@ class Hangs(CollectiveReceiver):
 def test_a_member_that_fails_half_way_is_reported_and_the_others_get_everything(trainer: Stage, kind):
     large = [(f"w{index}", torch.full((500_000,), float(index))) for index in range(24)]  # more than sockets buffer
     order = trainer.order(ManifestOf("float32", 500_000)(large), "bad", "a", timeout_s=1.5)
-    arriving = trainer.receive(order, kind("bad"), trainer.member("a"))
+    arriving = trainer.receive(order, kind("bad", CPU), trainer.member("a"))
     report = trainer.sender.send(order, large)
     Hangs.woken.set()
     assert report.seconds < 1.5
@@ -328,7 +329,7 @@ def test_a_member_that_fails_half_way_is_reported_and_the_others_get_everything(
 def test_a_circle_of_all_breaks_as_a_whole_and_is_reported_as_that(trainer: Stage):
     large = [(f"w{index}", torch.full((500_000,), float(index))) for index in range(24)]
     order = trainer.order(ManifestOf("float32", 500_000)(large), "bad", "a", timeout_s=3.0, topology="all")
-    arriving = trainer.receive(order, Leaves("bad"), trainer.member("a"))
+    arriving = trainer.receive(order, Leaves("bad", CPU), trainer.member("a"))
     report = trainer.sender.send(order, large)
     assert report.delivered == () and set(report.failed) == {"bad", "a"}
     for future in arriving:
@@ -357,3 +358,11 @@ def test_who_was_lost_is_not_waited_for_again_and_may_come_back_in_the_next_epoc
     assert again.failed == {"a": "was lost in this epoch"} and again.seconds < 0.1
     report, ((_, fingerprint),) = trainer.sync(trainer.order(manifest, "a"), weights())
     assert fingerprint == report.fingerprint
+
+
+def test_an_engine_on_another_kind_of_device_than_the_trainer_is_told_what_to_set(trainer: Stage):
+    order = trainer.order(ManifestOf("float32", KIB)(weights()), "a", timeout_s=3.0)
+    [arriving] = trainer.receive(order, CollectiveReceiver("a", torch.device("meta")))
+    trainer.sender.send(order, iter(weights()))
+    with pytest.raises(InfraFailure, match=r"are on cpu, this engine is on meta; set weights.transport=object_store"):
+        arriving.result(10)

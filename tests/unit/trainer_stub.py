@@ -83,10 +83,10 @@ def optimise(
     """One update's worth of loss and gradient. `split`: default one rank, one micro-batch."""
     split = [[range(len(rows))]] if split is None else split
     leaf = Rows(rows.micro, _leaf(rows.logps), {name: _leaf(values) for name, values in rows.extra.items()})
-    parts = [[leaf.select(members) for members in rank] for rank in split]
+    parts = learned_from(objective, leaf, split)
     counts = _counts(objective, parts)
     states = states if states is not None else [{} for _ in split]
-    statistics = statistics_of(objective, parts, states)
+    statistics = statistics_of(objective, seen_by_statistics(objective, leaf, split), states)
     value, stats = torch.zeros((), dtype=rows.logps.dtype), list[dict[str, Stat]]()
     for rank, found in zip(parts, statistics, strict=True):
         for part in filter(len, rank):  # an empty micro-batch moves through the model, but has no loss
@@ -108,6 +108,22 @@ def combined(stats: Sequence[Mapping[str, Stat]]) -> dict[str, float]:
         kinds = {"mean": sum(totals) / weight if weight else 0.0, "sum": sum(totals), "max": max(totals)}
         found[name] = kinds[entries[0].combine]
     return found
+
+
+def learned_from(objective: Objective, rows: Rows, split: Split) -> list[list[Rows]]:
+    """The micro-batches of each rank, without the rows that the objective sets aside."""
+    return _where(
+        rows, split, torch.ones(len(rows)).bool() if objective.aside is None else ~rows.micro[objective.aside]
+    )
+
+
+def seen_by_statistics(objective: Objective, rows: Rows, split: Split) -> list[list[Rows]]:
+    """The micro-batches of each rank, of all rows or of those that the objective sets aside."""
+    return _where(rows, split, torch.ones(len(rows)).bool() if objective.aside is None else rows.micro[objective.aside])
+
+
+def _where(rows: Rows, split: Split, chosen: Tensor) -> list[list[Rows]]:
+    return [[rows.select([row for row in members if chosen[row]]) for members in rank] for rank in split]
 
 
 def _counts(objective: Objective, parts: list[list[Rows]]) -> dict[str, float]:

@@ -1,0 +1,97 @@
+"""Held-out rows: a phase's loss and metrics on them, whatever a batch's size, and what is refused about them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.errors import ConfigError
+from orchestrator.config import RunConfig
+from orchestrator.metrics import METRICS_FILE, read
+from orchestrator.prepare import prepare
+from orchestrator.run import run
+from tests.unit.source_stub import write_rows
+from tests.unit.tiny import tiny_model_folder
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> dict[str, Any]:
+    """Two steps on six pairs, with five held out."""
+    pairs = [{"prompt": f"{i}+1=", "chosen": str(i + 1), "rejected": str(i + 11)} for i in range(11)]
+    phase = {
+        "method": "dpo",
+        "data": {"path": str(write_rows(tmp_path / "train.jsonl", pairs[:6]))},
+        "train": {"steps": 2, "batch_size": 2, "learning_rate": 1e-2, "scheduler": "constant"},
+        "evaluation": {"rows": {"path": str(write_rows(tmp_path / "test.jsonl", pairs[6:]))}, "every": 1},
+    }
+    model = {"path": str(tiny_model_folder(tmp_path / "model", hidden=32))}
+    return {"output": str(tmp_path), "model": model, "logging": {"tensorboard": False}, "phases": {"first": phase}}
+
+
+def ran(recipe: dict[str, Any], where: str = "run") -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(lines of steps, lines of evaluations)."""
+    config = RunConfig.model_validate({**recipe, "output": str(Path(recipe["output"]) / where)})
+    lines = read(run(config, local=True).folder / METRICS_FILE)
+    return [line for line in lines if "loss" in line], [line for line in lines if "eval_loss" in line]
+
+
+def test_held_out_rows_are_evaluated_at_the_start_in_between_and_at_the_end(
+    recipe: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps, evaluations = ran(recipe)
+    assert [line["step"] for line in evaluations] == [0, 1, 2]
+    assert evaluations[0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)  # it starts from its reference
+    assert evaluations[0]["eval_rewards/margins"] == pytest.approx(0, abs=1e-6)
+    assert evaluations[2]["eval_loss"] != pytest.approx(math.log(2), abs=1e-3)
+    named = {f"eval_{name}" for name in steps[0] if name.startswith(("rewards/", "logps/"))}
+    assert named and named <= set(evaluations[0])
+    assert "held-out rows first@0:  loss 0.6931  margin 0.0000  accuracy 0.0%" in capsys.readouterr().out
+
+
+def test_the_numbers_do_not_depend_on_how_rows_are_cut(recipe: dict[str, Any]) -> None:
+    _, expected = ran(recipe)
+    recipe["phases"]["first"]["train"]["token_budget"] = 24
+    _, found = ran(recipe, "cut")
+    for one, other in zip(found, expected, strict=True):
+        metrics = [name for name in one if name.startswith("eval_")]
+        assert [one[name] for name in metrics] == pytest.approx([other[name] for name in metrics], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("method", ["bco", "kto"])
+def test_training_goes_on_as_if_nothing_had_been_evaluated(recipe: dict[str, Any], method: str) -> None:
+    recipe["phases"]["first"]["method"] = method  # both look across the rows of a batch; one remembers
+    evaluated, evaluations = ran(recipe)
+    del recipe["phases"]["first"]["evaluation"]
+    plain, none = ran(recipe, "plain")
+    assert (len(evaluations), none) == (3, [])
+    for one, other in zip(evaluated, plain, strict=True):
+        assert (one["loss"], one["grad_norm"]) == (other["loss"], other["grad_norm"])
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "message"),
+    [
+        ("dpo", {"rows": None}, r"phases\.first\.evaluation names nothing to evaluate on; set .*\.data .*\.rows"),
+        ("dpo", {"rows.streaming": True}, r"rows\.streaming=true: held-out rows are evaluated all at once"),
+        ("grpo", {}, r"phases\.first\.evaluation\.rows: grpo learns from what it samples"),
+        ("kto", {"rows.limit": 1, "rows.path": "one.jsonl"}, r"has one item; kto swaps completions between items"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_before_anything_starts(
+    recipe: dict[str, Any], method: str, change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    phase = recipe["phases"]["first"]
+    phase["method"] = method
+    if method == "grpo":
+        phase["data"], recipe["rewards"] = {"path": "example:arithmetic"}, [{"fn": "exact_match"}]
+    row = {"prompt": "1+1=", "completion": "2", "label": True}
+    for key, value in change.items():
+        head, _, below = key.partition(".")
+        value = str(write_rows(tmp_path / value, [row])) if below == "path" else value
+        target = phase["evaluation"][head] if below else phase["evaluation"]
+        target[below or head] = value
+    with pytest.raises(ConfigError, match=message):
+        prepare(RunConfig.model_validate(recipe))
