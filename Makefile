@@ -10,7 +10,7 @@ RECIPE ?= grpo_arithmetic
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-warn-script-location
 
 EMPTY := 5# what pytest answers for a suite without tests
-BENCHMARKS := tests/benchmarks/against_trl.py tests/benchmarks/publish.py
+BENCHMARKS := startup vocabulary publish against_trl# of tests/benchmarks, the longest last
 SUITES := tests/test_house.py tests/unit tests/golden tests/contract tests/ray tests/chaos tests/gpu
 
 .PHONY: demo test lint format types unit bench curves venv clean
@@ -37,7 +37,7 @@ types: venv
 	$(BIN)/pyright
 
 bench: venv
-	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python tests/benchmarks/$$name.py || exit 1; done
 
 curves: venv
 	$(BIN)/python tests/benchmarks/learning_curves.py

@@ -104,17 +104,15 @@ class _TokenQuantities(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, projection: Projection
     ) -> tuple[Tensor, ...]:
         outputs = [hidden.new_empty(len(hidden), dtype=torch.float32) for _ in ("logps", *projection.extras)]
-        log_probs = None
+        keeps = projection.keeps_log_probs(len(hidden)) and any(ctx.needs_input_grad)
+        ctx.log_probs = None
         for part in projection.chunks(len(hidden)):
-            logits = projection.logits(hidden[part], weight, bias)
-            log_probs = projection.log_probs(logits)
-            outputs[0][part] = log_probs.gather(1, targets[part, None]).squeeze(1)
-            for output, name in zip(outputs[1:], projection.extras, strict=True):
-                output[part] = _extra(name, log_probs, logits, outputs[0][part], projection)
+            log_probs = _measure(hidden[part], weight, bias, targets[part], projection, [o[part] for o in outputs])
+            ctx.log_probs = log_probs if keeps else None
+            del log_probs  # or it would stand beside the next chunk's
         graded = projection.with_gradient
         ctx.mark_non_differentiable(*(o for o, name in zip(outputs[1:], projection.extras) if name not in graded))
         ctx.projection = projection
-        ctx.log_probs = log_probs if projection.keeps_log_probs(len(hidden)) and any(ctx.needs_input_grad) else None
         ctx.save_for_backward(hidden, weight, bias, targets, outputs[1] if "entropy" in graded else None)
         return tuple(outputs)
 
@@ -122,27 +120,59 @@ class _TokenQuantities(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, entropy = ctx.saved_tensors
         projection: Projection = ctx.projection
+        graded = {"logps", *projection.with_gradient}
+        given = {name: grad for name, grad in zip(("logps", *projection.extras), grads, strict=True) if name in graded}
         hidden_grad = torch.zeros_like(hidden)
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         bias_grad = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         for part in projection.chunks(len(hidden)):
-            logits, log_probs = None, ctx.log_probs
-            if log_probs is None:
-                logits = projection.logits(hidden[part], weight, bias)
-                log_probs = projection.log_probs(logits)
-            grad = _logps_gradient(log_probs, targets[part], grads[0][part])
-            if entropy is not None:
-                grad -= log_probs.exp() * (log_probs + entropy[part, None]) * grads[1][part, None]
-            if "mean_logps" in projection.extras:
-                mean_grad = grads[1 + projection.extras.index("mean_logps")][part, None]
-                grad += mean_grad * (1 / log_probs.shape[1] - log_probs.exp())
-            grad = projection.scaling.backward_(grad.div_(projection.temperature), logits).to(hidden.dtype)
+            chunk = hidden[part], weight, bias, targets[part], None if entropy is None else entropy[part]
+            grad = _logits_gradient(
+                *chunk, {name: grad[part] for name, grad in given.items()}, projection, ctx.log_probs
+            )
             hidden_grad[part] = grad @ weight
             if weight_grad is not None:
                 _add_product(weight_grad, grad.t(), hidden[part])
             if bias_grad is not None:
                 bias_grad += grad.sum(0, dtype=torch.float32)
+            del grad  # or it would stand beside the next chunk's
         return hidden_grad, _cast(weight_grad, weight), _cast(bias_grad, bias), None, None
+
+
+def _measure(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, projection: Projection, outputs: list[Tensor]
+) -> Tensor:
+    """Fill the outputs of one chunk; its log-probabilities. Logits do not outlive the call."""
+    logits = projection.logits(hidden, weight, bias)
+    log_probs = projection.log_probs(logits)
+    outputs[0].copy_(log_probs.gather(1, targets[:, None]).squeeze(1))
+    for output, name in zip(outputs[1:], projection.extras, strict=True):
+        output.copy_(_extra(name, log_probs, logits, outputs[0], projection))
+    return log_probs
+
+
+def _logits_gradient(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    entropy: Tensor | None,
+    grads: Mapping[str, Tensor],
+    projection: Projection,
+    log_probs: Tensor | None,
+) -> Tensor:
+    """[n, V] in the dtype of `hidden`: the gradient of one chunk's logits, before scaling. `log_probs`: if kept."""
+    logits = None
+    if log_probs is None:
+        logits = projection.logits(hidden, weight, bias)
+        log_probs = projection.log_probs(logits)
+        logits = logits if projection.scaling.softcap is not None else None  # nobody else reads them: make room
+    grad = _logps_gradient(log_probs, targets, grads["logps"])
+    if entropy is not None:
+        grad -= log_probs.exp() * (log_probs + entropy[:, None]) * grads["entropy"][:, None]
+    if "mean_logps" in grads:
+        grad += grads["mean_logps"][:, None] * (1 / log_probs.shape[1] - log_probs.exp())
+    return projection.scaling.backward_(grad.div_(projection.temperature), logits).to(hidden.dtype)
 
 
 def _extra(name: str, log_probs: Tensor, logits: Tensor, logps: Tensor, projection: Projection) -> Tensor:

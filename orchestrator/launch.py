@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -50,7 +51,9 @@ async def launch(
         trained = [role for role in plan.roles if role not in ("rollout", "reward")]
 
         async def start_group(role: str) -> None:
+            began = time.monotonic()
             groups[role] = await _start_group(role, prepared, plan, cluster)
+            event("up", {"role": role, "seconds": round(time.monotonic() - began, 3)})
 
         opening = [pool.open() for pool in (rollout, reward) if pool is not None]
         await _all_or_none(*opening, *(start_group(role) for role in trained))

@@ -63,6 +63,7 @@ class Pool:
         self.workers: dict[int, Worker] = {}
         self.infos: dict[int, WorkerInfo] = {}
         self.health: dict[int, dict[str, Any]] = {}
+        self._untried: dict[int, float] = {}  # member that returned nothing yet -> when its start began
         self.admit: Callable[[int], Awaitable[None]] = _at_once  # what a member that is up waits for before it serves
         self._start, self._stop = start, stop
         self._event, self._watchdog = event, watchdog
@@ -110,7 +111,9 @@ class Pool:
         for attempt in range(self.policy.max_attempts):
             index = await self._acquire(tried)
             try:
-                return await work(self.workers[index])
+                result = await work(self.workers[index])
+                self._returned(index)
+                return result
             except InfraFailure as error:
                 tried, last = tried | {index}, error
                 detail = {"role": self.role, "worker": index, "key": key, "attempt": attempt, "why": str(error)}
@@ -136,6 +139,13 @@ class Pool:
         if member is not None and member.state is State.DRAINING and member.load == 0:
             self._wake.set()
 
+    def _returned(self, index: int) -> None:
+        """A call succeeded: if it is the member's first, how long that took since its start began is an event."""
+        began = self._untried.pop(index, None)
+        if began is not None:
+            seconds = round(time.monotonic() - began, 3)
+            self._event("first_result", {"role": self.role, "worker": index, "seconds": seconds})
+
     async def _suspect(self, index: int, why: str) -> None:
         """A call failed: is it the worker? Evict it if it does not answer, or if hanging is a capital offence here."""
         if not self.policy.kill_on_timeout and await self._answers(index):
@@ -149,6 +159,7 @@ class Pool:
         self._event("evicted", {"role": self.role, "worker": index, "why": why})
         worker = self.workers.pop(index, None)
         self.infos.pop(index, None)
+        self._untried.pop(index, None)
         self._wake.set()
         if worker is not None:
             with contextlib.suppress(InfraFailure):
@@ -164,7 +175,7 @@ class Pool:
             self._wake.clear()
 
     async def _bring_up(self, index: int) -> None:
-        began = time.monotonic()
+        began = self._untried[index] = time.monotonic()
         try:
             worker = await self._start(index)
             if index not in self.fleet.members:  # scaled down while it started
@@ -173,6 +184,8 @@ class Pool:
             self.workers[index] = worker
             self.infos[index] = await worker.call("ready", timeout_s=self.policy.start_timeout_s)
             self.fleet.ready(index, time.monotonic())
+            seconds = round(time.monotonic() - began, 3)
+            self._event("up", {"role": self.role, "worker": index, "seconds": seconds})
             self._notify()
             await self.admit(index)
             self.fleet.joined(index, time.monotonic())
@@ -190,6 +203,7 @@ class Pool:
             return
         self.fleet.stopped(action.index)
         self._event("stopped", {"role": self.role, "worker": action.index, "why": action.why})
+        self._untried.pop(action.index, None)
         worker = self.workers.pop(action.index, None)
         if worker is not None:
             await self._stop(worker)

@@ -117,6 +117,7 @@ class _Run:
             raise Interrupted(self.ending.signal) from None
 
     async def _execute(self) -> RunResult:
+        self._since_start("prepared")
         found = self.store.latest() if self.resuming else None
         if self.resuming and found is None:
             raise ConfigError(f"{self.folder} holds no valid checkpoint to resume from")
@@ -132,7 +133,7 @@ class _Run:
         ):
             self.console.placed(cluster.describe())
             self.console.at(self.folder, self.dashboard)
-            self.event("started", {"seconds": round(time.monotonic() - self.began, 3)})
+            self._since_start("started")
             for phase in self.prepared.phases:
                 if found is None or phase.index >= found.state.phase_index:
                     mine = found if found is not None and phase.index == found.state.phase_index else None
@@ -148,7 +149,9 @@ class _Run:
         progress = Progress(found.state.step, found.state.version) if found else Progress(0, phase.first_version)
         cursor = Cursor.from_json(found.state.cursor) if found else Cursor()
         async with roles.changing_weights():
-            await roles.publish(progress.version)
+            report = await roles.publish(progress.version)
+        if report is not None:
+            self.event("published", {"version": report.version, "seconds": round(report.seconds, 3)})
         if found is None and phase.config.evaluation and phase.config.evaluation.at_start:
             await self._evaluate(phase, roles, progress)
         self.console.data(phase.name, phase.source.report.lines())
@@ -308,8 +311,12 @@ class _Run:
         self.console.done(result)
         return result
 
+    def _since_start(self, kind: str) -> None:
+        """A stage of starting is over: seconds since the run was asked for, imports of its own rooms not included."""
+        self.event(kind, {"seconds": round(time.monotonic() - self.began, 3)})
+
     def event(self, kind: str, detail: dict[str, Any]) -> None:
-        """One line in `events.jsonl`: joins, deaths, retries, resizes, checkpoints."""
+        """One line in `events.jsonl`: stages of starting, joins, deaths, retries, resizes, checkpoints."""
         line = {"time": round(time.time(), 3), "event": kind, **detail}
         with (self.folder / "events.jsonl").open("a") as stream:
             stream.write(json.dumps(line) + "\n")
@@ -325,11 +332,13 @@ class _Run:
             from orchestrator.placement import RayCluster, connect
 
             self.dashboard = connect(self.config.cluster, self.plan, debug=self.config.debug)
+            self._since_start("connected")
             cluster = RayCluster(self.config, run=self.folder.name)
         self.ending = Ending(cluster.alive, self._where_it_stands)
         self.ending.obey_signals()
         try:
             await cluster.reserve(self.plan)
+            self._since_start("reserved")
             yield cluster
         finally:
             await cluster.close()

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from processes import computes_bfloat16, processor, run
+from processes import Ran, computes_bfloat16, processor, run
 from rich.console import Console
 from rich.table import Table
 from workload import BATCHING, METHODS, SIZES, Job
@@ -38,6 +38,7 @@ REPOSITORY = HERE.parent.parent
 TRL = "trl==1.16.0"
 TIMEOUT_S = 1800.0
 PHASES = ("generate", "score", "logps", "update", "publish", "rest")
+QUIET = 0.1  # cores that other programs may use without spoiling a comparison
 Figures = dict[str, Any]
 
 
@@ -76,7 +77,7 @@ def compare(job: Job, python: Path, options: argparse.Namespace) -> Iterator[Fig
     ours: list[Figures] = []
     for _ in range(options.rounds):
         for batching in batchings:
-            theirs[batching].append(run_trl(replace(job, batching=batching), python))
+            theirs[batching].append(run_trl(replace(job, batching=batching), python, passive=options.passive))
         ours.append(run_troupe(job))
     for batching in batchings:
         trl, troupe = _median(theirs[batching]), _median(ours)
@@ -93,15 +94,16 @@ def _same_tokens(job: Job, trl: Figures, troupe: Figures) -> None:
         )
 
 
-def run_trl(job: Job, python: Path) -> Figures:
+def run_trl(job: Job, python: Path, *, passive: bool) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data.jsonl"
         job.write(data)
         given = {**asdict(job), "items": job.items, "model": str(job.model), "data": str(data), "output": folder}
         command = [python, "-W", "ignore", HERE / "trl_run.py", json.dumps(given)]
         environment = {"OMP_NUM_THREADS": str(job.threads), "HF_DATASETS_CACHE": folder}
-        output, peak_gib = run(command, environment, TIMEOUT_S)
-    return {**json.loads(output.strip().splitlines()[-1]), "peak_gib": peak_gib}
+        environment |= {"OMP_WAIT_POLICY": "PASSIVE"} if passive else {}
+        ran = run(command, environment, TIMEOUT_S)
+    return {**json.loads(ran.output.strip().splitlines()[-1]), **_around(ran)}
 
 
 def run_troupe(job: Job) -> Figures:
@@ -109,7 +111,7 @@ def run_troupe(job: Job) -> Figures:
         data, recipe = Path(folder) / "data.jsonl", Path(folder) / "recipe.yaml"
         job.write(data)
         recipe.write_text(yaml.safe_dump(_recipe(job, data, folder)))
-        _, peak_gib = run([Path(sys.executable).parent / "troupe", "run", recipe], {}, TIMEOUT_S)
+        ran = run([Path(sys.executable).parent / "troupe", "run", recipe], {}, TIMEOUT_S)
         (metrics,) = Path(folder).glob("bench-*/metrics.jsonl")
         lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     steps = [line for line in lines if "step_time" in line][job.warmup :]
@@ -133,8 +135,12 @@ def run_troupe(job: Job) -> Figures:
         "update": update,
         "padding": mean("padding_share"),
         "mean_length": mean("completions/mean_length") or None,
-        "peak_gib": peak_gib,
+        **_around(ran),
     }
+
+
+def _around(ran: Ran) -> Figures:
+    return {"peak_gib": ran.peak_gib, "others_cores": ran.others_cores}
 
 
 def _recipe(job: Job, data: Path, folder: str) -> Figures:
@@ -217,6 +223,9 @@ def show(results: list[Figures]) -> None:
     console.print("Two figures: TRL's and Troupe's. Padding: share of what goes through the models in training.")
     console.print(speed)
     console.print(parts)
+    busy = max(result[side]["others_cores"] for result in results for side in ("trl", "troupe"))
+    if busy > QUIET:
+        console.print(f"Other programs kept up to {busy:.2f} cores busy during a run: repeat this on a quiet machine.")
 
 
 def _verdict(job: Figures, ratios: dict[str, float]) -> str:
@@ -236,6 +245,11 @@ def _options() -> argparse.Namespace:
         "--dtypes", nargs="+", default=dtypes, help="default: float32, and bfloat16 if the processor has it"
     )
     parser.add_argument("--batching", nargs="+", choices=batchings, default=batchings, help="TRL's, for sft")
+    parser.add_argument(
+        "--passive",
+        action="store_true",
+        help="let TRL's idle threads sleep as Troupe's do: slower on a quiet machine, many times quicker on a busy one",
+    )
     parser.add_argument("--rounds", type=int, default=1, help="both sides in turn; medians are shown")
     parser.add_argument("--steps", type=int, help="counted steps per run; default: 8, of grpo 4")
     return parser.parse_args()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import threading
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -18,9 +20,18 @@ class CommandFailed(RuntimeError):
     """A command that did not end well, with the end of what it complained about."""
 
 
-def run(command: Sequence[str | Path], environment: Mapping[str, str], timeout_s: float) -> tuple[str, float]:
-    """Standard output, and the peak memory (GiB) of the command and all its descendants, pages that they share counted
-    once (PSS). Raises CommandFailed; none of its processes survives the deadline."""
+@dataclass(frozen=True)
+class Ran:
+    """What a command printed; the peak memory of all its processes together, pages that they share counted once (PSS);
+    and how many cores other programs kept busy meanwhile: far from 0, its figures are not worth much."""
+
+    output: str
+    peak_gib: float
+    others_cores: float
+
+
+def run(command: Sequence[str | Path], environment: Mapping[str, str], timeout_s: float) -> Ran:
+    """Run a command to its end. Raises CommandFailed; none of its processes survives the deadline."""
     process = subprocess.Popen(
         list(map(str, command)),
         stdout=subprocess.PIPE,
@@ -28,7 +39,7 @@ def run(command: Sequence[str | Path], environment: Mapping[str, str], timeout_s
         text=True,
         env={**os.environ, **environment},
     )
-    with PeakMemory(process.pid) as peak:
+    with Watch(process.pid) as watch:
         try:
             output, errors = process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
@@ -39,29 +50,35 @@ def run(command: Sequence[str | Path], environment: Mapping[str, str], timeout_s
             raise
     if process.returncode:
         raise CommandFailed(f"{_name(command)} ended with {process.returncode}:\n{(errors or output)[-3000:]}")
-    return output, peak.gib
+    return Ran(output, watch.peak_gib, watch.others_cores)
 
 
-class PeakMemory:
-    """The largest memory that a process and its descendants held together while the block ran, looked at twice a
-    second."""
+class Watch:
+    """Looks at a process and its descendants twice a second while the block runs: their peak memory together, and how
+    many cores everybody else used."""
 
     def __init__(self, pid: int) -> None:
-        self.gib = 0.0
+        self.peak_gib = self.others_cores = 0.0
         self._pid, self._over = pid, threading.Event()
+        self._seconds: dict[int, float] = {}  # of each process seen
         self._watcher = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> PeakMemory:
+    def __enter__(self) -> Watch:
+        self._began, self._busy_before = time.monotonic(), _busy_s()
         self._watcher.start()
         return self
 
     def __exit__(self, *reason: object) -> None:
         self._over.set()
         self._watcher.join(10)
+        others_s = _busy_s() - self._busy_before - sum(self._seconds.values())
+        self.others_cores = max(0.0, others_s / (time.monotonic() - self._began))
 
     def _watch(self) -> None:
         while not self._over.wait(PULSE_S):
-            self.gib = max(self.gib, sum(map(_pss, family(self._pid))) / GIB)
+            members = family(self._pid)
+            self.peak_gib = max(self.peak_gib, sum(map(_pss, members)) / GIB)
+            self._seconds.update((process.pid, _cpu_s(process)) for process in members)
 
 
 def family(pid: int) -> list[psutil.Process]:
@@ -86,6 +103,20 @@ def _pss(process: psutil.Process) -> int:
         return process.memory_full_info().pss
     except psutil.Error:
         return 0
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    try:
+        times = process.cpu_times()
+    except psutil.Error:
+        return 0.0
+    return times.user + times.system
+
+
+def _busy_s() -> float:
+    """Seconds that all cores together have been busy since the machine started."""
+    times = psutil.cpu_times()
+    return times.user + times.nice + times.system + times.irq + times.softirq + times.steal
 
 
 def _name(command: Sequence[str | Path]) -> str:

@@ -187,7 +187,7 @@ def show(results: list[Result], options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", choices=("scripted", "hf", "vllm"), default="hf")
+    parser.add_argument("--engine", choices=("scripted", "hf", "vllm"), default="vllm")
     parser.add_argument("--engines", type=int, nargs="+", default=[1, 2, 4], help="how many")
     parser.add_argument("--million-parameters", type=int, nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
