@@ -122,6 +122,7 @@ class _Run:
     async def _phase(self, phase: PreparedPhase, roles: Roles, found: Checkpoint | None) -> None:
         """One phase, from its start or from a checkpoint inside it."""
         roles.enter(PhaseSettings(phase.pipeline, phase.config.train.token_budget, phase.temperature, self.config.seed))
+        self.console.data(phase.name, phase.source.report.lines())
         await self._set_reference(phase, roles, resumed=found is not None)
         await self._set_weights(phase, roles, found)
         progress = Progress(found.state.step, found.state.version) if found else Progress(0, phase.first_version)
@@ -130,7 +131,6 @@ class _Run:
             await roles.publish(progress.version)
         if found is None and phase.config.evaluation and phase.config.evaluation.at_start:
             await self._evaluate(phase, roles, progress)
-        self.console.data(phase.name, phase.source.report.lines())
         collector = self._collector(phase, roles, cursor, progress)
         try:
             await train(phase.pipeline, phase.steps, roles, collector, progress, self._after_step(phase, roles, cursor))
