@@ -143,6 +143,7 @@ class _Run:
     async def _phase(self, phase: PreparedPhase, roles: Roles, found: Checkpoint | None) -> None:
         """One phase, from its start or from a checkpoint inside it."""
         roles.enter(PhaseSettings(phase.pipeline, phase.config.train.token_budget, phase.temperature, self.config.seed))
+        self.console.data(phase.name, phase.source.report.lines())
         await self._set_reference(phase, roles, resumed=found is not None)
         await self._set_mixed(phase, roles, found)
         await self._set_weights(phase, roles, found)
@@ -154,7 +155,6 @@ class _Run:
             self.event("published", {"version": report.version, "seconds": round(report.seconds, 3)})
         if found is None and phase.config.evaluation and phase.config.evaluation.at_start:
             await self._evaluate(phase, roles, progress)
-        self.console.data(phase.name, phase.source.report.lines())
         collector = self._collector(phase, roles, cursor, progress)
         try:
             await train(phase.pipeline, phase.steps, roles, collector, progress, self._after_step(phase, roles, cursor))

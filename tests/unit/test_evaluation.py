@@ -60,6 +60,13 @@ def test_the_numbers_do_not_depend_on_how_rows_are_cut(recipe: dict[str, Any]) -
         assert [one[name] for name in metrics] == pytest.approx([other[name] for name in metrics], rel=1e-4, abs=1e-6)
 
 
+def test_with_adapters_the_reference_of_held_out_rows_is_the_model_without_them(recipe: dict[str, Any]) -> None:
+    recipe["model"]["lora"] = {"r": 4}
+    _, evaluations = ran(recipe)
+    assert evaluations[0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert evaluations[2]["eval_loss"] != pytest.approx(math.log(2), abs=1e-4)
+
+
 @pytest.mark.parametrize("method", ["bco", "kto"])
 def test_training_goes_on_as_if_nothing_had_been_evaluated(recipe: dict[str, Any], method: str) -> None:
     recipe["phases"]["first"]["method"] = method  # both look across the rows of a batch; one remembers
