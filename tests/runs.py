@@ -43,10 +43,16 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 class Run:
     """A `troupe run` in the background, and the folder that it writes."""
 
-    def __init__(self, where: Path, changes: dict[str, Any] | None = None, *arguments: str) -> None:
+    def __init__(
+        self,
+        where: Path,
+        changes: dict[str, Any] | None = None,
+        *arguments: str,
+        base: dict[str, Any] = ARITHMETIC,
+    ) -> None:
         where.mkdir(parents=True, exist_ok=True)
         recipe = where / "recipe.yaml"
-        recipe.write_text(yaml.safe_dump(merged(ARITHMETIC, {"output": str(where), **(changes or {})})))
+        recipe.write_text(yaml.safe_dump(merged(base, {"output": str(where), **(changes or {})})))
         self.where, self.output = where, where / "output.txt"
         self.process = self._start("run", str(recipe), *arguments)
 

@@ -54,6 +54,7 @@ def dpo(
     use_weighting: bool = False,
     discopop_tau: Positive = 0.05,
     token_metrics: bool = False,
+    precompute_ref_log_probs: bool = False,
 ) -> Pipeline:
     """Direct preference optimisation: the policy is its own reward model. Source: arXiv:2305.18290, eq. 7."""
     names = (loss_type,) if isinstance(loss_type, str) else loss_type
@@ -68,7 +69,11 @@ def dpo(
     }
     extra = {"label_smoothing": label_smoothing, "discopop_tau": discopop_tau}
     terms = (_term(name, weight, shared, extra) for name, weight in zip(names, weights, strict=True))
-    return Pipeline(Pairs, logps("reference", into="ref_logps"), update("policy", Sum(*terms)))
+    return Pipeline(
+        Pairs,
+        logps("reference", into="ref_logps", precomputed=precompute_ref_log_probs),
+        update("policy", Sum(*terms)),
+    )
 
 
 def _term(name: str, weight: float, shared: dict[str, Any], extra: dict[str, Any]) -> Term:

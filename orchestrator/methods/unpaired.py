@@ -22,17 +22,19 @@ def kto(
     beta: Positive = 0.1,
     desirable_weight: NotNegative = 1.0,
     undesirable_weight: NotNegative = 1.0,
+    precompute_ref_log_probs: bool = False,
 ) -> Pipeline:
     """Kahneman-Tversky optimisation: gains and losses against how far the policy has moved.
 
-    Source: arXiv:2402.01306."""
+    `loss_type=kto` makes mismatched rows of each batch, which nobody can compute beforehand. Source: arXiv:2402.01306.
+    """
     data, loss = {
         "kto": (MismatchedLabelled, kto_loss),
         "apo_zero_unpaired": (Labelled, apo_zero_loss),
     }[loss_type]
     return Pipeline(
         data,
-        logps("reference", into="ref_logps"),
+        logps("reference", into="ref_logps", precomputed=precompute_ref_log_probs),
         update(
             "policy",
             loss,
@@ -44,13 +46,13 @@ def kto(
     )
 
 
-def bco(*, beta: Positive = 0.1, density_ratio: bool = False) -> Pipeline:
+def bco(*, beta: Positive = 0.1, density_ratio: bool = False, precompute_ref_log_probs: bool = False) -> Pipeline:
     """Binary classifier optimisation: a classifier of desirable completions, its threshold the mean reward so far.
 
     `density_ratio` weighs undesirable rows by how likely their prompts are among the desirable ones.
     Source: arXiv:2404.04656."""
     return Pipeline(
         WeightedLabelled if density_ratio else Labelled,
-        logps("reference", into="ref_logps"),
+        logps("reference", into="ref_logps", precomputed=precompute_ref_log_probs),
         update("policy", bco_loss, reduce=item_mean, beta=beta, density_ratio=density_ratio),
     )
