@@ -100,6 +100,7 @@ class Console:
         self._terminal = terminal or _terminal()
         self._pace = {phase: Pace() for phase in phases}
         self._name_width = max((len(phase) for phase in phases), default=0)
+        self._twentieths: dict[tuple[str, str], int] = {}
         self._began = time.monotonic()
 
     def placed(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -135,6 +136,23 @@ class Console:
             if value is not None:
                 line.append(f"  {shown.label} ", "dim").append(format(value, shown.form))
         self._terminal.print(line, no_wrap=True, overflow="ellipsis", crop=True)
+
+    def progress(self, phase: str, column: str, share: float) -> None:
+        """How much of a column that is computed before the first step is there: a line for every twentieth of it."""
+        twentieth = int(20 * share)
+        if self._twentieths.get((phase, column)) == twentieth:
+            return
+        self._twentieths[phase, column] = twentieth
+        line = Text().append(f"{phase:<{self._name_width}} ", "bold").append(self._bar(share), "green")
+        self._terminal.print(line.append(f" {column} {share:.0%}"))
+
+    def precomputed(self, phase: str, column: str, detail: Mapping[str, Any]) -> None:
+        """Where a column of the whole data set is from."""
+        where = (
+            "from the cache" if detail["from"] == "cache" else f"by {detail['from']} in {duration(detail['seconds'])}"
+        )
+        line = Text().append(f"{phase:<{self._name_width}} ", "bold").append(f"{column} of every row {where}, kept in ")
+        self._terminal.print(line.append(str(detail["folder"]), "dim"), soft_wrap=True)
 
     def completions(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Samples with the reward that each got and the version of the weights that wrote it."""

@@ -7,7 +7,7 @@ that does not close (a column nobody wrote) is refused before anything is launch
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -67,6 +67,11 @@ class Stage:
     def name(self) -> str:
         return f"{self.role}.{self.verb}"
 
+    @property
+    def precomputed(self) -> bool:
+        """It runs over the whole data set before the first step, once."""
+        return bool(self.options.get("precomputed"))
+
 
 @dataclass(frozen=True)
 class Pipeline:
@@ -79,6 +84,7 @@ class Pipeline:
         object.__setattr__(self, "data", data)
         object.__setattr__(self, "stages", stages)
         _check_closes(self)
+        _check_precomputed(self)
 
     def __iter__(self) -> Iterator[Stage]:
         return iter(self.stages)
@@ -121,7 +127,18 @@ class Pipeline:
     @property
     def batch_stages(self) -> tuple[Stage, ...]:
         """Of `collect`: what runs on whole batches, so that its arithmetic does not depend on arrival order."""
-        return tuple(stage for stage in self.collect if stage.verb not in (Verb.GENERATE, Verb.SCORE, Verb.KEEP))
+        each = (stage for stage in self.collect if not stage.precomputed)
+        return tuple(stage for stage in each if stage.verb not in (Verb.GENERATE, Verb.SCORE, Verb.KEEP))
+
+    @property
+    def precomputed(self) -> tuple[Stage, ...]:
+        """What runs once, before the first step (`orchestrator/precompute.py`), and in no step."""
+        return tuple(stage for stage in self.stages if stage.precomputed)
+
+    def given(self, stage: Stage) -> Pipeline:
+        """The pipeline for data that brings what this stage writes."""
+        data = replace(self.data, columns=self.data.columns | stage.writes)
+        return Pipeline(data, *(other for other in self.stages if other is not stage))
 
     @property
     def generates(self) -> Stage | None:
@@ -156,11 +173,11 @@ def keep(predicate: Callable[..., bool], **options: Any) -> Stage:
     return Stage(Verb.KEEP, DRIVER, frozenset({"reward"}), frozenset(), predicate, options)
 
 
-def logps(role: str, *, into: str, adapters: bool = True) -> Stage:
-    """Per-token log-probabilities under a role's weights, written to column `into`."""
-    return Stage(
-        Verb.LOGPS, role, frozenset({"tokens"}), frozenset({into}), options={"into": into, "adapters": adapters}
-    )
+def logps(role: str, *, into: str, adapters: bool = True, precomputed: bool = False) -> Stage:
+    """Per-token log-probabilities under a role's weights, written to column `into`. `precomputed`: of the whole data
+    set, once before the first step."""
+    options = {"into": into, "adapters": adapters, "precomputed": precomputed}
+    return Stage(Verb.LOGPS, role, frozenset({"tokens"}), frozenset({into}), options=options)
 
 
 def credit(call: Callable[..., Any], **options: Any) -> Stage:
@@ -218,4 +235,23 @@ def _check_closes(pipeline: Pipeline) -> None:
             raise ConfigError(
                 f"stage {stage.name} moves {stage.role} towards {source}: the one must not be trained and the other "
                 f"must be (trained: {', '.join(pipeline.trained) or 'nothing'})"
+            )
+
+
+def _check_precomputed(pipeline: Pipeline) -> None:
+    """Values that are computed once must hold for the whole phase: the rows are there, and the weights stay."""
+    data = pipeline.data
+    for stage in pipeline.precomputed:
+        problem = None
+        if data.prompts_only:
+            problem = f"{data.name} have no rows before they are answered"
+        elif "mismatched" in data.columns:
+            problem = f"mismatched rows are made anew of each batch, and {data.name} needs them"
+        elif stage.role in pipeline.trained:
+            problem = f"the weights of {stage.role} change in every step"
+        elif stage.role in pipeline.mixed:
+            problem = f"the weights of {stage.role} follow those of another role"
+        if problem:
+            raise ConfigError(
+                f"options.precompute_ref_log_probs: {problem}, so {stage.name} cannot run beforehand; leave it out"
             )

@@ -111,6 +111,13 @@ class Plan:
         alone = [role.own_bundle for role in self.elastic if role.host is None for _ in range(role.count)]
         return (*self.gang, *alone)
 
+    @property
+    def passing(self) -> tuple[str, ...]:
+        """Roles that do nothing in any step: all of their stages run before the first one of a phase."""
+        stages = [stage for phase in self.phases for stage in phase.pipeline]
+        lasting = {stage.role for stage in stages if not stage.precomputed}
+        return tuple(role for role in self.roles if role in {stage.role for stage in stages} - lasting)
+
     def total(self, resource: str) -> float:
         return sum(bundle.resources.get(resource, 0.0) for bundle in self.bundles)
 

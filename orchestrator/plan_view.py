@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from actors.columns import COLUMNS
 from orchestrator.bundles import ClusterView, describe, fit
 from orchestrator.memory import Memory
 from orchestrator.plan import PhasePlan, Plan, RolePlan, problems
@@ -21,13 +22,15 @@ def render(plan: Plan, cluster: ClusterView) -> RenderableType:
 
 def _parts(plan: Plan, cluster: ClusterView) -> Iterator[RenderableType]:
     for phase in plan.phases:
-        yield _heading(f"phase {phase.name}: {phase.method} on {phase.pipeline.data.name}")
+        yield _heading(f"phase {phase.name}: {phase.method} on {_data(phase)}")
         yield _stages(phase)
         yield Text("\n".join([arithmetic(phase), *_movements(phase)]) + "\n")
     yield _heading("roles")
     yield _roles(plan)
     if plan.implicit_reference:
         yield Text("reference: the policy without its adapters; nothing is launched for it")
+    for role in plan.passing:
+        yield Text(f"{role}: passes over the data once, then its processes end; what they reserve stays reserved")
     yield _heading(f"\nplacement on {cluster}")
     yield _placement(plan, cluster)
     for warning in plan.warnings:
@@ -71,9 +74,16 @@ def _stages(phase: PhasePlan) -> Table:
     table = _table("stage", "reads", "writes", "part")
     learning = len(phase.pipeline.collect)
     for index, stage in enumerate(phase.pipeline):
-        part = "learn" if index >= learning else "collect"
+        part = "once, before the first step" if stage.precomputed else "learn" if index >= learning else "collect"
         table.add_row(stage.name, ", ".join(sorted(stage.reads)), ", ".join(sorted(stage.writes)), part)
     return table
+
+
+def _data(phase: PhasePlan) -> str:
+    """The kind of data, with the columns that stages write and that are there already."""
+    data = phase.pipeline.data
+    known = sorted(name for name in data.columns if "source" not in COLUMNS[name].writer)
+    return f"{data.name} with {', '.join(known)}" if known else data.name
 
 
 def _roles(plan: Plan) -> Table:

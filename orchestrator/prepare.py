@@ -9,17 +9,20 @@ from __future__ import annotations
 import json
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from numpy.typing import NDArray
 
 from actors.errors import ConfigError, ModelError
 from orchestrator.config import DataConfig, EvaluationConfig, PhaseConfig, RunConfig
 from orchestrator.examples import PREFIX, is_example, model_folder
 from orchestrator.losses.objective import LossObjective
 from orchestrator.methods import build
-from orchestrator.pipeline import DataKind, Pipeline, Prompts
-from orchestrator.source import Source, open_source
+from orchestrator.pipeline import DataKind, Pipeline, Prompts, Stage
+from orchestrator.precompute import recall
+from orchestrator.source import RowSource, Source, open_source
 from rewards.loading import RewardSpec, check_columns, check_reward
 from rollout.sampling import Sampling
 
@@ -40,11 +43,19 @@ class PreparedPhase:
     steps: int
     sampling: Sampling
     first_version: int  # of the policy's weights when the phase begins
+    kept: tuple[Path, ...] = ()  # folders of columns that were computed for the whole data set
 
     @property
     def temperature(self) -> float:
         """Log-probabilities are taken at the sampling temperature; at 1 where nothing is sampled, or greedily."""
         return (self.sampling.temperature or 1.0) if self.pipeline.generates else 1.0
+
+    def given(self, stage: Stage, values: NDArray[Any], folder: Path) -> PreparedPhase:
+        """The phase with what a stage would write, so that it need not run: `values` for each token of the data."""
+        assert isinstance(self.source, RowSource)
+        (column,) = stage.writes
+        source = self.source.with_column(column, values, f"{column} of every row from the cache, {folder}")
+        return replace(self, pipeline=self.pipeline.given(stage), source=source, kept=(*self.kept, folder))
 
 
 @dataclass(frozen=True)
@@ -89,7 +100,8 @@ def prepare(config: RunConfig, *, output: Path | None = None) -> Prepared:
     room = model_length(model)
     phases: list[PreparedPhase] = []
     for name, pipeline in pipelines.items():
-        phases.append(_prepare_phase(config, name, pipeline, tokenizer, room, phases))
+        phase = _prepare_phase(config, name, pipeline, tokenizer, room, phases)
+        phases.append(recall(config, model, phase))
     prepared = Prepared(config, model, tokenizer_path, tokenizer, tuple(phases), rewards, count_parameters(model))
     _check_rewards(prepared)
     return prepared

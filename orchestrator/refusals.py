@@ -33,7 +33,9 @@ def warnings(config: RunConfig, pipelines: Mapping[str, Pipeline]) -> list[str]:
         f"phases.{name}: with model.lora the reference is the model without adapters, which knows nothing of what "
         "earlier phases taught; if it should, run those phases first and start from the model that they leave"
         for name, pipeline in list(pipelines.items())[1:]
-        if "reference" in pipeline.roles and config.model.lora is not None and config.roles.reference.model is None
+        if any("ref_logps" in stage.reads for stage in pipeline)
+        and config.model.lora is not None
+        and config.roles.reference.model is None
     ]
     biased = [
         f"phases.{name}.sampling: top_p, top_k or min_p cut the distribution that is sampled from, while the policy's "
@@ -62,6 +64,11 @@ def _of_phase(where: str, config: RunConfig, phase: PhaseConfig, pipeline: Pipel
         yield (
             f"{where}.train.max_staleness={train.max_staleness} trains on tokens of older weights, and {phase.method} "
             "as configured does not correct for that; set an option of it that reads sample_logps, or max_staleness=0"
+        )
+    if pipeline.precomputed and phase.data.streaming:
+        yield (
+            f"{where}.options.precompute_ref_log_probs: a stream has no end to compute to before the first step; leave "
+            f"it out, or set {where}.data.streaming=false"
         )
     if "mismatched" in pipeline.data.columns and train.batch_size < 2:
         yield f"{where}.train.batch_size=1: {phase.method} swaps completions between a batch's examples; use 2 or more"

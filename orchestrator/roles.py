@@ -76,6 +76,14 @@ class Roles:
         assert self._phase is not None, "enter() a phase first"
         return self._phase
 
+    def ranks(self, stage: Stage) -> int:
+        """Processes that share the work of a stage."""
+        return len(self.groups[self._holder(stage)[0]].workers)
+
+    async def release(self, role: str) -> None:
+        """End the processes of a role that no later stage needs, so that its memory is free."""
+        await self.groups.pop(role).kill()
+
     async def run(self, stage: Stage, batch: Batch, step: int) -> tuple[Batch, dict[str, float]]:
         """One batch-wise stage: the batch with the columns that it writes, and its metrics."""
         return await self._verbs[stage.verb](stage, batch, step)

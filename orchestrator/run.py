@@ -35,6 +35,7 @@ from orchestrator.launch import average_spec, launch, optim_spec
 from orchestrator.metrics import MetricsLog
 from orchestrator.plan import Plan, make_plan
 from orchestrator.plot import draw
+from orchestrator.precompute import precompute
 from orchestrator.prepare import Prepared, PreparedPhase, prepare
 from orchestrator.roles import PhaseSettings, Roles
 from orchestrator.rollout_metrics import rollout_metrics
@@ -142,10 +143,11 @@ class _Run:
 
     async def _phase(self, phase: PreparedPhase, roles: Roles, found: Checkpoint | None) -> None:
         """One phase, from its start or from a checkpoint inside it."""
-        roles.enter(PhaseSettings(phase.pipeline, phase.config.train.token_budget, phase.temperature, self.config.seed))
+        self._enter(phase, roles)
         self.console.data(phase.name, phase.source.report.lines())
         await self._set_reference(phase, roles, resumed=found is not None)
         await self._set_mixed(phase, roles, found)
+        phase = await self._precompute(phase, roles)
         await self._set_weights(phase, roles, found)
         progress = Progress(found.state.step, found.state.version) if found else Progress(0, phase.first_version)
         cursor = Cursor.from_json(found.state.cursor) if found else Cursor()
@@ -161,13 +163,46 @@ class _Run:
         finally:
             await collector.close()
 
+    def _enter(self, phase: PreparedPhase, roles: Roles) -> None:
+        roles.enter(PhaseSettings(phase.pipeline, phase.config.train.token_budget, phase.temperature, self.config.seed))
+
+    async def _precompute(self, phase: PreparedPhase, roles: Roles) -> PreparedPhase:
+        """What frozen roles say about the whole data set, from the cache or now. Roles that nobody needs after that are
+        ended."""
+        passed = {stage.role for stage in phase.pipeline.precomputed}
+
+        def announce(column: str, detail: dict[str, Any]) -> None:
+            self.event("precomputed", {"phase": phase.name, "column": column, **detail})
+            self.console.precomputed(phase.name, column, detail)
+
+        with self.watchdog.waiting(f"what {phase.name} computes before its first step"):
+            phase = await precompute(
+                self.config,
+                self.prepared.model,
+                phase,
+                roles,
+                began_with=str(self._reference_folder(phase)),
+                announce=announce,
+                progress=lambda column, share: self.console.progress(phase.name, column, share),
+            )
+        self._enter(phase, roles)
+        needed = {role for later in (phase, *self.prepared.phases[phase.index + 1 :]) for role in later.pipeline.roles}
+        for role in passed & roles.groups.keys() - needed:
+            await roles.release(role)
+            self.event("released", {"role": role})
+        return phase
+
+    def _reference_folder(self, phase: PreparedPhase) -> Path:
+        """The policy as a phase after the first one found it."""
+        return self.folder / "references" / phase.name
+
     async def _set_reference(self, phase: PreparedPhase, roles: Roles, *, resumed: bool) -> None:
         """The reference is the policy as it was when the phase began, unless `roles.reference.model` is another. It is
         kept in the run's folder: a phase that is resumed must find it again."""
         shared = "reference" in phase.pipeline.roles and "reference" in roles.groups
         if phase.index == 0 or not shared or self.config.roles.reference.model is not None:
             return
-        folder = self.folder / "references" / phase.name
+        folder = self._reference_folder(phase)
         if not resumed:
             folder.mkdir(parents=True, exist_ok=True)
             await roles.groups["policy"].call("save_model", str(folder), timeout_s=SAVE_TIMEOUT_S)

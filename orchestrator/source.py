@@ -13,9 +13,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from actors.batch import Batch
@@ -151,6 +155,35 @@ class RowSource:
     def preview(self, index: int = 0) -> str:
         return render(self.item(index).batch, self._tokenizer)
 
+    @property
+    def fingerprint(self) -> str:
+        """Equal where the same tokens are learned from, in the same rows and items."""
+        return self._items.store.fingerprint
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the whole data set."""
+        return len(self._items.store.tokens)
+
+    def parts(self, tokens: int) -> Iterator[tuple[slice, Batch]]:
+        """Every row once, in whole items of together `tokens` tokens (or a single item that is longer), with where the
+        part's tokens stand among those of the whole data set. For data that is not packed."""
+        store = self._items.store
+        starts = store.offsets[store.first_row]  # [I+1] of items into tokens
+        first = 0
+        while first < len(store):
+            last = max(first + 1, int(np.searchsorted(starts, starts[first] + tokens, side="right")) - 1)
+            rows = store.offsets[store.first_row[first] : store.first_row[last] + 1]
+            span = slice(int(rows[0]), int(rows[-1]))
+            yield span, Batch.build(np.diff(rows), tokens=store.tokens[span], mask=store.mask[span])
+            first = last
+
+    def with_column(self, name: str, values: NDArray[Any], note: str) -> RowSource:
+        """The same data, where each row has its part of `values`, one for each token of the data set."""
+        items = replace(self._items, beside={**self._items.beside, name: values})
+        report = replace(self.report, notes=(*self.report.notes, note))
+        return RowSource(items, report, self.order, self._tokenizer, self._max_length)
+
 
 class PromptSource:
     """Prompts to be answered, with the columns that rewards see."""
@@ -190,13 +223,17 @@ def _tokenised(data: DataConfig, kind: DataKind, rows: raw.Rows, preparer: Prepa
     columns = wanted_columns(preparer.format, kind, data, rows.table.column_names)
     if data.cache_dir is None and len(rows) < WORTH_CACHING:
         return _tokenise(rows, columns, preparer)
-    root = data.cache_dir or default_cache_dir().parent
-    folder = root / "tokenised" / _fingerprint(rows, columns, preparer)
+    folder = cache_root(data) / "tokenised" / _fingerprint(rows, columns, preparer)
     found = stored.load(folder)
     if found is None:
         found = _tokenise(rows, columns, preparer)
         stored.save(folder, *found)
     return found
+
+
+def cache_root(data: DataConfig) -> Path:
+    """Below it is what was made of a data set and may be made again."""
+    return data.cache_dir or default_cache_dir().parent
 
 
 def _tokenise(rows: raw.Rows, columns: list[str], preparer: Preparer) -> tuple[Store, Record]:

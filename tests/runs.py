@@ -52,12 +52,17 @@ class Run:
     in_foreground = False
 
     def __init__(
-        self, where: Path, changes: dict[str, Any] | None = None, *arguments: str, environment: Any = None
+        self,
+        where: Path,
+        changes: dict[str, Any] | None = None,
+        *arguments: str,
+        environment: Any = None,
+        base: dict[str, Any] = ARITHMETIC,
     ) -> None:
         where.mkdir(parents=True, exist_ok=True)
         self.environment: dict[str, str] = environment or {}
         recipe = where / "recipe.yaml"
-        recipe.write_text(yaml.safe_dump(merged(ARITHMETIC, {"output": str(where), **(changes or {})})))
+        recipe.write_text(yaml.safe_dump(merged(base, {"output": str(where), **(changes or {})})))
         self.where, self.output = where, where / "output.txt"
         self.process = self._start("run", str(recipe), *arguments)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -50,12 +50,13 @@ class Prompt:
 @dataclass(frozen=True, eq=False)
 class Items:
     """`bins`: how packing groups the store's items (each of one row); None where every item stands alone. `joined`: the
-    pieces of a bin form one row."""
+    pieces of a bin form one row. `beside`: [T] columns of the store's tokens that were computed since."""
 
     store: Store
     kind: DataKind
     bins: list[Bin] | None = None
     joined: bool = False
+    beside: Mapping[str, NDArray[Any]] = field(default_factory=dict[str, NDArray[Any]])
 
     def __len__(self) -> int:
         return len(self.store) if self.bins is None else len(self.bins)
@@ -86,6 +87,7 @@ class Items:
         columns: dict[str, Any] = {"tokens": store.tokens[start:stop], "mask": store.mask[start:stop]}
         if "step_label" in self.kind.columns:
             columns["step_label"] = store.step_label[start:stop]
+        columns |= {name: values[start:stop] for name, values in self.beside.items()}
         return _batch(np.diff(store.offsets[first : last + 1]), group, columns | self._row_columns(index, last - first))
 
     def _row_columns(self, index: int, rows: int) -> dict[str, Any]:

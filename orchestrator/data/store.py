@@ -13,10 +13,12 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from orchestrator.data.fit import Fit
@@ -60,6 +62,15 @@ class Store:
 
     def __len__(self) -> int:
         return len(self.source_row)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all tokens, which of them are learned from, and where rows and items begin."""
+        digest = xxhash.xxh3_128()
+        for values in (self.tokens, self.mask, self.offsets, self.first_row):
+            digest.update(f"{values.dtype} {values.size}\n".encode())
+            digest.update(np.ascontiguousarray(values).view(np.uint8).data)
+        return digest.hexdigest()
 
     @property
     def lengths(self) -> NDArray[np.int64]:

@@ -58,6 +58,7 @@ def dpo(
     sync_ref_model: bool = False,
     ref_model_mixup_alpha: Share = MIXUP_ALPHA,
     ref_model_sync_steps: Steps = SYNC_STEPS,
+    precompute_ref_log_probs: bool = False,
 ) -> Pipeline:
     """Direct preference optimisation: the policy is its own reward model. Source: arXiv:2305.18290, eq. 7."""
     names = (loss_type,) if isinstance(loss_type, str) else loss_type
@@ -72,8 +73,12 @@ def dpo(
     }
     extra = {"label_smoothing": label_smoothing, "discopop_tau": discopop_tau}
     terms = (_term(name, weight, shared, extra) for name, weight in zip(names, weights, strict=True))
-    sync = reference_sync(sync_ref_model, ref_model_mixup_alpha, ref_model_sync_steps)
-    return Pipeline(Pairs, logps("reference", into="ref_logps"), update("policy", Sum(*terms)), *sync)
+    return Pipeline(
+        Pairs,
+        logps("reference", into="ref_logps", precomputed=precompute_ref_log_probs),
+        update("policy", Sum(*terms)),
+        *reference_sync(sync_ref_model, ref_model_mixup_alpha, ref_model_sync_steps),
+    )
 
 
 def _term(name: str, weight: float, shared: dict[str, Any], extra: dict[str, Any]) -> Term:

@@ -26,10 +26,12 @@ def kto(
     sync_ref_model: bool = False,
     ref_model_mixup_alpha: Share = MIXUP_ALPHA,
     ref_model_sync_steps: Steps = SYNC_STEPS,
+    precompute_ref_log_probs: bool = False,
 ) -> Pipeline:
     """Kahneman-Tversky optimisation: gains and losses against how far the policy has moved.
 
-    Source: arXiv:2402.01306."""
+    `loss_type=kto` makes mismatched rows of each batch, which nobody can compute beforehand. Source: arXiv:2402.01306.
+    """
     data, loss = {
         "kto": (MismatchedLabelled, kto_loss),
         "apo_zero_unpaired": (Labelled, apo_zero_loss),
@@ -37,7 +39,7 @@ def kto(
     sync = reference_sync(sync_ref_model, ref_model_mixup_alpha, ref_model_sync_steps)
     return Pipeline(
         data,
-        logps("reference", into="ref_logps"),
+        logps("reference", into="ref_logps", precomputed=precompute_ref_log_probs),
         update(
             "policy",
             loss,
@@ -57,6 +59,7 @@ def bco(
     sync_ref_model: bool = False,
     ref_model_mixup_alpha: Share = MIXUP_ALPHA,
     ref_model_sync_steps: Steps = SYNC_STEPS,
+    precompute_ref_log_probs: bool = False,
 ) -> Pipeline:
     """Binary classifier optimisation: a classifier of desirable completions, its threshold the mean reward so far.
 
@@ -65,7 +68,7 @@ def bco(
     sync = reference_sync(sync_ref_model, ref_model_mixup_alpha, ref_model_sync_steps)
     return Pipeline(
         WeightedLabelled if density_ratio else Labelled,
-        logps("reference", into="ref_logps"),
+        logps("reference", into="ref_logps", precomputed=precompute_ref_log_probs),
         update("policy", bco_loss, reduce=item_mean, beta=beta, density_ratio=density_ratio),
         *sync,
     )
