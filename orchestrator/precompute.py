@@ -9,11 +9,12 @@ the policy's as an earlier phase leaves them.
 """
 
 # pyright: basic
-# (model configurations are typed in part only)
+# (transformers is typed in part only)
 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,18 +41,19 @@ Progress = Callable[[str, float], None]  # column, share of the tokens that are 
 
 
 def recall(config: RunConfig, model: str, phase: PreparedPhase, began_with: str | None = None) -> PreparedPhase:
-    """The phase with every column that is in the cache. `model`: the run's; `began_with`: the policy's as the phase
-    found it, once that is known."""
+    """The phase with every column that is in the cache, of its data and of its held-out rows. `model`: the run's;
+    `began_with`: the policy's as the phase found it, once that is known."""
     for stage in phase.pipeline.precomputed:
         weights = _model_of(config, model, phase, stage.role, began_with)
-        source = phase.source
-        if weights is None or not isinstance(source, RowSource):
+        sources, root = phase.row_sources, cache_root(phase.config.data)
+        known = sources and all(kept.any_of(root, stage.options["into"], s.fingerprint) for s in sources.values())
+        if weights is None or not known:  # else a large model would be read for nothing
             continue
-        root = cache_root(phase.config.data)
-        if kept.any_of(root, stage.options["into"], source.fingerprint):  # else no large model is read for nothing
-            folder = _origin(config, phase, stage, weights).folder(root)
-            values = kept.load(folder, source.num_tokens)
-            phase = phase if values is None else phase.given(stage, values, folder)
+        folders = {name: origin.folder(root) for name, origin in _origins(config, phase, stage, weights).items()}
+        found = {name: kept.load(folders[name], source.num_tokens) for name, source in sources.items()}
+        values = {name: each for name, each in found.items() if each is not None}
+        if len(values) == len(found):
+            phase = phase.given(stage, values, folders.values())
     return phase
 
 
@@ -71,21 +73,27 @@ async def precompute(
     for folder in phase.kept:
         announce(folder.parent.parent.name, {"from": "cache", "folder": str(folder)})
     for stage in phase.pipeline.precomputed:
-        began, source = time.monotonic(), phase.source
-        assert isinstance(source, RowSource), "a stream is refused by the plan"
         weights = _model_of(config, model, phase, stage.role, began_with)
         assert weights is not None, "began_with says what is not known before"
-        origin = await asyncio.to_thread(_origin, config, phase, stage, weights)
-        folder = origin.folder(cache_root(phase.config.data))
-        with kept.writing(folder, origin, source.num_tokens) as values:
-            await _pass(stage, source, roles, values, progress)
-        written = kept.load(folder, source.num_tokens)
-        assert written is not None, "it was written just now"
-        phase = phase.given(stage, written, folder)
-        seconds = round(time.monotonic() - began, 3)
-        detail = {"from": stage.role, "folder": str(folder), "tokens": source.num_tokens, "seconds": seconds}
-        announce(origin.column, detail)
+        origins = await asyncio.to_thread(_origins, config, phase, stage, weights)
+        folders = {name: origin.folder(cache_root(phase.config.data)) for name, origin in origins.items()}
+        for name, source in phase.row_sources.items():
+            if kept.load(folders[name], source.num_tokens) is not None:
+                continue
+            began = time.monotonic()
+            with kept.writing(folders[name], origins[name], source.num_tokens) as values:
+                await _pass(stage, source, roles, values, progress)
+            detail = {"from": stage.role, "folder": str(folders[name]), "tokens": source.num_tokens}
+            announce(origins[name].column, {**detail, "seconds": round(time.monotonic() - began, 3)})
+        written = {name: _written(folders[name], source) for name, source in phase.row_sources.items()}
+        phase = phase.given(stage, written, folders.values())
     return phase
+
+
+def _written(folder: Path, source: RowSource) -> Any:
+    values = kept.load(folder, source.num_tokens)
+    assert values is not None, "it was written just now"
+    return values
 
 
 async def _pass(stage: Stage, source: RowSource, roles: Roles, values: Any, progress: Progress) -> None:
@@ -110,14 +118,16 @@ def _model_of(config: RunConfig, model: str, phase: PreparedPhase, role: str, be
     return model if phase.index == 0 or config.model.lora is not None else began_with
 
 
-def _origin(config: RunConfig, phase: PreparedPhase, stage: Stage, weights: str) -> Origin:
+def _origins(config: RunConfig, phase: PreparedPhase, stage: Stage, weights: str) -> dict[str, Origin]:
+    """What the values of each of the phase's row sources depend on."""
     settings = getattr(config.roles, stage.role)
     by_policy = config.model.lora is not None and settings.model is None
     dtype = config.model.dtype if by_policy else settings.dtype or config.model.dtype
-    assert isinstance(phase.source, RowSource)
-    return Origin(
-        stage.options["into"], phase.source.fingerprint, weights_fingerprint(weights), dtype, phase.temperature
-    )
+    model = weights_fingerprint(weights)
+    return {
+        name: Origin(stage.options["into"], source.fingerprint, model, dtype, phase.temperature)
+        for name, source in phase.row_sources.items()
+    }
 
 
 def weights_fingerprint(model: str) -> str:
@@ -139,9 +149,11 @@ def weights_fingerprint(model: str) -> str:
 
 
 def _revision(model: str) -> str:
-    from transformers import AutoConfig
+    """`owner/name@commit`, by the snapshot that the hub's cache holds of it."""
+    from transformers.utils.hub import cached_file
 
-    commit = getattr(AutoConfig.from_pretrained(model), "_commit_hash", None)
-    if commit is None:
+    found = cached_file(model, "config.json")
+    commit = Path(found).parent.name if found else ""
+    if not re.fullmatch(r"[0-9a-f]{40}", commit):
         raise ModelError(f"{model} does not say which revision it is: download it, and give the folder as its path")
     return f"{model}@{commit}"

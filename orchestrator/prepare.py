@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,12 +51,21 @@ class PreparedPhase:
         """Log-probabilities are taken at the sampling temperature; at 1 where nothing is sampled, or greedily."""
         return (self.sampling.temperature or 1.0) if self.pipeline.generates else 1.0
 
-    def given(self, stage: Stage, values: NDArray[Any], folder: Path) -> PreparedPhase:
-        """The phase with what a stage would write, so that it need not run: `values` for each token of the data."""
-        assert isinstance(self.source, RowSource)
+    @property
+    def row_sources(self) -> dict[str, RowSource]:
+        """By field: the data, and held-out rows, which take the same way through the pipeline."""
+        fields = {"source": self.source, "held_out": self.held_out}
+        return {name: source for name, source in fields.items() if isinstance(source, RowSource)}
+
+    def given(self, stage: Stage, values: Mapping[str, NDArray[Any]], folders: Iterable[Path]) -> PreparedPhase:
+        """The phase with what a stage would write, so that it need not run: for each of `row_sources` its values, one
+        for each token."""
         (column,) = stage.writes
-        source = self.source.with_column(column, values, f"{column} of every row from the cache, {folder}")
-        return replace(self, pipeline=self.pipeline.given(stage), source=source, kept=(*self.kept, folder))
+        note = f"{column} of every row from the cache"
+        sources: dict[str, Any] = {
+            name: source.with_column(column, values[name], note) for name, source in self.row_sources.items()
+        }
+        return replace(self, pipeline=self.pipeline.given(stage), kept=(*self.kept, *folders), **sources)
 
 
 @dataclass(frozen=True)

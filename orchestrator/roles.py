@@ -89,15 +89,15 @@ class Roles:
         return await self._verbs[stage.verb](stage, batch, step)
 
     async def evaluate(self, batch: Batch) -> dict[str, float]:
-        """What the phase's updates would report of a batch, without learning from it. The stages before them run as in
-        a step."""
+        """What the phase's updates would report of a batch, without learning from it: the stages before them run as in
+        a step, and no weights change."""
         metrics: dict[str, float] = {}
         for stage in self.phase.pipeline:
             if stage.verb is Verb.UPDATE:
                 objective = LossObjective.of(stage)
                 found = await self._on_every_rank("evaluate", stage, _read(batch, objective), objective, step=-1)
                 metrics |= found[0]
-            else:
+            elif stage.verb is not Verb.MIX:
                 batch, _ = await self.run(stage, batch, step=-1)
         return metrics
 

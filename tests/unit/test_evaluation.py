@@ -67,13 +67,32 @@ def test_with_adapters_the_reference_of_held_out_rows_is_the_model_without_them(
     assert evaluations[2]["eval_loss"] != pytest.approx(math.log(2), abs=1e-4)
 
 
-@pytest.mark.parametrize("method", ["bco", "kto"])
-def test_training_goes_on_as_if_nothing_had_been_evaluated(recipe: dict[str, Any], method: str) -> None:
-    recipe["phases"]["first"]["method"] = method  # both look across the rows of a batch; one remembers
+def test_what_a_reference_says_of_held_out_rows_is_kept_as_of_all_others(recipe: dict[str, Any]) -> None:
+    _, expected = ran(recipe)
+    recipe["phases"]["first"] |= {"options": {"precompute_ref_log_probs": True}}
+    recipe["phases"]["first"]["data"]["cache_dir"] = str(Path(recipe["output"]) / "cache")
+    for where in ("asked", "kept"):
+        _, found = ran(recipe, where)
+        losses = [line["eval_loss"] for line in found]
+        assert losses == pytest.approx([line["eval_loss"] for line in expected], abs=1e-5)
+    (phase,) = prepare(RunConfig.model_validate(recipe)).phases
+    assert phase.pipeline.roles == ("policy",), "the third run would need no reference, not even to evaluate"
+
+
+FOLLOWS = {"sync_ref_model": True, "ref_model_sync_steps": 2}
+
+
+@pytest.mark.parametrize(("method", "options"), [("bco", {}), ("kto", {}), ("dpo", FOLLOWS)])
+def test_training_goes_on_as_if_nothing_had_been_evaluated(
+    recipe: dict[str, Any], method: str, options: dict[str, Any]
+) -> None:
+    # two look across the rows of a batch, one of them remembers; the reference of the third moves after some steps
+    recipe["phases"]["first"] |= {"method": method, "options": options}
+    recipe["phases"]["first"]["train"]["steps"] = 4
     evaluated, evaluations = ran(recipe)
     del recipe["phases"]["first"]["evaluation"]
     plain, none = ran(recipe, "plain")
-    assert (len(evaluations), none) == (3, [])
+    assert (len(evaluations), none) == (5, [])
     for one, other in zip(evaluated, plain, strict=True):
         assert (one["loss"], one["grad_norm"]) == (other["loss"], other["grad_norm"])
 
