@@ -9,11 +9,12 @@ the policy's as an earlier phase leaves them.
 """
 
 # pyright: basic
-# (model configurations are typed in part only)
+# (transformers is typed in part only)
 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -139,9 +140,11 @@ def weights_fingerprint(model: str) -> str:
 
 
 def _revision(model: str) -> str:
-    from transformers import AutoConfig
+    """`owner/name@commit`, by the snapshot that the hub's cache holds of it."""
+    from transformers.utils.hub import cached_file
 
-    commit = getattr(AutoConfig.from_pretrained(model), "_commit_hash", None)
-    if commit is None:
+    found = cached_file(model, "config.json")
+    commit = Path(found).parent.name if found else ""
+    if not re.fullmatch(r"[0-9a-f]{40}", commit):
         raise ModelError(f"{model} does not say which revision it is: download it, and give the folder as its path")
     return f"{model}@{commit}"
