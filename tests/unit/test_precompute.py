@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,6 +95,18 @@ def test_any_byte_of_weights_or_configuration_changes_the_fingerprint(model: Pat
 def test_a_folder_without_weights_has_no_fingerprint(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"neither \*.safetensors nor \*.bin"):
         weights_fingerprint(str(tmp_path))
+
+
+def test_a_model_of_the_hub_is_known_by_its_revision(model: Path, tmp_path: Path) -> None:
+    commit, cached = "0123456789abcdef" * 2 + "01234567", tmp_path / "hub" / "models--some--model"
+    shutil.copytree(model, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    code = "from orchestrator.precompute import weights_fingerprint; print(weights_fingerprint('some/model'))"
+    offline = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}  # read when the hub's library is imported
+    offline.pop("HF_HUB_CACHE", None)
+    found = subprocess.run([sys.executable, "-c", code], env=offline, capture_output=True, text=True, timeout=120)
+    assert found.stdout.strip() == f"some/model@{commit}", found.stderr
 
 
 # What is kept
