@@ -49,13 +49,12 @@ class Prompt:
 
 @dataclass(frozen=True, eq=False)
 class Items:
-    """`bins`: how packing groups the store's items (each of one row); None where every item stands alone. `joined`: the
-    pieces of a bin form one row. `beside`: [T] columns of the store's tokens that were computed since."""
+    """`bins`: how packing groups the store's items (each of one row); None where every item stands alone. `beside`: [T]
+    columns of the store's tokens that were computed since."""
 
     store: Store
     kind: DataKind
     bins: list[Bin] | None = None
-    joined: bool = False
     beside: Mapping[str, NDArray[Any]] = field(default_factory=dict[str, NDArray[Any]])
 
     def __len__(self) -> int:
@@ -70,7 +69,7 @@ class Items:
         store, item = self.store, int(np.diff(self.store.offsets[self.store.first_row]).max())
         row = int(store.lengths.max())
         if self.bins is not None:
-            row = item = max(sum(map(len, pieces)) if self.joined else max(map(len, pieces)) for pieces in self.bins)
+            row = item = max(max(map(len, pieces)) for pieces in self.bins)
         if "mismatched" in self.kind.columns:
             prompts = store.prompt_lengths
             row = max(row, min(max_length, int(prompts.max() + (store.lengths - prompts).max())))
@@ -108,12 +107,11 @@ class Items:
         spans = [(store.offsets[p.document] + p.start, store.offsets[p.document] + p.stop) for p in pieces]
         lengths = np.array([stop - start for start, stop in spans])
         mask = np.concatenate([store.mask[start:stop] for start, stop in spans])
-        lengths = lengths.sum(keepdims=True) if self.joined else lengths
         mask[np.cumsum(lengths) - lengths] = False  # the first token of a row has nothing before it
         columns: dict[str, Any] = {"tokens": np.concatenate([store.tokens[start:stop] for start, stop in spans])}
         columns["mask"] = mask
         if len(store.weight):
-            columns["weight"] = np.ones(1) if self.joined else store.weight[[piece.document for piece in pieces]]
+            columns["weight"] = store.weight[[piece.document for piece in pieces]]
         return _batch(lengths, group, columns)
 
 
@@ -124,7 +122,7 @@ def packed(store: Store, data: DataConfig, kind: DataKind, max_length: int) -> t
         case "none":
             return Items(store, kind), 0
         case "wrapped":
-            return Items(store, kind, wrapped(lengths, max_length), joined=True), 0
+            return Items(store, kind, wrapped(lengths, max_length)), 0
         case "bfd_split":
             return Items(store, kind, best_fit_decreasing(lengths, max_length, split=True)), 0
         case "bfd":

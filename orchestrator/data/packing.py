@@ -2,6 +2,7 @@
 
 Micro-batches are free of padding anyway, so packing does not make a step quicker; it makes items equal in tokens, and
 it decides what becomes of a document that is too long: `bfd` cuts its end off, `bfd_split` and `wrapped` keep it all.
+No document sees another inside a pack: each piece is a row of its own.
 """
 
 from __future__ import annotations
@@ -30,8 +31,7 @@ Bin = list[Piece]
 def best_fit_decreasing(lengths: Sequence[int], max_length: int, *, split: bool = False) -> list[Bin]:
     """Longest piece first, each into the fullest bin that still has room for it, the earliest of several.
 
-    A document that is longer than a bin loses its end, or with `split` becomes several pieces. No document sees another
-    inside a bin: each piece is a row of its own."""
+    A document that is longer than a bin loses its end, or with `split` becomes several pieces."""
     pieces = [piece for document, length in enumerate(lengths) for piece in _cut(document, length, max_length, split)]
     bins: list[Bin] = []
     roomy: dict[int, list[int]] = {}  # room left -> heap of bins with that much
@@ -56,8 +56,7 @@ def best_fit_decreasing(lengths: Sequence[int], max_length: int, *, split: bool 
 
 
 def wrapped(lengths: Sequence[int], max_length: int) -> list[Bin]:
-    """All documents one after the other, cut every `max_length` tokens. The pieces of a bin form one row: a document
-    does see what came before it there."""
+    """All documents one after the other, cut every `max_length` tokens."""
     bins: list[Bin] = []
     room = 0
     for document, length in enumerate(lengths):

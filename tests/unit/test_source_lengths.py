@@ -99,10 +99,10 @@ def test_splitting_keeps_every_token_of_a_long_document(tmp_path: Path) -> None:
     assert source.report.truncated == {}
 
 
-def test_wrapped_documents_share_rows_of_the_full_length(tmp_path: Path) -> None:
+def test_wrapped_documents_share_packs_of_the_full_length(tmp_path: Path) -> None:
     source = source_of(tmp_path, [{"text": "abc"}, {"text": "defg"}], max_length=6, packing="wrapped")
     previews = [source.preview(index) for index in range(len(source))]
-    assert previews == ["a⟦bc<eos>⟧d⟦e⟧", "f⟦g<eos>⟧"]
+    assert previews == ["a⟦bc<eos>⟧\nd⟦e⟧", "f⟦g<eos>⟧"]
 
 
 def test_packing_is_refused_for_anything_but_completions(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ LABELLED = [{**row, "label": True} for row in ROWS]  # mismatched: 8 tokens of o
     [
         ("sft", ROWS, 10, {}),
         ("sft", ROWS, 8, {"max_length": 8, "packing": "bfd_split"}),
-        ("sft", ROWS, 17, {"packing": "wrapped"}),
+        ("sft", ROWS, 10, {"packing": "wrapped"}),
         ("sft", ROWS, 9, {"max_length": 9, "streaming": True}),
         ("dpo", PAIRS, 11, {}),
         ("kto", LABELLED, 13, {}),
