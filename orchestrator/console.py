@@ -19,7 +19,6 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.metrics import held_out_margin
 
 BAR_WIDTH = 16
 PLAIN_WIDTH = 140  # columns where the output is not a terminal
@@ -57,7 +56,7 @@ STEP_LINE = (
 )
 HELD_OUT_LINE = (
     Shown("loss", _metric("eval_loss"), ".4f"),
-    Shown("margin", held_out_margin, ".4f"),
+    Shown("margin", _metric("eval_rewards/margins"), ".4f"),
     Shown("accuracy", _metric("eval_rewards/accuracies"), ".1%"),
 )
 

@@ -156,13 +156,6 @@ class RayGauges:
         return self._gauges[name]
 
 
-def held_out_margin(metrics: Mapping[str, Any]) -> float | None:
-    """By how much held-out rows that are chosen (or desirable) are rewarded above the others; of unpaired rows only the
-    two sides are reported. None where there is no such thing."""
-    chosen, rejected = (metrics.get(f"eval_rewards/{side}") for side in ("chosen", "rejected"))
-    return None if chosen is None or rejected is None else chosen - rejected
-
-
 def read(file: Path) -> list[dict[str, Any]]:
     """The complete lines of a metrics file, in order; a last line that is cut off is left out."""
     return list(_complete_lines(file.read_text().split("\n"))) if file.exists() else []

@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from orchestrator.metrics import METRICS_FILE, held_out_margin, read
+from orchestrator.metrics import METRICS_FILE, read
 
 Line = dict[str, Any]
 Points = list[tuple[int, float]]  # (step, value)
@@ -152,7 +152,7 @@ _VALUE: dict[str, Any] = {"ha": "center", "fontsize": 8, "color": INK}
 PANELS = (
     Panel("evaluation: reward on held-out prompts", _metric("eval_reward"), sparse=True, goes_on=True, share=True),
     Panel("held-out rows: loss", _metric("eval_loss"), sparse=True),
-    Panel("held-out rows: reward, chosen above rejected", held_out_margin, sparse=True),
+    Panel("held-out rows: reward, chosen above rejected", _metric("eval_rewards/margins"), sparse=True),
     Panel("held-out rows: log-probability, chosen above rejected", _likelier, sparse=True),
     Panel("held-out rows: share with the right order", _metric("eval_rewards/accuracies"), sparse=True, share=True),
     Panel("reward", _metric("reward")),

@@ -96,7 +96,7 @@ class Roles:
             if stage.verb is Verb.UPDATE:
                 objective = LossObjective.of(stage)
                 found = await self._on_every_rank("evaluate", stage, _read(batch, objective), objective, step=-1)
-                metrics |= found[0]
+                metrics |= _with_margins(found[0])
             elif stage.verb is not Verb.MIX:
                 batch, _ = await self.run(stage, batch, step=-1)
         return metrics
@@ -191,7 +191,12 @@ class Roles:
     async def _update_once(self, stage: Stage, batch: Batch, objective: LossObjective, step: int) -> dict[str, float]:
         first = (await self._on_every_rank("update", stage, batch, objective, step))[0]
         seconds = {f"time/{name}": value for name, value in first.seconds.items()}
-        return {**first.metrics, "grad_norm": first.grad_norm, "learning_rate": first.learning_rate, **seconds}
+        return {
+            **_with_margins(first.metrics),
+            "grad_norm": first.grad_norm,
+            "learning_rate": first.learning_rate,
+            **seconds,
+        }
 
     async def _on_every_rank(
         self, method: str, stage: Stage, batch: Batch, objective: LossObjective, step: int
@@ -222,6 +227,13 @@ class Roles:
                 task_name=_label(stage, step),
             )
         return batch, {}
+
+
+def _with_margins(metrics: dict[str, float]) -> dict[str, float]:
+    """By how much what is chosen (or desirable) is rewarded above the rest. Losses over pairs report it themselves; of
+    unpaired rows each micro-batch knows its own only, so it is made of the two sides' means over all of them."""
+    chosen, rejected = metrics.get("rewards/chosen"), metrics.get("rewards/rejected")
+    return metrics if chosen is None or rejected is None else {"rewards/margins": chosen - rejected, **metrics}
 
 
 def _read(batch: Batch, objective: LossObjective) -> Batch:

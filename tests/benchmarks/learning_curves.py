@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from orchestrator.metrics import METRICS_FILE, held_out_margin, read
+from orchestrator.metrics import METRICS_FILE, read
 from orchestrator.plot import PANELS, draw
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -75,7 +75,7 @@ def _held_out_panels() -> list[Any]:
 def _measured(line: dict[str, Any]) -> list[str]:
     """In the order of `COLUMNS`; empty where the method has no such number."""
     accuracy, order = line.get("eval_reward"), line.get("eval_rewards/accuracies")
-    numbers = [line.get("eval_loss"), held_out_margin(line)]
+    numbers = [line.get("eval_loss"), line.get("eval_rewards/margins")]
     sides = [line.get(f"eval_logps/{side}") for side in ("chosen", "rejected")]
     share, plain = (lambda x: "" if x is None else f"{x:.1%}"), (lambda x: "" if x is None else f"{x:.3f}")
     return [share(accuracy), *map(plain, numbers), share(order), *map(plain, sides)]

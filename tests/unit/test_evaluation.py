@@ -93,6 +93,9 @@ def test_training_goes_on_as_if_nothing_had_been_evaluated(
     del recipe["phases"]["first"]["evaluation"]
     plain, none = ran(recipe, "plain")
     assert (len(evaluations), none) == (5, [])
+    last = evaluations[-1]
+    margin = last["eval_rewards/chosen"] - last["eval_rewards/rejected"]
+    assert last["eval_rewards/margins"] == pytest.approx(margin, abs=1e-6)
     for one, other in zip(evaluated, plain, strict=True):
         assert (one["loss"], one["grad_norm"]) == (other["loss"], other["grad_norm"])
 
