@@ -19,7 +19,6 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-
 BAR_WIDTH = 16
 PLAIN_WIDTH = 140  # columns where the output is not a terminal
 RECENT_STEPS = 20  # that the time left is estimated from
