@@ -4,8 +4,8 @@
                     └─► a thread that watches that: whatever hangs, the process is gone at the deadline
 
 Ctrl-C in a terminal and SIGTERM to a process group also reach the daemons of a Ray of our own. They ignore the first
-and obey the second, and then Ray's client would wait a minute for them. So the deadline is a short one as soon as one
-of them is gone: no order can be kept any more, and the processes that are left are killed.
+and obey the second, and then Ray's client waits a minute for them, or ends this process in its own way. So as soon as
+one of them is gone the deadline has come: no order can be kept any more, and the processes that are left are killed.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from collections.abc import Callable
 import psutil
 
 GRACE_S = 10.0
-GRACE_WITHOUT_RAY_S = 2.0
-LOOK_EVERY_S = 0.1
+LOOK_EVERY_S = 0.02
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Ending:
     """Of one run, in the process' main thread. `alive`: whether there is still something to put in order. `where`: the
-    line for the user."""
+    line for the user. `note` is told the signal when it comes."""
 
-    def __init__(self, alive: Callable[[], bool], where: Callable[[], str]) -> None:
+    def __init__(
+        self, alive: Callable[[], bool], where: Callable[[], str], note: Callable[[signal.Signals], None]
+    ) -> None:
         self.signal: signal.Signals | None = None  # the first that came
-        self._alive, self._where = alive, where
+        self._alive, self._where, self._note = alive, where, note
         self._said = threading.Lock()
 
     def obey_signals(self) -> None:
@@ -53,18 +54,17 @@ class Ending:
     def _end(self, received: signal.Signals, task: asyncio.Task[object]) -> None:
         if self.signal is None:  # a second cancellation would interrupt what puts things in order
             self.signal = received
-            task.cancel()
             threading.Thread(target=self._watch, name="ending", daemon=True).start()
+            task.cancel()
+            self._note(received)
 
     def _watch(self) -> None:
         """Ends the process and those below it at the deadline. In good time all of them have ended by themselves, and
         this thread with them."""
         assert self.signal is not None
         family = psutil.Process().children(recursive=True)  # now: those whose parent dies first are found no more
-        deadline, gone = time.monotonic() + GRACE_S, False
-        while time.monotonic() < deadline:
-            if not gone and not self._alive():
-                gone, deadline = True, min(deadline, time.monotonic() + GRACE_WITHOUT_RAY_S)
+        deadline = time.monotonic() + GRACE_S
+        while time.monotonic() < deadline and self._alive():
             time.sleep(LOOK_EVERY_S)
         self.say()
         sys.stdout.flush()

@@ -174,6 +174,7 @@ class RayCluster:
             await asyncio.to_thread(remove_placement_group, group)
         self._free, self._gang = {}, None
         if self._disconnect:
+            self._daemons = ()  # they go now, and nobody is to miss them
             await asyncio.to_thread(ray.shutdown)
 
     def _planned(self, role: str) -> RolePlan:

@@ -109,10 +109,9 @@ class _Run:
         """Raises Interrupted if a signal ended the run."""
         try:
             return await self._execute()
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, Exception):  # after a signal an error is a consequence: Ray may be gone
             if self.ending is None or self.ending.signal is None:
                 raise
-            self.event("interrupted", {"signal": self.ending.signal.name})
             self.log.close()
             self.ending.say()
             raise Interrupted(self.ending.signal) from None
@@ -369,7 +368,9 @@ class _Run:
             self.dashboard = connect(self.config.cluster, self.plan, debug=self.config.debug)
             self._since_start("connected")
             cluster = RayCluster(self.config, run=self.folder.name)
-        self.ending = Ending(cluster.alive, self._where_it_stands)
+        self.ending = Ending(
+            cluster.alive, self._where_it_stands, lambda sent: self.event("interrupted", {"signal": sent.name})
+        )
         self.ending.obey_signals()
         try:
             await cluster.reserve(self.plan)

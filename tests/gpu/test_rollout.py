@@ -136,7 +136,7 @@ class Pair:
         """Of those tokens under the trainer's weights, by transformers on a CPU."""
         model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
         weights = await self.export(as_arrays)
-        model.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()}, strict=False)
+        model.load_state_dict({name: torch.tensor(array) for name, array in weights.items()}, strict=False)
         ids = torch.tensor([[*PROMPT, *tokens]])
         with torch.no_grad():
             logps = model(ids).logits.log_softmax(-1)[0, len(PROMPT) - 1 : -1]

@@ -112,7 +112,7 @@ def updates(trainable: Trainable, steps: int) -> list[UpdateReport]:
 
 def test_updates_in_bfloat16_follow_those_in_float32(tmp_path: Path):
     folder = tiny_model_folder(tmp_path, hidden=256)
-    exact, half = (updates(trainer(folder, dtype), 6) for dtype in ("float32", "bfloat16"))
+    exact, half = (updates(trainer(folder, dtype), 3) for dtype in ("float32", "bfloat16"))
     assert exact[-1].metrics["loss"] < 0.9 * exact[0].metrics["loss"], "it learns, so there is something to follow"
     for ours, theirs in zip(half, exact, strict=True):
         assert ours.metrics["loss"] == pytest.approx(theirs.metrics["loss"], rel=0.02)
