@@ -260,7 +260,8 @@ def _scores(scores: Mapping[str, float]) -> Table:
 
 
 def _next_commands(result: Finished) -> list[tuple[str, str]]:
-    commands = [(f"tensorboard --logdir {result.folder / 'tensorboard'}", "every curve of this run")]
+    board = result.folder / "tensorboard"
+    commands = [(f"tensorboard --logdir {board}", "every curve of this run")] if board.is_dir() else []
     if result.model is not None:
         opened = f"from transformers import AutoModelForCausalLM as M; print(M.from_pretrained('{result.model}'))"
         commands.append((f'python -c "{opened}"', "the model is a Hugging Face folder"))

@@ -49,7 +49,9 @@ def warnings(config: RunConfig, pipelines: Mapping[str, Pipeline]) -> list[str]:
         for name in list(pipelines)[:-1]
         if config.phases[name].train.bema is not None
     ]
-    return forgetful + biased + lost
+    cluster = config.cluster
+    idle = f"cluster.num_cpus={cluster.num_cpus} is for a Ray of our own; that at {cluster.address} has what it has"
+    return forgetful + biased + lost + ([idle] if cluster.address and cluster.num_cpus else [])
 
 
 def _of_phase(where: str, config: RunConfig, phase: PhaseConfig, pipeline: Pipeline) -> Iterator[str]:

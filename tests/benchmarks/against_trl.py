@@ -4,8 +4,8 @@
 
 TRL 1.16.0 is installed into an environment of its own (`.cache/trl`) that shares every other package with this one, so
 both sides compute with the same torch. Both read one file in the same order, and it is an error if the two sides count
-different tokens; where completions are sampled, lengths are equal on average only. What counts are the ratios: both sides ran on the same
-machine within minutes. Prints tables after every workload and, last, one line of JSON.
+different tokens; where completions are sampled, lengths are equal on average only. What counts are the ratios: both
+sides ran on the same machine within minutes. Prints tables after every workload and, last, one line of JSON.
 
 A step's rows are the same on both sides but for TRL's packing, whose steps have about as many tokens; ratios per token
 hold for all. `Ray and rest` is what no phase claims: of Troupe's steps, above all calls and the driver.

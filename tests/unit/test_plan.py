@@ -254,6 +254,15 @@ def test_a_batch_of_one_is_refused_where_examples_swap_their_completions() -> No
     assert planned(config("bco", train={"batch_size": 1})).refusals == ()
 
 
+def test_cpus_for_a_ray_that_is_not_started_are_warned_about() -> None:
+    phase = {"method": "sft", "train": {"steps": 1}}
+    there = {"phases": {"one": phase}, "cluster": {"address": "head:6379"}}
+    assert planned(RunConfig.model_validate(there)).warnings == ()
+    there["cluster"]["num_cpus"] = 8
+    (warning,) = planned(RunConfig.model_validate(there)).warnings
+    assert "cluster.num_cpus=8" in warning and "head:6379" in warning
+
+
 def test_a_truncated_distribution_is_warned_about_once_and_not_refused() -> None:
     plan = planned(config(sampling={"top_p": 0.9}))
     assert plan.refusals == () and len(plan.warnings) == 1 and "top_p" in plan.warnings[0]
