@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from actors.batch import Batch
@@ -82,23 +82,30 @@ class Company(Protocol):
 
 
 class RowCollector:
-    """Batches of rows that are complete from the start: supervised, paired and unpaired data."""
+    """Batches of rows that are complete from the start: supervised, paired and unpaired data. The next batch is read
+    ahead; with `overlaps`, the stages that it passes before learning run ahead, too."""
 
-    def __init__(self, source: Any, company: Company, cursor: Cursor, items: int) -> None:
+    def __init__(self, source: Any, company: Company, cursor: Cursor, items: int, *, overlaps: bool = True) -> None:
         self._source, self._company, self._cursor, self._items = source, company, cursor, items
+        self._overlaps = overlaps
         self._drawing = cursor.unsettled()
         self._ahead: asyncio.Task[Collected] | None = None
 
     async def next(self, version: int) -> Collected:
         ahead = self._ahead or asyncio.ensure_future(self._assemble())
         collected = await ahead
+        if not self._overlaps:
+            collected = await self._pass_stages(collected)
         self._ahead = asyncio.ensure_future(self._assemble())
         return collected
 
     async def _assemble(self) -> Collected:
         positions = [next(self._drawing) for _ in range(self._items)]
-        batch = await asyncio.to_thread(self._source.batch, positions)
-        return Collected(await self._company.run_batch_stages(batch), tuple(positions))
+        read = Collected(await asyncio.to_thread(self._source.batch, positions), tuple(positions))
+        return await self._pass_stages(read) if self._overlaps else read
+
+    async def _pass_stages(self, read: Collected) -> Collected:
+        return replace(read, batch=await self._company.run_batch_stages(read.batch))
 
     async def expire(self, next_version: int) -> None:
         pass  # rows do not age

@@ -31,6 +31,7 @@ from orchestrator.memory import Memory, Training, estimate
 from orchestrator.pipeline import Pipeline
 from orchestrator.refusals import ELASTIC, Role, count, refusals, warnings
 
+SPINS = 5_000  # of an idle OpenMP thread before it sleeps: some microseconds
 SMALL_MODEL = 100_000_000  # parameters below which an engine on the CPU is quickest with one thread
 
 
@@ -98,6 +99,7 @@ class Plan:
     roles: Mapping[str, RolePlan]
     gang: tuple[Bundle, ...]
     implicit_reference: bool  # the policy without its adapters is the reference: no role is launched for it
+    overlaps: bool  # frozen roles work on the next batch while another role is trained
     refusals: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -155,7 +157,8 @@ def draft_plan(
         for role in sized
     }
     phases = tuple(_phase_plan(name, config, pipeline) for name, pipeline in pipelines.items())
-    return Plan(config.name, phases, roles, gang, implicit, tuple(refused), tuple(warnings(config, pipelines)))
+    found = tuple(refused), tuple(warnings(config, pipelines))
+    return Plan(config.name, phases, roles, gang, implicit, _overlaps(config, sized), *found)
 
 
 def problems(plan: Plan, cluster: ClusterView) -> list[str]:
@@ -185,18 +188,17 @@ def _threads(
     all are many times slower.
 
     Engines take one thread each, or for a large model an equal share of the cores. If trainers and engines alternate, a
-    trained role has all cores while it works; if not, what the engines leave. Roles that work while another is
-    trained (frozen ones, on data that is not sampled) share with it."""
+    trained role has all cores while it works; if not, what the engines leave. Frozen roles work by turns with a trained
+    one (`_overlaps`), so each has all cores while it does."""
     cores = machine.cores
     rollout = config.roles.rollout
     small = parameters is None or parameters < SMALL_MODEL
     ahead = any(config.phases[name].train.max_staleness for name in pipelines)
-    beside = any(pipeline.generates is None and pipeline.batch_stages for pipeline in pipelines.values())
     ranks = sum(count(getattr(config.roles, role)) for role in roles if role not in ELASTIC)
     engines = rollout.workers + (ranks if ahead else 0)  # and who works at the same time
     engine = rollout.threads or (1 if small else max(1, cores // engines))
     left = cores - engine * rollout.workers if ahead and "rollout" in roles else cores
-    sharing = ranks if ahead or beside else 0
+    sharing = ranks if ahead else 0
 
     def of(role: str) -> int:
         settings: Role = getattr(config.roles, role)
@@ -210,6 +212,14 @@ def _threads(
         return max(1, left // (sharing or count(settings)))
 
     return {role: of(role) for role in roles}
+
+
+def _overlaps(config: RunConfig, roles: list[str]) -> bool:
+    """Whether frozen roles may work on the next batch while another is trained: if all have a device, or threads that
+    somebody gave them, of their own. On the same cores two would have half of them each, and the one that is trained,
+    which has three times the work, would wait for nobody with the other half idle."""
+    settings = [getattr(config.roles, role) for role in roles if role not in ELASTIC]
+    return all(each.gpus > 0 or each.threads is not None for each in settings)
 
 
 def _gang(config: RunConfig, roles: list[str]) -> tuple[tuple[Bundle, ...], dict[str, tuple[int, ...]]]:
@@ -250,15 +260,19 @@ def _selectors(settings: Role) -> tuple[Selector, ...]:
 
 def _role_plan(role: str, config: RunConfig, threads: int, bundles: tuple[int, ...], memory: Memory | None) -> RolePlan:
     settings: Role = getattr(config.roles, role)
-    env = _environment(settings, threads)
+    ahead = any(phase.train.max_staleness for phase in config.phases.values())
+    env = _environment(settings, threads, alone=isinstance(settings, TrainedRole) and not ahead)
     resources, selectors = _resources(settings), _selectors(settings)
     return RolePlan(role, count(settings), resources, threads, env, memory, settings.colocate, bundles, selectors)
 
 
-def _environment(settings: Role, threads: int) -> dict[str, str]:
-    """What must be set before torch is imported. PASSIVE: idle OpenMP threads must not spin on the others' cores. Ray
-    hides the GPUs of others from an actor that has some, but shows all of them to one that has none."""
-    env = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+def _environment(settings: Role, threads: int, *, alone: bool) -> dict[str, str]:
+    """What must be set before torch is imported. PASSIVE: idle OpenMP threads must not spin on the others' cores; where
+    nobody else computes meanwhile (`alone`), they wait for the next operation for some microseconds, since to wake them
+    up costs a small model's step a third of its time. Ray hides the GPUs of others from an actor that has some, but
+    shows all of them to one that has none."""
+    waiting = {"GOMP_SPINCOUNT": str(SPINS)} if alone and threads > 1 else {"OMP_WAIT_POLICY": "PASSIVE"}
+    env = {"OMP_NUM_THREADS": str(threads), **waiting, "TOKENIZERS_PARALLELISM": "false"}
     if settings.gpus == 0:
         env["CUDA_VISIBLE_DEVICES"] = ""
     if isinstance(settings, TrainedRole) and settings.backend == "deepspeed" and settings.gpus == 0:

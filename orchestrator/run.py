@@ -231,7 +231,7 @@ class _Run:
     def _collector(self, phase: PreparedPhase, roles: Roles, cursor: Cursor, progress: Progress) -> Collector:
         train_config = phase.config.train
         if not phase.pipeline.generates:
-            return RowCollector(phase.source, roles, cursor, train_config.batch_size)
+            return RowCollector(phase.source, roles, cursor, train_config.batch_size, overlaps=self.plan.overlaps)
         return GroupCollector(
             phase.source,
             roles,

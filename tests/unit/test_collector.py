@@ -46,6 +46,7 @@ class Company:
     samples: dict[int, int] = field(default_factory=dict)
     seen: list[int] = field(default_factory=list)
     seeds: dict[int, int] = field(default_factory=dict)
+    staged: int = 0  # batches that passed the stages before learning
 
     async def generate(self, request: Request) -> tuple[GroupMeta, Ref]:
         position = request.group
@@ -72,6 +73,7 @@ class Company:
         return [ref.target for ref in refs]
 
     async def run_batch_stages(self, batch: Batch) -> Batch:
+        self.staged += 1
         return batch
 
 
@@ -228,4 +230,14 @@ async def test_rows_come_in_batches_in_order_and_are_settled_after_training():
     feed.advance(1, first)
     assert cursor.frontier == 2
     assert (await feed.next(1)).positions == (2, 3)
+    await feed.close()
+
+
+@pytest.mark.parametrize(("overlaps", "ahead"), [(True, 2), (False, 1)])
+async def test_stages_before_learning_run_ahead_only_where_roles_overlap(overlaps: bool, ahead: int):
+    company = Company()
+    feed = RowCollector(Endless(), company, Cursor(), items=2, overlaps=overlaps)
+    await feed.next(0)
+    await asyncio.sleep(0.05)
+    assert company.staged == ahead
     await feed.close()

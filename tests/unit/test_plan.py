@@ -91,8 +91,28 @@ def test_a_trainer_that_works_beside_its_engines_has_the_cores_that_they_leave()
     assert threads(planned(two_engines, cores=8))["policy"] == 6
 
 
-def test_a_reference_that_works_ahead_of_the_trainer_shares_the_cores_with_it() -> None:
-    assert threads(planned(config("dpo"), cores=4)) == {"policy": 2, "reference": 2}
+def test_a_reference_and_the_trainer_have_all_cores_by_turns() -> None:
+    plan = planned(config("dpo"), cores=4)
+    assert threads(plan) == {"policy": 4, "reference": 4}
+    assert not plan.overlaps
+
+
+@pytest.mark.parametrize("own", [{"threads": 2}, {"gpus": 1}])
+def test_a_reference_works_ahead_of_the_trainer_where_both_have_what_they_need(own: dict[str, int]) -> None:
+    assert planned(config("dpo", roles={"policy": own, "reference": own}), cores=4).overlaps
+    assert not planned(config("dpo", roles={"policy": own}), cores=4).overlaps
+
+
+def test_only_threads_that_nobody_disturbs_wait_awake() -> None:
+    def awake(plan: Plan) -> set[str]:
+        found = {name for name, role in plan.roles.items() if "GOMP_SPINCOUNT" in role.env}
+        assert all(("OMP_WAIT_POLICY" in role.env) == (name not in found) for name, role in plan.roles.items())
+        return found
+
+    assert awake(planned(config(), cores=2)) == {"policy"}
+    assert awake(planned(config(), cores=1)) == set()
+    assert awake(planned(config("dpo"), cores=2)) == {"policy", "reference"}
+    assert awake(planned(config(train={"max_staleness": 1}), cores=4)) == set()
 
 
 def test_engines_share_all_cores_where_the_model_is_large() -> None:
@@ -104,7 +124,6 @@ def test_threads_that_are_given_are_kept_and_reach_the_environment() -> None:
     plan = planned(config(roles={"policy": {"threads": 5}, "rollout": {"threads": 3}}))
     assert threads(plan) == {"policy": 5, "rollout": 3, "reward": 1}
     assert plan.roles["policy"].env["OMP_NUM_THREADS"] == "5"
-    assert all(role.env["OMP_WAIT_POLICY"] == "PASSIVE" for role in plan.roles.values())
 
 
 def test_deepspeed_is_told_about_the_cpu_exactly_where_a_rank_has_no_gpu() -> None:
