@@ -3,9 +3,9 @@
     python tests/benchmarks/against_trl.py --methods sft dpo --sizes 2.6m --dtypes float32 --rounds 3
 
 TRL 1.16.0 is installed into an environment of its own (`.cache/trl`) that shares every other package with this one, so
-both sides compute with the same torch. Both read one file; rows that are not sampled are trained on in the same order,
-and it is an error if the two sides count different tokens. What counts are the ratios: both sides ran on the same
-machine within minutes. Prints tables after every workload and, last, one line of JSON.
+both sides compute with the same torch. Both read one file in the same order, and it is an error if the two sides count
+different tokens; where completions are sampled, lengths are equal on average only. What counts are the ratios: both
+sides ran on the same machine within minutes. Prints tables after every workload and, last, one line of JSON.
 
 A step's rows are the same on both sides but for TRL's packing, whose steps have about as many tokens; ratios per token
 hold for all. `Ray and rest` is what no phase claims: of Troupe's steps, above all calls and the driver.
@@ -149,7 +149,7 @@ def _recipe(job: Job, data: Path, folder: str) -> Figures:
         "output": folder,
         "model": {"path": f"example:skewed-{job.size}", "dtype": job.dtype},
         "method": job.method,
-        "data": {"path": str(data), "max_length": job.max_length, "shuffle": job.method == "grpo"},
+        "data": {"path": str(data), "max_length": job.max_length, "shuffle": False},
         "train": {
             "steps": job.warmup + job.steps,
             "batch_size": job.items,
@@ -251,7 +251,7 @@ def _options() -> argparse.Namespace:
         help="let TRL's idle threads sleep as Troupe's do: slower on a quiet machine, many times quicker on a busy one",
     )
     parser.add_argument("--rounds", type=int, default=1, help="both sides in turn; medians are shown")
-    parser.add_argument("--steps", type=int, help="counted steps per run; default: 8, of grpo 4")
+    parser.add_argument("--steps", type=int, help="counted steps per run; default: 8, of grpo 6")
     return parser.parse_args()
 
 

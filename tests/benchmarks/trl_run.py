@@ -155,6 +155,7 @@ def make_trainer(job: dict[str, Any], model: Any, tokenizer: Any, rows: Dataset,
             return KTOTrainer(args=KTOConfig(**common, max_length=job["max_length"], beta=job["beta"]), **given)
         case "grpo":
             sampled = {"num_generations": job["samples"], "max_completion_length": job["max_tokens"]}
+            sampled["shuffle_dataset"] = False
             config = GRPOConfig(
                 **common | {"per_device_train_batch_size": job["rows"]}, **sampled, beta=job["beta"], temperature=1.0
             )

@@ -48,7 +48,7 @@ class Job:
         job = cls(method, size, dtype)
         if method == "grpo":
             prompts = 8 if size == "2.6m" else 4
-            job = replace(job, rows=8 * prompts, samples=8, beta=0.04, warmup=1, steps=4)
+            job = replace(job, rows=8 * prompts, samples=8, beta=0.04, warmup=1, steps=6)
         return job if steps is None else replace(job, steps=steps)
 
     @property
