@@ -19,6 +19,7 @@ from actors.worker import WorkerInfo
 NAMESPACE = "troupe"
 ELASTIC = ("rollout", "reward")
 CALL_TIMEOUT_S = 20.0
+AUTH_MODE = "RAY_AUTH_MODE"
 
 
 class Board:
@@ -57,6 +58,7 @@ class RunFile:
     address: str | None  # of Ray; None for a run in one process
     actor: str
     pid: int
+    auth_mode: str | None = None  # of Ray: one that the driver started wants to see a token
 
     def write(self, folder: Path) -> None:
         temporary = folder / ".run.json.tmp"
@@ -98,11 +100,13 @@ def status(folder: Path) -> dict[str, Any]:
 
 
 def _board_call(folder: Path, method: str, *args: Any) -> Any:
-    import ray
-
     run = RunFile.read(folder)
     if run.address is None:
         raise UserError(f"{run.name} runs in one process (--local): it has no workers to scale and no board to ask")
+    if run.auth_mode is not None:
+        os.environ.setdefault(AUTH_MODE, run.auth_mode)  # before Ray is imported: it is read only then
+    import ray
+
     try:
         ray.init(address=run.address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError) as error:

@@ -25,7 +25,7 @@ from orchestrator.cluster import Cluster, LocalCluster
 from orchestrator.collector import Collector, GroupCollector, RowCollector
 from orchestrator.config import RunConfig
 from orchestrator.console import Console
-from orchestrator.control import Board, RunFile, board_name
+from orchestrator.control import AUTH_MODE, Board, RunFile, board_name
 from orchestrator.cursor import Cursor
 from orchestrator.driver import Progress, StepRecord, train
 from orchestrator.ending import Ending
@@ -392,7 +392,8 @@ class _Run:
         async def put_up() -> Worker:
             name = board_name(self.folder.name)
             board = await cluster.start_board(name, Board)
-            RunFile(self.folder.name, cluster.address, name, os.getpid()).write(self.folder)
+            mode = os.environ.get(AUTH_MODE)  # set by Ray itself, if it was started here
+            RunFile(self.folder.name, cluster.address, name, os.getpid(), mode).write(self.folder)
             return board
 
         starting = asyncio.ensure_future(put_up())

@@ -32,6 +32,11 @@ ARITHMETIC: dict[str, Any] = {
 }
 
 
+def plain_environment() -> dict[str, str]:
+    """Ours, without what a Ray of this process leaves in it: where it is, and that it asks for a token."""
+    return {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
+
+
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """`base` with nested changes; neither is modified."""
     result = dict(base)
@@ -67,8 +72,7 @@ class Run:
         self.process = self._start("run", str(recipe), *arguments)
 
     def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
-        inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        environment = {**inherited, "COLUMNS": "160", **self.environment}
+        environment = {**plain_environment(), "COLUMNS": "160", **self.environment}
         with self.output.open("ab") as stream:
             return subprocess.Popen(
                 [TROUPE, *arguments],

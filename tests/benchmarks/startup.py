@@ -62,9 +62,8 @@ def measure(options: argparse.Namespace) -> Parts:
 
 
 def scale(run: Path) -> None:
-    """The run's own Ray asks for the user's token, which Ray keeps; `RAY_AUTH_MODE` says to show it."""
-    command, environment = [TROUPE, "scale", run, "rollout=2"], {**os.environ, "RAY_AUTH_MODE": "token"}
-    asked = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, env=environment)
+    command = [TROUPE, "scale", run, "rollout=2"]
+    asked = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
     if asked.returncode:
         raise RuntimeError(f"`troupe scale` ended with {asked.returncode}: {asked.stderr[-2000:]}")
 

@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from tests.runs import TROUPE, Run
+from tests.runs import TROUPE, Run, plain_environment
 
 pytestmark = pytest.mark.timeout(900)  # whole runs, several processes each; a busy machine is slow to start them
 
@@ -16,9 +16,8 @@ def serving(run: Run) -> int:
 
 
 def scale(run: Run, count: int) -> None:
-    done = subprocess.run(
-        [TROUPE, "scale", str(run.folder), f"rollout={count}"], capture_output=True, text=True, timeout=60
-    )
+    command = [TROUPE, "scale", str(run.folder), f"rollout={count}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=plain_environment())
     assert done.returncode == 0, done.stderr
 
 
