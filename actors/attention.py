@@ -26,6 +26,7 @@ from actors.errors import ModelError
 from actors.prefixes import SharedPrefixes
 
 VARLEN = "troupe_varlen"  # the name under which transformers knows this attention
+HALF = (torch.float16, torch.bfloat16)
 MIN_FILL = 0.5  # a document joins a bucket if it is at least that part of the bucket's longest (see `Documents`)
 
 
@@ -169,7 +170,7 @@ def varlen_attention(
         )
     window = sliding_window if sliding_window is not None and sliding_window < documents.longest else None
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0:
+    if query.is_cuda and query.dtype in HALF and dropout == 0:
         return _flat_attention(q, k, v, documents, scaling, window)[None], None
     return _bucket_attention(q, k, v, documents, dropout, scaling, window)[None], None
 
@@ -207,6 +208,9 @@ def _bucket_attention(
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
+    dtype = query.dtype
+    if dtype in HALF and not query.is_cuda:  # whose kernel takes several times as long for a gradient in half precision
+        query, key, value = (rows.float() for rows in (query, key, value))
     if not documents.already_padded:
         query, key, value = (_pad(rows, documents) for rows in (query, key, value))
     outputs = []
@@ -216,7 +220,8 @@ def _bucket_attention(
         gqa = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(q, k, v, mask, dropout, mask is None, scale=scaling, enable_gqa=gqa)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return outputs[0] if documents.already_padded else _Unpad.apply(torch.cat(outputs), documents.slot_of_row)
+    whole = outputs[0] if documents.already_padded else _Unpad.apply(torch.cat(outputs), documents.slot_of_row)
+    return whole.to(dtype)
 
 
 def _pad(rows: Tensor, documents: Documents) -> Tensor:
