@@ -31,7 +31,9 @@ from orchestrator.memory import Memory, Training, estimate
 from orchestrator.pipeline import Pipeline
 from orchestrator.refusals import ELASTIC, Role, count, refusals, warnings
 
-SPINS = 5_000  # of an idle OpenMP thread before it sleeps: some microseconds
+# Of an idle OpenMP thread before it sleeps: enough from one operation to the next. Five times as many gain no more, and
+# cost a step half of its speed where another program wants the core.
+SPINS = 1_000
 SMALL_MODEL = 100_000_000  # parameters below which an engine on the CPU is quickest with one thread
 
 
