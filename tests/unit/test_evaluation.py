@@ -55,8 +55,11 @@ def test_the_numbers_do_not_depend_on_how_rows_are_cut(recipe: dict[str, Any]) -
     _, expected = ran(recipe)
     recipe["phases"]["first"]["train"]["token_budget"] = 24
     _, found = ran(recipe, "cut")
+    unlike = {"eval_shared_share"}  # what begins alike is computed once per micro-batch
     for one, other in zip(found, expected, strict=True):
-        metrics = [name for name in one if name.startswith("eval_")]
+        metrics = [name for name in one if name.startswith("eval_") and name not in unlike]
+        if one["step"] == 0:
+            metrics.remove("eval_rewards/accuracies")  # of margins that are zero but for rounding
         assert [one[name] for name in metrics] == pytest.approx([other[name] for name in metrics], rel=1e-4, abs=1e-6)
 
 
