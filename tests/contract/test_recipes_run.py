@@ -28,6 +28,7 @@ ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
     "pairs": lambda i: {"prompt": f"{i}+1=", "chosen": str(i + 1), "rejected": str(i + 11)},
     "labelled": lambda i: {"prompt": f"{i}+1=", "completion": str(i + i % 2), "label": i % 2 == 1},
 }
+ROWS["triples"] = lambda i: {**ROWS["pairs"](i), "reference": str(i + 1)}
 ROWS |= {f"{how}_labelled": ROWS["labelled"] for how in ("mismatched", "weighted")}
 
 
@@ -101,6 +102,7 @@ def test_a_papers_recipe_trains_on_rows_of_its_kind(name: str, model: Path, tmp_
     config = load_config(name)
     (kind,) = (build_pipeline(phase).data.name for phase in config.phases.values())
     rows = write_rows(tmp_path / "rows.jsonl", map(ROWS[kind], range(16)))
-    replaced = {"path": str(rows), "columns": {}, "max_length": 64, "max_prompt_length": None}
+    packs = any(phase.data.packing != "none" for phase in config.phases.values())  # as many as a batch takes
+    replaced = {"path": str(rows), "columns": {}, "max_length": 8 if packs else 64, "max_prompt_length": None}
     result, lines = started(config, model, tmp_path, replaced)
     assert_trained(result, lines, config)
