@@ -8,29 +8,26 @@ prepare ─► plan ─► cluster ─► launch ─► for each phase: [resume]
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from actors.errors import ConfigError, InfraFailure, Interrupted
-from actors.worker import Worker
+from actors.errors import ConfigError, Interrupted
+from orchestrator.beside import beside, board_of
 from orchestrator.checkpoint import Checkpoint, CheckpointStore, RunState
 from orchestrator.cluster import Cluster, LocalCluster
 from orchestrator.collector import Collector, GroupCollector, RowCollector
 from orchestrator.config import RunConfig
 from orchestrator.console import Console
-from orchestrator.control import AUTH_MODE, Board, RunFile, board_name
 from orchestrator.cursor import Cursor
 from orchestrator.driver import Progress, StepRecord, train
 from orchestrator.ending import Ending
 from orchestrator.evaluation import evaluate, evaluate_rows, greedy
-from orchestrator.fleet import State
 from orchestrator.launch import average_spec, launch, optim_spec
 from orchestrator.metrics import MetricsLog
 from orchestrator.plan import Plan, make_plan
@@ -43,7 +40,6 @@ from orchestrator.staleness import Contract
 from orchestrator.supervision import Ledger, Watchdog
 
 SAVE_TIMEOUT_S = 1800.0
-BOARD_EVERY_S = 1.0
 AVERAGED = "bema"  # in a checkpoint, beside `model`
 
 
@@ -127,9 +123,9 @@ class _Run:
             self.log.rewind(found.state.total_step)
         async with (
             self._cluster() as cluster,
-            self._board(cluster) as board,
+            board_of(self.folder, cluster) as board,
             launch(self.prepared, self.plan, cluster, self.folder, self.event, self.watchdog) as roles,
-            self._beside(roles, await board),
+            beside(roles, await board, self.watchdog, self.console.warn),
         ):
             self.console.placed(cluster.describe())
             self.console.at(self.folder, self.dashboard)
@@ -384,60 +380,6 @@ class _Run:
         if self.last_checkpoint is None:
             return f"no checkpoint yet; checkpoint.every=N writes one every N steps. The run's folder: {self.folder}"
         return f"last checkpoint {self.last_checkpoint.path}; continue with `troupe resume {self.folder}`"
-
-    @asynccontextmanager
-    async def _board(self, cluster: Cluster) -> AsyncIterator[asyncio.Future[Worker]]:
-        """The actor through which the run is reached from outside; it starts while the roles do."""
-
-        async def put_up() -> Worker:
-            name = board_name(self.folder.name)
-            board = await cluster.start_board(name, Board)
-            mode = os.environ.get(AUTH_MODE)  # set by Ray itself, if it was started here
-            RunFile(self.folder.name, cluster.address, name, os.getpid(), mode).write(self.folder)
-            return board
-
-        starting = asyncio.ensure_future(put_up())
-        try:
-            yield starting
-        finally:
-            await _cancelled(starting)
-
-    @asynccontextmanager
-    async def _beside(self, roles: Roles, board: Worker) -> AsyncIterator[None]:
-        """What goes on beside the loop, for as long as the block lasts."""
-        async with AsyncExitStack() as stack:
-            for work in (self._watch(), self._obey_board(roles, board)):
-                task = asyncio.ensure_future(work)
-                stack.push_async_callback(_cancelled, task)
-            yield
-
-    async def _watch(self) -> None:
-        while True:
-            await asyncio.sleep(5.0)
-            for line in self.watchdog.overdue():
-                self.console.warn(line)
-
-    async def _obey_board(self, roles: Roles, board: Worker) -> None:
-        """Put up the status and take what is desired, every second."""
-        pools = {
-            role: pool for role, pool in (("rollout", roles.rollout), ("reward", roles.reward)) if pool is not None
-        }
-        while True:
-            status = {
-                role: {"desired": pool.fleet.desired, "serving": pool.count(State.SERVING)}
-                for role, pool in pools.items()
-            }
-            with contextlib.suppress(InfraFailure):  # a board that died costs scaling, not the run
-                for role, count in (await board.call("exchange", status, timeout_s=10.0)).items():
-                    if role in pools:
-                        pools[role].resize(count)
-            await asyncio.sleep(BOARD_EVERY_S)
-
-
-async def _cancelled(task: asyncio.Future[Any]) -> None:
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
 
 
 def _completion_rows(group: Any) -> list[dict[str, Any]]:
