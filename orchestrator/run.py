@@ -8,6 +8,7 @@ prepare ─► plan ─► cluster ─► launch ─► for each phase: [resume]
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import time
@@ -66,10 +67,16 @@ def run(config: RunConfig, *, local: bool = False, resume: Path | None = None) -
 
 
 def _new_folder(config: RunConfig) -> Path:
-    folder = config.output / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(config.model_dump_json(indent=2))
-    return folder
+    """Named by the second and the process; a number tells those apart that one process starts within a second."""
+    name = f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    config.output.mkdir(parents=True, exist_ok=True)
+    for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
+        folder = config.output / f"{name}{suffix}"
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            (folder / "config.json").write_text(config.model_dump_json(indent=2))
+            return folder
+    raise ConfigError(f"output={config.output} holds a thousand runs called {name}")
 
 
 @dataclass

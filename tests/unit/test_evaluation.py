@@ -127,3 +127,9 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_starts(
         target[below or head] = value
     with pytest.raises(ConfigError, match=message):
         prepare(RunConfig.model_validate(recipe))
+
+
+def test_runs_of_one_second_have_folders_of_their_own(recipe: dict[str, Any]) -> None:
+    config = RunConfig.model_validate(recipe)
+    folders = {run(config, local=True).folder for _ in range(3)}
+    assert len(folders) == 3 and all((folder / METRICS_FILE).is_file() for folder in folders)
