@@ -31,8 +31,8 @@ from orchestrator.memory import Memory, Training, estimate
 from orchestrator.pipeline import Pipeline
 from orchestrator.refusals import ELASTIC, Role, count, refusals, warnings
 
-# Of an idle OpenMP thread before it sleeps: enough from one operation to the next. Five times as many gained no more, and
-# made a step half as long again where another program wanted the core; these, a seventh.
+# Of an idle OpenMP thread before it sleeps: enough from one operation to the next. Five times as many gained no more,
+# and made a step half as long again where another program wanted the core; these, a seventh.
 SPINS = 1_000
 SMALL_MODEL = 100_000_000  # parameters below which an engine on the CPU is quickest with one thread
 
@@ -271,8 +271,8 @@ def _role_plan(role: str, config: RunConfig, threads: int, bundles: tuple[int, .
 def _environment(settings: Role, threads: int, *, alone: bool) -> dict[str, str]:
     """What must be set before torch is imported. PASSIVE: idle OpenMP threads must not spin on the others' cores; where
     nobody else computes meanwhile (`alone`), they wait for the next operation for some microseconds, since to wake them
-    up costs a small model's step a fifth of its time and more. Ray hides the GPUs of others from an actor that has some, but
-    shows all of them to one that has none."""
+    up costs a small model's step a fifth of its time and more. Ray hides the GPUs of others from an actor that has
+    some, but shows all of them to one that has none."""
     waiting = {"GOMP_SPINCOUNT": str(SPINS)} if alone and threads > 1 else {"OMP_WAIT_POLICY": "PASSIVE"}
     env = {"OMP_NUM_THREADS": str(threads), **waiting, "TOKENIZERS_PARALLELISM": "false"}
     if settings.gpus == 0:
