@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.batch import Batch
-from actors.packing import deal, pack
+from actors.sharding import deal, pack
 
 BUDGET = 50
 item_lengths = st.lists(st.integers(0, BUDGET), max_size=40)
