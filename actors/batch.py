@@ -123,6 +123,7 @@ def _checked(name: str, values: Sequence | Array, lengths: Array) -> Array:
     if array.size and not np.can_cast(array.dtype, column.dtype, casting="same_kind"):
         raise ValueError(f"column {name!r} holds {column.dtype}, got {array.dtype}")
     expected = int(lengths.sum()) if column.axis is Axis.TOKEN else len(lengths)
-    if array.shape != (expected,):
-        raise ValueError(f"column {name!r} is per {column.axis} and needs shape ({expected},), got {array.shape}")
+    if array.shape[:1] != (expected,) or array.ndim != 1 + column.wide:
+        wanted = f"({expected}, k)" if column.wide else f"({expected},)"
+        raise ValueError(f"column {name!r} is per {column.axis} and needs shape {wanted}, got {array.shape}")
     return array.astype(column.dtype, copy=False)

@@ -20,19 +20,33 @@ class Axis(StrEnum):
     ROW = "row"  # one per sequence: [B]
 
 
+class Head(StrEnum):
+    """What a model's last layer says."""
+
+    VOCABULARY = "vocabulary"  # of each token: its log-probability
+    TOKEN_SCALAR = "token_scalar"  # of each token: one number (a state's value, a step's reward)
+    ROW_SCALAR = "row_scalar"  # of each row: one number, at its last token (a reward model's score)
+
+    @property
+    def per_row(self) -> bool:
+        return self is Head.ROW_SCALAR
+
+
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column: its name, axis, dtype, what it holds (with unit), and which stage writes it."""
+    """One column: its name, axis, dtype, what it holds (with unit), which stage writes it, and whether an entry is one
+    number or, if it is `wide`, k of them."""
 
     name: str
     axis: Axis
     dtype: np.dtype
     holds: str
     writer: str
+    wide: bool = False
 
 
-def _token(name: str, dtype: type, holds: str, writer: str) -> Column:
-    return Column(name, Axis.TOKEN, np.dtype(dtype), holds, writer)
+def _token(name: str, dtype: type, holds: str, writer: str, *, wide: bool = False) -> Column:
+    return Column(name, Axis.TOKEN, np.dtype(dtype), holds, writer, wide)
 
 
 def _row(name: str, dtype: type, holds: str, writer: str) -> Column:
@@ -46,24 +60,33 @@ COLUMNS: dict[str, Column] = {
         _token("mask", np.bool_, "1 where the token is learned from", "source, generate"),
         _token("sample_logps", np.float32, "log-probability under the sampler, nats", "generate"),
         _token("version", np.int32, "weights version that produced the token; -1 on prompts", "generate"),
-        _token("old_logps", np.float32, "log-probability under the policy before this batch's updates, nats", "logps"),
-        _token("ref_logps", np.float32, "log-probability under the reference, nats", "logps"),
-        _token("teacher_logps", np.float32, "log-probability under the teacher, nats", "logps"),
-        _token("values", np.float32, "state value before the token", "values"),
+        _token("old_logps", np.float32, "log-probability under the policy before this batch's updates, nats", "infer"),
+        _token("ref_logps", np.float32, "log-probability under the reference, nats", "infer"),
+        _token("teacher_logps", np.float32, "log-probability under the teacher, nats", "infer"),
+        _token("teacher_topk_ids", np.int32, "the k tokens that the teacher finds most likely", "infer", wide=True),
+        _token(
+            "teacher_topk_logps", np.float32, "log-probabilities of those under the teacher, nats", "infer", wide=True
+        ),
+        _token("values", np.float32, "state value before the token, before this batch's updates", "infer"),
+        _token("step_reward", np.float32, "reward of the token itself", "score, credit"),
         _token("advantages", np.float32, "advantage of the token", "credit"),
         _token("returns", np.float32, "return from the token on", "credit"),
         _token("step_label", np.int8, "process label at a step's last token: 0, 1, or -1 for none", "source"),
         _row(
             "group", np.int64, "rows that belong together: samples of one prompt, the two of a pair", "source, generate"
         ),
+        _row("sampler", np.int8, "which of the pipeline's generate stages sampled the row", "generate"),
+        _row(
+            "learned", np.bool_, "false: nothing of the row is learned from, and its tokens are not counted", "credit"
+        ),
         _row("reward", np.float32, "weighted sum of the rewards; NaN where unscorable", "score"),
-        _row("preferred", np.bool_, "of a pair: the chosen one", "source"),
+        _row("preferred", np.bool_, "of a pair: the chosen one", "source, regroup"),
         _row("label", np.bool_, "unpaired preference: desirable", "source"),
         _row("gold", np.bool_, "of a triple: the completion that is imitated", "source"),
         _row(
             "mismatched", np.bool_, "a prompt with another prompt's completion, to estimate a KL divergence", "source"
         ),
-        _row("margin", np.float32, "by how much the chosen one is better", "source"),
+        _row("margin", np.float32, "by how much the chosen one is better", "source, regroup"),
         _row("truncated", np.bool_, "the completion hit its length limit", "generate"),
         _row("weight", np.float32, "weight of the row in the loss", "source"),
     )

@@ -7,36 +7,42 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from actors.columns import Head
 from actors.objective import MicroBatch, Outputs
 
-NOT_PER_TOKEN = frozenset({"logps", "aux_loss", "rows"})  # of what a model returns; `logps` has a place of its own
+NOT_EXTRA = frozenset({"main", "aux_loss", "rows"})  # of what a model returns
 
 
 def forward(
     model: Callable[..., Mapping[str, Tensor]],
     micro: MicroBatch,
     *,
+    head: Head = Head.VOCABULARY,
     temperature: float = 1.0,
     needs: frozenset[str] = frozenset(),
     chunk_rows: int | None = None,
     all_tokens: bool = False,
 ) -> Outputs:
-    """Outputs over `T` tokens by the convention of `actors/columns.py`: entry t concerns predicting token t.
+    """Outputs by the convention of `actors/columns.py`: entry t of `T` tokens concerns predicting token t. A number per
+    row [B] is said at the row's last token.
 
-    `model` is a `LanguageModel`, or a backend's wrapper of one. Only tokens whose `mask` is 1 are projected onto the
+    `model` is a `LanguageModel` with that head, or a backend's wrapper of one. Only tokens whose `mask` is 1 are projected onto the
     vocabulary, the others' entries are 0; `all_tokens`, or a batch without a mask, means every token but each row's
     first. `chunk_rows` bounds how many tokens' logits exist at a time (default: 2**24 logits' worth).
     """
     tokens = micro["tokens"]
-    predicted = predicted_tokens(micro, all_tokens=all_tokens or "all_tokens" in needs)
-    needs = needs - {"all_tokens"}
-    found = model(tokens, tuple(micro.lengths.tolist()), predicted, temperature, needs, chunk_rows)
+    if head is Head.ROW_SCALAR:
+        predicted = micro.offsets[1:]  # the state after a row's last token
+    else:
+        predicted = predicted_tokens(micro, all_tokens=all_tokens or "all_tokens" in needs)
+    found = model(tokens, tuple(micro.lengths.tolist()), predicted, temperature, needs - {"all_tokens"}, chunk_rows)
 
     def over_all_tokens(values: Tensor) -> Tensor:
         return values.new_zeros(len(tokens)).index_copy(0, predicted, values)
 
-    extra = {name: over_all_tokens(values) for name, values in found.items() if name not in NOT_PER_TOKEN}
-    return Outputs(over_all_tokens(found["logps"]), extra, found.get("aux_loss"), int(found["rows"]))
+    extra = {name: over_all_tokens(values) for name, values in found.items() if name not in NOT_EXTRA}
+    main = found["main"] if head is Head.ROW_SCALAR else over_all_tokens(found["main"])
+    return Outputs(main, extra, found.get("aux_loss"), int(found["rows"]))
 
 
 def predicted_tokens(micro: MicroBatch, *, all_tokens: bool = False) -> Tensor:

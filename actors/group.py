@@ -1,6 +1,6 @@
 """Workers and groups over Ray: plain classes become actors, and Ray's exceptions become ours.
 
-    driver (asyncio) ── RayWorker.call("update", chunk) ──► main group: one call at a time (sync targets),
+    driver (asyncio) ── RayWorker.call("update", shard) ──► main group: one call at a time (sync targets),
                                                             or all of them on one event loop (async targets)
                      ── RayWorker.call("ping") ───────────► health group: a thread of its own, so that it
                                                             answers while the main group works or hangs
@@ -14,9 +14,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray import ObjectRef
@@ -26,6 +26,8 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 from actors.errors import InfraFailure
 from actors.worker import Ref, WorkerInfo
+
+T = TypeVar("T")
 
 NAMESPACE = "troupe"
 ASYNC_CONCURRENCY = 1000  # calls on one event loop: Ray's own limit must never be what queues them
@@ -106,17 +108,45 @@ class RayGroup:
         method: str,
         *shared: Any,
         per_rank: Sequence[Any] | None = None,
+        blocks: Sequence[Sequence[Ref]] | None = None,
         timeout_s: float,
         task_name: str | None = None,
     ) -> list[Any]:
-        if per_rank is not None and len(per_rank) != len(self.workers):
-            raise ValueError(f"{self.name}.{method}: {len(per_rank)} arguments for {len(self.workers)} ranks")
-        own = [()] * len(self.workers) if per_rank is None else [(value,) for value in per_rank]
-        calls = [
-            asyncio.ensure_future(worker.call(method, *first, *shared, timeout_s=timeout_s, task_name=task_name))
-            for worker, first in zip(self.workers, own, strict=True)
-        ]
-        return await _all_or_first_cause(calls)
+        arguments = self._arguments(method, shared, per_rank, blocks)
+        return await _all_or_first_cause(
+            worker.call(method, *mine, timeout_s=timeout_s, task_name=task_name)
+            for worker, mine in zip(self.workers, arguments, strict=True)
+        )
+
+    async def call_split(
+        self,
+        method: str,
+        *shared: Any,
+        per_rank: Sequence[Any],
+        blocks: Sequence[Sequence[Ref]],
+        timeout_s: float,
+        task_name: str | None = None,
+    ) -> list[tuple[Any, Ref]]:
+        arguments = self._arguments(method, shared, per_rank, blocks)
+        return await _all_or_first_cause(
+            worker.call_split(method, *mine, timeout_s=timeout_s, task_name=task_name)
+            for worker, mine in zip(self.workers, arguments, strict=True)
+        )
+
+    def _arguments(
+        self,
+        method: str,
+        shared: tuple[Any, ...],
+        per_rank: Sequence[Any] | None,
+        blocks: Sequence[Sequence[Ref]] | None,
+    ) -> list[tuple[Any, ...]]:
+        """Of each rank."""
+        ranks = len(self.workers)
+        if per_rank is not None and len(per_rank) != ranks:
+            raise ValueError(f"{self.name}.{method}: {len(per_rank)} arguments for {ranks} ranks")
+        first = [()] * ranks if per_rank is None else [(value,) for value in per_rank]
+        last: Sequence[Sequence[Ref]] = [()] * ranks if blocks is None else blocks
+        return [(*mine, *shared, *refs) for mine, refs in zip(first, last, strict=True)]
 
     async def kill(self) -> None:
         await asyncio.gather(*(worker.kill() for worker in self.workers))
@@ -251,9 +281,10 @@ def _first_lines(error: BaseException, count: int = 3) -> str:
     return " ".join(line.strip() for line in str(error).splitlines()[:count] if line.strip())
 
 
-async def _all_or_first_cause(calls: list[asyncio.Task[Any]]) -> list[Any]:
+async def _all_or_first_cause(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """All results, or one error. A rank that dies makes its peers fail inside their collective, often before Ray sees
     the death: so an `InfraFailure` that follows within `GRACE_S` is preferred to the error that came first."""
+    calls = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
         done, pending = await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
         if pending:

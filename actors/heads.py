@@ -14,14 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from actors.objective import EXTRAS
+
 CHUNK_LOGITS = 2**24  # logits of one chunk (64 MiB in float32) where the caller does not say how many rows
-EXTRAS = (
-    "entropy",
-    "mean_logps",
-    "log_sum_sq_probs",
-    "mean_logits",
-    "is_top1",
-)  # what may be asked for besides `logps`
 NEEDS = frozenset({*EXTRAS, "entropy_grad"})
 
 
@@ -209,7 +204,7 @@ def _cast(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
     return None if grad is None or like is None else grad.to(like.dtype)
 
 
-class TokenHead(nn.Module):
+class VocabularyHead(nn.Module):
     """The model's own vocabulary projection, asked for token quantities instead of logits.
 
     It holds the *same* parameters as the model's `lm_head` under its own name, so that a backend which partitions
@@ -225,8 +220,22 @@ class TokenHead(nn.Module):
     def forward(
         self, hidden: Tensor, targets: Tensor, temperature: float, needs: frozenset[str], chunk_rows: int | None
     ) -> Mapping[str, Tensor]:
-        """`hidden` [N, H] and the tokens [N] that they are to predict -> `logps` and what `needs` names, each [N]."""
+        """`hidden` [N, H] and the tokens [N] that they are to predict -> `main`, their log-probabilities, and what `needs` names, each [N]."""
         rows = chunk_rows or max(1, CHUNK_LOGITS // self.weight.shape[0])
         projection = Projection(self.scaling, temperature, needs, rows)
         outputs = _TokenQuantities.apply(hidden, self.weight, self.bias, targets, projection)
-        return dict(zip(("logps", *projection.extras), outputs, strict=True))
+        return dict(zip(("main", *projection.extras), outputs, strict=True))
+
+
+class ScalarHead(nn.Module):
+    """A model's own projection to one number (`score` of its Hugging Face classes), in float32."""
+
+    def __init__(self, score: Any) -> None:
+        super().__init__()
+        self.weight: nn.Parameter = score.weight
+        self.bias: nn.Parameter | None = getattr(score, "bias", None)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[N, H] -> [N]."""
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(hidden.float(), self.weight.float(), bias).squeeze(-1)

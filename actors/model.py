@@ -15,9 +15,16 @@ from torch import Tensor, nn
 
 from actors.attention import VARLEN, Documents, register
 from actors.errors import ModelError
-from actors.heads import LogitScaling, TokenHead
+from actors.heads import LogitScaling, ScalarHead, VocabularyHead
+from actors.columns import Head
 from actors.lora import LoraSpec, attach
 from actors.prefixes import shared_prefixes
+
+CLASSES = {
+    Head.VOCABULARY: "AutoModelForCausalLM",
+    Head.TOKEN_SCALAR: "AutoModelForTokenClassification",
+    Head.ROW_SCALAR: "AutoModelForSequenceClassification",
+}
 
 # Transformers builds a model under a default device that holds for the whole process: of two roles that load in one
 # process at once (`--local`), one would be left without data.
@@ -26,9 +33,11 @@ LOADING = threading.Lock()
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A causal language model and how it is to be computed. `path` is a Hugging Face folder or hub name."""
+    """A model and how it is to be computed. `path` is a Hugging Face folder or hub name. A scalar head that the folder
+    does not have is drawn at random."""
 
     path: str
+    head: Head = Head.VOCABULARY
     tokenizer: str | None = None  # default: the model's own
     dtype: str = "float32"
     lora: LoraSpec | None = None
@@ -40,9 +49,9 @@ class ModelSpec:
 
 
 class LanguageModel(nn.Module):
-    """A causal language model whose forward pass returns quantities per token instead of logits.
+    """A causal language model whose forward pass returns what its head says of tokens or rows, and never logits.
 
-    `causal` is the Hugging Face model: its parameter names are the ones that leave the process. Everything that needs
+    `causal` is the Hugging Face model, with whichever head: its parameter names are the ones that leave the process. Everything that needs
     parameters happens inside this module's forward pass, so a backend may partition them outside of it.
     """
 
@@ -51,7 +60,11 @@ class LanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.causal = causal
-        self.head = TokenHead(causal.get_output_embeddings(), LogitScaling.of(causal.config))
+        self.head: VocabularyHead | ScalarHead
+        if hasattr(causal, "score"):
+            self.head = ScalarHead(causal.score)
+        else:
+            self.head = VocabularyHead(causal.get_output_embeddings(), LogitScaling.of(causal.config))
         self.neftune_noise_alpha = neftune_noise_alpha
         own = getattr(causal.config, "router_aux_loss_coef", None) or 0.0
         self.router_aux_loss_coef: float = own if router_aux_loss_coef is None else router_aux_loss_coef
@@ -69,9 +82,10 @@ class LanguageModel(nn.Module):
         needs: frozenset[str] = frozenset(),
         chunk_rows: int | None = None,
     ) -> Mapping[str, Tensor]:
-        """`tokens` [T], documents end to end, each of `lengths` tokens; `predicted` [N] are indices into `tokens`, none
-        of them a document's first. Returns `logps` [N], what `needs` names [N], `aux_loss` (scalar, its coefficient
-        applied) if the model has experts to balance, and `rows` (scalar), how many rows were computed."""
+        """`tokens` [T], documents end to end, each of `lengths` tokens; `predicted` [N] are indices of tokens, none of
+        them a document's first: the head is asked about the states before them. Returns `main` [N], what `needs` names
+        [N], `aux_loss` (scalar, its coefficient applied) if the model has experts to balance, and `rows` (scalar), how
+        many rows were computed."""
         documents = Documents(lengths, tokens.device, shared_prefixes(tokens, lengths) if self._may_share else None)
         decoder = self.causal.get_decoder()
         inputs = self._inputs(documents.of_rows(tokens), documents)
@@ -80,7 +94,10 @@ class LanguageModel(nn.Module):
         positions = documents.of_rows(documents.positions)
         decoded = decoder(**inputs, position_ids=positions[None], use_cache=False, documents=documents)
         hidden = documents.at_tokens(decoded.last_hidden_state[0], predicted - 1)
-        outputs = dict(self.head(hidden, tokens.index_select(0, predicted), temperature, needs, chunk_rows))
+        if isinstance(self.head, ScalarHead):
+            outputs: dict[str, Tensor] = {"main": self.head(hidden)}
+        else:
+            outputs = dict(self.head(hidden, tokens.index_select(0, predicted), temperature, needs, chunk_rows))
         if self.router_aux_loss_coef:
             outputs["aux_loss"] = self.router_aux_loss_coef * self._balancing_loss(decoded.router_logits)
         outputs["rows"] = torch.tensor(len(positions))
@@ -120,7 +137,7 @@ class LanguageModel(nn.Module):
 
 def load_model(spec: ModelSpec, device: torch.device | str = "cpu", *, trainable: bool) -> LanguageModel:
     """The model with its adapters, on `device`, in training mode if `trainable`, else frozen. Raises ModelError."""
-    from transformers import AutoModelForCausalLM
+    import transformers
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # its bars of reading and writing files would draw over the driver's console
@@ -128,14 +145,15 @@ def load_model(spec: ModelSpec, device: torch.device | str = "cpu", *, trainable
     _check_folder(spec.path)
     try:
         with LOADING:
-            causal = AutoModelForCausalLM.from_pretrained(
+            causal = getattr(transformers, CLASSES[spec.head]).from_pretrained(
                 spec.path,
+                **({} if spec.head is Head.VOCABULARY else {"num_labels": 1}),
                 dtype=getattr(torch, spec.dtype),
                 attn_implementation=spec.attn_implementation or VARLEN,
                 trust_remote_code=spec.trust_remote_code,
             )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"cannot load {spec.path} as a causal language model: {_first_lines(error)}") from error
+        raise ModelError(f"cannot load {spec.path} with a {spec.head} head: {_first_lines(error)}") from error
     return prepare(causal, spec, trainable=trainable).to(device)
 
 
@@ -145,6 +163,10 @@ def prepare(causal: Any, spec: ModelSpec, *, trainable: bool) -> LanguageModel:
     causal.requires_grad_(trainable and spec.lora is None)
     if spec.lora is not None:
         attach(causal, spec.lora)
+        if hasattr(causal, "score"):
+            causal.score.requires_grad_(
+                trainable
+            )  # new, as a rule: adapters around a head that stays would say nothing
     if spec.gradient_checkpointing and trainable:
         causal.gradient_checkpointing_enable({"use_reentrant": False})
     model = LanguageModel(

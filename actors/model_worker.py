@@ -1,8 +1,9 @@
-"""`Trainable`: one rank of a trained or frozen role, a plain class. It executes objectives and knows no method.
+"""`ModelWorker`: one rank of a trained or frozen role, a plain class. It executes objectives and knows no method.
 
-All ranks of a role are called at once with the same verb, each with its own chunk; every verb but `ping` is collective.
+All ranks of a role are called at once with the same verb, each with its own shard; every verb but `ping` is collective.
 
-    driver ──update(chunk r, objective)──► rank r:  a pass of its micro-batches (`actors/train_step.py`)
+    driver ──update(shard r, objective)──► rank r:  fetches the blocks of its shard
+                                                    a pass of its micro-batches (`actors/train_step.py`)
                                                     one optimizer step
            ◄──────────UpdateReport──────── metrics combined over micro-batches and ranks
 """
@@ -27,11 +28,13 @@ import actors
 from actors.backends import BackendSpec, Placement, build_backend
 from actors.backends.optimizer import OptimSpec
 from actors.backends.protocol import Backend
+from actors.batch import Batch
 from actors.errors import RunError
 from actors.model import ModelSpec, load_tokenizer
+from actors.columns import Head
 from actors.objective import Objective
-from actors.sharding import Chunk
-from actors.train_step import Pass, micro_batches, without_noise
+from actors.sharding import Shard
+from actors.train_step import Pass, infer
 from actors.weight_averaging import Average, AverageSpec
 from actors.worker import WorkerInfo
 
@@ -48,7 +51,7 @@ class UpdateReport:
     seconds: dict[str, float]
 
 
-class Trainable:
+class ModelWorker:
     """Cheap to construct; `ready` loads the model. Same calls and thread count, same bits.
 
     What an update draws at random (dropout, noise) depends on seed, rank and the number of updates before it, and on
@@ -106,20 +109,33 @@ class Trainable:
             if self._average is not None:
                 self._average.begin(self.backend.trained_weights())
 
-    def logps(self, chunk: Chunk, into: str, temperature: float, adapters: bool = True) -> dict[str, np.ndarray]:
-        """`{into: [T] float32}` for the rows of `chunk.batch` in their order, from a pass without gradient.
+    def infer(
+        self, shard: Shard, into: tuple[str, ...], head: Head, temperature: float, adapters: bool, *blocks: Batch
+    ) -> tuple[float, Batch]:
+        """What the head says of the shard's rows, from a pass without gradient: (seconds, a block with the columns
+        `into`, rows in the shard's order). 0 at tokens that the mask leaves out. `adapters=False` computes the base
+        model's."""
+        with self._doing("infer"), contextlib.nullcontext() if adapters else self.backend.adapters_off():
+            began = time.perf_counter()
+            shard = shard.fetched(blocks)
+            block = infer(self.backend, shard, into, head, temperature)
+            return time.perf_counter() - began, block
 
-        0 at tokens that the mask leaves out. `adapters=False` computes the base model's."""
-        with self._doing("logps"), contextlib.nullcontext() if adapters else self.backend.adapters_off():
-            values = np.zeros(chunk.batch.num_tokens, np.float32)
-            micros = micro_batches(chunk.batch, chunk.micro_batches, self.backend)
-            for rows, outputs in zip(chunk.micro_batches, without_noise(self.backend, micros, temperature)):
-                if rows:
-                    values[chunk.batch.token_index(np.asarray(rows, np.int64))] = outputs.logps.cpu().numpy()
-            return {into: values}
+    def credit(
+        self, shard: Shard, call: Callable[..., dict[str, np.ndarray]], options: dict[str, Any], *blocks: Batch
+    ) -> tuple[float, Batch]:
+        """Columns that `call(batch, world, **options)` makes of the shard's rows: (seconds, a block of them)."""
+        with self._doing("credit"):
+            began = time.perf_counter()
+            batch = shard.fetched(blocks).batch
+            block = Batch.build(batch.lengths, **call(batch, self.backend.world, **options))
+            return time.perf_counter() - began, block
 
-    def update(self, chunk: Chunk, objective: Objective, temperature: float, stage: str) -> UpdateReport:
-        """One optimizer step on the batch of which `chunk` is this rank's share. `stage` names the objective's state.
+    def update(
+        self, shard: Shard, objective: Objective, temperature: float, stage: str, *blocks: Batch
+    ) -> UpdateReport:
+        """One optimizer step on the batch of which `shard` is this rank's share; `blocks` are those that it speaks of.
+        `stage` names the objective's state.
 
         The loss is the sum of `objective.loss` over all micro-batches and ranks. Raises RunError if the gradient is not
         finite, or if there is nothing to learn from."""
@@ -127,26 +143,28 @@ class Trainable:
             if self._backend_spec.optim is None:
                 raise RunError(f"{self.name} is frozen: it was built without an optimizer")
             state = self._objective_states.setdefault(stage, {})
-            share = Pass(self.backend, chunk, objective, temperature, state)
-            metrics = share.learn(self._drawing)
-            with share.clock.measure("step"):
+            batch_pass = Pass(self.backend, shard.fetched(blocks), objective, temperature, state)
+            metrics = batch_pass.learn(self._drawing)
+            with batch_pass.clock.measure("step"):
                 info = self.backend.step()
             if not np.isfinite(info.grad_norm):
                 raise RunError(f"{self.name}: the gradient norm of step {self._steps_done + 1} is {info.grad_norm}")
             self._steps_done += 1
             if self._average is not None:
-                with share.clock.measure("step"):
+                with batch_pass.clock.measure("step"):
                     self._average.after_step(self.backend.trained_weights)
-            real, computed = share.tokens["real"], share.tokens["computed"]
+            real, computed = batch_pass.tokens["real"], batch_pass.tokens["computed"]
             metrics |= {"num_tokens": real, "padding_share": 1 - real / computed}
-            return UpdateReport(metrics, info.grad_norm, info.learning_rate, int(real), share.clock.seconds)
+            return UpdateReport(metrics, info.grad_norm, info.learning_rate, int(real), batch_pass.clock.seconds)
 
-    def evaluate(self, chunk: Chunk, objective: Objective, temperature: float, stage: str) -> dict[str, float]:
+    def evaluate(
+        self, shard: Shard, objective: Objective, temperature: float, stage: str, *blocks: Batch
+    ) -> dict[str, float]:
         """The metrics that `update` would report of this batch, its loss among them, from a pass without gradient,
         dropout and noise. Weights, optimizer and the objective's state stay as they are."""
         with self._doing("evaluate"):
             state = deepcopy(self._objective_states.get(stage, {}))
-            return Pass(self.backend, chunk, objective, temperature, state).measure()
+            return Pass(self.backend, shard.fetched(blocks), objective, temperature, state).measure()
 
     def export(
         self, consumer: Callable[[Iterator[tuple[str, Tensor]]], Any], bucket_bytes: int, as_saved: bool = True

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from actors.batch import Batch
-from actors.columns import COLUMNS, Axis
+from actors.columns import COLUMNS, Axis, Head
 
 Counts = dict[str, float]
+EXTRAS = ("entropy", "mean_logps", "log_sum_sq_probs", "mean_logits", "is_top1")  # of a vocabulary head, beside `logps`
 
 
 @dataclass(frozen=True)
@@ -72,20 +73,27 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What one forward pass computed, flat over `T` tokens, float32; 0 at each row's first token.
+    """What one forward pass computed, float32. `main` is what the model's head is for, and carries gradient in an
+    update: log-probabilities [T] flat over the tokens, 0 at each row's first; a number per token [T], likewise; or one
+    per row [B].
 
-    `logps` carries gradient in an update. `extra` holds what the objective asked for in `needs`: `entropy` (nats),
-    `log_sum_sq_probs`, `mean_logits`, `is_top1`, each without gradient unless `needs` says `entropy_grad`.
+    `extra` [T] holds what the objective asked for in `needs`: `entropy` (nats), `log_sum_sq_probs`, `mean_logits`,
+    `is_top1`, each without gradient unless `needs` says `entropy_grad`.
     """
 
-    logps: Tensor
+    main: Tensor
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     aux_loss: Tensor | None = None  # scalar, weighted balancing loss of experts; the trainer adds it
     rows: int = 0  # that went through the model: fewer than tokens, where rows of the batch begin alike
 
+    @property
+    def logps(self) -> Tensor:
+        """`main` of a vocabulary head."""
+        return self.main
+
     def detached(self) -> Outputs:
         """The same numbers without gradient."""
-        return Outputs(self.logps.detach(), {name: values.detach() for name, values in self.extra.items()})
+        return Outputs(self.main.detach(), {name: values.detach() for name, values in self.extra.items()})
 
 
 @dataclass(frozen=True)
@@ -115,11 +123,14 @@ class World(Protocol):
 class Objective(Protocol):
     """A loss with its reduction, ready to run on any rank. Must pickle."""
 
+    head: Head  # of the models that it is for
     needs: frozenset[str]  # names of `Outputs.extra` that the forward pass must compute
     columns: frozenset[str]  # batch columns that it reads, besides tokens and lengths
     keep_groups: bool  # rows of one `group` must share a micro-batch
     coupled: bool  # it wants `statistics` over the whole batch before any gradient
-    aside: str | None  # a boolean column of rows that only `statistics` sees, all others being for the loss alone
+    statistics_rows: (
+        str | None
+    )  # a boolean column of rows that only `statistics` sees, all others being for the loss alone
 
     def counts(self, micro: MicroBatch) -> Counts:
         """Local counts to be summed over micro-batches and ranks: the denominators of the reduction."""
@@ -129,7 +140,7 @@ class Objective(Protocol):
         self, micros: list[MicroBatch], outputs: list[Outputs], world: World, state: dict[str, Any]
     ) -> dict[str, Any]:
         """Only if `coupled`: values that couple rows across micro-batches and ranks. It is given every row, or the rows
-        that `aside` marks; `outputs` are what the loss would see of them, without gradient.
+        that `statistics_rows` marks; `outputs` are what the loss would see of them, without gradient.
 
         `state` belongs to this objective's update stage, is kept by the trainer between steps and is checkpointed."""
         ...

@@ -1,29 +1,74 @@
-"""How rows are dealt to data-parallel ranks and cut into micro-batches. Pure functions."""
+"""How rows are dealt to data-parallel ranks and cut into micro-batches. Pure.
+
+A shard need not hold the values of its rows: a block is a batch that lies in the object store (the samples of a prompt,
+what a rank computed of its rows), and a shard may say in which block, and in which row of it, a column's values are.
+The rank fetches the blocks from where they were made, so that they do not pass through the driver:
+
+    driver ── shard: lengths, values per row, where the values per token are ──► rank ◄── blocks ── object store
+"""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import numpy as np
 
 from actors.batch import Array, Batch
+from actors.columns import COLUMNS
 
 MicroBatches = tuple[tuple[int, ...], ...]
 UNEVEN = 1.1  # how much larger the largest micro-batch may be so that groups stay together
 
 
-@dataclass(frozen=True)
-class Chunk:
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """Where columns of rows lie: row i's values are those of row `rows[i]` in block `blocks[i]`. Both are [B] int64."""
+
+    names: frozenset[str]
+    blocks: Array
+    rows: Array
+
+    def select(self, chosen: Array) -> Stored:
+        return Stored(self.names, self.blocks[chosen], self.rows[chosen])
+
+    def read(self, names: Iterable[str], blocks: Sequence[Batch]) -> dict[str, Array]:
+        """The values of the columns, rows in order."""
+        if not len(self.rows):
+            return {name: np.zeros((0, 1) if COLUMNS[name].wide else 0, COLUMNS[name].dtype) for name in names}
+        starts = np.flatnonzero(np.diff(self.blocks, prepend=-1))
+        runs = zip(starts, [*starts[1:], len(self.blocks)], strict=True)
+        parts = [blocks[self.blocks[start]].only(names).select(self.rows[start:stop]) for start, stop in runs]
+        return dict(Batch.concat(parts).columns)
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
     """What one data-parallel rank works on: its rows, and which of them form each micro-batch.
 
-    `aside`: micro-batches of rows that no gradient is taken of."""
+    `statistics_rows`: micro-batches of rows that no gradient is taken of. `batch` has the columns that travel with the
+    shard; `spread` has values per row [B] of columns per token, the same at each of a row's tokens; `stored` says where
+    the other columns lie."""
 
     batch: Batch
     micro_batches: MicroBatches
-    aside: MicroBatches = ()
+    statistics_rows: MicroBatches = ()
+    spread: Mapping[str, Array] = field(default_factory=dict[str, Array])
+    stored: tuple[Stored, ...] = ()
+
+    def fetched(self, blocks: Sequence[Batch]) -> Shard:
+        """The shard with all of its columns in `batch`. Rows that `learned` excludes have an empty mask."""
+        columns: dict[str, Array] = {}
+        for each in self.stored:
+            columns |= each.read(each.names, blocks)
+        columns |= {name: np.repeat(values, self.batch.lengths) for name, values in self.spread.items()}
+        columns |= self.batch.columns
+        learned = columns.pop("learned", None)
+        if learned is not None and "mask" in columns:
+            columns["mask"] = columns["mask"] & np.repeat(learned, self.batch.lengths)
+        return replace(self, batch=Batch(self.batch.lengths, columns), spread={}, stored=())
 
 
 def pack(lengths: Sequence[int], ranks: int, token_budget: int) -> list[MicroBatches]:
@@ -59,21 +104,21 @@ def _balance(lengths: Sequence[int], bins: int, budget: int) -> list[list[int]] 
     return filled
 
 
-def deal(
-    batch: Batch, ranks: int, token_budget: int, *, keep_groups: bool = False, aside: str | None = None
-) -> list[tuple[list[int], Chunk]]:
-    """One (rows, chunk) per rank: which rows of `batch` it got, in the chunk's order, and the chunk itself.
+def shard(
+    batch: Batch, ranks: int, token_budget: int, *, keep_groups: bool = False, statistics_rows: str | None = None
+) -> list[tuple[list[int], Shard]]:
+    """One (rows, shard) per rank: which rows of `batch` it got, in the shard's order, and the shard itself.
 
     With `keep_groups`, rows of one `group` stay in one micro-batch, adjacent and in the batch's order. Without, they do
     where that costs nothing: samples of a prompt begin alike, and what begins alike in a micro-batch is computed once.
-    `aside` names a boolean column: rows where it is true are balanced by themselves, and share no micro-batch with the
-    others.
+    `statistics_rows` names a boolean column: rows where it is true are balanced by themselves, and share no micro-batch
+    with the others.
     """
-    marked = np.zeros(len(batch), np.bool_) if aside is None else batch[aside]
+    marked = np.zeros(len(batch), np.bool_) if statistics_rows is None else batch[statistics_rows]
     learned, others = (
         _micro_batches(batch, np.flatnonzero(rows), ranks, token_budget, keep_groups) for rows in (~marked, marked)
     )
-    return [_chunk(batch, *both) for both in zip(learned, others, strict=True)]
+    return [_shard(batch, *both) for both in zip(learned, others, strict=True)]
 
 
 def _micro_batches(
@@ -110,12 +155,12 @@ def _sizes(batch: Batch, items: Sequence[Sequence[int]]) -> list[int]:
     return [int(batch.lengths[list(rows)].sum()) for rows in items]
 
 
-def _chunk(batch: Batch, learned: list[list[int]], aside: list[list[int]]) -> tuple[list[int], Chunk]:
-    """Rows of `batch` in the order of their micro-batches, which name them by their places in the chunk."""
-    rows = [row for micro_batch in (*learned, *aside) for row in micro_batch]
+def _shard(batch: Batch, learned: list[list[int]], statistics_rows: list[list[int]]) -> tuple[list[int], Shard]:
+    """Rows of `batch` in the order of their micro-batches, which name them by their places in the shard."""
+    rows = [row for micro_batch in (*learned, *statistics_rows) for row in micro_batch]
     places = iter(range(len(rows)))
-    local = [tuple(islice(places, len(micro_batch))) for micro_batch in (*learned, *aside)]
-    return rows, Chunk(batch.select(rows), tuple(local[: len(learned)]), tuple(local[len(learned) :]))
+    local = [tuple(islice(places, len(micro_batch))) for micro_batch in (*learned, *statistics_rows)]
+    return rows, Shard(batch.select(rows), tuple(local[: len(learned)]), tuple(local[len(learned) :]))
 
 
 def _groups(batch: Batch, rows: Array) -> list[list[int]]:

@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,8 +26,9 @@ from actors.batch import Batch
 from actors.errors import RunError
 from actors.forward import forward
 from actors.metrics import combine, sum_counts
+from actors.columns import Head
 from actors.objective import Counts, MicroBatch, Objective, Outputs, Stat
-from actors.sharding import Chunk, MicroBatches
+from actors.sharding import MicroBatches, Shard
 
 Stats = dict[str, Stat]
 Drawing = Callable[[], AbstractContextManager[None]]  # what is drawn at random inside, from its beginning
@@ -50,12 +52,12 @@ class Pass:
     objective keeps between batches."""
 
     def __init__(
-        self, backend: Backend, chunk: Chunk, objective: Objective, temperature: float, state: dict[str, Any]
+        self, backend: Backend, shard: Shard, objective: Objective, temperature: float, state: dict[str, Any]
     ) -> None:
         self._backend, self._objective, self._temperature, self._state = backend, objective, temperature, state
-        self._micros = micro_batches(chunk.batch, chunk.micro_batches, backend)
-        self._aside = micro_batches(chunk.batch, chunk.aside, backend)
-        sizes = [*map(_sizes, self._micros), *(_sizes(micro) | {"learned": 0.0} for micro in self._aside)]
+        self._micros = micro_batches(shard.batch, shard.micro_batches, backend)
+        self._statistics_rows = micro_batches(shard.batch, shard.statistics_rows, backend)
+        sizes = [*map(_sizes, self._micros), *(_sizes(micro) | {"learned": 0.0} for micro in self._statistics_rows)]
         self.counts = self._summed([objective.counts(micro) for micro in self._micros])
         self.tokens = self._summed(sizes)
         if not self.tokens.get("learned"):
@@ -66,11 +68,11 @@ class Pass:
     def learn(self, drawing: Drawing) -> dict[str, float]:
         """The gradient of the batch's loss is added to the model's; the metrics. `drawing` is entered already."""
         outputs = map(self._forward, self._micros)  # one at a time: each holds a graph
-        if self._objective.coupled and self._objective.aside is None and len(self._micros) == 1:
+        if self._objective.coupled and self._objective.statistics_rows is None and len(self._micros) == 1:
             outputs = iter(ready := list(outputs))
             self._couple(self._micros, ready)
         elif self._objective.coupled:
-            seen = self._micros if self._objective.aside is None else self._aside
+            seen = self._micros if self._objective.statistics_rows is None else self._statistics_rows
             with torch.no_grad(), drawing():  # what the pass with gradient will draw
                 self._couple(seen, [self._forward(micro, "statistics") for micro in seen])
         stats = [
@@ -83,8 +85,10 @@ class Pass:
         """The metrics that `learn` would report, the loss among them."""
         outputs = self._quietly(self._micros)
         if self._objective.coupled:
-            alone = self._objective.aside is not None
-            self._couple(*(self._aside, self._quietly(self._aside)) if alone else (self._micros, outputs))
+            alone = self._objective.statistics_rows is not None
+            self._couple(
+                *(self._statistics_rows, self._quietly(self._statistics_rows)) if alone else (self._micros, outputs)
+            )
         loss_of = (
             (micro, found, *self._loss(micro, found)) for micro, found in zip(self._micros, outputs, strict=True)
         )
@@ -93,11 +97,16 @@ class Pass:
     def _forward(self, micro: MicroBatch, part: str = "forward") -> Outputs:
         with self.clock.measure(part):
             return forward(
-                self._backend.model, filled(micro), temperature=self._temperature, needs=self._objective.needs
+                self._backend.model,
+                filled(micro),
+                head=self._objective.head,
+                temperature=self._temperature,
+                needs=self._objective.needs,
             )
 
     def _quietly(self, micros: list[MicroBatch]) -> list[Outputs]:
-        return list(without_noise(self._backend, micros, self._temperature, self._objective.needs))
+        asked = self._objective
+        return list(without_noise(self._backend, micros, self._temperature, asked.needs, asked.head))
 
     def _couple(self, micros: list[MicroBatch], outputs: list[Outputs]) -> None:
         full = [(micro, found.detached()) for micro, found in zip(micros, outputs, strict=True) if len(micro)]
@@ -114,7 +123,7 @@ class Pass:
     def _loss(self, micro: MicroBatch, outputs: Outputs) -> tuple[Tensor, Stats]:
         """The objective's, plus the experts' balancing loss weighted by this micro-batch's share of tokens."""
         if not len(micro):
-            return outputs.logps.sum() * 0, {}
+            return outputs.main.sum() * 0, {}
         loss, stats = self._objective.loss(micro, outputs, self.counts, self._statistics)
         if outputs.aux_loss is None:
             return loss, stats
@@ -129,13 +138,31 @@ class Pass:
         return combine(stats, self._backend.world, self._backend.device)
 
 
+def infer(backend: Backend, shard: Shard, into: tuple[str, ...], head: Head, temperature: float) -> Batch:
+    """The columns `into`, in float32, of the shard's rows: what the head says, and of a vocabulary head the other
+    quantities that columns are named after."""
+    batch = shard.batch
+    per_row = head is Head.ROW_SCALAR
+    values = np.zeros(len(batch) if per_row else batch.num_tokens, np.float32)
+    micros = micro_batches(batch, shard.micro_batches, backend)
+    for rows, outputs in zip(shard.micro_batches, without_noise(backend, micros, temperature, head=head)):
+        if rows:
+            chosen = np.asarray(rows, np.int64)
+            values[chosen if per_row else batch.token_index(chosen)] = outputs.main.cpu().numpy()
+    return Batch.build(batch.lengths, **{into[0]: values})
+
+
 def micro_batches(batch: Batch, members: MicroBatches, backend: Backend) -> list[MicroBatch]:
-    """The micro-batches of a chunk on the backend's device."""
+    """The micro-batches of a shard on the backend's device."""
     return [MicroBatch.of(batch.select(rows), backend.device) for rows in members]
 
 
 def without_noise(
-    backend: Backend, micros: list[MicroBatch], temperature: float, needs: frozenset[str] = frozenset()
+    backend: Backend,
+    micros: list[MicroBatch],
+    temperature: float,
+    needs: frozenset[str] = frozenset(),
+    head: Head = Head.VOCABULARY,
 ) -> Iterator[Outputs]:
     """Outputs per micro-batch, without gradient, dropout and noise."""
     training = backend.model.training
@@ -143,18 +170,18 @@ def without_noise(
     try:
         with torch.no_grad():
             for micro in micros:
-                yield forward(backend.model, filled(micro), temperature=temperature, needs=needs)
+                yield forward(backend.model, filled(micro), head=head, temperature=temperature, needs=needs)
     finally:
         backend.model.train(training)
 
 
 def filled(micro: MicroBatch) -> MicroBatch:
-    """The same, or one token with nothing to predict: what a rank runs whose micro-batch is empty."""
+    """The micro-batch, or a dummy of one token with nothing to predict, so that an empty rank joins the collectives."""
     return micro if len(micro) else MicroBatch.of(Batch.build([1], tokens=[0]), micro.lengths.device)
 
 
 def _measured(micro: MicroBatch, outputs: Outputs, loss: Tensor, stats: Stats) -> Stats:
-    """A micro-batch's metrics with its share of the loss, and of its tokens those that needed no row of their own."""
+    """A micro-batch's metrics with its share of the loss, and of its tokens those served by a shared prefix."""
     size = int(micro.lengths.sum())
     shared = Stat(size - outputs.rows, size) if size else Stat(0.0, 0.0)
     return {**stats, "loss": Stat(loss.detach(), combine="sum"), "shared_share": shared}

@@ -69,11 +69,25 @@ class Group(Protocol):
         method: str,
         *shared: Any,
         per_rank: Sequence[Any] | None = None,
+        blocks: Sequence[Sequence[Ref]] | None = None,
         timeout_s: float,
         task_name: str | None = None,
     ) -> list[Any]:
-        """Call every rank at once; results in rank order. With `per_rank`, rank r's first argument is `per_rank[r]`. If
-        one rank fails, its error is raised and the others are not waited for beyond the deadline."""
+        """Call every rank at once; results in rank order. With `per_rank`, rank r's first argument is `per_rank[r]`; with
+        `blocks`, its last arguments are `blocks[r]`. If one rank fails, its error is raised and the others are not
+        waited for beyond the deadline."""
+        ...
+
+    async def call_split(
+        self,
+        method: str,
+        *shared: Any,
+        per_rank: Sequence[Any],
+        blocks: Sequence[Sequence[Ref]],
+        timeout_s: float,
+        task_name: str | None = None,
+    ) -> list[tuple[Any, Ref]]:
+        """`call` of a method that returns a pair: of each rank the first as a value, the second as a `Ref`."""
         ...
 
     async def kill(self) -> None: ...
@@ -146,11 +160,25 @@ class LocalGroup:
         method: str,
         *shared: Any,
         per_rank: Sequence[Any] | None = None,
+        blocks: Sequence[Sequence[Ref]] | None = None,
         timeout_s: float,
         task_name: str | None = None,
     ) -> list[Any]:
-        args = shared if per_rank is None else (per_rank[0], *shared)
-        return [await self.workers[0].call(method, *args, timeout_s=timeout_s, task_name=task_name)]
+        first = () if per_rank is None else (per_rank[0],)
+        last = () if blocks is None else blocks[0]
+        return [await self.workers[0].call(method, *first, *shared, *last, timeout_s=timeout_s, task_name=task_name)]
+
+    async def call_split(
+        self,
+        method: str,
+        *shared: Any,
+        per_rank: Sequence[Any],
+        blocks: Sequence[Sequence[Ref]],
+        timeout_s: float,
+        task_name: str | None = None,
+    ) -> list[tuple[Any, Ref]]:
+        arguments = (per_rank[0], *shared, *blocks[0])
+        return [await self.workers[0].call_split(method, *arguments, timeout_s=timeout_s, task_name=task_name)]
 
     async def kill(self) -> None:
         await self.workers[0].kill()

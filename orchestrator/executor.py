@@ -1,34 +1,38 @@
-"""The roles of a run, by name: run a stage on a batch, generate, score, publish. The only place where verbs become
-calls.
+"""Stages become calls: the only place that knows what a verb asks of which processes.
 
-collector ── generate, score ──► pools of rollout and reward workers
-loop ─────── run(stage, batch) ─► groups of ranks (policy, reference, ...)
-loop ─────── publish(version) ──► publisher: policy ──► every rollout worker
+    collector ── run_group(stage, group) ──► pools of engines and scorers
+    loop ─────── run(stages, table) ───────► groups of ranks (policy, reference, value ...), several at once
+    loop ─────── publish(version) ─────────► publishers: a trained role ──► every engine that samples from it
+
+Which stages there are, in which order and by which roles, is the pipeline's to say.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, nullcontext
-from dataclasses import dataclass
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from actors.batch import Batch
-from actors.columns import COLUMNS
-from actors.errors import InfraFailure
-from actors.sharding import deal
+from actors.batch import Array, Batch
+from actors.errors import DataFailure, InfraFailure
 from actors.worker import Group, Objects, Ref, Worker
+from orchestrator.cluster.failures import enough_survive
 from orchestrator.cluster.pool import Pool
 from orchestrator.losses.objective import LossObjective
-from orchestrator.pipeline import Pipeline, Stage, Verb
+from orchestrator.pipeline import Pipeline, Stage, Verb, in_conflict
 from orchestrator.publishing.publisher import Publisher, SyncReport
 from orchestrator.publishing.transfer import mix_towards
+from orchestrator.row_table import RowTable, Share
 from rewards.worker import ScoreResult
-from rollout.sampling import GroupMeta, Request
+from rollout.sampling import Finish, GroupMeta, Request, Sampling, sample_seed
 
+Clock = Callable[[str], AbstractContextManager[None]]
 FETCH_TIMEOUT_S = 120.0
 
 
@@ -40,32 +44,82 @@ class PhaseSettings:
     token_budget: int
     temperature: float  # log-probabilities are taken at the sampling temperature (1 where nothing is sampled)
     seed: int
+    sampling: Sampling
 
 
-class Roles:
-    """Groups of ranks by role, the two pools, and the publisher between them."""
+@dataclass(frozen=True)
+class PromptGroup:
+    """A prompt on its way through the group stages. `seed` fixes its samples; `id` is unique in the run."""
+
+    id: str
+    position: int
+    prompt: Any  # orchestrator.data.source.Prompt
+    seed: int
+    rows: RowTable = field(default_factory=lambda: RowTable(Batch.empty()))
+    metas: tuple[GroupMeta, ...] = ()  # one per `generate` stage
+    score: ScoreResult | None = None  # of all samples, whichever became rows
+    ended: Mapping[Verb, float] = field(default_factory=dict[Verb, float])  # seconds on the driver's clock
+
+    @property
+    def oldest_version(self) -> int:
+        return min(meta.oldest_version for meta in self.metas)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a batch stage adds to a table: values per row, or columns that lie in blocks."""
+
+    values: Mapping[str, Array] = field(default_factory=dict[str, Array])
+    names: frozenset[str] = frozenset()
+    parts: tuple[tuple[Array, Ref], ...] = ()
+
+    def added_to(self, table: RowTable) -> RowTable:
+        table = table.with_values(**self.values) if self.values else table
+        return table.with_blocks(self.names, self.parts) if self.names else table
+
+
+NOTHING = Written()
+
+
+class Executor:
+    """Groups of ranks by role, pools by role, and the publishers between them.
+
+    `stand_ins` says which group serves a role that has none of its own: with adapters, the policy without them *is* the
+    reference. `concurrent`: stages that do not depend on one another run at the same time."""
 
     def __init__(
         self,
         groups: dict[str, Group],
         objects: Objects,
         *,
-        rollout: Pool | None,
-        reward: Pool | None,
-        publisher: Publisher | None,
-        call_timeout_s: float,
-        implicit_reference: bool,
+        engines: Mapping[str, Pool],
+        scorers: Mapping[str, Pool],
+        publishers: Sequence[Publisher],
+        call_timeout_s: Mapping[str, float],
+        stand_ins: Mapping[str, str],
+        concurrent: bool,
     ) -> None:
         self.groups, self.objects = groups, objects
-        self.rollout, self.reward, self.publisher = rollout, reward, publisher
-        self._call_timeout_s, self._implicit_reference = call_timeout_s, implicit_reference
+        self.engines, self.scorers, self.publishers = engines, scorers, publishers
+        self._call_timeout_s, self._stand_ins, self._concurrent = call_timeout_s, stand_ins, concurrent
         self._phase: PhaseSettings | None = None
-        self._verbs: dict[Verb, Callable[[Stage, Batch, int], Awaitable[tuple[Batch, dict[str, float]]]]] = {
-            Verb.LOGPS: self._logps,
+        self._group_verbs: dict[Verb, Callable[[Stage, PromptGroup], Awaitable[PromptGroup | None]]] = {
+            Verb.GENERATE: self._generate,
+            Verb.SCORE: self._score,
+            Verb.KEEP: self._keep,
+            Verb.REGROUP: self._regroup,
+        }
+        self._verbs: dict[Verb, Callable[[Stage, RowTable, int], Awaitable[tuple[Written, dict[str, float]]]]] = {
+            Verb.INFER: self._infer,
             Verb.CREDIT: self._credit,
             Verb.UPDATE: self._update,
             Verb.MIX: self._mix,
         }
+
+    @property
+    def pools(self) -> Mapping[str, Pool]:
+        """The elastic roles."""
+        return {**self.engines, **self.scorers}
 
     def enter(self, phase: PhaseSettings) -> None:
         """Stages run with these settings from now on."""
@@ -78,155 +132,262 @@ class Roles:
 
     def ranks(self, stage: Stage) -> int:
         """Processes that share the work of a stage."""
-        return len(self.groups[self._holder(stage)[0]].workers)
+        return len(self._group_of(stage)[1].workers)
 
     async def release(self, role: str) -> None:
         """End the processes of a role that no later stage needs, so that its memory is free."""
         await self.groups.pop(role).kill()
 
-    async def run(self, stage: Stage, batch: Batch, step: int) -> tuple[Batch, dict[str, float]]:
-        """One batch-wise stage: the batch with the columns that it writes, and its metrics."""
-        return await self._verbs[stage.verb](stage, batch, step)
+    # ---- a prompt group
 
-    async def evaluate(self, batch: Batch) -> dict[str, float]:
-        """What the phase's updates would report of a batch, without learning from it: the stages before them run as in
-        a step, and no weights change."""
-        metrics: dict[str, float] = {}
-        for stage in self.phase.pipeline:
-            if stage.verb is Verb.UPDATE:
-                objective = LossObjective.of(stage)
-                found = await self._on_every_rank("evaluate", stage, _read(batch, objective), objective, step=-1)
-                metrics |= _with_margins(found[0])
-            elif stage.verb is not Verb.MIX:
-                batch, _ = await self.run(stage, batch, step=-1)
-        return metrics
+    async def run_group(self, stage: Stage, group: PromptGroup) -> PromptGroup | None:
+        """One group-wise stage: the group as it is after it; None if another prompt is to take its place. Raises
+        DataFailure if this prompt cannot be used, InfraFailure if the attempts are used up."""
+        after = await self._group_verbs[stage.verb](stage, group)
+        return after and replace(after, ended={**after.ended, stage.verb: time.perf_counter()})
 
-    async def run_batch_stages(self, batch: Batch) -> Batch:
-        """The batch-wise stages of the collecting part."""
-        for stage in self.phase.pipeline.batch_stages:
-            batch, _ = await self.run(stage, batch, step=-1)
-        return batch
-
-    async def generate(self, request: Request) -> tuple[GroupMeta, Ref]:
-        """Samples of one prompt, from whichever rollout worker is free."""
-        pool = _required(self.rollout, "rollout")
+    async def sample(self, role: str, request: Request, sampler: int = 0) -> tuple[GroupMeta, RowTable]:
+        """Samples of one prompt, from whichever worker of an engine role is free."""
+        pool = self.engines[role]
 
         async def work(worker: Worker) -> tuple[GroupMeta, Ref]:
             try:
-                name, deadline = f"rollout.generate {request.id}", pool.policy.call_timeout_s
+                name, deadline = f"{role}.generate {request.id}", pool.policy.call_timeout_s
                 return await worker.call_split("generate", request, timeout_s=deadline, task_name=name)
             except asyncio.CancelledError:
                 await _abort(worker, request.id)
                 raise
 
-        return await pool.call(request.id, work)
+        meta, block = await pool.call(request.id, work)
+        return meta, _sampled_rows(request, meta, block, sampler)
 
-    async def score(self, prompt: Any, tokens: Ref) -> ScoreResult:
-        """Rewards of one prompt's samples, from whichever reward worker is free."""
-        pool = _required(self.reward, "reward")
-        name, deadline = f"reward.score prompt {prompt.id}", pool.policy.call_timeout_s
+    async def score(self, role: str, prompt: Any, rows: RowTable) -> ScoreResult:
+        """Rewards of one prompt's samples, from whichever worker of a scorer role is free."""
+        pool = self.scorers[role]
+        name, deadline = f"{role}.score prompt {prompt.id}", pool.policy.call_timeout_s
+        whole = rows.only({"tokens", "mask", "version"}).whole()
 
         async def work(worker: Worker) -> ScoreResult:
-            return await worker.call("score", tokens, prompt.prompt, prompt.columns, timeout_s=deadline, task_name=name)
+            arguments = (whole.shard, prompt.prompt, prompt.columns, *whole.blocks)
+            return await worker.call("score", *arguments, timeout_s=deadline, task_name=name)
 
         return await pool.call(f"score prompt {prompt.id}", work)
 
-    async def fetch(self, refs: Sequence[Ref]) -> list[Batch]:
-        return await asyncio.gather(*(self.objects.get(ref, timeout_s=FETCH_TIMEOUT_S) for ref in refs))
+    async def _generate(self, stage: Stage, group: PromptGroup) -> PromptGroup:
+        sampler = self.phase.pipeline.generates.index(stage)
+        seed, name = (group.seed, group.id) if sampler == 0 else (sample_seed(group.seed, sampler), f"{group.id}/{sampler}")
+        wanted = int(stage.options["n"])
+        request = Request(name, group.prompt.tokens, wanted, self.phase.sampling, seed, group=group.position)
+        meta, rows = await self.sample(stage.role, request, sampler)
+        if not enough_survive(len(meta.lengths), wanted):
+            raise DataFailure(f"too few samples survived: {'; '.join(meta.failures)}")
+        return replace(group, rows=RowTable.concat([group.rows, rows]), metas=(*group.metas, meta))
 
-    def changing_weights(self) -> AbstractAsyncContextManager[Any]:
-        """Hold this while the policy is updated and published: no worker catches up with half-way weights meanwhile."""
-        return nullcontext() if self.publisher is None else self.publisher.changing
+    async def _score(self, stage: Stage, group: PromptGroup) -> PromptGroup:
+        score = await self.score(stage.role, group.prompt, group.rows)
+        return replace(group, rows=group.rows.with_values(reward=score.total), score=score)
+
+    async def _keep(self, stage: Stage, group: PromptGroup) -> PromptGroup | None:
+        assert stage.call is not None
+        return group if stage.call(group.rows["reward"], **stage.options) else None
+
+    async def _regroup(self, stage: Stage, group: PromptGroup) -> PromptGroup | None:
+        assert stage.call is not None
+        rows: RowTable | None = stage.call(group.rows, **stage.options["call"])
+        return None if rows is None or not len(rows) else replace(group, rows=rows)
+
+    # ---- a batch
+
+    async def run(
+        self, stages: Sequence[Stage], table: RowTable, step: int = -1, clock: Clock | None = None
+    ) -> tuple[RowTable, dict[str, float]]:
+        """Batch-wise stages: the table with the columns that they write, and their metrics. Each waits for the earlier
+        ones that it is in conflict with."""
+        clock = clock or (lambda _: nullcontext())
+        tasks: list[asyncio.Task[dict[str, float]]] = []
+
+        async def run_one(stage: Stage, after: list[asyncio.Task[Any]]) -> dict[str, float]:
+            nonlocal table
+            if after:
+                await asyncio.wait(after)
+            with clock(stage.name):
+                written, metrics = await self._verbs[stage.verb](stage, table, step)
+            table = written.added_to(table)
+            return metrics
+
+        async with _first_error_of_a_group(), asyncio.TaskGroup() as running:
+            for index, stage in enumerate(stages):
+                after = [task for task, other in zip(tasks, stages) if not self._concurrent or in_conflict(stage, other)]
+                tasks.append(running.create_task(run_one(stage, after), name=f"{index} {stage.name}"))
+        reports = [(stage, task.result()) for stage, task in zip(stages, tasks, strict=True)]
+        return table, _told_apart(reports)
+
+    async def run_batch_stages(self, table: RowTable) -> RowTable:
+        """The batch-wise stages of the collecting part."""
+        return (await self.run(self.phase.pipeline.batch_stages, table))[0]
+
+    async def evaluate(self, table: RowTable) -> dict[str, float]:
+        """What the phase's updates would report of a batch, without learning from it: the stages before them run as in
+        a step, and no weights change."""
+        stages = [stage for stage in self.phase.pipeline if stage.verb not in (Verb.UPDATE, Verb.MIX)]
+        table, _ = await self.run([stage for stage in stages if not stage.precomputed], table)
+        reports: list[tuple[Stage, dict[str, float]]] = []
+        for stage in self.phase.pipeline.updates:
+            objective = LossObjective.of(stage)
+            found = await self._on_every_rank("evaluate", stage, _read(table, objective), objective, step=-1)
+            reports.append((stage, _with_margins(found[0])))
+        return _told_apart(reports)
+
+    async def column(self, name: str, table: RowTable) -> Array:
+        """[T]: the values of a column per token, brought into the driver. For what is kept, not for what is trained."""
+        whole = table.only({name}).whole()
+        blocks = await asyncio.gather(*(self.objects.get(ref, timeout_s=FETCH_TIMEOUT_S) for ref in whole.blocks))
+        return whole.shard.fetched(blocks).batch[name]
+
+    @asynccontextmanager
+    async def changing_weights(self) -> AsyncIterator[None]:
+        """Hold this while a role is updated and published: no worker catches up with half-way weights meanwhile."""
+        async with AsyncExitStack() as stack:
+            for publisher in self.publishers:
+                await stack.enter_async_context(publisher.changing)
+            yield
 
     async def publish(self, version: int) -> SyncReport | None:
-        """Bring the rollout workers to the policy's weights, unless they are there. The caller holds them still
-        (`changing_weights`). None in a run without rollout workers, or if there was nothing to do."""
-        if self.publisher is None or self.publisher.version == version:
-            return None
-        return await self.publisher.publish(version)
+        """Bring the engines to the weights of the roles that they sample from, unless they are there. The caller holds
+        them still (`changing_weights`). The last report; None if there was nothing to do."""
+        report = None
+        for publisher in self.publishers:
+            if publisher.version != version:
+                report = await publisher.publish(version)
+        return report
 
-    async def _logps(self, stage: Stage, batch: Batch, step: int) -> tuple[Batch, dict[str, float]]:
-        into = stage.options["into"]
-        role, adapters = self._holder(stage)
-        group = self.groups[role]
-        needed = batch.only({"tokens", "mask", "group"} & set(batch.columns))
-        dealt = deal(needed, len(group.workers), self.phase.token_budget)
-        chunks = await asyncio.gather(*(self.objects.put(chunk) for _, chunk in dealt))
-        results = await group.call(
-            "logps",
-            into,
-            self.phase.temperature,
-            adapters,
-            per_rank=chunks,
-            timeout_s=self._call_timeout_s,
-            task_name=_label(stage, step),
-        )
-        column = np.zeros(batch.num_tokens, COLUMNS[into].dtype)
-        for (rows, _), values in zip(dealt, results, strict=True):
-            column[batch.token_index(np.asarray(rows, np.int64))] = values[into]
-        return batch.with_columns(**{into: column}), {}
+    async def _infer(self, stage: Stage, table: RowTable, step: int) -> tuple[Written, dict[str, float]]:
+        into, head = stage.options["into"], stage.options["head"]
+        role, group = self._group_of(stage)
+        adapters = role == stage.role and bool(stage.options["adapters"])
+        shares = table.only({"tokens", "mask", "group", "learned"}).shard(len(group.workers), self.phase.token_budget)
+        found = await self._call_split(stage, role, group, "infer", shares, (into,), head, adapters, step=step)
+        if head.per_row:
+            scores = await asyncio.gather(*(self.objects.get(ref, timeout_s=FETCH_TIMEOUT_S) for _, ref in found))
+            values = np.zeros(len(table), np.float32)
+            for share, block in zip(shares, scores, strict=True):
+                values[share.rows] = block[into]
+            return Written(values={into: values}), {}
+        return _in_blocks({into}, shares, found), {}
 
-    def _holder(self, stage: Stage) -> tuple[str, bool]:
-        """Which group serves a stage: with adapters, the policy without them *is* the reference."""
-        if stage.role == "reference" and self._implicit_reference:
-            return "policy", False
-        return stage.role, bool(stage.options.get("adapters", True))
-
-    async def _credit(self, stage: Stage, batch: Batch, step: int) -> tuple[Batch, dict[str, float]]:
+    async def _credit(self, stage: Stage, table: RowTable, step: int) -> tuple[Written, dict[str, float]]:
         assert stage.call is not None
-        return batch.with_columns(**stage.call(batch, **stage.options)), {}
+        if not stage.reads_tokens:
+            return Written(values=stage.call(table, **stage.options)), {}
+        role = self.phase.pipeline.trained[0]
+        group = self.groups[role]
+        shares = table.only({"group", "learned", *stage.reads}).shard(len(group.workers), self.phase.token_budget)
+        found = await self._call_split(stage, role, group, "credit", shares, stage.call, dict(stage.options), step=step)
+        return _in_blocks(stage.writes, shares, found), {}
 
-    async def _update(self, stage: Stage, batch: Batch, step: int) -> tuple[Batch, dict[str, float]]:
-        """One optimizer step per minibatch and epoch; metrics are means over them."""
+    async def _update(self, stage: Stage, table: RowTable, step: int) -> tuple[Written, dict[str, float]]:
+        """One optimizer step per minibatch and epoch; metrics are means over them, times sums."""
         objective = LossObjective.of(stage)
-        needed = _read(batch, objective)
-        reports = []
+        needed = _read(table, objective)
+        reports: list[dict[str, float]] = []
         for epoch in range(stage.options["epochs"]):
             for rows in _minibatches(needed, stage.options["minibatches"], (self.phase.seed, step, epoch)):
                 part = needed.select(rows) if rows is not None else needed
-                reports.append(await self._update_once(stage, part, objective, step))
-        names = dict.fromkeys(name for report in reports for name in report)
-        return batch, {name: float(np.mean([report[name] for report in reports if name in report])) for name in names}
-
-    async def _update_once(self, stage: Stage, batch: Batch, objective: LossObjective, step: int) -> dict[str, float]:
-        first = (await self._on_every_rank("update", stage, batch, objective, step))[0]
-        seconds = {f"time/{name}": value for name, value in first.seconds.items()}
-        return {
-            **_with_margins(first.metrics),
-            "grad_norm": first.grad_norm,
-            "learning_rate": first.learning_rate,
-            **seconds,
-        }
+                first = (await self._on_every_rank("update", stage, part, objective, step))[0]
+                seconds = {f"time/{name}": value for name, value in first.seconds.items()}
+                steps = {"grad_norm": first.grad_norm, "learning_rate": first.learning_rate}
+                reports.append({**_with_margins(first.metrics), **steps, **seconds})
+        return NOTHING, _over_minibatches(reports)
 
     async def _on_every_rank(
-        self, method: str, stage: Stage, batch: Batch, objective: LossObjective, step: int
+        self, method: str, stage: Stage, table: RowTable, objective: LossObjective, step: int
     ) -> list[Any]:
         """`update` or `evaluate`: each rank has its share of the batch, and answers for all of it."""
         group = self.groups[stage.role]
-        ranks, budget = len(group.workers), self.phase.token_budget
-        dealt = deal(batch, ranks, budget, keep_groups=objective.keep_groups, aside=objective.aside)
-        chunks = await asyncio.gather(*(self.objects.put(chunk) for _, chunk in dealt))
+        shares = table.shard(
+            len(group.workers),
+            self.phase.token_budget,
+            keep_groups=objective.keep_groups,
+            statistics_rows=objective.statistics_rows,
+        )
         return await group.call(
             method,
             objective,
             self.phase.temperature,
             stage.name,
-            per_rank=chunks,
-            timeout_s=self._call_timeout_s,
+            per_rank=await self._put(shares),
+            blocks=[share.blocks for share in shares],
+            timeout_s=self._call_timeout_s[stage.role],
             task_name=_label(stage, step),
         )
 
-    async def _mix(self, stage: Stage, batch: Batch, step: int) -> tuple[Batch, dict[str, float]]:
+    async def _mix(self, stage: Stage, table: RowTable, step: int) -> tuple[Written, dict[str, float]]:
         """Move a role's weights towards those of the source as this step leaves them, if it is such a step."""
         if (step + 1) % stage.options["every"] == 0:
             await mix_towards(
                 self.groups[stage.options["source"]],
                 self.groups[stage.role],
                 stage.options["share"],
-                timeout_s=self._call_timeout_s,
+                timeout_s=self._call_timeout_s[stage.role],
                 task_name=_label(stage, step),
             )
-        return batch, {}
+        return NOTHING, {}
+
+    def _group_of(self, stage: Stage) -> tuple[str, Group]:
+        role = stage.role if stage.role in self.groups else self._stand_ins[stage.role]
+        return role, self.groups[role]
+
+    async def _put(self, shares: Sequence[Share]) -> list[Ref]:
+        return list(await asyncio.gather(*(self.objects.put(share.shard) for share in shares)))
+
+    async def _call_split(
+        self, stage: Stage, role: str, group: Group, method: str, shares: Sequence[Share], *shared: Any, step: int
+    ) -> list[tuple[Any, Ref]]:
+        """A method that leaves a block with each rank's values in the object store."""
+        return await group.call_split(
+            method,
+            *shared,
+            per_rank=await self._put(shares),
+            blocks=[share.blocks for share in shares],
+            timeout_s=self._call_timeout_s[role],
+            task_name=_label(stage, step),
+        )
+
+
+def _sampled_rows(request: Request, meta: GroupMeta, block: Ref, sampler: int) -> RowTable:
+    """What the driver knows of a finished group, beside where its tokens are."""
+    count = len(meta.lengths)
+    rows = Batch.build(
+        np.asarray(meta.lengths, np.int64) + len(request.prompt),
+        group=np.full(count, request.group, np.int64),
+        truncated=[finish is Finish.LENGTH for finish in meta.finishes],
+        sampler=np.full(count, sampler, np.int8),
+    )
+    return RowTable.of_block(rows, block, {"tokens", "mask", "sample_logps", "version"})
+
+
+def _in_blocks(names: set[str] | frozenset[str], shares: Sequence[Share], found: Sequence[tuple[Any, Ref]]) -> Written:
+    """Columns that ranks computed of their shares, which stay where they are."""
+    return Written(
+        names=frozenset(names), parts=tuple((share.rows, ref) for share, (_, ref) in zip(shares, found, strict=True))
+    )
+
+
+def _over_minibatches(reports: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means of what the minibatches report; seconds add up."""
+    names = dict.fromkeys(name for report in reports for name in report)
+    each = {name: [report[name] for report in reports if name in report] for name in names}
+    return {name: float(np.sum(v) if name.startswith("time/") else np.mean(v)) for name, v in each.items()}
+
+
+def _told_apart(reports: Sequence[tuple[Stage, Mapping[str, float]]]) -> dict[str, float]:
+    """All metrics. A name that two roles report is preceded by the role."""
+    roles = Counter(name for role, name in {(stage.role, name) for stage, metrics in reports for name in metrics})
+    return {
+        f"{stage.role}/{name}" if roles[name] > 1 else name: value
+        for stage, metrics in reports
+        for name, value in metrics.items()
+    }
 
 
 def _with_margins(metrics: dict[str, float]) -> dict[str, float]:
@@ -236,27 +397,35 @@ def _with_margins(metrics: dict[str, float]) -> dict[str, float]:
     return metrics if chosen is None or rejected is None else {"rewards/margins": chosen - rejected, **metrics}
 
 
-def _read(batch: Batch, objective: LossObjective) -> Batch:
+def _read(table: RowTable, objective: LossObjective) -> RowTable:
     """The columns that a trainer needs of a batch."""
-    return batch.only({"tokens", "mask", "group", *objective.columns} & set(batch.columns) | set(objective.columns))
+    missing = objective.columns - table.columns
+    assert not missing, f"the pipeline was checked to write {sorted(missing)}"
+    return table.only({"tokens", "mask", "group", "learned", *objective.columns})
 
 
-def _minibatches(batch: Batch, count: int, seed: tuple[int, int, int]) -> list[np.ndarray | None]:
+def _minibatches(table: RowTable, count: int, seed: tuple[int, int, int]) -> Iterator[Array | None]:
     """Row indices of each minibatch: groups stay whole, dealt in an order that (seed, step, epoch) fixes."""
     if count == 1:
-        return [None]
-    groups = np.unique(batch["group"])
+        yield None
+        return
+    groups = np.unique(table["group"])
     shuffled = np.random.default_rng([value + 1 for value in seed]).permutation(groups)
-    return [np.flatnonzero(np.isin(batch["group"], part)) for part in np.array_split(shuffled, count)]
+    for part in np.array_split(shuffled, count):
+        yield np.flatnonzero(np.isin(table["group"], part))
 
 
 def _label(stage: Stage, step: int) -> str:
     return f"{stage.name} step {step}" if step >= 0 else stage.name
 
 
-def _required(pool: Pool | None, role: str) -> Pool:
-    assert pool is not None, f"the plan launched no {role} workers"
-    return pool
+@asynccontextmanager
+async def _first_error_of_a_group() -> AsyncIterator[None]:
+    """A task group's errors are raised as the first of them, by itself."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        raise group.exceptions[0] from None
 
 
 async def _abort(worker: Worker, request_id: str) -> None:

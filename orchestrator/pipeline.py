@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-from actors.columns import COLUMNS
+from actors.columns import COLUMNS, Axis, Head
 from actors.errors import ConfigError
 
 DRIVER = "driver"  # the role of stages that run in the driver itself
@@ -21,10 +21,14 @@ class Verb(StrEnum):
     GENERATE = "generate"
     SCORE = "score"
     KEEP = "keep"
-    LOGPS = "logps"
+    REGROUP = "regroup"
+    INFER = "infer"
     CREDIT = "credit"
     UPDATE = "update"
     MIX = "mix"
+
+
+GROUPWISE = frozenset({Verb.GENERATE, Verb.SCORE, Verb.KEEP, Verb.REGROUP})  # each prompt group passes them by itself
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,16 @@ class Stage:
     @property
     def name(self) -> str:
         return f"{self.role}.{self.verb}"
+
+    @property
+    def head(self) -> Head | None:
+        """What the stage asks of its role's model; None if it asks nothing."""
+        return self.options.get("head")
+
+    @property
+    def reads_tokens(self) -> bool:
+        """It looks at values per token, which the driver does not have."""
+        return any(COLUMNS[name].axis is Axis.TOKEN for name in self.reads)
 
     @property
     def precomputed(self) -> bool:
@@ -121,28 +135,45 @@ class Pipeline:
 
     @property
     def group_stages(self) -> tuple[Stage, ...]:
-        """Of `collect`: what each prompt group passes by itself (generate, score, keep)."""
-        return tuple(stage for stage in self.collect if stage.verb in (Verb.GENERATE, Verb.SCORE, Verb.KEEP))
+        """Of `collect`: what each prompt group passes by itself."""
+        return tuple(stage for stage in self.collect if stage.verb in GROUPWISE)
 
     @property
     def batch_stages(self) -> tuple[Stage, ...]:
         """Of `collect`: what runs on whole batches, so that its arithmetic does not depend on arrival order."""
-        each = (stage for stage in self.collect if not stage.precomputed)
-        return tuple(stage for stage in each if stage.verb not in (Verb.GENERATE, Verb.SCORE, Verb.KEEP))
+        return tuple(stage for stage in self.collect if stage.verb not in GROUPWISE and not stage.precomputed)
 
     @property
     def precomputed(self) -> tuple[Stage, ...]:
         """What runs once, before the first step (`orchestrator/collection/precompute.py`), and in no step."""
         return tuple(stage for stage in self.stages if stage.precomputed)
 
-    def given(self, stage: Stage) -> Pipeline:
+    def without_stage(self, stage: Stage) -> Pipeline:
         """The pipeline for data that brings what this stage writes."""
         data = replace(self.data, columns=self.data.columns | stage.writes)
         return Pipeline(data, *(other for other in self.stages if other is not stage))
 
     @property
-    def generates(self) -> Stage | None:
-        return next((stage for stage in self.stages if stage.verb is Verb.GENERATE), None)
+    def generates(self) -> tuple[Stage, ...]:
+        return tuple(stage for stage in self.stages if stage.verb is Verb.GENERATE)
+
+    @property
+    def samples_per_prompt(self) -> int:
+        """Completions that are drawn for each prompt, by all `generate` stages together; 0 if there are none."""
+        return sum(int(stage.options["n"]) for stage in self.generates)
+
+    @property
+    def rows_per_item(self) -> int:
+        """Rows that reach the updates from each item of the data."""
+        rows = self.samples_per_prompt or self.data.rows_per_item
+        for stage in self.stages:
+            rows = int(stage.options["rows"] or rows) if stage.verb is Verb.REGROUP else rows
+        return rows
+
+    @property
+    def heads(self) -> Mapping[str, Head]:
+        """What each role's model must have as its last layer; roles without a model are left out."""
+        return {stage.role: stage.head for stage in self.stages if stage.head is not None}
 
     @property
     def updates(self) -> tuple[Stage, ...]:
@@ -158,13 +189,14 @@ class Pipeline:
 
 
 def generate(role: str = "rollout", *, n: int) -> Stage:
-    """Sample `n` completions of each prompt."""
-    writes = frozenset({"tokens", "mask", "sample_logps", "version", "group", "truncated"})
-    return Stage(Verb.GENERATE, role, frozenset(), writes, options={"n": n})
+    """Sample `n` completions of each prompt. Several such stages add their samples to the same group; `sampler` says
+    which stage a row is of, from 0."""
+    writes = {"tokens", "mask", "sample_logps", "version", "group", "truncated", "sampler"}
+    return Stage(Verb.GENERATE, role, frozenset(), frozenset(writes), options={"n": n})
 
 
 def score(role: str = "reward") -> Stage:
-    """Reward each completion."""
+    """Reward each completion, by all rewards of the run."""
     return Stage(Verb.SCORE, role, frozenset({"tokens", "mask"}), frozenset({"reward"}))
 
 
@@ -173,16 +205,28 @@ def keep(predicate: Callable[..., bool], **options: Any) -> Stage:
     return Stage(Verb.KEEP, DRIVER, frozenset({"reward"}), frozenset(), predicate, options)
 
 
-def logps(role: str, *, into: str, adapters: bool = True, precomputed: bool = False) -> Stage:
-    """Per-token log-probabilities under a role's weights, written to column `into`. `precomputed`: of the whole data
-    set, once before the first step."""
-    options = {"into": into, "adapters": adapters, "precomputed": precomputed}
-    return Stage(Verb.LOGPS, role, frozenset({"tokens"}), frozenset({into}), options=options)
+def regroup(call: Callable[..., Any], *, rows: int | None = None, **options: Any) -> Stage:
+    """Make other rows of a prompt group's: `call(table, **options)` returns the new table, or None to have the group
+    replaced by another prompt's. `rows`: how many there are then, if that is known. `call.reads` and `call.writes` name
+    its columns."""
+    reads = getattr(call, "reads", frozenset({"reward", "group"}))
+    writes = getattr(call, "writes", frozenset[str]())
+    return Stage(Verb.REGROUP, DRIVER, frozenset(reads), frozenset(writes), call, {"rows": rows, "call": options})
+
+
+def infer(
+    role: str, *, into: str, head: Head = Head.VOCABULARY, adapters: bool = True, precomputed: bool = False
+) -> Stage:
+    """What a role's model says of each token or row, written to the column `into`: log-probabilities, values, scores.
+    `precomputed`: of the whole data set, once before the first step."""
+    options = {"into": into, "head": head, "adapters": adapters, "precomputed": precomputed}
+    return Stage(Verb.INFER, role, frozenset({"tokens"}), frozenset({into}), options=options)
 
 
 def credit(call: Callable[..., Any], **options: Any) -> Stage:
-    """Turn rewards into advantages, in the driver. `call.reads` and `call.writes` name its columns."""
-    reads = getattr(call, "reads", frozenset({"reward", "group", "mask"}))
+    """Turn rewards into advantages. `call.reads` and `call.writes` name its columns: one that reads columns per token
+    runs where the tokens are, on the ranks of the first trained role, any other in the driver."""
+    reads = getattr(call, "reads", frozenset({"reward", "group"}))
     writes = getattr(call, "writes", frozenset({"advantages"}))
     return Stage(Verb.CREDIT, DRIVER, frozenset(reads), frozenset(writes), call, options)
 
@@ -198,9 +242,10 @@ def update(
 ) -> Stage:
     """Optimise a role. What the loss reads is declared beside it (see `orchestrator/losses/declare.py`). A `Sum` of
     losses has reductions and options of its own."""
-    from orchestrator.losses.declare import columns_of  # torch is loaded when a method is built, not before
+    from orchestrator.losses.declare import columns_of, head_of  # torch is loaded when a method is built, not before
 
-    plan = {"reduce": reduce, "epochs": epochs, "minibatches": minibatches, "loss_options": options}
+    head = head_of(loss)
+    plan = {"reduce": reduce, "epochs": epochs, "minibatches": minibatches, "loss_options": options, "head": head}
     return Stage(Verb.UPDATE, role, frozenset(columns_of(loss, options)), frozenset(), loss, plan)
 
 
@@ -212,8 +257,14 @@ def mix(role: str, source: str, *, share: float, every: int) -> Stage:
 
 
 def when(condition: Any, *stages: Stage) -> tuple[Stage, ...]:
-    """The stages if the condition holds, else none: `*when(beta, logps("reference", into="ref_logps"))`."""
+    """The stages if the condition holds, else none: `*when(beta, infer("reference", into="ref_logps"))`."""
     return stages if condition else ()
+
+
+def in_conflict(one: Stage, other: Stage) -> bool:
+    """Whether two stages must keep their order: they share a role, or one writes what the other reads or writes."""
+    roles = {one.role, one.options.get("source")} & {other.role, other.options.get("source")} - {None, DRIVER}
+    return bool(roles or one.writes & (other.reads | other.writes) or one.reads & other.writes)
 
 
 def _check_closes(pipeline: Pipeline) -> None:
@@ -229,6 +280,13 @@ def _check_closes(pipeline: Pipeline) -> None:
                 f"(written so far: {', '.join(sorted(written)) or 'nothing'})"
             )
         written |= stage.writes
+    for role in pipeline.heads:
+        asked = {stage.head for stage in pipeline if stage.role == role and stage.head is not None}
+        if len(asked) > 1:
+            raise ConfigError(
+                f"the stages of role {role} ask for models with different heads ({', '.join(sorted(asked))}); use a "
+                "role for each"
+            )
     for stage in pipeline.mixes:
         source = stage.options["source"]
         if source not in pipeline.trained or stage.role in pipeline.trained:

@@ -26,9 +26,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from actors.backends import BackendSpec, Placement, deepspeed_config
-from actors.backends.optimizer import OptimSpec, build_optimizer, build_schedule
-from actors.backends.protocol import StepInfo
+from actors.backends import deepspeed_config
+from actors.backends.optimizer import OptimSpec, StepInfo, build_optimizer, build_schedule
+from actors.backends.spec import BackendSpec, Placement
 from actors.errors import ConfigError
 from actors.lora import adapters_off, full_tensors, has_adapters, merged_tensors
 from actors.model import LanguageModel, ModelSpec, load_model

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actors.backends.protocol import StepInfo
-
 
 @dataclass(frozen=True)
 class OptimSpec:
@@ -26,6 +24,14 @@ class OptimSpec:
     warmup_steps: int = 0
     min_lr_ratio: float = 0.0
     max_grad_norm: float | None = 1.0
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What one optimizer step did: global gradient norm before clipping, and the learning rate that was applied."""
+
+    grad_norm: float
+    learning_rate: float
 
 
 def build_optimizer(named: Iterable[tuple[str, Tensor]], spec: OptimSpec) -> torch.optim.AdamW:

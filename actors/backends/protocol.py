@@ -4,26 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from actors.backends.optimizer import OptimSpec
 from actors.objective import World
 from actors.weight_swap import Instead
-
-if TYPE_CHECKING:
-    from actors.backends.optimizer import OptimSpec
-
-
-@dataclass(frozen=True)
-class StepInfo:
-    """What one optimizer step did: global gradient norm before clipping, and the learning rate that was applied."""
-
-    grad_norm: float
-    learning_rate: float
 
 
 class Backend(Protocol):

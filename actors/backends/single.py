@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from actors.backends import BackendSpec, Placement
-from actors.backends.optimizer import OptimSpec, Stepper
-from actors.backends.protocol import StepInfo
+from actors.backends.optimizer import OptimSpec, StepInfo, Stepper
+from actors.backends.spec import BackendSpec, Placement
 from actors.errors import ConfigError
 from actors.lora import adapters_off, full_tensors, merged_tensors, resident
 from actors.model import ModelSpec, load_model

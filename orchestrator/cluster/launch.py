@@ -19,7 +19,7 @@ from actors.backends.optimizer import OptimSpec
 from actors.errors import ConfigError
 from actors.lora import LoraSpec
 from actors.model import ModelSpec
-from actors.model_worker import Trainable
+from actors.model_worker import ModelWorker
 from actors.weight_averaging import AverageSpec
 from actors.worker import Group, Worker
 from orchestrator.cluster.base import Cluster
@@ -94,7 +94,7 @@ async def _start_group(role: str, prepared: Prepared, plan: Plan, cluster: Clust
     ranks = [
         {**common, "name": f"{role}/{rank}", "rank": rank, "world_size": config.ranks} for rank in range(config.ranks)
     ]
-    return await cluster.start_group(role, Trainable, ranks)
+    return await cluster.start_group(role, ModelWorker, ranks)
 
 
 def _deepspeed_config(role: str, config: TrainedRole) -> dict[str, Any] | None:

@@ -17,24 +17,21 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from torch import Tensor
 
-from actors.columns import COLUMNS
+from actors.columns import COLUMNS, Head
 from actors.errors import ConfigError
-from actors.objective import Stat
-
-if TYPE_CHECKING:
-    from orchestrator.losses.reduce import Reduction
-    from orchestrator.losses.views import Tokens
+from actors.objective import EXTRAS, Stat
+from orchestrator.losses.reduce import Reduction
+from orchestrator.losses.views import View
 
 Loss = tuple[Tensor, dict[str, Stat]]  # unreduced values ([T] tokens, [B] rows or [P] pairs), and metrics
 LossFunction = Callable[..., Loss]
 Statistics = Callable[..., dict[str, Tensor]]
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
-EXTRAS = frozenset({"entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "mean_logps"})
 FORWARD_OPTIONS = frozenset({"all_tokens", "entropy_grad"})  # `all_tokens`: prompts have log-probabilities, too
 
 
@@ -60,7 +57,7 @@ class Read:
 def reads(*names: str, **conditions: Any) -> Callable[[Decorated], Decorated]:
     """Declares that a loss reads columns or extras, or asks something of the forward pass, if its options satisfy the
     conditions."""
-    if unknown := set(names) - COLUMNS.keys() - EXTRAS - FORWARD_OPTIONS:
+    if unknown := set(names) - COLUMNS.keys() - set(EXTRAS) - FORWARD_OPTIONS:
         raise ValueError(f"@reads names {sorted(unknown)}, which is neither a column nor an extra of the forward pass")
 
     def declare(loss: Decorated) -> Decorated:
@@ -104,7 +101,7 @@ class Term:
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
-    def view(self) -> type[Tokens]:
+    def view(self) -> type[View]:
         return view_of(self.loss)
 
     @cached_property
@@ -155,8 +152,13 @@ def needs_of(loss: LossFunction, options: Mapping[str, Any]) -> frozenset[str]:
     return _all_reads(loss, options) - frozenset(COLUMNS)
 
 
+def head_of(loss: LossFunction) -> Head:
+    """Of the models that a loss is for; that of a sum is the one of its first term."""
+    return (loss.terms[0].view if isinstance(loss, Sum) else view_of(loss)).head
+
+
 @cache
-def view_of(loss: LossFunction) -> type[Tokens]:
+def view_of(loss: LossFunction) -> type[View]:
     """The type of a loss's view: the annotation of its first parameter."""
     first = next(iter(inspect.signature(loss).parameters))
     return get_type_hints(loss)[first]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from actors.objective import Stat
 from orchestrator.losses.declare import Loss, is_on, reads
-from orchestrator.losses.views import ChosenSequences, ChosenTokens, GoldTokens, Tokens, given
+from orchestrator.losses.views import ChosenSequences, ChosenTokens, GoldTokens, Tokens, require
 
 
 @reads("mean_logps", label_smoothing=is_on)
@@ -16,7 +16,7 @@ def nll(tokens: Tokens, *, label_smoothing: float = 0.0, token_metrics: bool = F
     """
     values = -tokens.logps
     if label_smoothing:
-        values = (1 - label_smoothing) * values - label_smoothing * given(tokens.mean_logps)
+        values = (1 - label_smoothing) * values - label_smoothing * require(tokens.mean_logps)
     return values, _metrics(tokens, token_metrics)
 
 
@@ -32,8 +32,8 @@ def dft(tokens: Tokens, *, token_metrics: bool = False) -> Loss:
 def _metrics(tokens: Tokens, token_metrics: bool) -> dict[str, Stat]:
     metrics = {"nll": tokens.token_stat(-tokens.logps)}
     if token_metrics:
-        metrics["entropy"] = tokens.token_stat(given(tokens.entropy))
-        metrics["mean_token_accuracy"] = tokens.token_stat(given(tokens.is_top1))
+        metrics["entropy"] = tokens.token_stat(require(tokens.entropy))
+        metrics["mean_token_accuracy"] = tokens.token_stat(require(tokens.is_top1))
     return metrics
 
 

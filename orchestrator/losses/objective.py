@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actors.columns import COLUMNS
+from actors.columns import COLUMNS, Head
 from actors.errors import ConfigError
 from actors.objective import Counts, MicroBatch, Outputs, Stat, World
 from orchestrator.losses.declare import LossFunction, Term, terms_of
 from orchestrator.losses.reduce import Reduction
-from orchestrator.losses.views import Tokens
+from orchestrator.losses.views import View
 from orchestrator.pipeline import Stage
 
 
@@ -29,10 +29,11 @@ class LossObjective:
         names = frozenset[str]().union(*(term.reads for term in self.terms))
         self.columns = names & frozenset(COLUMNS)
         self.needs = names - self.columns
+        self.head = _the_only_head(self.terms)
         self.keep_groups = any(term.view.keep_groups for term in self.terms)
         couplings = [term.coupling for term in self.terms if term.coupling is not None]
         self.coupled = bool(couplings)
-        self.aside = _the_one({coupling.over for coupling in couplings})
+        self.statistics_rows = _the_one({coupling.over for coupling in couplings})
 
     @classmethod
     def of(cls, stage: Stage) -> LossObjective:
@@ -60,7 +61,7 @@ class LossObjective:
     def loss(
         self, micro: MicroBatch, outputs: Outputs, counts: Counts, statistics: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Stat]]:
-        total = outputs.logps.new_zeros(())
+        total = outputs.main.new_zeros(())
         metrics: dict[str, Stat] = {}
         for index, term in enumerate(self.terms):
             view = _view(term, micro, outputs, statistics.get(str(index), {}))
@@ -70,8 +71,16 @@ class LossObjective:
         return total, {"loss": Stat(total.detach(), combine="sum"), **metrics}
 
 
-def _view(term: Term, micro: MicroBatch, outputs: Outputs, shared: Mapping[str, Tensor]) -> Tokens:
+def _view(term: Term, micro: MicroBatch, outputs: Outputs, shared: Mapping[str, Tensor]) -> View:
     return term.view.of(micro, outputs, term.reads, shared)
+
+
+def _the_only_head(terms: tuple[Term, ...]) -> Head:
+    """What the terms ask of a model; all of a sum look at the same forward pass."""
+    heads = {term.view.head for term in terms}
+    if len(heads) != 1:
+        raise ConfigError(f"losses of one sum are for models with different heads ({', '.join(sorted(heads))})")
+    return heads.pop()
 
 
 def _the_one(columns: set[str | None]) -> str | None:

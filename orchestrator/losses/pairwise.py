@@ -19,7 +19,7 @@ from torch import Tensor
 from actors.objective import Stat
 from orchestrator.losses.declare import Loss, is_on, reads
 from orchestrator.losses.divergences import Divergence, reverse_kl
-from orchestrator.losses.views import Pairs, RefPairs, Triples, given
+from orchestrator.losses.views import Pairs, RefPairs, Triples, require
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ def log_odds(logps: Tensor) -> Tensor:
 
 def policy_likelihood(pairs: Pairs) -> Tensor:
     """[P]: `ω_w ω_l` without gradient, `ω = exp(mean_t(log π(y_t) - log Σ_v π(v)²))`."""
-    weights = pairs.row_means(pairs.logps.detach() - given(pairs.log_sum_sq_probs)).exp()
+    weights = pairs.row_means(pairs.logps.detach() - require(pairs.log_sum_sq_probs)).exp()
     chosen, rejected = pairs.split(weights)
     return chosen * rejected
 
@@ -254,11 +254,11 @@ def pair_metrics(pairs: Pairs, scores: PairScores, beta: float, token_metrics: b
 
 
 def _token_metrics(pairs: Pairs) -> dict[str, Stat]:
-    chosen_logits, rejected_logits = pairs.split(pairs.row_sums(given(pairs.mean_logits)))
-    chosen_right, _ = pairs.split(pairs.row_sums(given(pairs.is_top1)))
+    chosen_logits, rejected_logits = pairs.split(pairs.row_sums(require(pairs.mean_logits)))
+    chosen_right, _ = pairs.split(pairs.row_sums(require(pairs.is_top1)))
     chosen_tokens, rejected_tokens = pairs.split(pairs.counts)
     return {
-        "entropy": pairs.token_stat(given(pairs.entropy)),
+        "entropy": pairs.token_stat(require(pairs.entropy)),
         "logits/chosen": Stat(chosen_logits.sum(), chosen_tokens.sum()),
         "logits/rejected": Stat(rejected_logits.sum(), rejected_tokens.sum()),
         "mean_token_accuracy": Stat(chosen_right.sum(), chosen_tokens.sum()),

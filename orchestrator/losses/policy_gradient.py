@@ -14,7 +14,7 @@ from torch import Tensor
 from actors.objective import Stat, World
 from orchestrator.losses.declare import Loss, couples, is_on, reads
 from orchestrator.losses.surrogates import Surrogate
-from orchestrator.losses.views import PolicyTokens, Tokens, given, joined
+from orchestrator.losses.views import PolicyTokens, Tokens, joined, require
 
 Level = Literal["token", "sequence", "sequence_token"]
 Old = Literal["current", "recorded", "sampler"]
@@ -33,7 +33,7 @@ def threshold_of_entropy(
     views: list[PolicyTokens], world: World, state: dict[str, Any], *, top_entropy_quantile: float
 ) -> dict[str, Tensor]:
     """The entropy that the share `top_entropy_quantile` of all masked tokens reaches, over micro-batches and ranks."""
-    local = joined([given(view.entropy)[view.mask] for view in views])
+    local = joined([require(view.entropy)[view.mask] for view in views])
     everywhere = world.gather(local)
     if not len(everywhere):
         return {"entropy_threshold": torch.zeros((), dtype=local.dtype, device=local.device)}
@@ -77,23 +77,23 @@ def policy_gradient(
     if off_policy_mask_threshold is not None:
         values = values * _near_sampler(tokens, off_policy_mask_threshold)
     if top_entropy_quantile < 1:
-        values = values * (given(tokens.entropy) >= tokens.shared["entropy_threshold"])
+        values = values * (require(tokens.entropy) >= tokens.shared["entropy_threshold"])
     if correction != "none":
         weight, found = engine_correction(tokens, old_logps, correction, correction_min, correction_max)
         values, metrics = values * weight, metrics | found
     if beta:
-        kl = k3(tokens.logps, given(tokens.ref_logps))
+        kl = k3(tokens.logps, require(tokens.ref_logps))
         values = values + beta * (kl * log_ratio.exp() if use_bias_correction_kl else kl)
         metrics["kl"] = tokens.token_stat(kl)
     if token_metrics:
-        metrics["entropy"] = tokens.token_stat(given(tokens.entropy))
+        metrics["entropy"] = tokens.token_stat(require(tokens.entropy))
     return values, metrics
 
 
 @reads("entropy", "entropy_grad")
 def entropy_bonus(tokens: Tokens) -> Loss:
     """[T]: minus the entropy of each token's distribution, with gradient. Source: arXiv:2505.22312."""
-    entropy = given(tokens.entropy)
+    entropy = require(tokens.entropy)
     return -entropy, {"entropy": tokens.token_stat(entropy)}
 
 
@@ -115,8 +115,8 @@ def engine_correction(
     `token_*`: per token; `sequence_*`: the row's product at each of its tokens. `*_truncate` clamps to
     [lowest, highest], `*_mask` sets weights outside to 0. Where the sampler's log-probability is not finite, it is 1.
     """
-    known = tokens.mask & given(tokens.sample_logps).isfinite()
-    difference = torch.where(known, old_logps.detach() - given(tokens.sample_logps), 0)
+    known = tokens.mask & require(tokens.sample_logps).isfinite()
+    difference = torch.where(known, old_logps.detach() - require(tokens.sample_logps), 0)
     per_row = tokens.micro.per_token(tokens.row_sums(difference))
     ratio = (difference if mode.startswith("token") else per_row).exp()
     low = 0.0 if lowest is None else lowest
@@ -132,7 +132,7 @@ def engine_correction(
 def _old_logps(tokens: PolicyTokens, old: Old) -> Tensor:
     if old == "current":
         return tokens.logps.detach()
-    return given(tokens.old_logps if old == "recorded" else tokens.sample_logps)
+    return require(tokens.old_logps if old == "recorded" else tokens.sample_logps)
 
 
 def _log_ratio(tokens: PolicyTokens, old_logps: Tensor, level: Level) -> Tensor:
@@ -147,7 +147,7 @@ def _near_sampler(tokens: PolicyTokens, threshold: float) -> Tensor:
     """[T]: 0 on rows with a negative advantage that the policy has left by more than `threshold` nats a token.
 
     Source: arXiv:2512.02556, section 3.1."""
-    drift = torch.nan_to_num(given(tokens.sample_logps) - tokens.logps.detach(), nan=0.0)
+    drift = torch.nan_to_num(require(tokens.sample_logps) - tokens.logps.detach(), nan=0.0)
     return tokens.micro.per_token(tokens.row_means(drift) <= threshold) | (tokens.advantages >= 0)
 
 

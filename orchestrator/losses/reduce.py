@@ -15,38 +15,38 @@ import torch
 from torch import Tensor
 
 from actors.objective import MicroBatch
-from orchestrator.losses.views import Tokens
+from orchestrator.losses.views import View
 
 
 @dataclass(frozen=True)
 class Reduction:
     """`total(values, view)` of a micro-batch over the sum of `count(view type, micro-batch)` of all of them."""
 
-    total: Callable[[Tensor, Tokens], Tensor]
-    count: Callable[[type[Tokens], MicroBatch], float]
+    total: Callable[[Tensor, View], Tensor]
+    count: Callable[[type[View], MicroBatch], float]
 
-    def __call__(self, values: Tensor, view: Tokens, count: float) -> Tensor:
+    def __call__(self, values: Tensor, view: View, count: float) -> Tensor:
         """This micro-batch's share of the scalar. `count` is the global count; a batch that has none gives 0."""
         return self.total(values, view) / max(count, 1.0)
 
 
-def _masked_sum(values: Tensor, view: Tokens) -> Tensor:
+def _masked_sum(values: Tensor, view: View) -> Tensor:
     return torch.where(view.mask, values, 0).sum()
 
 
-def _sum_of_row_means(values: Tensor, view: Tokens) -> Tensor:
+def _sum_of_row_means(values: Tensor, view: View) -> Tensor:
     return view.row_means(values).sum()
 
 
-def _sum(values: Tensor, view: Tokens) -> Tensor:
+def _sum(values: Tensor, view: View) -> Tensor:
     return values.sum()
 
 
-def _count_tokens(view: type[Tokens], micro: MicroBatch) -> float:
+def _count_tokens(view: type[View], micro: MicroBatch) -> float:
     return float(view.mask_of(micro).sum())
 
 
-def _count_items(view: type[Tokens], micro: MicroBatch, each: float = 1.0) -> float:
+def _count_items(view: type[View], micro: MicroBatch, each: float = 1.0) -> float:
     return each * view.count_items(micro)
 
 

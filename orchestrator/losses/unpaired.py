@@ -10,7 +10,7 @@ from torch import Tensor
 
 from actors.objective import Stat, World
 from orchestrator.losses.declare import Loss, couples, is_on, reads
-from orchestrator.losses.views import RefLabelled, given, joined
+from orchestrator.losses.views import RefLabelled, joined, require
 
 
 def mean_kl(views: list[RefLabelled], world: World, state: dict[str, Any]) -> dict[str, Tensor]:
@@ -65,7 +65,7 @@ def bco(rows: RefLabelled, *, beta: float, density_ratio: bool = False) -> Loss:
     delta = rows.shared["delta"]
     values = -F.logsigmoid(_signed(rows, beta * rows.log_ratios - delta))
     if density_ratio:
-        values = values * torch.where(rows.label, 1.0, given(rows.weight))
+        values = values * torch.where(rows.label, 1.0, require(rows.weight))
     return values, {"delta": Stat(delta), **_metrics(rows, beta)}
 
 

@@ -1,8 +1,8 @@
 """What a loss may see: typed views of one micro-batch and its forward pass.
 
 The type of a loss's view declares what the loss reads. A field that is named like a column of the batch
-(`actors/columns.py`) or like an extra of the forward pass (`declare.EXTRAS`) is filled from there. A field of type
-`Tensor` is always read; one of type `Tensor | None` is None unless the loss declares that it reads it under its
+(`actors/columns.py`) or like an extra of the forward pass (`actors.objective.EXTRAS`) is filled from there. A field of
+type `Tensor` is always read; one of type `Tensor | None` is None unless the loss declares that it reads it under its
 options, so a loss cannot see by accident what its pipeline does not provide by design.
 
 Axes: `T` tokens, `B` rows, `P` pairs. `mask` is what the loss is summed over.
@@ -18,12 +18,11 @@ from typing import Any, ClassVar, Self, get_type_hints
 import torch
 from torch import Tensor
 
-from actors.columns import COLUMNS
-from actors.objective import MicroBatch, Outputs, Stat
-from orchestrator.losses.declare import EXTRAS
+from actors.columns import COLUMNS, Head
+from actors.objective import EXTRAS, MicroBatch, Outputs, Stat
 
 
-def given(values: Tensor | None) -> Tensor:
+def require(values: Tensor | None) -> Tensor:
     """A field that the loss declared to read under its options."""
     if values is None:
         raise TypeError("a loss looked at a field that it does not declare with @reads under these options")
@@ -36,33 +35,32 @@ def joined(parts: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Tenso
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tokens:
-    """Every token with its log-probability under the weights that are trained."""
+class View:
+    """One micro-batch and what the model's head says of it."""
 
+    head: ClassVar[Head]  # of the model
+    main: ClassVar[str]  # the field that holds what the head says
     keep_groups: ClassVar[bool] = False  # rows of a group must share a micro-batch
     forward: ClassVar[frozenset[str]] = frozenset()  # options of the forward pass (`declare.FORWARD_OPTIONS`)
 
     micro: MicroBatch
-    logps: Tensor  # [T], carries the gradient
     mask: Tensor  # [T] bool
     shared: Mapping[str, Tensor]  # statistics over all micro-batches and ranks, without gradient
-    entropy: Tensor | None = None  # [T], nats
-    is_top1: Tensor | None = None  # [T]
-    mean_logps: Tensor | None = None  # [T], mean log-probability over the vocabulary
 
     @classmethod
     def of(cls, micro: MicroBatch, outputs: Outputs, names: frozenset[str], shared: Mapping[str, Tensor]) -> Self:
         """The view of one micro-batch; of the optional fields, those in `names`."""
         optional = names & {field.name for field in fields(cls)} - {"mask"}
         values: dict[str, Any] = {name: micro[name] if name in COLUMNS else outputs.extra[name] for name in optional}
-        return cls(micro=micro, logps=outputs.logps, mask=cls.mask_of(micro), shared=shared, **values)
+        values[cls.main] = outputs.main
+        return cls(micro=micro, mask=cls.mask_of(micro), shared=shared, **values)
 
     @classmethod
     @cache
     def always_reads(cls) -> frozenset[str]:
         """Columns and extras whose fields are not optional, and what the forward pass must do."""
         hints = get_type_hints(cls)
-        return cls.forward | {name for name in COLUMNS.keys() | EXTRAS if hints.get(name) is Tensor}
+        return cls.forward | {name for name in (*COLUMNS, *EXTRAS) if hints.get(name) is Tensor}
 
     @staticmethod
     def mask_of(micro: MicroBatch) -> Tensor:
@@ -74,10 +72,15 @@ class Tokens:
         """Of what a mean over items counts: rows, or pairs."""
         return len(micro)
 
+    @property
+    def said(self) -> Tensor:
+        """What the head says."""
+        return getattr(self, self.main)
+
     @cached_property
     def counts(self) -> Tensor:
         """[B]: masked tokens of each row."""
-        return self.micro.sum_by_row(self.mask.to(self.logps.dtype))
+        return self.micro.sum_by_row(self.mask.to(self.said.dtype))
 
     def row_sums(self, values: Tensor) -> Tensor:
         """[T] -> [B]: sums over the masked tokens of each row."""
@@ -93,6 +96,39 @@ class Tokens:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tokens(View):
+    """Every token with its log-probability under the weights that are trained."""
+
+    head: ClassVar[Head] = Head.VOCABULARY
+    main: ClassVar[str] = "logps"
+
+    logps: Tensor  # [T], carries the gradient
+    entropy: Tensor | None = None  # [T], nats
+    is_top1: Tensor | None = None  # [T]
+    mean_logps: Tensor | None = None  # [T], mean log-probability over the vocabulary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scalars(View):
+    """Every token with a number of its own: a state's value, a step's reward."""
+
+    head: ClassVar[Head] = Head.TOKEN_SCALAR
+    main: ClassVar[str] = "scalars"
+
+    scalars: Tensor  # [T], carries the gradient
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores(View):
+    """Every row with one number, which its model says at its last token."""
+
+    head: ClassVar[Head] = Head.ROW_SCALAR
+    main: ClassVar[str] = "scores"
+
+    scores: Tensor  # [B], carries the gradient
+
+
+@dataclass(frozen=True, kw_only=True)
 class PolicyTokens(Tokens):
     """Sampled tokens with their advantages."""
 
@@ -103,15 +139,13 @@ class PolicyTokens(Tokens):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pairs(Tokens):
+class Paired(View):
     """Preference pairs: of the two rows of a group, one is preferred. Pairs are ordered by group."""
 
     keep_groups: ClassVar[bool] = True
 
     group: Tensor  # [B]
     preferred: Tensor  # [B] bool
-    log_sum_sq_probs: Tensor | None = None  # [T], log Σ_v π(v)²
-    mean_logits: Tensor | None = None  # [T]
 
     @staticmethod
     def count_items(micro: MicroBatch) -> int:
@@ -136,6 +170,14 @@ class Pairs(Tokens):
     def pair_stat(self, values: Tensor) -> Stat:
         """A metric that is the mean over pairs, of all micro-batches and ranks."""
         return Stat(values.detach().sum(), len(values))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs(Paired, Tokens):
+    """Preference pairs with the log-probabilities of their tokens."""
+
+    log_sum_sq_probs: Tensor | None = None  # [T], log Σ_v π(v)²
+    mean_logits: Tensor | None = None  # [T]
 
 
 @dataclass(frozen=True, kw_only=True)

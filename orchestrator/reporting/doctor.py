@@ -131,10 +131,10 @@ def _try_backend(kind: str) -> Callable[[], str]:
         from actors.backends import BackendSpec
         from actors.backends.optimizer import OptimSpec
         from actors.model import ModelSpec
-        from actors.model_worker import Trainable
+        from actors.model_worker import ModelWorker
 
         model, backend = ModelSpec(_example_model()), BackendSpec(kind, OptimSpec(learning_rate=1e-3, total_steps=1))
-        held = Trainable("doctor", model, backend, threads=1).ready().detail
+        held = ModelWorker("doctor", model, backend, threads=1).ready().detail
         return f"holds {held['parameters']:,} parameters on {held['device']}"
 
     return probe

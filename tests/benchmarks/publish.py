@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from actors.backends import BackendSpec
 from actors.group import RayGroup, RayWorker, start_ranks, start_worker
 from actors.model import ModelSpec
-from actors.model_worker import Trainable
+from actors.model_worker import ModelWorker
 from actors.worker import WorkerInfo
 from rollout.engine import EngineSpec
 from rollout.weights import CollectiveSend, ManifestOf, OpenCollective
@@ -133,7 +133,7 @@ def model_folder(folder: Path, million: int) -> Path:
 async def measure(model: Path, count: int, options: argparse.Namespace) -> Result:
     run = f"troupe/publish-{model.name}-{count}"
     trained = {"name": "policy", "model": ModelSpec(str(model)), "backend": BackendSpec(), "threads": 1}
-    trainer = start_worker(f"{run}/policy/0", Trainable, trained, env=ONE_THREAD)
+    trainer = start_worker(f"{run}/policy/0", ModelWorker, trained, env=ONE_THREAD)
     spec = EngineSpec(options.engine, str(model), dtype=options.dtype, max_model_len=128, max_concurrency=8)
     names = [f"{run}/rollout/{index}" for index in range(count)]
     members = [start_worker(n, RolloutWorker, {"name": n, "spec": spec}, env=ONE_THREAD) for n in names]

@@ -1,6 +1,6 @@
 """The contract of a trainer backend, on every one: what a role computes must not depend on who computes it.
 
-The ranks are real Ray actors; a gang of each size is started once, and holds one `Trainable` after the other.
+The ranks are real Ray actors; a gang of each size is started once, and holds one `ModelWorker` after the other.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from actors.errors import ConfigError, InfraFailure
 from actors.group import start_ranks
 from actors.lora import LoraSpec
 from actors.model import ModelSpec
-from actors.model_worker import Trainable, UpdateReport
+from actors.model_worker import ModelWorker, UpdateReport
 from actors.objective import Counts, MicroBatch, Objective, Outputs, Stat, World
-from actors.sharding import deal
+from actors.sharding import shard
 from actors.weight_averaging import AverageSpec
 from actors.worker import WorkerInfo
 from orchestrator.losses.objective import LossObjective
@@ -83,7 +83,7 @@ class MaskedNll:
     columns: frozenset[str] = frozenset({"mask"})
     keep_groups = False
     coupled = False
-    aside = None
+    statistics_rows = None
 
     def counts(self, micro: MicroBatch) -> Counts:
         return {"tokens": float(micro["mask"].sum())}
@@ -101,11 +101,11 @@ class MaskedNll:
 
 
 class Rank:
-    """One process of a gang: its place, and the `Trainable` of the moment."""
+    """One process of a gang: its place, and the `ModelWorker` of the moment."""
 
     def __init__(self, rank: int, world_size: int, master: tuple[str, int] | None) -> None:
         self.place: dict[str, Any] = {"rank": rank, "world_size": world_size, "master": master}
-        self.trainable: Trainable | None = None
+        self.trainable: ModelWorker | None = None
 
     def ready(self) -> WorkerInfo:
         return WorkerInfo("rank", os.getpid(), socket.gethostname(), "", {})
@@ -113,7 +113,7 @@ class Rank:
     def ping(self) -> None: ...
 
     def start(self, model: ModelSpec, backend: BackendSpec) -> WorkerInfo:
-        self.trainable = Trainable("policy", model, backend, threads=1, **self.place)
+        self.trainable = ModelWorker("policy", model, backend, threads=1, **self.place)
         return self.trainable.ready()
 
     def act(self, verb: str, *args: Any) -> Any:
@@ -152,18 +152,18 @@ class Role:
         self, steps: int = 1, *, batch: Batch | None = None, budget: int = BUDGET, objective: Objective | None = None
     ) -> list[UpdateReport]:
         objective = objective or MaskedNll()
-        dealt = deal(batch or self.batch, len(self.gang.workers), budget, aside=objective.aside)
-        chunks = [chunk for _, chunk in dealt]
-        return [self.call("act_on", "update", objective, 1.0, "u", per_rank=chunks)[0] for _ in range(steps)]
+        dealt = shard(batch or self.batch, len(self.gang.workers), budget, statistics_rows=objective.statistics_rows)
+        parts = [part for _, part in dealt]
+        return [self.call("act_on", "update", objective, 1.0, "u", per_rank=parts)[0] for _ in range(steps)]
 
     def evaluate(self) -> dict[str, float]:
-        chunks = [chunk for _, chunk in deal(self.batch, len(self.gang.workers), BUDGET)]
-        return self.call("act_on", "evaluate", MaskedNll(), 1.0, "u", per_rank=chunks)[0]
+        parts = [part for _, part in shard(self.batch, len(self.gang.workers), BUDGET)]
+        return self.call("act_on", "evaluate", MaskedNll(), 1.0, "u", per_rank=parts)[0]
 
     def logps(self, *, adapters: bool = True) -> np.ndarray:
-        dealt = deal(self.batch, len(self.gang.workers), BUDGET)
-        chunks = [chunk for _, chunk in dealt]
-        found = self.call("act_on", "logps", "ref_logps", 1.0, adapters, per_rank=chunks)
+        dealt = shard(self.batch, len(self.gang.workers), BUDGET)
+        parts = [part for _, part in dealt]
+        found = self.call("act_on", "logps", "ref_logps", 1.0, adapters, per_rank=parts)
         column = np.zeros(self.batch.num_tokens, np.float32)
         for (rows, _), values in zip(dealt, found, strict=True):
             column[self.batch.token_index(np.asarray(rows))] = values["ref_logps"]

@@ -15,8 +15,8 @@ from actors.backends.optimizer import OptimSpec
 from actors.batch import Batch
 from actors.lora import LoraSpec
 from actors.model import ModelSpec
-from actors.model_worker import Trainable
-from actors.sharding import deal
+from actors.model_worker import ModelWorker
+from actors.sharding import shard
 from orchestrator.losses.objective import LossObjective
 from orchestrator.methods import METHODS, build
 from orchestrator.pipeline import Pipeline, Verb
@@ -66,10 +66,10 @@ def three_steps(pipeline: Pipeline, batch: Batch, ref_logps: np.ndarray, update:
     return [update(needed, objective, stage.name) for _ in range(STEPS)]
 
 
-def updating(policy: Trainable) -> Update:
+def updating(policy: ModelWorker) -> Update:
     def update(batch: Batch, objective: LossObjective, stage: str) -> dict[str, float]:
-        ((_, chunk),) = deal(batch, 1, TOKEN_BUDGET, keep_groups=objective.keep_groups)
-        report = policy.update(chunk, objective, 1.0, stage)
+        ((_, part),) = shard(batch, 1, TOKEN_BUDGET, keep_groups=objective.keep_groups)
+        report = policy.update(part, objective, 1.0, stage)
         return {**report.metrics, "grad_norm": report.grad_norm}
 
     return update
@@ -77,8 +77,8 @@ def updating(policy: Trainable) -> Update:
 
 def updating_gang(role: Role) -> Update:
     def update(batch: Batch, objective: LossObjective, stage: str) -> dict[str, float]:
-        dealt = deal(batch, len(role.gang.workers), TOKEN_BUDGET, keep_groups=objective.keep_groups)
-        reports = role.call("act_on", "update", objective, 1.0, stage, per_rank=[chunk for _, chunk in dealt])
+        dealt = shard(batch, len(role.gang.workers), TOKEN_BUDGET, keep_groups=objective.keep_groups)
+        reports = role.call("act_on", "update", objective, 1.0, stage, per_rank=[part for _, part in dealt])
         first, *others = [{**report.metrics, "grad_norm": report.grad_norm} for report in reports]
         assert all(other == first for other in others)
         return first
@@ -86,8 +86,8 @@ def updating_gang(role: Role) -> Update:
     return update
 
 
-def single(model: ModelSpec) -> Trainable:
-    made = Trainable("policy", model, BackendSpec("single", OPTIM), threads=1)
+def single(model: ModelSpec) -> ModelWorker:
+    made = ModelWorker("policy", model, BackendSpec("single", OPTIM), threads=1)
     made.ready()
     return made
 

@@ -15,8 +15,8 @@ from actors.backends import BackendSpec
 from actors.backends.optimizer import OptimSpec
 from actors.batch import Batch
 from actors.model import ModelSpec
-from actors.model_worker import Trainable
-from actors.sharding import deal
+from actors.model_worker import ModelWorker
+from actors.sharding import shard
 from orchestrator.losses.objective import LossObjective
 from orchestrator.methods import build
 from orchestrator.pipeline import Pipeline, Stage, Verb
@@ -59,14 +59,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model_folder(tmp_path_factory.mktemp("model"), hidden=32, vocab=32)
 
 
-def trainable(folder: Path) -> Trainable:
+def trainable(folder: Path) -> ModelWorker:
     optim = OptimSpec(learning_rate=1e-3, total_steps=4 * STEPS)
-    made = Trainable("policy", ModelSpec(str(folder)), BackendSpec("single", optim), threads=1)
+    made = ModelWorker("policy", ModelSpec(str(folder)), BackendSpec("single", optim), threads=1)
     made.ready()
     return made
 
 
-def made_up(pipeline: Pipeline, policy: Trainable) -> Batch:
+def made_up(pipeline: Pipeline, policy: ModelWorker) -> Batch:
     """A batch of the pipeline's kind of data, with every column that the data, the sampler and the reward write."""
     rng = np.random.default_rng(0)
     size = 4 if pipeline.data.prompts_only else pipeline.data.rows_per_item
@@ -87,14 +87,14 @@ def made_up(pipeline: Pipeline, policy: Trainable) -> Batch:
     return batch.with_columns(**of_row, **sampled)
 
 
-def logps_of(policy: Trainable, batch: Batch, into: str, *, adapters: bool = True) -> np.ndarray:
+def logps_of(policy: ModelWorker, batch: Batch, into: str, *, adapters: bool = True) -> np.ndarray:
     column = np.zeros(batch.num_tokens, np.float32)
-    ((rows, chunk),) = deal(batch.only({"tokens", "mask"}), 1, TOKEN_BUDGET)
-    column[batch.token_index(np.asarray(rows))] = policy.logps(chunk, into, 1.0, adapters)[into]
+    ((rows, part),) = shard(batch.only({"tokens", "mask"}), 1, TOKEN_BUDGET)
+    column[batch.token_index(np.asarray(rows))] = policy.logps(part, into, 1.0, adapters)[into]
     return column
 
 
-def learn(pipeline: Pipeline, policy: Trainable, reference: Trainable, batch: Batch) -> dict[str, float]:
+def learn(pipeline: Pipeline, policy: ModelWorker, reference: ModelWorker, batch: Batch) -> dict[str, float]:
     """The stages of one step; the metrics of its last update."""
     metrics: dict[str, float] = {}
     for stage in pipeline:
@@ -108,7 +108,7 @@ def learn(pipeline: Pipeline, policy: Trainable, reference: Trainable, batch: Ba
     return metrics
 
 
-def _update(stage: Stage, policy: Trainable, batch: Batch) -> dict[str, float]:
+def _update(stage: Stage, policy: ModelWorker, batch: Batch) -> dict[str, float]:
     assert stage.call is not None
     objective = LossObjective(stage.call, stage.options["reduce"], stage.options["loss_options"])
     needed = batch.only({"tokens", "mask", "group"} | objective.columns)
@@ -116,31 +116,31 @@ def _update(stage: Stage, policy: Trainable, batch: Batch) -> dict[str, float]:
     for _ in range(stage.options["epochs"]):
         for part in np.array_split(np.unique(batch["group"]), stage.options["minibatches"]):
             rows = needed.select(np.flatnonzero(np.isin(batch["group"], part)))
-            how = {"keep_groups": objective.keep_groups, "aside": objective.aside}
-            ((_, chunk),) = deal(rows, 1, TOKEN_BUDGET, **how)
-            assert len(chunk.micro_batches) > 1
-            metrics = policy.update(chunk, objective, 1.0, stage.name).metrics
+            how = {"keep_groups": objective.keep_groups, "statistics_rows": objective.statistics_rows}
+            ((_, part),) = shard(rows, 1, TOKEN_BUDGET, **how)
+            assert len(part.micro_batches) > 1
+            metrics = policy.update(part, objective, 1.0, stage.name).metrics
     return metrics
 
 
-def likelihood(policy: Trainable, batch: Batch) -> float:
+def likelihood(policy: ModelWorker, batch: Batch) -> float:
     return float(logps_of(policy, batch, "old_logps")[batch["mask"]].mean())
 
 
-def margin(policy: Trainable, batch: Batch) -> float:
+def margin(policy: ModelWorker, batch: Batch) -> float:
     """By how much better rows are more likely, per token, than worse ones; unpaired rows have a label for that."""
     of_row = batch.sum_by_row(logps_of(policy, batch, "old_logps") * batch["mask"]) / batch.sum_by_row(batch["mask"])
     better, worse = batch["preferred"], ~batch["preferred"] & ~batch["gold"]
     return float(of_row[better].mean() - of_row[worse].mean())
 
 
-def label_margin(policy: Trainable, batch: Batch) -> float:
+def label_margin(policy: ModelWorker, batch: Batch) -> float:
     """By how much desirable rows are more likely than undesirable ones."""
     of_row = batch.sum_by_row(logps_of(policy, batch, "old_logps") * batch["mask"])
     return float(of_row[batch["label"]].mean() - of_row[~batch["label"]].mean())
 
 
-def advantage(policy: Trainable, batch: Batch) -> float:
+def advantage(policy: ModelWorker, batch: Batch) -> float:
     """Mean log-probability of rewarded samples, above that of the others."""
     of_row = batch.sum_by_row(logps_of(policy, batch, "old_logps") * batch["mask"])
     return float(of_row[batch["reward"] > 0].mean() - of_row[batch["reward"] == 0].mean())

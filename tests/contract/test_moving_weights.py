@@ -19,8 +19,8 @@ from actors.backends import BackendSpec
 from actors.batch import Batch
 from actors.errors import ConfigError
 from actors.model import ModelSpec
-from actors.model_worker import Trainable
-from actors.sharding import deal
+from actors.model_worker import ModelWorker
+from actors.sharding import shard
 from orchestrator.cluster.launch import optim_spec
 from orchestrator.collection.cursor import Cursor
 from orchestrator.config.schema import RunConfig
@@ -78,20 +78,20 @@ def naive_loop(config: RunConfig, to: Path) -> None:
     assert stage.call is not None
     objective = LossObjective(stage.call, stage.options["reduce"], stage.options["loss_options"])
     spec, optim = ModelSpec(config.model.path), optim_spec(prepared)
-    policy = Trainable("policy", spec, BackendSpec("single", optim), threads=torch.get_num_threads())
-    reference = Trainable("reference", spec, BackendSpec("single"), threads=torch.get_num_threads())
+    policy = ModelWorker("policy", spec, BackendSpec("single", optim), threads=torch.get_num_threads())
+    reference = ModelWorker("reference", spec, BackendSpec("single"), threads=torch.get_num_threads())
     for role in (policy, reference):
         role.ready()
     positions = Cursor().unsettled()
     for step in range(1, STEPS + 1):
         batch: Batch = prepared.source.batch(list(islice(positions, train.batch_size)))
-        ((rows, chunk),) = deal(batch.only({"tokens", "mask", "group"}), 1, train.token_budget)
+        ((rows, part),) = shard(batch.only({"tokens", "mask", "group"}), 1, train.token_budget)
         column = np.zeros(batch.num_tokens, np.float32)
-        column[batch.token_index(np.asarray(rows))] = reference.logps(chunk, "ref_logps", 1.0)["ref_logps"]
+        column[batch.token_index(np.asarray(rows))] = reference.logps(part, "ref_logps", 1.0)["ref_logps"]
         needed = batch.with_columns(ref_logps=column).only({"tokens", "mask", "group"} | objective.columns)
         kept = objective.keep_groups
-        ((_, chunk),) = deal(needed, 1, train.token_budget, keep_groups=kept, aside=objective.aside)
-        policy.update(chunk, objective, 1.0, stage.name)
+        ((_, part),) = shard(needed, 1, train.token_budget, keep_groups=kept, statistics_rows=objective.statistics_rows)
+        policy.update(part, objective, 1.0, stage.name)
         if step % EVERY == 0:
             with torch.no_grad():
                 ours = policy.backend.model.parameters()

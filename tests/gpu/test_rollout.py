@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from actors.backends import BackendSpec
 from actors.group import RayWorker, start_worker
 from actors.model import ModelSpec
-from actors.model_worker import Trainable
+from actors.model_worker import ModelWorker
 from rollout.engine import EngineSpec
 from rollout.sampling import Request, Sampling
 from rollout.weights import CollectiveSend, ManifestOf, OpenCollective, PackBuckets
@@ -39,7 +39,7 @@ PROMPT = (5, 9, 14, 20, 33)
 _numbers = itertools.count()
 
 
-class Shaken(Trainable):
+class Shaken(ModelWorker):
     """A trainer whose weights can be changed without training."""
 
     def shake(self, seed: int) -> None:

@@ -16,9 +16,9 @@ from actors.backends import BackendSpec
 from actors.backends.optimizer import OptimSpec
 from actors.batch import Batch
 from actors.model import ModelSpec
-from actors.model_worker import Trainable, UpdateReport
+from actors.model_worker import ModelWorker, UpdateReport
 from actors.objective import Counts, MicroBatch, Outputs, Stat, World
-from actors.sharding import deal
+from actors.sharding import shard
 from tests.unit.tiny import tiny_model_folder
 
 pytestmark = pytest.mark.gpu
@@ -98,16 +98,16 @@ def batch() -> Batch:
     return Batch.build(lengths.tolist(), tokens=generator.integers(2, 64, size=total), mask=mask)
 
 
-def trainer(folder: Path, dtype: str) -> Trainable:
+def trainer(folder: Path, dtype: str) -> ModelWorker:
     spec = BackendSpec(optim=OPTIM)
-    trainable = Trainable("policy", ModelSpec(str(folder), dtype=dtype), spec, threads=2)
+    trainable = ModelWorker("policy", ModelSpec(str(folder), dtype=dtype), spec, threads=2)
     assert trainable.ready().detail["device"] == "cuda"
     return trainable
 
 
-def updates(trainable: Trainable, steps: int) -> list[UpdateReport]:
-    [(_, chunk)] = deal(batch(), 1, BUDGET)
-    return [trainable.update(chunk, MaskedNll(), 1.0, "u") for _ in range(steps)]
+def updates(trainable: ModelWorker, steps: int) -> list[UpdateReport]:
+    [(_, part)] = shard(batch(), 1, BUDGET)
+    return [trainable.update(part, MaskedNll(), 1.0, "u") for _ in range(steps)]
 
 
 def test_updates_in_bfloat16_follow_those_in_float32(tmp_path: Path):

@@ -23,7 +23,7 @@ from actors.backends import BackendSpec
 from actors.errors import InfraFailure
 from actors.group import RayWorker, start_worker
 from actors.model import ModelSpec
-from actors.model_worker import Trainable
+from actors.model_worker import ModelWorker
 from actors.worker import WorkerInfo
 from rollout.engine import EngineSpec
 from rollout.sampling import Request, Sampling
@@ -40,7 +40,7 @@ PROMPT = (5, 9, 14, 20, 33)
 _numbers = itertools.count()
 
 
-class Shaken(Trainable):
+class Shaken(ModelWorker):
     """A trainer whose weights can be changed without training."""
 
     def shake(self, seed: int) -> None:

@@ -13,7 +13,7 @@ from actors.attention import VARLEN, Documents, register, varlen_attention
 from actors.batch import Batch
 from actors.errors import ModelError
 from actors.forward import forward
-from actors.heads import LogitScaling, TokenHead
+from actors.heads import LogitScaling, VocabularyHead
 from actors.model import LanguageModel, ModelSpec, load_model, prepare
 from actors.objective import MicroBatch
 from tests.unit.tiny import tiny_model, tiny_model_folder
@@ -181,7 +181,7 @@ def test_scaled_and_capped_logits_equal_plain_autograd(
     logps = torch.log_softmax(logits / 0.7, -1).gather(1, targets[:, None]).squeeze(1)
     expected = torch.autograd.grad((weights * logps).sum(), inputs)
 
-    found = TokenHead(linear, scaling)(hidden, targets, 0.7, frozenset(), chunk_rows)["logps"]
+    found = VocabularyHead(linear, scaling)(hidden, targets, 0.7, frozenset(), chunk_rows)["main"]
     torch.testing.assert_close(found, logps)
     torch.testing.assert_close(torch.autograd.grad((weights * found).sum(), inputs), expected)
 

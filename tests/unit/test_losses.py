@@ -230,7 +230,7 @@ def test_a_loss_reads_every_column_that_it_declares(method: str, options: dict[s
 def test_an_objective_survives_pickling(method: str, options: dict[str, Any]) -> None:
     objective, rows = objective_of(method, options), random_rows(method, options, seed=5)
     copy = pickle.loads(pickle.dumps(objective))
-    for name in ("columns", "needs", "keep_groups", "coupled", "aside"):
+    for name in ("columns", "needs", "keep_groups", "coupled", "statistics_rows"):
         assert getattr(copy, name) == getattr(objective, name)
     assert optimise(copy, rows).value == optimise(objective, rows).value
 

@@ -113,13 +113,19 @@ def combined(stats: Sequence[Mapping[str, Stat]]) -> dict[str, float]:
 def learned_from(objective: Objective, rows: Rows, split: Split) -> list[list[Rows]]:
     """The micro-batches of each rank, without the rows that the objective sets aside."""
     return _where(
-        rows, split, torch.ones(len(rows)).bool() if objective.aside is None else ~rows.micro[objective.aside]
+        rows,
+        split,
+        torch.ones(len(rows)).bool() if objective.statistics_rows is None else ~rows.micro[objective.statistics_rows],
     )
 
 
 def seen_by_statistics(objective: Objective, rows: Rows, split: Split) -> list[list[Rows]]:
     """The micro-batches of each rank, of all rows or of those that the objective sets aside."""
-    return _where(rows, split, torch.ones(len(rows)).bool() if objective.aside is None else rows.micro[objective.aside])
+    return _where(
+        rows,
+        split,
+        torch.ones(len(rows)).bool() if objective.statistics_rows is None else rows.micro[objective.statistics_rows],
+    )
 
 
 def _where(rows: Rows, split: Split, chosen: Tensor) -> list[list[Rows]]:

@@ -19,9 +19,9 @@ from actors.batch import Batch
 from actors.errors import ConfigError, ModelError, RunError
 from actors.lora import LoraSpec
 from actors.model import ModelSpec
-from actors.model_worker import Trainable, UpdateReport
+from actors.model_worker import ModelWorker, UpdateReport
 from actors.objective import Counts, MicroBatch, Outputs, Stat, World
-from actors.sharding import Chunk, deal
+from actors.sharding import Shard, shard
 from tests.unit.tiny import tiny_model_folder
 
 OPTIM = OptimSpec(learning_rate=3e-3, total_steps=10, weight_decay=0.1)
@@ -35,7 +35,7 @@ class Nll:
     columns: frozenset[str] = frozenset({"mask"})
     keep_groups: bool = False
     coupled: bool = False
-    aside: str | None = None
+    statistics_rows: str | None = None
     seen: list[float] = field(default_factory=list)
 
     def counts(self, micro: MicroBatch) -> Counts:
@@ -70,21 +70,21 @@ def batch(seed: int = 0, rows: int = 12) -> Batch:
     return Batch.build(lengths, tokens=generator.integers(2, 64, lengths.sum()), mask=mask)
 
 
-def chunk(of: Batch, token_budget: int = 64) -> Chunk:
-    return deal(of, 1, token_budget)[0][1]
+def part(of: Batch, token_budget: int = 64) -> Shard:
+    return shard(of, 1, token_budget)[0][1]
 
 
-def trainable(folder: Path, *, optim: OptimSpec | None = OPTIM, seed: int = 0, **model: Any) -> Trainable:
-    made = Trainable("policy", ModelSpec(str(folder), **model), BackendSpec("single", optim), threads=1, seed=seed)
+def trainable(folder: Path, *, optim: OptimSpec | None = OPTIM, seed: int = 0, **model: Any) -> ModelWorker:
+    made = ModelWorker("policy", ModelSpec(str(folder), **model), BackendSpec("single", optim), threads=1, seed=seed)
     made.ready()
     return made
 
 
-def train(target: Trainable, steps: range, objective: Nll | None = None) -> list[UpdateReport]:
-    return [target.update(chunk(batch(step)), objective or Nll(), 1.0, "policy.update") for step in steps]
+def train(target: ModelWorker, steps: range, objective: Nll | None = None) -> list[UpdateReport]:
+    return [target.update(part(batch(step)), objective or Nll(), 1.0, "policy.update") for step in steps]
 
 
-def weights(target: Trainable) -> dict[str, Tensor]:
+def weights(target: ModelWorker) -> dict[str, Tensor]:
     return target.export(lambda tensors: {name: tensor.clone() for name, tensor in tensors}, 1 << 20)
 
 
@@ -142,7 +142,7 @@ def test_another_seed_draws_other_noise(folder: Path) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_training_lowers_the_loss(folder: Path, variant: str) -> None:
     target = trainable(folder, **VARIANTS[variant], optim=replace(OPTIM, learning_rate=1e-2))
-    data = chunk(batch())
+    data = part(batch())
     losses = [target.update(data, Nll(), 1.0, "policy.update").metrics["loss"] for _ in range(8)]
     assert losses[-1] < losses[0] - 0.5
 
@@ -151,7 +151,7 @@ def test_a_result_does_not_depend_on_how_the_batch_was_cut(folder: Path) -> None
     reports, results = [], []
     for token_budget in (24, 64, 1000):
         target = trainable(folder)
-        reports.append(target.update(chunk(batch(), token_budget), Nll(), 1.0, "policy.update"))
+        reports.append(target.update(part(batch(), token_budget), Nll(), 1.0, "policy.update"))
         results.append(weights(target))
     for report, result in zip(reports[1:], results[1:], strict=True):
         assert report.metrics == pytest.approx(reports[0].metrics, rel=1e-5)
@@ -162,8 +162,8 @@ def test_a_result_does_not_depend_on_how_the_batch_was_cut(folder: Path) -> None
 
 def test_an_empty_micro_batch_changes_nothing(folder: Path) -> None:
     plain, padded = trainable(folder), trainable(folder)
-    data = chunk(batch())
-    with_empty = Chunk(data.batch, ((), *data.micro_batches, ()))
+    data = part(batch())
+    with_empty = Shard(data.batch, ((), *data.micro_batches, ()))
     expected = plain.update(data, Nll(coupled=True), 1.0, "policy.update")
     found = padded.update(with_empty, Nll(coupled=True), 1.0, "policy.update")
     assert_equal_bits(weights(plain), weights(padded))
@@ -188,16 +188,16 @@ def test_the_balancing_loss_of_experts_weighs_each_micro_batch_by_its_tokens(tmp
     reports = []
     for micro_batches in (((0, 1, 2),), ((0,), (1, 2))):
         target = trainable(tmp_path, router_aux_loss_coef=10.0)
-        reports.append(target.update(Chunk(data, micro_batches), Nll(), 1.0, "policy.update"))
+        reports.append(target.update(Shard(data, micro_batches), Nll(), 1.0, "policy.update"))
     plain = trainable(tmp_path, router_aux_loss_coef=0.0)
-    without = plain.update(Chunk(data, ((0, 1, 2),)), Nll(), 1.0, "policy.update")
+    without = plain.update(Shard(data, ((0, 1, 2),)), Nll(), 1.0, "policy.update")
     assert reports[0].metrics["aux_loss"] == pytest.approx(reports[1].metrics["aux_loss"], rel=1e-4)
     assert reports[0].grad_norm == pytest.approx(reports[1].grad_norm, rel=1e-4)
     assert reports[0].grad_norm != pytest.approx(without.grad_norm, rel=1e-2)
     assert "aux_loss" not in without.metrics
 
 
-def passes(target: Trainable, of: Chunk, objective: Nll) -> tuple[list[tuple[int, bool]], UpdateReport]:
+def passes(target: ModelWorker, of: Shard, objective: Nll) -> tuple[list[tuple[int, bool]], UpdateReport]:
     """(tokens, with gradient) of each forward pass of an update, and its report."""
     seen: list[tuple[int, bool]] = []
     hook = target.backend.model.register_forward_hook(
@@ -214,10 +214,10 @@ def test_rows_set_aside_are_seen_by_the_statistics_alone_and_pass_once_without_g
     data = data.with_columns(mismatched=marked)
     kept, left = (data.select(np.flatnonzero(rows)) for rows in (~marked, marked))
     target, plain = trainable(folder), trainable(folder)
-    ((_, dealt),) = deal(data, 1, 1000, aside="mismatched")
-    seen, report = passes(target, dealt, Nll(coupled=True, aside="mismatched"))
+    ((_, dealt),) = shard(data, 1, 1000, statistics_rows="mismatched")
+    seen, report = passes(target, dealt, Nll(coupled=True, statistics_rows="mismatched"))
     assert seen == [(left.num_tokens, False), (kept.num_tokens, True)]
-    expected = plain.update(chunk(kept, 1000), Nll(), 1.0, "policy.update")
+    expected = plain.update(part(kept, 1000), Nll(), 1.0, "policy.update")
     assert report.metrics["nll"] == pytest.approx(-float(plain_logps(folder, left).sum()), rel=1e-5)
     assert report.metrics["loss"] == expected.metrics["loss"]
     assert report.metrics["num_tokens"] == data.num_tokens
@@ -225,14 +225,14 @@ def test_rows_set_aside_are_seen_by_the_statistics_alone_and_pass_once_without_g
 
 
 def plain_logps(folder: Path, data: Batch) -> np.ndarray:
-    return trainable(folder, optim=None).logps(chunk(data, 1000), "ref_logps", 1.0)["ref_logps"]
+    return trainable(folder, optim=None).logps(part(data, 1000), "ref_logps", 1.0)["ref_logps"]
 
 
 def test_one_micro_batch_passes_once_even_if_its_rows_are_coupled_and_several_twice(folder: Path) -> None:
     data = batch()
-    once, one = passes(trainable(folder), chunk(data, 1000), Nll(coupled=True))
+    once, one = passes(trainable(folder), part(data, 1000), Nll(coupled=True))
     assert once == [(data.num_tokens, True)]
-    ((_, cut),) = deal(data, 1, 64)
+    ((_, cut),) = shard(data, 1, 64)
     twice, several = passes(trainable(folder), cut, Nll(coupled=True))
     sizes = [int(cut.batch.lengths[list(rows)].sum()) for rows in cut.micro_batches]
     assert len(sizes) > 1
@@ -246,7 +246,7 @@ def test_statistics_are_of_the_outputs_that_the_loss_sees_noise_included(folder:
     data = batch()
     quiet, noisy = trainable(folder), trainable(folder, neftune_noise_alpha=5.0)
     of_quiet, of_noisy = (
-        target.update(chunk(data, token_budget), Nll(coupled=True), 1.0, "policy.update").metrics
+        target.update(part(data, token_budget), Nll(coupled=True), 1.0, "policy.update").metrics
         for target in (quiet, noisy)
     )
     assert of_noisy["nll"] == pytest.approx(of_noisy["loss"] * data["mask"].sum(), rel=1e-6)
@@ -255,21 +255,21 @@ def test_statistics_are_of_the_outputs_that_the_loss_sees_noise_included(folder:
 
 def test_a_batch_that_is_set_aside_whole_is_refused(folder: Path) -> None:
     data = batch().with_columns(mismatched=np.ones(12, bool))
-    ((_, dealt),) = deal(data, 1, 1000, aside="mismatched")
+    ((_, dealt),) = shard(data, 1, 1000, statistics_rows="mismatched")
     with pytest.raises(RunError, match="empty batch"):
-        trainable(folder).update(dealt, Nll(coupled=True, aside="mismatched"), 1.0, "policy.update")
+        trainable(folder).update(dealt, Nll(coupled=True, statistics_rows="mismatched"), 1.0, "policy.update")
 
 
 def test_metrics_are_combined_over_micro_batches_as_each_says(folder: Path) -> None:
     data = batch()
-    report = trainable(folder).update(chunk(data), Nll(), 1.0, "policy.update")
-    whole = trainable(folder).update(chunk(data, 10_000), Nll(), 1.0, "policy.update")
+    report = trainable(folder).update(part(data), Nll(), 1.0, "policy.update")
+    whole = trainable(folder).update(part(data, 10_000), Nll(), 1.0, "policy.update")
     assert report.metrics["longest"] == data.lengths.max()
     assert report.metrics["num_tokens"] == report.tokens == data.num_tokens
     assert report.metrics["entropy"] == pytest.approx(whole.metrics["entropy"], rel=1e-5)
     assert "unmeasured" not in report.metrics
     assert report.seconds.keys() == {"forward", "backward", "step"}
-    coupled = trainable(folder).update(chunk(data), Nll(coupled=True), 1.0, "policy.update")
+    coupled = trainable(folder).update(part(data), Nll(coupled=True), 1.0, "policy.update")
     assert coupled.seconds.keys() == {"forward", "backward", "step", "statistics"}
     assert all(seconds > 0 for seconds in report.seconds.values())
 
@@ -277,8 +277,8 @@ def test_metrics_are_combined_over_micro_batches_as_each_says(folder: Path) -> N
 def test_logps_come_back_in_the_rows_own_order_with_zeros_off_the_mask(folder: Path) -> None:
     data = batch()
     target = trainable(folder, optim=None)
-    found = target.logps(Chunk(data, ((5, 3), (0, 1, 2, 4), tuple(range(6, 12)))), "ref_logps", 1.0)
-    whole = target.logps(Chunk(data, (tuple(range(12)),)), "ref_logps", 1.0)
+    found = target.logps(Shard(data, ((5, 3), (0, 1, 2, 4), tuple(range(6, 12)))), "ref_logps", 1.0)
+    whole = target.logps(Shard(data, (tuple(range(12)),)), "ref_logps", 1.0)
     assert found.keys() == {"ref_logps"}
     assert found["ref_logps"].dtype == np.float32
     np.testing.assert_allclose(found["ref_logps"], whole["ref_logps"], rtol=1e-4, atol=1e-6)
@@ -288,7 +288,7 @@ def test_logps_come_back_in_the_rows_own_order_with_zeros_off_the_mask(folder: P
 def test_logps_draw_no_noise_and_leave_the_random_state_alone(folder: Path) -> None:
     target = trainable(folder, neftune_noise_alpha=5.0)
     state = torch.get_rng_state()
-    data = chunk(batch())
+    data = part(batch())
     assert_equal_logps(target.logps(data, "old_logps", 1.0), target.logps(data, "old_logps", 1.0))
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -297,7 +297,7 @@ def test_logps_draw_no_noise_and_leave_the_random_state_alone(folder: Path) -> N
 def test_an_evaluation_reports_what_an_update_would_without_noise_or_learning(folder: Path, coupled: bool) -> None:
     noisy = {"lora": LoraSpec(r=4, dropout=0.5), "neftune_noise_alpha": 50.0}
     target, plain = trainable(folder, **noisy), trainable(folder, lora=LoraSpec(r=4))
-    data, objective = chunk(batch()), Nll(coupled=coupled)
+    data, objective = part(batch()), Nll(coupled=coupled)
     found = [target.evaluate(data, objective, 1.0, "policy.update") for _ in range(2)]
     report = plain.update(data, objective, 1.0, "policy.update")
     assert found[0] == found[1]
@@ -310,7 +310,7 @@ def test_an_evaluation_between_updates_leaves_no_trace(folder: Path) -> None:
     objective = Nll(coupled=True)  # its state counts steps
     expected = train(plain, range(3), objective)
     found = train(evaluated, range(1), objective)
-    evaluated.evaluate(chunk(batch(7)), objective, 1.0, "policy.update")
+    evaluated.evaluate(part(batch(7)), objective, 1.0, "policy.update")
     found += train(evaluated, range(1, 3), objective)
     assert [report.metrics for report in found] == [report.metrics for report in expected]
     assert_equal_bits(weights(evaluated), weights(plain))
@@ -318,14 +318,14 @@ def test_an_evaluation_between_updates_leaves_no_trace(folder: Path) -> None:
 
 def test_a_frozen_role_evaluates_too_and_an_empty_batch_is_refused(folder: Path) -> None:
     frozen = trainable(folder, optim=None)
-    assert frozen.evaluate(chunk(batch()), Nll(), 1.0, "u")["loss"] > 0
+    assert frozen.evaluate(part(batch()), Nll(), 1.0, "u")["loss"] > 0
     with pytest.raises(RunError, match="empty batch"):
-        frozen.evaluate(Chunk(batch().select([]), ((),)), Nll(), 1.0, "u")
+        frozen.evaluate(Shard(batch().select([]), ((),)), Nll(), 1.0, "u")
 
 
 def test_adapters_off_is_the_base_model_exactly(folder: Path) -> None:
     adapted, base = trainable(folder, lora=LoraSpec(r=4)), trainable(folder, optim=None)
-    data = chunk(batch())
+    data = part(batch())
     train(adapted, range(2))
     assert_equal_logps(adapted.logps(data, "ref_logps", 1.0, False), base.logps(data, "ref_logps", 1.0))
     assert not np.array_equal(
@@ -338,7 +338,7 @@ def test_adapters_off_is_the_base_model_exactly(folder: Path) -> None:
 def test_adapters_still_train_after_they_were_off(folder: Path) -> None:
     target = trainable(folder, lora=LoraSpec(r=4))
     train(target, range(1))
-    target.logps(chunk(batch()), "ref_logps", 1.0, False)
+    target.logps(part(batch()), "ref_logps", 1.0, False)
     before = weights(target)
     train(target, range(1, 2))
     assert any(not torch.equal(before[name], tensor) for name, tensor in weights(target).items())
@@ -406,7 +406,7 @@ def test_a_frozen_role_computes_but_does_not_train(folder: Path) -> None:
     frozen = trainable(folder, optim=None)
     assert not any(parameter.requires_grad for parameter in frozen.backend.model.parameters())
     with pytest.raises(RunError, match="frozen"):
-        frozen.update(chunk(batch()), Nll(), 1.0, "policy.update")
+        frozen.update(part(batch()), Nll(), 1.0, "policy.update")
 
 
 def test_a_frozen_role_takes_the_weights_of_a_folder_and_a_trained_one_refuses(folder: Path, tmp_path: Path) -> None:
@@ -433,18 +433,18 @@ def test_a_gradient_that_is_not_finite_ends_the_run(folder: Path) -> None:
             return loss * math.nan, stats
 
     with pytest.raises(RunError, match="gradient norm of step 1 is nan"):
-        trainable(folder).update(chunk(batch()), Broken(), 1.0, "policy.update")
+        trainable(folder).update(part(batch()), Broken(), 1.0, "policy.update")
 
 
 def test_an_empty_batch_is_refused(folder: Path) -> None:
     with pytest.raises(RunError, match="empty batch"):
-        trainable(folder).update(Chunk(Batch.empty(), ()), Nll(), 1.0, "policy.update")
+        trainable(folder).update(Shard(Batch.empty(), ()), Nll(), 1.0, "policy.update")
 
 
 def test_a_worker_tells_who_it_is(folder: Path) -> None:
-    target = Trainable("policy", ModelSpec(str(folder)), BackendSpec("single", OPTIM), threads=1)
+    target = ModelWorker("policy", ModelSpec(str(folder)), BackendSpec("single", OPTIM), threads=1)
     with pytest.raises(RunError, match="not ready"):
-        target.logps(chunk(batch()), "old_logps", 1.0)
+        target.logps(part(batch()), "old_logps", 1.0)
     info = target.ready()
     assert info.name == "policy"
     assert info.packages.endswith("actors")
@@ -476,7 +476,7 @@ def test_what_cannot_be_built_is_refused_with_a_way_out(
     folder: Path, backend: BackendSpec, model: dict[str, Any], ranks: int, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        Trainable("policy", ModelSpec(str(folder), **model), backend, threads=1, world_size=ranks).ready()
+        ModelWorker("policy", ModelSpec(str(folder), **model), backend, threads=1, world_size=ranks).ready()
 
 
 def test_a_state_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -503,7 +503,7 @@ def test_half_precision_weights_follow_float32_masters(folder: Path, tmp_path: P
     start = weights(full)
     for target in (half, full):
         for _ in range(10):
-            target.update(chunk(batch()), Nll(), 1.0, "policy.update")
+            target.update(part(batch()), Nll(), 1.0, "policy.update")
     moved = {name: (tensor - start[name]) for name, tensor in weights(full).items()}
     half.save_state(str(tmp_path))
     masters = torch.load(tmp_path / "single.pt")["weights"]

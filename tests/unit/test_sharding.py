@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.batch import Batch
-from actors.sharding import deal, pack
+from actors.sharding import pack, shard
 
 BUDGET = 50
 item_lengths = st.lists(st.integers(0, BUDGET), max_size=40)
@@ -65,17 +65,17 @@ def test_what_cannot_be_packed_is_refused(lengths: list[int], ranks: int, budget
 def test_dealt_chunks_put_together_are_the_batch(lengths: list[int], ranks: int) -> None:
     batch = Batch.build(lengths, tokens=np.arange(sum(lengths)))
     tokens = np.full(batch.num_tokens, -1)
-    for rows, chunk in deal(batch, ranks, BUDGET):
-        assert sorted(row for micro in chunk.micro_batches for row in micro) == list(range(len(rows)))
-        tokens[batch.token_index(np.asarray(rows, np.int64))] = chunk.batch["tokens"]
+    for rows, part in shard(batch, ranks, BUDGET):
+        assert sorted(row for micro in part.micro_batches for row in micro) == list(range(len(rows)))
+        tokens[batch.token_index(np.asarray(rows, np.int64))] = part.batch["tokens"]
     assert tokens.tolist() == batch["tokens"].tolist()
 
 
 def micro_batches(groups: list[int], ranks: int, length: int = 10) -> list[list[int]]:
     """Which group each row of each micro-batch belongs to."""
     batch = Batch.build([length] * len(groups), tokens=np.zeros(length * len(groups), int), group=groups)
-    dealt = deal(batch, ranks, BUDGET)
-    return [[groups[rows[local]] for local in micro] for rows, chunk in dealt for micro in chunk.micro_batches]
+    dealt = shard(batch, ranks, BUDGET)
+    return [[groups[rows[local]] for local in micro] for rows, part in dealt for micro in part.micro_batches]
 
 
 def test_rows_of_a_group_stay_together_where_that_costs_nothing() -> None:
@@ -95,14 +95,14 @@ def test_rows_set_aside_are_dealt_once_too_and_by_themselves(
     lengths, marked = zip(*rows, strict=True)
     group = np.arange(len(rows)) // 2
     batch = Batch.build(lengths, tokens=np.arange(sum(lengths)), group=group, mismatched=np.array(marked))
-    dealt = deal(batch, ranks, BUDGET, keep_groups=keep_groups, aside="mismatched")
+    dealt = shard(batch, ranks, BUDGET, keep_groups=keep_groups, statistics_rows="mismatched")
     assert sorted(row for mine, _ in dealt for row in mine) == list(range(len(batch)))
-    for kind, wanted in (("micro_batches", False), ("aside", True)):
-        assert len({len(getattr(chunk, kind)) for _, chunk in dealt}) == 1, "the ranks move in step"
-        for mine, chunk in dealt:
-            named = [mine[local] for micro in getattr(chunk, kind) for local in micro]
+    for kind, wanted in (("micro_batches", False), ("statistics_rows", True)):
+        assert len({len(getattr(part, kind)) for _, part in dealt}) == 1, "the ranks move in step"
+        for mine, part in dealt:
+            named = [mine[local] for micro in getattr(part, kind) for local in micro]
             assert sorted(named) == [row for row in sorted(mine) if marked[row] is wanted]
-            assert all(chunk.batch.lengths[list(micro)].sum() <= BUDGET for micro in getattr(chunk, kind))
+            assert all(part.batch.lengths[list(micro)].sum() <= BUDGET for micro in getattr(part, kind))
 
 
 @given(st.lists(st.tuples(st.integers(1, 10), st.integers(1, 4)), min_size=1, max_size=10), rank_counts)
@@ -111,8 +111,8 @@ def test_rows_of_a_group_stay_together_and_in_order(groups: list[tuple[int, int]
     group = [index for index, (_, count) in enumerate(groups) for _ in range(count)]
     batch = Batch.build(lengths, tokens=np.arange(sum(lengths)), group=group)
     seen: dict[int, tuple[int, int]] = {}
-    for rank, (rows, chunk) in enumerate(deal(batch, ranks, BUDGET, keep_groups=True)):
-        for number, micro in enumerate(chunk.micro_batches):
+    for rank, (rows, part) in enumerate(shard(batch, ranks, BUDGET, keep_groups=True)):
+        for number, micro in enumerate(part.micro_batches):
             names = [group[rows[local]] for local in micro]
             assert [rows[local] for local in micro] == sorted(
                 (rows[local] for local in micro), key=lambda r: (names.index(group[r]), r)

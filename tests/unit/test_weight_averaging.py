@@ -19,8 +19,8 @@ from actors.batch import Batch
 from actors.errors import ConfigError, RunError
 from actors.lora import LoraSpec
 from actors.model import ModelSpec
-from actors.model_worker import Trainable
-from actors.sharding import deal
+from actors.model_worker import ModelWorker
+from actors.sharding import shard
 from actors.weight_averaging import Average, AverageSpec
 from orchestrator.config.schema import TrainConfig
 from orchestrator.losses.likelihood import nll
@@ -40,22 +40,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model_folder(tmp_path_factory.mktemp("model"), hidden=32)
 
 
-def trainable(folder: Path, spec: AverageSpec | None, **model: Any) -> Trainable:
-    made = Trainable("policy", ModelSpec(str(folder), **model), BackendSpec("single", OPTIM), threads=1)
+def trainable(folder: Path, spec: AverageSpec | None, **model: Any) -> ModelWorker:
+    made = ModelWorker("policy", ModelSpec(str(folder), **model), BackendSpec("single", OPTIM), threads=1)
     made.ready()
     made.reset(OPTIM, spec)
     return made
 
 
-def step(target: Trainable, seed: int) -> None:
+def step(target: ModelWorker, seed: int) -> None:
     random = np.random.default_rng(seed)
     lengths = random.integers(3, 12, 4)
     mask = np.concatenate([np.arange(length) > 0 for length in lengths])
     batch = Batch.build(lengths, tokens=random.integers(2, 64, lengths.sum()), mask=mask)
-    target.update(deal(batch, 1, 64)[0][1], LossObjective(nll, token_mean, {}), 1.0, "policy.update")
+    target.update(shard(batch, 1, 64)[0][1], LossObjective(nll, token_mean, {}), 1.0, "policy.update")
 
 
-def stepped(target: Trainable) -> dict[str, Tensor]:
+def stepped(target: ModelWorker) -> dict[str, Tensor]:
     """What the optimizer steps: float32, whatever the model computes in."""
     return {name: weight.clone() for name, weight in target.backend.trained_weights()}
 
@@ -75,7 +75,7 @@ def naive(path: list[dict[str, Tensor]], spec: AverageSpec) -> dict[str, Tensor]
     return average
 
 
-def averages(target: Trainable) -> dict[str, Tensor]:
+def averages(target: ModelWorker) -> dict[str, Tensor]:
     state = target._average.state()  # pyright: ignore[reportOptionalMemberAccess]
     return {name: average for name, (_, _, average) in state["shares"].items()}
 

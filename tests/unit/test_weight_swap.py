@@ -16,7 +16,7 @@ from actors.backends import BackendSpec
 from actors.backends.optimizer import OptimSpec
 from actors.errors import InfraFailure, RunError
 from actors.model import ModelSpec
-from actors.model_worker import Trainable
+from actors.model_worker import ModelWorker
 from actors.worker import LocalGroup, LocalWorker
 from orchestrator.publishing.transfer import mix_towards
 from rollout.weights import ManifestOf, PackBuckets, UnpackBuckets
@@ -26,17 +26,17 @@ OPTIM = OptimSpec(learning_rate=1e-2, total_steps=20)
 BUCKET = 5000  # several of them
 
 
-def trainable(folder: Path, *, optim: OptimSpec | None = None, **model: Any) -> Trainable:
-    made = Trainable("role", ModelSpec(str(folder), **model), BackendSpec("single", optim), threads=1)
+def trainable(folder: Path, *, optim: OptimSpec | None = None, **model: Any) -> ModelWorker:
+    made = ModelWorker("role", ModelSpec(str(folder), **model), BackendSpec("single", optim), threads=1)
     made.ready()
     return made
 
 
-def weights(target: Trainable) -> dict[str, Tensor]:
+def weights(target: ModelWorker) -> dict[str, Tensor]:
     return target.export(lambda tensors: {name: tensor.clone() for name, tensor in tensors}, BUCKET)
 
 
-def mixed(source: Trainable, target: Trainable, share: float) -> dict[str, Tensor]:
+def mixed(source: ModelWorker, target: ModelWorker, share: float) -> dict[str, Tensor]:
     """The target's weights after it has moved, by the way that a run goes."""
     groups = [LocalGroup(role.name, LocalWorker(role.name, role)) for role in (source, target)]
     asyncio.run(mix_towards(groups[0], groups[1], share, timeout_s=30.0, task_name="mix"))

@@ -1,0 +1,175 @@
+"""What the driver knows of a batch: a table of rows. The values per token stay where they were made.
+
+    values per row (length, group, reward, truncated ...)    in the table
+    values per token (tokens, mask, log-probabilities ...)   in blocks: batches in the object store, of which the table
+                                                             holds references, and for each row its place in them
+
+A block is what one call made: the samples of a prompt, or what one rank computed of its rows. So what passes through
+the driver grows with the number of rows, and not with their lengths. Rows that the driver reads itself (data sets) may
+come with all of their columns in the table; a stage cannot tell the difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from actors.batch import Array, Batch
+from actors.columns import COLUMNS, Axis
+from actors.sharding import Shard, Stored, shard
+from actors.worker import Ref
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """A rank's part of a table: which rows it got, in its order; the shard; and the blocks that the shard speaks of."""
+
+    rows: Array
+    shard: Shard
+    blocks: tuple[Ref, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class RowTable:
+    """`rows` has the lengths and every column that is in the driver. `spread`: columns per token that have one value a
+    row. `stored`: columns that lie in blocks, the `blocks` being numbered as they stand here."""
+
+    rows: Batch
+    spread: Mapping[str, Array] = field(default_factory=dict[str, Array])
+    stored: tuple[Stored, ...] = ()
+    blocks: tuple[Ref, ...] = ()
+
+    @classmethod
+    def of_block(cls, rows: Batch, block: Ref, names: Iterable[str]) -> RowTable:
+        """Rows whose columns `names` lie in one block, in the same order."""
+        count = len(rows)
+        return cls(rows, {}, (Stored(frozenset(names), np.zeros(count, np.int64), np.arange(count)),), (block,))
+
+    @classmethod
+    def concat(cls, tables: Sequence[RowTable]) -> RowTable:
+        """Rows of all tables in order. All must have the same columns, kept in the same way."""
+        tables = [table for table in tables if len(table)]
+        if not tables:
+            return cls(Batch.empty())
+        first = tables[0]
+        for table in tables:
+            if table._layout != first._layout:
+                raise ValueError(f"tables with columns {sorted(first.columns)} and {sorted(table.columns)} do not join")
+        starts = np.cumsum([0, *(len(table.blocks) for table in tables)])
+        stored = tuple(
+            Stored(
+                each.names,
+                np.concatenate([t.stored[i].blocks + start for t, start in zip(tables, starts[:-1], strict=True)]),
+                np.concatenate([t.stored[i].rows for t in tables]),
+            )
+            for i, each in enumerate(first.stored)
+        )
+        spread = {name: np.concatenate([table.spread[name] for table in tables]) for name in first.spread}
+        return cls(
+            Batch.concat(table.rows for table in tables),
+            spread,
+            stored,
+            tuple(b for table in tables for b in table.blocks),
+        )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, name: str) -> Array:
+        """[B]: the values of a column per row."""
+        if name in self.spread:
+            return self.spread[name]
+        return self.rows[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.columns
+
+    @property
+    def columns(self) -> frozenset[str]:
+        return frozenset(self.rows.columns).union(self.spread, *(each.names for each in self.stored))
+
+    @property
+    def lengths(self) -> Array:
+        """[B] int64: tokens of each row, prompt included."""
+        return self.rows.lengths
+
+    @property
+    def num_tokens(self) -> int:
+        return self.rows.num_tokens
+
+    def select(self, chosen: Sequence[int] | Array) -> RowTable:
+        """Those rows in that order; blocks that none of them needs are let go of."""
+        chosen = np.asarray(chosen, np.int64)
+        stored = tuple(each.select(chosen) for each in self.stored)
+        used = np.unique(np.concatenate([np.zeros(0, np.int64), *(each.blocks for each in stored)]))
+        renumbered = np.zeros(len(self.blocks), np.int64)
+        renumbered[used] = np.arange(len(used))
+        return RowTable(
+            self.rows.select(chosen),
+            {name: values[chosen] for name, values in self.spread.items()},
+            tuple(replace(each, blocks=renumbered[each.blocks]) for each in stored),
+            tuple(self.blocks[index] for index in used.tolist()),
+        )
+
+    def with_values(self, **columns: Array | Sequence[float]) -> RowTable:
+        """The table with columns added or replaced, one value a row each. A value of a column per token holds at each
+        token of its row."""
+        table = self.without(columns)
+        spread = dict(table.spread)
+        per_row: dict[str, Array | Sequence[float]] = {}
+        for name, values in columns.items():
+            if COLUMNS[name].axis is Axis.TOKEN:
+                spread[name] = np.asarray(values, COLUMNS[name].dtype)
+                if spread[name].shape != self.lengths.shape:
+                    raise ValueError(f"{name} needs one value for each of {len(self)} rows, got {spread[name].shape}")
+            else:
+                per_row[name] = values
+        return replace(table, rows=table.rows.with_columns(**per_row), spread=spread)
+
+    def with_blocks(self, names: Iterable[str], parts: Sequence[tuple[Array, Ref]]) -> RowTable:
+        """The table with columns that lie in new blocks: of each part, which rows of the table its block holds, in the
+        block's order. Together the parts hold each row once."""
+        names = frozenset(names)
+        table = self.without(names)
+        blocks, rows = np.zeros(len(self), np.int64), np.zeros(len(self), np.int64)
+        for number, (held, _) in enumerate(parts, len(table.blocks)):
+            blocks[held], rows[held] = number, np.arange(len(held))
+        refs = (*table.blocks, *(ref for _, ref in parts))
+        return replace(table, stored=(*table.stored, Stored(names, blocks, rows)), blocks=refs)
+
+    def without(self, names: Iterable[str]) -> RowTable:
+        """The table without those columns, as far as it has them."""
+        gone = frozenset(names)
+        return replace(
+            self,
+            rows=self.rows.only(self.rows.columns.keys() - gone),
+            spread={name: values for name, values in self.spread.items() if name not in gone},
+            stored=tuple(replace(each, names=each.names - gone) for each in self.stored if each.names - gone),
+        )
+
+    def only(self, names: Iterable[str]) -> RowTable:
+        """The table with just these columns, as far as it has them."""
+        return self.without(self.columns - frozenset(names))
+
+    def whole(self) -> Share:
+        """All rows as one rank's share."""
+        rows = np.arange(len(self))
+        return Share(rows, Shard(self.rows, (tuple(rows.tolist()),), (), self.spread, self.stored), self.blocks)
+
+    def shard(
+        self, ranks: int, token_budget: int, *, keep_groups: bool = False, statistics_rows: str | None = None
+    ) -> list[Share]:
+        """One share per rank: see `actors.sharding.shard`, which decides by lengths and groups alone."""
+        dealt = shard(self.rows, ranks, token_budget, keep_groups=keep_groups, statistics_rows=statistics_rows)
+        shares: list[Share] = []
+        for rows, mine in dealt:
+            chosen = np.asarray(rows, np.int64)
+            part = replace(self, rows=Batch(self.lengths, {})).select(chosen)
+            shares.append(Share(chosen, replace(mine, spread=part.spread, stored=part.stored), part.blocks))
+        return shares
+
+    @property
+    def _layout(self) -> tuple[frozenset[str], frozenset[str], tuple[frozenset[str], ...]]:
+        return frozenset(self.rows.columns), frozenset(self.spread), tuple(each.names for each in self.stored)
