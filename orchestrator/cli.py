@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from actors.errors import Interrupted, RunError, UserError
-from orchestrator.imports import pin
+from orchestrator.import_pin import pin
 
 REFUSED, BROKEN = 2, 1  # exit codes
 
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 @app.command()
 def run(recipe: Recipe, overrides: Overrides = None, local: Local = False) -> None:
     """Train as a recipe says."""
-    from orchestrator.loading import load_config
+    from orchestrator.config.loading import load_config
 
     config = load_config(recipe, overrides or [])
     from orchestrator.run import run as run_config
@@ -58,7 +58,7 @@ def run(recipe: Recipe, overrides: Overrides = None, local: Local = False) -> No
 @app.command()
 def resume(folder: RunFolder, overrides: Overrides = None, local: Local = False) -> None:
     """Continue a run from its newest checkpoint, exactly."""
-    from orchestrator.loading import load_run
+    from orchestrator.config.loading import load_run
 
     config = load_run(folder, overrides or [])
     from orchestrator.run import run as run_config
@@ -69,10 +69,10 @@ def resume(folder: RunFolder, overrides: Overrides = None, local: Local = False)
 @app.command()
 def plan(recipe: Recipe, overrides: Overrides = None) -> None:
     """Show what `run` would do, and what it would refuse; launch nothing."""
-    from orchestrator.loading import load_config
+    from orchestrator.config.loading import load_config
 
     config = load_config(recipe, overrides or [])
-    from orchestrator.listing import show_plan
+    from orchestrator.reporting.tables import show_plan
 
     if not show_plan(config):
         raise typer.Exit(REFUSED)
@@ -84,7 +84,7 @@ def methods(
     papers: Annotated[bool, typer.Option("--papers", help="Show where each method is from.")] = False,
 ) -> None:
     """List the methods, or one method's stages and options."""
-    from orchestrator.listing import show_method, show_methods
+    from orchestrator.reporting.tables import show_method, show_methods
 
     show_methods(papers=papers) if name is None else show_method(name)
 
@@ -92,7 +92,7 @@ def methods(
 @app.command()
 def recipes() -> None:
     """List the shipped recipes."""
-    from orchestrator.listing import show_recipes
+    from orchestrator.reporting.tables import show_recipes
 
     show_recipes()
 
@@ -111,7 +111,7 @@ def check(
     max_prompt_length: Annotated[int | None, typer.Option("--max-prompt-length", help="The same.")] = None,
 ) -> None:
     """Read a data set as a method would, and say what is wrong with it."""
-    from orchestrator.listing import show_data
+    from orchestrator.reporting.tables import show_data
 
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
     show_data(data, method, model, overrides or [], split=split, max_bad_rows=bad_rows, **limits)
@@ -120,7 +120,7 @@ def check(
 @app.command()
 def scale(folder: RunFolder, target: Annotated[str, typer.Argument(help="ROLE=N, for example rollout=4.")]) -> None:
     """Change the number of a running job's workers."""
-    from orchestrator import control
+    from orchestrator.cluster import control_actor as control
 
     role, count = control.parse_scale(target)
     control.scale(folder, role, count)
@@ -130,7 +130,7 @@ def scale(folder: RunFolder, target: Annotated[str, typer.Argument(help="ROLE=N,
 @app.command()
 def status(folder: RunFolder) -> None:
     """What a running job reported last."""
-    from orchestrator.listing import show_status
+    from orchestrator.reporting.tables import show_status
 
     show_status(folder)
 
@@ -138,7 +138,7 @@ def status(folder: RunFolder) -> None:
 @app.command()
 def doctor() -> None:
     """Say what works on this machine, by trying it."""
-    from orchestrator.doctor import doctor as examine
+    from orchestrator.reporting.doctor import doctor as examine
 
     if not examine():
         raise typer.Exit(BROKEN)

@@ -7,9 +7,9 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from orchestrator.collector import Collected, Collector
+from orchestrator.collection.group_collector import Collected, Collector
+from orchestrator.executor import Roles
 from orchestrator.pipeline import Pipeline
-from orchestrator.roles import Roles
 
 
 @dataclass

@@ -132,7 +132,7 @@ class Pipeline:
 
     @property
     def precomputed(self) -> tuple[Stage, ...]:
-        """What runs once, before the first step (`orchestrator/precompute.py`), and in no step."""
+        """What runs once, before the first step (`orchestrator/collection/precompute.py`), and in no step."""
         return tuple(stage for stage in self.stages if stage.precomputed)
 
     def given(self, stage: Stage) -> Pipeline:

@@ -19,26 +19,26 @@ from pathlib import Path
 from typing import Any
 
 from actors.errors import ConfigError, Interrupted
-from orchestrator.beside import beside, board_of
 from orchestrator.checkpoint import Checkpoint, CheckpointStore, RunState
-from orchestrator.cluster import Cluster, LocalCluster
-from orchestrator.collector import Collector, GroupCollector, RowCollector
-from orchestrator.config import RunConfig
-from orchestrator.console import Console
-from orchestrator.cursor import Cursor
+from orchestrator.cluster.background_tasks import beside, board_of
+from orchestrator.cluster.base import Cluster, LocalCluster
+from orchestrator.cluster.failures import Ledger, Watchdog
+from orchestrator.cluster.launch import average_spec, launch, optim_spec
+from orchestrator.cluster.shutdown import Ending
+from orchestrator.collection.cursor import Cursor
+from orchestrator.collection.evaluation import evaluate, evaluate_rows, greedy
+from orchestrator.collection.group_collector import Collector, GroupCollector, RowCollector
+from orchestrator.collection.precompute import precompute
+from orchestrator.collection.staleness import Contract
+from orchestrator.config.schema import RunConfig
 from orchestrator.driver import Progress, StepRecord, train
-from orchestrator.ending import Ending
-from orchestrator.evaluation import evaluate, evaluate_rows, greedy
-from orchestrator.launch import average_spec, launch, optim_spec
-from orchestrator.metrics import MetricsLog
-from orchestrator.plan import Plan, make_plan
-from orchestrator.plot import draw
-from orchestrator.precompute import precompute
-from orchestrator.prepare import Prepared, PreparedPhase, prepare
-from orchestrator.roles import PhaseSettings, Roles
-from orchestrator.rollout_metrics import rollout_metrics
-from orchestrator.staleness import Contract
-from orchestrator.supervision import Ledger, Watchdog
+from orchestrator.executor import PhaseSettings, Roles
+from orchestrator.planning.plan import Plan, make_plan
+from orchestrator.planning.resolve import Prepared, PreparedPhase, prepare
+from orchestrator.reporting.console import Console
+from orchestrator.reporting.metrics import MetricsLog
+from orchestrator.reporting.plot import draw
+from orchestrator.reporting.rollout_metrics import rollout_metrics
 
 SAVE_TIMEOUT_S = 1800.0
 AVERAGED = "bema"  # in a checkpoint, beside `model`
@@ -366,7 +366,7 @@ class _Run:
         if self.local:
             cluster: Cluster = LocalCluster()
         else:
-            from orchestrator.placement import RayCluster, connect
+            from orchestrator.cluster.ray_cluster import RayCluster, connect
 
             self.dashboard = connect(self.config.cluster, self.plan, debug=self.config.debug)
             self._since_start("connected")

@@ -1,6 +1,6 @@
 """The contract of an engine that samples. `tests/contract/test_engines.py` runs on every one, and on a user's own.
 
-One thread owns an engine (see `rollout/actor.py`): it adds requests, steps, and applies weights between two steps, so
+One thread owns an engine (see `rollout/worker.py`): it adds requests, steps, and applies weights between two steps, so
 no engine needs a lock. Requests in flight keep running across a weight update; their tokens carry the version that
 produced each of them.
 """

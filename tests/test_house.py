@@ -22,21 +22,21 @@ MAY_IMPORT = {  # our own packages that a package may import, itself aside
     "rewards": {"actors"},
     "orchestrator": {"actors", "rollout", "rewards"},
 }
-RAY_AT_MODULE_LEVEL = {"actors/group.py", "orchestrator/placement.py", "orchestrator/cli.py"}
+RAY_AT_MODULE_LEVEL = {"actors/group.py", "orchestrator/cluster/ray_cluster.py", "orchestrator/cli.py"}
 PURE = (  # of the orchestrator: neither Ray nor transformers
     "orchestrator/losses",
     "orchestrator/advantages.py",
     "orchestrator/pipeline.py",
-    "orchestrator/plan.py",
-    "orchestrator/staleness.py",
-    "orchestrator/fleet.py",
-    "orchestrator/supervision.py",
+    "orchestrator/planning/plan.py",
+    "orchestrator/collection/staleness.py",
+    "orchestrator/cluster/fleet.py",
+    "orchestrator/cluster/failures.py",
 )
 TORCHLESS = (
-    "orchestrator/plan.py",
-    "orchestrator/staleness.py",
-    "orchestrator/fleet.py",
-    "orchestrator/supervision.py",
+    "orchestrator/planning/plan.py",
+    "orchestrator/collection/staleness.py",
+    "orchestrator/cluster/fleet.py",
+    "orchestrator/cluster/failures.py",
 )
 SHAPELESS_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "managers"}
 
@@ -208,6 +208,6 @@ def test_user_code_is_never_reached_by_putting_a_folder_on_the_path():
         for file in sources(*PACKAGES)
         for node in ast.walk(tree(file))
         if isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.path"
-        if name_of(file) != "orchestrator/imports.py"
+        if name_of(file) != "orchestrator/import_pin.py"
     ]
     assert not wrong, "\n".join(wrong)

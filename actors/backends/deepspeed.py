@@ -30,9 +30,9 @@ from actors.backends import BackendSpec, Placement, deepspeed_config
 from actors.backends.optimizer import OptimSpec, build_optimizer, build_schedule
 from actors.backends.protocol import StepInfo
 from actors.errors import ConfigError
-from actors.exchange import Instead, mix_in, replaced
 from actors.lora import adapters_off, full_tensors, has_adapters, merged_tensors
 from actors.model import LanguageModel, ModelSpec, load_model
+from actors.weight_swap import Instead, mix_in, replaced
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # of one collective: then the ranks that wait raise instead of hanging
 LAYOUT_FILE = "layout.json"

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from actors.exchange import Instead
 from actors.objective import World
+from actors.weight_swap import Instead
 
 if TYPE_CHECKING:
     from actors.backends.optimizer import OptimSpec

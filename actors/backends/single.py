@@ -19,9 +19,9 @@ from actors.backends import BackendSpec, Placement
 from actors.backends.optimizer import OptimSpec, Stepper
 from actors.backends.protocol import StepInfo
 from actors.errors import ConfigError
-from actors.exchange import Instead, mix_in, replaced
 from actors.lora import adapters_off, full_tensors, merged_tensors, resident
 from actors.model import ModelSpec, load_model
+from actors.weight_swap import Instead, mix_in, replaced
 
 STATE_FILE = "single.pt"
 

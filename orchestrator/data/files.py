@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.errors import DataError
-from orchestrator import examples
-from orchestrator.config import DataConfig
+from orchestrator.config.schema import DataConfig
+from orchestrator.data import synthetic_examples as examples
 from orchestrator.data.json_lines import JSON_SUFFIXES
 
 if TYPE_CHECKING:

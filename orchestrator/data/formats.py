@@ -13,7 +13,7 @@ from itertools import takewhile
 from typing import Any, cast
 
 from actors.errors import DataError
-from orchestrator.config import DataConfig
+from orchestrator.config.schema import DataConfig
 from orchestrator.pipeline import DataKind
 
 Message = dict[str, Any]

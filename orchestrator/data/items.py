@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from actors.batch import Batch
-from orchestrator.config import DataConfig
+from orchestrator.config.schema import DataConfig
+from orchestrator.data.document_packing import Bin, best_fit_decreasing, wrapped
 from orchestrator.data.formats import Content
-from orchestrator.data.packing import Bin, best_fit_decreasing, wrapped
+from orchestrator.data.mismatched_rows import with_mismatches
 from orchestrator.data.report import LEARNED
 from orchestrator.data.store import Store
-from orchestrator.mismatches import with_mismatches
 from orchestrator.pipeline import DataKind
 
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from actors.errors import DataError
-from orchestrator.config import DataConfig
-from orchestrator.data.fit import Fit, Limits
+from orchestrator.config.schema import DataConfig
 from orchestrator.data.formats import Example, Format, Row, RowError
 from orchestrator.data.tokenise import Encoded, Tokeniser
+from orchestrator.data.truncation import Fit, Limits
 from orchestrator.pipeline import DataKind
 
 OPTIONAL = ("tools", "chat_template_kwargs", "labels", "completion_mask", "assistant_masks")

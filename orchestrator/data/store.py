@@ -21,8 +21,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from orchestrator.data.fit import Fit
 from orchestrator.data.prepare import Prepared
+from orchestrator.data.truncation import Fit
 
 NO_LABEL = -1
 

@@ -23,16 +23,16 @@ import numpy as np
 
 from actors.batch import Batch
 from actors.errors import DataError
-from orchestrator.config import DataConfig
+from orchestrator.config.schema import DataConfig
 from orchestrator.data import rows as raw
 from orchestrator.data import store as stored
-from orchestrator.data.fit import Limits
 from orchestrator.data.formats import Format, choose, without_nones
 from orchestrator.data.items import Item, Items, Longest, Prompt, drawn_together, packed, render
 from orchestrator.data.prepare import Preparer, wanted_columns
 from orchestrator.data.report import BadRows, DataReport
 from orchestrator.data.store import Record
 from orchestrator.data.tokenise import Tokeniser
+from orchestrator.data.truncation import Limits
 from orchestrator.pipeline import DataKind
 
 SHUFFLE_BUFFER = 10_000  # rows

@@ -20,8 +20,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from orchestrator.metrics import METRICS_FILE, read
-from orchestrator.plot import PANELS, draw
+from orchestrator.reporting.metrics import METRICS_FILE, read
+from orchestrator.reporting.plot import PANELS, draw
 
 REPOSITORY = Path(__file__).parent.parent.parent
 CURVES = REPOSITORY / "docs" / "methods" / "curves"

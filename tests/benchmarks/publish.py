@@ -34,12 +34,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from actors.backends import BackendSpec
 from actors.group import RayGroup, RayWorker, start_ranks, start_worker
 from actors.model import ModelSpec
-from actors.trainable import Trainable
+from actors.model_worker import Trainable
 from actors.worker import WorkerInfo
-from rollout.actor import RolloutWorker
 from rollout.engine import EngineSpec
 from rollout.weights import CollectiveSend, ManifestOf, OpenCollective
 from rollout.weights.protocol import Rendezvous, SyncOrder
+from rollout.worker import RolloutWorker
 from tests.unit.tiny import tiny_tokenizer
 
 DEADLINE_S = 300.0

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.examples import model_folder, skewed
+from orchestrator.data.synthetic_examples import model_folder, skewed
 
 METHODS = ("sft", "dpo", "kto", "grpo")
 SIZES = ("2.6m", "26m")

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from actors.averaging import AverageSpec
 from actors.backends import BackendSpec
 from actors.backends.optimizer import OptimSpec
 from actors.batch import Batch
@@ -32,14 +31,15 @@ from actors.errors import ConfigError, InfraFailure
 from actors.group import start_ranks
 from actors.lora import LoraSpec
 from actors.model import ModelSpec
+from actors.model_worker import Trainable, UpdateReport
 from actors.objective import Counts, MicroBatch, Objective, Outputs, Stat, World
-from actors.packing import deal
-from actors.trainable import Trainable, UpdateReport
+from actors.sharding import deal
+from actors.weight_averaging import AverageSpec
 from actors.worker import WorkerInfo
 from orchestrator.losses.objective import LossObjective
 from orchestrator.losses.reduce import item_mean
 from orchestrator.losses.unpaired import bco, kto
-from orchestrator.transfer import mix_towards
+from orchestrator.publishing.transfer import mix_towards
 from tests.unit.tiny import tiny_model_folder
 
 VERB_S = 120.0

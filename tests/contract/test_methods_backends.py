@@ -15,8 +15,8 @@ from actors.backends.optimizer import OptimSpec
 from actors.batch import Batch
 from actors.lora import LoraSpec
 from actors.model import ModelSpec
-from actors.packing import deal
-from actors.trainable import Trainable
+from actors.model_worker import Trainable
+from actors.sharding import deal
 from orchestrator.losses.objective import LossObjective
 from orchestrator.methods import METHODS, build
 from orchestrator.pipeline import Pipeline, Verb

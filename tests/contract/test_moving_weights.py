@@ -19,13 +19,13 @@ from actors.backends import BackendSpec
 from actors.batch import Batch
 from actors.errors import ConfigError
 from actors.model import ModelSpec
-from actors.packing import deal
-from actors.trainable import Trainable
-from orchestrator.config import RunConfig
-from orchestrator.cursor import Cursor
-from orchestrator.launch import optim_spec
+from actors.model_worker import Trainable
+from actors.sharding import deal
+from orchestrator.cluster.launch import optim_spec
+from orchestrator.collection.cursor import Cursor
+from orchestrator.config.schema import RunConfig
 from orchestrator.losses.objective import LossObjective
-from orchestrator.prepare import prepare
+from orchestrator.planning.resolve import prepare
 from orchestrator.run import RunResult, run
 from tests.unit.source_stub import write_rows
 from tests.unit.tiny import tiny_model_folder

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from orchestrator.config import RunConfig
-from orchestrator.prepare import prepare
+from orchestrator.config.schema import RunConfig
+from orchestrator.planning.resolve import prepare
 from orchestrator.run import RunResult, run
 from tests.unit.source_stub import write_rows
 from tests.unit.tiny import tiny_model_folder

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.config import RunConfig
-from orchestrator.loading import load_config, recipes
-from orchestrator.prepare import build_pipeline
+from orchestrator.config.loading import load_config, recipes
+from orchestrator.config.schema import RunConfig
+from orchestrator.planning.resolve import build_pipeline
 from orchestrator.run import RunResult, run
 from tests.unit.source_stub import write_rows
 from tests.unit.tiny import tiny_model_folder

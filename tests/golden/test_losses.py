@@ -16,14 +16,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from actors.averaging import Average, AverageSpec
 from actors.backends.single import SoloWorld
 from actors.batch import Batch
-from actors.exchange import mix_in
 from actors.lora import resident
 from actors.objective import MicroBatch
+from actors.weight_averaging import Average, AverageSpec
+from actors.weight_swap import mix_in
 from orchestrator.advantages import mask_truncated, zscore_by_group
-from orchestrator.density_ratio import density_ratio_weights
+from orchestrator.data.density_ratio import density_ratio_weights
+from orchestrator.data.mismatched_rows import with_mismatches
 from orchestrator.losses.objective import LossObjective
 from orchestrator.losses.pairwise import odds_ratio
 from orchestrator.losses.policy_gradient import engine_correction, policy_gradient
@@ -31,7 +32,6 @@ from orchestrator.losses.reduce import item_mean, token_mean
 from orchestrator.losses.surrogates import clipped
 from orchestrator.losses.views import PolicyTokens
 from orchestrator.methods import build
-from orchestrator.mismatches import with_mismatches
 from tests.unit.trainer_stub import Result, Rows, optimise
 
 FILE = json.loads((Path(__file__).parent / "losses.json").read_text())

@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM
 from actors.backends import BackendSpec
 from actors.group import RayWorker, start_worker
 from actors.model import ModelSpec
-from actors.trainable import Trainable
-from rollout.actor import RolloutWorker
+from actors.model_worker import Trainable
 from rollout.engine import EngineSpec
 from rollout.sampling import Request, Sampling
 from rollout.weights import CollectiveSend, ManifestOf, OpenCollective, PackBuckets
 from rollout.weights.protocol import Ack, Manifest, Rendezvous, SendReport, SyncOrder
+from rollout.worker import RolloutWorker
 from tests.unit.tiny import tiny_model_folder
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]

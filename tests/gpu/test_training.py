@@ -16,9 +16,9 @@ from actors.backends import BackendSpec
 from actors.backends.optimizer import OptimSpec
 from actors.batch import Batch
 from actors.model import ModelSpec
+from actors.model_worker import Trainable, UpdateReport
 from actors.objective import Counts, MicroBatch, Outputs, Stat, World
-from actors.packing import deal
-from actors.trainable import Trainable, UpdateReport
+from actors.sharding import deal
 from tests.unit.tiny import tiny_model_folder
 
 pytestmark = pytest.mark.gpu

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.imports import ROOT
+from orchestrator.import_pin import ROOT
 
 FOREIGN = "raise RuntimeError('the user\\'s module was imported')\n"
 
 DRIVER = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from orchestrator.imports import pin, worker_setup
+from orchestrator.import_pin import pin, worker_setup
 pin()
 sys.path.remove({str(ROOT)!r})
 import ray

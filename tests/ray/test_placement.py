@@ -21,10 +21,10 @@ from ray.util.placement_group import placement_group_table
 import actors
 from actors.errors import ConfigError, InfraFailure, PlacementError, RunError
 from actors.worker import WorkerInfo
-from orchestrator.config import ClusterConfig, PhaseConfig, RolesConfig, RunConfig, TrainConfig
+from orchestrator.cluster.ray_cluster import RayCluster, connect, view_cluster
+from orchestrator.config.schema import ClusterConfig, PhaseConfig, RolesConfig, RunConfig, TrainConfig
 from orchestrator.methods import build
-from orchestrator.placement import RayCluster, connect, view_cluster
-from orchestrator.plan import Plan, make_plan, problems
+from orchestrator.planning.plan import Plan, make_plan, problems
 
 READY_S = 60.0
 ROOT = Path(actors.__file__).parents[1]
@@ -312,11 +312,11 @@ async def test_a_label_that_no_node_has_is_named_within_the_deadline(invented: I
 
 OWN_RAY = """
 import asyncio, ray
-from orchestrator.config import RunConfig
+from orchestrator.config.schema import RunConfig
 from orchestrator.methods import build
-from orchestrator.placement import RayCluster, cluster_at_hand, connect
-from orchestrator.plan import make_plan, problems
-from rewards.actor import RewardWorker
+from orchestrator.cluster.ray_cluster import RayCluster, cluster_at_hand, connect
+from orchestrator.planning.plan import make_plan, problems
+from rewards.worker import RewardWorker
 from rewards.loading import RewardSpec
 
 config = RunConfig.model_validate({"phases": {"grpo": {"method": "grpo"}}, "roles": {"rollout": {"workers": 40}}})

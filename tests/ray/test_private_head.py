@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import yaml
 
-from orchestrator.imports import ROOT
+from orchestrator.import_pin import ROOT
 from tests.runs import ARITHMETIC, TROUPE, Run, merged
 
 pytestmark = pytest.mark.timeout(900)  # whole runs, several processes each; a busy machine is slow to start them

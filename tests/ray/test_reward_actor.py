@@ -15,10 +15,10 @@ import ray
 from actors.batch import Batch
 from actors.errors import DataFailure, InfraFailure
 from actors.group import RayWorker, start_worker
-from orchestrator.pool import Pool, PoolPolicy
-from orchestrator.supervision import Watchdog
-from rewards.actor import RewardWorker, ScoreResult
+from orchestrator.cluster.failures import Watchdog
+from orchestrator.cluster.pool import Pool, PoolPolicy
 from rewards.loading import RewardSpec
+from rewards.worker import RewardWorker, ScoreResult
 from tests.unit.tiny import tiny_tokenizer
 
 READY_S = 120.0

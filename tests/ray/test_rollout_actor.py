@@ -17,11 +17,11 @@ import torch
 
 from actors.errors import DataFailure, InfraFailure
 from actors.group import RayWorker, start_worker
-from rollout.actor import RolloutWorker
 from rollout.engine import EngineSpec
 from rollout.sampling import Request, Sampling
 from rollout.weights import DiskWrite
 from rollout.weights.protocol import Manifest, SyncOrder, TensorMeta
+from rollout.worker import RolloutWorker
 from tests.unit.tiny import tiny_model_folder
 
 READY_S = 240.0

@@ -23,13 +23,13 @@ from actors.backends import BackendSpec
 from actors.errors import InfraFailure
 from actors.group import RayWorker, start_worker
 from actors.model import ModelSpec
-from actors.trainable import Trainable
+from actors.model_worker import Trainable
 from actors.worker import WorkerInfo
-from rollout.actor import RolloutWorker
 from rollout.engine import EngineSpec
 from rollout.sampling import Request, Sampling
 from rollout.weights import CollectiveSend, DiskWrite, ManifestOf, OpenCollective, PackBuckets
 from rollout.weights.protocol import Ack, Manifest, Rendezvous, SendReport, SyncOrder
+from rollout.worker import RolloutWorker
 from tests.unit.tiny import tiny_model_folder
 
 READY_S = 120.0

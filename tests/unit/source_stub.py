@@ -10,10 +10,10 @@ from typing import Any
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
 
-from orchestrator import examples
-from orchestrator.config import DataConfig
+from orchestrator.config.schema import DataConfig
+from orchestrator.data import synthetic_examples as examples
+from orchestrator.data.source import Source, open_source
 from orchestrator.pipeline import DataKind
-from orchestrator.source import Source, open_source
 
 PLAIN_TEMPLATE = (
     "{% if tools %}[{{ tools | tojson }}]{% endif %}{% if shout is defined and shout %}!{% endif %}"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from actors.batch import Batch
 from orchestrator.advantages import group_zscore, has_signal, mask_truncated, zscore_by_group
-from orchestrator.density_ratio import density_ratio_weights, desirable_probability
+from orchestrator.data.density_ratio import density_ratio_weights, desirable_probability
 
 NAN = float("nan")
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from actors.averaging import Average, AverageSpec
 from actors.backends import BackendSpec
 from actors.backends.optimizer import OptimSpec
 from actors.backends.single import SoloWorld
@@ -20,9 +19,10 @@ from actors.batch import Batch
 from actors.errors import ConfigError, RunError
 from actors.lora import LoraSpec
 from actors.model import ModelSpec
-from actors.packing import deal
-from actors.trainable import Trainable
-from orchestrator.config import TrainConfig
+from actors.model_worker import Trainable
+from actors.sharding import deal
+from actors.weight_averaging import Average, AverageSpec
+from orchestrator.config.schema import TrainConfig
 from orchestrator.losses.likelihood import nll
 from orchestrator.losses.objective import LossObjective
 from orchestrator.losses.reduce import token_mean

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from orchestrator.cli import main
-from orchestrator.imports import ROOT
-from orchestrator.listing import PREVIEW_LIMIT, coloured
+from orchestrator.import_pin import ROOT
 from orchestrator.methods import METHODS
+from orchestrator.reporting.tables import PREVIEW_LIMIT, coloured
 
 TROUPE = (
     f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = 'troupe'; from orchestrator.cli import main; main()"

@@ -11,11 +11,11 @@ import pytest
 import actors
 from actors.errors import ConfigError, InfraFailure, RunError
 from actors.worker import WorkerInfo
-from orchestrator.cluster import LocalCluster, refuse_foreign
-from orchestrator.config import RunConfig
-from orchestrator.control import Board
+from orchestrator.cluster.base import LocalCluster, refuse_foreign
+from orchestrator.cluster.control_actor import Board
+from orchestrator.config.schema import RunConfig
 from orchestrator.methods import build
-from orchestrator.plan import Machine, Plan, make_plan
+from orchestrator.planning.plan import Machine, Plan, make_plan
 
 OURS = str(Path(actors.__file__).parent)
 

@@ -11,12 +11,12 @@ import pytest
 from actors.batch import Batch
 from actors.errors import BudgetExhausted, DataFailure, InfraFailure
 from actors.worker import Ref
-from orchestrator.collector import GroupCollector, RowCollector
-from orchestrator.cursor import Cursor
+from orchestrator.cluster.failures import Ledger, Watchdog
+from orchestrator.collection.cursor import Cursor
+from orchestrator.collection.group_collector import GroupCollector, RowCollector
+from orchestrator.collection.staleness import Contract
 from orchestrator.pipeline import Pipeline, Prompts, generate, keep, score
-from orchestrator.staleness import Contract
-from orchestrator.supervision import Ledger, Watchdog
-from rewards.actor import ScoreResult
+from rewards.worker import ScoreResult
 from rollout.sampling import Finish, GroupMeta, Request, Sampling
 
 SAMPLES = 2

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.errors import ConfigError
-from orchestrator.config import RunConfig
-from orchestrator.explain import schema_keys
-from orchestrator.loading import Draft, load_config, load_run, recipes
-from orchestrator.overrides import apply, dotted, load_yaml, parse
+from orchestrator.config.error_messages import schema_keys
+from orchestrator.config.loading import Draft, load_config, load_run, recipes
+from orchestrator.config.overrides import apply, dotted, load_yaml, parse
+from orchestrator.config.schema import RunConfig
 
 SINGLE = """\
 # A phase at the top level. More about it.

@@ -10,11 +10,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchestrator.imports import ROOT
+from orchestrator.import_pin import ROOT
 
 RUN = """
 import asyncio, signal, subprocess, sys, time
-from orchestrator.ending import Ending
+from orchestrator.cluster.shutdown import Ending
 
 alive, hang = "alive" in sys.argv, "hang" in sys.argv
 if "deaf" in sys.argv:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from actors.errors import ConfigError
-from orchestrator.config import RunConfig
-from orchestrator.metrics import METRICS_FILE, read
-from orchestrator.prepare import prepare
+from orchestrator.config.schema import RunConfig
+from orchestrator.planning.resolve import prepare
+from orchestrator.reporting.metrics import METRICS_FILE, read
 from orchestrator.run import run
 from tests.unit.source_stub import write_rows
 from tests.unit.tiny import tiny_model_folder

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.errors import DataError, ModelError
-from orchestrator import examples
+from orchestrator.data import synthetic_examples as examples
 
 
 def problem(prompt: str) -> frozenset[int]:

@@ -16,9 +16,9 @@ from actors.backends import BackendSpec
 from actors.backends.optimizer import OptimSpec
 from actors.errors import InfraFailure, RunError
 from actors.model import ModelSpec
-from actors.trainable import Trainable
+from actors.model_worker import Trainable
 from actors.worker import LocalGroup, LocalWorker
-from orchestrator.transfer import mix_towards
+from orchestrator.publishing.transfer import mix_towards
 from rollout.weights import ManifestOf, PackBuckets, UnpackBuckets
 from tests.unit.tiny import tiny_model_folder
 

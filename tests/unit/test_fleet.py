@@ -3,7 +3,7 @@
 import pytest
 
 from actors.errors import BudgetExhausted
-from orchestrator.fleet import Fleet, Start, State, Stop
+from orchestrator.cluster.fleet import Fleet, Start, State, Stop
 
 
 def serving(desired: int, **options) -> Fleet:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.imports import PACKAGES, ROOT
+from orchestrator.import_pin import PACKAGES, ROOT
 
 FOREIGN = "raise RuntimeError('the user\\'s module was imported')\n"
 
@@ -33,7 +33,7 @@ def run_python(code: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[
 PIN_FROM_ELSEWHERE = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from orchestrator.imports import pin
+from orchestrator.import_pin import pin
 pin()
 sys.path.remove({str(ROOT)!r})
 sys.path.insert(0, "")
@@ -64,7 +64,7 @@ def test_a_foreign_package_that_was_imported_first_is_refused_with_both_places_n
     code = f"""
 import rewards, sys
 sys.path.insert(1, {str(ROOT)!r})
-from orchestrator.imports import pin
+from orchestrator.import_pin import pin
 pin()
 """
     done = run_python(code, tmp_path)

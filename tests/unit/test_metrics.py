@@ -13,9 +13,9 @@ import pytest
 from pyarrow import parquet
 from rich.console import Console as Terminal
 
-from orchestrator.console import Console, Pace, duration
-from orchestrator.metrics import METRICS_FILE, MetricsLog, read
-from orchestrator.plot import draw
+from orchestrator.reporting.console import Console, Pace, duration
+from orchestrator.reporting.metrics import METRICS_FILE, MetricsLog, read
+from orchestrator.reporting.plot import draw
 
 
 @dataclass(frozen=True)

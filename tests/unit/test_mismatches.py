@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from actors.batch import Batch
-from orchestrator.mismatches import with_mismatches
+from orchestrator.data.mismatched_rows import with_mismatches
 
 
 def labelled() -> Batch:

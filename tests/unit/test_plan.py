@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from actors.errors import ConfigError
-from orchestrator.bundles import Bundle, ClusterView, Node, fit, shortages
-from orchestrator.config import RunConfig
-from orchestrator.labels import meets
-from orchestrator.memory import Training, estimate
+from orchestrator.config.schema import RunConfig
 from orchestrator.methods import build
 from orchestrator.pipeline import Pairs, Pipeline, Stage, Verb
-from orchestrator.plan import Machine, Plan, draft_plan, make_plan, problems
-from orchestrator.plan_view import render
+from orchestrator.planning.bundles import Bundle, ClusterView, Node, fit, shortages
+from orchestrator.planning.memory_estimate import Training, estimate
+from orchestrator.planning.node_selectors import meets
+from orchestrator.planning.plan import Machine, Plan, draft_plan, make_plan, problems
+from orchestrator.reporting.plan_report import render
 
 SEVEN_BILLION = 7_000_000_000
 SMALL = 1_300_000

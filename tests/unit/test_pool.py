@@ -9,9 +9,9 @@ import pytest
 
 from actors.errors import BudgetExhausted, DataFailure, InfraFailure
 from actors.worker import LocalWorker, WorkerInfo
-from orchestrator.fleet import State
-from orchestrator.pool import Pool, PoolPolicy
-from orchestrator.supervision import Watchdog
+from orchestrator.cluster.failures import Watchdog
+from orchestrator.cluster.fleet import State
+from orchestrator.cluster.pool import Pool, PoolPolicy
 
 POLICY = PoolPolicy(
     slots=4,

@@ -19,17 +19,17 @@ from rich.console import Console
 
 from actors.batch import Batch
 from actors.errors import ConfigError, DataError, ModelError
-from orchestrator.bundles import ClusterView
-from orchestrator.config import RunConfig
+from orchestrator.collection.precompute import weights_fingerprint
+from orchestrator.config.schema import RunConfig
 from orchestrator.data import kept
-from orchestrator.data.kept import Origin
+from orchestrator.data.caches import Origin
+from orchestrator.data.source import RowSource
 from orchestrator.methods import build
 from orchestrator.pipeline import Labelled, Pairs, Pipeline, Prompts, generate, logps
-from orchestrator.plan import Plan, draft_plan, make_plan
-from orchestrator.plan_view import render
-from orchestrator.precompute import weights_fingerprint
-from orchestrator.prepare import Prepared, prepare
-from orchestrator.source import RowSource
+from orchestrator.planning.bundles import ClusterView
+from orchestrator.planning.plan import Plan, draft_plan, make_plan
+from orchestrator.planning.resolve import Prepared, prepare
+from orchestrator.reporting.plan_report import render
 from tests.unit.source_stub import opened, write_rows
 from tests.unit.tiny import tiny_model_folder
 
@@ -102,7 +102,9 @@ def test_a_model_of_the_hub_is_known_by_its_revision(model: Path, tmp_path: Path
     shutil.copytree(model, cached / "snapshots" / commit)
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(commit)
-    code = "from orchestrator.precompute import weights_fingerprint; print(weights_fingerprint('some/model'))"
+    code = (
+        "from orchestrator.collection.precompute import weights_fingerprint; print(weights_fingerprint('some/model'))"
+    )
     offline = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}  # read when the hub's library is imported
     offline.pop("HF_HUB_CACHE", None)
     found = subprocess.run([sys.executable, "-c", code], env=offline, capture_output=True, text=True, timeout=120)

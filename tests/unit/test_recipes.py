@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config import RunConfig
-from orchestrator.imports import ROOT
-from orchestrator.loading import RECIPES, load_config, recipes
+from orchestrator.config.loading import RECIPES, load_config, recipes
+from orchestrator.config.schema import RunConfig
+from orchestrator.import_pin import ROOT
 from orchestrator.methods import METHODS
-from orchestrator.papers import FIRST_LINE, papers
-from orchestrator.plan import Machine, draft_plan
-from orchestrator.prepare import build_pipeline
+from orchestrator.planning.plan import Machine, draft_plan
+from orchestrator.planning.resolve import build_pipeline
+from orchestrator.reporting.papers import FIRST_LINE, papers
 
 NAMES = sorted(recipes())
 PAPERS = [name for name in NAMES if name.startswith("papers/")]

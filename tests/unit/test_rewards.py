@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from actors.batch import Batch
 from actors.errors import ConfigError, DataFailure, InfraFailure
 from actors.worker import LocalWorker
-from orchestrator.config import RewardConfig
-from rewards.actor import RewardWorker, ScoreResult
+from orchestrator.config.schema import RewardConfig
 from rewards.combine import weighted_sum
 from rewards.functions import (
     cosine_between,
@@ -31,6 +30,7 @@ from rewards.functions import (
 )
 from rewards.loading import RewardSpec, check_columns, check_reward, load_reward
 from rewards.mathematics import accuracy
+from rewards.worker import RewardWorker, ScoreResult
 from tests.unit.tiny import tiny_tokenizer
 
 GOLDEN_FILE = Path(__file__).parents[1] / "golden/rewards.json"

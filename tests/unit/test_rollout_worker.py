@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from actors.errors import ConfigError, DataFailure, InfraFailure, ModelError
-from rollout.actor import RolloutWorker
 from rollout.engine import EngineSpec, build_engine
 from rollout.sampling import Finish, Request, Sampling
 from rollout.weights import DiskWrite
 from rollout.weights.protocol import Manifest, SendReport, SyncOrder, TensorMeta
+from rollout.worker import RolloutWorker
 
 PROMPT = (5, 6, 7)
 SCRIPT = {"5 6 7": [[8, 9, 1], [10, 1]]}

@@ -10,10 +10,10 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from actors.errors import DataError
-from orchestrator.config import DataConfig, MixtureEntry
-from orchestrator.data.rows import mixture_counts
+from orchestrator.config.schema import DataConfig, MixtureEntry
+from orchestrator.data.mixtures import mixture_counts
+from orchestrator.data.source import open_source, validate
 from orchestrator.pipeline import Completions, Prompts
-from orchestrator.source import open_source, validate
 from tests.unit.source_stub import opened, tokenizer, write_rows
 
 ROWS = [{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(3)]

@@ -11,6 +11,7 @@ import pytest
 
 from actors.errors import DataError
 from orchestrator.data.formats import extract_prompt
+from orchestrator.data.source import Prompt
 from orchestrator.pipeline import (
     Completions,
     DataKind,
@@ -22,7 +23,6 @@ from orchestrator.pipeline import (
     Triples,
     WeightedLabelled,
 )
-from orchestrator.source import Prompt
 from tests.unit.source_stub import (
     MARKED_TEMPLATE,
     PLAIN_TEMPLATE,

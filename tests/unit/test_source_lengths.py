@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from actors.errors import ConfigError, DataError
-from orchestrator.config import LoggingConfig, ModelConfig, RewardConfig, RunConfig
-from orchestrator.metrics import METRICS_FILE, read
+from orchestrator.config.schema import LoggingConfig, ModelConfig, RewardConfig, RunConfig
 from orchestrator.pipeline import Completions, Pairs, Prompts
-from orchestrator.prepare import prepare
+from orchestrator.planning.resolve import prepare
+from orchestrator.reporting.metrics import METRICS_FILE, read
 from orchestrator.run import run
 from tests.unit.source_stub import opened, tokenizer, write_rows
 from tests.unit.tiny import tiny_model_folder

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from actors.forward import forward
 from actors.model import ModelSpec, load_model
 from actors.objective import MicroBatch
+from orchestrator.data.document_packing import Bin, best_fit_decreasing, wrapped
 from orchestrator.data.order import Order
-from orchestrator.data.packing import Bin, best_fit_decreasing, wrapped
 from orchestrator.pipeline import Completions
 from tests.unit.source_stub import opened, tokenizer, write_rows
 from tests.unit.tiny import tiny_model_folder

@@ -10,10 +10,10 @@ import pytest
 from datasets import Dataset
 
 from actors.errors import DataError
-from orchestrator.config import DataConfig, MixtureEntry
+from orchestrator.config.schema import DataConfig, MixtureEntry
+from orchestrator.data.source import open_source, validate
 from orchestrator.data.stream import shuffled
 from orchestrator.pipeline import Completions, Prompts
-from orchestrator.source import open_source, validate
 from tests.unit.source_stub import opened, tokenizer, write_rows
 
 

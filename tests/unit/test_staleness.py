@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.errors import StalenessError
-from orchestrator.staleness import Contract
+from orchestrator.collection.staleness import Contract
 
 
 def admitted(contract: Contract, version: int) -> int:

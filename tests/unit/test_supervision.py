@@ -3,7 +3,7 @@
 import pytest
 
 from actors.errors import BudgetExhausted, DataFailure, InfraFailure
-from orchestrator.supervision import Kind, Ledger, Watchdog, classify, enough_survive
+from orchestrator.cluster.failures import Kind, Ledger, Watchdog, classify, enough_survive
 
 
 def test_failures_are_told_apart_by_their_class():

@@ -19,9 +19,9 @@ from actors.batch import Batch
 from actors.errors import ConfigError, ModelError, RunError
 from actors.lora import LoraSpec
 from actors.model import ModelSpec
+from actors.model_worker import Trainable, UpdateReport
 from actors.objective import Counts, MicroBatch, Outputs, Stat, World
-from actors.packing import Chunk, deal
-from actors.trainable import Trainable, UpdateReport
+from actors.sharding import Chunk, deal
 from tests.unit.tiny import tiny_model_folder
 
 OPTIM = OptimSpec(learning_rate=3e-3, total_steps=10, weight_decay=0.1)

@@ -1,0 +1,166 @@
+"""Passes of a rank's share of a batch through its model, under an objective that knows what they are for.
+
+    learn     [outputs without gradient -> statistics]    if rows are coupled: of all rows, or of those that are there
+                                                          for it alone
+              per micro-batch: forward, loss, backward
+    measure   the same, without gradient, dropout and noise
+
+Collective: the ranks move in step, so each runs as many micro-batches, empty ones among them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from actors.backends.protocol import Backend
+from actors.batch import Batch
+from actors.errors import RunError
+from actors.forward import forward
+from actors.metrics import combine, sum_counts
+from actors.objective import Counts, MicroBatch, Objective, Outputs, Stat
+from actors.sharding import Chunk, MicroBatches
+
+Stats = dict[str, Stat]
+Drawing = Callable[[], AbstractContextManager[None]]  # what is drawn at random inside, from its beginning
+
+
+@dataclass
+class Clock:
+    """Seconds by part of an update."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "backward": 0.0, "step": 0.0})
+
+    @contextlib.contextmanager
+    def measure(self, part: str) -> Generator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
+
+
+class Pass:
+    """One batch under one objective. `counts` and `tokens` are summed over micro-batches and ranks; `state` is what the
+    objective keeps between batches."""
+
+    def __init__(
+        self, backend: Backend, chunk: Chunk, objective: Objective, temperature: float, state: dict[str, Any]
+    ) -> None:
+        self._backend, self._objective, self._temperature, self._state = backend, objective, temperature, state
+        self._micros = micro_batches(chunk.batch, chunk.micro_batches, backend)
+        self._aside = micro_batches(chunk.batch, chunk.aside, backend)
+        sizes = [*map(_sizes, self._micros), *(_sizes(micro) | {"learned": 0.0} for micro in self._aside)]
+        self.counts = self._summed([objective.counts(micro) for micro in self._micros])
+        self.tokens = self._summed(sizes)
+        if not self.tokens.get("learned"):
+            raise RunError("an empty batch: there is nothing to compute a loss from")
+        self._statistics: dict[str, Any] = {}
+        self.clock = Clock()
+
+    def learn(self, drawing: Drawing) -> dict[str, float]:
+        """The gradient of the batch's loss is added to the model's; the metrics. `drawing` is entered already."""
+        outputs = map(self._forward, self._micros)  # one at a time: each holds a graph
+        if self._objective.coupled and self._objective.aside is None and len(self._micros) == 1:
+            outputs = iter(ready := list(outputs))
+            self._couple(self._micros, ready)
+        elif self._objective.coupled:
+            seen = self._micros if self._objective.aside is None else self._aside
+            with torch.no_grad(), drawing():  # what the pass with gradient will draw
+                self._couple(seen, [self._forward(micro, "statistics") for micro in seen])
+        stats = [
+            self._descend(micro, found, last=micro is self._micros[-1])
+            for micro, found in zip(self._micros, outputs, strict=True)
+        ]
+        return self._combined(stats)
+
+    def measure(self) -> dict[str, float]:
+        """The metrics that `learn` would report, the loss among them."""
+        outputs = self._quietly(self._micros)
+        if self._objective.coupled:
+            alone = self._objective.aside is not None
+            self._couple(*(self._aside, self._quietly(self._aside)) if alone else (self._micros, outputs))
+        loss_of = (
+            (micro, found, *self._loss(micro, found)) for micro, found in zip(self._micros, outputs, strict=True)
+        )
+        return self._combined([_measured(*each) for each in loss_of])
+
+    def _forward(self, micro: MicroBatch, part: str = "forward") -> Outputs:
+        with self.clock.measure(part):
+            return forward(
+                self._backend.model, filled(micro), temperature=self._temperature, needs=self._objective.needs
+            )
+
+    def _quietly(self, micros: list[MicroBatch]) -> list[Outputs]:
+        return list(without_noise(self._backend, micros, self._temperature, self._objective.needs))
+
+    def _couple(self, micros: list[MicroBatch], outputs: list[Outputs]) -> None:
+        full = [(micro, found.detached()) for micro, found in zip(micros, outputs, strict=True) if len(micro)]
+        seen, found = [micro for micro, _ in full], [outputs for _, outputs in full]
+        self._statistics = self._objective.statistics(seen, found, self._backend.world, self._state)
+
+    def _descend(self, micro: MicroBatch, outputs: Outputs, *, last: bool) -> Stats:
+        with self.clock.measure("forward"):
+            loss, stats = self._loss(micro, outputs)
+        with self.clock.measure("backward"):
+            self._backend.backward(loss, last=last)
+        return _measured(micro, outputs, loss, stats)
+
+    def _loss(self, micro: MicroBatch, outputs: Outputs) -> tuple[Tensor, Stats]:
+        """The objective's, plus the experts' balancing loss weighted by this micro-batch's share of tokens."""
+        if not len(micro):
+            return outputs.logps.sum() * 0, {}
+        loss, stats = self._objective.loss(micro, outputs, self.counts, self._statistics)
+        if outputs.aux_loss is None:
+            return loss, stats
+        size = _sizes(micro)["real"]
+        balancing = Stat(outputs.aux_loss.detach() * size, size)
+        return loss + outputs.aux_loss * (size / self.tokens["learned"]), {**stats, "aux_loss": balancing}
+
+    def _summed(self, counts: list[Counts]) -> Counts:
+        return sum_counts(counts, self._backend.world, self._backend.device)
+
+    def _combined(self, stats: list[Stats]) -> dict[str, float]:
+        return combine(stats, self._backend.world, self._backend.device)
+
+
+def micro_batches(batch: Batch, members: MicroBatches, backend: Backend) -> list[MicroBatch]:
+    """The micro-batches of a chunk on the backend's device."""
+    return [MicroBatch.of(batch.select(rows), backend.device) for rows in members]
+
+
+def without_noise(
+    backend: Backend, micros: list[MicroBatch], temperature: float, needs: frozenset[str] = frozenset()
+) -> Iterator[Outputs]:
+    """Outputs per micro-batch, without gradient, dropout and noise."""
+    training = backend.model.training
+    backend.model.eval()
+    try:
+        with torch.no_grad():
+            for micro in micros:
+                yield forward(backend.model, filled(micro), temperature=temperature, needs=needs)
+    finally:
+        backend.model.train(training)
+
+
+def filled(micro: MicroBatch) -> MicroBatch:
+    """The same, or one token with nothing to predict: what a rank runs whose micro-batch is empty."""
+    return micro if len(micro) else MicroBatch.of(Batch.build([1], tokens=[0]), micro.lengths.device)
+
+
+def _measured(micro: MicroBatch, outputs: Outputs, loss: Tensor, stats: Stats) -> Stats:
+    """A micro-batch's metrics with its share of the loss, and of its tokens those that needed no row of their own."""
+    size = int(micro.lengths.sum())
+    shared = Stat(size - outputs.rows, size) if size else Stat(0.0, 0.0)
+    return {**stats, "loss": Stat(loss.detach(), combine="sum"), "shared_share": shared}
+
+
+def _sizes(micro: MicroBatch) -> Counts:
+    """Tokens of a micro-batch, how many of them are learned from, and how many go through the model."""
+    real = float(micro.lengths.sum())
+    return {"real": real, "learned": real, "computed": max(real, 1.0)}

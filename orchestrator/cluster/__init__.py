@@ -1,0 +1,1 @@
+"""Processes while a run lasts: started, watched, replaced, reached from outside and ended."""

@@ -1,0 +1,265 @@
+"""An elastic pool of workers: it carries out what `orchestrator.cluster.fleet` decides, and gives work to whoever serves.
+
+            decide                start / stop
+    Fleet ───────► _reconcile ─────────────────► cluster
+      ▲                 ▲ wakes: every tick, a death, a resize
+      │ lost            │
+    _monitor ── ping ── workers ◄── call(work) ── callers, each with a deadline and bounded attempts
+
+Scaling, death and restart are one path: the desired number of members differs from the actual one. A worker joins only
+after `admit` returned (for rollout workers: after it acknowledged the current weights).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from actors.errors import InfraFailure
+from actors.worker import Worker, WorkerInfo
+from orchestrator.cluster.failures import Watchdog
+from orchestrator.cluster.fleet import Fleet, Start, State, Stop
+
+T = TypeVar("T")
+Event = Callable[[str, dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class PoolPolicy:
+    """Limits of a pool. With `kill_on_timeout`, a call past its deadline costs the worker its life (a hung reward)."""
+
+    slots: int  # calls that one worker carries at the same time
+    max_attempts: int
+    call_timeout_s: float
+    start_timeout_s: float
+    max_restarts: int
+    kill_on_timeout: bool = False
+    ping_every_s: float = 1.0
+    ping_timeout_s: float = 15.0
+    acquire_timeout_s: float = 600.0
+
+
+class Pool:
+    """Members of one elastic role. Used from one event loop."""
+
+    def __init__(
+        self,
+        role: str,
+        desired: int,
+        policy: PoolPolicy,
+        *,
+        start: Callable[[int], Awaitable[Worker]],
+        stop: Callable[[Worker], Awaitable[None]],
+        event: Event,
+        watchdog: Watchdog,
+    ) -> None:
+        self.role = role
+        self.policy = policy
+        self.fleet = Fleet(role, desired, policy.max_restarts, start_timeout_s=policy.start_timeout_s)
+        self.workers: dict[int, Worker] = {}
+        self.infos: dict[int, WorkerInfo] = {}
+        self.health: dict[int, dict[str, Any]] = {}
+        self._untried: dict[int, float] = {}  # member that returned nothing yet -> when its start began
+        self.admit: Callable[[int], Awaitable[None]] = _at_once  # what a member that is up waits for before it serves
+        self._start, self._stop = start, stop
+        self._event, self._watchdog = event, watchdog
+        self._changed = asyncio.Event()
+        self._wake = asyncio.Event()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._failure: BaseException | None = None
+
+    async def open(self) -> None:
+        """Start the desired members; returns when all of them are up (joining or serving)."""
+        self._spawn(self._keep_reconciling())
+        self._spawn(self._keep_pinging())
+        await self._until(
+            lambda: self.count(State.JOINING, State.SERVING) >= self.fleet.desired,
+            f"{self.fleet.desired} {self.role} worker(s) to start",
+            self.policy.start_timeout_s,
+        )
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        workers, self.workers = list(self.workers.values()), {}
+        await asyncio.gather(*(self._stop(worker) for worker in workers), return_exceptions=True)
+
+    def resize(self, desired: int) -> None:
+        """Change the desired number of members; takes effect at once, surplus members drain."""
+        if desired != self.fleet.desired:
+            self._event("resized", {"role": self.role, "from": self.fleet.desired, "to": desired})
+            self.fleet.desired = desired
+            self._wake.set()
+
+    def count(self, *states: State) -> int:
+        return sum(member.state in states for member in self.fleet.members.values())
+
+    def indices(self, *states: State) -> list[int]:
+        """Members in any of the states whose process is up, in order."""
+        return sorted(i for i, m in self.fleet.members.items() if m.state in states and i in self.workers)
+
+    async def call(self, key: str, work: Callable[[Worker], Awaitable[T]]) -> T:
+        """Run `work` on a serving member; on an InfraFailure on another one, up to `max_attempts` times. Other errors
+        are the caller's. Raises InfraFailure when the attempts are used up."""
+        tried: frozenset[int] = frozenset()
+        last: InfraFailure | None = None
+        for attempt in range(self.policy.max_attempts):
+            index = await self._acquire(tried)
+            try:
+                result = await work(self.workers[index])
+                self._returned(index)
+                return result
+            except InfraFailure as error:
+                tried, last = tried | {index}, error
+                detail = {"role": self.role, "worker": index, "key": key, "attempt": attempt, "why": str(error)}
+                self._event("retry", detail)
+                await self._suspect(index, str(error))
+            finally:
+                self._release(index)
+        raise InfraFailure(f"{self.role}: {key} failed on {len(tried)} worker(s), the last time: {last}") from last
+
+    async def _acquire(self, avoid: frozenset[int]) -> int:
+        def free() -> bool:
+            return self.fleet.pick(self.policy.slots, avoid) is not None
+
+        while (index := self.fleet.pick(self.policy.slots, avoid)) is None:
+            await self._until(free, f"a free {self.role} worker", self.policy.acquire_timeout_s)
+        self.fleet.add_load(index, 1)
+        return index
+
+    def _release(self, index: int) -> None:
+        self.fleet.add_load(index, -1)
+        self._notify()
+        member = self.fleet.members.get(index)
+        if member is not None and member.state is State.DRAINING and member.load == 0:
+            self._wake.set()
+
+    def _returned(self, index: int) -> None:
+        """A call succeeded: if it is the member's first, how long that took since its start began is an event."""
+        began = self._untried.pop(index, None)
+        if began is not None:
+            seconds = round(time.monotonic() - began, 3)
+            self._event("first_result", {"role": self.role, "worker": index, "seconds": seconds})
+
+    async def _suspect(self, index: int, why: str) -> None:
+        """A call failed: is it the worker? Evict it if it does not answer, or if hanging is a capital offence here."""
+        if not self.policy.kill_on_timeout and await self._answers(index):
+            return
+        await self.evict(index, why)
+
+    async def evict(self, index: int, why: str) -> None:
+        """Kill a member and forget it; a replacement is started by the reconciler."""
+        if not self.fleet.lost(index, time.monotonic()):
+            return
+        self._event("evicted", {"role": self.role, "worker": index, "why": why})
+        worker = self.workers.pop(index, None)
+        self.infos.pop(index, None)
+        self._untried.pop(index, None)
+        self._wake.set()
+        if worker is not None:
+            with contextlib.suppress(InfraFailure):
+                await self._stop(worker)
+
+    async def _keep_reconciling(self) -> None:
+        while True:
+            for action in self.fleet.decide(time.monotonic()):
+                self._spawn(self._bring_up(action.index) if isinstance(action, Start) else self._take_down(action))
+            self._notify()
+            with contextlib.suppress(TimeoutError):  # the tick: waits for backoffs and late starts need no event
+                await asyncio.wait_for(self._wake.wait(), self.policy.ping_every_s)
+            self._wake.clear()
+
+    async def _bring_up(self, index: int) -> None:
+        began = self._untried[index] = time.monotonic()
+        try:
+            worker = await self._start(index)
+            if index not in self.fleet.members:  # scaled down while it started
+                await self._stop(worker)
+                return
+            self.workers[index] = worker
+            self.infos[index] = await worker.call("ready", timeout_s=self.policy.start_timeout_s)
+            self.fleet.ready(index, time.monotonic())
+            seconds = round(time.monotonic() - began, 3)
+            self._event("up", {"role": self.role, "worker": index, "seconds": seconds})
+            self._notify()
+            await self.admit(index)
+            self.fleet.joined(index, time.monotonic())
+        except InfraFailure as error:
+            await self.evict(index, f"start failed: {error}")
+            return
+        seconds = round(time.monotonic() - began, 3)
+        self._event("joined", {"role": self.role, "worker": index, "seconds": seconds, "pid": self.infos[index].pid})
+        self._notify()
+
+    async def _take_down(self, action: Stop) -> None:
+        member = self.fleet.members.get(action.index)
+        if member is not None and member.state is State.STARTING:  # too slow: a failure, unlike being scaled down
+            await self.evict(action.index, action.why)
+            return
+        self.fleet.stopped(action.index)
+        self._event("stopped", {"role": self.role, "worker": action.index, "why": action.why})
+        self._untried.pop(action.index, None)
+        worker = self.workers.pop(action.index, None)
+        if worker is not None:
+            await self._stop(worker)
+
+    async def _keep_pinging(self) -> None:
+        while True:
+            await asyncio.sleep(self.policy.ping_every_s)
+            await asyncio.gather(
+                *(self._check(index) for index in self.indices(State.JOINING, State.SERVING, State.DRAINING))
+            )
+
+    async def _check(self, index: int) -> None:
+        if not await self._answers(index):
+            await self.evict(
+                index, f"did not answer a ping within {self.policy.ping_timeout_s:g} s, or its process is gone"
+            )
+
+    async def _answers(self, index: int) -> bool:
+        worker = self.workers.get(index)
+        if worker is None:
+            return False
+        try:
+            self.health[index] = await worker.call("ping", timeout_s=self.policy.ping_timeout_s)
+        except InfraFailure:
+            return False
+        return bool(self.health[index].get("alive", True))
+
+    async def _until(self, condition: Callable[[], bool], what: str, timeout_s: float) -> None:
+        """Ended by `_notify`; raises InfraFailure at the deadline, or whatever ended the reconciler."""
+        deadline = time.monotonic() + timeout_s
+        with self._watchdog.waiting(what, timeout_s):
+            while self._failure is None and not condition():
+                try:
+                    await asyncio.wait_for(self._changed.wait(), deadline - time.monotonic())
+                except TimeoutError:
+                    states = {m.index: str(m.state) for m in self.fleet.members.values()}
+                    raise InfraFailure(f"waited {timeout_s:g} s for {what}; members: {states or 'none'}") from None
+        if self._failure is not None:
+            raise self._failure
+
+    def _notify(self) -> None:
+        """Let every waiter look again. Each waits on the event that was current when it looked last."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None and self._failure is None:
+            self._failure = task.exception()
+            self._notify()
+
+
+async def _at_once(index: int) -> None:
+    """Admission without a condition."""

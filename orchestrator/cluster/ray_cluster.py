@@ -1,0 +1,355 @@
+"""The roles of a plan on Ray: bundles to placement groups, processes to actors.
+
+    reserve ──► one placement group for the gang: ranks of policy, reference, ... and whoever shares their bundles
+            └─► one small group for each elastic worker of its own; joining makes another, leaving removes it
+
+Ray keeps an infeasible group waiting in silence. So every wait for one has a deadline (`cluster.placement_timeout_s`),
+after which the error says which role lacks what. Processes are killed before their group is removed: a call to an actor
+whose group is gone may never return.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from actors.errors import ConfigError, InfraFailure, PlacementError
+from actors.group import NAMESPACE, RayGroup, RayObjects, RayWorker, start_ranks, start_worker
+from actors.worker import Group, Objects, Worker, WorkerInfo
+from orchestrator.cluster.base import START_TIMEOUT_S, refuse_foreign
+from orchestrator.config.schema import ClusterConfig, RunConfig
+from orchestrator.import_pin import worker_setup
+from orchestrator.planning.bundles import Bundle, ClusterView, Node, describe, shortages
+from orchestrator.planning.plan import Machine, Plan, RolePlan
+
+POLL_S = 0.05
+HEADROOM_CPUS = 64  # for workers that join later
+LOCAL = "local"  # Ray's word for a Ray of our own
+BOARD_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A bundle of a placement group. `own`: the group is this seat's alone and goes with it."""
+
+    group: PlacementGroup
+    index: int
+    own: bool
+
+    def options(self, resources: Mapping[str, float]) -> dict[str, Any]:
+        """An actor's options for running here with these resources."""
+        custom = {name: value for name, value in resources.items() if name not in ("CPU", "GPU", "memory")}
+        return {
+            "num_cpus": resources.get("CPU", 0.0),
+            "num_gpus": resources.get("GPU", 0.0),
+            **({"memory": resources["memory"]} if "memory" in resources else {}),
+            **({"resources": custom} if custom else {}),
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, self.index),
+        }
+
+
+class PlacedWorker(RayWorker):
+    """An actor with the seat that it holds. It is refused if it turns out to run other packages than the driver."""
+
+    def __init__(self, worker: RayWorker, role: RolePlan, seat: Seat) -> None:
+        super().__init__(worker.name, worker.handle)
+        self.role, self.seat = role, seat
+
+    async def call(self, method: str, *args: Any, timeout_s: float, task_name: str | None = None, **kwargs: Any) -> Any:
+        result = await super().call(method, *args, timeout_s=timeout_s, task_name=task_name, **kwargs)
+        if isinstance(result, WorkerInfo):
+            refuse_foreign(result)
+        return result
+
+    def row(self) -> dict[str, Any] | None:
+        """For the table of what is placed where; None before it is ready."""
+        if self.info is None:
+            return None
+        cpus, gpus = (self.role.resources.get(kind, 0.0) for kind in ("CPU", "GPU"))
+        name = "/".join(self.name.split("/")[-2:])
+        return {
+            "role": self.role.name,
+            "name": name,
+            "node": self.info.node,
+            "pid": self.info.pid,
+            "cpus": cpus,
+            "gpus": gpus,
+            "threads": self.role.threads,
+        }
+
+
+class RayCluster:
+    """See `orchestrator.cluster.base.Cluster`. Ray must be connected; `disconnect` says whether `close` ends that, too."""
+
+    def __init__(self, config: RunConfig, run: str, *, disconnect: bool = True) -> None:
+        self.objects: Objects = RayObjects()
+        self.address: str | None = ray.get_runtime_context().gcs_address
+        self._run, self._timeout_s, self._disconnect = run, config.cluster.placement_timeout_s, disconnect
+        self._plan: Plan | None = None
+        self._gang: PlacementGroup | None = None
+        self._seats: dict[str, tuple[Seat, ...]] = {}  # of ranks, in the order of their nodes
+        self._free: dict[str, deque[Seat]] = {}  # of elastic workers
+        self._groups: list[RayGroup] = []
+        self._workers: dict[str, PlacedWorker] = {}
+        self._board: RayWorker | None = None
+        self._daemons = _own_daemons()
+
+    async def reserve(self, plan: Plan) -> None:
+        self._plan = plan
+        wanted = [plan.gang] if plan.gang else []
+        alone = [role for role in plan.elastic if role.host is None for _ in range(role.count)]
+        wanted += [(role.own_bundle,) for role in alone]
+        groups = await self._create(wanted)
+        if plan.gang:
+            self._gang = groups.pop(0)
+            await asyncio.to_thread(self._assign_seats, plan, self._gang)
+        for role, group in zip(alone, groups, strict=True):
+            self._free.setdefault(role.name, deque()).append(Seat(group, 0, own=True))
+
+    async def start_group(self, role: str, target: type, kwargs_per_rank: Sequence[Mapping[str, Any]]) -> Group:
+        planned, seats = self._planned(role), self._seats[role]
+        options = [seat.options(planned.resources) for seat in seats[: len(kwargs_per_rank)]]
+        group = start_ranks(
+            f"troupe/{self._run}/{role}", target, kwargs_per_rank, ray_options_per_rank=options, env=planned.env
+        )
+        group.workers = tuple(
+            PlacedWorker(worker, planned, seat) for worker, seat in zip(group.workers, seats, strict=False)
+        )
+        self._groups.append(group)
+        await group.call("ready", timeout_s=START_TIMEOUT_S)
+        return group
+
+    async def start_worker(self, role: str, index: int, target: type, kwargs: Mapping[str, Any]) -> Worker:
+        planned = self._planned(role)
+        seat = await self._seat_for(planned)
+        name = f"troupe/{self._run}/{role}/{index}"
+        started = start_worker(name, target, kwargs, ray_options=seat.options(planned.resources), env=planned.env)
+        self._workers[name] = PlacedWorker(started, planned, seat)
+        return self._workers[name]
+
+    async def stop_worker(self, worker: Worker) -> None:
+        await worker.kill()
+        placed = self._workers.pop(worker.name, None)
+        if placed is None:
+            return
+        if placed.seat.own:
+            await asyncio.to_thread(remove_placement_group, placed.seat.group)
+        else:
+            self._free[placed.role.name].append(placed.seat)
+
+    async def start_board(self, name: str, target: type) -> Worker:
+        self._board = start_worker(name, target, {"name": name}, ray_options={"num_cpus": 0})
+        await self._board.call("ready", timeout_s=BOARD_TIMEOUT_S)
+        return self._board
+
+    def describe(self) -> list[dict[str, Any]]:
+        ranks = [worker for group in self._groups for worker in group.workers if isinstance(worker, PlacedWorker)]
+        rows = [worker.row() for worker in (*ranks, *self._workers.values())]
+        return [row for row in rows if row is not None]
+
+    def alive(self) -> bool:
+        return all(_is_running(daemon) for daemon in self._daemons)
+
+    async def close(self) -> None:
+        if not ray.is_initialized() or not self.alive():
+            return
+        workers, self._workers = list(self._workers.values()), {}
+        groups, self._groups = self._groups, []
+        ended = [*groups, *workers, *([self._board] if self._board else [])]
+        await asyncio.gather(*(each.kill() for each in ended))
+        own = [seat.group for seat in (*(w.seat for w in workers), *self._spare()) if seat.own]
+        for group in [*own, *([self._gang] if self._gang else [])]:
+            await asyncio.to_thread(remove_placement_group, group)
+        self._free, self._gang = {}, None
+        if self._disconnect:
+            self._daemons = ()  # they go now, and nobody is to miss them
+            await asyncio.to_thread(ray.shutdown)
+
+    def _planned(self, role: str) -> RolePlan:
+        assert self._plan is not None, "reserve a plan first"
+        return self._plan.roles[role]
+
+    def _spare(self) -> list[Seat]:
+        return [seat for seats in self._free.values() for seat in seats]
+
+    async def _seat_for(self, role: RolePlan) -> Seat:
+        """A seat that was reserved or given back, else a new one."""
+        free = self._free.get(role.name)
+        if free:
+            return free.popleft()
+        if role.host is not None:
+            raise InfraFailure(
+                f"no room for a {role.name} worker: it shares the {len(role.bundles)} bundle(s) of {role.host}"
+            )
+        try:
+            (group,) = await self._create([(role.own_bundle,)])
+        except PlacementError as error:
+            raise InfraFailure(f"no room for a {role.name} worker: {error}") from None
+        return Seat(group, 0, own=True)
+
+    def _assign_seats(self, plan: Plan, gang: PlacementGroup) -> None:
+        """Ranks of a role that are neighbours get bundles of the same node; guests sit with their host."""
+        nodes: dict[int, str] = placement_group_table(gang)["bundles_to_node_id"]
+        order = {node: place for place, node in enumerate(dict.fromkeys(nodes[index] for index in sorted(nodes)))}
+        for role in plan.roles.values():
+            by_node = sorted(role.bundles, key=lambda index: (order[nodes[index]], index))
+            seats = tuple(Seat(gang, index, own=False) for index in by_node)
+            if role.elastic and role.host is not None:
+                self._free[role.name] = deque(seats)
+            elif not role.elastic:
+                self._seats[role.name] = seats
+
+    async def _create(self, wanted: Sequence[Sequence[Bundle]]) -> list[PlacementGroup]:
+        """Placement groups for these bundles, all reserved. Where there is no room in time, the bundles' next choice of
+        nodes is tried. Raises PlacementError, and then leaves none behind."""
+        groups: list[PlacementGroup] = []
+        try:
+            for bundles in wanted:
+                groups.append(await asyncio.to_thread(_ask, bundles, 0))
+            pending = await self._pending(groups, range(len(groups)))
+            for choice in range(1, max((_choices(bundles) for bundles in wanted), default=1)):
+                for index in pending:
+                    if choice < _choices(wanted[index]):
+                        await asyncio.to_thread(remove_placement_group, groups[index])
+                        groups[index] = await asyncio.to_thread(_ask, wanted[index], choice)
+                pending = await self._pending(groups, pending)
+            if pending:
+                lacking = [bundle for index in pending for bundle in wanted[index]]
+                everything = [bundle for bundles in wanted for bundle in bundles]
+                raise PlacementError(await asyncio.to_thread(self._explain, lacking, everything))
+        except BaseException:
+            for group in groups:
+                remove_placement_group(group)
+            raise
+        return groups
+
+    async def _pending(self, groups: Sequence[PlacementGroup], among: Iterable[int]) -> list[int]:
+        """Which of these groups were not reserved by the deadline."""
+        deadline = time.monotonic() + self._timeout_s
+        pending = list(among)
+        while pending:
+            pending = [index for index in pending if not await asyncio.to_thread(_is_created, groups[index])]
+            if not pending or time.monotonic() > deadline:
+                break
+            await asyncio.sleep(POLL_S)
+        return pending
+
+    def _explain(self, lacking: Sequence[Bundle], everything: Sequence[Bundle]) -> str:
+        """Which role lacks what: of the whole cluster, or of what others leave free of it."""
+        view = view_cluster()
+        lines = shortages(everything, view)
+        if not lines:
+            free = describe({name: ray.available_resources().get(name, 0.0) for name in ("GPU", "CPU")})
+            asked = dict.fromkeys(f"{bundle.label}: {bundle.needs} each" for bundle in lacking)
+            lines = [*asked, f"the cluster is large enough, but others use it: {free} free now"]
+        return "\n".join(
+            [f"no room on the cluster ({view}) within cluster.placement_timeout_s={self._timeout_s:g}:", *lines]
+        )
+
+
+def connect(cluster: ClusterConfig, plan: Plan, *, debug: bool = False) -> str | None:
+    """Connect to the Ray at `cluster.address`, else at RAY_ADDRESS, else start one of our own. Returns the URL of
+    its dashboard, if it has one.
+
+    An address that has to be guessed (`auto`) is refused: it may be somebody else's Ray."""
+    address = _address(cluster)
+    own: dict[str, Any] = {}
+    if address == LOCAL:
+        own = {
+            "num_cpus": _own_cpus(cluster, plan),
+            "object_store_memory": cluster.object_store_mib * 2**20,
+            "include_dashboard": cluster.dashboard,
+        }
+        # Our actors have environments of their own, so none would be taken from Ray's stock of idle workers.
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+    try:
+        context = ray.init(
+            address=address,
+            namespace=NAMESPACE,
+            log_to_driver=debug,
+            logging_level=logging.INFO if debug else logging.ERROR,
+            runtime_env={"worker_process_setup_hook": worker_setup()},
+            **own,
+        )
+    except (ConnectionError, RuntimeError) as error:
+        raise PlacementError(f"no Ray answers at {address}: {str(error).splitlines()[0]}") from None
+    return f"http://{context.dashboard_url}" if context.dashboard_url else None
+
+
+def cluster_at_hand(cluster: ClusterConfig, plan: Plan) -> ClusterView:
+    """What `connect` would find: the nodes of a running Ray, or this machine as our own Ray would offer it. Starts
+    nothing, and leaves no connection behind."""
+    if _address(cluster) == LOCAL:
+        import torch
+
+        return ClusterView.of_machine(cpus=_own_cpus(cluster, plan), gpus=torch.cuda.device_count())
+    connect(cluster, plan)
+    try:
+        return view_cluster()
+    finally:
+        ray.shutdown()
+
+
+def _address(cluster: ClusterConfig) -> str:
+    address = cluster.address or os.environ.get("RAY_ADDRESS") or LOCAL
+    if address == "auto":
+        raise ConfigError("cluster.address=auto may find somebody else's Ray; give its address, or none to start one")
+    return address
+
+
+def _own_cpus(cluster: ClusterConfig, plan: Plan) -> int:
+    """CPUs of a Ray of our own: the plan's, and room for workers that join later. They are book-keeping: what is really
+    shared are the cores, by the plan's threads."""
+    return cluster.num_cpus or max(Machine.here().cores, math.ceil(plan.total("CPU"))) + HEADROOM_CPUS
+
+
+def view_cluster() -> ClusterView:
+    """The living nodes of the Ray that this process is connected to."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    return ClusterView(
+        tuple(
+            Node(node["NodeManagerHostname"] + "/" + node["NodeID"][:6], node["Resources"], node["Labels"])
+            for node in nodes
+        )
+    )
+
+
+def _ask(bundles: Sequence[Bundle], choice: int) -> PlacementGroup:
+    """A group for these bundles, on the nodes that they prefer, or their next choice."""
+    selectors = [dict(bundle.selectors[choice]) if bundle.selectors else {} for bundle in bundles]
+    resources = [dict(bundle.resources) for bundle in bundles]
+    labelled: dict[str, Any] = {"bundle_label_selector": selectors} if any(selectors) else {}
+    return placement_group(resources, "PACK", **labelled)
+
+
+def _choices(bundles: Sequence[Bundle]) -> int:
+    return max(1, *(len(bundle.selectors) for bundle in bundles))
+
+
+def _own_daemons() -> tuple[psutil.Process, ...]:
+    """Of a Ray that this process started: its children. None if it connected to a Ray that was there."""
+    children = psutil.Process().children()
+    return tuple(child for child in children if any("/ray/" in part for part in child.cmdline()))
+
+
+def _is_running(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _is_created(group: PlacementGroup) -> bool:
+    return placement_group_table(group)["state"] == "CREATED"

@@ -1,0 +1,1 @@
+"""Everything that happens to data before a role that is trained sees it."""

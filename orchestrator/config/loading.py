@@ -1,0 +1,193 @@
+"""From a recipe and overrides to a checked `RunConfig`.
+
+    recipe name or file ──► YAML tree ──► overrides ──► one shape (`phases`) ──► RunConfig ──► methods' options
+
+Each path of the tree remembers where it was set, so that a refusal can say so. Keys are checked before methods are
+imported (those bring the losses, and torch): a misspelt key is answered at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import ValidationError
+
+from actors.errors import ConfigError
+from orchestrator.config import overrides as syntax
+from orchestrator.config.error_messages import explain, unknown
+from orchestrator.config.overrides import Keys, Override, dotted
+from orchestrator.config.schema import PhaseConfig, RunConfig
+
+RECIPES = Path(__file__).parent / "recipes"
+PHASE_KEYS = tuple(PhaseConfig.model_fields)  # that a file with one phase writes at its top level
+SAVED = "config.json"  # in a run's folder; JSON is YAML
+
+
+def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration of a run, every key and every method's option checked. Raises ConfigError."""
+    return _checked(Draft.read(find_recipe(recipe)), overrides)
+
+
+def config_of(tree: dict[str, Any], overrides: Sequence[str], name: str) -> RunConfig:
+    """As `load_config`, of a tree with one phase that a command makes; `name` is what it is called in refusals."""
+    return _checked(Draft(name, tree, {}), overrides)
+
+
+def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration that a run was started with, as the run left it in its folder."""
+    if not (folder / SAVED).is_file():
+        raise ConfigError(f"{folder} is not a run's folder: it has no {SAVED}. Give the one that `troupe run` printed")
+    return load_config(folder / SAVED, overrides)
+
+
+def recipes() -> dict[str, str]:
+    """Shipped recipes: name -> the first sentence of its file."""
+    return {recipe_name(file): _headline(file) for folder in (".", "papers") for file in _files(RECIPES / folder)}
+
+
+def recipe_name(file: Path) -> str:
+    """What a shipped recipe is called: `dpo_arithmetic`, `papers/dpo`."""
+    return file.relative_to(RECIPES).with_suffix("").as_posix()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.yaml"))
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """The file of a recipe: a path to one, or the name of a shipped one."""
+    file = Path(recipe)
+    if file.is_file():
+        return file
+    shipped = RECIPES / f"{recipe}.yaml"
+    if not shipped.is_file():
+        if file.suffix in (".yaml", ".yml") or file.parent.name not in ("", "papers"):
+            raise ConfigError(f"there is no file {file} (looked in {Path.cwd()})")
+        raise ConfigError(unknown("recipe", str(recipe), list(recipes())) + ". Or give the path of a YAML file")
+    return shipped
+
+
+@dataclass
+class Draft:
+    """A configuration before it is checked. `origins`: path -> where it was set. `single`: the name of the phase that
+    the file wrote at its top level, if it did."""
+
+    name: str
+    tree: dict[str, Any]
+    origins: dict[Keys, str]
+    single: str | None = None
+    _late: list[Override] = field(default_factory=list[Override])
+
+    @classmethod
+    def read(cls, file: Path) -> Draft:
+        try:
+            text = file.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read {file}: {error}") from None
+        tree, lines = syntax.load_yaml(text, str(file))
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{file} must hold keys and values at its top level, for example `method: grpo`")
+        draft = cls(str(file), cast(dict[str, Any], tree), {path: f"{file}, line {n}" for path, n in lines.items()})
+        draft._refuse_both_shapes()
+        return draft
+
+    def override(self, override: Override) -> None:
+        """Later ones win. Those of `phases...` wait until a single phase has its name."""
+        head = override.path[0]
+        if head == "phases" and "phases" not in self.tree:
+            self._late.append(override)
+            return
+        if head in PHASE_KEYS and "phases" in self.tree:
+            names = list(cast(dict[str, Any], self.tree["phases"] or {}))
+            example = f"phases.{names[0] if names else 'NAME'}.{override.text}"
+            raise ConfigError(f"{override}: {self.name} has the phases {', '.join(names)}; say which: {example}")
+        self._apply(override)
+
+    def fold(self) -> None:
+        """Give a single phase its name (its method's), so that every configuration has `phases`."""
+        if "phases" not in self.tree:
+            self.single = str(self.tree.get("method", PhaseConfig.model_fields["method"].default))
+            phase = {key: self.tree.pop(key) for key in PHASE_KEYS if key in self.tree}
+            self.tree["phases"] = {self.single: phase}
+            self.origins = {self._folded(path): origin for path, origin in self.origins.items()}
+        for override in self._late:
+            self._apply(override)
+
+    def where(self, path: Keys) -> str:
+        """Where a path, or the nearest thing around it, was set."""
+        while path:
+            if path in self.origins:
+                return self.origins[path]
+            path = path[:-1]
+        return self.name
+
+    def shown_as(self, path: Keys) -> str:
+        """A path as this file's author writes it."""
+        if self.single is not None and path[:1] == ("phases",) and path[1:2] in ((self.single,), ("NAME",)):
+            path = path[2:]
+        return dotted(path)
+
+    def _apply(self, override: Override) -> None:
+        syntax.apply(self.tree, override)
+        depth = len(override.path)
+        self.origins = {path: origin for path, origin in self.origins.items() if path[:depth] != override.path}
+        self.origins[override.path] = str(override)
+
+    def _folded(self, path: Keys) -> Keys:
+        return ("phases", str(self.single), *path) if path[0] in PHASE_KEYS else path
+
+    def _refuse_both_shapes(self) -> None:
+        beside = [key for key in PHASE_KEYS if key in self.tree]
+        if "phases" in self.tree and beside:
+            key = beside[0]
+            raise ConfigError(
+                f"`{key}` stands beside `phases` ({self.where((key,))}). A file has either one phase, with its keys at "
+                f"the top level, or `phases`: move it to phases.NAME.{key}"
+            )
+
+
+def _checked(draft: Draft, overrides: Sequence[str]) -> RunConfig:
+    for override in map(syntax.parse, overrides):
+        draft.override(override)
+    draft.fold()
+    config = _validated(draft)
+    _check_methods(config, draft)
+    return config
+
+
+def _validated(draft: Draft) -> RunConfig:
+    try:
+        return RunConfig.model_validate(draft.tree)
+    except ValidationError as error:
+        raise explain(error, draft.tree, RunConfig, draft.where, draft.shown_as) from None
+
+
+def _check_methods(config: RunConfig, draft: Draft) -> None:
+    from orchestrator.planning.resolve import build_pipeline
+
+    for name, phase in config.phases.items():
+        try:
+            build_pipeline(phase)
+        except ConfigError as error:
+            where = draft.where(("phases", name, *_blamed(str(error), phase)))
+            which = "" if draft.single else f"phases.{name}: "
+            raise ConfigError(f"{which}{error}\n  set in {where}") from None
+
+
+def _blamed(message: str, phase: PhaseConfig) -> Keys:
+    """The key of a phase that a method's refusal is about: the given option that it names first, else the method."""
+    found = {option: re.search(rf"\b{re.escape(option)}\b", message) for option in phase.options}
+    named = sorted((match.start(), option) for option, match in found.items() if match)
+    return ("options", named[0][1]) if named else ("method",)
+
+
+def _headline(file: Path) -> str:
+    """The first sentence of the comment at a file's top."""
+    comment = takewhile(lambda line: line.startswith("#"), file.read_text().splitlines())
+    text = " ".join(line.lstrip("# ") for line in comment)
+    return re.split(r"(?<=\.)\s", text, maxsplit=1)[0].rstrip(".")

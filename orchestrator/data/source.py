@@ -1,0 +1,297 @@
+"""Data sets as a phase consumes them: items by index, an order of drawing, batches of rows, and an honest report.
+
+    path ─load─► rows ─format─► examples ──tokenise──► tokens ──fit, pack─► items ─► batches
+
+A position counts draws over all epochs. `order.at(position)` is a pure function of the seed, so a resumed run that
+knows its position draws exactly what the uninterrupted one would have drawn.
+"""
+
+# pyright: basic
+# (datasets and transformers are typed in part only)
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from actors.batch import Batch
+from actors.errors import DataError
+from orchestrator.config.schema import DataConfig
+from orchestrator.data import rows as raw
+from orchestrator.data import store as stored
+from orchestrator.data.density_weights import refuse_weights_of_stream, weighted
+from orchestrator.data.formats import choose, without_nones
+from orchestrator.data.items import Item, Items, Longest, Prompt, drawn_together, packed, render
+from orchestrator.data.order import Order
+from orchestrator.data.prepare import Preparer, limits_of, wanted_columns
+from orchestrator.data.report import BadRows, DataReport
+from orchestrator.data.store import Record, Store
+from orchestrator.data.stream import InStreamOrder, StreamSource
+from orchestrator.data.synthetic_examples import default_cache_dir
+from orchestrator.data.tokenise import Tokeniser
+from orchestrator.pipeline import DataKind
+
+ROWS_AT_ONCE = 1_000
+WORTH_CACHING = 20_000  # rows; fewer are tokenised within a second or two
+UNBOUNDED = 2**31  # a model's length where no model is known
+VERSION = 2  # of what stands in the cache: raise it when rows come out differently
+
+
+class Source(Protocol):
+    """What a phase asks of its data."""
+
+    @property
+    def order(self) -> Order | InStreamOrder:
+        """Which item is drawn at a position."""
+        ...
+
+    @property
+    def report(self) -> DataReport:
+        """What became of the rows; of a stream, so far."""
+        ...
+
+    def __len__(self) -> int:
+        """Items of one epoch. Raises DataError for a stream, which does not know."""
+        ...
+
+    @property
+    def longest(self) -> Longest:
+        """What a micro-batch must have room for. Of a stream, what its limits allow."""
+        ...
+
+    def item(self, index: int) -> Item | Prompt:
+        """An item of the data set, `0 <= index < len`."""
+        ...
+
+    def batch(self, positions: Sequence[int]) -> Batch:
+        """The rows of the items drawn at `positions`, in order; `group` is the position."""
+        ...
+
+    def preview(self, index: int = 0) -> str:
+        """An item as text, what is learned from between ⟦ and ⟧."""
+        ...
+
+
+def open_source(
+    data: DataConfig, kind: DataKind, tokenizer: PreTrainedTokenizerBase, *, seed: int, model_max_length: int
+) -> Source:
+    """The data of a phase, read, checked and tokenised. Raises DataError, and nothing else for what a user can mend."""
+    bad = BadRows(data.max_bad_rows)
+    tokeniser = Tokeniser(tokenizer, data.completion_only, data.assistant_only, data.append_eos)
+    limits = limits_of(data, kind, model_max_length)
+    if data.streaming:
+        refuse_weights_of_stream(data, kind)
+        return StreamSource(data, kind, tokeniser, limits, seed=seed, model_max_length=model_max_length)
+    rows = raw.load(data, seed, bad)
+    form = choose(kind, rows.table.column_names, data, rows.name)
+    preparer = Preparer(form, limits, tokeniser, kind.prompts_only)
+    store, record = _tokenised(data, kind, rows, preparer)
+    for row, reason in record.bad:
+        bad.add(*rows.origin(row), reason)
+    bad.check()
+    max_length = data.max_length or model_max_length
+    if "weight" in kind.columns and not len(store.weight):
+        store = weighted(store)
+    items, cut = packed(store, data, kind, max_length)
+    if not len(items):
+        raise DataError(_nothing_left(rows.name, record))
+    report = _report(rows, preparer, record, items, cut, bad)
+    order = Order(seed, len(items), data.shuffle)
+    if kind.prompts_only:
+        return PromptSource(items, rows, report, order, tokenizer)
+    return RowSource(items, report, order, tokenizer, max_length)
+
+
+def validate(data: DataConfig, kind: DataKind, *, seed: int = 0) -> DataReport:
+    """Read and check every row without a tokenizer. Raises DataError for what `open_source` would refuse about them."""
+    bad = BadRows(data.max_bad_rows)
+    if data.streaming:
+        raise DataError("a stream is checked while it is read: leave data.streaming out, or set data.limit with it off")
+    rows = raw.load(data, seed, bad)
+    found = rows.table.column_names
+    form = choose(kind, found, data, rows.name)
+    preparer = Preparer(form, limits_of(data, kind, UNBOUNDED), None, kind.prompts_only)
+    refused: list[tuple[int, str]] = []
+    items = 0
+    for chunk in _chunks(rows, wanted_columns(form, kind, data, found)):
+        items += len(preparer.read(chunk, lambda row, reason: refused.append((row, reason))))
+    for row, reason in refused:
+        bad.add(*rows.origin(row), reason)
+    return DataReport(rows.name, str(form), tuple(found), len(rows), items, bad=bad.check())
+
+
+class RowSource:
+    """Offline data: completions, pairs, labelled or stepwise rows."""
+
+    def __init__(
+        self, items: Items, report: DataReport, order: Order, tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> None:
+        self.report = report
+        self.order = order
+        self._items, self._tokenizer, self._max_length = items, tokenizer, max_length
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @property
+    def longest(self) -> Longest:
+        return self._items.longest(self._max_length)
+
+    def item(self, index: int) -> Item:
+        return Item(index, self._items.rows(index, group=index))
+
+    def batch(self, positions: Sequence[int]) -> Batch:
+        items = (self._items.rows(self.order.at(position)[1], position) for position in positions)
+        return drawn_together(self._items.kind, items, self._max_length)
+
+    def preview(self, index: int = 0) -> str:
+        return render(self.item(index).batch, self._tokenizer)
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal where the same tokens are learned from, in the same rows and items."""
+        return self._items.store.fingerprint
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the whole data set."""
+        return len(self._items.store.tokens)
+
+    def parts(self, tokens: int) -> Iterator[tuple[slice, Batch]]:
+        """Every row once, in whole items of together `tokens` tokens (or a single item that is longer), with where the
+        part's tokens stand among those of the whole data set. For data that is not packed."""
+        store = self._items.store
+        starts = store.offsets[store.first_row]  # [I+1] of items into tokens
+        first = 0
+        while first < len(store):
+            last = max(first + 1, int(np.searchsorted(starts, starts[first] + tokens, side="right")) - 1)
+            rows = store.offsets[store.first_row[first] : store.first_row[last] + 1]
+            span = slice(int(rows[0]), int(rows[-1]))
+            yield span, Batch.build(np.diff(rows), tokens=store.tokens[span], mask=store.mask[span])
+            first = last
+
+    def with_column(self, name: str, values: NDArray[Any], note: str) -> RowSource:
+        """The same data, where each row has its part of `values`, one for each token of the data set."""
+        items = replace(self._items, beside={**self._items.beside, name: values})
+        report = replace(self.report, notes=(*self.report.notes, note))
+        return RowSource(items, report, self.order, self._tokenizer, self._max_length)
+
+
+class PromptSource:
+    """Prompts to be answered, with the columns that rewards see."""
+
+    def __init__(
+        self, items: Items, rows: raw.Rows, report: DataReport, order: Order, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        self.report = report
+        self.order = order
+        self._items, self._rows, self._tokenizer = items, rows, tokenizer
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @property
+    def longest(self) -> Longest:
+        return Longest(self.report.longest, self.report.longest)
+
+    def item(self, index: int) -> Prompt:
+        tokens = self._items.prompt_tokens(index)
+        columns = dict(self._rows.table[int(self._items.store.source_row[index])])
+        prompt = without_nones(columns.pop("prompt", None))
+        return Prompt(index, tokens, prompt if prompt is not None else self._decode(tokens), columns)
+
+    def batch(self, positions: Sequence[int]) -> Batch:
+        raise TypeError("prompts have no rows to learn from until they are answered: use item()")
+
+    def preview(self, index: int = 0) -> str:
+        return self._decode(self.item(index).tokens)
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(tokens)))
+
+
+def _tokenised(data: DataConfig, kind: DataKind, rows: raw.Rows, preparer: Preparer) -> tuple[Store, Record]:
+    """From the cache if it has them. Small data without a `data.cache_dir` of its own leaves no file behind."""
+    columns = wanted_columns(preparer.format, kind, data, rows.table.column_names)
+    if data.cache_dir is None and len(rows) < WORTH_CACHING:
+        return _tokenise(rows, columns, preparer)
+    folder = cache_root(data) / "tokenised" / _fingerprint(rows, columns, preparer)
+    found = stored.load(folder)
+    if found is None:
+        found = _tokenise(rows, columns, preparer)
+        stored.save(folder, *found)
+    return found
+
+
+def cache_root(data: DataConfig) -> Path:
+    """Below it is what was made of a data set and may be made again."""
+    return data.cache_dir or default_cache_dir().parent
+
+
+def _tokenise(rows: raw.Rows, columns: list[str], preparer: Preparer) -> tuple[Store, Record]:
+    record = Record(len(rows))
+    chunks = _chunks(rows, columns)
+    items = (item for chunk in chunks for item in preparer.prepare(chunk, lambda *bad: record.bad.append(bad)))
+    return stored.build(items, record), record
+
+
+def _chunks(rows: raw.Rows, columns: list[str]) -> Iterator[list[tuple[int, dict[str, Any]]]]:
+    table = rows.table.select_columns(columns)
+    for start in range(0, len(table), ROWS_AT_ONCE):
+        values = table[start : start + ROWS_AT_ONCE]
+        cells = zip(*(values[name] for name in columns), strict=True)
+        yield [(start + i, dict(zip(columns, cell, strict=True))) for i, cell in enumerate(cells)]
+
+
+def _fingerprint(rows: raw.Rows, columns: list[str], preparer: Preparer) -> str:
+    """Whatever changes what is tokenised changes this."""
+    tokeniser = preparer.tokeniser
+    assert tokeniser is not None
+    tokenizer = tokeniser.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = [
+        VERSION,
+        rows.table._fingerprint,
+        columns,
+        str(preparer.format),
+        preparer.limits,
+        preparer.prompts_only,
+        (tokeniser.completion_only, tokeniser.assistant_only, tokeniser.append_eos),
+        backend.to_str() if backend is not None else (type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())),
+        tokenizer.chat_template,
+        tokenizer.special_tokens_map,
+    ]
+    return blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+
+def _report(rows: raw.Rows, preparer: Preparer, record: Record, items: Items, cut: int, bad: BadRows) -> DataReport:
+    lengths = items.store.lengths
+    truncated = record.truncated + Counter({"longer than a pack (data.packing=bfd)": cut})
+    straddling = f"{record.straddling:,} rows have a token that straddles prompt and completion: it is the completion's"
+    return DataReport(
+        source=rows.name,
+        format=str(preparer.format),
+        columns=tuple(rows.table.column_names),
+        rows=record.rows,
+        items=len(items),
+        tokens=int(lengths.sum()),
+        learned_tokens=int(items.store.mask.sum()),
+        longest=int(lengths.max()),
+        dropped=dict(record.dropped.most_common()),
+        truncated=dict(truncated.most_common()),
+        bad=bad.check(),
+        notes=(straddling,) if record.straddling else (),
+    )
+
+
+def _nothing_left(name: str, record: Record) -> str:
+    reasons = "; ".join(f"{count} rows: {reason}" for reason, count in record.dropped.most_common())
+    return f"{name}: none of {record.rows} rows is left ({reasons or 'all of them were bad'})"

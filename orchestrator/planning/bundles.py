@@ -1,0 +1,165 @@
+"""Bundles and nodes: what a process asks of a machine, and whether a cluster can give it. Pure.
+
+A bundle is what one process reserves, or several that share it (colocation). `fit` says where each would go, and
+`shortages` which role lacks what. Both are an account of the cluster, not its scheduler: Ray decides in the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from orchestrator.planning import node_selectors as labels
+from orchestrator.planning.node_selectors import Labels, Selector
+
+GIB = 2**30
+SLACK = 1e-6  # of a resource: sums of fractions are not exact
+
+Resources = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What is reserved for one process of each of `roles`. Names of resources are Ray's: CPU, GPU, memory, ...
+    `selectors`: on which nodes, in the order of preference; none: anywhere."""
+
+    roles: tuple[str, ...]
+    resources: Resources
+    selectors: tuple[Selector, ...] = ()
+
+    def shared_with(self, role: str, more: Resources) -> Bundle:
+        """The bundle with room for a process of another role as well."""
+        names = dict.fromkeys([*self.resources, *more])
+        total = {name: self.resources.get(name, 0.0) + more.get(name, 0.0) for name in names}
+        return Bundle((*self.roles, role), total, self.selectors)
+
+    @property
+    def label(self) -> str:
+        return " + ".join(self.roles)
+
+    @property
+    def needs(self) -> str:
+        """`1 GPU and 2 CPU on a node with role=rollout`."""
+        where = ", else ".join(labels.describe(selector) for selector in self.selectors)
+        return describe(self.resources) + (f" on a node with {where}" if where else "")
+
+    def takes(self, node: Node) -> bool:
+        """Whether the node's labels are among those wanted."""
+        return not self.selectors or any(labels.meets(node.labels, selector) for selector in self.selectors)
+
+
+@dataclass(frozen=True)
+class Node:
+    name: str
+    resources: Resources
+    labels: Labels = field(default_factory=dict[str, str])
+
+
+@dataclass(frozen=True)
+class ClusterView:
+    """The nodes that a plan is compared with."""
+
+    nodes: tuple[Node, ...]
+
+    @classmethod
+    def of_machine(cls, *, cpus: float, gpus: float = 0) -> ClusterView:
+        """This machine alone: what a local Ray would offer."""
+        return cls((Node("this machine", {"CPU": cpus, "GPU": gpus}),))
+
+    def total(self, resource: str) -> float:
+        return sum(node.resources.get(resource, 0.0) for node in self.nodes)
+
+    def largest(self, resource: str) -> float:
+        return max((node.resources.get(resource, 0.0) for node in self.nodes), default=0.0)
+
+    def __str__(self) -> str:
+        kinds = dict.fromkeys(["GPU", "CPU", *(name for node in self.nodes for name in node.resources)])
+        totals = [amount(kind, self.total(kind)) for kind in kinds if _worth_telling(kind)]
+        return f"{', '.join(totals)} on {len(self.nodes)} node(s)"
+
+
+@dataclass
+class Fit:
+    """Where bundles go: `nodes[i]` is the node of bundle i, or None. `left`: what each node keeps free."""
+
+    nodes: list[str | None]
+    left: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
+
+
+def fit(bundles: Sequence[Bundle], cluster: ClusterView) -> Fit:
+    """Place the hungriest bundles first, each on the fullest node that can take it."""
+    left = {node.name: dict(node.resources) for node in cluster.nodes}
+    nodes = {node.name: node for node in cluster.nodes}
+    found = Fit([None] * len(bundles), left)
+    hungriest = sorted(range(len(bundles)), key=lambda index: _appetite(bundles[index]), reverse=True)
+    for index in hungriest:
+        needs = bundles[index].resources
+        able = [name for name, free in left.items() if _covers(free, needs) and bundles[index].takes(nodes[name])]
+        if able:
+            node = min(able, key=lambda name: (left[name].get("GPU", 0.0), left[name].get("CPU", 0.0)))
+            found.nodes[index] = node
+            for resource, need in needs.items():
+                left[node][resource] = left[node].get(resource, 0.0) - need
+    return found
+
+
+def shortages(bundles: Sequence[Bundle], cluster: ClusterView) -> list[str]:
+    """One line for each role or group of roles of which a bundle finds no place: what it needs, and what is lacking."""
+    placed = fit(bundles, cluster).nodes
+    homeless = dict.fromkeys(bundle.label for bundle, node in zip(bundles, placed, strict=True) if node is None)
+    lines: list[str] = []
+    for label in homeless:
+        mine = [index for index, bundle in enumerate(bundles) if bundle.label == label]
+        without = sum(placed[index] is None for index in mine)
+        lacking = "; ".join(_lacking(bundles[mine[0]], bundles, cluster))
+        lines.append(f"{label}: no place for {without} of {len(mine)}, each needs {bundles[mine[0]].needs}: {lacking}")
+    return lines
+
+
+def describe(resources: Resources) -> str:
+    """`1 GPU and 2 CPU`."""
+    return (
+        " and ".join(amount(name, value) for name, value in sorted(resources.items(), reverse=True) if value)
+        or "nothing"
+    )
+
+
+def amount(resource: str, value: float) -> str:
+    return f"{value / GIB:.1f} GiB memory" if resource == "memory" else f"{value:g} {resource}"
+
+
+def _lacking(bundle: Bundle, bundles: Sequence[Bundle], cluster: ClusterView) -> list[str]:
+    """Why: no node has the labels, or none that has them is that large, or all of them together are too small, or what
+    is free is scattered."""
+    able = ClusterView(tuple(node for node in cluster.nodes if bundle.takes(node)))
+    if not able.nodes:
+        found = [node.labels for node in cluster.nodes]
+        missing = [reason for selector in bundle.selectors for reason in labels.lacking(found, selector)]
+        return list(dict.fromkeys(missing)) or ["no node has all of these labels"]
+    such = " with these labels" if bundle.selectors else ""
+    rivals = [each for each in bundles if all(bundle.takes(node) for node in cluster.nodes if each.takes(node))]
+    reasons: list[str] = []
+    for resource, need in bundle.resources.items():
+        wanted = sum(other.resources.get(resource, 0.0) for other in rivals)
+        largest, total = able.largest(resource), able.total(resource)
+        if need > largest + SLACK:
+            reasons.append(f"the largest node{such} has {amount(resource, largest)}")
+        elif wanted > total + SLACK:
+            in_all, there, short = (amount(resource, value) for value in (wanted, total, wanted - total))
+            where = f"the nodes{such} have" if such else "the cluster has"
+            reasons.append(f"the plan needs {in_all} in all, {where} {there}: {short} short")
+    return reasons or ["enough is free in all, but not on one node"]
+
+
+def _covers(free: Resources, needs: Resources) -> bool:
+    return all(free.get(resource, 0.0) + SLACK >= need for resource, need in needs.items())
+
+
+def _appetite(bundle: Bundle) -> tuple[bool, float, float]:
+    """Who may go to a few nodes only comes first."""
+    return bool(bundle.selectors), bundle.resources.get("GPU", 0.0), bundle.resources.get("CPU", 0.0)
+
+
+def _worth_telling(resource: str) -> bool:
+    """Ray's own markers (`node:10.0.0.1`, `object_store_memory`) are not what a plan lacks."""
+    return not resource.startswith("node:") and resource not in ("memory", "object_store_memory")

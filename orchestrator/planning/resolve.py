@@ -1,0 +1,294 @@
+"""Everything that can be wrong with a run is found here, before an actor starts: method and options, model folder,
+tokenizer, data sets, rewards, batch sizes."""
+
+# pyright: basic
+# (tokenizers and model configurations are typed in part only)
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from actors.errors import ConfigError, ModelError
+from orchestrator.collection.precompute import recall
+from orchestrator.config.schema import DataConfig, EvaluationConfig, PhaseConfig, RunConfig
+from orchestrator.data.source import RowSource, Source, open_source
+from orchestrator.data.synthetic_examples import PREFIX, is_example, model_folder
+from orchestrator.losses.objective import LossObjective
+from orchestrator.methods import build
+from orchestrator.pipeline import DataKind, Pipeline, Prompts, Stage
+from rewards.loading import RewardSpec, check_columns, check_reward
+from rollout.sampling import Sampling
+
+UNBOUNDED = 2**31  # of a model that does not say how far its positions reach
+
+
+@dataclass(frozen=True)
+class PreparedPhase:
+    """A phase whose pipeline closes and whose data is open."""
+
+    name: str
+    index: int
+    config: PhaseConfig
+    pipeline: Pipeline
+    source: Source
+    evaluation: Source | None  # held-out prompts
+    held_out: Source | None  # held-out rows
+    steps: int
+    sampling: Sampling
+    first_version: int  # of the policy's weights when the phase begins
+    kept: tuple[Path, ...] = ()  # folders of columns that were computed for the whole data set
+
+    @property
+    def temperature(self) -> float:
+        """Log-probabilities are taken at the sampling temperature; at 1 where nothing is sampled, or greedily."""
+        return (self.sampling.temperature or 1.0) if self.pipeline.generates else 1.0
+
+    @property
+    def row_sources(self) -> dict[str, RowSource]:
+        """By field: the data, and held-out rows, which take the same way through the pipeline."""
+        fields = {"source": self.source, "held_out": self.held_out}
+        return {name: source for name, source in fields.items() if isinstance(source, RowSource)}
+
+    def given(self, stage: Stage, values: Mapping[str, NDArray[Any]], folders: Iterable[Path]) -> PreparedPhase:
+        """The phase with what a stage would write, so that it need not run: for each of `row_sources` its values, one
+        for each token."""
+        (column,) = stage.writes
+        note = f"{column} of every row from the cache"
+        sources: dict[str, Any] = {
+            name: source.with_column(column, values[name], note) for name, source in self.row_sources.items()
+        }
+        return replace(self, pipeline=self.pipeline.given(stage), kept=(*self.kept, *folders), **sources)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is ready to be planned and placed."""
+
+    config: RunConfig
+    model: str  # folder or hub name
+    tokenizer_path: str
+    tokenizer: Any
+    phases: tuple[PreparedPhase, ...]
+    rewards: tuple[RewardSpec, ...]
+    parameters: int | None
+
+    @property
+    def generates(self) -> bool:
+        return any(phase.pipeline.generates or phase.evaluation for phase in self.phases)
+
+    @property
+    def scores(self) -> bool:
+        return bool(self.rewards) and self.generates
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt and completion that a rollout worker may see."""
+        longest = [0]
+        for phase in self.phases:
+            limit = max(phase.sampling.max_tokens, _evaluation_tokens(phase))
+            for source in (phase.source if phase.pipeline.generates else None, phase.evaluation):
+                if source is not None:
+                    longest.append(source.report.longest + limit)
+        return max(longest)
+
+
+def prepare(config: RunConfig, *, output: Path | None = None) -> Prepared:
+    """Resolve and open everything that a run names. Raises ConfigError, ModelError or DataError."""
+    pipelines = {name: build_pipeline(phase) for name, phase in config.phases.items()}
+    rewards = tuple(check_reward(reward) for reward in config.rewards)
+    model = resolve_model(config.model.path, config.seed)
+    tokenizer_path = config.model.tokenizer or model
+    tokenizer = load_tokenizer(tokenizer_path, config.model.chat_template, config.model.trust_remote_code)
+    room = model_length(model)
+    phases: list[PreparedPhase] = []
+    for name, pipeline in pipelines.items():
+        phase = _prepare_phase(config, name, pipeline, tokenizer, room, phases)
+        phases.append(recall(config, model, phase))
+    prepared = Prepared(config, model, tokenizer_path, tokenizer, tuple(phases), rewards, count_parameters(model))
+    _check_rewards(prepared)
+    return prepared
+
+
+def build_pipeline(phase: PhaseConfig) -> Pipeline:
+    return build(phase.method, phase.options, {"max_completion_length": phase.sampling.max_tokens})
+
+
+def resolve_model(path: str, seed: int) -> str:
+    """`example:NAME` becomes the folder of a model made here; what looks like a path must be one."""
+    if is_example(path):
+        return str(model_folder(path.removeprefix(PREFIX), seed))
+    folder = Path(path).expanduser()
+    looks_local = path.startswith((".", "/", "~")) or folder.exists()
+    if looks_local and not (folder / "config.json").is_file():
+        found = sorted(entry.name for entry in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
+        raise ModelError(f"model.path={path!r} is not a model folder: it has no config.json (found: {found})")
+    return str(folder) if looks_local else path
+
+
+def load_tokenizer(path: str, chat_template: str | None, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"no tokenizer at {path!r}: {str(error).splitlines()[0]}; set model.tokenizer") from None
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text()
+        except OSError as error:
+            raise ConfigError(f"model.chat_template={chat_template!r} cannot be read: {error.strerror}") from None
+    return tokenizer
+
+
+def count_parameters(model: str) -> int | None:
+    """From the headers of a folder's safetensors files; None where there are none to read."""
+    total = 0
+    for file in Path(model).glob("*.safetensors"):
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
+        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return total or None
+
+
+def model_length(model: str) -> int:
+    """Tokens that the model's positions reach to."""
+    from transformers import AutoConfig
+
+    return int(getattr(AutoConfig.from_pretrained(model), "max_position_embeddings", UNBOUNDED))
+
+
+def _prepare_phase(
+    config: RunConfig, name: str, pipeline: Pipeline, tokenizer: Any, room: int, before: list[PreparedPhase]
+) -> PreparedPhase:
+    phase = config.phases[name]
+    source = open_source(phase.data, pipeline.data, tokenizer, seed=config.seed, model_max_length=room)
+    steps = phase_steps(phase, name, source)
+    _check_something_happens(phase, name, pipeline, steps)
+    evaluation, held_out = _open_evaluation(phase, name, pipeline.data, tokenizer, config.seed, room)
+    first_version = sum(earlier.steps for earlier in before)
+    sampling = Sampling(**phase.sampling.model_dump())
+    for where, each in ((f"phases.{name}.data", source), (f"phases.{name}.evaluation.rows", held_out)):
+        if each is not None:
+            _refuse_too_long(each, pipeline, phase, where, f"phases.{name}.train.token_budget")
+    return PreparedPhase(
+        name, len(before), phase, pipeline, source, evaluation, held_out, steps, sampling, first_version
+    )
+
+
+def _refuse_too_long(source: Source, pipeline: Pipeline, phase: PhaseConfig, where: str, budget: str) -> None:
+    """A micro-batch holds whole rows, or whole items where a loss compares the rows of one."""
+    whole = any(LossObjective.of(update).keep_groups for update in pipeline.updates)
+    longest = source.longest.item if whole else source.longest.row
+    what = f"all rows of an item of {pipeline.data.name} together" if whole else "a row"
+    limit = f"{where}.max_length"
+    if pipeline.generates:
+        longest, what = longest + phase.sampling.max_tokens, "a prompt with sampling.max_tokens"
+        limit = f"{where}.max_prompt_length or sampling.max_tokens"
+    if longest > phase.train.token_budget:
+        raise ConfigError(
+            f"{budget}={phase.train.token_budget}: {what} may have {longest} tokens, and a micro-batch takes it whole; "
+            f"raise {budget}, or lower {limit}"
+        )
+
+
+def phase_steps(phase: PhaseConfig, name: str, source: Source) -> int:
+    """Optimizer steps of a phase: `train.steps`, or as many as `train.epochs` passes over the data take."""
+    where, train = f"phases.{name}.train", phase.train
+    items = None if phase.data.streaming else len(source)  # a stream does not know its length
+    if items is not None and train.batch_size > items:
+        raise ConfigError(
+            f"{where}.batch_size={train.batch_size} is more than the {items} items of {phase.data.path!r}; "
+            "lower it or give more data"
+        )
+    if train.steps is not None:
+        if train.epochs is not None:
+            raise ConfigError(f"{where} sets both steps={train.steps} and epochs={train.epochs:g}; keep one")
+        return train.steps
+    if train.epochs is None:
+        raise ConfigError(f"{where} sets neither steps nor epochs; set one, e.g. {where}.steps=100")
+    if items is None:
+        raise ConfigError(f"{where}.epochs={train.epochs:g} of a stream cannot be counted; set {where}.steps")
+    return max(1, int(items * train.epochs) // train.batch_size)
+
+
+def _check_something_happens(phase: PhaseConfig, name: str, pipeline: Pipeline, steps: int) -> None:
+    """Raises ConfigError for what is asked for every so many steps, and would not come up in this many."""
+    for stage in pipeline.mixes:
+        if stage.options["every"] > steps:
+            raise ConfigError(
+                f"phases.{name}: the weights of {stage.role} follow every {stage.options['every']} steps, but the "
+                f"phase has {steps}; lower options.ref_model_sync_steps, or train for longer"
+            )
+    bema, optimizer_steps = phase.train.bema, steps * pipeline.optimizer_steps_per_batch
+    if bema is not None and bema.update_after + bema.update_freq > optimizer_steps:
+        raise ConfigError(
+            f"phases.{name}.train.bema takes its first average at step {bema.update_after + bema.update_freq} "
+            f"(update_after + update_freq), but the phase has {optimizer_steps} optimizer steps; lower "
+            f"phases.{name}.train.bema.update_freq, or train for longer"
+        )
+
+
+def _open_evaluation(
+    phase: PhaseConfig, name: str, kind: DataKind, tokenizer: Any, seed: int, room: int
+) -> tuple[Source | None, Source | None]:
+    """(held-out prompts, held-out rows)."""
+    if phase.evaluation is None:
+        return None, None
+    where = f"phases.{name}.evaluation"
+    if wrong := _wrong_with(phase.evaluation, where, phase.method, kind):
+        raise ConfigError(wrong)
+
+    def opened(data: DataConfig | None, kind: DataKind) -> Source | None:
+        unshuffled = data.model_copy(update={"shuffle": False}) if data is not None else None
+        return unshuffled and open_source(unshuffled, kind, tokenizer, seed=seed, model_max_length=room)
+
+    prompts, rows = opened(phase.evaluation.data, Prompts), opened(phase.evaluation.rows, kind)
+    if rows is not None and "mismatched" in kind.columns and len(rows) < 2:
+        raise ConfigError(f"{where}.rows has one item; {phase.method} swaps completions between items: give it more")
+    return prompts, rows
+
+
+def _wrong_with(evaluation: EvaluationConfig, where: str, method: str, kind: DataKind) -> str | None:
+    if evaluation.data is None and evaluation.rows is None:
+        return (
+            f"{where} names nothing to evaluate on; set {where}.data (prompts, answered and scored by the rewards), "
+            f"{where}.rows (rows, whose loss is taken), or both"
+        )
+    if evaluation.rows is not None and kind.prompts_only:
+        return (
+            f"{where}.rows: {method} learns from what it samples, so rows have no loss of its own; set {where}.data "
+            "to held-out prompts instead"
+        )
+    if evaluation.rows is not None and evaluation.rows.streaming:
+        return (
+            f"{where}.rows.streaming=true: held-out rows are evaluated all at once; leave it out, and set "
+            f"{where}.rows.limit if they are too many"
+        )
+    return None
+
+
+def _evaluation_tokens(phase: PreparedPhase) -> int:
+    return (phase.config.evaluation.max_tokens or 0) if phase.config.evaluation else 0
+
+
+def _check_rewards(prepared: Prepared) -> None:
+    """Every data set that is scored has rewards, and the columns that they ask for."""
+    for phase in prepared.phases:
+        scored = {"its data": phase.source} if any(stage.role == "reward" for stage in phase.pipeline) else {}
+        if phase.evaluation is not None:
+            scored["its evaluation data"] = phase.evaluation
+        if scored and not prepared.rewards:
+            raise ConfigError(
+                f"phase {phase.name} scores completions, but the run has no rewards; "
+                "add some, for example rewards: [{fn: exact_match}]"
+            )
+        for what, source in scored.items():
+            check_columns(prepared.rewards, source.report.columns, f"phase {phase.name}, {what}")

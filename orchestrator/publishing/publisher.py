@@ -1,0 +1,172 @@
+"""Weights as a versioned, verified resource: every serving rollout worker has acknowledged (version, fingerprint).
+
+Membership is reconciled before every publish. Joining workers that are up take part; a different set of members than
+last time makes a new epoch of the transport. After the transfer exactly those members are promoted whose
+acknowledgement equals what the trainer sent; the others are evicted and replaced. A worker that comes up between two
+publishes catches up through the object store, before it gets any work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from actors.errors import InfraFailure, WeightSyncError
+from actors.worker import Group, Objects, Ref
+from orchestrator.cluster.fleet import State
+from orchestrator.cluster.pool import Event, Pool
+from orchestrator.config.schema import WeightsConfig
+from orchestrator.publishing.transfer import export_payload
+from rollout.weights import CollectiveSend, DiskWrite, ManifestOf, OpenCollective, PackBuckets
+from rollout.weights.protocol import Ack, Manifest, Rendezvous, SendReport, SyncOrder
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """One publish: who has the version now, how long it took, and for how long decoding stood still at most."""
+
+    version: int
+    members: tuple[int, ...]
+    seconds: float
+    stall_seconds: float
+    nbytes: int
+
+
+class Publisher:
+    """Moves the policy's weights to the members of a pool. One sync at a time."""
+
+    def __init__(
+        self,
+        policy: Group,
+        pool: Pool,
+        objects: Objects,
+        config: WeightsConfig,
+        *,
+        dtype: str,
+        folder: str,
+        event: Event,
+    ) -> None:
+        self.version = -1
+        self._policy, self._pool, self._objects, self._config = policy, pool, objects, config
+        self._dtype, self._folder, self._event = dtype, folder, event
+        self._bucket_bytes = int(config.bucket_mib * 2**20)
+        self.changing = asyncio.Lock()  # held while the policy is updated and published: nobody catches up meanwhile
+        self._published = asyncio.Event()
+        self._held: dict[int, int] = {}  # member -> version that it acknowledged
+        self._epoch = 0
+        self._members: tuple[str, ...] = ()
+        self._address: tuple[str, int] | None = None
+        self._manifest: Manifest | None = None
+        self._snapshot: tuple[SendReport, Ref] | None = None
+
+    async def publish(self, version: int) -> SyncReport:
+        """Bring every healthy member to `version`, which the policy's weights are. The caller holds `changing`. Raises
+        WeightSyncError if there were members and none confirmed."""
+        assert self.changing.locked()
+        began = time.monotonic()
+        members = self._pool.indices(State.JOINING, State.SERVING)
+        order = await self._order(version, members)
+        acks = await self._transfer(order, members) if members else []
+        if members and not acks:
+            raise WeightSyncError(f"version {version}: none of {len(members)} rollout worker(s) confirmed the weights")
+        if order.transport == "collective":
+            self._snapshot = None
+        self.version = version
+        self._published.set()
+        stall = max((ack.stall_seconds for ack in acks), default=0.0)
+        promoted = tuple(index for index in members if self._held.get(index) == version)
+        return SyncReport(version, promoted, time.monotonic() - began, stall, order.manifest.nbytes)
+
+    async def admit(self, index: int) -> None:
+        """Returns once the member holds the current weights; the pool calls this before it gives out work."""
+        await asyncio.wait_for(self._published.wait(), self._pool.policy.start_timeout_s)
+        async with self.changing:
+            if self._held.get(index) == self.version:
+                return
+            report, payload = await self._packed()
+            order = SyncOrder(f"late-{self.version}-{index}", self.version, "object_store", await self._get_manifest())
+            await self._receive(index, order, report, payload)
+
+    async def _order(self, version: int, members: Sequence[int]) -> SyncOrder:
+        transport = self._config.transport
+        order = SyncOrder(f"publish-{version}-{time.monotonic_ns()}", version, transport, await self._get_manifest())
+        if transport == "disk":
+            return replace(order, folder=self._folder)
+        return replace(order, rendezvous=await self._rendezvous(members)) if transport == "collective" else order
+
+    async def _transfer(self, order: SyncOrder, members: Sequence[int]) -> list[Ack]:
+        """Send and receive at the same time where the transport is collective; else one after the other."""
+        if order.transport == "collective":
+            sending = asyncio.ensure_future(self._export(CollectiveSend(order), f"publish v{order.version}"))
+            results = await asyncio.gather(sending, *(self._receive(i, order, sending) for i in members))
+            return [ack for ack in results[1:] if ack is not None]
+        if order.transport == "disk":
+            report, payload = await self._export(DiskWrite(order), f"publish v{order.version}"), None
+        else:
+            self._snapshot = None
+            report, payload = await self._packed(order.version)
+        acks = await asyncio.gather(*(self._receive(index, order, report, payload) for index in members))
+        return [ack for ack in acks if ack is not None]
+
+    async def _receive(
+        self, index: int, order: SyncOrder, sent: SendReport | asyncio.Future[SendReport], payload: Ref | None = None
+    ) -> Ack | None:
+        """One member's side. None if it failed, in which case it is evicted."""
+        worker = self._pool.workers.get(index)
+        if worker is None:
+            return None
+        try:
+            deadline, name = self._config.timeout_s + 30, f"rollout.receive v{order.version}"
+            ack: Ack = await worker.call("receive", order, payload, timeout_s=deadline, task_name=name)
+            report = await sent if isinstance(sent, asyncio.Future) else sent
+            if (ack.version, ack.fingerprint) != (report.version, report.fingerprint):
+                raise InfraFailure(
+                    f"acknowledged {ack.version}/{ack.fingerprint}, sent {report.version}/{report.fingerprint}"
+                )
+        except InfraFailure as error:
+            self._event("sync_failed", {"worker": index, "version": order.version, "why": str(error)})
+            await self._pool.evict(index, f"weights of version {order.version} not confirmed: {error}")
+            return None
+        self._held[index] = ack.version
+        if self._pool.fleet.members.get(index) is not None:
+            self._pool.fleet.joined(index, time.monotonic())
+        return ack
+
+    async def _rendezvous(self, members: Sequence[int]) -> Rendezvous:
+        names = tuple(self._pool.infos[index].name for index in members)
+        if names != self._members:
+            self._epoch, self._members = self._epoch + 1, names
+        host, port = await self._get_address()
+        return Rendezvous(host, port, str(self._epoch), names, self._config.timeout_s, self._config.topology)
+
+    async def _get_address(self) -> tuple[str, int]:
+        """Where the policy's first rank keeps the store at which members meet."""
+        address = self._address
+        if address is None:
+            address = (await self._policy.call("run", OpenCollective(), timeout_s=self._config.timeout_s))[0]
+            self._address = address
+        return address
+
+    async def _get_manifest(self) -> Manifest:
+        manifest = self._manifest
+        if manifest is None:
+            manifest = await self._export(ManifestOf(self._dtype, self._bucket_bytes), "weights manifest")
+            self._manifest = manifest
+        return manifest
+
+    async def _packed(self, version: int | None = None) -> tuple[SendReport, Ref]:
+        """All weights as one object in the object store, made once per version."""
+        if self._snapshot is None:
+            packed = PackBuckets(await self._get_manifest(), self.version if version is None else version)
+            deadline = self._config.timeout_s + 30
+            self._snapshot = await export_payload(self._policy, packed, self._bucket_bytes, timeout_s=deadline)
+        return self._snapshot
+
+    async def _export(self, consumer: Any, task_name: str) -> Any:
+        results = await self._policy.call(
+            "export", consumer, self._bucket_bytes, timeout_s=self._config.timeout_s + 30, task_name=task_name
+        )
+        return results[0]

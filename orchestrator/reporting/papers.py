@@ -1,0 +1,38 @@
+"""The papers whose settings ship as recipes. A recipe's first line says which: `# TITLE, arXiv:NUMBER: what it is.`"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config.loading import RECIPES, recipe_name
+from orchestrator.config.overrides import load_yaml
+
+FIRST_LINE = re.compile(r"# (?P<title>.+), arXiv:(?P<number>\d{4}\.\d{5}): ")
+
+
+@dataclass(frozen=True)
+class Paper:
+    """One recipe's paper, and what of ours reproduces it."""
+
+    title: str
+    number: str
+    method: str
+    options: Mapping[str, Any]
+    recipe: str
+
+
+def papers() -> Iterator[Paper]:
+    """In the order of their numbers, which is that of their months."""
+    return iter(sorted(map(_read, (RECIPES / "papers").glob("*.yaml")), key=lambda paper: (paper.number, paper.recipe)))
+
+
+def _read(file: Path) -> Paper:
+    text = file.read_text()
+    named = FIRST_LINE.match(text)
+    assert named is not None, f"{file}: its first line must be `# TITLE, arXiv:NUMBER: what it is.`"
+    tree, _ = load_yaml(text, str(file))
+    return Paper(named["title"], named["number"], tree["method"], tree.get("options", {}), recipe_name(file))

@@ -1,0 +1,140 @@
+"""A plan for the eyes: stages, batch arithmetic, roles and memory, where they would go, what stands in the way."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from actors.columns import COLUMNS
+from orchestrator.planning.bundles import ClusterView, describe, fit
+from orchestrator.planning.memory_estimate import Memory
+from orchestrator.planning.plan import PhasePlan, Plan, RolePlan, problems
+
+
+def render(plan: Plan, cluster: ClusterView) -> RenderableType:
+    """Everything about a plan on one screen, compared with a cluster."""
+    return Group(*_parts(plan, cluster))
+
+
+def _parts(plan: Plan, cluster: ClusterView) -> Iterator[RenderableType]:
+    for phase in plan.phases:
+        yield _heading(f"phase {phase.name}: {phase.method} on {_data(phase)}")
+        yield _stages(phase)
+        yield Text("\n".join([arithmetic(phase), *_movements(phase)]) + "\n")
+    yield _heading("roles")
+    yield _roles(plan)
+    if plan.implicit_reference:
+        yield Text("reference: the policy without its adapters; nothing is launched for it")
+    for role in plan.passing:
+        yield Text(f"{role}: passes over the data once, then its processes end; what they reserve stays reserved")
+    yield _heading(f"\nplacement on {cluster}")
+    yield _placement(plan, cluster)
+    for warning in plan.warnings:
+        yield Text(f"\nwarning: {warning}", "yellow")
+    refused = problems(plan, cluster)
+    yield Text("\nrefused:" if refused else "\nnothing would be refused", "bold red" if refused else "green")
+    for problem in refused:
+        yield Text(f"  {problem}", "red")
+
+
+def arithmetic(phase: PhasePlan) -> str:
+    """`32 prompts x 8 samples = 256 rows a step, ...`."""
+    items = {"prompts": "prompts", "pairs": "pairs"}.get(phase.pipeline.data.name, "examples")
+    each = "samples" if phase.groups_in_flight else "rows"
+    product = f"{phase.items_per_step} {items}"
+    if phase.rows_per_item > 1:
+        product += f" x {phase.rows_per_item} {each} = {phase.rows_per_step} rows"
+    said = [f"a batch is {product}"]
+    if phase.optimizer_steps_per_batch > 1:
+        said.append(f"{phase.optimizer_steps_per_batch} optimizer steps on each")
+    if phase.micro_batches is not None:
+        said.append(
+            f"at most {phase.micro_batches} micro-batches per rank, for rows of up to {phase.longest_row} tokens"
+        )
+    if phase.groups_in_flight:
+        said.append(f"up to {phase.groups_in_flight} prompts in flight")
+    return "; ".join(said)
+
+
+def _movements(phase: PhasePlan) -> Iterator[str]:
+    """What happens to weights besides training."""
+    for stage in phase.pipeline.mixes:
+        share, source, every = (stage.options[name] for name in ("share", "source", "every"))
+        yield f"{stage.role}: after every {every} steps {share:g} {source} + {1 - share:g} {stage.role}"
+    if phase.bema is not None:
+        first = phase.bema.update_after + phase.bema.update_freq
+        yield f"bema: an average every {phase.bema.update_freq} optimizer steps, first at step {first}; saved as bema/"
+
+
+def _stages(phase: PhasePlan) -> Table:
+    table = _table("stage", "reads", "writes", "part")
+    learning = len(phase.pipeline.collect)
+    for index, stage in enumerate(phase.pipeline):
+        part = "once, before the first step" if stage.precomputed else "learn" if index >= learning else "collect"
+        table.add_row(stage.name, ", ".join(sorted(stage.reads)), ", ".join(sorted(stage.writes)), part)
+    return table
+
+
+def _data(phase: PhasePlan) -> str:
+    """The kind of data, with the columns that stages write and that are there already."""
+    data = phase.pipeline.data
+    known = sorted(name for name in data.columns if "source" not in COLUMNS[name].writer)
+    return f"{data.name} with {', '.join(known)}" if known else data.name
+
+
+def _roles(plan: Plan) -> Table:
+    table = _table("role", "processes", "each reserves", "threads", "GiB each, about", "of that", "bundles")
+    for role in plan.roles.values():
+        total, parts = ("?", "the model's size is not known") if role.memory is None else _memory(role.memory)
+        reserved = describe(role.resources)
+        table.add_row(role.name, str(role.count), reserved, str(role.threads), total, parts, _bundles(role))
+    return table
+
+
+def _memory(memory: Memory) -> tuple[str, str]:
+    """The total, and its parts from one hundredth of a GiB on."""
+    named = {
+        "weights": memory.weights,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        "activations": memory.activations,
+        "KV cache": memory.kv_cache,
+        "averages": memory.averages,
+        "process": memory.process,
+    }
+    parts = [f"{name} {gib:.2f}" for name, gib in named.items() if gib >= 0.005]
+    return f"{memory.total:.2f}", ", ".join(parts)
+
+
+def _bundles(role: RolePlan) -> str:
+    if role.host is not None:
+        return f"those of {role.host}"
+    if role.elastic:
+        return "one each, joins and leaves alone"
+    return f"{role.bundles[0]}-{role.bundles[-1]} of the gang" if role.count > 1 else f"{role.bundles[0]} of the gang"
+
+
+def _placement(plan: Plan, cluster: ClusterView) -> Table:
+    bundles = plan.bundles
+    found = fit(bundles, cluster)
+    table = _table("node", "holds", "left")
+    for node in cluster.nodes:
+        held = Counter(bundle.label for bundle, at in zip(bundles, found.nodes, strict=True) if at == node.name)
+        left = {kind: found.left[node.name].get(kind, 0.0) for kind in ("GPU", "CPU")}
+        table.add_row(node.name, ", ".join(f"{count} x {label}" for label, count in held.items()), describe(left))
+    return table
+
+
+def _heading(text: str) -> Text:
+    return Text(text, "bold")
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for column in columns:
+        table.add_column(column, no_wrap=column == columns[0])
+    return table

@@ -1,0 +1,163 @@
+"""One picture of a run: evaluations, reward, loss, lengths, speed; phases shaded."""
+
+# pyright: basic
+# (matplotlib is typed in part only)
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from orchestrator.reporting.metrics import METRICS_FILE, read
+
+Line = dict[str, Any]
+Points = list[tuple[int, float]]  # (step, value)
+PICTURE = "curves.png"
+INK, FAINT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
+SHADES = ("#f1f5fb", "#fdf4ec", "#eff8f1", "#f8f0f8")  # behind phases, in turn
+COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea")  # of phases, in turn
+RAW_ALPHA = 0.25  # of what a smoothed curve was made from
+SMOOTHED_FROM = 20  # points
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One curve: how a line of metrics becomes a value (None: not on this line). `sparse`: few points, each of which
+    matters. `goes_on`: a phase begins where the one before ended, so its curve does, too. `share`: between 0 and 1, if
+    all of its values are."""
+
+    title: str
+    value: Callable[[Line], float | None]
+    sparse: bool = False
+    goes_on: bool = False
+    share: bool = False
+
+
+def draw(
+    folder: Path,
+    file: Path | None = None,
+    *,
+    title: str | None = None,
+    phase: str | None = None,
+    panels: Sequence[Panel] | None = None,
+    dpi: int = 130,
+) -> Path | None:
+    """Draw `folder/curves.png` (or another file) from `folder/metrics.jsonl`; None if nothing was measured yet. With
+    `phase`, that one alone; `panels`: default, all for which there is something to draw."""
+    lines = [line for line in read(folder / METRICS_FILE) if phase in (None, line["phase"])]
+    panels = [panel for panel in panels or PANELS if any(panel.value(line) is not None for line in lines)]
+    if not panels:
+        return None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure  # not pyplot: no global state, no display
+
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.6 * columns, 2.9 * rows + 0.5), dpi=dpi, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title or folder.name, fontsize=11, color=INK, x=0.01, ha="left", fontweight="bold")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for index, (axis, panel) in enumerate(zip(axes, panels, strict=False)):
+        _draw_panel(axis, panel, lines, named=index == 0)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    file = file or folder / PICTURE
+    figure.savefig(file)
+    return file
+
+
+def _draw_panel(axis: Any, panel: Panel, lines: Sequence[Line], *, named: bool) -> None:
+    _style(axis, panel, share=panel.share and all(0 <= y <= 1 for _, y in _points(panel, lines)))
+    previous: Points = []
+    spans = _spans(lines)
+    for index, (phase, first, last) in enumerate(spans):
+        axis.axvspan(first, last, color=SHADES[index % len(SHADES)], lw=0)
+        if named:
+            axis.text((first + last) / 2, 0.97, phase, transform=axis.get_xaxis_transform(), **_LABEL)
+        points = _points(panel, [line for line in lines if line["phase"] == phase])
+        _draw_curve(axis, previous[-1:] + points if panel.goes_on else points, panel, COLOURS[index % len(COLOURS)])
+        previous = points
+    axis.set_xlim(spans[0][1], max(spans[-1][2], spans[0][1] + 1))
+
+
+def _draw_curve(axis: Any, points: Points, panel: Panel, colour: str) -> None:
+    if not points:
+        return
+    steps, values = [list(column) for column in zip(*points, strict=True)]
+    if panel.sparse:
+        axis.plot(steps, values, color=colour, lw=1.8, marker="o", ms=4.5, clip_on=False)
+        axis.annotate(f"{values[-1]:.2g}", (steps[-1], values[-1]), (0, 6), textcoords="offset points", **_VALUE)
+    elif len(values) < SMOOTHED_FROM:
+        axis.plot(steps, values, color=colour, lw=1.8)
+    else:
+        axis.plot(steps, values, color=colour, lw=0.8, alpha=RAW_ALPHA)
+        axis.plot(steps, _smoothed(values), color=colour, lw=1.8)
+
+
+def _points(panel: Panel, lines: Sequence[Line]) -> Points:
+    return [(line["step"], y) for line in lines if (y := panel.value(line)) is not None]
+
+
+def _style(axis: Any, panel: Panel, *, share: bool) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_title(panel.title, fontsize=9.5, color=INK, loc="left")
+    axis.grid(axis="y", color=GRID, lw=0.8)
+    axis.set_axisbelow(True)
+    axis.tick_params(labelsize=8, colors=FAINT, length=0)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.spines["bottom"].set_color(GRID)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axis.margins(y=0.12)
+    if share:
+        axis.set_ylim(0, 1.08)
+
+
+def _spans(lines: Sequence[Line]) -> list[tuple[str, int, int]]:
+    """(phase, first step, last step) in the order in which they ran; each begins where the one before ended."""
+    spans: list[tuple[str, int, int]] = []
+    for phase, group in groupby(lines, key=lambda line: line["phase"]):
+        steps = [line["step"] for line in group]
+        spans.append((phase, spans[-1][2] if spans else min(steps), max(steps)))
+    return spans
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """Means over a window that is centred, and narrower at the ends, so that nothing is shifted."""
+    reach = max(2, len(values) // 20)
+    windows = (values[max(0, at - reach) : at + reach + 1] for at in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
+
+
+def _metric(name: str) -> Callable[[Line], float | None]:
+    return lambda line: line.get(name)
+
+
+def _likelier(line: Line) -> float | None:
+    """By how many nats held-out rows that are chosen are likelier than the others."""
+    chosen, rejected = (line.get(f"eval_logps/{side}") for side in ("chosen", "rejected"))
+    return None if chosen is None or rejected is None else chosen - rejected
+
+
+def _tokens_per_second(line: Line) -> float | None:
+    tokens, seconds = line.get("num_tokens"), line.get("step_time")
+    return tokens / seconds if tokens and seconds else None
+
+
+_LABEL: dict[str, Any] = {"ha": "center", "va": "top", "fontsize": 8, "color": FAINT}
+_VALUE: dict[str, Any] = {"ha": "center", "fontsize": 8, "color": INK}
+PANELS = (
+    Panel("evaluation: reward on held-out prompts", _metric("eval_reward"), sparse=True, goes_on=True, share=True),
+    Panel("held-out rows: loss", _metric("eval_loss"), sparse=True),
+    Panel("held-out rows: reward, chosen above rejected", _metric("eval_rewards/margins"), sparse=True),
+    Panel("held-out rows: log-probability, chosen above rejected", _likelier, sparse=True),
+    Panel("held-out rows: share with the right order", _metric("eval_rewards/accuracies"), sparse=True, share=True),
+    Panel("reward", _metric("reward")),
+    Panel("loss", _metric("loss")),
+    Panel("completion length, tokens", _metric("completions/mean_length")),
+    Panel("tokens trained on, per second", _tokens_per_second),
+    Panel("gradient norm", _metric("grad_norm")),
+)
