@@ -26,8 +26,8 @@ def forward(
     """Outputs by the convention of `actors/columns.py`: entry t of `T` tokens concerns predicting token t. A number per
     row [B] is said at the row's last token.
 
-    `model` is a `LanguageModel` with that head, or a backend's wrapper of one. Only tokens whose `mask` is 1 are projected onto the
-    vocabulary, the others' entries are 0; `all_tokens`, or a batch without a mask, means every token but each row's
+    `model` is a `LanguageModel` with that head, or a backend's wrapper of one. Only tokens whose `mask` is 1 are given
+    to the head, the others' entries are 0; `all_tokens`, or a batch without a mask, means every token but each row's
     first. `chunk_rows` bounds how many tokens' logits exist at a time (default: 2**24 logits' worth).
     """
     tokens = micro["tokens"]

@@ -220,7 +220,8 @@ class VocabularyHead(nn.Module):
     def forward(
         self, hidden: Tensor, targets: Tensor, temperature: float, needs: frozenset[str], chunk_rows: int | None
     ) -> Mapping[str, Tensor]:
-        """`hidden` [N, H] and the tokens [N] that they are to predict -> `main`, their log-probabilities, and what `needs` names, each [N]."""
+        """`hidden` [N, H] and the tokens [N] that they are to predict -> `main`, their log-probabilities,
+        and what `needs` names, each [N]."""
         rows = chunk_rows or max(1, CHUNK_LOGITS // self.weight.shape[0])
         projection = Projection(self.scaling, temperature, needs, rows)
         outputs = _TokenQuantities.apply(hidden, self.weight, self.bias, targets, projection)

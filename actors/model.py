@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from actors.attention import VARLEN, Documents, register
+from actors.columns import Head
 from actors.errors import ModelError
 from actors.heads import LogitScaling, ScalarHead, VocabularyHead
-from actors.columns import Head
 from actors.lora import LoraSpec, attach
 from actors.prefixes import shared_prefixes
 
@@ -51,8 +51,9 @@ class ModelSpec:
 class LanguageModel(nn.Module):
     """A causal language model whose forward pass returns what its head says of tokens or rows, and never logits.
 
-    `causal` is the Hugging Face model, with whichever head: its parameter names are the ones that leave the process. Everything that needs
-    parameters happens inside this module's forward pass, so a backend may partition them outside of it.
+    `causal` is the Hugging Face model, with whichever head: its parameter names are the ones that leave the process.
+    Everything that needs parameters happens inside this module's forward pass, so a backend may partition them outside
+    of it.
     """
 
     def __init__(

@@ -29,9 +29,9 @@ from actors.backends import BackendSpec, Placement, build_backend
 from actors.backends.optimizer import OptimSpec
 from actors.backends.protocol import Backend
 from actors.batch import Batch
+from actors.columns import Head
 from actors.errors import RunError
 from actors.model import ModelSpec, load_tokenizer
-from actors.columns import Head
 from actors.objective import Objective
 from actors.sharding import Shard
 from actors.train_step import Pass, infer

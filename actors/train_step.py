@@ -23,10 +23,10 @@ from torch import Tensor
 
 from actors.backends.protocol import Backend
 from actors.batch import Batch
+from actors.columns import Head
 from actors.errors import RunError
 from actors.forward import forward
 from actors.metrics import combine, sum_counts
-from actors.columns import Head
 from actors.objective import Counts, MicroBatch, Objective, Outputs, Stat
 from actors.sharding import MicroBatches, Shard
 

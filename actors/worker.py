@@ -73,9 +73,9 @@ class Group(Protocol):
         timeout_s: float,
         task_name: str | None = None,
     ) -> list[Any]:
-        """Call every rank at once; results in rank order. With `per_rank`, rank r's first argument is `per_rank[r]`; with
-        `blocks`, its last arguments are `blocks[r]`. If one rank fails, its error is raised and the others are not
-        waited for beyond the deadline."""
+        """Call every rank at once; results in rank order. With `per_rank`, rank r's first argument is `per_rank[r]`;
+        with `blocks`, its last arguments are `blocks[r]`. If one rank fails, its error is raised and the others are
+        not waited for beyond the deadline."""
         ...
 
     async def call_split(

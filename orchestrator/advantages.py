@@ -1,8 +1,12 @@
-"""From rewards to advantages: pure numpy, in the driver.
+"""From rewards to advantages: pure numpy.
 
-A *credit call* is what a credit stage executes: `call(batch, **options) -> {column: values}`, with per-token values
-for per-token columns. `credits(reads=..., writes=...)` names its columns for the check that a pipeline closes; a call
-without it reads `reward`, `group` and `mask`, and writes `advantages`.
+A *credit call* is what a credit stage executes. `credits(reads=..., writes=...)` names its columns; a call without it
+reads `reward` and `group`, and writes `advantages`. What it reads decides where it runs:
+
+    columns per row alone    in the driver: `call(table, **options) -> {column: [B]}`; a value of a column per token holds
+                             at each of the row's tokens
+    columns per token, too   where the tokens are: `call(batch, world, **options) -> {column: [T]}`, on every rank for its
+                             rows; `world` sums over all ranks (`actors.objective.World`)
 
 A reward of NaN says that the sample could not be scored: it takes no part in any mean and gets advantage 0.
 """
@@ -14,7 +18,8 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from actors.batch import Array, Batch
+from actors.batch import Array
+from orchestrator.row_table import RowTable
 
 Scale = Literal["group", "batch", "none"]
 CreditCall = TypeVar("CreditCall", bound=Callable[..., dict[str, Array]])
@@ -31,17 +36,17 @@ def credits(*, reads: set[str], writes: set[str]) -> Callable[[CreditCall], Cred
 
 
 @credits(reads={"reward", "group"}, writes={"advantages"})
-def group_zscore(batch: Batch, *, scale: Scale = "group") -> dict[str, Array]:
+def group_zscore(rows: RowTable, *, scale: Scale = "group") -> dict[str, Array]:
     """Each row's `zscore_by_group`, at each of its tokens."""
-    return {"advantages": per_token(batch, zscore_by_group(batch["reward"], batch["group"], scale=scale))}
+    return {"advantages": zscore_by_group(rows["reward"], rows["group"], scale=scale)}
 
 
-@credits(reads={"mask", "truncated"}, writes={"mask"})
-def mask_truncated(batch: Batch) -> dict[str, Array]:
+@credits(reads={"truncated"}, writes={"learned"})
+def mask_truncated(rows: RowTable) -> dict[str, Array]:
     """Completions that hit their length limit are not learned from, and not counted among the tokens.
 
     Source: arXiv:2503.14476, section 3.4 (overlong filtering)."""
-    return {"mask": batch["mask"] & ~batch["truncated"][batch.row_of_token]}
+    return {"learned": ~rows["truncated"]}
 
 
 def zscore_by_group(rewards: Array, group: Array, *, scale: Scale = "group", eps: float = 1e-4) -> Array:
@@ -70,11 +75,6 @@ def has_signal(rewards: Array) -> bool:
     """
     scored = np.asarray(rewards)[~np.isnan(rewards)]
     return len(scored) > 1 and bool(np.ptp(scored) > 0)
-
-
-def per_token(batch: Batch, values: Array) -> Array:
-    """[B] -> [T]: each row's value at each of its tokens."""
-    return np.repeat(values, batch.lengths)
 
 
 def _mean_by(member: Array, values: Array, scored: Array) -> Array:

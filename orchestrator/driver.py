@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from orchestrator.collection.group_collector import Collected, Collector
-from orchestrator.executor import Roles
+from orchestrator.collection.collected import Collected, Collector
+from orchestrator.executor import Executor
 from orchestrator.pipeline import Pipeline
 
 
@@ -54,7 +54,7 @@ class StepClock:
 async def train(
     pipeline: Pipeline,
     steps: int,
-    roles: Roles,
+    roles: Executor,
     collector: Collector,
     progress: Progress,
     after_step: Callable[[StepRecord], Awaitable[None]],
@@ -65,16 +65,13 @@ async def train(
         clock = StepClock()
         with clock("collect"):
             collected = await collector.next(progress.version)
-        batch, metrics = collected.batch, dict(collected.metrics)
         async with roles.changing_weights():
-            for stage in pipeline.learn:
-                with clock(stage.name):
-                    batch, measured = await roles.run(stage, batch, progress.step)
-                metrics.update(measured)
+            _, metrics = await roles.run(pipeline.learn, collected.table, progress.step, clock)
             progress.step, progress.version = progress.step + 1, progress.version + 1
             await collector.expire(progress.version)
             if pipeline.generates:
                 with clock("publish"):
                     await roles.publish(progress.version)
         collector.advance(progress.version, collected)
-        await after_step(StepRecord(progress.step, progress.version, collected, {**metrics, **clock.metrics()}))
+        metrics = {**collected.metrics, **metrics, **clock.metrics()}
+        await after_step(StepRecord(progress.step, progress.version, collected, metrics))

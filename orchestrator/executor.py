@@ -55,6 +55,7 @@ class PromptGroup:
     position: int
     prompt: Any  # orchestrator.data.source.Prompt
     seed: int
+    admitted: float = field(default_factory=time.perf_counter)  # seconds on the driver's clock
     rows: RowTable = field(default_factory=lambda: RowTable(Batch.empty()))
     metas: tuple[GroupMeta, ...] = ()  # one per `generate` stage
     score: ScoreResult | None = None  # of all samples, whichever became rows
@@ -175,7 +176,9 @@ class Executor:
 
     async def _generate(self, stage: Stage, group: PromptGroup) -> PromptGroup:
         sampler = self.phase.pipeline.generates.index(stage)
-        seed, name = (group.seed, group.id) if sampler == 0 else (sample_seed(group.seed, sampler), f"{group.id}/{sampler}")
+        seed, name = group.seed, group.id
+        if sampler:
+            seed, name = sample_seed(seed, sampler), f"{name}/{sampler}"
         wanted = int(stage.options["n"])
         request = Request(name, group.prompt.tokens, wanted, self.phase.sampling, seed, group=group.position)
         meta, rows = await self.sample(stage.role, request, sampler)
@@ -217,7 +220,8 @@ class Executor:
 
         async with _first_error_of_a_group(), asyncio.TaskGroup() as running:
             for index, stage in enumerate(stages):
-                after = [task for task, other in zip(tasks, stages) if not self._concurrent or in_conflict(stage, other)]
+                earlier = zip(tasks, stages)
+                after = [task for task, other in earlier if not self._concurrent or in_conflict(stage, other)]
                 tasks.append(running.create_task(run_one(stage, after), name=f"{index} {stage.name}"))
         reports = [(stage, task.result()) for stage, task in zip(stages, tasks, strict=True)]
         return table, _told_apart(reports)

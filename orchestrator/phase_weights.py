@@ -9,7 +9,7 @@ from actors.errors import ConfigError
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.cluster.launch import average_spec, optim_spec
 from orchestrator.config.schema import RunConfig
-from orchestrator.executor import Roles
+from orchestrator.executor import Executor
 from orchestrator.planning.resolve import PreparedPhase
 
 SAVE_TIMEOUT_S = 1800.0
@@ -22,14 +22,14 @@ def reference_folder(run: Path, phase: PreparedPhase) -> Path:
 
 
 async def set_weights(
-    config: RunConfig, run: Path, phase: PreparedPhase, roles: Roles, found: Checkpoint | None
+    config: RunConfig, run: Path, phase: PreparedPhase, roles: Executor, found: Checkpoint | None
 ) -> None:
     """What frozen roles hold while the phase lasts: the policy as the phase found it, or what the checkpoint says."""
     await _set_reference(config, reference_folder(run, phase), phase, roles, resumed=found is not None)
     await _set_mixed(phase, roles, found)
 
 
-async def set_optimizers(phase: PreparedPhase, roles: Roles, found: Checkpoint | None) -> None:
+async def set_optimizers(phase: PreparedPhase, roles: Executor, found: Checkpoint | None) -> None:
     """A fresh optimizer for the phase, and if it is resumed, everything as the checkpoint has it."""
     for role in phase.pipeline.trained:
         average = average_spec(phase) if role == "policy" else None  # what leaves as a model
@@ -38,7 +38,7 @@ async def set_optimizers(phase: PreparedPhase, roles: Roles, found: Checkpoint |
             await roles.groups[role].call("load_state", str(found.path / role), timeout_s=SAVE_TIMEOUT_S)
 
 
-async def save_weights(phase: PreparedPhase, roles: Roles, folder: Path) -> None:
+async def save_weights(phase: PreparedPhase, roles: Executor, folder: Path) -> None:
     """Every trained role's state, the weights of those that follow them, a model folder, and one with the average if
     that is taken."""
     for role in phase.pipeline.trained:
@@ -51,7 +51,9 @@ async def save_weights(phase: PreparedPhase, roles: Roles, folder: Path) -> None
         await roles.groups["policy"].call("save_model", str(folder / AVERAGED), True, timeout_s=SAVE_TIMEOUT_S)
 
 
-async def _set_reference(config: RunConfig, folder: Path, phase: PreparedPhase, roles: Roles, *, resumed: bool) -> None:
+async def _set_reference(
+    config: RunConfig, folder: Path, phase: PreparedPhase, roles: Executor, *, resumed: bool
+) -> None:
     """The reference is the policy as it was when the phase began, unless `roles.reference.model` is another. It is kept
     in the run's folder: a phase that is resumed must find it again."""
     shared = "reference" in phase.pipeline.roles and "reference" in roles.groups
@@ -63,7 +65,7 @@ async def _set_reference(config: RunConfig, folder: Path, phase: PreparedPhase, 
     await roles.groups["reference"].call("load_model", str(folder), timeout_s=SAVE_TIMEOUT_S)
 
 
-async def _set_mixed(phase: PreparedPhase, roles: Roles, found: Checkpoint | None) -> None:
+async def _set_mixed(phase: PreparedPhase, roles: Executor, found: Checkpoint | None) -> None:
     """If the phase is resumed, roles whose weights follow the trained ones have those of the checkpoint."""
     if found is None:
         return

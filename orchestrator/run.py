@@ -25,14 +25,16 @@ from orchestrator.cluster.base import Cluster, LocalCluster
 from orchestrator.cluster.failures import Ledger, Watchdog
 from orchestrator.cluster.launch import launch
 from orchestrator.cluster.shutdown import Ending
+from orchestrator.collection.collected import Collector
 from orchestrator.collection.cursor import Cursor
 from orchestrator.collection.evaluation import Evaluations
-from orchestrator.collection.group_collector import Collector, GroupCollector, RowCollector
+from orchestrator.collection.group_collector import GroupCollector
 from orchestrator.collection.precompute import precompute
+from orchestrator.collection.row_collector import RowCollector
 from orchestrator.collection.staleness import Contract
 from orchestrator.config.schema import RunConfig
 from orchestrator.driver import Progress, StepRecord, train
-from orchestrator.executor import PhaseSettings, Roles
+from orchestrator.executor import Executor, PhaseSettings
 from orchestrator.phase_weights import AVERAGED, reference_folder, save_weights, set_optimizers, set_weights
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.planning.resolve import Prepared, PreparedPhase, prepare
@@ -141,7 +143,7 @@ class _Run:
                     await self._phase(phase, roles, mine)
         return self._finish()
 
-    async def _phase(self, phase: PreparedPhase, roles: Roles, found: Checkpoint | None) -> None:
+    async def _phase(self, phase: PreparedPhase, roles: Executor, found: Checkpoint | None) -> None:
         """One phase, from its start or from a checkpoint inside it."""
         self._enter(phase, roles)
         self.console.data(phase.name, phase.source.report.lines())
@@ -161,10 +163,11 @@ class _Run:
         finally:
             await collector.close()
 
-    def _enter(self, phase: PreparedPhase, roles: Roles) -> None:
-        roles.enter(PhaseSettings(phase.pipeline, phase.config.train.token_budget, phase.temperature, self.config.seed))
+    def _enter(self, phase: PreparedPhase, roles: Executor) -> None:
+        budget = phase.config.train.token_budget
+        roles.enter(PhaseSettings(phase.pipeline, budget, phase.temperature, self.config.seed, phase.sampling))
 
-    async def _precompute(self, phase: PreparedPhase, roles: Roles) -> PreparedPhase:
+    async def _precompute(self, phase: PreparedPhase, roles: Executor) -> PreparedPhase:
         """What frozen roles say about the whole data set, from the cache or now. Roles that nobody needs after that are
         ended."""
         passed = {stage.role for stage in phase.pipeline.precomputed}
@@ -190,7 +193,7 @@ class _Run:
             self.event("released", {"role": role})
         return phase
 
-    def _collector(self, phase: PreparedPhase, roles: Roles, cursor: Cursor, progress: Progress) -> Collector:
+    def _collector(self, phase: PreparedPhase, roles: Executor, cursor: Cursor, progress: Progress) -> Collector:
         train_config = phase.config.train
         if not phase.pipeline.generates:
             return RowCollector(phase.source, roles, cursor, train_config.batch_size, overlaps=self.plan.overlaps)
@@ -200,7 +203,6 @@ class _Run:
             phase.pipeline,
             cursor,
             Contract(train_config.max_staleness, train_config.batch_size, phase.first_version, phase.steps),
-            phase.sampling,
             run=phase.name,
             seed=self.config.seed + phase.index,
             version=progress.version,
@@ -209,7 +211,7 @@ class _Run:
             timeout_s=self.config.roles.rollout.request_timeout_s,
         )
 
-    def _after_step(self, phase: PreparedPhase, roles: Roles, cursor: Cursor) -> Any:
+    def _after_step(self, phase: PreparedPhase, roles: Executor, cursor: Cursor) -> Any:
         async def after_step(record: StepRecord) -> None:
             step, last = record.step, record.step == phase.steps
             sampled = rollout_metrics(record.collected, record.version - 1)
@@ -237,7 +239,7 @@ class _Run:
             shown = rows[:: max(1, len(rows) // self.config.logging.completions_shown)]
             self.console.completions(shown[: self.config.logging.completions_shown])
 
-    async def _save(self, phase: PreparedPhase, roles: Roles, cursor: Cursor, record: StepRecord) -> None:
+    async def _save(self, phase: PreparedPhase, roles: Executor, cursor: Cursor, record: StepRecord) -> None:
         """A checkpoint: the weights of the phase, and where the run stands."""
         total = phase.first_version + record.step
         state = RunState(

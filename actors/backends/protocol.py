@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from actors.backends.optimizer import OptimSpec
+from actors.backends.optimizer import OptimSpec, StepInfo
 from actors.objective import World
 from actors.weight_swap import Instead
 

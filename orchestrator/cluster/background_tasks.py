@@ -20,7 +20,7 @@ from orchestrator.cluster.base import Cluster
 from orchestrator.cluster.control_actor import AUTH_MODE, Board, RunFile, board_name
 from orchestrator.cluster.failures import Watchdog
 from orchestrator.cluster.fleet import State
-from orchestrator.executor import Roles
+from orchestrator.executor import Executor
 
 BOARD_EVERY_S = 1.0
 WATCH_EVERY_S = 5.0
@@ -45,7 +45,9 @@ async def board_of(folder: Path, cluster: Cluster) -> AsyncIterator[asyncio.Futu
 
 
 @asynccontextmanager
-async def beside(roles: Roles, board: Worker, watchdog: Watchdog, warn: Callable[[str], None]) -> AsyncIterator[None]:
+async def beside(
+    roles: Executor, board: Worker, watchdog: Watchdog, warn: Callable[[str], None]
+) -> AsyncIterator[None]:
     """The board is obeyed and the watchdog heard for as long as the block lasts."""
     async with AsyncExitStack() as stack:
         for work in (_watch(watchdog, warn), _obey(board, roles)):
@@ -61,9 +63,9 @@ async def _watch(watchdog: Watchdog, warn: Callable[[str], None]) -> None:
             warn(line)
 
 
-async def _obey(board: Worker, roles: Roles) -> None:
+async def _obey(board: Worker, roles: Executor) -> None:
     """Put up the status and take what is desired."""
-    pools = {role: pool for role, pool in (("rollout", roles.rollout), ("reward", roles.reward)) if pool is not None}
+    pools = roles.pools
     while True:
         status = {
             role: {"desired": pool.fleet.desired, "serving": pool.count(State.SERVING)} for role, pool in pools.items()

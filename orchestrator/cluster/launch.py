@@ -26,7 +26,7 @@ from orchestrator.cluster.base import Cluster
 from orchestrator.cluster.failures import Watchdog
 from orchestrator.cluster.pool import Event, Pool, PoolPolicy
 from orchestrator.config.schema import FrozenRole, RunConfig, TrainConfig, TrainedRole
-from orchestrator.executor import Roles
+from orchestrator.executor import Executor
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.resolve import Prepared, PreparedPhase
 from orchestrator.publishing.publisher import Publisher
@@ -38,7 +38,7 @@ from rollout.worker import RolloutWorker
 @asynccontextmanager
 async def launch(
     prepared: Prepared, plan: Plan, cluster: Cluster, folder: Path, event: Event, watchdog: Watchdog
-) -> AsyncIterator[Roles]:
+) -> AsyncIterator[Executor]:
     """All roles of the plan, up. They are closed when the block ends, however it ends."""
     config = prepared.config
     groups: dict[str, Group] = {}
@@ -61,14 +61,15 @@ async def launch(
         if rollout is not None:
             publisher = _publisher(config, groups["policy"], rollout, cluster, folder, event)
             rollout.admit = publisher.admit
-        yield Roles(
+        yield Executor(
             groups,
             cluster.objects,
-            rollout=rollout,
-            reward=reward,
-            publisher=publisher,
-            call_timeout_s=config.roles.policy.call_timeout_s,
-            implicit_reference=plan.implicit_reference,
+            engines={"rollout": rollout} if rollout is not None else {},
+            scorers={"reward": reward} if reward is not None else {},
+            publishers=[publisher] if publisher is not None else [],
+            call_timeout_s=dict.fromkeys(trained, config.roles.policy.call_timeout_s),
+            stand_ins={"reference": "policy"} if plan.implicit_reference else {},
+            concurrent=plan.overlaps,
         )
 
 
@@ -171,9 +172,7 @@ def _rollout_pool(prepared: Prepared, plan: Plan, cluster: Cluster, event: Event
 
 
 def _samples(prepared: Prepared) -> int:
-    return max(
-        int(phase.pipeline.generates.options["n"]) if phase.pipeline.generates else 1 for phase in prepared.phases
-    )
+    return max(phase.pipeline.samples_per_prompt or 1 for phase in prepared.phases)
 
 
 def _reward_pool(prepared: Prepared, cluster: Cluster, event: Event, watchdog: Watchdog) -> Pool:

@@ -17,10 +17,11 @@ import numpy as np
 from actors.errors import DataFailure, InfraFailure, RunError
 from orchestrator.cluster.failures import Watchdog
 from orchestrator.driver import Progress
-from orchestrator.executor import Roles
+from orchestrator.executor import Executor
 from orchestrator.planning.resolve import PreparedPhase
 from orchestrator.reporting.console import Console
 from orchestrator.reporting.metrics import METRICS_FILE, MetricsLog, read
+from orchestrator.row_table import RowTable
 from rewards.worker import ScoreResult
 from rollout.sampling import Request, Sampling
 
@@ -38,7 +39,7 @@ class Evaluations:
     event: Callable[[str, dict[str, Any]], None]
     scores: dict[str, float] = field(default_factory=dict[str, float])
 
-    async def at(self, phase: PreparedPhase, roles: Roles, progress: Progress) -> None:
+    async def at(self, phase: PreparedPhase, roles: Executor, progress: Progress) -> None:
         """Measure what the configuration wants at this step, unless the run's metrics have it already: from before it
         was resumed. Where a phase begins, prompts may have been answered already: at the end of the one before."""
         if not is_due(phase, progress.step):
@@ -75,13 +76,13 @@ class Evaluations:
             self.console.warn(f"evaluation {label} failed, and its number is missing; training goes on: {why}")
             return {}
 
-    async def _rows(self, phase: PreparedPhase, roles: Roles, label: str) -> dict[str, float]:
+    async def _rows(self, phase: PreparedPhase, roles: Executor, label: str) -> dict[str, float]:
         with self.watchdog.waiting(f"evaluation {label} on held-out rows"):
             metrics = await evaluate_rows(phase.held_out, roles)
         self.console.held_out(label, metrics)
         return metrics
 
-    async def _prompts(self, phase: PreparedPhase, roles: Roles, label: str, progress: Progress) -> dict[str, float]:
+    async def _prompts(self, phase: PreparedPhase, roles: Executor, label: str, progress: Progress) -> dict[str, float]:
         """Held-out prompts, answered with the newest weights and scored."""
         assert phase.config.evaluation is not None
         async with roles.changing_weights():
@@ -115,7 +116,7 @@ class Evaluation:
     metrics: dict[str, float]
 
 
-async def evaluate(source: Any, roles: Roles, sampling: Sampling, *, label: str) -> Evaluation:
+async def evaluate(source: Any, roles: Executor, sampling: Sampling, *, label: str) -> Evaluation:
     """Score every prompt of `source` once. A prompt whose completion fails for good is counted, not scored as zero.
     Raises RunError if there is no score of any."""
 
@@ -123,12 +124,13 @@ async def evaluate(source: Any, roles: Roles, sampling: Sampling, *, label: str)
         prompt = source.item(index)
         request = Request(f"eval/{label}/{index}", prompt.tokens, 1, sampling, seed=index, group=index)
         try:
-            meta, tokens = await roles.generate(request)
-            return (meta.lengths[0], await roles.score(prompt, tokens)) if meta.lengths else None
+            meta, rows = await roles.sample(engine, request)
+            return (meta.lengths[0], await roles.score(scorers, prompt, rows)) if meta.lengths else None
         except (DataFailure, InfraFailure) as error:
             reasons.append(str(error))
             return None
 
+    engine, scorers = next(iter(roles.engines)), next(iter(roles.scorers))
     reasons: list[str] = []
     results = await _all_of([one(index) for index in range(len(source))])
     done = [result for result in results if result is not None]
@@ -159,11 +161,11 @@ async def _all_of(work: list[Coroutine[Any, Any, T]]) -> list[T]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def evaluate_rows(source: Any, roles: Roles) -> dict[str, float]:
+async def evaluate_rows(source: Any, roles: Executor) -> dict[str, float]:
     """`eval_loss` and the other metrics that a step reports, of all held-out rows as one batch: no number depends on
     how many rows a batch has."""
     batch = await asyncio.to_thread(source.batch, range(len(source)))
-    return {f"eval_{name}": value for name, value in (await roles.evaluate(batch)).items()}
+    return {f"eval_{name}": value for name, value in (await roles.evaluate(RowTable(batch))).items()}
 
 
 def greedy(sampling: Sampling, max_tokens: int | None) -> Sampling:

@@ -1,120 +1,29 @@
-"""Collection: everything that happens to data before a role that is trained touches it. It may run ahead of learning.
+"""Batches of prompt groups. Each group passes the group-wise stages by itself, as the pipeline orders them, so that a
+slow reward or a dead engine delays one group and not the batch. It may run ahead of learning:
 
-Items that need no sampling come in rows, batch by batch (`RowCollector`). Prompts come as groups, and each group flows
-by itself, so that a slow reward or a dead engine delays one group and not the batch (`GroupCollector`):
-
-    cursor ─► admit ─► generate ─► score ─► keep? ─► ready ─┐ a batch's worth
-      ▲         ▲ the staleness contract                    ├─► batch stages ─► next()
+    cursor ─► admit ─► generate ─► score ─► keep ... ─► ready ─┐ a batch's worth
+      ▲         ▲ the staleness contract                       ├─► batch stages ─► next()
       └─────────┴──── dropped, filtered or too old: draw another
 
-Both assemble one batch ahead. What is trained on is settled in the cursor only after the step.
+One batch is assembled ahead. What is trained on is settled in the cursor only after the step.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from actors.batch import Batch
 from actors.errors import BudgetExhausted, RunError
-from actors.worker import Ref
-from orchestrator.cluster.failures import Kind, Ledger, Watchdog, classify, enough_survive
+from orchestrator.cluster.failures import Kind, Ledger, Watchdog, classify
+from orchestrator.collection.collected import Collected, RoleClient, cancel
 from orchestrator.collection.cursor import Cursor
 from orchestrator.collection.staleness import Contract
+from orchestrator.executor import PromptGroup
 from orchestrator.pipeline import Pipeline, Verb
-from rewards.worker import ScoreResult
-from rollout.sampling import GroupMeta, Request, Sampling, sample_seed
-
-
-@dataclass(frozen=True)
-class Group:
-    """A prompt with its finished, scored samples; the tokens stay in the object store."""
-
-    position: int
-    prompt: Any  # orchestrator.data.source.Prompt
-    meta: GroupMeta
-    tokens: Ref
-    score: ScoreResult
-    times: tuple[float, float, float]  # admitted, generated, scored; seconds on the driver's clock
-
-
-@dataclass(frozen=True)
-class Collected:
-    """What one training step learns from."""
-
-    batch: Batch
-    positions: tuple[int, ...]
-    groups: tuple[Group, ...] = ()
-    metrics: dict[str, float] = field(default_factory=dict)
-
-
-class Collector(Protocol):
-    """Where the loop's batches come from."""
-
-    async def next(self, version: int) -> Collected:
-        """The next batch, for a policy at `version`."""
-        ...
-
-    async def expire(self, next_version: int) -> None:
-        """Weights of `next_version` are about to be published: give up what would be too old under them."""
-        ...
-
-    def advance(self, version: int, trained: Collected) -> None:
-        """The policy is at `version` now, having trained on that batch."""
-        ...
-
-    async def close(self) -> None: ...
-
-
-class Company(Protocol):
-    """What collection asks of the roles (`orchestrator.executor.Roles`)."""
-
-    async def run_batch_stages(self, batch: Batch) -> Batch: ...
-
-    async def generate(self, request: Request) -> tuple[GroupMeta, Ref]: ...
-
-    async def score(self, prompt: Any, tokens: Ref) -> ScoreResult: ...
-
-    async def fetch(self, refs: list[Ref]) -> list[Batch]: ...
-
-
-class RowCollector:
-    """Batches of rows that are complete from the start: supervised, paired and unpaired data. The next batch is read
-    ahead; with `overlaps`, the stages that it passes before learning run ahead, too."""
-
-    def __init__(self, source: Any, company: Company, cursor: Cursor, items: int, *, overlaps: bool = True) -> None:
-        self._source, self._company, self._cursor, self._items = source, company, cursor, items
-        self._overlaps = overlaps
-        self._drawing = cursor.unsettled()
-        self._ahead: asyncio.Task[Collected] | None = None
-
-    async def next(self, version: int) -> Collected:
-        ahead = self._ahead or asyncio.ensure_future(self._assemble())
-        collected = await ahead
-        if not self._overlaps:
-            collected = await self._pass_stages(collected)
-        self._ahead = asyncio.ensure_future(self._assemble())
-        return collected
-
-    async def _assemble(self) -> Collected:
-        positions = [next(self._drawing) for _ in range(self._items)]
-        read = Collected(await asyncio.to_thread(self._source.batch, positions), tuple(positions))
-        return await self._pass_stages(read) if self._overlaps else read
-
-    async def _pass_stages(self, read: Collected) -> Collected:
-        return replace(read, batch=await self._company.run_batch_stages(read.batch))
-
-    async def expire(self, next_version: int) -> None:
-        pass  # rows do not age
-
-    def advance(self, version: int, trained: Collected) -> None:
-        self._cursor.settle(trained.positions)
-
-    async def close(self) -> None:
-        await _cancel([self._ahead] if self._ahead else [])
+from orchestrator.row_table import RowTable
+from rollout.sampling import sample_seed
 
 
 class GroupCollector:
@@ -123,11 +32,10 @@ class GroupCollector:
     def __init__(
         self,
         source: Any,
-        company: Company,
+        roles: RoleClient,
         pipeline: Pipeline,
         cursor: Cursor,
         contract: Contract,
-        sampling: Sampling,
         *,
         run: str,
         seed: int,
@@ -136,17 +44,15 @@ class GroupCollector:
         watchdog: Watchdog,
         timeout_s: float,
     ) -> None:
-        self._source, self._company, self._pipeline, self._cursor = source, company, pipeline, cursor
-        self._contract, self._sampling, self._run, self._seed = contract, sampling, run, seed
+        self._source, self._roles, self._pipeline, self._cursor = source, roles, pipeline, cursor
+        self._contract, self._run, self._seed = contract, run, seed
         self._ledger, self._watchdog, self._timeout_s = ledger, watchdog, timeout_s
         self._version, self._accepted = version, (version - contract.first_version) * contract.batch
-        self._samples = _samples_per_prompt(pipeline)
-        self._keeps = [stage for stage in pipeline.group_stages if stage.verb is Verb.KEEP]
         self._drawing = cursor.unsettled()
         self._redraw: list[int] = []
         self._running: dict[int, asyncio.Task[None]] = {}
         self._started: dict[int, int] = {}  # position -> version when it was admitted
-        self._ready: dict[int, Group] = {}
+        self._ready: dict[int, PromptGroup] = {}
         self._settled: list[int] = []  # dropped or filtered since the last step
         self._filtered = self._filtered_in_a_row = self._expired = 0
         self._changed = asyncio.Event()
@@ -157,20 +63,18 @@ class GroupCollector:
     async def next(self, version: int) -> Collected:
         self._admit()
         collected = await (self._ahead or asyncio.ensure_future(self._assemble(version)))
-        oldest = [group.meta.oldest_version for group in collected.groups]
+        oldest = [group.oldest_version for group in collected.groups]
         self._contract.check(oldest, version=version)
         self._ahead = asyncio.ensure_future(self._assemble(version + 1))
         return collected
 
     async def expire(self, next_version: int) -> None:
         late = [p for p, started in self._started.items() if self._contract.too_old(started, next_version=next_version)]
-        await _cancel([self._running[p] for p in late if p in self._running])
+        await cancel([self._running[p] for p in late if p in self._running])
         for position in late:
             self._forget(position)
         stale = [
-            p
-            for p, g in self._ready.items()
-            if self._contract.too_old(g.meta.oldest_version, next_version=next_version)
+            p for p, g in self._ready.items() if self._contract.too_old(g.oldest_version, next_version=next_version)
         ]
         for position in stale:
             del self._ready[position]
@@ -186,7 +90,7 @@ class GroupCollector:
 
     async def close(self) -> None:
         self._closed = True  # a group that finishes meanwhile makes no room for another
-        await _cancel([*self._running.values(), *([self._ahead] if self._ahead else [])])
+        await cancel([*self._running.values(), *([self._ahead] if self._ahead else [])])
 
     def _admit(self) -> None:
         while (
@@ -212,36 +116,26 @@ class GroupCollector:
         self._changed.set()
 
     async def _collect(self, position: int) -> None:
-        """One group's way through the row-wise stages. It ends in `_ready`, or settled and replaced by another."""
+        """One group's way through the group-wise stages. It ends in `_ready`, or settled and replaced by another."""
         _, index = self._source.order.at(position)
-        prompt = self._source.item(index)
-        admitted = time.perf_counter()
+        name = f"{self._run}/{position}/v{self._version}"
+        group = PromptGroup(name, position, self._source.item(index), sample_seed(self._seed, position))
         try:
-            meta, tokens = await self._company.generate(self._request(position, prompt.tokens))
-            generated = time.perf_counter()
-            if not enough_survive(len(meta.lengths), self._samples):
-                self._drop(position, "too few samples survived", "; ".join(meta.failures))
-                return
-            score = await self._company.score(prompt, tokens)
+            for stage in self._pipeline.group_stages:
+                after = await self._roles.run_group(stage, group)
+                if after is None:
+                    self._filter(position)
+                    return
+                group = after
         except RunError as error:
             if classify(error) is Kind.BUG:
                 raise
             self._drop(position, str(classify(error)), str(error))
             return
-        if not all(stage.call(score.total, **stage.options) for stage in self._keeps if stage.call):
-            self._filter(position)
-            return
         self._ledger.accepted()
         self._filtered_in_a_row = 0
         self._accepted += 1
-        times = (admitted, generated, time.perf_counter())
-        self._ready[position] = Group(position, prompt, meta, tokens, score, times)
-
-    def _request(self, position: int, tokens: tuple[int, ...]) -> Request:
-        seed = sample_seed(self._seed, position)
-        return Request(
-            f"{self._run}/{position}/v{self._version}", tokens, self._samples, self._sampling, seed, group=position
-        )
+        self._ready[position] = group
 
     def _drop(self, position: int, reason: str, detail: str) -> None:
         self._settled.append(position)
@@ -263,15 +157,13 @@ class GroupCollector:
         await self._until(lambda: len(self._usable(version)) >= self._contract.batch)
         positions = sorted(self._usable(version)[: self._contract.batch])
         groups = tuple(self._ready.pop(position) for position in positions)
-        parts = await self._company.fetch([group.tokens for group in groups])
-        scored = [part.with_columns(reward=group.score.total) for part, group in zip(parts, groups, strict=True)]
         assembled = time.perf_counter()
-        batch = await self._company.run_batch_stages(Batch.concat(scored))
+        table = await self._roles.run_batch_stages(RowTable.concat([group.rows for group in groups]))
         seconds = {**_seconds(groups), "time/batch_stages": time.perf_counter() - assembled}
-        return Collected(batch, tuple(positions), groups, {**self._metrics(), **seconds})
+        return Collected(table, tuple(positions), groups, {**self._metrics(), **seconds})
 
     def _usable(self, version: int) -> list[int]:
-        ages = {position: group.meta.oldest_version for position, group in self._ready.items()}
+        ages = {position: group.oldest_version for position, group in self._ready.items()}
         fresh = [position for position, age in ages.items() if not self._contract.too_old(age, next_version=version)]
         return sorted(fresh, key=lambda position: (ages[position], position))
 
@@ -296,19 +188,9 @@ class GroupCollector:
         return {**counts, "groups/filtered": float(self._filtered), "groups/expired": float(self._expired)}
 
 
-def _seconds(groups: tuple[Group, ...]) -> dict[str, float]:
+def _seconds(groups: Sequence[PromptGroup]) -> dict[str, float]:
     """Wall time of a batch's generation, and of the scoring that generation did not hide."""
-    admitted, generated, scored = zip(*(group.times for group in groups), strict=True)
-    return {"time/generate": max(generated) - min(admitted), "time/score": max(scored) - max(generated)}
-
-
-def _samples_per_prompt(pipeline: Pipeline) -> int:
-    stage = pipeline.generates
-    assert stage is not None, "a pipeline of prompts generates"
-    return int(stage.options["n"])
-
-
-async def _cancel(tasks: list[asyncio.Task[Any]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    generated = max(group.ended[Verb.GENERATE] for group in groups)
+    seconds = {"time/generate": generated - min(group.admitted for group in groups)}
+    scored = [group.ended[Verb.SCORE] for group in groups if Verb.SCORE in group.ended]
+    return {**seconds, "time/score": max(scored) - generated} if scored else seconds

@@ -27,8 +27,9 @@ from orchestrator.config.schema import RunConfig
 from orchestrator.data import kept
 from orchestrator.data.caches import Origin
 from orchestrator.data.source import RowSource, cache_root
-from orchestrator.executor import Roles
+from orchestrator.executor import Executor
 from orchestrator.pipeline import Stage
+from orchestrator.row_table import RowTable
 
 if TYPE_CHECKING:
     from orchestrator.planning.resolve import PreparedPhase
@@ -53,7 +54,7 @@ def recall(config: RunConfig, model: str, phase: PreparedPhase, began_with: str 
         found = {name: kept.load(folders[name], source.num_tokens) for name, source in sources.items()}
         values = {name: each for name, each in found.items() if each is not None}
         if len(values) == len(found):
-            phase = phase.given(stage, values, folders.values())
+            phase = phase.with_precomputed(stage, values, folders.values())
     return phase
 
 
@@ -61,7 +62,7 @@ async def precompute(
     config: RunConfig,
     model: str,
     phase: PreparedPhase,
-    roles: Roles,
+    roles: Executor,
     *,
     began_with: str,
     announce: Announce,
@@ -86,7 +87,7 @@ async def precompute(
             detail = {"from": stage.role, "folder": str(folders[name]), "tokens": source.num_tokens}
             announce(origins[name].column, {**detail, "seconds": round(time.monotonic() - began, 3)})
         written = {name: _written(folders[name], source) for name, source in phase.row_sources.items()}
-        phase = phase.given(stage, written, folders.values())
+        phase = phase.with_precomputed(stage, written, folders.values())
     return phase
 
 
@@ -96,14 +97,14 @@ def _written(folder: Path, source: RowSource) -> Any:
     return values
 
 
-async def _pass(stage: Stage, source: RowSource, roles: Roles, values: Any, progress: Progress) -> None:
+async def _pass(stage: Stage, source: RowSource, roles: Executor, values: Any, progress: Progress) -> None:
     """Every row through the role, in the order of the data set: neighbours in the file are written together."""
     into = stage.options["into"]
     at_once = MICRO_BATCHES_AT_ONCE * roles.ranks(stage) * roles.phase.token_budget
     progress(into, 0.0)
     for span, batch in source.parts(at_once):
-        computed, _ = await roles.run(stage, batch, step=-1)
-        values[span] = computed[into]
+        table, _ = await roles.run([stage], RowTable(batch))
+        values[span] = await roles.column(into, table)
         progress(into, span.stop / source.num_tokens)
 
 

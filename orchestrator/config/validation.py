@@ -65,7 +65,7 @@ def warnings(config: RunConfig, pipelines: Mapping[str, Pipeline]) -> list[str]:
 def _of_phase(where: str, config: RunConfig, phase: PhaseConfig, pipeline: Pipeline) -> Iterator[str]:
     train = phase.train
     reads = frozenset[str]().union(*(stage.reads for stage in pipeline.updates))
-    if train.max_staleness and pipeline.generates is None:
+    if train.max_staleness and not pipeline.generates:
         yield (
             f"{where}.train.max_staleness={train.max_staleness}: {phase.method} samples nothing, so nothing can be "
             "stale; set it to 0"

@@ -16,7 +16,7 @@ from orchestrator.losses.pairwise import CONTRASTS, Contrast, against_reference
 from orchestrator.losses.reduce import item_mean, token_mean
 from orchestrator.losses.transport import aot, aot_unpaired
 from orchestrator.methods.reference_sync import MIXUP_ALPHA, SYNC_STEPS, Share, Steps, reference_sync
-from orchestrator.pipeline import Pairs, Pipeline, logps, update
+from orchestrator.pipeline import Pairs, Pipeline, infer, update
 
 Positive = Annotated[float, Field(gt=0)]
 Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
@@ -75,7 +75,7 @@ def dpo(
     terms = (_term(name, weight, shared, extra) for name, weight in zip(names, weights, strict=True))
     return Pipeline(
         Pairs,
-        logps("reference", into="ref_logps", precomputed=precompute_ref_log_probs),
+        infer("reference", into="ref_logps", precomputed=precompute_ref_log_probs),
         update("policy", Sum(*terms)),
         *reference_sync(sync_ref_model, ref_model_mixup_alpha, ref_model_sync_steps),
     )

@@ -28,7 +28,7 @@ from orchestrator.losses.surrogates import (
     soft_gated,
     trust_region,
 )
-from orchestrator.pipeline import Pipeline, Prompts, credit, generate, keep, logps, score, update, when
+from orchestrator.pipeline import Pipeline, Prompts, credit, generate, infer, keep, score, update, when
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -100,8 +100,8 @@ def grpo(
         generate("rollout", n=num_generations),
         score("reward"),
         *when(dynamic_sampling, keep(has_signal)),
-        *when(beta, logps("reference", into="ref_logps")),
-        *when(old == "recorded", logps("policy", into="old_logps")),
+        *when(beta, infer("reference", into="ref_logps")),
+        *when(old == "recorded", infer("policy", into="old_logps")),
         *when(mask_truncated_completions, credit(mask_truncated)),
         credit(group_zscore, scale=scale_rewards),
         update("policy", loss, epochs=updates_per_batch, minibatches=minibatches),

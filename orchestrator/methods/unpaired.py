@@ -11,7 +11,7 @@ from orchestrator.losses.unpaired import apo_zero_unpaired as apo_zero_loss
 from orchestrator.losses.unpaired import bco as bco_loss
 from orchestrator.losses.unpaired import kto as kto_loss
 from orchestrator.methods.reference_sync import MIXUP_ALPHA, SYNC_STEPS, Share, Steps, reference_sync
-from orchestrator.pipeline import Labelled, MismatchedLabelled, Pipeline, WeightedLabelled, logps, update
+from orchestrator.pipeline import Labelled, MismatchedLabelled, Pipeline, WeightedLabelled, infer, update
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -39,7 +39,7 @@ def kto(
     sync = reference_sync(sync_ref_model, ref_model_mixup_alpha, ref_model_sync_steps)
     return Pipeline(
         data,
-        logps("reference", into="ref_logps", precomputed=precompute_ref_log_probs),
+        infer("reference", into="ref_logps", precomputed=precompute_ref_log_probs),
         update(
             "policy",
             loss,
@@ -68,7 +68,7 @@ def bco(
     sync = reference_sync(sync_ref_model, ref_model_mixup_alpha, ref_model_sync_steps)
     return Pipeline(
         WeightedLabelled if density_ratio else Labelled,
-        logps("reference", into="ref_logps", precomputed=precompute_ref_log_probs),
+        infer("reference", into="ref_logps", precomputed=precompute_ref_log_probs),
         update("policy", bco_loss, reduce=item_mean, beta=beta, density_ratio=density_ratio),
         *sync,
     )

@@ -310,10 +310,9 @@ def _zero_stage(settings: TrainedRole) -> int:
 
 def _phase_plan(name: str, config: RunConfig, pipeline: Pipeline) -> PhasePlan:
     phase = config.phases[name]
-    generates = pipeline.generates
-    rows = int(generates.options["n"]) if generates else pipeline.data.rows_per_item
+    rows = pipeline.rows_per_item
     minibatches = max((int(update.options["minibatches"]) for update in pipeline.updates), default=1)
-    longest = _longest_row(phase, sampled=generates is not None)
+    longest = _longest_row(phase, sampled=bool(pipeline.generates))
     return PhasePlan(
         name=name,
         method=phase.method,
@@ -323,7 +322,7 @@ def _phase_plan(name: str, config: RunConfig, pipeline: Pipeline) -> PhasePlan:
         optimizer_steps_per_batch=pipeline.optimizer_steps_per_batch,
         longest_row=longest,
         micro_batches=_micro_batches(config, phase, pipeline, rows, minibatches, longest),
-        groups_in_flight=(phase.train.max_staleness + 1) * phase.train.batch_size if generates else 0,
+        groups_in_flight=(phase.train.max_staleness + 1) * phase.train.batch_size if pipeline.generates else 0,
         bema=phase.train.bema,
     )
 

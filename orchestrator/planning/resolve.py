@@ -57,7 +57,9 @@ class PreparedPhase:
         fields = {"source": self.source, "held_out": self.held_out}
         return {name: source for name, source in fields.items() if isinstance(source, RowSource)}
 
-    def given(self, stage: Stage, values: Mapping[str, NDArray[Any]], folders: Iterable[Path]) -> PreparedPhase:
+    def with_precomputed(
+        self, stage: Stage, values: Mapping[str, NDArray[Any]], folders: Iterable[Path]
+    ) -> PreparedPhase:
         """The phase with what a stage would write, so that it need not run: for each of `row_sources` its values, one
         for each token."""
         (column,) = stage.writes
@@ -65,7 +67,7 @@ class PreparedPhase:
         sources: dict[str, Any] = {
             name: source.with_column(column, values[name], note) for name, source in self.row_sources.items()
         }
-        return replace(self, pipeline=self.pipeline.given(stage), kept=(*self.kept, *folders), **sources)
+        return replace(self, pipeline=self.pipeline.without_stage(stage), kept=(*self.kept, *folders), **sources)
 
 
 @dataclass(frozen=True)

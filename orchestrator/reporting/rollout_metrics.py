@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from orchestrator.collection.group_collector import Collected, Group
+from orchestrator.collection.collected import Collected
+from orchestrator.executor import PromptGroup
 from rollout.sampling import Finish
 
 
@@ -14,10 +15,11 @@ def rollout_metrics(collected: Collected, version: int) -> dict[str, float]:
     """Rewards, lengths (tokens) and staleness (versions) of a batch; empty for data that was not sampled."""
     if not collected.groups:
         return {}
-    return {**_rewards(collected.groups), **_lengths(collected.groups), **_staleness(collected.groups, version)}
+    rewards = _rewards(collected.groups) if collected.groups[0].score is not None else {}
+    return {**rewards, **_lengths(collected.groups), **_staleness(collected.groups, version)}
 
 
-def _rewards(groups: Sequence[Group]) -> dict[str, float]:
+def _rewards(groups: Sequence[PromptGroup]) -> dict[str, float]:
     totals = [np.asarray(group.score.total, dtype=np.float64) for group in groups]
     spreads = [float(np.nanstd(total, ddof=1)) for total in totals if np.count_nonzero(~np.isnan(total)) > 1]
     metrics = {
@@ -32,7 +34,7 @@ def _rewards(groups: Sequence[Group]) -> dict[str, float]:
     return {**metrics, **_user_metrics(groups)}
 
 
-def _user_metrics(groups: Sequence[Group]) -> dict[str, float]:
+def _user_metrics(groups: Sequence[PromptGroup]) -> dict[str, float]:
     """What reward functions logged themselves (`log_metric`), averaged over groups."""
     names = dict.fromkeys(name for group in groups for name in group.score.metrics)
     return {
@@ -40,9 +42,9 @@ def _user_metrics(groups: Sequence[Group]) -> dict[str, float]:
     }
 
 
-def _lengths(groups: Sequence[Group]) -> dict[str, float]:
-    lengths = np.array([length for group in groups for length in group.meta.lengths])
-    ended = np.array([finish is Finish.STOP for group in groups for finish in group.meta.finishes])
+def _lengths(groups: Sequence[PromptGroup]) -> dict[str, float]:
+    lengths = np.array([length for group in groups for meta in group.metas for length in meta.lengths])
+    ended = np.array([finish is Finish.STOP for group in groups for meta in group.metas for finish in meta.finishes])
     metrics = {
         "completions/mean_length": float(lengths.mean()),
         "completions/min_length": float(lengths.min()),
@@ -57,8 +59,8 @@ def _lengths(groups: Sequence[Group]) -> dict[str, float]:
     return metrics
 
 
-def _staleness(groups: Sequence[Group], version: int) -> dict[str, float]:
-    ages = np.array([version - group.meta.oldest_version for group in groups])
+def _staleness(groups: Sequence[PromptGroup], version: int) -> dict[str, float]:
+    ages = np.array([version - group.oldest_version for group in groups])
     return {"staleness/mean": float(ages.mean()), "staleness/max": float(ages.max())}
 
 
