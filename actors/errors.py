@@ -9,7 +9,9 @@ TroupeError
 ├── Interrupted        a signal ended a run, in order
 └── RunError           something broke while a run was going on
     ├── InfraFailure       an actor, an engine or a wait died: retry elsewhere, bounded
+    │   └── NoAnswer           a worker died, is out of reach, or passed its deadline
     ├── DataFailure        this sample always fails: drop it and count it
+    │   └── Dropped            a prompt group that cannot be trained on, for a stated reason
     ├── WeightSyncError    an engine did not confirm (version, fingerprint)
     ├── StalenessError     a batch was older than the contract allows
     └── BudgetExhausted    more failures than the run allows
@@ -61,8 +63,24 @@ class InfraFailure(RunError):
     """The machinery failed, not the sample: the same work may succeed elsewhere."""
 
 
+class NoAnswer(InfraFailure):
+    """A worker did not answer a call: it died, is out of reach, or passed the call's deadline. An `InfraFailure` that
+    a method raises itself is an answer."""
+
+
 class DataFailure(RunError):
     """The sample itself fails, wherever it is tried."""
+
+
+class Dropped(DataFailure):
+    """A prompt group cannot be trained on; `reason` is what it is counted under."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return self.detail
 
 
 class WeightSyncError(RunError):

@@ -3,10 +3,10 @@
 A *credit call* is what a credit stage executes. `credits(reads=..., writes=...)` names its columns; a call without it
 reads `reward` and `group`, and writes `advantages`. What it reads decides where it runs:
 
-    columns per row alone    in the driver: `call(table, **options) -> {column: [B]}`; a value of a column per token holds
-                             at each of the row's tokens
-    columns per token, too   where the tokens are: `call(batch, world, **options) -> {column: [T]}`, on every rank for its
-                             rows; `world` sums over all ranks (`actors.objective.World`)
+    columns per row alone    in the driver: `call(table, **options) -> {column: [B]}`; a value of a column per token
+                             holds at each of the row's tokens
+    columns per token, too   where the tokens are: `call(batch, world, **options) -> {column: [T]}`, on every rank for
+                             its rows; `world` sums over all ranks (`actors.objective.World`)
 
 A reward of NaN says that the sample could not be scored: it takes no part in any mean and gets advantage 0.
 """

@@ -1,6 +1,6 @@
 """Stages become calls: the only place that knows what a verb asks of which processes.
 
-    collector ── run_group(stage, group) ──► pools of engines and scorers
+    collector ── run_group(stage, group) ──► pools of engines and scorers (`collection/group_stages.py`)
     loop ─────── run(stages, table) ───────► groups of ranks (policy, reference, value ...), several at once
     loop ─────── publish(version) ─────────► publishers: a trained role ──► every engine that samples from it
 
@@ -10,27 +10,24 @@ Which stages there are, in which order and by which roles, is the pipeline's to 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from actors.batch import Array, Batch
-from actors.errors import DataFailure, InfraFailure
-from actors.worker import Group, Objects, Ref, Worker
-from orchestrator.cluster.failures import enough_survive
+from actors.batch import Array
+from actors.worker import Group, Objects, Ref
 from orchestrator.cluster.pool import Pool
+from orchestrator.collection.group_stages import GroupStages, PromptGroup
 from orchestrator.losses.objective import LossObjective
 from orchestrator.pipeline import Pipeline, Stage, Verb, in_conflict
 from orchestrator.publishing.publisher import Publisher, SyncReport
 from orchestrator.publishing.transfer import mix_towards
 from orchestrator.row_table import RowTable, Share
-from rewards.worker import ScoreResult
-from rollout.sampling import Finish, GroupMeta, Request, Sampling, sample_seed
+from rollout.sampling import Sampling
 
 Clock = Callable[[str], AbstractContextManager[None]]
 FETCH_TIMEOUT_S = 120.0
@@ -45,25 +42,6 @@ class PhaseSettings:
     temperature: float  # log-probabilities are taken at the sampling temperature (1 where nothing is sampled)
     seed: int
     sampling: Sampling
-
-
-@dataclass(frozen=True)
-class PromptGroup:
-    """A prompt on its way through the group stages. `seed` fixes its samples; `id` is unique in the run."""
-
-    id: str
-    position: int
-    prompt: Any  # orchestrator.data.source.Prompt
-    seed: int
-    admitted: float = field(default_factory=time.perf_counter)  # seconds on the driver's clock
-    rows: RowTable = field(default_factory=lambda: RowTable(Batch.empty()))
-    metas: tuple[GroupMeta, ...] = ()  # one per `generate` stage
-    score: ScoreResult | None = None  # of all samples, whichever became rows
-    ended: Mapping[Verb, float] = field(default_factory=dict[Verb, float])  # seconds on the driver's clock
-
-    @property
-    def oldest_version(self) -> int:
-        return min(meta.oldest_version for meta in self.metas)
 
 
 @dataclass(frozen=True)
@@ -101,15 +79,9 @@ class Executor:
         concurrent: bool,
     ) -> None:
         self.groups, self.objects = groups, objects
-        self.engines, self.scorers, self.publishers = engines, scorers, publishers
+        self.publishers, self.group_stages = publishers, GroupStages(engines, scorers)
         self._call_timeout_s, self._stand_ins, self._concurrent = call_timeout_s, stand_ins, concurrent
         self._phase: PhaseSettings | None = None
-        self._group_verbs: dict[Verb, Callable[[Stage, PromptGroup], Awaitable[PromptGroup | None]]] = {
-            Verb.GENERATE: self._generate,
-            Verb.SCORE: self._score,
-            Verb.KEEP: self._keep,
-            Verb.REGROUP: self._regroup,
-        }
         self._verbs: dict[Verb, Callable[[Stage, RowTable, int], Awaitable[tuple[Written, dict[str, float]]]]] = {
             Verb.INFER: self._infer,
             Verb.CREDIT: self._credit,
@@ -120,7 +92,7 @@ class Executor:
     @property
     def pools(self) -> Mapping[str, Pool]:
         """The elastic roles."""
-        return {**self.engines, **self.scorers}
+        return {**self.group_stages.engines, **self.group_stages.scorers}
 
     def enter(self, phase: PhaseSettings) -> None:
         """Stages run with these settings from now on."""
@@ -139,67 +111,9 @@ class Executor:
         """End the processes of a role that no later stage needs, so that its memory is free."""
         await self.groups.pop(role).kill()
 
-    # ---- a prompt group
-
     async def run_group(self, stage: Stage, group: PromptGroup) -> PromptGroup | None:
-        """One group-wise stage: the group as it is after it; None if another prompt is to take its place. Raises
-        DataFailure if this prompt cannot be used, InfraFailure if the attempts are used up."""
-        after = await self._group_verbs[stage.verb](stage, group)
-        return after and replace(after, ended={**after.ended, stage.verb: time.perf_counter()})
-
-    async def sample(self, role: str, request: Request, sampler: int = 0) -> tuple[GroupMeta, RowTable]:
-        """Samples of one prompt, from whichever worker of an engine role is free."""
-        pool = self.engines[role]
-
-        async def work(worker: Worker) -> tuple[GroupMeta, Ref]:
-            try:
-                name, deadline = f"{role}.generate {request.id}", pool.policy.call_timeout_s
-                return await worker.call_split("generate", request, timeout_s=deadline, task_name=name)
-            except asyncio.CancelledError:
-                await _abort(worker, request.id)
-                raise
-
-        meta, block = await pool.call(request.id, work)
-        return meta, _sampled_rows(request, meta, block, sampler)
-
-    async def score(self, role: str, prompt: Any, rows: RowTable) -> ScoreResult:
-        """Rewards of one prompt's samples, from whichever worker of a scorer role is free."""
-        pool = self.scorers[role]
-        name, deadline = f"{role}.score prompt {prompt.id}", pool.policy.call_timeout_s
-        whole = rows.only({"tokens", "mask", "version"}).whole()
-
-        async def work(worker: Worker) -> ScoreResult:
-            arguments = (whole.shard, prompt.prompt, prompt.columns, *whole.blocks)
-            return await worker.call("score", *arguments, timeout_s=deadline, task_name=name)
-
-        return await pool.call(f"score prompt {prompt.id}", work)
-
-    async def _generate(self, stage: Stage, group: PromptGroup) -> PromptGroup:
-        sampler = self.phase.pipeline.generates.index(stage)
-        seed, name = group.seed, group.id
-        if sampler:
-            seed, name = sample_seed(seed, sampler), f"{name}/{sampler}"
-        wanted = int(stage.options["n"])
-        request = Request(name, group.prompt.tokens, wanted, self.phase.sampling, seed, group=group.position)
-        meta, rows = await self.sample(stage.role, request, sampler)
-        if not enough_survive(len(meta.lengths), wanted):
-            raise DataFailure(f"too few samples survived: {'; '.join(meta.failures)}")
-        return replace(group, rows=RowTable.concat([group.rows, rows]), metas=(*group.metas, meta))
-
-    async def _score(self, stage: Stage, group: PromptGroup) -> PromptGroup:
-        score = await self.score(stage.role, group.prompt, group.rows)
-        return replace(group, rows=group.rows.with_values(reward=score.total), score=score)
-
-    async def _keep(self, stage: Stage, group: PromptGroup) -> PromptGroup | None:
-        assert stage.call is not None
-        return group if stage.call(group.rows["reward"], **stage.options) else None
-
-    async def _regroup(self, stage: Stage, group: PromptGroup) -> PromptGroup | None:
-        assert stage.call is not None
-        rows: RowTable | None = stage.call(group.rows, **stage.options["call"])
-        return None if rows is None or not len(rows) else replace(group, rows=rows)
-
-    # ---- a batch
+        """One group-wise stage: see `GroupStages.run`."""
+        return await self.group_stages.run(stage, group, self.phase.sampling)
 
     async def run(
         self, stages: Sequence[Stage], table: RowTable, step: int = -1, clock: Clock | None = None
@@ -358,18 +272,6 @@ class Executor:
         )
 
 
-def _sampled_rows(request: Request, meta: GroupMeta, block: Ref, sampler: int) -> RowTable:
-    """What the driver knows of a finished group, beside where its tokens are."""
-    count = len(meta.lengths)
-    rows = Batch.build(
-        np.asarray(meta.lengths, np.int64) + len(request.prompt),
-        group=np.full(count, request.group, np.int64),
-        truncated=[finish is Finish.LENGTH for finish in meta.finishes],
-        sampler=np.full(count, sampler, np.int8),
-    )
-    return RowTable.of_block(rows, block, {"tokens", "mask", "sample_logps", "version"})
-
-
 def _in_blocks(names: set[str] | frozenset[str], shares: Sequence[Share], found: Sequence[tuple[Any, Ref]]) -> Written:
     """Columns that ranks computed of their shares, which stay where they are."""
     return Written(
@@ -430,11 +332,3 @@ async def _first_error_of_a_group() -> AsyncIterator[None]:
         yield
     except BaseExceptionGroup as group:
         raise group.exceptions[0] from None
-
-
-async def _abort(worker: Worker, request_id: str) -> None:
-    """Tell a worker that nobody waits for a request any more; if it is gone, so is the request."""
-    try:
-        await asyncio.shield(worker.call("abort", [request_id], timeout_s=10.0))
-    except InfraFailure:
-        return

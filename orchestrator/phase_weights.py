@@ -10,7 +10,7 @@ from orchestrator.checkpoint import Checkpoint
 from orchestrator.cluster.launch import average_spec, optim_spec
 from orchestrator.config.schema import RunConfig
 from orchestrator.executor import Executor
-from orchestrator.planning.resolve import PreparedPhase
+from orchestrator.planning.prepared import PreparedPhase
 
 SAVE_TIMEOUT_S = 1800.0
 AVERAGED = "bema"  # in a checkpoint, beside `model`

@@ -37,7 +37,8 @@ from orchestrator.driver import Progress, StepRecord, train
 from orchestrator.executor import Executor, PhaseSettings
 from orchestrator.phase_weights import AVERAGED, reference_folder, save_weights, set_optimizers, set_weights
 from orchestrator.planning.plan import Plan, make_plan
-from orchestrator.planning.resolve import Prepared, PreparedPhase, prepare
+from orchestrator.planning.prepared import Prepared, PreparedPhase
+from orchestrator.planning.resolve import prepare
 from orchestrator.reporting.console import Console
 from orchestrator.reporting.metrics import MetricsLog
 from orchestrator.reporting.plot import draw

@@ -29,6 +29,7 @@ import numpy as np
 import actors
 from actors.batch import Array, Batch
 from actors.errors import DataFailure, InfraFailure
+from actors.sharding import Shard
 from actors.worker import WorkerInfo
 from rewards.combine import weighted_sum
 from rewards.loading import Reward, RewardSpec
@@ -87,14 +88,15 @@ class RewardWorker:
             ages = [time.monotonic() - began for began in self._running.values()]
             return {"alive": True, "running": len(ages), "oldest_s": max(ages, default=0.0), "calls": self._calls}
 
-    async def score(self, batch: Batch, prompt: Prompt, columns: Mapping[str, Any]) -> ScoreResult:
-        """Rewards of the rows of `batch`, all samples of one `prompt`; `columns`: the prompt's other columns.
+    async def score(self, rows: Shard, prompt: Prompt, columns: Mapping[str, Any], *blocks: Batch) -> ScoreResult:
+        """Rewards of `rows`, all samples of one `prompt`; `columns`: the prompt's other columns; `blocks` are those that
+        the shard speaks of.
 
         Raises DataFailure, with the function's name, if one raises or answers with something else than n rewards.
         """
         token = self._began()
         try:
-            return await self._score(batch, prompt, columns)
+            return await self._score(rows.fetched(blocks).batch, prompt, columns)
         finally:
             with self._lock:
                 del self._running[token]

@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from orchestrator.executor import PromptGroup
+from orchestrator.collection.group_stages import PromptGroup
 from orchestrator.pipeline import Stage
 from orchestrator.row_table import RowTable
 

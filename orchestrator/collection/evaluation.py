@@ -18,7 +18,7 @@ from actors.errors import DataFailure, InfraFailure, RunError
 from orchestrator.cluster.failures import Watchdog
 from orchestrator.driver import Progress
 from orchestrator.executor import Executor
-from orchestrator.planning.resolve import PreparedPhase
+from orchestrator.planning.prepared import PreparedPhase
 from orchestrator.reporting.console import Console
 from orchestrator.reporting.metrics import METRICS_FILE, MetricsLog, read
 from orchestrator.row_table import RowTable
@@ -124,13 +124,13 @@ async def evaluate(source: Any, roles: Executor, sampling: Sampling, *, label: s
         prompt = source.item(index)
         request = Request(f"eval/{label}/{index}", prompt.tokens, 1, sampling, seed=index, group=index)
         try:
-            meta, rows = await roles.sample(engine, request)
-            return (meta.lengths[0], await roles.score(scorers, prompt, rows)) if meta.lengths else None
+            meta, rows = await roles.group_stages.sample(engine, request)
+            return (meta.lengths[0], await roles.group_stages.score(scorers, prompt, rows)) if meta.lengths else None
         except (DataFailure, InfraFailure) as error:
             reasons.append(str(error))
             return None
 
-    engine, scorers = next(iter(roles.engines)), next(iter(roles.scorers))
+    engine, scorers = next(iter(roles.group_stages.engines)), next(iter(roles.group_stages.scorers))
     reasons: list[str] = []
     results = await _all_of([one(index) for index in range(len(source))])
     done = [result for result in results if result is not None]

@@ -15,12 +15,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from actors.errors import BudgetExhausted, RunError
+from actors.errors import BudgetExhausted, Dropped, RunError
 from orchestrator.cluster.failures import Kind, Ledger, Watchdog, classify
 from orchestrator.collection.collected import Collected, RoleClient, cancel
 from orchestrator.collection.cursor import Cursor
+from orchestrator.collection.group_stages import PromptGroup
 from orchestrator.collection.staleness import Contract
-from orchestrator.executor import PromptGroup
 from orchestrator.pipeline import Pipeline, Verb
 from orchestrator.row_table import RowTable
 from rollout.sampling import sample_seed
@@ -130,7 +130,7 @@ class GroupCollector:
         except RunError as error:
             if classify(error) is Kind.BUG:
                 raise
-            self._drop(position, str(classify(error)), str(error))
+            self._drop(position, error.reason if isinstance(error, Dropped) else str(classify(error)), str(error))
             return
         self._ledger.accepted()
         self._filtered_in_a_row = 0

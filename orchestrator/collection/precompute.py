@@ -32,7 +32,7 @@ from orchestrator.pipeline import Stage
 from orchestrator.row_table import RowTable
 
 if TYPE_CHECKING:
-    from orchestrator.planning.resolve import PreparedPhase
+    from orchestrator.planning.prepared import PreparedPhase
 
 MICRO_BATCHES_AT_ONCE = 8  # per rank and call: between two calls the progress is shown
 CHUNK_BYTES = 1 << 24

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from orchestrator.collection.collected import Collected
-from orchestrator.executor import PromptGroup
+from orchestrator.collection.group_stages import PromptGroup
 from rollout.sampling import Finish
 
 

@@ -28,7 +28,8 @@ from orchestrator.methods import build
 from orchestrator.pipeline import Labelled, Pairs, Pipeline, Prompts, generate, logps
 from orchestrator.planning.bundles import ClusterView
 from orchestrator.planning.plan import Plan, draft_plan, make_plan
-from orchestrator.planning.resolve import Prepared, prepare
+from orchestrator.planning.prepared import Prepared
+from orchestrator.planning.resolve import prepare
 from orchestrator.reporting.plan_report import render
 from tests.unit.source_stub import opened, write_rows
 from tests.unit.tiny import tiny_model_folder

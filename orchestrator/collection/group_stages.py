@@ -1,0 +1,151 @@
+"""The group-wise stages: what happens to a prompt and its samples before they join a batch.
+
+generate ──► a pool of engines          score ──► a pool of scorers
+keep, regroup: in the driver, on the table of the group's rows
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from actors.batch import Batch
+from actors.errors import BudgetExhausted, DataFailure, Dropped, InfraFailure
+from actors.worker import Ref, Worker
+from orchestrator.cluster.failures import enough_survive
+from orchestrator.cluster.pool import Pool
+from orchestrator.pipeline import Stage, Verb
+from orchestrator.row_table import RowTable
+from rewards.worker import ScoreResult
+from rollout.sampling import Finish, GroupMeta, Request, Sampling, sample_seed
+
+
+@dataclass(frozen=True)
+class PromptGroup:
+    """A prompt on its way through the group stages. `seed` fixes its samples; `id` is unique in the run."""
+
+    id: str
+    position: int
+    prompt: Any  # orchestrator.data.source.Prompt
+    seed: int
+    admitted: float = field(default_factory=time.perf_counter)  # seconds on the driver's clock
+    rows: RowTable = field(default_factory=lambda: RowTable(Batch.empty()))
+    metas: tuple[GroupMeta, ...] = ()  # one per `generate` stage
+    score: ScoreResult | None = None  # of all samples, whichever became rows
+    ended: Mapping[Verb, float] = field(default_factory=dict[Verb, float])  # seconds on the driver's clock
+
+    @property
+    def oldest_version(self) -> int:
+        return min(meta.oldest_version for meta in self.metas)
+
+
+class GroupStages:
+    """Group-wise stages on the pools of engines and scorers, by role."""
+
+    def __init__(self, engines: Mapping[str, Pool], scorers: Mapping[str, Pool]) -> None:
+        self.engines, self.scorers = engines, scorers
+        self._verbs: dict[Verb, Callable[[Stage, PromptGroup, Sampling], Awaitable[PromptGroup | None]]] = {
+            Verb.GENERATE: self._generate,
+            Verb.SCORE: self._score,
+            Verb.KEEP: self._keep,
+            Verb.REGROUP: self._regroup,
+        }
+
+    async def run(self, stage: Stage, group: PromptGroup, sampling: Sampling) -> PromptGroup | None:
+        """The group as it is after the stage; None if another prompt is to take its place. Raises DataFailure if this
+        prompt cannot be used, InfraFailure if the attempts are used up."""
+        after = await self._verbs[stage.verb](stage, group, sampling)
+        return after and replace(after, ended={**after.ended, stage.verb: time.perf_counter()})
+
+    async def sample(self, role: str, request: Request, sampler: int = 0) -> tuple[GroupMeta, RowTable]:
+        """Samples of one prompt, from whichever worker of an engine role is free."""
+        pool = self.engines[role]
+
+        async def work(worker: Worker) -> tuple[GroupMeta, Ref]:
+            try:
+                name, deadline = f"{role}.generate {request.id}", pool.policy.call_timeout_s
+                return await worker.call_split("generate", request, timeout_s=deadline, task_name=name)
+            except asyncio.CancelledError:
+                await _abort(worker, request.id)
+                raise
+
+        meta, block = await pool.call(request.id, work)
+        return meta, _sampled_rows(request, meta, block, sampler)
+
+    async def score(self, role: str, prompt: Any, rows: RowTable) -> ScoreResult:
+        """Rewards of one prompt's samples, from whichever worker of a scorer role is free."""
+        pool = self.scorers[role]
+        name, deadline = f"{role}.score prompt {prompt.id}", pool.policy.call_timeout_s
+        whole = rows.only({"tokens", "mask", "version"}).whole()
+
+        async def work(worker: Worker) -> ScoreResult:
+            arguments = (whole.shard, prompt.prompt, prompt.columns, *whole.blocks)
+            return await worker.call("score", *arguments, timeout_s=deadline, task_name=name)
+
+        return await pool.call(f"score prompt {prompt.id}", work)
+
+    async def _generate(self, stage: Stage, group: PromptGroup, sampling: Sampling) -> PromptGroup:
+        sampler = len(group.metas)
+        seed, name = group.seed, group.id
+        if sampler:
+            seed, name = sample_seed(seed, sampler), f"{name}/{sampler}"
+        wanted = int(stage.options["n"])
+        request = Request(name, group.prompt.tokens, wanted, sampling, seed, group=group.position)
+        meta, rows = await self.sample(stage.role, request, sampler)
+        if not enough_survive(len(meta.lengths), wanted):
+            raise Dropped("too few samples survived", "; ".join(meta.failures))
+        return replace(group, rows=RowTable.concat([group.rows, rows]), metas=(*group.metas, meta))
+
+    async def _score(self, stage: Stage, group: PromptGroup, sampling: Sampling) -> PromptGroup:
+        """Raises BudgetExhausted for a group that cannot be scored if the role's `on_failure` says so."""
+        try:
+            score = await self.score(stage.role, group.prompt, group.rows)
+        except (InfraFailure, DataFailure) as error:
+            if not self.scorers[stage.role].policy.abort_on_failure:
+                raise
+            raise BudgetExhausted(
+                f"prompt {group.prompt.id} could not be scored: {error}\nroles.{stage.role}.on_failure=abort ends the "
+                "run for one; with drop the group is dropped, and counted"
+            ) from error
+        if np.isnan(score.total).all():
+            raise Dropped("no opinion", f"no reward has an opinion on any sample: {_silent(score, group.prompt)}")
+        return replace(group, rows=group.rows.with_values(reward=score.total), score=score)
+
+    async def _keep(self, stage: Stage, group: PromptGroup, sampling: Sampling) -> PromptGroup | None:
+        assert stage.call is not None
+        return group if stage.call(group.rows["reward"], **stage.options) else None
+
+    async def _regroup(self, stage: Stage, group: PromptGroup, sampling: Sampling) -> PromptGroup | None:
+        assert stage.call is not None
+        rows: RowTable | None = stage.call(group.rows, **stage.options["call"])
+        return None if rows is None or not len(rows) else replace(group, rows=rows)
+
+
+def _sampled_rows(request: Request, meta: GroupMeta, block: Ref, sampler: int) -> RowTable:
+    """What the driver knows of a finished group, beside where its tokens are."""
+    count = len(meta.lengths)
+    rows = Batch.build(
+        np.asarray(meta.lengths, np.int64) + len(request.prompt),
+        group=np.full(count, request.group, np.int64),
+        truncated=[finish is Finish.LENGTH for finish in meta.finishes],
+        sampler=np.full(count, sampler, np.int8),
+    )
+    return RowTable.of_block(rows, block, {"tokens", "mask", "sample_logps", "version"})
+
+
+def _silent(score: ScoreResult, prompt: Any) -> str:
+    names = ", ".join(score.names)
+    return f"{names} returned None for each of the {len(score.total)} of prompt {prompt.id}; is the right column read?"
+
+
+async def _abort(worker: Worker, request_id: str) -> None:
+    """Tell a worker that nobody waits for a request any more; if it is gone, so is the request."""
+    try:
+        await asyncio.shield(worker.call("abort", [request_id], timeout_s=10.0))
+    except InfraFailure:
+        return

@@ -1,0 +1,95 @@
+"""A run whose configuration, model, tokenizer, data and rewards are resolved: what is planned, placed and trained."""
+
+# pyright: basic
+# (tokenizers are typed in part only)
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from orchestrator.config.schema import PhaseConfig, RunConfig
+from orchestrator.data.source import RowSource, Source
+from orchestrator.pipeline import Pipeline, Stage
+from rewards.loading import RewardSpec
+from rollout.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class PreparedPhase:
+    """A phase whose pipeline closes and whose data is open."""
+
+    name: str
+    index: int
+    config: PhaseConfig
+    pipeline: Pipeline
+    source: Source
+    evaluation: Source | None  # held-out prompts
+    held_out: Source | None  # held-out rows
+    steps: int
+    sampling: Sampling
+    first_version: int  # of the policy's weights when the phase begins
+    kept: tuple[Path, ...] = ()  # folders of columns that were computed for the whole data set
+
+    @property
+    def temperature(self) -> float:
+        """Log-probabilities are taken at the sampling temperature; at 1 where nothing is sampled, or greedily."""
+        return (self.sampling.temperature or 1.0) if self.pipeline.generates else 1.0
+
+    @property
+    def row_sources(self) -> dict[str, RowSource]:
+        """By field: the data, and held-out rows, which take the same way through the pipeline."""
+        fields = {"source": self.source, "held_out": self.held_out}
+        return {name: source for name, source in fields.items() if isinstance(source, RowSource)}
+
+    def with_precomputed(
+        self, stage: Stage, values: Mapping[str, NDArray[Any]], folders: Iterable[Path]
+    ) -> PreparedPhase:
+        """The phase with what a stage would write, so that it need not run: for each of `row_sources` its values, one
+        for each token."""
+        (column,) = stage.writes
+        note = f"{column} of every row from the cache"
+        sources: dict[str, Any] = {
+            name: source.with_column(column, values[name], note) for name, source in self.row_sources.items()
+        }
+        return replace(self, pipeline=self.pipeline.without_stage(stage), kept=(*self.kept, *folders), **sources)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is ready to be planned and placed."""
+
+    config: RunConfig
+    model: str  # folder or hub name
+    tokenizer_path: str
+    tokenizer: Any
+    phases: tuple[PreparedPhase, ...]
+    rewards: tuple[RewardSpec, ...]
+    parameters: int | None
+
+    @property
+    def generates(self) -> bool:
+        return any(phase.pipeline.generates or phase.evaluation for phase in self.phases)
+
+    @property
+    def scores(self) -> bool:
+        return bool(self.rewards) and self.generates
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt and completion that a rollout worker may see."""
+        longest = [0]
+        for phase in self.phases:
+            limit = max(phase.sampling.max_tokens, _evaluation_tokens(phase))
+            for source in (phase.source if phase.pipeline.generates else None, phase.evaluation):
+                if source is not None:
+                    longest.append(source.report.longest + limit)
+        return max(longest)
+
+
+def _evaluation_tokens(phase: PreparedPhase) -> int:
+    return (phase.config.evaluation.max_tokens or 0) if phase.config.evaluation else 0
