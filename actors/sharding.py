@@ -40,7 +40,7 @@ class Stored:
             return {name: np.zeros((0, 1) if COLUMNS[name].wide else 0, COLUMNS[name].dtype) for name in names}
         starts = np.flatnonzero(np.diff(self.blocks, prepend=-1))
         runs = zip(starts, [*starts[1:], len(self.blocks)], strict=True)
-        parts = [blocks[self.blocks[start]].only(names).select(self.rows[start:stop]) for start, stop in runs]
+        parts = [blocks[int(self.blocks[start])].only(names).select(self.rows[start:stop]) for start, stop in runs]
         return dict(Batch.concat(parts).columns)
 
 

@@ -184,7 +184,8 @@ class Executor:
         role, group = self._group_of(stage)
         adapters = role == stage.role and bool(stage.options["adapters"])
         shares = table.only({"tokens", "mask", "group", "learned"}).shard(len(group.workers), self.phase.token_budget)
-        found = await self._call_split(stage, role, group, "infer", shares, (into,), head, adapters, step=step)
+        asked = (into,), head, self.phase.temperature, adapters
+        found = await self._call_split(stage, role, group, "infer", shares, *asked, step=step)
         if head.per_row:
             scores = await asyncio.gather(*(self.objects.get(ref, timeout_s=FETCH_TIMEOUT_S) for _, ref in found))
             values = np.zeros(len(table), np.float32)
@@ -288,7 +289,8 @@ def _over_minibatches(reports: Sequence[Mapping[str, float]]) -> dict[str, float
 
 def _told_apart(reports: Sequence[tuple[Stage, Mapping[str, float]]]) -> dict[str, float]:
     """All metrics. A name that two roles report is preceded by the role."""
-    roles = Counter(name for role, name in {(stage.role, name) for stage, metrics in reports for name in metrics})
+    reported = {(stage.role, name) for stage, metrics in reports for name in metrics}
+    roles = Counter(name for _, name in reported)
     return {
         f"{stage.role}/{name}" if roles[name] > 1 else name: value
         for stage, metrics in reports

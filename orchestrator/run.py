@@ -29,6 +29,7 @@ from orchestrator.collection.collected import Collector
 from orchestrator.collection.cursor import Cursor
 from orchestrator.collection.evaluation import Evaluations
 from orchestrator.collection.group_collector import GroupCollector
+from orchestrator.collection.group_stages import PromptGroup
 from orchestrator.collection.precompute import precompute
 from orchestrator.collection.row_collector import RowCollector
 from orchestrator.collection.staleness import Contract
@@ -316,17 +317,21 @@ class _Run:
         return f"last checkpoint {self.last_checkpoint.path}; continue with `troupe resume {self.folder}`"
 
 
-def _completion_rows(group: Any) -> list[dict[str, Any]]:
+def _completion_rows(group: PromptGroup) -> list[dict[str, Any]]:
     score = group.score
+    if score is None:
+        return []
+    lengths = [length for meta in group.metas for length in meta.lengths]
+    workers = [meta.worker for meta in group.metas for _ in meta.lengths]
     return [
         {
             "prompt": group.prompt.prompt if isinstance(group.prompt.prompt, str) else json.dumps(group.prompt.prompt),
             "completion": text,
             "reward": float(score.total[index]),
             **{f"rewards/{name}": float(score.rewards[index, column]) for column, name in enumerate(score.names)},
-            "length": group.meta.lengths[index],
-            "version": group.meta.oldest_version,
-            "worker": group.meta.worker,
+            "length": lengths[index],
+            "version": group.oldest_version,
+            "worker": workers[index],
             "position": group.position,
         }
         for index, text in enumerate(score.texts)

@@ -89,7 +89,7 @@ class RewardWorker:
             return {"alive": True, "running": len(ages), "oldest_s": max(ages, default=0.0), "calls": self._calls}
 
     async def score(self, rows: Shard, prompt: Prompt, columns: Mapping[str, Any], *blocks: Batch) -> ScoreResult:
-        """Rewards of `rows`, all samples of one `prompt`; `columns`: the prompt's other columns; `blocks` are those that
+        """Rewards of `rows`, all samples of one `prompt`; `columns`: the prompt's other columns; `blocks`: those that
         the shard speaks of.
 
         Raises DataFailure, with the function's name, if one raises or answers with something else than n rewards.

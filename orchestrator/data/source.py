@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from actors.batch import Batch
 from actors.errors import DataError
 from orchestrator.config.schema import DataConfig
-from orchestrator.data import rows as raw
+from orchestrator.data import mixtures as raw
 from orchestrator.data import store as stored
 from orchestrator.data.density_weights import refuse_weights_of_stream, weighted
 from orchestrator.data.formats import choose, without_nones

@@ -24,7 +24,7 @@ import numpy as np
 from actors.batch import Batch
 from actors.errors import DataError
 from orchestrator.config.schema import DataConfig
-from orchestrator.data import rows as raw
+from orchestrator.data import mixtures as raw
 from orchestrator.data import store as stored
 from orchestrator.data.formats import Format, choose, without_nones
 from orchestrator.data.items import Item, Items, Longest, Prompt, drawn_together, packed, render

@@ -8,6 +8,7 @@ import numpy as np
 
 from orchestrator.collection.collected import Collected
 from orchestrator.collection.group_stages import PromptGroup
+from rewards.worker import ScoreResult
 from rollout.sampling import Finish
 
 
@@ -15,30 +16,33 @@ def rollout_metrics(collected: Collected, version: int) -> dict[str, float]:
     """Rewards, lengths (tokens) and staleness (versions) of a batch; empty for data that was not sampled."""
     if not collected.groups:
         return {}
-    rewards = _rewards(collected.groups) if collected.groups[0].score is not None else {}
-    return {**rewards, **_lengths(collected.groups), **_staleness(collected.groups, version)}
+    scores = [group.score for group in collected.groups if group.score is not None]
+    return {**_rewards(scores), **_lengths(collected.groups), **_staleness(collected.groups, version)}
 
 
-def _rewards(groups: Sequence[PromptGroup]) -> dict[str, float]:
-    totals = [np.asarray(group.score.total, dtype=np.float64) for group in groups]
+def _rewards(scores: Sequence[ScoreResult]) -> dict[str, float]:
+    """Empty for a pipeline that scores nothing."""
+    if not scores:
+        return {}
+    totals = [np.asarray(score.total, dtype=np.float64) for score in scores]
     spreads = [float(np.nanstd(total, ddof=1)) for total in totals if np.count_nonzero(~np.isnan(total)) > 1]
     metrics = {
         "reward": _nanmean(np.concatenate(totals)),
         "reward_std": float(np.mean(spreads)) if spreads else 0.0,
         "frac_reward_zero_std": float(np.mean([spread == 0 for spread in spreads])) if spreads else 0.0,
     }
-    matrix = np.concatenate([group.score.rewards for group in groups]).astype(np.float64)
-    for column, name in enumerate(groups[0].score.names):
+    matrix = np.concatenate([score.rewards for score in scores]).astype(np.float64)
+    for column, name in enumerate(scores[0].names):
         metrics[f"rewards/{name}/mean"] = _nanmean(matrix[:, column])
         metrics[f"rewards/{name}/std"] = float(np.nanstd(matrix[:, column])) if len(matrix) else float("nan")
-    return {**metrics, **_user_metrics(groups)}
+    return {**metrics, **_user_metrics(scores)}
 
 
-def _user_metrics(groups: Sequence[PromptGroup]) -> dict[str, float]:
+def _user_metrics(scores: Sequence[ScoreResult]) -> dict[str, float]:
     """What reward functions logged themselves (`log_metric`), averaged over groups."""
-    names = dict.fromkeys(name for group in groups for name in group.score.metrics)
+    names = dict.fromkeys(name for score in scores for name in score.metrics)
     return {
-        name: _nanmean(np.array([g.score.metrics[name] for g in groups if name in g.score.metrics])) for name in names
+        name: _nanmean(np.array([score.metrics[name] for score in scores if name in score.metrics])) for name in names
     }
 
 

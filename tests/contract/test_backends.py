@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM
 from actors.backends import BackendSpec
 from actors.backends.optimizer import OptimSpec
 from actors.batch import Batch
+from actors.columns import Head
 from actors.errors import ConfigError, InfraFailure
 from actors.group import start_ranks
 from actors.lora import LoraSpec
@@ -81,6 +82,7 @@ class MaskedNll:
 
     needs: frozenset[str] = frozenset()
     columns: frozenset[str] = frozenset({"mask"})
+    head = Head.VOCABULARY
     keep_groups = False
     coupled = False
     statistics_rows = None
@@ -163,10 +165,10 @@ class Role:
     def logps(self, *, adapters: bool = True) -> np.ndarray:
         dealt = shard(self.batch, len(self.gang.workers), BUDGET)
         parts = [part for _, part in dealt]
-        found = self.call("act_on", "logps", "ref_logps", 1.0, adapters, per_rank=parts)
+        found = self.call("act_on", "infer", ("ref_logps",), Head.VOCABULARY, 1.0, adapters, per_rank=parts)
         column = np.zeros(self.batch.num_tokens, np.float32)
-        for (rows, _), values in zip(dealt, found, strict=True):
-            column[self.batch.token_index(np.asarray(rows))] = values["ref_logps"]
+        for (rows, _), (_, block) in zip(dealt, found, strict=True):
+            column[self.batch.token_index(np.asarray(rows))] = block["ref_logps"]
         return column
 
     def weights(self, bucket_bytes: int = 20_000) -> dict[str, np.ndarray]:

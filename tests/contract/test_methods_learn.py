@@ -14,6 +14,7 @@ import pytest
 from actors.backends import BackendSpec
 from actors.backends.optimizer import OptimSpec
 from actors.batch import Batch
+from actors.columns import Head
 from actors.model import ModelSpec
 from actors.model_worker import ModelWorker
 from actors.sharding import shard
@@ -90,7 +91,7 @@ def made_up(pipeline: Pipeline, policy: ModelWorker) -> Batch:
 def logps_of(policy: ModelWorker, batch: Batch, into: str, *, adapters: bool = True) -> np.ndarray:
     column = np.zeros(batch.num_tokens, np.float32)
     ((rows, part),) = shard(batch.only({"tokens", "mask"}), 1, TOKEN_BUDGET)
-    column[batch.token_index(np.asarray(rows))] = policy.logps(part, into, 1.0, adapters)[into]
+    column[batch.token_index(np.asarray(rows))] = policy.infer(part, (into,), Head.VOCABULARY, 1.0, adapters)[1][into]
     return column
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from actors.backends import BackendSpec
 from actors.batch import Batch
+from actors.columns import Head
 from actors.errors import ConfigError
 from actors.model import ModelSpec
 from actors.model_worker import ModelWorker
@@ -87,7 +88,8 @@ def naive_loop(config: RunConfig, to: Path) -> None:
         batch: Batch = prepared.source.batch(list(islice(positions, train.batch_size)))
         ((rows, part),) = shard(batch.only({"tokens", "mask", "group"}), 1, train.token_budget)
         column = np.zeros(batch.num_tokens, np.float32)
-        column[batch.token_index(np.asarray(rows))] = reference.logps(part, "ref_logps", 1.0)["ref_logps"]
+        _, block = reference.infer(part, ("ref_logps",), Head.VOCABULARY, 1.0, True)
+        column[batch.token_index(np.asarray(rows))] = block["ref_logps"]
         needed = batch.with_columns(ref_logps=column).only({"tokens", "mask", "group"} | objective.columns)
         kept = objective.keep_groups
         ((_, part),) = shard(needed, 1, train.token_budget, keep_groups=kept, statistics_rows=objective.statistics_rows)

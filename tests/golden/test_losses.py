@@ -32,6 +32,7 @@ from orchestrator.losses.reduce import item_mean, token_mean
 from orchestrator.losses.surrogates import clipped
 from orchestrator.losses.views import PolicyTokens
 from orchestrator.methods import build
+from orchestrator.row_table import RowTable
 from tests.unit.trainer_stub import Result, Rows, optimise
 
 FILE = json.loads((Path(__file__).parent / "losses.json").read_text())
@@ -506,7 +507,8 @@ def test_truncated_completions_are_masked_as_the_peer_masks_them() -> None:
     completions = case["inputs"]["completion_ids"]
     lengths = [len(completion) for completion in completions]
     batch = Batch.build(lengths, mask=np.ones(sum(lengths), bool), truncated=[c[-1] != 1 for c in completions])
-    mask = mask_truncated(batch)["mask"]
+    rows = RowTable(batch)
+    mask = rows.with_values(**mask_truncated(rows)).whole().shard.fetched([]).batch["mask"]
     assert int(mask.sum()) == case["outputs"]["num_items_in_batch"]
     expected = np.array(case["outputs"]["completion_mask"])
     assert batch.sum_by_row(mask).tolist() == expected.sum(axis=1).tolist()

@@ -15,6 +15,7 @@ from actors.attention import Documents, varlen_attention
 from actors.backends import BackendSpec
 from actors.backends.optimizer import OptimSpec
 from actors.batch import Batch
+from actors.columns import Head
 from actors.model import ModelSpec
 from actors.model_worker import ModelWorker, UpdateReport
 from actors.objective import Counts, MicroBatch, Outputs, Stat, World
@@ -35,6 +36,7 @@ class MaskedNll:
 
     needs: frozenset[str] = frozenset()
     columns: frozenset[str] = frozenset({"mask"})
+    head = Head.VOCABULARY
     keep_groups = False
     coupled = False
 

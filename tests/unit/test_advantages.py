@@ -10,8 +10,14 @@ from hypothesis import strategies as st
 from actors.batch import Batch
 from orchestrator.advantages import group_zscore, has_signal, mask_truncated, zscore_by_group
 from orchestrator.data.density_ratio import density_ratio_weights, desirable_probability
+from orchestrator.row_table import RowTable
 
 NAN = float("nan")
+
+
+def on_a_rank(rows: RowTable) -> Batch:
+    """What a rank that has all of the rows makes of them."""
+    return rows.whole().shard.fetched([]).batch
 
 
 def test_each_group_is_centred_and_scaled_by_its_unbiased_deviation() -> None:
@@ -65,16 +71,17 @@ def test_advantages_ignore_the_offset_of_rewards_and_only_their_scale_when_unsca
 
 
 def test_the_credit_stage_writes_the_row_s_advantage_at_each_of_its_tokens() -> None:
-    batch = Batch.build([2, 3], reward=[0.0, 2.0], group=[4, 4])
-    written = batch.with_columns(**group_zscore(batch, scale="none"))
-    assert written["advantages"].tolist() == [-1, -1, 1, 1, 1]
+    rows = RowTable(Batch.build([2, 3], reward=[0.0, 2.0], group=[4, 4]))
+    written = rows.with_values(**group_zscore(rows, scale="none"))
+    assert on_a_rank(written)["advantages"].tolist() == [-1, -1, 1, 1, 1]
     assert group_zscore.reads == {"reward", "group"}
     assert group_zscore.writes == {"advantages"}
 
 
 def test_a_truncated_completion_loses_its_whole_mask_and_no_other() -> None:
-    batch = Batch.build([2, 3], mask=[False, True, False, True, True], truncated=[True, False])
-    assert mask_truncated(batch)["mask"].tolist() == [False, False, False, True, True]
+    rows = RowTable(Batch.build([2, 3], mask=[False, True, False, True, True], truncated=[True, False]))
+    written = rows.with_values(**mask_truncated(rows))
+    assert on_a_rank(written)["mask"].tolist() == [False, False, False, True, True]
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,12 @@ from actors.errors import BudgetExhausted, DataFailure, InfraFailure
 from actors.worker import Ref
 from orchestrator.cluster.failures import Ledger, Watchdog
 from orchestrator.collection.cursor import Cursor
-from orchestrator.collection.group_collector import GroupCollector, RowCollector
+from orchestrator.collection.group_collector import GroupCollector
+from orchestrator.collection.group_stages import GroupStages, PromptGroup
+from orchestrator.collection.row_collector import RowCollector
 from orchestrator.collection.staleness import Contract
-from orchestrator.pipeline import Pipeline, Prompts, generate, keep, score
+from orchestrator.pipeline import Pipeline, Prompts, Stage, generate, keep, score
+from orchestrator.row_table import RowTable
 from rewards.worker import ScoreResult
 from rollout.sampling import Finish, GroupMeta, Request, Sampling
 
@@ -36,8 +39,8 @@ class Endless:
 
 
 @dataclass
-class Company:
-    """Answers at once, except for what it is told to be slow with or to fail."""
+class Stages(GroupStages):
+    """Group-wise stages over workers that answer at once, except for what they are told to be slow with or to fail."""
 
     version: int = 0
     slow: set[int] = field(default_factory=set)
@@ -45,11 +48,16 @@ class Company:
     unscorable: dict[int, Exception] = field(default_factory=dict)
     rewards: dict[int, list[float]] = field(default_factory=dict)
     samples: dict[int, int] = field(default_factory=dict)
+    on_failure: Literal["drop", "abort"] = "drop"
     seen: list[int] = field(default_factory=list)
     seeds: dict[int, int] = field(default_factory=dict)
     staged: int = 0  # batches that passed the stages before learning
 
-    async def generate(self, request: Request) -> tuple[GroupMeta, Ref]:
+    def __post_init__(self) -> None:
+        policy = SimpleNamespace(abort_on_failure=self.on_failure == "abort")
+        super().__init__({}, {"reward": SimpleNamespace(policy=policy)})
+
+    async def sample(self, role: str, request: Request, sampler: int = 0) -> tuple[GroupMeta, RowTable]:
         position = request.group
         self.seen.append(position)
         self.seeds[position] = request.seed
@@ -60,24 +68,25 @@ class Company:
         if position in self.failing:
             raise self.failing[position]
         n = self.samples.get(position, request.n)
-        batch = Batch.build([2] * n, tokens=[position, 7] * n, mask=[False, True] * n, group=[position] * n)
+        block = Batch.build([2] * n, tokens=[position, 7] * n, mask=[False, True] * n)
         meta = GroupMeta(request.id, "w", (1,) * n, (Finish.STOP,) * n, started, self.version, 0.0)
-        return meta, Ref(batch)
+        rows = Batch.build([2] * n, group=[position] * n)
+        return meta, RowTable.of_block(rows, Ref(block), {"tokens", "mask"})
 
-    async def score(self, prompt: Any, tokens: Ref) -> ScoreResult:
+    async def score(self, role: str, prompt: Any, rows: RowTable) -> ScoreResult:
         if prompt.id in self.unscorable:
             raise self.unscorable[prompt.id]
-        total = np.array(self.rewards.get(prompt.id, [0.0, 1.0][: len(tokens.target)]), dtype=np.float32)
+        total = np.array(self.rewards.get(prompt.id, [0.0, 1.0][: len(rows)]), dtype=np.float32)
         return ScoreResult(
             names=("r",), rewards=total[:, None], total=total, texts=[""] * len(total), extra={}, metrics={}
         )
 
-    async def fetch(self, refs: list[Ref]) -> list[Batch]:
-        return [ref.target for ref in refs]
+    async def run_group(self, stage: Stage, group: PromptGroup) -> PromptGroup | None:
+        return await self.run(stage, group, Sampling(max_tokens=4))
 
-    async def run_batch_stages(self, batch: Batch) -> Batch:
+    async def run_batch_stages(self, table: RowTable) -> RowTable:
         self.staged += 1
-        return batch
+        return table
 
 
 def spread(rewards: np.ndarray) -> bool:
@@ -85,80 +94,77 @@ def spread(rewards: np.ndarray) -> bool:
 
 
 def collector(
-    company: Company,
+    stages: Stages,
     *,
     batch: int = 3,
     staleness: int = 0,
     version: int = 0,
     cursor: Cursor | None = None,
-    on_reward_failure: Literal["drop", "abort"] = "drop",
     keeps: bool = True,
     **ledger,
 ):
-    company.version = version
+    stages.version = version
     return GroupCollector(
         Endless(),
-        company,
+        stages,
         Pipeline(Prompts, generate(n=SAMPLES), score(), *([keep(spread)] if keeps else [])),
         cursor or Cursor(),
         Contract(staleness, batch),
-        Sampling(max_tokens=4),
         run="test",
         seed=3,
         version=version,
         ledger=Ledger(ledger.get("allowed", 100)),
         watchdog=Watchdog(),
         timeout_s=5.0,
-        on_reward_failure=on_reward_failure,
     )
 
 
-async def step(feed: GroupCollector, company: Company, version: int) -> tuple[int, ...]:
+async def step(feed: GroupCollector, stages: Stages, version: int) -> tuple[int, ...]:
     """One turn of the loop, without a policy."""
     collected = await feed.next(version)
     await feed.expire(version + 1)
-    company.version = version + 1
+    stages.version = version + 1
     feed.advance(version + 1, collected)
     return collected.positions
 
 
 async def test_synchronous_batches_are_the_prompts_in_order_and_nothing_runs_ahead():
-    company = Company()
-    feed = collector(company)
-    assert await step(feed, company, 0) == (0, 1, 2)
-    assert sorted(company.seen) == [0, 1, 2] or company.version == 1
-    assert await step(feed, company, 1) == (3, 4, 5)
-    assert (await feed.next(2)).batch["group"].tolist() == [6, 6, 7, 7, 8, 8]
+    stages = Stages()
+    feed = collector(stages)
+    assert await step(feed, stages, 0) == (0, 1, 2)
+    assert sorted(stages.seen) == [0, 1, 2] or stages.version == 1
+    assert await step(feed, stages, 1) == (3, 4, 5)
+    assert (await feed.next(2)).table["group"].tolist() == [6, 6, 7, 7, 8, 8]
     await feed.close()
 
 
 async def test_synchronous_collection_starts_the_next_batch_only_after_publishing():
-    company = Company()
-    feed = collector(company)
+    stages = Stages()
+    feed = collector(stages)
     await feed.next(0)
     await asyncio.sleep(0.02)
-    assert sorted(company.seen) == [0, 1, 2]
+    assert sorted(stages.seen) == [0, 1, 2]
     await feed.close()
 
 
 async def test_with_staleness_a_slow_group_does_not_hold_up_the_batch():
-    company = Company(slow={1})
-    feed = collector(company, staleness=1)
-    assert await step(feed, company, 0) == (0, 2, 3)
-    company.slow.clear()
-    later = [position for version in (1, 2, 3) for position in await step(feed, company, version)]
+    stages = Stages(slow={1})
+    feed = collector(stages, staleness=1)
+    assert await step(feed, stages, 0) == (0, 2, 3)
+    stages.slow.clear()
+    later = [position for version in (1, 2, 3) for position in await step(feed, stages, version)]
     assert later.count(1) == 1, "late, but trained on once"
     await feed.close()
 
 
 async def test_a_group_that_would_be_too_old_is_cancelled_before_publishing_and_drawn_again():
-    company = Company(slow={1})
-    feed = collector(company, staleness=1)
-    trained = [await step(feed, company, version) for version in range(2)]
+    stages = Stages(slow={1})
+    feed = collector(stages, staleness=1)
+    trained = [await step(feed, stages, version) for version in range(2)]
     await asyncio.sleep(0.01)
-    assert company.seen.count(1) == 2, "cancelled at version 2, drawn again"
-    company.slow.clear()
-    trained += [await step(feed, company, version) for version in (2, 3, 4)]
+    assert stages.seen.count(1) == 2, "cancelled at version 2, drawn again"
+    stages.slow.clear()
+    trained += [await step(feed, stages, version) for version in (2, 3, 4)]
     flat = [position for positions in trained for position in positions]
     assert 1 in flat
     assert len(flat) == len(set(flat))
@@ -166,8 +172,8 @@ async def test_a_group_that_would_be_too_old_is_cancelled_before_publishing_and_
 
 
 async def test_a_failing_prompt_is_dropped_and_replaced_never_rewarded():
-    company = Company(failing={1: DataFailure("cannot be parsed"), 2: InfraFailure("five workers died of it")})
-    feed = collector(company)
+    stages = Stages(failing={1: DataFailure("cannot be parsed"), 2: InfraFailure("five workers died of it")})
+    feed = collector(stages)
     collected = await feed.next(0)
     assert collected.positions == (0, 3, 4)
     assert collected.metrics["dropped/data"] == 1
@@ -180,14 +186,14 @@ UNSCORABLE = [DataFailure("reward mine raised KeyError"), InfraFailure("prompt 1
 
 @pytest.mark.parametrize("error", UNSCORABLE)
 async def test_a_group_that_cannot_be_scored_is_dropped_where_the_key_says_drop(error: Exception):
-    feed = collector(Company(unscorable={1: error}), on_reward_failure="drop")
+    feed = collector(Stages(unscorable={1: error}, on_failure="drop"))
     assert (await feed.next(0)).positions == (0, 2, 3)
     await feed.close()
 
 
 @pytest.mark.parametrize("error", UNSCORABLE)
 async def test_a_group_that_cannot_be_scored_ends_the_run_where_the_key_says_abort(error: Exception):
-    feed = collector(Company(unscorable={1: error}), on_reward_failure="abort")
+    feed = collector(Stages(unscorable={1: error}, on_failure="abort"))
     with pytest.raises(
         BudgetExhausted, match=r"prompt 1 could not be scored.*\n.*roles\.reward\.on_failure=abort"
     ) as said:
@@ -197,7 +203,7 @@ async def test_a_group_that_cannot_be_scored_ends_the_run_where_the_key_says_abo
 
 
 async def test_a_prompt_whose_generation_fails_is_dropped_also_where_unscorable_groups_end_the_run():
-    feed = collector(Company(failing={1: DataFailure("too long")}), on_reward_failure="abort")
+    feed = collector(Stages(failing={1: DataFailure("too long")}, on_failure="abort"))
     assert (await feed.next(0)).positions == (0, 2, 3)
     await feed.close()
 
@@ -206,7 +212,7 @@ NONE = float("nan")  # what an absent opinion is in a score
 
 
 async def test_a_group_without_any_opinion_is_dropped_and_one_with_some_is_trained_on():
-    feed = collector(Company(rewards={0: [NONE, NONE], 1: [NONE, 1.0], 2: [0.0, 1.0]}), keeps=False)
+    feed = collector(Stages(rewards={0: [NONE, NONE], 1: [NONE, 1.0], 2: [0.0, 1.0]}), keeps=False)
     collected = await feed.next(0)
     assert collected.positions == (1, 2, 3)
     assert collected.metrics["dropped/no opinion"] == 1
@@ -214,7 +220,7 @@ async def test_a_group_without_any_opinion_is_dropped_and_one_with_some_is_train
 
 
 async def test_a_run_whose_every_reward_is_no_opinion_ends_with_the_rewards_names():
-    feed = collector(Company(rewards={index: [NONE, NONE] for index in range(100)}), allowed=5)
+    feed = collector(Stages(rewards={index: [NONE, NONE] for index in range(100)}), allowed=5)
     with pytest.raises(
         BudgetExhausted, match="no reward has an opinion on any sample: r returned None for each of the 2"
     ):
@@ -223,15 +229,15 @@ async def test_a_run_whose_every_reward_is_no_opinion_ends_with_the_rewards_name
 
 
 async def test_a_group_with_too_few_survivors_is_dropped():
-    company = Company(samples={0: 1})
-    feed = collector(company)
+    stages = Stages(samples={0: 1})
+    feed = collector(stages)
     assert (await feed.next(0)).positions == (1, 2, 3)
     await feed.close()
 
 
 async def test_groups_that_teach_nothing_are_replaced_until_the_batch_is_full():
-    company = Company(rewards={index: [1.0, 1.0] for index in (0, 1, 5)})
-    feed = collector(company)
+    stages = Stages(rewards={index: [1.0, 1.0] for index in (0, 1, 5)})
+    feed = collector(stages)
     collected = await feed.next(0)
     assert collected.positions == (2, 3, 4)
     assert collected.metrics["groups/filtered"] == 2
@@ -239,52 +245,52 @@ async def test_groups_that_teach_nothing_are_replaced_until_the_batch_is_full():
 
 
 async def test_a_data_set_on_which_everything_fails_ends_the_run_with_the_reason():
-    company = Company(failing=dict.fromkeys(range(100), DataFailure("the reward raised KeyError: 'answer'")))
-    feed = collector(company, allowed=5)
+    stages = Stages(failing=dict.fromkeys(range(100), DataFailure("the reward raised KeyError: 'answer'")))
+    feed = collector(stages, allowed=5)
     with pytest.raises(BudgetExhausted, match="KeyError: 'answer'"):
         await feed.next(0)
     await feed.close()
 
 
 async def test_a_bug_in_the_driver_is_raised_not_dropped():
-    company = Company(failing={0: ZeroDivisionError("a bug")})
-    feed = collector(company)
+    stages = Stages(failing={0: ZeroDivisionError("a bug")})
+    feed = collector(stages)
     with pytest.raises(ZeroDivisionError):
         await feed.next(0)
     await feed.close()
 
 
 async def test_a_resumed_collector_draws_what_was_not_trained_on_with_the_same_seeds():
-    company, cursor = Company(slow={1}), Cursor()
-    feed = collector(company, staleness=1, cursor=cursor)
-    first = await step(feed, company, 0)
+    stages, cursor = Stages(slow={1}), Cursor()
+    feed = collector(stages, staleness=1, cursor=cursor)
+    first = await step(feed, stages, 0)
     await feed.close()
     assert cursor.to_json() == {"frontier": 1, "beyond": [2, 3]}
-    again = Company()
+    again = Stages()
     resumed = collector(again, staleness=1, version=1, cursor=Cursor.from_json(cursor.to_json()))
     second = await step(resumed, again, 1)
     assert first == (0, 2, 3)
     assert second == (1, 4, 5)
-    assert again.seeds[1] == company.seeds[1]
+    assert again.seeds[1] == stages.seeds[1]
     await resumed.close()
 
 
 async def test_a_closed_collector_starts_nothing_more():
-    company = Company(slow={1})
-    feed = collector(company, staleness=2)
+    stages = Stages(slow={1})
+    feed = collector(stages, staleness=2)
     await feed.next(0)
     await feed.close()
-    seen = len(company.seen)
-    company.slow.clear()
+    seen = len(stages.seen)
+    stages.slow.clear()
     await asyncio.sleep(0.02)
-    assert len(company.seen) == seen
+    assert len(stages.seen) == seen
 
 
 async def test_rows_come_in_batches_in_order_and_are_settled_after_training():
     cursor = Cursor()
-    feed = RowCollector(Endless(), Company(), cursor, items=2)
+    feed = RowCollector(Endless(), Stages(), cursor, items=2)
     first = await feed.next(0)
-    assert first.batch["tokens"].tolist() == [0, 1]
+    assert first.table.rows["tokens"].tolist() == [0, 1]
     assert cursor.frontier == 0, "not trained on yet"
     feed.advance(1, first)
     assert cursor.frontier == 2
@@ -294,9 +300,9 @@ async def test_rows_come_in_batches_in_order_and_are_settled_after_training():
 
 @pytest.mark.parametrize(("overlaps", "ahead"), [(True, 2), (False, 1)])
 async def test_stages_before_learning_run_ahead_only_where_roles_overlap(overlaps: bool, ahead: int):
-    company = Company()
-    feed = RowCollector(Endless(), company, Cursor(), items=2, overlaps=overlaps)
+    stages = Stages()
+    feed = RowCollector(Endless(), stages, Cursor(), items=2, overlaps=overlaps)
     await feed.next(0)
     await asyncio.sleep(0.05)
-    assert company.staged == ahead
+    assert stages.staged == ahead
     await feed.close()

@@ -25,7 +25,7 @@ from orchestrator.losses.policy_gradient import policy_gradient
 from orchestrator.losses.reduce import item_mean, row_mean_of_token_means, token_mean, token_sum_over
 from orchestrator.losses.surrogates import clipped
 from orchestrator.losses.views import PolicyTokens, Tokens
-from orchestrator.losses.views import given as field
+from orchestrator.losses.views import require as field
 from orchestrator.methods import METHODS, build
 from tests.unit.trainer_stub import Rows, Split, learned_from, optimise, seen_by_statistics, statistics_of
 

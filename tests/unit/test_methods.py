@@ -39,12 +39,12 @@ def test_options_of_grpo_bring_the_stages_and_columns_that_they_need_and_no_othe
     assert "reference" in with_kl.roles
     assert "ref_logps" in with_kl.updates[0].reads
     reused = build("grpo", {"updates_per_batch": 2})
-    assert "policy.logps" in verbs(reused)
+    assert "policy.infer" in verbs(reused)
     assert reused.updates[0].options["epochs"] == 2
     assert "old_logps" in build("grpo", {"minibatches": 4}).updates[0].reads
     assert "driver.keep" in verbs(build("grpo", {"dynamic_sampling": True}))
     masked = build("grpo", {"mask_truncated_completions": True})
-    assert [stage.writes for stage in masked if stage.verb is Verb.CREDIT] == [{"mask"}, {"advantages"}]
+    assert [stage.writes for stage in masked if stage.verb is Verb.CREDIT] == [{"learned"}, {"advantages"}]
 
 
 @pytest.mark.parametrize(
@@ -70,12 +70,12 @@ def test_methods_against_a_reference_launch_one(name: str) -> None:
 @pytest.mark.parametrize("name", ["dpo", "kto", "bco"])
 def test_a_reference_that_follows_moves_after_the_update_and_is_no_longer_asked_ahead_of_it(name: str) -> None:
     pipeline = build(name, {"sync_ref_model": True})
-    assert verbs(pipeline) == ["reference.logps", "policy.update", "reference.mix"]
+    assert verbs(pipeline) == ["reference.infer", "policy.update", "reference.mix"]
     assert (pipeline.trained, pipeline.mixed, pipeline.roles) == (("policy",), ("reference",), ("policy", "reference"))
     assert pipeline.mixes[0].options == {"source": "policy", "share": 0.6, "every": 512}
     assert pipeline.collect == () and pipeline.learn == pipeline.stages
     still = build(name, {})
-    assert [stage.name for stage in still.collect] == ["reference.logps"] and still.mixed == ()
+    assert [stage.name for stage in still.collect] == ["reference.infer"] and still.mixed == ()
 
 
 def test_only_a_role_that_is_not_trained_moves_towards_one_that_is() -> None:

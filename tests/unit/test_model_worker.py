@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 from actors.backends import BackendSpec
 from actors.backends.optimizer import OptimSpec
 from actors.batch import Batch
+from actors.columns import Head
 from actors.errors import ConfigError, ModelError, RunError
 from actors.lora import LoraSpec
 from actors.model import ModelSpec
@@ -33,6 +34,7 @@ class Nll:
 
     needs: frozenset[str] = frozenset({"entropy"})
     columns: frozenset[str] = frozenset({"mask"})
+    head: Head = Head.VOCABULARY
     keep_groups: bool = False
     coupled: bool = False
     statistics_rows: str | None = None
@@ -82,6 +84,11 @@ def trainable(folder: Path, *, optim: OptimSpec | None = OPTIM, seed: int = 0, *
 
 def train(target: ModelWorker, steps: range, objective: Nll | None = None) -> list[UpdateReport]:
     return [target.update(part(batch(step)), objective or Nll(), 1.0, "policy.update") for step in steps]
+
+
+def logps(target: ModelWorker, shard: Shard, *, adapters: bool = True) -> Any:
+    """[T]: log-probabilities of the shard's rows."""
+    return target.infer(shard, ("ref_logps",), Head.VOCABULARY, 1.0, adapters)[1]["ref_logps"]
 
 
 def weights(target: ModelWorker) -> dict[str, Tensor]:
@@ -170,13 +177,7 @@ def test_an_empty_micro_batch_changes_nothing(folder: Path) -> None:
     assert found.metrics.pop("padding_share") == pytest.approx(2 / (data.batch.num_tokens + 2))
     assert expected.metrics.pop("padding_share") == 0.0
     assert found.metrics == expected.metrics
-    assert_equal_logps(plain.logps(data, "old_logps", 1.0), padded.logps(with_empty, "old_logps", 1.0))
-
-
-def assert_equal_logps(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
-    assert one.keys() == other.keys()
-    for name in one:
-        np.testing.assert_array_equal(one[name], other[name])
+    np.testing.assert_array_equal(logps(plain, data), logps(padded, with_empty))
 
 
 def test_the_balancing_loss_of_experts_weighs_each_micro_batch_by_its_tokens(tmp_path: Path) -> None:
@@ -225,7 +226,7 @@ def test_rows_set_aside_are_seen_by_the_statistics_alone_and_pass_once_without_g
 
 
 def plain_logps(folder: Path, data: Batch) -> np.ndarray:
-    return trainable(folder, optim=None).logps(part(data, 1000), "ref_logps", 1.0)["ref_logps"]
+    return logps(trainable(folder, optim=None), part(data, 1000))
 
 
 def test_one_micro_batch_passes_once_even_if_its_rows_are_coupled_and_several_twice(folder: Path) -> None:
@@ -277,19 +278,18 @@ def test_metrics_are_combined_over_micro_batches_as_each_says(folder: Path) -> N
 def test_logps_come_back_in_the_rows_own_order_with_zeros_off_the_mask(folder: Path) -> None:
     data = batch()
     target = trainable(folder, optim=None)
-    found = target.logps(Shard(data, ((5, 3), (0, 1, 2, 4), tuple(range(6, 12)))), "ref_logps", 1.0)
-    whole = target.logps(Shard(data, (tuple(range(12)),)), "ref_logps", 1.0)
-    assert found.keys() == {"ref_logps"}
-    assert found["ref_logps"].dtype == np.float32
-    np.testing.assert_allclose(found["ref_logps"], whole["ref_logps"], rtol=1e-4, atol=1e-6)
-    np.testing.assert_array_equal(found["ref_logps"] != 0, data["mask"])
+    found = logps(target, Shard(data, ((5, 3), (0, 1, 2, 4), tuple(range(6, 12)))))
+    whole = logps(target, Shard(data, (tuple(range(12)),)))
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, whole, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(found != 0, data["mask"])
 
 
 def test_logps_draw_no_noise_and_leave_the_random_state_alone(folder: Path) -> None:
     target = trainable(folder, neftune_noise_alpha=5.0)
     state = torch.get_rng_state()
     data = part(batch())
-    assert_equal_logps(target.logps(data, "old_logps", 1.0), target.logps(data, "old_logps", 1.0))
+    np.testing.assert_array_equal(logps(target, data), logps(target, data))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -327,18 +327,16 @@ def test_adapters_off_is_the_base_model_exactly(folder: Path) -> None:
     adapted, base = trainable(folder, lora=LoraSpec(r=4)), trainable(folder, optim=None)
     data = part(batch())
     train(adapted, range(2))
-    assert_equal_logps(adapted.logps(data, "ref_logps", 1.0, False), base.logps(data, "ref_logps", 1.0))
-    assert not np.array_equal(
-        adapted.logps(data, "ref_logps", 1.0)["ref_logps"], base.logps(data, "ref_logps", 1.0)["ref_logps"]
-    )
+    np.testing.assert_array_equal(logps(adapted, data, adapters=False), logps(base, data))
+    assert not np.array_equal(logps(adapted, data), logps(base, data))
     with pytest.raises(RuntimeError, match="no LoRA adapters"):
-        base.logps(data, "ref_logps", 1.0, False)
+        logps(base, data, adapters=False)
 
 
 def test_adapters_still_train_after_they_were_off(folder: Path) -> None:
     target = trainable(folder, lora=LoraSpec(r=4))
     train(target, range(1))
-    target.logps(part(batch()), "ref_logps", 1.0, False)
+    logps(target, part(batch()), adapters=False)
     before = weights(target)
     train(target, range(1, 2))
     assert any(not torch.equal(before[name], tensor) for name, tensor in weights(target).items())
@@ -444,7 +442,7 @@ def test_an_empty_batch_is_refused(folder: Path) -> None:
 def test_a_worker_tells_who_it_is(folder: Path) -> None:
     target = ModelWorker("policy", ModelSpec(str(folder)), BackendSpec("single", OPTIM), threads=1)
     with pytest.raises(RunError, match="not ready"):
-        target.logps(part(batch()), "old_logps", 1.0)
+        logps(target, part(batch()))
     info = target.ready()
     assert info.name == "policy"
     assert info.packages.endswith("actors")

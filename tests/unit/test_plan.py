@@ -250,7 +250,7 @@ def test_all_refusals_are_told_at_once_together_with_what_the_cluster_lacks() ->
 
 
 def test_a_role_that_nobody_can_size_is_named() -> None:
-    mystery = Pipeline(Pairs, Stage(Verb.LOGPS, "oracle", frozenset({"tokens"}), frozenset({"ref_logps"})))
+    mystery = Pipeline(Pairs, Stage(Verb.INFER, "oracle", frozenset({"tokens"}), frozenset({"ref_logps"})))
     plan = draft_plan(config("sft"), {"sft": mystery}, machine=Machine(2))
     assert plan.refusals == ("role oracle: the pipeline needs it, but there is no roles.oracle to size it with",)
 
@@ -399,7 +399,7 @@ def test_the_view_shows_stages_arithmetic_memory_placement_and_refusals() -> Non
     terminal.print(render(plan, gpu_nodes(1, gpus=2)))
     shown = terminal.export_text()
     for expected in (
-        "reference.logps",
+        "reference.infer",
         "ref_logps",
         "collect",
         "learn",

@@ -21,11 +21,11 @@ from actors.batch import Batch
 from actors.errors import ConfigError, DataError, ModelError
 from orchestrator.collection.precompute import weights_fingerprint
 from orchestrator.config.schema import RunConfig
-from orchestrator.data import kept
+from orchestrator.data import caches as kept
 from orchestrator.data.caches import Origin
 from orchestrator.data.source import RowSource
 from orchestrator.methods import build
-from orchestrator.pipeline import Labelled, Pairs, Pipeline, Prompts, generate, logps
+from orchestrator.pipeline import Labelled, Pairs, Pipeline, Prompts, generate, infer
 from orchestrator.planning.bundles import ClusterView
 from orchestrator.planning.plan import Plan, draft_plan, make_plan
 from orchestrator.planning.prepared import Prepared
@@ -195,8 +195,8 @@ def test_a_precomputed_stage_is_no_part_of_a_step_and_goes_once_its_column_is_gi
 ) -> None:
     pipeline = build(method, {**options, **ONCE})
     (stage,) = pipeline.precomputed
-    assert (stage.name, pipeline.batch_stages) == ("reference.logps", ())
-    given = pipeline.given(stage)
+    assert (stage.name, pipeline.batch_stages) == ("reference.infer", ())
+    given = pipeline.without_stage(stage)
     assert given.roles == ("policy",)
     assert given.precomputed == given.collect == ()
     assert "ref_logps" in given.data.columns
@@ -206,11 +206,11 @@ def test_a_precomputed_stage_is_no_part_of_a_step_and_goes_once_its_column_is_gi
 REFUSED: dict[str, tuple[Any, str]] = {
     "rows of a batch": (lambda: build("kto", ONCE), "made anew of each batch"),
     "weights that move": (
-        lambda: Pipeline(Labelled, logps("policy", into="old_logps", precomputed=True), *build("sft", {}).updates),
+        lambda: Pipeline(Labelled, infer("policy", into="old_logps", precomputed=True), *build("sft", {}).updates),
         "the weights of policy change in every step",
     ),
     "prompts": (
-        lambda: Pipeline(Prompts, generate(n=2), logps("reference", into="ref_logps", precomputed=True)),
+        lambda: Pipeline(Prompts, generate(n=2), infer("reference", into="ref_logps", precomputed=True)),
         "no rows before they are answered",
     ),
 }
@@ -311,7 +311,7 @@ def test_the_plan_names_the_roles_that_end_after_the_pass(rows: Path, model: Pat
     assert "once, before the first step" in said
     assert "reference: passes over the data once, then its processes end" in said
     (stage,) = once.precomputed
-    said = shown(draft_plan(config, {"phase0": once.given(stage)}))
+    said = shown(draft_plan(config, {"phase0": once.without_stage(stage)}))
     assert "phase phase0: dpo on pairs with ref_logps" in said
     assert "reference" not in said
     both = run_of(rows, model, phases=2)

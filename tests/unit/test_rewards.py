@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from actors.batch import Batch
 from actors.errors import ConfigError, DataFailure, InfraFailure
+from actors.sharding import Shard
 from actors.worker import LocalWorker
 from orchestrator.config.schema import RewardConfig
 from rewards.combine import weighted_sum
@@ -272,7 +273,7 @@ def test_a_column_that_a_reward_needs_and_the_data_lacks_is_named_with_those_fou
         check_columns(specs, ["gold"], "the data set")
 
 
-def samples(*texts: str) -> Batch:
+def samples(*texts: str) -> Shard:
     """Completions of the prompt `q`, one token per character, sampled by weights of version 3."""
     tokenizer = tiny_tokenizer()
     ids = [tokenizer.encode("q" + text) for text in texts]
@@ -281,7 +282,8 @@ def samples(*texts: str) -> Batch:
     mask = np.ones(len(flat), bool)
     mask[starts] = False
     version = np.where(mask, 3, -1).astype(np.int32)
-    return Batch.build([len(row) for row in ids], tokens=flat, mask=mask, version=version)
+    batch = Batch.build([len(row) for row in ids], tokens=flat, mask=mask, version=version)
+    return Shard(batch, (tuple(range(len(ids))),))
 
 
 async def scored(tokenizer: str, *specs: RewardSpec, prompt: Any = "q", **columns: Any) -> ScoreResult:
