@@ -303,7 +303,7 @@ def test_a_folder_without_a_model_is_told_in_a_few_lines(tmp_path: Any, make: Ca
 def test_a_model_of_another_kind_is_told_apart(tmp_path: Any) -> None:
     folder = tiny_model_folder(tmp_path)
     (folder / "config.json").write_text('{"model_type": "vit"}')
-    with pytest.raises(ModelError, match="as a causal language model"):
+    with pytest.raises(ModelError, match="with a vocabulary head"):
         load_model(ModelSpec(str(folder)), trainable=False)
 
 
