@@ -24,7 +24,7 @@ import xxhash
 
 from actors.errors import ModelError
 from orchestrator.config.schema import RunConfig
-from orchestrator.data import kept
+from orchestrator.data import caches as kept
 from orchestrator.data.caches import Origin
 from orchestrator.data.source import RowSource, cache_root
 from orchestrator.executor import Roles

@@ -21,7 +21,7 @@ from actors.batch import Batch
 from actors.errors import ConfigError, DataError, ModelError
 from orchestrator.collection.precompute import weights_fingerprint
 from orchestrator.config.schema import RunConfig
-from orchestrator.data import kept
+from orchestrator.data import caches as kept
 from orchestrator.data.caches import Origin
 from orchestrator.data.source import RowSource
 from orchestrator.methods import build
