@@ -25,13 +25,14 @@ import torch
 from torch import Tensor
 
 import actors
+from actors import saved_state
 from actors.backends import BackendSpec, Placement, build_backend
 from actors.backends.optimizer import OptimSpec
 from actors.backends.protocol import Backend
 from actors.batch import Batch
 from actors.columns import Head
 from actors.errors import RunError
-from actors.model import ModelSpec, load_tokenizer
+from actors.model import ModelSpec, tokenizer_of
 from actors.objective import Objective
 from actors.sharding import Shard
 from actors.train_step import Pass, infer
@@ -198,30 +199,35 @@ class ModelWorker:
             return task()
 
     def save_state(self, folder: str) -> None:
-        """Everything that exact resumption needs, into an existing folder; each rank writes its share."""
-        with self._doing("save_state"):
+        """Everything that exact resumption needs, into an existing folder; each rank writes its share. Raises RunError
+        on every rank if a trained weight is not finite: nobody could go on from there. DiskError if the disk is full.
+        """
+        with self._doing("save_state"), saved_state.writing(Path(folder)):
+            self._refuse_what_is_not_finite()
             self.backend.save_state(Path(folder))
             state = {"seed": self._seed, "steps_done": self._steps_done, "objectives": self._objective_states}
             state["average"] = None if self._average is None else self._average.state()
-            torch.save(state, Path(folder) / self._own_file)
+            saved_state.save(state, Path(folder) / self._own_file)
 
     def load_state(self, folder: str) -> None:
-        """Continue where `save_state` left off. The folder must be one of our own: it is unpickled."""
+        """Continue where `save_state` left off, with the settings of the last `reset`. What is read is data, whoever
+        wrote the folder: raises RunError for a file that holds anything else."""
         with self._doing("load_state"):
             self.backend.load_state(Path(folder))
-            state = torch.load(Path(folder) / self._own_file, weights_only=False)
+            state = saved_state.load(Path(folder) / self._own_file)
             self._seed, self._steps_done = state["seed"], state["steps_done"]
             self._objective_states = state["objectives"]
             if self._average is not None:
                 self._average.load(state.get("average"))
 
     def save_model(self, folder: str, averaged: bool = False) -> None:
-        """A Hugging Face folder: merged weights, config, generation config, tokenizer. The weights are those of now, or
-        their average since the phase began. Raises RunError if none is taken."""
-        with self._doing("save_model"):
+        """A Hugging Face folder: merged weights, config, generation config, tokenizer with the chat template of the
+        training. The weights are those of now, or their average since the phase began. Raises RunError if none is
+        taken."""
+        with self._doing("save_model"), saved_state.writing(Path(folder)):
             self.backend.save_model(Path(folder), self._taken().whole if averaged else None)
             if self._placement.rank == 0:
-                load_tokenizer(self._model_spec).save_pretrained(folder)
+                tokenizer_of(self._model_spec).save_pretrained(folder)
 
     def load_model(self, folder: str) -> None:
         """Hold the weights of that Hugging Face folder from now on. Raises RunError if this role is trained."""
@@ -250,6 +256,15 @@ class ModelWorker:
         if self._backend is None:
             raise RunError(f"{self.name}: not ready; `ready` loads the model")
         return self._backend
+
+    def _refuse_what_is_not_finite(self) -> None:
+        dtype = getattr(torch, self._model_spec.dtype)  # as which it is computed with: float16 ends at 65504
+        for name, weight in self.backend.trained_weights():
+            if not torch.isfinite(weight.to(dtype)).all():
+                raise RunError(
+                    f"{self.name}: {name} holds numbers that are not finite in {self._model_spec.dtype} after step "
+                    f"{self._steps_done}; they are not saved. Lower train.learning_rate, or set train.max_grad_norm"
+                )
 
     def _taken(self) -> Average:
         if self._average is None:

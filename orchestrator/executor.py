@@ -94,6 +94,11 @@ class Executor:
         """The elastic roles."""
         return {**self.group_stages.engines, **self.group_stages.scorers}
 
+    @property
+    def paused(self) -> bool:
+        """Whether a pool has no workers because somebody wants none."""
+        return any(pool.paused for pool in self.pools.values())
+
     def enter(self, phase: PhaseSettings) -> None:
         """Stages run with these settings from now on."""
         self._phase = phase
@@ -141,8 +146,12 @@ class Executor:
         return table, _told_apart(reports)
 
     async def run_batch_stages(self, table: RowTable) -> RowTable:
-        """The batch-wise stages of the collecting part."""
-        return (await self.run(self.phase.pipeline.batch_stages, table))[0]
+        """The batch-wise stages of the collecting part. Those that a trained role's own processes carry out wait until
+        these are neither updated nor published: queued behind each other there, the deadlines of both would run."""
+        stages = self.phase.pipeline.batch_stages
+        shared = any(self._stand_ins.get(stage.role) in self.phase.pipeline.trained for stage in stages)
+        async with self.changing_weights() if shared else nullcontext():
+            return (await self.run(stages, table))[0]
 
     async def evaluate(self, table: RowTable) -> dict[str, float]:
         """What the phase's updates would report of a batch, without learning from it: the stages before them run as in

@@ -29,7 +29,6 @@ from orchestrator.collection.collected import Collector
 from orchestrator.collection.cursor import Cursor
 from orchestrator.collection.evaluation import Evaluations
 from orchestrator.collection.group_collector import GroupCollector
-from orchestrator.collection.group_stages import PromptGroup
 from orchestrator.collection.precompute import precompute
 from orchestrator.collection.row_collector import RowCollector
 from orchestrator.collection.staleness import Contract
@@ -40,10 +39,11 @@ from orchestrator.phase_weights import AVERAGED, reference_folder, save_weights,
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.planning.prepared import Prepared, PreparedPhase
 from orchestrator.planning.resolve import prepare
+from orchestrator.preconditions import refuse_surroundings
 from orchestrator.reporting.console import Console
 from orchestrator.reporting.metrics import MetricsLog
 from orchestrator.reporting.plot import draw
-from orchestrator.reporting.rollout_metrics import rollout_metrics
+from orchestrator.reporting.rollout_metrics import completion_rows, rollout_metrics
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ def run(config: RunConfig, *, local: bool = False, resume: Path | None = None) -
     """Train as configured. `local` keeps everything in this process. With `resume`, continue the run of that folder
     from its newest valid checkpoint. Raises UserError before anything is launched, RunError afterwards."""
     began = time.monotonic()
+    refuse_surroundings(config, local=local, resume=resume)
     prepared = prepare(config)
     plan = make_plan(config, {phase.name: phase.pipeline for phase in prepared.phases}, parameters=prepared.parameters)
     folder = resume or _new_folder(config)
@@ -71,13 +72,16 @@ def run(config: RunConfig, *, local: bool = False, resume: Path | None = None) -
 def _new_folder(config: RunConfig) -> Path:
     """Named by the second and the process; a number tells those apart that one process starts within a second."""
     name = f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    config.output.mkdir(parents=True, exist_ok=True)
-    for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
-        folder = config.output / f"{name}{suffix}"
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir()
-            (folder / "config.json").write_text(config.model_dump_json(indent=2))
-            return folder
+    try:
+        config.output.mkdir(parents=True, exist_ok=True)
+        for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
+            folder = config.output / f"{name}{suffix}"
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                (folder / "config.json").write_text(config.model_dump_json(indent=2))
+                return folder
+    except OSError as error:  # a full or read-only disk
+        raise ConfigError(f"output={config.output}: no folder can be made there: {error}") from None
     raise ConfigError(f"output={config.output} holds a thousand runs called {name}")
 
 
@@ -210,7 +214,6 @@ class _Run:
             version=progress.version,
             ledger=self.ledger,
             watchdog=self.watchdog,
-            timeout_s=self.config.roles.rollout.request_timeout_s,
         )
 
     def _after_step(self, phase: PreparedPhase, roles: Executor, cursor: Cursor) -> Any:
@@ -235,7 +238,7 @@ class _Run:
         every = self.config.logging.completions_every
         if not record.collected.groups or every is None:
             return
-        rows = [row for group in record.collected.groups for row in _completion_rows(group)]
+        rows = [row for group in record.collected.groups for row in completion_rows(group)]
         self.log.write_completions(phase.first_version + record.step, rows)
         if last or record.step % every == 0:
             shown = rows[:: max(1, len(rows) // self.config.logging.completions_shown)]
@@ -265,6 +268,7 @@ class _Run:
         model = checkpoint / "model" if checkpoint else None
         averaged = checkpoint / AVERAGED if checkpoint and (checkpoint / AVERAGED).is_dir() else None
         result = RunResult(self.folder, dict(self.evaluations.scores), checkpoint, model, averaged, picture)
+        self.event("finished", {})
         self.console.done(result)
         return result
 
@@ -315,24 +319,3 @@ class _Run:
         if self.last_checkpoint is None:
             return f"no checkpoint yet; checkpoint.every=N writes one every N steps. The run's folder: {self.folder}"
         return f"last checkpoint {self.last_checkpoint.path}; continue with `troupe resume {self.folder}`"
-
-
-def _completion_rows(group: PromptGroup) -> list[dict[str, Any]]:
-    score = group.score
-    if score is None:
-        return []
-    lengths = [length for meta in group.metas for length in meta.lengths]
-    workers = [meta.worker for meta in group.metas for _ in meta.lengths]
-    return [
-        {
-            "prompt": group.prompt.prompt if isinstance(group.prompt.prompt, str) else json.dumps(group.prompt.prompt),
-            "completion": text,
-            "reward": float(score.total[index]),
-            **{f"rewards/{name}": float(score.rewards[index, column]) for column, name in enumerate(score.names)},
-            "length": lengths[index],
-            "version": group.oldest_version,
-            "worker": workers[index],
-            "position": group.position,
-        }
-        for index, text in enumerate(score.texts)
-    ]

@@ -17,10 +17,11 @@ from typing import Any
 from actors.errors import InfraFailure
 from actors.worker import Worker
 from orchestrator.cluster.base import Cluster
-from orchestrator.cluster.control_actor import AUTH_MODE, Board, RunFile, board_name
+from orchestrator.cluster.control_actor import Board, RunFile, board_name
 from orchestrator.cluster.failures import Watchdog
 from orchestrator.cluster.fleet import State
 from orchestrator.executor import Executor
+from orchestrator.ray_address import AUTH_MODE
 
 BOARD_EVERY_S = 1.0
 WATCH_EVERY_S = 5.0

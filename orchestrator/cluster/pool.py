@@ -9,6 +9,10 @@ the workers that serve.
 
 Scaling, death and restart are one path: the desired number of members differs from the actual one. A worker joins only
 after `admit` returned (for rollout workers: after it acknowledged the current weights).
+
+Deadlines count work: a worker's start has one, and so has a call that a worker carries. Queueing for a free worker has
+none: it ends when one of the calls before it does, when too many workers were lost, or, in a pool that was resized to
+nothing, when it is resized again.
 """
 
 from __future__ import annotations
@@ -18,7 +22,6 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 from actors.errors import InfraFailure, NoAnswer
@@ -44,7 +47,6 @@ class PoolPolicy:
     alone_after: int = 1  # deaths of a worker in company; then a call gets a worker to itself, to see whose fault it is
     ping_every_s: float = 1.0
     ping_timeout_s: float = 15.0
-    acquire_timeout_s: float = 600.0
 
 
 @dataclass(eq=False)
@@ -104,11 +106,18 @@ class Pool:
         await asyncio.gather(*(self._stop(worker) for worker in workers), return_exceptions=True)
 
     def resize(self, desired: int) -> None:
-        """Change the desired number of members; takes effect at once, surplus members drain."""
+        """Change the desired number of members; takes effect at once, surplus members drain. With none, calls wait for
+        the next resize."""
         if desired != self.fleet.desired:
-            self._event("resized", {"role": self.role, "from": self.fleet.desired, "to": desired})
+            paused = {} if desired else {"paused": f"whatever needs a {self.role} worker, until there is one again"}
+            self._event("resized", {"role": self.role, "from": self.fleet.desired, "to": desired, **paused})
             self.fleet.desired = desired
             self._wake.set()
+
+    @property
+    def paused(self) -> bool:
+        """Whether it has no member because none is wanted."""
+        return self.fleet.desired == 0
 
     def count(self, *states: State) -> int:
         return sum(member.state in states for member in self.fleet.members.values())
@@ -148,22 +157,20 @@ class Pool:
                 self._release(index, alone)
 
     async def _acquire(self, avoid: frozenset[int]) -> int:
-        def free() -> bool:
-            return self.fleet.pick(self.policy.slots, avoid) is not None
-
+        """A serving member with a free slot, which is taken."""
         while (index := self.fleet.pick(self.policy.slots, avoid)) is None:
-            await self._until(free, f"a free {self.role} worker", self.policy.acquire_timeout_s)
+            await self._change()
         self.fleet.add_load(index, 1)
         return index
 
     async def _acquire_alone(self, avoid: frozenset[int]) -> int:
         """A member that carries nothing else until it is released."""
-        what, timeout_s = f"a {self.role} worker without other work", self.policy.acquire_timeout_s
         while True:
             while (index := self.fleet.reserve(avoid)) is None:
-                await self._until(lambda: self.fleet.pick(self.policy.slots, avoid) is not None, what, timeout_s)
+                await self._change()
             try:
-                await self._until(partial(self.fleet.emptied, index), what, timeout_s)
+                while not self.fleet.emptied(index):
+                    await self._change()
             except BaseException:
                 self.fleet.free(index)
                 self._notify()
@@ -171,6 +178,12 @@ class Pool:
             if self.fleet.serves(index):
                 self.fleet.add_load(index, 1)
                 return index
+
+    async def _change(self) -> None:
+        """Until something is worth another look: ended by `_notify`, whoever frees a member or ends the pool."""
+        if self._failure is not None:
+            raise self._failure
+        await self._changed.wait()
 
     def _release(self, index: int, alone: bool) -> None:
         self.fleet.add_load(index, -1)
@@ -234,6 +247,8 @@ class Pool:
             self._event("up", {"role": self.role, "worker": index, "seconds": seconds})
             self._notify()
             await self.admit(index)
+            if index not in self.workers:  # evicted meanwhile
+                return
             self.fleet.joined(index, time.monotonic())
         except InfraFailure as error:
             await self.evict(index, f"start failed: {error}", placed=index in self.workers)

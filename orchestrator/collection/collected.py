@@ -42,6 +42,11 @@ class Collector(Protocol):
 class RoleClient(Protocol):
     """What collection asks of the roles (`orchestrator.executor.Executor`)."""
 
+    @property
+    def paused(self) -> bool:
+        """Whether groups wait because somebody wants no workers."""
+        ...
+
     async def run_group(self, stage: Stage, group: PromptGroup) -> PromptGroup | None: ...
 
     async def run_batch_stages(self, table: RowTable) -> RowTable: ...

@@ -65,6 +65,7 @@ class Prepared:
 
     config: RunConfig
     model: str  # folder or hub name
+    models: Mapping[str, str]  # likewise, of roles that have one of their own
     tokenizer_path: str
     tokenizer: Any
     phases: tuple[PreparedPhase, ...]

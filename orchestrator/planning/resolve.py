@@ -12,16 +12,18 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from actors.errors import ConfigError, ModelError
+from actors import pretrained
+from actors.errors import ConfigError
+from actors.pretrained import check_folder
 from orchestrator.collection.precompute import recall
-from orchestrator.config.schema import DataConfig, EvaluationConfig, PhaseConfig, RunConfig
+from orchestrator.config.schema import DataConfig, EvaluationConfig, FrozenRole, PhaseConfig, RunConfig
 from orchestrator.data.source import Source, open_source
 from orchestrator.data.synthetic_examples import PREFIX, is_example, model_folder
 from orchestrator.losses.objective import LossObjective
 from orchestrator.methods import build
 from orchestrator.pipeline import DataKind, Pipeline, Prompts
 from orchestrator.planning.prepared import Prepared, PreparedPhase
-from rewards.loading import check_columns, check_reward
+from rewards.loading import check_columns, check_names, check_reward
 from rollout.sampling import Sampling
 
 UNBOUNDED = 2**31  # of a model that does not say how far its positions reach
@@ -31,15 +33,23 @@ def prepare(config: RunConfig, *, output: Path | None = None) -> Prepared:
     """Resolve and open everything that a run names. Raises ConfigError, ModelError or DataError."""
     pipelines = {name: build_pipeline(phase) for name, phase in config.phases.items()}
     rewards = tuple(check_reward(reward) for reward in config.rewards)
+    check_names(rewards)
     model = resolve_model(config.model.path, config.seed)
+    models = {
+        role: resolve_model(settings.model, config.seed, f"roles.{role}.model")
+        for role, settings in config.roles
+        if isinstance(settings, FrozenRole) and settings.model is not None
+    }
     tokenizer_path = config.model.tokenizer or model
     tokenizer = load_tokenizer(tokenizer_path, config.model.chat_template, config.model.trust_remote_code)
-    room = model_length(model)
+    room = model_length(model, config.model.trust_remote_code)
     phases: list[PreparedPhase] = []
     for name, pipeline in pipelines.items():
         phase = _prepare_phase(config, name, pipeline, tokenizer, room, phases)
         phases.append(recall(config, model, phase))
-    prepared = Prepared(config, model, tokenizer_path, tokenizer, tuple(phases), rewards, count_parameters(model))
+    prepared = Prepared(
+        config, model, models, tokenizer_path, tokenizer, tuple(phases), rewards, count_parameters(model)
+    )
     _check_rewards(prepared)
     return prepared
 
@@ -48,31 +58,25 @@ def build_pipeline(phase: PhaseConfig) -> Pipeline:
     return build(phase.method, phase.options, {"max_completion_length": phase.sampling.max_tokens})
 
 
-def resolve_model(path: str, seed: int) -> str:
-    """`example:NAME` becomes the folder of a model made here; what looks like a path must be one."""
+def resolve_model(path: str, seed: int, key: str = "model.path") -> str:
+    """`example:NAME` becomes the folder of a model made here; what looks like a path must be one. `key` is where the
+    path was set."""
     if is_example(path):
         return str(model_folder(path.removeprefix(PREFIX), seed))
     folder = Path(path).expanduser()
-    looks_local = path.startswith((".", "/", "~")) or folder.exists()
-    if looks_local and not (folder / "config.json").is_file():
-        found = sorted(entry.name for entry in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
-        raise ModelError(f"model.path={path!r} is not a model folder: it has no config.json (found: {found})")
-    return str(folder) if looks_local else path
+    if not path.startswith((".", "/", "~")) and not folder.exists():
+        return path
+    check_folder(str(folder.absolute()), key)
+    return str(folder)
 
 
 def load_tokenizer(path: str, chat_template: str | None, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
+    """`chat_template` is a file."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"no tokenizer at {path!r}: {str(error).splitlines()[0]}; set model.tokenizer") from None
-    if chat_template is not None:
-        try:
-            tokenizer.chat_template = Path(chat_template).read_text()
-        except OSError as error:
-            raise ConfigError(f"model.chat_template={chat_template!r} cannot be read: {error.strerror}") from None
-    return tokenizer
+        text = None if chat_template is None else Path(chat_template).read_text()
+    except OSError as error:
+        raise ConfigError(f"model.chat_template={chat_template!r} cannot be read: {error.strerror}") from None
+    return pretrained.load_tokenizer(path, trust_remote_code, text)
 
 
 def count_parameters(model: str) -> int | None:
@@ -85,11 +89,10 @@ def count_parameters(model: str) -> int | None:
     return total or None
 
 
-def model_length(model: str) -> int:
+def model_length(model: str, trust_remote_code: bool) -> int:
     """Tokens that the model's positions reach to."""
-    from transformers import AutoConfig
-
-    return int(getattr(AutoConfig.from_pretrained(model), "max_position_embeddings", UNBOUNDED))
+    config = pretrained.load_config(model, trust_remote_code)
+    return int(getattr(config.get_text_config(), "max_position_embeddings", UNBOUNDED))
 
 
 def _prepare_phase(

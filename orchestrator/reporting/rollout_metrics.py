@@ -1,8 +1,10 @@
-"""What a batch of sampled groups looked like, under the names that users of this field know."""
+"""What a batch of sampled groups looked like, under the names that users of this field know: numbers, and a table."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +22,35 @@ def rollout_metrics(collected: Collected, version: int) -> dict[str, float]:
     return {**_rewards(scores), **_lengths(collected.groups), **_staleness(collected.groups, version)}
 
 
+def completion_rows(group: PromptGroup) -> list[dict[str, Any]]:
+    """One row per sample: the table's own columns, what rewards logged (`log_extra`), the data set's columns. Where two
+    of these have one name, the later one is called `extra/NAME` or `data/NAME`. None for samples that nobody scored."""
+    score, prompt = group.score, group.prompt.prompt
+    if score is None:
+        return []
+    lengths = [length for meta in group.metas for length in meta.lengths]
+    workers = [meta.worker for meta in group.metas for _ in meta.lengths]
+    rows: list[dict[str, Any]] = []
+    for index, text in enumerate(score.texts):
+        row: dict[str, Any] = {
+            "prompt": prompt if isinstance(prompt, str) else json.dumps(prompt),
+            "completion": text,
+            "reward": float(score.total[index]),
+            **{f"rewards/{name}": float(score.rewards[index, column]) for column, name in enumerate(score.names)},
+            "length": lengths[index],
+            "version": group.oldest_version,
+            "worker": workers[index],
+            "position": group.position,
+        }
+        taken = {"step", *row}
+        logged = {name: values[index] for name, values in score.extra.items()}
+        row |= {(f"extra/{name}" if name in taken else name): value for name, value in logged.items()}
+        taken |= row.keys()
+        row |= {(f"data/{name}" if name in taken else name): value for name, value in group.prompt.columns.items()}
+        rows.append(row)
+    return rows
+
+
 def _rewards(scores: Sequence[ScoreResult]) -> dict[str, float]:
     """Empty for a pipeline that scores nothing."""
     if not scores:
@@ -32,9 +63,12 @@ def _rewards(scores: Sequence[ScoreResult]) -> dict[str, float]:
         "frac_reward_zero_std": float(np.mean([spread == 0 for spread in spreads])) if spreads else 0.0,
     }
     matrix = np.concatenate([score.rewards for score in scores]).astype(np.float64)
+    silent = np.isnan(matrix)
+    metrics["frac_reward_none"] = float(silent.all(axis=1).mean())
     for column, name in enumerate(scores[0].names):
         metrics[f"rewards/{name}/mean"] = _nanmean(matrix[:, column])
-        metrics[f"rewards/{name}/std"] = float(np.nanstd(matrix[:, column])) if len(matrix) else float("nan")
+        metrics[f"rewards/{name}/std"] = _nanstd(matrix[:, column])
+        metrics[f"rewards/{name}/frac_none"] = float(silent[:, column].mean())
     return {**metrics, **_user_metrics(scores)}
 
 
@@ -70,3 +104,7 @@ def _staleness(groups: Sequence[PromptGroup], version: int) -> dict[str, float]:
 
 def _nanmean(values: np.ndarray) -> float:
     return float(np.nanmean(values)) if np.any(~np.isnan(values)) else float("nan")
+
+
+def _nanstd(values: np.ndarray) -> float:
+    return float(np.nanstd(values)) if np.any(~np.isnan(values)) else float("nan")
