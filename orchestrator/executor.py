@@ -14,16 +14,20 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from actors.batch import Array
+from actors.columns import Head
 from actors.worker import Group, Objects, Ref
 from orchestrator.cluster.pool import Pool
 from orchestrator.collection.group_stages import GroupStages, PromptGroup
+from orchestrator.collection.model_scorer import ModelScorer
 from orchestrator.losses.objective import LossObjective
-from orchestrator.pipeline import Pipeline, Stage, Verb, in_conflict
+from orchestrator.pipeline import Pipeline, Stage, Verb, in_conflict, infer
+from orchestrator.planning.prepared import ModelReward
 from orchestrator.publishing.publisher import Publisher, SyncReport
 from orchestrator.publishing.transfer import mix_towards
 from orchestrator.row_table import RowTable, Share
@@ -71,15 +75,19 @@ class Executor:
         groups: dict[str, Group],
         objects: Objects,
         *,
+        start: Callable[[str, str], Awaitable[None]],
         engines: Mapping[str, Pool],
         scorers: Mapping[str, Pool],
+        model_rewards: Sequence[ModelReward],
         publishers: Sequence[Publisher],
         call_timeout_s: Mapping[str, float],
         stand_ins: Mapping[str, str],
         concurrent: bool,
     ) -> None:
         self.groups, self.objects = groups, objects
-        self.publishers, self.group_stages = publishers, GroupStages(engines, scorers)
+        self.publishers, self._start = publishers, start
+        models = {reward: ModelScorer(partial(self._scores, reward.role)) for reward in model_rewards}
+        self.group_stages = GroupStages(engines, scorers, models)
         self._call_timeout_s, self._stand_ins, self._concurrent = call_timeout_s, stand_ins, concurrent
         self._phase: PhaseSettings | None = None
         self._verbs: dict[Verb, Callable[[Stage, RowTable, int], Awaitable[tuple[Written, dict[str, float]]]]] = {
@@ -111,6 +119,10 @@ class Executor:
     def ranks(self, stage: Stage) -> int:
         """Processes that share the work of a stage."""
         return len(self._group_of(stage)[1].workers)
+
+    async def start(self, role: str, model: str) -> None:
+        """Start a role that could not start with the others, with the model in that folder."""
+        await self._start(role, model)
 
     async def release(self, role: str) -> None:
         """End the processes of a role that no later stage needs, so that its memory is free."""
@@ -260,6 +272,12 @@ class Executor:
                 task_name=_label(stage, step),
             )
         return NOTHING, {}
+
+    async def _scores(self, role: str, table: RowTable) -> Array:
+        """[B]: what a role's model says of rows, as a reward."""
+        stage = infer(role, into="reward", head=Head.ROW_SCALAR)
+        written, _ = await self._infer(stage, table, step=-1)
+        return written.values["reward"]
 
     def _group_of(self, stage: Stage) -> tuple[str, Group]:
         role = stage.role if stage.role in self.groups else self._stand_ins[stage.role]

@@ -1,68 +1,127 @@
-"""The weights of a phase: what its roles hold when it begins, from the model or from a checkpoint, and what a
-checkpoint holds of them."""
+"""The weights of a phase: what its roles hold when it begins, from a model, from an earlier phase or from a checkpoint,
+and what a checkpoint and a finished phase leave of them.
+
+    checkpoints/step-N/   ROLE/ state of a trained role, model/ of the first one, models/ROLE/ of the others
+    references/PHASE/     ROLE/ a trained role as the phase found it
+    phases/PHASE/         what the finished phase leaves to later ones: ROLE/ state, model/
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from actors.errors import ConfigError
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.cluster.launch import average_spec, optim_spec
-from orchestrator.config.schema import RunConfig
+from orchestrator.config.schema import FrozenRole, RunConfig
 from orchestrator.executor import Executor
-from orchestrator.planning.prepared import PreparedPhase
+from orchestrator.planning.handover import kept_folder, phase_of
+from orchestrator.planning.prepared import Prepared, PreparedPhase
 
 SAVE_TIMEOUT_S = 1800.0
-AVERAGED = "bema"  # in a checkpoint, beside `model`
+MODEL = "model"  # in a checkpoint: of the role that the phase trains first
+AVERAGED = "bema"  # beside it
 
 
 def reference_folder(run: Path, phase: PreparedPhase) -> Path:
-    """The policy as a phase after the first one found it."""
+    """Trained roles as a phase after the first one found them."""
     return run / "references" / phase.name
 
 
 async def set_weights(
-    config: RunConfig, run: Path, phase: PreparedPhase, roles: Executor, found: Checkpoint | None
+    prepared: Prepared, run: Path, phase: PreparedPhase, roles: Executor, found: Checkpoint | None
 ) -> None:
-    """What frozen roles hold while the phase lasts: the policy as the phase found it, or what the checkpoint says."""
-    await _set_reference(config, reference_folder(run, phase), phase, roles, resumed=found is not None)
+    """What roles hold when the phase begins, trained ones aside that the phase goes on with."""
+    if found is not None:
+        await _restore(prepared.phases[: phase.index], run, roles, tuple(roles.groups))
+    await _start_handed_over(prepared, run, phase, roles)
+    await _set_copies(prepared.config, reference_folder(run, phase), phase, roles, resumed=found is not None)
     await _set_mixed(phase, roles, found)
 
 
-async def set_optimizers(phase: PreparedPhase, roles: Executor, found: Checkpoint | None) -> None:
+async def set_optimizers(config: RunConfig, phase: PreparedPhase, roles: Executor, found: Checkpoint | None) -> None:
     """A fresh optimizer for the phase, and if it is resumed, everything as the checkpoint has it."""
-    for role in phase.pipeline.trained:
-        average = average_spec(phase) if role == "policy" else None  # what leaves as a model
-        await roles.groups[role].call("reset", optim_spec(phase), average, timeout_s=SAVE_TIMEOUT_S)
+    for index, role in enumerate(phase.pipeline.trained):
+        average = average_spec(phase) if index == 0 else None  # of what leaves as the model
+        optim = optim_spec(phase, role, config.roles.ranks(role))
+        await roles.groups[role].call("reset", optim, average, timeout_s=SAVE_TIMEOUT_S)
         if found is not None:
             await roles.groups[role].call("load_state", str(found.path / role), timeout_s=SAVE_TIMEOUT_S)
 
 
 async def save_weights(phase: PreparedPhase, roles: Executor, folder: Path) -> None:
-    """Every trained role's state, the weights of those that follow them, a model folder, and one with the average if
+    """Every trained role's state and its model, the weights of roles that follow them, and a model with the average if
     that is taken."""
-    for role in phase.pipeline.trained:
+    for index, role in enumerate(phase.pipeline.trained):
         (folder / role).mkdir()
         await roles.groups[role].call("save_state", str(folder / role), timeout_s=SAVE_TIMEOUT_S)
+        model = folder / MODEL if index == 0 else folder / "models" / role
+        await roles.groups[role].call("save_model", str(model), timeout_s=SAVE_TIMEOUT_S)
     for role in phase.pipeline.mixed:
         await roles.groups[role].call("save_model", str(folder / role), timeout_s=SAVE_TIMEOUT_S)
-    await roles.groups["policy"].call("save_model", str(folder / "model"), timeout_s=SAVE_TIMEOUT_S)
     if phase.config.train.bema is not None:
-        await roles.groups["policy"].call("save_model", str(folder / AVERAGED), True, timeout_s=SAVE_TIMEOUT_S)
+        first = roles.groups[phase.pipeline.trained[0]]
+        await first.call("save_model", str(folder / AVERAGED), True, timeout_s=SAVE_TIMEOUT_S)
 
 
-async def _set_reference(
-    config: RunConfig, folder: Path, phase: PreparedPhase, roles: Executor, *, resumed: bool
-) -> None:
-    """The reference is the policy as it was when the phase began, unless `roles.reference.model` is another. It is kept
-    in the run's folder: a phase that is resumed must find it again."""
-    shared = "reference" in phase.pipeline.roles and "reference" in roles.groups
-    if phase.index == 0 or not shared or config.roles.reference.model is not None:
+def keep_phase(run: Path, phase: PreparedPhase, checkpoint: Path) -> None:
+    """Keep what a finished phase leaves, for later ones: checkpoints are deleted in time. Files are shared with the
+    checkpoint where the disk can."""
+    folder = kept_folder(run, phase.name)
+    if folder.is_dir():
         return
-    if not resumed:
-        folder.mkdir(parents=True, exist_ok=True)
-        await roles.groups["policy"].call("save_model", str(folder), timeout_s=SAVE_TIMEOUT_S)
-    await roles.groups["reference"].call("load_model", str(folder), timeout_s=SAVE_TIMEOUT_S)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for name in (*phase.pipeline.trained, MODEL):
+        shutil.copytree(checkpoint / name, partial / name, copy_function=_link_or_copy)
+    partial.rename(folder)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+async def _restore(earlier: Sequence[PreparedPhase], run: Path, roles: Executor, wanted: Sequence[str]) -> None:
+    """Roles that earlier phases of a resumed run trained have the weights that the last of these left."""
+    for role in wanted:
+        trained = [phase for phase in earlier if role in phase.pipeline.trained]
+        if trained:
+            folder = kept_folder(run, trained[-1].name) / role
+            await roles.groups[role].call("load_state", str(folder), timeout_s=SAVE_TIMEOUT_S)
+
+
+async def _start_handed_over(prepared: Prepared, run: Path, phase: PreparedPhase, roles: Executor) -> None:
+    """Roles whose model an earlier phase leaves start with the first phase that needs them."""
+    scoring = [reward.role for reward in prepared.model_rewards] if phase.scores else []
+    for role in dict.fromkeys((*phase.pipeline.roles, *scoring)):
+        model = prepared.handed_over.get(role)
+        if model is not None and role not in roles.groups:
+            left = phase_of(model)
+            assert left is not None, "the plan refuses other placeholders"
+            await roles.start(role, str(kept_folder(run, left) / MODEL))
+            await _restore(prepared.phases[: phase.index], run, roles, [role])
+
+
+async def _set_copies(config: RunConfig, folder: Path, phase: PreparedPhase, roles: Executor, *, resumed: bool) -> None:
+    """A frozen role without a model of its own is a trained one as it was when the phase began. That is kept in the
+    run's folder: a phase that is resumed must find it again."""
+    if phase.index == 0:
+        return
+    for role in phase.pipeline.roles:
+        settings = config.roles[role]
+        if not isinstance(settings, FrozenRole) or settings.model is not None or role not in roles.groups:
+            continue
+        copy = folder / settings.copies
+        if not resumed:
+            copy.mkdir(parents=True, exist_ok=True)
+            await roles.groups[settings.copies].call("save_model", str(copy), timeout_s=SAVE_TIMEOUT_S)
+        await roles.groups[role].call("load_model", str(copy), timeout_s=SAVE_TIMEOUT_S)
 
 
 async def _set_mixed(phase: PreparedPhase, roles: Executor, found: Checkpoint | None) -> None:

@@ -181,14 +181,20 @@ class Pipeline:
 
     @property
     def optimizer_steps_per_batch(self) -> int:
-        return max((int(stage.options["epochs"] * stage.options["minibatches"]) for stage in self.updates), default=1)
+        """Of the role that makes the most."""
+        return max((self.optimizer_steps_of(role) for role in self.trained), default=1)
+
+    def optimizer_steps_of(self, role: str) -> int:
+        """Optimizer steps of a role on each batch."""
+        mine = (stage for stage in self.updates if stage.role == role)
+        return sum(int(stage.options["epochs"] * stage.options["minibatches"]) for stage in mine)
 
     @property
     def mixes(self) -> tuple[Stage, ...]:
         return tuple(stage for stage in self.stages if stage.verb is Verb.MIX)
 
 
-def generate(role: str = "rollout", *, n: int) -> Stage:
+def generate(role: str = "rollout", *, n: int = 1) -> Stage:
     """Sample `n` completions of each prompt. Several such stages add their samples to the same group; `sampler` says
     which stage a row is of, from 0."""
     writes = {"tokens", "mask", "sample_logps", "version", "group", "truncated", "sampler"}

@@ -35,7 +35,15 @@ from orchestrator.collection.staleness import Contract
 from orchestrator.config.schema import RunConfig
 from orchestrator.driver import Progress, StepRecord, train
 from orchestrator.executor import Executor, PhaseSettings
-from orchestrator.phase_weights import AVERAGED, reference_folder, save_weights, set_optimizers, set_weights
+from orchestrator.phase_weights import (
+    AVERAGED,
+    MODEL,
+    keep_phase,
+    reference_folder,
+    save_weights,
+    set_optimizers,
+    set_weights,
+)
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.planning.prepared import Prepared, PreparedPhase
 from orchestrator.planning.resolve import prepare
@@ -153,9 +161,9 @@ class _Run:
         """One phase, from its start or from a checkpoint inside it."""
         self._enter(phase, roles)
         self.console.data(phase.name, phase.source.report.lines())
-        await set_weights(self.config, self.folder, phase, roles, found)
+        await set_weights(self.prepared, self.folder, phase, roles, found)
         phase = await self._precompute(phase, roles)
-        await set_optimizers(phase, roles, found)
+        await set_optimizers(self.config, phase, roles, found)
         progress = Progress(found.state.step, found.state.version) if found else Progress(0, phase.first_version)
         cursor = Cursor.from_json(found.state.cursor) if found else Cursor()
         async with roles.changing_weights():
@@ -168,6 +176,8 @@ class _Run:
             await train(phase.pipeline, phase.steps, roles, collector, progress, self._after_step(phase, roles, cursor))
         finally:
             await collector.close()
+        if phase.index + 1 < len(self.prepared.phases) and self.last_checkpoint is not None:
+            await asyncio.to_thread(keep_phase, self.folder, phase, self.last_checkpoint.path)
 
     def _enter(self, phase: PreparedPhase, roles: Executor) -> None:
         budget = phase.config.train.token_budget
@@ -265,7 +275,7 @@ class _Run:
         self.log.close()
         picture = draw(self.folder)
         checkpoint = self.last_checkpoint.path if self.last_checkpoint else None
-        model = checkpoint / "model" if checkpoint else None
+        model = checkpoint / MODEL if checkpoint else None
         averaged = checkpoint / AVERAGED if checkpoint and (checkpoint / AVERAGED).is_dir() else None
         result = RunResult(self.folder, dict(self.evaluations.scores), checkpoint, model, averaged, picture)
         self.event("finished", {})

@@ -115,7 +115,7 @@ class Settings(Protocol):
     """What a configuration says about one reward."""
 
     @property
-    def fn(self) -> str: ...
+    def fn(self) -> str | None: ...
 
     @property
     def weight(self) -> float: ...
@@ -129,6 +129,7 @@ class Settings(Protocol):
 
 def check_reward(settings: Settings) -> RewardSpec:
     """The reward that a configuration names, found and ready to travel. Raises ConfigError: call it before a launch."""
+    assert settings.fn is not None, "the score of a model is no function"
     return RewardSpec(settings.fn, settings.weight, settings.name, dict(settings.options)).located()
 
 
@@ -150,9 +151,9 @@ def check_columns(rewards: Iterable[RewardSpec], columns: Collection[str], where
             )
 
 
-def check_names(rewards: Iterable[RewardSpec]) -> None:
+def check_names(labels: Iterable[str]) -> None:
     """Raises ConfigError if two rewards share a name: metrics and tables would hold one of them."""
-    twice = [name for name, count in Counter(spec.label for spec in rewards).items() if count > 1]
+    twice = [name for name, count in Counter(labels).items() if count > 1]
     if twice:
         raise ConfigError(f"{twice[0]} is the name of two rewards; give one of them another: rewards[1].name=NAME")
 

@@ -19,7 +19,6 @@ from actors.worker import WorkerInfo
 from orchestrator.ray_address import AUTH_MODE, Unreachable, refuse_unreachable
 
 NAMESPACE = "troupe"
-ELASTIC = ("rollout", "reward")
 CALL_TIMEOUT_S = 5.0
 RUN_FILE = "run.json"
 
@@ -41,6 +40,11 @@ class Board:
         return {"alive": True}
 
     def desire(self, role: str, count: int) -> None:
+        """Raises ConfigError for a role that the run cannot scale."""
+        if self._status and role not in self._status:
+            raise ConfigError(
+                f"this run has no role {role} whose workers come and go; it can scale {', '.join(sorted(self._status))}"
+            )
         self._desired[role] = count
 
     def exchange(self, status: dict[str, Any]) -> dict[str, int]:
@@ -94,9 +98,9 @@ def board_name(run: str) -> str:
 def parse_scale(text: str) -> tuple[str, int]:
     """`rollout=4` -> ("rollout", 4)."""
     match = re.fullmatch(r"(\w+)=(\d+)", text)
-    if match is None or match[1] not in ELASTIC:
+    if match is None:
         raise ConfigError(
-            f"cannot scale {text!r}; write ROLE=N with ROLE one of {', '.join(ELASTIC)} and N a number, e.g. rollout=4"
+            f"cannot scale {text!r}; write ROLE=N with the name of a role and a number of workers, e.g. rollout=4"
         )
     return match[1], int(match[2])
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from actors.backends import BackendSpec
 from actors.backends.optimizer import OptimSpec
+from actors.columns import Head
 from actors.errors import ConfigError
 from actors.lora import LoraSpec
 from actors.model import ModelSpec
@@ -25,7 +27,15 @@ from actors.worker import Group, Worker
 from orchestrator.cluster.base import Cluster
 from orchestrator.cluster.failures import Watchdog
 from orchestrator.cluster.pool import Event, Pool, PoolPolicy
-from orchestrator.config.schema import FrozenRole, RunConfig, TrainConfig, TrainedRole
+from orchestrator.config.schema import (
+    EngineRole,
+    FrozenRole,
+    RanksRole,
+    RunConfig,
+    ScorersRole,
+    TrainConfig,
+    TrainerRole,
+)
 from orchestrator.executor import Executor
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.prepared import Prepared, PreparedPhase
@@ -40,35 +50,37 @@ async def launch(
     prepared: Prepared, plan: Plan, cluster: Cluster, folder: Path, event: Event, watchdog: Watchdog
 ) -> AsyncIterator[Executor]:
     """All roles of the plan, up. They are closed when the block ends, however it ends."""
-    config = prepared.config
+    roles = prepared.config.roles
     groups: dict[str, Group] = {}
     async with AsyncExitStack() as stack:
-        rollout = _rollout_pool(prepared, plan, cluster, event, watchdog) if "rollout" in plan.roles else None
-        reward = _reward_pool(prepared, cluster, event, watchdog) if "reward" in plan.roles else None
-        for pool in (rollout, reward):
-            if pool is not None:
-                stack.push_async_callback(pool.close)
-        trained = [role for role in plan.roles if role not in ("rollout", "reward")]
+        starting = _Starting(prepared, plan, cluster, event, watchdog)
+        engines = {role: starting.engines(role) for role in plan.roles if isinstance(roles[role], EngineRole)}
+        scorers = {role: starting.scorers(role) for role in plan.roles if isinstance(roles[role], ScorersRole)}
+        pools = [*engines.values(), *scorers.values()]
+        for pool in pools:
+            stack.push_async_callback(pool.close)
 
-        async def start_group(role: str) -> None:
+        async def start_group(role: str, model: str | None = None) -> None:
             began = time.monotonic()
-            groups[role] = await _start_group(role, prepared, plan, cluster)
+            groups[role] = await starting.group(role, model)
             event("up", {"role": role, "seconds": round(time.monotonic() - began, 3)})
 
-        opening = [pool.open() for pool in (rollout, reward) if pool is not None]
-        await _all_or_none(*opening, *(start_group(role) for role in trained))
-        publisher = None
-        if rollout is not None:
-            publisher = _publisher(config, groups["policy"], rollout, cluster, folder, event)
-            rollout.admit = publisher.admit
+        gangs = [role for role in plan.roles if isinstance(roles[role], RanksRole)]
+        first = [role for role in gangs if role not in prepared.handed_over]
+        await _all_or_none(*(pool.open() for pool in pools), *(start_group(role) for role in first))
+        publishers = [
+            _publisher(prepared.config, role, groups, pool, cluster, folder, event) for role, pool in engines.items()
+        ]
         yield Executor(
             groups,
             cluster.objects,
-            engines={"rollout": rollout} if rollout is not None else {},
-            scorers={"reward": reward} if reward is not None else {},
-            publishers=[publisher] if publisher is not None else [],
-            call_timeout_s=dict.fromkeys(trained, config.roles.policy.call_timeout_s),
-            stand_ins={"reference": "policy"} if plan.implicit_reference else {},
+            start=start_group,
+            engines=engines,
+            scorers=scorers,
+            model_rewards=prepared.model_rewards,
+            publishers=publishers,
+            call_timeout_s={role: roles.ranks(role).call_timeout_s for role in gangs},
+            stand_ins=plan.stand_ins,
             concurrent=plan.overlaps,
         )
 
@@ -83,22 +95,7 @@ async def _all_or_none(*work: Any) -> None:
         raise group.exceptions[0] from None
 
 
-async def _start_group(role: str, prepared: Prepared, plan: Plan, cluster: Cluster) -> Group:
-    config: TrainedRole = getattr(prepared.config.roles, role)
-    frozen = isinstance(config, FrozenRole)
-    optim = None if frozen else optim_spec(prepared.phases[0])
-    backend = BackendSpec(
-        kind=config.backend, optim=optim, deepspeed=_deepspeed_config(role, config), zero_stage=config.zero_stage
-    )
-    spec = _model_spec(prepared, role)
-    common = {"model": spec, "backend": backend, "threads": plan.roles[role].threads, "seed": prepared.config.seed}
-    ranks = [
-        {**common, "name": f"{role}/{rank}", "rank": rank, "world_size": config.ranks} for rank in range(config.ranks)
-    ]
-    return await cluster.start_group(role, ModelWorker, ranks)
-
-
-def _deepspeed_config(role: str, config: TrainedRole) -> dict[str, Any] | None:
+def _deepspeed_config(role: str, config: RanksRole) -> dict[str, Any] | None:
     """As it is given, or read from the file that is named."""
     if not isinstance(config.deepspeed, Path):
         return config.deepspeed
@@ -108,30 +105,14 @@ def _deepspeed_config(role: str, config: TrainedRole) -> dict[str, Any] | None:
         raise ConfigError(f"roles.{role}.deepspeed={config.deepspeed}: no readable JSON file ({error})") from None
 
 
-def _model_spec(prepared: Prepared, role: str) -> ModelSpec:
-    """The policy's model, or for a frozen role that model without adapters, or another one if the role names it."""
-    model, own = prepared.config.model, getattr(prepared.config.roles, role)
-    frozen = isinstance(own, FrozenRole)
-    lora = LoraSpec(**model.lora.model_dump()) if model.lora is not None and not frozen else None
-    return ModelSpec(
-        path=prepared.models.get(role, prepared.model),
-        tokenizer=prepared.tokenizer_path,
-        chat_template=prepared.tokenizer.chat_template if model.chat_template is not None else None,
-        dtype=(own.dtype if frozen and own.dtype else model.dtype),
-        lora=lora,
-        gradient_checkpointing=model.gradient_checkpointing and not frozen,
-        neftune_noise_alpha=0.0 if frozen else model.neftune_noise_alpha,
-        router_aux_loss_coef=model.router_aux_loss_coef,
-        trust_remote_code=model.trust_remote_code,
-    )
-
-
-def optim_spec(phase: PreparedPhase) -> OptimSpec:
-    """The optimizer and schedule of a phase; its length counts optimizer steps, several per batch where there are."""
+def optim_spec(phase: PreparedPhase, role: str, settings: RanksRole) -> OptimSpec:
+    """The optimizer and schedule of a role in a phase; its length counts optimizer steps, several per batch where there
+    are."""
     train: TrainConfig = phase.config.train
-    total = phase.steps * phase.pipeline.optimizer_steps_per_batch
+    total = phase.steps * phase.pipeline.optimizer_steps_of(role)
     shared = set(OptimSpec.__dataclass_fields__) & set(TrainConfig.model_fields)
-    return OptimSpec(**{name: getattr(train, name) for name in shared}, total_steps=total)
+    own = settings.optimizer.model_dump(exclude_none=True) if isinstance(settings, TrainerRole) else {}
+    return OptimSpec(**{**{name: getattr(train, name) for name in shared}, **own}, total_steps=total)
 
 
 def average_spec(phase: PreparedPhase) -> AverageSpec | None:
@@ -140,72 +121,127 @@ def average_spec(phase: PreparedPhase) -> AverageSpec | None:
     return None if bema is None else AverageSpec(**bema.model_dump())
 
 
-def _rollout_pool(prepared: Prepared, plan: Plan, cluster: Cluster, event: Event, watchdog: Watchdog) -> Pool:
-    config = prepared.config
-    role, planned = config.roles.rollout, plan.roles["rollout"]
-    spec = EngineSpec(
-        kind=role.engine,
-        model=prepared.model,
-        dtype=role.dtype or config.model.dtype,
-        max_model_len=role.max_model_len or prepared.longest,
-        max_concurrency=role.max_concurrency,
-        threads=planned.threads,
-        tensor_parallel=role.tensor_parallel,
-        gpus=role.gpus,
-        kv_cache_gib=role.kv_cache_gib,
-        seed=config.seed,
-        trust_remote_code=config.model.trust_remote_code,
-        options=role.engine_options,
-    )
+@dataclass(frozen=True)
+class _Starting:
+    """What starting any role needs."""
 
-    async def start(index: int) -> Worker:
-        return await cluster.start_worker("rollout", index, RolloutWorker, {"name": f"rollout/{index}", "spec": spec})
+    prepared: Prepared
+    plan: Plan
+    cluster: Cluster
+    event: Event
+    watchdog: Watchdog
 
-    policy = PoolPolicy(
-        slots=max(
-            1, 2 * role.max_concurrency // _samples(prepared)
-        ),  # twice: the engine must never wait for the driver
-        max_attempts=role.max_attempts,
-        call_timeout_s=role.request_timeout_s,
-        start_timeout_s=role.start_timeout_s,
-        max_restarts=role.max_restarts,
-        alone_after=role.max_attempts,  # a worker with one request is slow: only before a request would be given up
-    )
-    return Pool("rollout", role.workers, policy, start=start, stop=cluster.stop_worker, event=event, watchdog=watchdog)
-
-
-def _samples(prepared: Prepared) -> int:
-    return max(phase.pipeline.samples_per_prompt or 1 for phase in prepared.phases)
-
-
-def _reward_pool(prepared: Prepared, cluster: Cluster, event: Event, watchdog: Watchdog) -> Pool:
-    role = prepared.config.roles.reward
-
-    async def start(index: int) -> Worker:
-        kwargs = {
-            "name": f"reward/{index}",
-            "rewards": list(prepared.rewards),
-            "tokenizer": prepared.tokenizer_path,
-            "trust_remote_code": prepared.config.model.trust_remote_code,
+    async def group(self, role: str, model: str | None = None) -> Group:
+        """The ranks of a role that holds a model: `model` if it is given, else that which the configuration says."""
+        prepared, settings = self.prepared, self.prepared.config.roles.ranks(role)
+        trained = next((phase for phase in prepared.phases if role in phase.pipeline.trained), None)
+        backend = BackendSpec(
+            kind=settings.backend,
+            optim=None if trained is None else optim_spec(trained, role, settings),
+            deepspeed=_deepspeed_config(role, settings),
+            zero_stage=settings.zero_stage,
+        )
+        common = {
+            "model": self.model_spec(role, model, trained=trained is not None),
+            "backend": backend,
+            "threads": self.plan.roles[role].threads,
+            "seed": prepared.config.seed,
         }
-        return await cluster.start_worker("reward", index, RewardWorker, kwargs)
+        ranks = [
+            {**common, "name": f"{role}/{rank}", "rank": rank, "world_size": settings.ranks}
+            for rank in range(settings.ranks)
+        ]
+        return await self.cluster.start_group(role, ModelWorker, ranks)
 
-    policy = PoolPolicy(
-        slots=role.concurrency,
-        max_attempts=role.max_attempts,
-        call_timeout_s=role.timeout_s,
-        start_timeout_s=role.start_timeout_s,
-        max_restarts=role.max_restarts,
-        kill_on_timeout=True,
-        abort_on_failure=role.on_failure == "abort",
-    )
-    return Pool("reward", role.workers, policy, start=start, stop=cluster.stop_worker, event=event, watchdog=watchdog)
+    def model_spec(self, role: str, path: str | None, *, trained: bool) -> ModelSpec:
+        """The run's model, or the role's own, with the head that the pipelines ask for; adapters if it is trained."""
+        prepared, model, settings = self.prepared, self.prepared.config.model, self.prepared.config.roles.ranks(role)
+        return ModelSpec(
+            path=path or self.model_of(role),
+            head=prepared.heads.get(role, Head.VOCABULARY),
+            tokenizer=prepared.tokenizer_path,
+            chat_template=prepared.tokenizer.chat_template if model.chat_template is not None else None,
+            dtype=settings.dtype or model.dtype,
+            lora=LoraSpec(**model.lora.model_dump()) if model.lora is not None and trained else None,
+            gradient_checkpointing=model.gradient_checkpointing and trained,
+            neftune_noise_alpha=model.neftune_noise_alpha if trained else 0.0,
+            router_aux_loss_coef=model.router_aux_loss_coef,
+            trust_remote_code=model.trust_remote_code,
+        )
+
+    def model_of(self, role: str) -> str:
+        """Folder or hub name: the role's own, that of the role that it copies, or the run's."""
+        settings, models = self.prepared.config.roles.ranks(role), self.prepared.models
+        copied = models.get(settings.copies) if isinstance(settings, FrozenRole) else None
+        return models.get(role) or copied or self.prepared.model
+
+    def engines(self, role: str) -> Pool:
+        prepared, config = self.prepared, self.prepared.config
+        settings = config.roles.engine(role)
+        spec = EngineSpec(
+            kind=settings.engine,
+            model=self.model_of(settings.follows),
+            dtype=settings.dtype or config.model.dtype,
+            max_model_len=settings.max_model_len or prepared.longest,
+            max_concurrency=settings.max_concurrency,
+            threads=self.plan.roles[role].threads,
+            tensor_parallel=settings.tensor_parallel,
+            gpus=settings.gpus,
+            kv_cache_gib=settings.kv_cache_gib,
+            seed=config.seed,
+            trust_remote_code=config.model.trust_remote_code,
+            options=settings.engine_options,
+        )
+        samples = max(phase.pipeline.samples_per_prompt or 1 for phase in prepared.phases)
+        policy = PoolPolicy(
+            slots=max(1, 2 * settings.max_concurrency // samples),  # twice: the engine must never wait for the driver
+            max_attempts=settings.max_attempts,
+            call_timeout_s=settings.request_timeout_s,
+            start_timeout_s=settings.start_timeout_s,
+            max_restarts=settings.max_restarts,
+            alone_after=settings.max_attempts,  # with one request a worker is slow: only before it would be given up
+        )
+        return self._pool(role, settings.workers, policy, RolloutWorker, {"spec": spec})
+
+    def scorers(self, role: str) -> Pool:
+        settings = self.prepared.config.roles.scorers(role)
+        policy = PoolPolicy(
+            slots=settings.concurrency,
+            max_attempts=settings.max_attempts,
+            call_timeout_s=settings.timeout_s,
+            start_timeout_s=settings.start_timeout_s,
+            max_restarts=settings.max_restarts,
+            kill_on_timeout=True,
+            abort_on_failure=settings.on_failure == "abort",
+        )
+        kwargs = {
+            "rewards": list(self.prepared.rewards),
+            "tokenizer": self.prepared.tokenizer_path,
+            "trust_remote_code": self.prepared.config.model.trust_remote_code,
+        }
+        return self._pool(role, settings.workers, policy, RewardWorker, kwargs)
+
+    def _pool(self, role: str, workers: int, policy: PoolPolicy, target: type, kwargs: dict[str, Any]) -> Pool:
+        async def start(index: int) -> Worker:
+            return await self.cluster.start_worker(role, index, target, {"name": f"{role}/{index}", **kwargs})
+
+        stop = self.cluster.stop_worker
+        return Pool(role, workers, policy, start=start, stop=stop, event=self.event, watchdog=self.watchdog)
 
 
 def _publisher(
-    config: RunConfig, policy: Group, rollout: Pool, cluster: Cluster, folder: Path, event: Event
+    config: RunConfig,
+    role: str,
+    groups: Mapping[str, Group],
+    pool: Pool,
+    cluster: Cluster,
+    folder: Path,
+    event: Event,
 ) -> Publisher:
-    dtype = config.weights.dtype or config.roles.rollout.dtype or config.model.dtype
-    return Publisher(
-        policy, rollout, cluster.objects, config.weights, dtype=dtype, folder=str(folder / "weights"), event=event
-    )
+    """Between an engine role and the role that it follows; its workers join when they have those weights."""
+    settings = config.roles.engine(role)
+    dtype = config.weights.dtype or settings.dtype or config.model.dtype
+    source, place = groups[settings.follows], str(folder / "weights")
+    publisher = Publisher(source, pool, cluster.objects, config.weights, dtype=dtype, folder=place, event=event)
+    pool.admit = publisher.admit
+    return publisher

@@ -14,13 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from actors.batch import Batch
+from actors.batch import Array, Batch
 from actors.errors import BudgetExhausted, DataFailure, Dropped, InfraFailure
 from actors.worker import Ref, Worker
 from orchestrator.cluster.failures import enough_survive
 from orchestrator.cluster.pool import Pool
+from orchestrator.collection.model_scorer import ModelScorer
 from orchestrator.pipeline import Stage, Verb
+from orchestrator.planning.prepared import ModelReward
 from orchestrator.row_table import RowTable
+from rewards.combine import weighted_sum
 from rewards.worker import ScoreResult
 from rollout.sampling import Finish, GroupMeta, Request, Sampling, sample_seed
 
@@ -47,8 +50,10 @@ class PromptGroup:
 class GroupStages:
     """Group-wise stages on the pools of engines and scorers, by role."""
 
-    def __init__(self, engines: Mapping[str, Pool], scorers: Mapping[str, Pool]) -> None:
-        self.engines, self.scorers = engines, scorers
+    def __init__(
+        self, engines: Mapping[str, Pool], scorers: Mapping[str, Pool], models: Mapping[ModelReward, ModelScorer]
+    ) -> None:
+        self.engines, self.scorers, self._models = engines, scorers, models
         self._verbs: dict[Verb, Callable[[Stage, PromptGroup, Sampling], Awaitable[PromptGroup | None]]] = {
             Verb.GENERATE: self._generate,
             Verb.SCORE: self._score,
@@ -78,7 +83,7 @@ class GroupStages:
         return meta, _sampled_rows(request, meta, block, sampler)
 
     async def score(self, role: str, prompt: Any, rows: RowTable) -> ScoreResult:
-        """Rewards of one prompt's samples, from whichever worker of a scorer role is free."""
+        """Rewards of one prompt's samples: functions, by whichever worker of a scorer role is free, and models."""
         pool = self.scorers[role]
         name, deadline = f"{role}.score prompt {prompt.id}", pool.policy.call_timeout_s
         whole = rows.only({"tokens", "mask", "version"}).whole()
@@ -87,7 +92,9 @@ class GroupStages:
             arguments = (whole.shard, prompt.prompt, prompt.columns, *whole.blocks)
             return await worker.call("score", *arguments, timeout_s=deadline, task_name=name)
 
-        return await pool.call(f"score prompt {prompt.id}", work)
+        models = asyncio.gather(*(model.score(rows) for model in self._models.values()))
+        score, said = await asyncio.gather(pool.call(f"score prompt {prompt.id}", work), models)
+        return _with_models(score, dict(zip(self._models, said, strict=True)))
 
     async def _generate(self, stage: Stage, group: PromptGroup, sampling: Sampling) -> PromptGroup:
         sampler = len(group.metas)
@@ -136,6 +143,20 @@ def _sampled_rows(request: Request, meta: GroupMeta, block: Ref, sampler: int) -
         sampler=np.full(count, sampler, np.int8),
     )
     return RowTable.of_block(rows, block, {"tokens", "mask", "sample_logps", "version"})
+
+
+def _with_models(score: ScoreResult, said: Mapping[ModelReward, Array]) -> ScoreResult:
+    """The functions' result with the scores of models beside it."""
+    if not said:
+        return score
+    columns = np.stack(list(said.values()), axis=1)
+    parts, weights = np.column_stack([score.total, columns]), np.array([1.0, *(reward.weight for reward in said)])
+    return replace(
+        score,
+        names=(*score.names, *(reward.label for reward in said)),
+        rewards=np.concatenate([score.rewards, columns], axis=1),
+        total=weighted_sum(parts, weights),
+    )
 
 
 def _silent(score: ScoreResult, prompt: Any) -> str:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from actors.errors import ModelError
-from orchestrator.config.schema import RunConfig
+from orchestrator.config.schema import FrozenRole, RunConfig
 from orchestrator.data import caches as kept
 from orchestrator.data.caches import Origin
 from orchestrator.data.source import RowSource, cache_root
@@ -113,15 +113,19 @@ def _model_of(config: RunConfig, model: str, phase: PreparedPhase, role: str, be
     the run's model, whatever was trained; None if it is not known yet.
 
     A role whose weights move during a phase must not come here: `orchestrator.pipeline` refuses it."""
-    own: str | None = getattr(config.roles, role).model
+    settings = config.roles.ranks(role)
+    own = settings.model
     if own is not None:
         return own
-    return model if phase.index == 0 or config.model.lora is not None else began_with
+    if phase.index == 0 or config.model.lora is not None:
+        return model
+    copied = settings.copies if isinstance(settings, FrozenRole) else role
+    return began_with and str(Path(began_with) / copied)
 
 
 def _origins(config: RunConfig, phase: PreparedPhase, stage: Stage, weights: str) -> dict[str, Origin]:
     """What the values of each of the phase's row sources depend on."""
-    settings = getattr(config.roles, stage.role)
+    settings = config.roles.ranks(stage.role)
     by_policy = config.model.lora is not None and settings.model is None
     dtype = config.model.dtype if by_policy else settings.dtype or config.model.dtype
     model = weights_fingerprint(weights)

@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from orchestrator.planning import node_selectors as labels
 
@@ -205,16 +205,26 @@ class SamplingConfig(Section):
 
 
 class RewardConfig(Section):
-    """One reward: a name of `rewards.functions.REWARDS`, `package.module:function` or `path/to/file.py:function`."""
+    """One reward: a function (`fn`), or the score of a role's model (`role`)."""
 
-    fn: str
+    fn: str | None = None
     """A shipped reward's name, `package.module:function` or `path/to/file.py:function`."""
+    role: str | None = None
+    """Instead of `fn`: the role whose model scores prompt and completion with one number."""
     weight: float = 1.0
     """Factor of this reward in the sum."""
     name: str | None = None
     """Its name in metrics. Default: the function's."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the function."""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> RewardConfig:
+        if (self.fn is None) == (self.role is None):
+            raise ValueError("a reward is a function (fn: NAME) or a model's score (role: NAME), one of the two")
+        if self.role is not None and self.options:
+            raise ValueError("options are keyword arguments of a function (fn); a model's score (role) takes none")
+        return self
 
 
 class EvaluationConfig(Section):
@@ -248,8 +258,28 @@ class PhaseConfig(Section):
     """What is measured on held-out data; None: nothing."""
 
 
-class TrainedRole(Section):
-    """A role whose weights are trained (`policy`)."""
+class OptimizerConfig(Section):
+    """Of one trained role, where it differs from its phase's `train`."""
+
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak of the schedule. None: train.learning_rate."""
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """Of matrices; never of biases and norms. None: train.weight_decay."""
+    scheduler: Literal["constant", "linear", "cosine"] | None = None
+    """Course of the learning rate after the warm-up. None: train.scheduler."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Optimizer steps until the learning rate is reached. None: train.warmup_steps."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    """Norm to which gradients are clipped. None: train.max_grad_norm."""
+
+
+class RanksRole(Section):
+    """A role whose processes hold a model together, as ranks of a gang."""
+
+    model: str | None = None
+    """Folder or hub name of its model, or ${phases.NAME.model}: what that phase leaves. Default: the run's model."""
+    dtype: DType | None = None
+    """Type of its weights. Default: the model's."""
 
     backend: Literal["single", "deepspeed"] = "single"
     """What trains: plain torch or DeepSpeed."""
@@ -277,18 +307,29 @@ class TrainedRole(Section):
     """Labels of the nodes that it may run on."""
 
 
-class FrozenRole(TrainedRole):
-    """A role whose weights stay (`reference`, `teacher`): the same machinery without an optimizer."""
+class TrainerRole(RanksRole):
+    """A role whose weights may be trained; which phases train it, their methods say."""
 
-    model: str | None = None
-    """Folder or hub name of its model. Default: the policy's initial weights."""
-    dtype: DType | None = None
-    """Type of its weights. Default: the policy's."""
+    kind: Literal["trainer"] = "trainer"
+    """What the role is."""
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    """Its optimizer, where it is another than the phase's."""
 
 
-class RewardRole(Section):
-    """The pool of reward actors."""
+class FrozenRole(RanksRole):
+    """A role whose weights stay while a phase lasts: the same machinery without an optimizer."""
 
+    kind: Literal["frozen"] = "frozen"
+    """What the role is."""
+    copies: str = "policy"
+    """The role whose weights it has, as a phase finds them, unless it has a `model` of its own."""
+
+
+class ScorersRole(Section):
+    """A pool of reward actors."""
+
+    kind: Literal["scorers"] = "scorers"
+    """What the role is."""
     workers: Positive = 1
     """Number of processes; `troupe scale RUN reward=N` changes the number of a running job."""
     cpus: Annotated[float, Field(ge=0)] = 0.5
@@ -318,9 +359,13 @@ class Fallback(Section):
     """Labels of the nodes; empty: every node."""
 
 
-class RolloutRole(Section):
-    """The fleet of rollout workers; each has a placement group of its own and may join or leave at any time."""
+class EngineRole(Section):
+    """A fleet of rollout workers; each has a placement group of its own and may join or leave at any time."""
 
+    kind: Literal["engine"] = "engine"
+    """What the role is."""
+    follows: str = "policy"
+    """The trained role that it samples from: its weights are published to every worker."""
     engine: str = "vllm"
     """What samples: vllm, hf or scripted."""
     workers: Positive = 1
@@ -363,13 +408,58 @@ class RolloutRole(Section):
     """Replacements of dead workers in a run."""
 
 
-class RolesConfig(Section):
-    """Sizes per role. Which roles are launched follows from the pipeline, not from here."""
+RoleConfig = Annotated[TrainerRole | FrozenRole | EngineRole | ScorersRole, Field(discriminator="kind")]
 
-    policy: TrainedRole = Field(default_factory=TrainedRole)
+
+class RolesConfig(Section):
+    """Roles by name, each of one of four kinds: `trainer`, `frozen`, `engine`, `scorers`. The kind decides what a role
+    does; the names here are those that methods use, with their defaults. Others may be added, with their `kind`. Which
+    roles are launched follows from the pipelines and the rewards, not from here."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+    __pydantic_extra__: dict[str, RoleConfig]  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    policy: TrainerRole = Field(default_factory=TrainerRole)
+    """The role that policies are trained in."""
+    value: TrainerRole = Field(default_factory=TrainerRole)
+    """The critic of methods that train one beside the policy."""
+    reward_model: TrainerRole = Field(default_factory=TrainerRole)
+    """A model that scores; methods of reward modelling train it."""
     reference: FrozenRole = Field(default_factory=FrozenRole)
-    reward: RewardRole = Field(default_factory=RewardRole)
-    rollout: RolloutRole = Field(default_factory=RolloutRole)
+    """What the policy is held near to."""
+    teacher: FrozenRole = Field(default_factory=FrozenRole)
+    """What a student learns from."""
+    reward: ScorersRole = Field(default_factory=ScorersRole)
+    """The pool that calls reward functions."""
+    rollout: EngineRole = Field(default_factory=EngineRole)
+    """The fleet that samples completions."""
+
+    def __contains__(self, name: str) -> bool:
+        return name in type(self).model_fields or name in self.__pydantic_extra__
+
+    def __getitem__(self, name: str) -> TrainerRole | FrozenRole | EngineRole | ScorersRole:
+        return getattr(self, name)
+
+    def get(self, name: str) -> TrainerRole | FrozenRole | EngineRole | ScorersRole | None:
+        if name not in self:
+            return None
+        return self[name]
+
+    def ranks(self, name: str) -> RanksRole:
+        """The settings of a role that holds a model."""
+        role = self[name]
+        assert isinstance(role, RanksRole), f"{name} is a pool"
+        return role
+
+    def engine(self, name: str) -> EngineRole:
+        role = self[name]
+        assert isinstance(role, EngineRole), f"{name} is no engine"
+        return role
+
+    def scorers(self, name: str) -> ScorersRole:
+        role = self[name]
+        assert isinstance(role, ScorersRole), f"{name} scores nothing"
+        return role
 
 
 class WeightsConfig(Section):
@@ -442,7 +532,7 @@ class RunConfig(Section):
     """Phase name -> its method, data and schedule. A file with one phase writes those keys at the top level."""
     rewards: tuple[RewardConfig, ...] = ()
     """What a completion is worth: the weighted sum of these."""
-    roles: RolesConfig = Field(default_factory=RolesConfig)
+    roles: RolesConfig = Field(default_factory=lambda: RolesConfig())  # pyright: ignore[reportCallIssue]
     weights: WeightsConfig = Field(default_factory=WeightsConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)

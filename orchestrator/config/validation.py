@@ -7,19 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from actors.columns import Head
 from orchestrator.config.schema import (
+    EngineRole,
     FrozenRole,
     PhaseConfig,
-    RewardRole,
+    RanksRole,
     RolesConfig,
-    RolloutRole,
     RunConfig,
-    TrainedRole,
+    ScorersRole,
+    Section,
+    TrainerRole,
 )
-from orchestrator.pipeline import Pipeline
+from orchestrator.pipeline import Pipeline, Verb
+from orchestrator.planning.handover import is_handed_over, phase_of
 
-ELASTIC = ("rollout", "reward")  # pools of workers that come and go; every other role is a gang of ranks
-Role = TrainedRole | RewardRole | RolloutRole
+Role = TrainerRole | FrozenRole | EngineRole | ScorersRole
 
 
 def refusals(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Sequence[str]) -> list[str]:
@@ -28,22 +31,25 @@ def refusals(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Seq
     for name, pipeline in pipelines.items():
         found += _of_phase(f"phases.{name}", config, config.phases[name], pipeline)
     for role in launched:
-        if role not in RolesConfig.model_fields:
-            found.append(f"role {role}: the pipeline needs it, but there is no roles.{role} to size it with")
+        if role not in config.roles:
+            found.append(
+                f"role {role}: a method or a reward names it, but there is no roles.{role}; describe it there with its "
+                "kind: trainer, frozen, engine or scorers"
+            )
         else:
-            found += _of_role(f"roles.{role}", role, getattr(config.roles, role), config.roles, launched)
-    return [*found, *_of_weights(config, launched)]
+            found += _of_role(f"roles.{role}", role, config.roles[role], config.roles, launched)
+    return [*found, *_of_kinds(config, pipelines), *_of_handovers(config), *_of_weights(config, launched)]
 
 
 def warnings(config: RunConfig, pipelines: Mapping[str, Pipeline]) -> list[str]:
-    """What works, but not as one may think."""
+    """Valid settings with surprising effects."""
     forgetful = [
         f"phases.{name}: with model.lora the reference is the model without adapters, which knows nothing of what "
         "earlier phases taught; if it should, run those phases first and start from the model that they leave"
         for name, pipeline in list(pipelines.items())[1:]
         if any("ref_logps" in stage.reads for stage in pipeline)
         and config.model.lora is not None
-        and config.roles.reference.model is None
+        and any(_is_copy(config, role) for role in pipeline.roles)
     ]
     biased = [
         f"phases.{name}.sampling: top_p, top_k or min_p cut the distribution that is sampled from, while the policy's "
@@ -60,6 +66,56 @@ def warnings(config: RunConfig, pipelines: Mapping[str, Pipeline]) -> list[str]:
     cluster = config.cluster
     idle = f"cluster.num_cpus={cluster.num_cpus} is for a Ray of our own; that at {cluster.address} has what it has"
     return forgetful + biased + lost + ([idle] if cluster.address and cluster.num_cpus else [])
+
+
+def _is_copy(config: RunConfig, role: str) -> bool:
+    """Whether a role has the weights of a trained one."""
+    settings = config.roles.get(role)
+    return isinstance(settings, FrozenRole) and settings.model is None
+
+
+def _of_kinds(config: RunConfig, pipelines: Mapping[str, Pipeline]) -> Iterator[str]:
+    """What each verb asks of a role, the role must be: trained by an update, scoring by a reward ..."""
+    wanted: dict[Verb, tuple[type[Section], str, str]] = {
+        Verb.GENERATE: (EngineRole, "samples from it", "engine"),
+        Verb.SCORE: (ScorersRole, "scores with it", "scorers"),
+        Verb.INFER: (RanksRole, "asks its model", "trainer or frozen"),
+        Verb.UPDATE: (TrainerRole, "trains it", "trainer"),
+        Verb.MIX: (FrozenRole, "moves its weights", "frozen"),
+    }
+    for name, pipeline in pipelines.items():
+        for role, verb in dict.fromkeys((stage.role, stage.verb) for stage in pipeline if stage.verb in wanted):
+            kind, does, kinds = wanted[verb]
+            if role in config.roles and not isinstance(config.roles[role], kind):
+                yield (
+                    f"roles.{role}.kind={config.roles[role].kind}: phase {name} ({config.phases[name].method}) {does}, "
+                    f"so it must be {kinds}"
+                )
+    for reward in config.rewards:
+        settings = None if reward.role is None else config.roles.get(reward.role)
+        if settings is not None and not isinstance(settings, RanksRole):
+            yield f"rewards: {reward.role} has no model to score with; name a role of kind trainer or frozen"
+    asked: dict[str, Head] = {reward.role: Head.ROW_SCALAR for reward in config.rewards if reward.role is not None}
+    for pipeline in pipelines.values():
+        for role, head in pipeline.heads.items():
+            if asked.setdefault(role, head) is not head:
+                yield (
+                    f"roles.{role}: one stage or reward asks for a model with a {asked[role]} head, another for a "
+                    f"{head} head; a role's model has one: use two roles"
+                )
+
+
+def _of_handovers(config: RunConfig) -> Iterator[str]:
+    """A phase's model can be handed to later phases only."""
+    earlier = list(config.phases)
+    for role, settings in config.roles:
+        if isinstance(settings, RanksRole) and settings.model is not None and is_handed_over(settings.model):
+            phase = phase_of(settings.model)
+            if phase is None or phase not in earlier[:-1]:
+                yield (
+                    f"roles.{role}.model={settings.model}: it may be a folder, a hub name, or ${{phases.NAME.model}} "
+                    f"with NAME one of {', '.join(earlier[:-1]) or 'none: there is one phase'}"
+                )
 
 
 def _of_phase(where: str, config: RunConfig, phase: PhaseConfig, pipeline: Pipeline) -> Iterator[str]:
@@ -91,7 +147,7 @@ def _of_phase(where: str, config: RunConfig, phase: PhaseConfig, pipeline: Pipel
 def _of_mixed(where: str, config: RunConfig, phase: PhaseConfig, role: str) -> Iterator[str]:
     """A role whose weights follow the policy's must have weights of its own, and begin with the policy's."""
     said = f"{where}: {phase.method} as configured moves the weights of the {role} (options.sync_ref_model)"
-    settings = getattr(config.roles, role)
+    settings = config.roles[role]
     if isinstance(settings, FrozenRole) and settings.model is not None:
         yield (
             f"{said}, but roles.{role}.model={settings.model} is a model of its own, which need not be the policy's; "
@@ -106,10 +162,9 @@ def _of_mixed(where: str, config: RunConfig, phase: PhaseConfig, role: str) -> I
 
 def _of_update(where: str, config: RunConfig, phase: PhaseConfig, role: str, minibatches: int) -> Iterator[str]:
     batch = phase.train.batch_size
-    settings = getattr(config.roles, role, None)
-    if settings is not None and not isinstance(settings, TrainedRole):
-        yield f"{where}: {phase.method} trains the role {role}, but roles.{role} is a pool of workers, not a trainer"
-        return
+    settings = config.roles.get(role)
+    if settings is not None and not isinstance(settings, RanksRole):
+        return  # refused by its kind
     if batch % minibatches:
         yield f"{where}.train.batch_size={batch} does not divide into {minibatches} minibatches; use a multiple of it"
     ranks = settings.ranks if settings is not None else 1
@@ -122,10 +177,10 @@ def _of_update(where: str, config: RunConfig, phase: PhaseConfig, role: str, min
 
 
 def _of_role(where: str, role: str, settings: Role, roles: RolesConfig, launched: Sequence[str]) -> Iterator[str]:
-    if isinstance(settings, TrainedRole) and settings.backend == "single" and settings.ranks > 1:
+    if isinstance(settings, RanksRole) and settings.backend == "single" and settings.ranks > 1:
         yield f"{where}.ranks={settings.ranks}: the backend `single` is one process; set {where}.backend=deepspeed"
     if (
-        isinstance(settings, RolloutRole)
+        isinstance(settings, EngineRole)
         and settings.tensor_parallel > 1
         and settings.gpus not in (0, settings.tensor_parallel)
     ):
@@ -133,7 +188,7 @@ def _of_role(where: str, role: str, settings: Role, roles: RolesConfig, launched
             f"{where}.gpus={settings.gpus:g} with tensor_parallel={settings.tensor_parallel}: a worker holds "
             f"all of its engine's GPUs; set {where}.gpus={settings.tensor_parallel}"
         )
-    if isinstance(settings, RolloutRole) and settings.fallback_strategy and not settings.label_selector:
+    if isinstance(settings, EngineRole) and settings.fallback_strategy and not settings.label_selector:
         yield f"{where}.fallback_strategy is for when {where}.label_selector finds no room, and there is none; set one"
     if settings.colocate is not None and getattr(settings, "label_selector", None):
         yield (
@@ -142,24 +197,24 @@ def _of_role(where: str, role: str, settings: Role, roles: RolesConfig, launched
         )
     if settings.colocate is not None:
         yield from _of_colocation(where, role, settings, roles, launched)
-    elif not any(getattr(roles, other).colocate == role for other in launched if other in RolesConfig.model_fields):
+    elif not any(roles[other].colocate == role for other in launched if other in roles):
         yield from _of_gpus(where, settings.gpus, count(settings))
 
 
 def _of_colocation(where: str, role: str, settings: Role, roles: RolesConfig, launched: Sequence[str]) -> Iterator[str]:
     host = settings.colocate
-    hosts = [name for name in launched if name not in ELASTIC and name != role]
+    hosts = [name for name in launched if name in roles and isinstance(roles[name], RanksRole) and name != role]
     if host not in hosts:
         yield f"{where}.colocate={host}: it can share the bundles of {' or '.join(hosts) or 'no role of this run'}"
         return
-    beside: Role = getattr(roles, host)
+    beside = roles[host]
     if beside.colocate is not None:
         yield f"{where}.colocate={host}: {host} itself is colocated with {beside.colocate}; name that one"
     if count(settings) > count(beside):
         yield f"{where}: {count(settings)} processes cannot share the {count(beside)} bundle(s) of {host}, one in each"
-    guests = [name for name in launched if name in RolesConfig.model_fields and getattr(roles, name).colocate == host]
+    guests = [name for name in launched if name in roles and roles[name].colocate == host]
     if role == guests[0]:  # the sum concerns all of them: say it once
-        total = beside.gpus + sum(getattr(roles, name).gpus for name in guests)
+        total = beside.gpus + sum(roles[name].gpus for name in guests)
         yield from _of_gpus(f"roles.{host} with {', '.join(guests)} beside it", total, count(beside))
 
 
@@ -174,18 +229,24 @@ def _of_gpus(where: str, gpus: float, processes: int) -> Iterator[str]:
 
 
 def _of_weights(config: RunConfig, launched: Sequence[str]) -> Iterator[str]:
-    policy, rollout = config.roles.policy, config.roles.rollout
-    if "rollout" in launched and config.weights.transport == "collective" and (policy.gpus > 0) != (rollout.gpus > 0):
-        on_gpu, on_cpu = ("policy", "rollout") if policy.gpus > 0 else ("rollout", "policy")
-        yield (
-            "weights.transport=collective joins the policy and the rollout workers in one process group, but "
-            f"roles.{on_gpu} has GPUs and roles.{on_cpu} has none; set weights.transport=object_store"
-        )
+    for role in launched:
+        engine = config.roles.get(role)
+        if not isinstance(engine, EngineRole):
+            continue
+        source = config.roles.get(engine.follows)
+        if not isinstance(source, RanksRole):
+            yield f"roles.{role}.follows={engine.follows} is no role with a model to sample from"
+        elif config.weights.transport == "collective" and (source.gpus > 0) != (engine.gpus > 0):
+            on_gpu, on_cpu = (engine.follows, role) if source.gpus > 0 else (role, engine.follows)
+            yield (
+                f"weights.transport=collective joins {engine.follows} and the workers of {role} in one process group, "
+                f"but roles.{on_gpu} has GPUs and roles.{on_cpu} has none; set weights.transport=object_store"
+            )
 
 
 def count(settings: Role) -> int:
     """Processes of a role at the start."""
-    return settings.ranks if isinstance(settings, TrainedRole) else settings.workers
+    return settings.ranks if isinstance(settings, RanksRole) else settings.workers
 
 
 def _truncates(phase: PhaseConfig) -> bool:

@@ -17,16 +17,16 @@ from dataclasses import dataclass
 from actors.errors import ConfigError
 from orchestrator.config.schema import (
     BemaConfig,
+    EngineRole,
     Fallback,
     FrozenRole,
     PhaseConfig,
-    RolesConfig,
-    RolloutRole,
+    RanksRole,
     RunConfig,
-    TrainedRole,
+    ScorersRole,
 )
-from orchestrator.config.validation import ELASTIC, Role, count, refusals, warnings
-from orchestrator.pipeline import Pipeline
+from orchestrator.config.validation import Role, count, refusals, warnings
+from orchestrator.pipeline import Pipeline, Verb, generate, score
 from orchestrator.planning.bundles import GIB, Bundle, ClusterView, Resources, shortages
 from orchestrator.planning.memory_estimate import Memory, Training, estimate
 from orchestrator.planning.node_selectors import Selector
@@ -60,11 +60,12 @@ class RolePlan:
     memory: Memory | None  # an estimate of one process; None if the model's size is not known
     host: str | None  # the role whose bundles it shares
     bundles: tuple[int, ...]  # in the gang, one per rank; of an elastic role only if it shares them
+    pool: bool = False  # workers that come and go, not ranks of a gang
     selectors: tuple[Selector, ...] = ()  # of nodes, in the order of preference
 
     @property
     def elastic(self) -> bool:
-        return self.name in ELASTIC
+        return self.pool
 
     @property
     def own_bundle(self) -> Bundle:
@@ -100,7 +101,7 @@ class Plan:
     phases: tuple[PhasePlan, ...]
     roles: Mapping[str, RolePlan]
     gang: tuple[Bundle, ...]
-    implicit_reference: bool  # the policy without its adapters is the reference: no role is launched for it
+    stand_ins: Mapping[str, str]  # a role that is not launched -> the one that, without its adapters, has its weights
     overlaps: bool  # frozen roles work on the next batch while another role is trained
     refusals: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -116,7 +117,7 @@ class Plan:
         return (*self.gang, *alone)
 
     @property
-    def passing(self) -> tuple[str, ...]:
+    def precompute_only(self) -> tuple[str, ...]:
         """Roles that do nothing in any step: all of their stages run before the first one of a phase."""
         stages = [stage for phase in self.phases for stage in phase.pipeline]
         lasting = {stage.role for stage in stages if not stage.precomputed}
@@ -148,19 +149,19 @@ def draft_plan(
     machine: Machine | None = None,
 ) -> Plan:
     """A plan that may have `refusals`: something to look at, not to launch."""
-    implicit = _has_implicit_reference(config)
-    launched = _launched(config, pipelines, implicit)
+    stand_ins = _stand_ins(config, pipelines)
+    launched = _launched(config, pipelines, stand_ins)
     refused = refusals(config, pipelines, launched)
-    sized = [role for role in launched if role in RolesConfig.model_fields]
+    sized = [role for role in launched if role in config.roles]
     threads = _threads(config, pipelines, sized, parameters, machine or Machine.here())
     gang, seats = _gang(config, sized)
     roles = {
-        role: _role_plan(role, config, threads[role], seats.get(role, ()), _memory(role, config, parameters))
+        role: _role_plan(role, config, threads[role], seats.get(role, ()), _memory(role, config, pipelines, parameters))
         for role in sized
     }
     phases = tuple(_phase_plan(name, config, pipeline) for name, pipeline in pipelines.items())
     found = tuple(refused), tuple(warnings(config, pipelines))
-    return Plan(config.name, phases, roles, gang, implicit, _overlaps(config, sized), *found)
+    return Plan(config.name, phases, roles, gang, stand_ins, _overlaps(config, sized), *found)
 
 
 def problems(plan: Plan, cluster: ClusterView) -> list[str]:
@@ -168,18 +169,35 @@ def problems(plan: Plan, cluster: ClusterView) -> list[str]:
     return [*plan.refusals, *shortages(plan.bundles, cluster)]
 
 
-def _has_implicit_reference(config: RunConfig) -> bool:
-    return config.model.lora is not None and config.roles.reference.model is None
+def _stand_ins(config: RunConfig, pipelines: Mapping[str, Pipeline]) -> dict[str, str]:
+    """With adapters, a frozen role that copies a trained one is that one without them."""
+    if config.model.lora is None:
+        return {}
+    named = {role for pipeline in pipelines.values() for role in pipeline.roles if role in config.roles}
+    frozen = {role: settings for role in named if isinstance(settings := config.roles[role], FrozenRole)}
+    return {role: settings.copies for role, settings in frozen.items() if settings.model is None}
 
 
-def _launched(config: RunConfig, pipelines: Mapping[str, Pipeline], implicit_reference: bool) -> list[str]:
-    """Roles of all phases, gangs first; held-out prompts need somebody who samples and somebody who scores."""
+def _launched(config: RunConfig, pipelines: Mapping[str, Pipeline], stand_ins: Mapping[str, str]) -> list[str]:
+    """Roles of all phases and of the rewards, gangs first; held-out prompts need somebody who samples and somebody who
+    scores, and an engine the role that it follows."""
     named = dict.fromkeys(role for pipeline in pipelines.values() for role in pipeline.roles)
     if any(phase.evaluation and phase.evaluation.data for phase in config.phases.values()):
-        named |= dict.fromkeys(ELASTIC)
-    if implicit_reference:
-        named.pop("reference", None)
-    return sorted(named, key=lambda role: role in ELASTIC)
+        named |= dict.fromkeys((generate().role, score().role))
+    if any(stage.verb is Verb.SCORE for pipeline in pipelines.values() for stage in pipeline) or score().role in named:
+        named |= dict.fromkeys(reward.role for reward in config.rewards if reward.role is not None)
+    for role in list(named):
+        settings = config.roles.get(role)
+        if isinstance(settings, EngineRole):
+            named.setdefault(settings.follows)
+        elif isinstance(settings, FrozenRole) and settings.model is None:
+            named.setdefault(settings.copies)
+    return sorted((role for role in named if role not in stand_ins), key=lambda role: _is_pool(config, role))
+
+
+def _is_pool(config: RunConfig, role: str) -> bool:
+    """Whether a role's workers come and go; every other is a gang of ranks."""
+    return role in config.roles and not isinstance(config.roles[role], RanksRole)
 
 
 def _threads(
@@ -193,34 +211,35 @@ def _threads(
     trained role has all cores while it works; if not, what the engines leave. Frozen roles work by turns with a trained
     one (`_overlaps`), so each has all cores while it does."""
     cores = machine.cores
-    rollout = config.roles.rollout
     small = parameters is None or parameters < SMALL_MODEL
     ahead = any(config.phases[name].train.max_staleness for name in pipelines)
-    ranks = sum(count(getattr(config.roles, role)) for role in roles if role not in ELASTIC)
-    engines = rollout.workers + (ranks if ahead else 0)  # and who works at the same time
-    engine = rollout.threads or (1 if small else max(1, cores // engines))
-    left = cores - engine * rollout.workers if ahead and "rollout" in roles else cores
+    settings_of = {role: config.roles[role] for role in roles}
+    ranks = sum(count(settings) for settings in settings_of.values() if isinstance(settings, RanksRole))
+    fleets = [settings for settings in settings_of.values() if isinstance(settings, EngineRole)]
+    workers = sum(fleet.workers for fleet in fleets)
+    share = 1 if small else max(1, cores // max(1, workers + (ranks if ahead else 0)))  # of who works at the same time
+    taken = sum(fleet.workers * (fleet.threads or share) for fleet in fleets)
+    left = cores - taken if ahead else cores
     sharing = ranks if ahead else 0
 
-    def of(role: str) -> int:
-        settings: Role = getattr(config.roles, role)
+    def of(settings: Role) -> int:
         given = getattr(settings, "threads", None)
         if given is not None:
             return given
         if settings.gpus > 0:
             return max(1, int(settings.cpus))
-        if role in ELASTIC:
-            return engine if role == "rollout" else 1
-        return max(1, left // (sharing or count(settings)))
+        if isinstance(settings, RanksRole):
+            return max(1, left // (sharing or count(settings)))
+        return share if isinstance(settings, EngineRole) else 1
 
-    return {role: of(role) for role in roles}
+    return {role: of(settings) for role, settings in settings_of.items()}
 
 
 def _overlaps(config: RunConfig, roles: list[str]) -> bool:
     """Whether frozen roles may work on the next batch while another is trained: if all have a device, or threads that
     somebody gave them, of their own. On the same cores two would have half of them each, and the one that is trained,
     which has three times the work, would wait for nobody with the other half idle."""
-    settings = [getattr(config.roles, role) for role in roles if role not in ELASTIC]
+    settings = [each for role in roles if isinstance(each := config.roles[role], RanksRole)]
     return all(each.gpus > 0 or each.threads is not None for each in settings)
 
 
@@ -228,17 +247,17 @@ def _gang(config: RunConfig, roles: list[str]) -> tuple[tuple[Bundle, ...], dict
     """One bundle per rank of each gang role; guests are added to the bundles of their host. Where each role sits."""
     bundles: list[Bundle] = []
     seats: dict[str, tuple[int, ...]] = {}
-    guests = [role for role in roles if getattr(config.roles, role).colocate]
+    guests = [role for role in roles if config.roles[role].colocate]
     for role in roles:
-        if role not in ELASTIC and role not in guests:
-            settings: Role = getattr(config.roles, role)
+        settings = config.roles[role]
+        if isinstance(settings, RanksRole) and role not in guests:
             seats[role] = tuple(range(len(bundles), len(bundles) + count(settings)))
             bundles += [Bundle((role,), _resources(settings), _selectors(settings))] * count(settings)
     for role in guests:
-        settings = getattr(config.roles, role)
+        settings = config.roles[role]
         host = seats.get(str(settings.colocate), ())
         # A pool may replace a dead worker in any bundle of its host; ranks of a gang take the first ones.
-        seats[role] = host if role in ELASTIC else host[: count(settings)]
+        seats[role] = host[: count(settings)] if isinstance(settings, RanksRole) else host
         for index in seats[role]:
             bundles[index] = bundles[index].shared_with(role, _resources(settings))
     return tuple(bundles), seats
@@ -261,11 +280,12 @@ def _selectors(settings: Role) -> tuple[Selector, ...]:
 
 
 def _role_plan(role: str, config: RunConfig, threads: int, bundles: tuple[int, ...], memory: Memory | None) -> RolePlan:
-    settings: Role = getattr(config.roles, role)
+    settings = config.roles[role]
     ahead = any(phase.train.max_staleness for phase in config.phases.values())
-    env = _environment(settings, threads, alone=isinstance(settings, TrainedRole) and not ahead)
+    env = _environment(settings, threads, alone=isinstance(settings, RanksRole) and not ahead)
     resources, selectors = _resources(settings), _selectors(settings)
-    return RolePlan(role, count(settings), resources, threads, env, memory, settings.colocate, bundles, selectors)
+    pool = not isinstance(settings, RanksRole)
+    return RolePlan(role, count(settings), resources, threads, env, memory, settings.colocate, bundles, pool, selectors)
 
 
 def _environment(settings: Role, threads: int, *, alone: bool) -> dict[str, str]:
@@ -277,31 +297,36 @@ def _environment(settings: Role, threads: int, *, alone: bool) -> dict[str, str]
     env = {"OMP_NUM_THREADS": str(threads), **waiting, "TOKENIZERS_PARALLELISM": "false"}
     if settings.gpus == 0:
         env["CUDA_VISIBLE_DEVICES"] = ""
-    if isinstance(settings, TrainedRole) and settings.backend == "deepspeed" and settings.gpus == 0:
+    if isinstance(settings, RanksRole) and settings.backend == "deepspeed" and settings.gpus == 0:
         env["DS_ACCELERATOR"] = "cpu"
     return env
 
 
-def _memory(role: str, config: RunConfig, parameters: int | None) -> Memory | None:
-    settings: Role = getattr(config.roles, role)
-    if not isinstance(settings, TrainedRole | RolloutRole):
+def _memory(role: str, config: RunConfig, pipelines: Mapping[str, Pipeline], parameters: int | None) -> Memory | None:
+    settings = config.roles[role]
+    if isinstance(settings, ScorersRole):
         return Memory()
-    if parameters is None or (isinstance(settings, FrozenRole) and settings.model is not None):
+    if parameters is None or (isinstance(settings, RanksRole) and settings.model is not None):
         return None
-    if isinstance(settings, RolloutRole):
+    if isinstance(settings, EngineRole):
         per_gpu = parameters // settings.tensor_parallel
         return estimate(per_gpu, settings.dtype or config.model.dtype, kv_cache_gib=settings.kv_cache_gib)
     tokens = max(phase.train.token_budget for phase in config.phases.values())
-    if isinstance(settings, FrozenRole):
-        return estimate(parameters, settings.dtype or config.model.dtype, tokens=tokens)
+    dtype = settings.dtype or config.model.dtype
+    if not any(role in pipeline.trained for pipeline in pipelines.values()):
+        return estimate(parameters, dtype, tokens=tokens)
     lora = config.model.lora.r if config.model.lora else None
     stage = _zero_stage(settings) if settings.backend == "deepspeed" else 0
-    averaged = role == "policy" and any(phase.train.bema for phase in config.phases.values())
+    averaged = any(
+        config.phases[name].train.bema and role == pipeline.trained[0]
+        for name, pipeline in pipelines.items()
+        if pipeline.trained
+    )
     training = Training(stage, settings.ranks, lora, config.model.gradient_checkpointing, averaged)
-    return estimate(parameters, config.model.dtype, tokens=tokens, training=training)
+    return estimate(parameters, dtype, tokens=tokens, training=training)
 
 
-def _zero_stage(settings: TrainedRole) -> int:
+def _zero_stage(settings: RanksRole) -> int:
     """The stage in an inline DeepSpeed configuration, else the role's own key."""
     inline = settings.deepspeed if isinstance(settings.deepspeed, dict) else {}
     stage = inline.get("zero_optimization", {}).get("stage", settings.zero_stage)
@@ -340,6 +365,6 @@ def _micro_batches(
     """At most, per rank and optimizer step: if every row were as long as is allowed."""
     if longest is None or not pipeline.trained:
         return None
-    ranks = count(getattr(config.roles, pipeline.trained[0], config.roles.policy))
+    ranks = count(config.roles[pipeline.trained[0]]) if pipeline.trained[0] in config.roles else 1
     rows_per_rank = math.ceil(phase.train.batch_size * rows / minibatches / ranks)
     return math.ceil(rows_per_rank / max(1, phase.train.token_budget // longest))

@@ -12,9 +12,10 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from actors.columns import Head
 from orchestrator.config.schema import PhaseConfig, RunConfig
 from orchestrator.data.source import RowSource, Source
-from orchestrator.pipeline import Pipeline, Stage
+from orchestrator.pipeline import Pipeline, Stage, Verb
 from rewards.loading import RewardSpec
 from rollout.sampling import Sampling
 
@@ -34,6 +35,11 @@ class PreparedPhase:
     sampling: Sampling
     first_version: int  # of the policy's weights when the phase begins
     kept: tuple[Path, ...] = ()  # folders of columns that were computed for the whole data set
+
+    @property
+    def scores(self) -> bool:
+        """Whether the rewards are asked in this phase."""
+        return self.evaluation is not None or any(stage.verb is Verb.SCORE for stage in self.pipeline)
 
     @property
     def temperature(self) -> float:
@@ -60,16 +66,27 @@ class PreparedPhase:
 
 
 @dataclass(frozen=True)
+class ModelReward:
+    """A reward that is the score of a role's model."""
+
+    role: str
+    weight: float
+    label: str
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A run that is ready to be planned and placed."""
 
     config: RunConfig
     model: str  # folder or hub name
     models: Mapping[str, str]  # likewise, of roles that have one of their own
+    handed_over: Mapping[str, str]  # of roles whose model an earlier phase leaves, the placeholder for it
     tokenizer_path: str
     tokenizer: Any
     phases: tuple[PreparedPhase, ...]
-    rewards: tuple[RewardSpec, ...]
+    rewards: tuple[RewardSpec, ...]  # functions
+    model_rewards: tuple[ModelReward, ...]
     parameters: int | None
 
     @property
@@ -78,7 +95,13 @@ class Prepared:
 
     @property
     def scores(self) -> bool:
-        return bool(self.rewards) and self.generates
+        return bool(self.rewards or self.model_rewards) and self.generates
+
+    @property
+    def heads(self) -> dict[str, Head]:
+        """What each role's model must have as its last layer."""
+        scoring = {reward.role: Head.ROW_SCALAR for reward in self.model_rewards}
+        return {**scoring, **{role: head for phase in self.phases for role, head in phase.pipeline.heads.items()}}
 
     @property
     def longest(self) -> int:

@@ -16,13 +16,14 @@ from actors import pretrained
 from actors.errors import ConfigError
 from actors.pretrained import check_folder
 from orchestrator.collection.precompute import recall
-from orchestrator.config.schema import DataConfig, EvaluationConfig, FrozenRole, PhaseConfig, RunConfig
+from orchestrator.config.schema import DataConfig, EvaluationConfig, PhaseConfig, RanksRole, RunConfig
 from orchestrator.data.source import Source, open_source
 from orchestrator.data.synthetic_examples import PREFIX, is_example, model_folder
 from orchestrator.losses.objective import LossObjective
 from orchestrator.methods import build
-from orchestrator.pipeline import DataKind, Pipeline, Prompts
-from orchestrator.planning.prepared import Prepared, PreparedPhase
+from orchestrator.pipeline import DataKind, Pipeline, Prompts, Verb
+from orchestrator.planning.handover import is_handed_over
+from orchestrator.planning.prepared import ModelReward, Prepared, PreparedPhase
 from rewards.loading import check_columns, check_names, check_reward
 from rollout.sampling import Sampling
 
@@ -32,13 +33,23 @@ UNBOUNDED = 2**31  # of a model that does not say how far its positions reach
 def prepare(config: RunConfig, *, output: Path | None = None) -> Prepared:
     """Resolve and open everything that a run names. Raises ConfigError, ModelError or DataError."""
     pipelines = {name: build_pipeline(phase) for name, phase in config.phases.items()}
-    rewards = tuple(check_reward(reward) for reward in config.rewards)
-    check_names(rewards)
+    rewards = tuple(check_reward(reward) for reward in config.rewards if reward.fn is not None)
+    scoring = tuple(
+        ModelReward(reward.role, reward.weight, reward.name or reward.role)
+        for reward in config.rewards
+        if reward.role is not None
+    )
+    check_names(reward.label for reward in (*rewards, *scoring))
     model = resolve_model(config.model.path, config.seed)
     models = {
         role: resolve_model(settings.model, config.seed, f"roles.{role}.model")
         for role, settings in config.roles
-        if isinstance(settings, FrozenRole) and settings.model is not None
+        if isinstance(settings, RanksRole) and settings.model is not None and not is_handed_over(settings.model)
+    }
+    handed_over = {
+        role: settings.model
+        for role, settings in config.roles
+        if isinstance(settings, RanksRole) and settings.model is not None and is_handed_over(settings.model)
     }
     tokenizer_path = config.model.tokenizer or model
     tokenizer = load_tokenizer(tokenizer_path, config.model.chat_template, config.model.trust_remote_code)
@@ -48,7 +59,16 @@ def prepare(config: RunConfig, *, output: Path | None = None) -> Prepared:
         phase = _prepare_phase(config, name, pipeline, tokenizer, room, phases)
         phases.append(recall(config, model, phase))
     prepared = Prepared(
-        config, model, models, tokenizer_path, tokenizer, tuple(phases), rewards, count_parameters(model)
+        config=config,
+        model=model,
+        models=models,
+        handed_over=handed_over,
+        tokenizer_path=tokenizer_path,
+        tokenizer=tokenizer,
+        phases=tuple(phases),
+        rewards=rewards,
+        model_rewards=scoring,
+        parameters=count_parameters(model),
     )
     _check_rewards(prepared)
     return prepared
@@ -209,10 +229,10 @@ def _wrong_with(evaluation: EvaluationConfig, where: str, method: str, kind: Dat
 def _check_rewards(prepared: Prepared) -> None:
     """Every data set that is scored has rewards, and the columns that they ask for."""
     for phase in prepared.phases:
-        scored = {"its data": phase.source} if any(stage.role == "reward" for stage in phase.pipeline) else {}
+        scored = {"its data": phase.source} if any(stage.verb is Verb.SCORE for stage in phase.pipeline) else {}
         if phase.evaluation is not None:
             scored["its evaluation data"] = phase.evaluation
-        if scored and not prepared.rewards:
+        if scored and not (prepared.rewards or prepared.model_rewards):
             raise ConfigError(
                 f"phase {phase.name} scores completions, but the run has no rewards; "
                 "add some, for example rewards: [{fn: exact_match}]"

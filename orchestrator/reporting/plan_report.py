@@ -27,9 +27,9 @@ def _parts(plan: Plan, cluster: ClusterView) -> Iterator[RenderableType]:
         yield Text("\n".join([arithmetic(phase), *_movements(phase)]) + "\n")
     yield _heading("roles")
     yield _roles(plan)
-    if plan.implicit_reference:
-        yield Text("reference: the policy without its adapters; nothing is launched for it")
-    for role in plan.passing:
+    for role, other in plan.stand_ins.items():
+        yield Text(f"{role}: the {other} without its adapters; nothing is launched for it")
+    for role in plan.precompute_only:
         yield Text(f"{role}: passes over the data once, then its processes end; what they reserve stays reserved")
     yield _heading(f"\nplacement on {cluster}")
     yield _placement(plan, cluster)

@@ -48,7 +48,7 @@ def test_a_key_shows_its_type_its_range_its_default_and_its_help(keys: Keys):
 
 
 def test_a_key_without_a_default_is_called_required(keys: Keys):
-    assert keys("rewards.N.fn")[0] == "rewards.N.fn  str, required"
+    assert keys("phases.main.data.mixture.N.path")[0] == "data.mixture.N.path  str, required"
 
 
 def test_a_section_shows_all_of_its_keys_and_nothing_else(keys: Keys):

@@ -14,7 +14,7 @@ from rich.console import Console
 from actors.errors import ConfigError
 from orchestrator.config.schema import RunConfig
 from orchestrator.methods import build
-from orchestrator.pipeline import Pairs, Pipeline, Stage, Verb
+from orchestrator.pipeline import Pairs, Pipeline, infer
 from orchestrator.planning.bundles import Bundle, ClusterView, Node, fit, shortages
 from orchestrator.planning.memory_estimate import Training, estimate
 from orchestrator.planning.node_selectors import meets
@@ -67,9 +67,9 @@ def test_a_reference_is_launched_exactly_if_the_method_asks_for_one() -> None:
 def test_with_adapters_the_policy_is_its_own_reference_unless_another_model_is_named() -> None:
     lora = {"lora": {"r": 8}}
     implicit = planned(config(options={"beta": 0.1}, model=lora))
-    assert implicit.implicit_reference and "reference" not in implicit.roles
+    assert implicit.stand_ins == {"reference": "policy"} and "reference" not in implicit.roles
     named = planned(config(options={"beta": 0.1}, model=lora, roles={"reference": {"model": "another"}}))
-    assert not named.implicit_reference and "reference" in named.roles
+    assert not named.stand_ins and "reference" in named.roles
 
 
 def test_the_roles_of_all_phases_are_launched_once() -> None:
@@ -250,9 +250,10 @@ def test_all_refusals_are_told_at_once_together_with_what_the_cluster_lacks() ->
 
 
 def test_a_role_that_nobody_can_size_is_named() -> None:
-    mystery = Pipeline(Pairs, Stage(Verb.INFER, "oracle", frozenset({"tokens"}), frozenset({"ref_logps"})))
+    mystery = Pipeline(Pairs, infer("oracle", into="ref_logps"))
     plan = draft_plan(config("sft"), {"sft": mystery}, machine=Machine(2))
-    assert plan.refusals == ("role oracle: the pipeline needs it, but there is no roles.oracle to size it with",)
+    (refusal,) = plan.refusals
+    assert "there is no roles.oracle; describe it there with its kind" in refusal
 
 
 def test_staleness_with_a_correction_is_allowed_and_widens_what_is_in_flight() -> None:

@@ -305,8 +305,8 @@ def shown(plan: Plan) -> str:
 def test_the_plan_names_the_roles_that_end_after_the_pass(rows: Path, model: Path) -> None:
     config = run_of(rows, model)
     once, always = build("dpo", ONCE), build("dpo", {})
-    assert draft_plan(config, {"phase0": once}).passing == ("reference",)
-    assert draft_plan(config, {"phase0": always}).passing == ()
+    assert draft_plan(config, {"phase0": once}).precompute_only == ("reference",)
+    assert draft_plan(config, {"phase0": always}).precompute_only == ()
     said = shown(draft_plan(config, {"phase0": once}))
     assert "once, before the first step" in said
     assert "reference: passes over the data once, then its processes end" in said
@@ -315,4 +315,4 @@ def test_the_plan_names_the_roles_that_end_after_the_pass(rows: Path, model: Pat
     assert "phase phase0: dpo on pairs with ref_logps" in said
     assert "reference" not in said
     both = run_of(rows, model, phases=2)
-    assert draft_plan(both, {"phase0": once, "phase1": always}).passing == ()
+    assert draft_plan(both, {"phase0": once, "phase1": always}).precompute_only == ()

@@ -380,8 +380,8 @@ def test_options_of_our_own_rewards_are_tried_with_their_types() -> None:
 
 def test_two_rewards_of_one_name_are_refused() -> None:
     with pytest.raises(ConfigError, match="exact_match is the name of two rewards"):
-        check_names([RewardSpec("exact_match"), RewardSpec("exact_match", options={"strip": False})])
-    check_names([RewardSpec("exact_match"), RewardSpec("exact_match", name="strict")])
+        check_names(["exact_match", "exact_match"])
+    check_names([RewardSpec("exact_match").label, RewardSpec("exact_match", name="strict").label])
 
 
 def test_a_file_imports_what_lies_beside_it_wherever_it_is_loaded(
