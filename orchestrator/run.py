@@ -45,9 +45,9 @@ from orchestrator.phase_weights import (
     set_weights,
 )
 from orchestrator.planning.plan import Plan, make_plan
+from orchestrator.planning.preconditions import refuse_surroundings
 from orchestrator.planning.prepared import Prepared, PreparedPhase
 from orchestrator.planning.resolve import prepare
-from orchestrator.preconditions import refuse_surroundings
 from orchestrator.reporting.console import Console
 from orchestrator.reporting.metrics import MetricsLog
 from orchestrator.reporting.plot import draw

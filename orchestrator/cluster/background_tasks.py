@@ -20,8 +20,8 @@ from orchestrator.cluster.base import Cluster
 from orchestrator.cluster.control_actor import Board, RunFile, board_name
 from orchestrator.cluster.failures import Watchdog
 from orchestrator.cluster.fleet import State
+from orchestrator.cluster.ray_address import AUTH_MODE
 from orchestrator.executor import Executor
-from orchestrator.ray_address import AUTH_MODE
 
 BOARD_EVERY_S = 1.0
 WATCH_EVERY_S = 5.0

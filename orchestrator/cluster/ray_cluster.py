@@ -29,11 +29,11 @@ from actors.errors import InfraFailure, PlacementError
 from actors.group import NAMESPACE, RayGroup, RayObjects, RayWorker, start_ranks, start_worker
 from actors.worker import Group, Objects, Worker, WorkerInfo
 from orchestrator.cluster.base import START_TIMEOUT_S, refuse_foreign
+from orchestrator.cluster.ray_address import LOCAL, chosen_address, refuse_unreachable, set_by
 from orchestrator.config.schema import ClusterConfig, RunConfig
 from orchestrator.import_pin import worker_setup
 from orchestrator.planning.bundles import Bundle, ClusterView, Node, describe, shortages
 from orchestrator.planning.plan import Machine, Plan, RolePlan
-from orchestrator.ray_address import LOCAL, chosen_address, refuse_unreachable, set_by
 
 POLL_S = 0.05
 HEADROOM_CPUS = 64  # for workers that join later
