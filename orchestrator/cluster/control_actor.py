@@ -16,7 +16,7 @@ from typing import Any
 
 from actors.errors import ConfigError, RunError, UserError
 from actors.worker import WorkerInfo
-from orchestrator.ray_address import AUTH_MODE, Unreachable, refuse_unreachable
+from orchestrator.cluster.ray_address import AUTH_MODE, Unreachable, refuse_unreachable
 
 NAMESPACE = "troupe"
 ELASTIC = ("rollout", "reward")

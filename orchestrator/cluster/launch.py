@@ -17,7 +17,6 @@ from typing import Any
 from actors.backends import BackendSpec
 from actors.backends.optimizer import OptimSpec
 from actors.errors import ConfigError
-from actors.lora import LoraSpec
 from actors.model import ModelSpec
 from actors.model_worker import Trainable
 from actors.weight_averaging import AverageSpec
@@ -53,7 +52,8 @@ async def launch(
         async def start_group(role: str) -> None:
             began = time.monotonic()
             groups[role] = await _start_group(role, prepared, plan, cluster)
-            event("up", {"role": role, "seconds": round(time.monotonic() - began, 3)})
+            ranks = [worker.where for worker in groups[role].workers]
+            event("up", {"role": role, "seconds": round(time.monotonic() - began, 3), "ranks": ranks})
 
         opening = [pool.open() for pool in (rollout, reward) if pool is not None]
         await _all_or_none(*opening, *(start_group(role) for role in trained))
@@ -111,13 +111,12 @@ def _model_spec(prepared: Prepared, role: str) -> ModelSpec:
     """The policy's model, or for a frozen role that model without adapters, or another one if the role names it."""
     model, own = prepared.config.model, getattr(prepared.config.roles, role)
     frozen = isinstance(own, FrozenRole)
-    lora = LoraSpec(**model.lora.model_dump()) if model.lora is not None and not frozen else None
     return ModelSpec(
         path=prepared.models.get(role, prepared.model),
         tokenizer=prepared.tokenizer_path,
         chat_template=prepared.tokenizer.chat_template if model.chat_template is not None else None,
         dtype=(own.dtype if frozen and own.dtype else model.dtype),
-        lora=lora,
+        lora=None if frozen else prepared.lora,
         gradient_checkpointing=model.gradient_checkpointing and not frozen,
         neftune_noise_alpha=0.0 if frozen else model.neftune_noise_alpha,
         router_aux_loss_coef=model.router_aux_loss_coef,

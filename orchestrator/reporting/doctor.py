@@ -117,7 +117,7 @@ def answer(name: str) -> None:
 def _try_ray() -> str:
     import ray
 
-    from orchestrator.ray_address import refuse_unreachable
+    from orchestrator.cluster.ray_address import refuse_unreachable
 
     address = os.environ.get("RAY_ADDRESS") or "local"
     if address not in ("local", "auto"):

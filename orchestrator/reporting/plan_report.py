@@ -12,7 +12,7 @@ from actors.columns import COLUMNS
 from orchestrator.planning.bundles import ClusterView, describe, fit
 from orchestrator.planning.memory_estimate import Memory
 from orchestrator.planning.plan import PhasePlan, Plan, RolePlan, problems
-from orchestrator.tables import Rows
+from orchestrator.reporting.terminal_tables import Rows
 
 
 def render(plan: Plan, cluster: ClusterView) -> RenderableType:

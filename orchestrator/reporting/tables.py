@@ -21,7 +21,7 @@ from orchestrator.config.schema import DataConfig, PhaseConfig, RunConfig
 from orchestrator.data.report import LEARNED
 from orchestrator.pipeline import Pipeline
 from orchestrator.reporting.metrics import METRICS_FILE, read
-from orchestrator.tables import Rows, entry
+from orchestrator.reporting.terminal_tables import Rows, entry
 
 PREVIEW_LIMIT = 4_000  # characters of a rendered row
 PLAIN_WIDTH = 170  # columns where the output is not a terminal, and COLUMNS does not say
@@ -145,8 +145,8 @@ def show_plan(config: RunConfig) -> bool:
     """What a run would be; True if nothing would be refused. Opens the data and launches nothing."""
     from orchestrator.cluster.ray_cluster import cluster_at_hand
     from orchestrator.planning.plan import draft_plan, problems
+    from orchestrator.planning.preconditions import refuse_surroundings
     from orchestrator.planning.resolve import prepare
-    from orchestrator.preconditions import refuse_surroundings
     from orchestrator.reporting.plan_report import render
 
     refuse_surroundings(config)

@@ -11,7 +11,7 @@ import pytest
 from actors.errors import ConfigError, PlacementError
 from orchestrator.cli import main
 from orchestrator.config.schema import PhaseConfig, RunConfig
-from orchestrator.preconditions import refuse_surroundings
+from orchestrator.planning.preconditions import refuse_surroundings
 
 
 def run_to(output: Path, **cluster: str) -> RunConfig:

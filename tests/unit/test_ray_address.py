@@ -13,7 +13,7 @@ import grpc
 import pytest
 
 from actors.errors import PlacementError
-from orchestrator.ray_address import AUTH_MODE, CHECK_ALIVE, TOKEN, TOKEN_PATH, refuse_unreachable
+from orchestrator.cluster.ray_address import AUTH_MODE, CHECK_ALIVE, TOKEN, TOKEN_PATH, refuse_unreachable
 
 Answer = Callable[[Any], bytes]
 

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from orchestrator.cli import main
-from orchestrator.tables import Rows, entry
+from orchestrator.reporting.terminal_tables import Rows, entry
 
 WHAT = "Direct preference optimisation: the policy is its own reward model"
 

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 from actors.errors import ConfigError
+from orchestrator.cluster.ray_address import LOCAL, chosen_address, refuse_unreachable, set_by
 from orchestrator.config.schema import RunConfig
-from orchestrator.ray_address import LOCAL, chosen_address, refuse_unreachable, set_by
 
 
 def refuse_surroundings(config: RunConfig, *, local: bool = False, resume: Path | None = None) -> None:
