@@ -79,7 +79,7 @@ def load_tokenizer(path: str, trust_remote_code: bool, chat_template: str | None
     return tokenizer
 
 
-def load_pretrained(path: str, trust_remote_code: bool, head: Head = Head.VOCABULARY, **options: Any) -> Any:
+def load_pretrained(path: str, trust_remote_code: bool, *, head: Head = Head.VOCABULARY, **options: Any) -> Any:
     """The model with that head, on the CPU; a scalar head that the folder does not have is drawn at random. `options`
     are those of `from_pretrained`. Raises ModelError."""
     import transformers

@@ -8,7 +8,7 @@ reads `reward` and `group`, and writes `advantages`. What it reads decides where
     columns per token, too   where the tokens are: `call(batch, world, **options) -> {column: [T]}`, on every rank for
                              its rows; `world` sums over all ranks (`actors.objective.World`)
 
-A reward of NaN says that the sample could not be scored: it takes no part in any mean and gets advantage 0.
+A reward of NaN says that the sample could not be scored: it takes no part in any mean, and is not learned from at all.
 """
 
 from __future__ import annotations
@@ -35,10 +35,17 @@ def credits(*, reads: set[str], writes: set[str]) -> Callable[[CreditCall], Cred
     return declare
 
 
-@credits(reads={"reward", "group"}, writes={"advantages"})
+@credits(reads={"reward", "group"}, writes={"advantages", "learned"})
 def group_zscore(rows: RowTable, *, scale: Scale = "group") -> dict[str, Array]:
-    """Each row's `zscore_by_group`, at each of its tokens."""
-    return {"advantages": zscore_by_group(rows["reward"], rows["group"], scale=scale)}
+    """Each row's `zscore_by_group`, at each of its tokens. Rows that could not be scored are not learned from: with
+    advantage 0 alone they would be in every denominator, and learn from KL and entropy."""
+    advantages = zscore_by_group(rows["reward"], rows["group"], scale=scale)
+    return {"advantages": advantages, "learned": learned(rows, ~np.isnan(rows["reward"]))}
+
+
+def learned(rows: RowTable, wanted: Array) -> Array:
+    """[B] bool: of the rows that are learned from so far, those that are `wanted`."""
+    return wanted & rows["learned"] if "learned" in rows else wanted
 
 
 @credits(reads={"truncated"}, writes={"learned"})
@@ -46,7 +53,7 @@ def mask_truncated(rows: RowTable) -> dict[str, Array]:
     """Completions that hit their length limit are not learned from, and not counted among the tokens.
 
     Source: arXiv:2503.14476, section 3.4 (overlong filtering)."""
-    return {"learned": ~rows["truncated"]}
+    return {"learned": learned(rows, ~rows["truncated"])}
 
 
 def zscore_by_group(rewards: Array, group: Array, *, scale: Scale = "group", eps: float = 1e-4) -> Array:

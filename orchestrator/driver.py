@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from orchestrator.cluster.shutdown import Stop
 from orchestrator.collection.collected import Collected, Collector
 from orchestrator.executor import Executor
 from orchestrator.pipeline import Pipeline
@@ -58,13 +59,14 @@ async def train(
     collector: Collector,
     progress: Progress,
     after_step: Callable[[StepRecord], Awaitable[None]],
+    stop: Stop,
 ) -> None:
     """Run a phase from `progress.step` to `steps`. `after_step` logs, evaluates and saves; the weights do not move in
-    it."""
+    it. Raises Stopped, between two steps, if it is asked to."""
     while progress.step < steps:
         clock = StepClock()
         with clock("collect"):
-            collected = await collector.next(progress.version)
+            collected = await stop.before(collector.next(progress.version))
         async with roles.changing_weights():
             _, metrics = await roles.run(pipeline.learn, collected.table, progress.step, clock)
             progress.step, progress.version = progress.step + 1, progress.version + 1

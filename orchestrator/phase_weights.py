@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from actors.errors import ConfigError
-from orchestrator.checkpoint import Checkpoint
+from orchestrator.checkpoint import AVERAGED, MODEL, Checkpoint
 from orchestrator.cluster.launch import average_spec, optim_spec
 from orchestrator.config.schema import FrozenRole, RunConfig
 from orchestrator.executor import Executor
@@ -22,8 +22,7 @@ from orchestrator.planning.handover import kept_folder, phase_of
 from orchestrator.planning.prepared import Prepared, PreparedPhase
 
 SAVE_TIMEOUT_S = 1800.0
-MODEL = "model"  # in a checkpoint: of the role that the phase trains first
-AVERAGED = "bema"  # beside it
+ADAPTER = "adapter"  # in a checkpoint, beside the model; of the average, `bema-adapter`
 
 
 def reference_folder(run: Path, phase: PreparedPhase) -> Path:
@@ -52,19 +51,24 @@ async def set_optimizers(config: RunConfig, phase: PreparedPhase, roles: Executo
             await roles.groups[role].call("load_state", str(found.path / role), timeout_s=SAVE_TIMEOUT_S)
 
 
-async def save_weights(phase: PreparedPhase, roles: Executor, folder: Path) -> None:
+async def save_weights(config: RunConfig, phase: PreparedPhase, roles: Executor, folder: Path) -> None:
     """Every trained role's state and its model, the weights of roles that follow them, and a model with the average if
-    that is taken."""
-    for index, role in enumerate(phase.pipeline.trained):
+    that is taken; with LoRA also the adapters that are merged in the first role's models, alone."""
+    first, *others = phase.pipeline.trained
+    for role in phase.pipeline.trained:
         (folder / role).mkdir()
         await roles.groups[role].call("save_state", str(folder / role), timeout_s=SAVE_TIMEOUT_S)
-        model = folder / MODEL if index == 0 else folder / "models" / role
-        await roles.groups[role].call("save_model", str(model), timeout_s=SAVE_TIMEOUT_S)
     for role in phase.pipeline.mixed:
         await roles.groups[role].call("save_model", str(folder / role), timeout_s=SAVE_TIMEOUT_S)
+    for role in others:
+        await roles.groups[role].call("save_model", str(folder / "models" / role), timeout_s=SAVE_TIMEOUT_S)
+    taken = {MODEL: (ADAPTER, False)}
     if phase.config.train.bema is not None:
-        first = roles.groups[phase.pipeline.trained[0]]
-        await first.call("save_model", str(folder / AVERAGED), True, timeout_s=SAVE_TIMEOUT_S)
+        taken[AVERAGED] = (f"{AVERAGED}-{ADAPTER}", True)
+    for model, (adapter, averaged) in taken.items():
+        await roles.groups[first].call("save_model", str(folder / model), averaged, timeout_s=SAVE_TIMEOUT_S)
+        if config.model.lora is not None:
+            await roles.groups[first].call("save_adapter", str(folder / adapter), averaged, timeout_s=SAVE_TIMEOUT_S)
 
 
 def keep_phase(run: Path, phase: PreparedPhase, checkpoint: Path) -> None:
@@ -88,7 +92,7 @@ def _link_or_copy(source: str, target: str) -> None:
 
 
 async def _restore(earlier: Sequence[PreparedPhase], run: Path, roles: Executor, wanted: Sequence[str]) -> None:
-    """Roles that earlier phases of a resumed run trained have the weights that the last of these left."""
+    """Executor that earlier phases of a resumed run trained have the weights that the last of these left."""
     for role in wanted:
         trained = [phase for phase in earlier if role in phase.pipeline.trained]
         if trained:
@@ -97,7 +101,7 @@ async def _restore(earlier: Sequence[PreparedPhase], run: Path, roles: Executor,
 
 
 async def _start_handed_over(prepared: Prepared, run: Path, phase: PreparedPhase, roles: Executor) -> None:
-    """Roles whose model an earlier phase leaves start with the first phase that needs them."""
+    """Executor whose model an earlier phase leaves start with the first phase that needs them."""
     scoring = [reward.role for reward in prepared.model_rewards] if phase.scores else []
     for role in dict.fromkeys((*phase.pipeline.roles, *scoring)):
         model = prepared.handed_over.get(role)

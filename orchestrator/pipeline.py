@@ -89,14 +89,16 @@ class Stage:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A data kind and its stages, checked when it is built."""
+    """A data kind and its stages, checked when it is built. `warnings`: what the user may not expect of the options."""
 
     data: DataKind
     stages: tuple[Stage, ...]
+    warnings: tuple[str, ...] = field(default=(), compare=False)
 
-    def __init__(self, data: DataKind, *stages: Stage) -> None:
+    def __init__(self, data: DataKind, *stages: Stage, warnings: tuple[str, ...] = ()) -> None:
         object.__setattr__(self, "data", data)
         object.__setattr__(self, "stages", stages)
+        object.__setattr__(self, "warnings", warnings)
         _check_closes(self)
         _check_precomputed(self)
 
@@ -105,7 +107,7 @@ class Pipeline:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """Roles to launch, in order of appearance; the trained ones first."""
+        """Executor to launch, in order of appearance; the trained ones first."""
         seen = dict.fromkeys([*self.trained, *(stage.role for stage in self.stages if stage.role != DRIVER)])
         return tuple(seen)
 
@@ -115,7 +117,7 @@ class Pipeline:
 
     @property
     def mixed(self) -> tuple[str, ...]:
-        """Roles that are not trained and whose weights change all the same, by those of a trained one."""
+        """Executor that are not trained and whose weights change all the same, by those of a trained one."""
         return tuple(dict.fromkeys(stage.role for stage in self.mixes))
 
     @property
@@ -151,7 +153,7 @@ class Pipeline:
     def without_stage(self, stage: Stage) -> Pipeline:
         """The pipeline for data that brings what this stage writes."""
         data = replace(self.data, columns=self.data.columns | stage.writes)
-        return Pipeline(data, *(other for other in self.stages if other is not stage))
+        return Pipeline(data, *(other for other in self.stages if other is not stage), warnings=self.warnings)
 
     @property
     def generates(self) -> tuple[Stage, ...]:

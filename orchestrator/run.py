@@ -13,18 +13,19 @@ import json
 import os
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.errors import ConfigError, Interrupted
-from orchestrator.checkpoint import Checkpoint, CheckpointStore, RunState
-from orchestrator.cluster.background_tasks import beside, board_of
+from actors.errors import ConfigError, Interrupted, RunError, UserError
+from orchestrator.checkpoint import AVERAGED, MODEL, Checkpoint, CheckpointStore, RunState
+from orchestrator.cluster.background_tasks import beside, board_of, watching
 from orchestrator.cluster.base import Cluster, LocalCluster
 from orchestrator.cluster.failures import Ledger, Watchdog
 from orchestrator.cluster.launch import launch
-from orchestrator.cluster.shutdown import Ending
+from orchestrator.cluster.run_lock import driving
+from orchestrator.cluster.shutdown import Ending, Stopped, hangups_ignored
 from orchestrator.collection.collected import Collector
 from orchestrator.collection.cursor import Cursor
 from orchestrator.collection.evaluation import Evaluations
@@ -35,15 +36,7 @@ from orchestrator.collection.staleness import Contract
 from orchestrator.config.schema import RunConfig
 from orchestrator.driver import Progress, StepRecord, train
 from orchestrator.executor import Executor, PhaseSettings
-from orchestrator.phase_weights import (
-    AVERAGED,
-    MODEL,
-    keep_phase,
-    reference_folder,
-    save_weights,
-    set_optimizers,
-    set_weights,
-)
+from orchestrator.phase_weights import keep_phase, reference_folder, save_weights, set_optimizers, set_weights
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.planning.preconditions import refuse_surroundings
 from orchestrator.planning.prepared import Prepared, PreparedPhase
@@ -52,6 +45,7 @@ from orchestrator.reporting.console import Console
 from orchestrator.reporting.metrics import MetricsLog
 from orchestrator.reporting.plot import draw
 from orchestrator.reporting.rollout_metrics import completion_rows, rollout_metrics
+from orchestrator.resuming import Resumption, fingerprint, resume_point, save_config
 
 
 @dataclass(frozen=True)
@@ -66,15 +60,26 @@ class RunResult:
     picture: Path | None
 
 
-def run(config: RunConfig, *, local: bool = False, resume: Path | None = None) -> RunResult:
+def run(
+    config: RunConfig, *, local: bool = False, resume: Path | None = None, from_step: int | None = None
+) -> RunResult:
     """Train as configured. `local` keeps everything in this process. With `resume`, continue the run of that folder
-    from its newest valid checkpoint. Raises UserError before anything is launched, RunError afterwards."""
+    from its newest valid checkpoint, or that of `from_step`. Raises UserError before anything is launched, RunError
+    afterwards."""
     began = time.monotonic()
-    refuse_surroundings(config, local=local, resume=resume)
-    prepared = prepare(config)
-    plan = make_plan(config, {phase.name: phase.pipeline for phase in prepared.phases}, parameters=prepared.parameters)
-    folder = resume or _new_folder(config)
-    return asyncio.run(_Run(prepared, plan, folder, local=local, resuming=resume is not None, began=began).execute())
+    with ExitStack() as stack:
+        if resume is not None:  # first of all: what another process is writing must not be read either
+            stack.enter_context(driving(resume))
+        refuse_surroundings(config, local=local, resume=resume)
+        prepared = prepare(config)
+        pipelines = {phase.name: phase.pipeline for phase in prepared.phases}
+        plan = make_plan(config, pipelines, parameters=prepared.parameters)
+        if resume is None:
+            folder, resumed = _new_folder(config), None
+            stack.enter_context(driving(folder))
+        else:
+            folder, resumed = resume, resume_point(resume, prepared, from_step)
+        return _Run(prepared, plan, folder, local=local, resumed=resumed, began=began).run()
 
 
 def _new_folder(config: RunConfig) -> Path:
@@ -85,8 +90,8 @@ def _new_folder(config: RunConfig) -> Path:
         for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
             folder = config.output / f"{name}{suffix}"
             with contextlib.suppress(FileExistsError):
-                folder.mkdir()
-                (folder / "config.json").write_text(config.model_dump_json(indent=2))
+                folder.mkdir(mode=0o700)  # it says where the run is reached, and with which token
+                save_config(folder, config)
                 return folder
     except OSError as error:  # a full or read-only disk
         raise ConfigError(f"output={config.output}: no folder can be made there: {error}") from None
@@ -101,16 +106,18 @@ class _Run:
     plan: Plan
     folder: Path
     local: bool
-    resuming: bool
+    resumed: Resumption | None
     began: float
     last_checkpoint: Checkpoint | None = None
     dashboard: str | None = None  # Ray's
     ending: Ending | None = None  # once there is something to put in order
+    output_closed: bool = False  # nobody reads what is printed
 
     def __post_init__(self) -> None:
         config = self.prepared.config
         self.config = config
-        self.console = Console({phase.name: phase.steps for phase in self.prepared.phases})
+        steps = {phase.name: phase.steps for phase in self.prepared.phases}
+        self.console = Console(steps, closed=self._output_closed)
         self.store = CheckpointStore(self.folder / "checkpoints", keep=config.checkpoint.keep)
         self.watchdog = Watchdog(report_after_s=config.cluster.watchdog_s)
         self.log = MetricsLog(
@@ -122,12 +129,31 @@ class _Run:
         self.evaluations = Evaluations(self.folder, self.log, self.console, self.watchdog, self.event)
         self.ledger = Ledger(allowed_in_a_row=max(64, 4 * max(p.config.train.batch_size for p in self.prepared.phases)))
 
+    def run(self) -> RunResult:
+        if self.resumed is not None:
+            self._go_on_from(self.resumed)
+            if self.resumed.nothing_to_train(self.prepared) and not self.evaluations.missing(self.prepared.phases[-1]):
+                self.console.nothing_to_do(self.folder, self.prepared.phases[-1].name)
+                return self._finish()
+        return asyncio.run(self.execute())
+
+    def _go_on_from(self, resumed: Resumption) -> None:
+        self.last_checkpoint = resumed.checkpoint
+        self.evaluations.scores.update(resumed.state.scores)
+        self.log.rewind(resumed.state.total_step)
+        save_config(self.folder, self.config)  # for the next resume
+        self.event("resumed", {"step": resumed.state.total_step, "changed": resumed.changed})
+        for line in resumed.lines():
+            self.console.note(line)
+
     async def execute(self) -> RunResult:
-        """Raises Interrupted if a signal ended the run."""
+        """Raises Interrupted if a signal ended the run. An error says where the run can be continued."""
         try:
             return await self._execute()
-        except (asyncio.CancelledError, Exception):  # after a signal an error is a consequence: Ray may be gone
+        except (asyncio.CancelledError, Exception) as error:  # after a signal it is a consequence: Ray may be gone
             if self.ending is None or self.ending.signal is None:
+                if not isinstance(error, UserError):
+                    error.add_note(self._where_it_stands())
                 raise
             self.log.close()
             self.ending.say()
@@ -135,18 +161,13 @@ class _Run:
 
     async def _execute(self) -> RunResult:
         self._since_start("prepared")
-        found = self.store.latest() if self.resuming else None
-        if self.resuming and found is None:
-            raise ConfigError(f"{self.folder} holds no valid checkpoint to resume from")
-        if found is not None:
-            self.last_checkpoint = found
-            self.evaluations.scores.update(found.state.scores)
-            self.log.rewind(found.state.total_step)
+        found = self.resumed.checkpoint if self.resumed is not None else None
         async with (
             self._cluster() as cluster,
+            watching(cluster, self.watchdog, self.console.warn, self._ray_is_gone),
             board_of(self.folder, cluster) as board,
             launch(self.prepared, self.plan, cluster, self.folder, self.event, self.watchdog) as roles,
-            beside(roles, await board, self.watchdog, self.console.warn),
+            beside(self.config, roles, await board, self.console.warn),
         ):
             self.console.placed(cluster.describe())
             self.console.at(self.folder, self.dashboard)
@@ -172,10 +193,16 @@ class _Run:
             self.event("published", {"version": report.version, "seconds": round(report.seconds, 3)})
         await self.evaluations.at(phase, roles, progress)
         collector = self._collector(phase, roles, cursor, progress)
-        try:
-            await train(phase.pipeline, phase.steps, roles, collector, progress, self._after_step(phase, roles, cursor))
-        finally:
-            await collector.close()
+        after_step, stop = self._after_step(phase, roles, cursor), self._ending.stop
+        with self._ending.saving():
+            try:
+                await train(phase.pipeline, phase.steps, roles, collector, progress, after_step, stop)
+            except Stopped:
+                await collector.close()
+                await self._save_last_step(phase, roles, cursor, progress)
+                raise
+            finally:
+                await collector.close()
         if phase.index + 1 < len(self.prepared.phases) and self.last_checkpoint is not None:
             await asyncio.to_thread(keep_phase, self.folder, phase, self.last_checkpoint.path)
 
@@ -239,8 +266,8 @@ class _Run:
             with self._warned_of(f"completions of step {total}"):
                 self._show_completions(phase, record, last)
             if last or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
-                await self._save(phase, roles, cursor, record)
-            await self.evaluations.at(phase, roles, Progress(step, record.version))
+                await self._save(phase, roles, cursor, Progress(step, record.version))
+            await self._ending.stop.before(self.evaluations.at(phase, roles, Progress(step, record.version)))
 
         return after_step
 
@@ -254,26 +281,38 @@ class _Run:
             shown = rows[:: max(1, len(rows) // self.config.logging.completions_shown)]
             self.console.completions(shown[: self.config.logging.completions_shown])
 
-    async def _save(self, phase: PreparedPhase, roles: Executor, cursor: Cursor, record: StepRecord) -> None:
+    async def _save_last_step(self, phase: PreparedPhase, roles: Executor, cursor: Cursor, progress: Progress) -> None:
+        """Of a run that is told to stop, unless a checkpoint has it already."""
+        saved = self.last_checkpoint.state.total_step if self.last_checkpoint else 0
+        if phase.first_version + progress.step > saved:
+            try:
+                await self._save(phase, roles, cursor, progress)
+            except RunError as error:
+                self.console.warn(str(error))
+
+    async def _save(self, phase: PreparedPhase, roles: Executor, cursor: Cursor, progress: Progress) -> None:
         """A checkpoint: the weights of the phase, and where the run stands."""
-        total = phase.first_version + record.step
+        total = phase.first_version + progress.step
         state = RunState(
             phase=phase.name,
             phase_index=phase.index,
-            step=record.step,
+            step=progress.step,
             total_step=total,
-            version=record.version,
+            version=progress.version,
             cursor=cursor.to_json(),
-            seed=self.config.seed,
+            config=self.config.model_dump(mode="json"),
+            data=await asyncio.to_thread(fingerprint, phase),
             scores=dict(self.evaluations.scores),
         )
         began = time.monotonic()
-        self.last_checkpoint = await self.store.write(lambda folder: save_weights(phase, roles, folder), state)
+        self.last_checkpoint = await self.store.write(
+            lambda folder: save_weights(self.config, phase, roles, folder), state
+        )
         self.event("checkpoint", {"step": total, "seconds": round(time.monotonic() - began, 3)})
 
     def _finish(self) -> RunResult:
         self.log.close()
-        picture = draw(self.folder)
+        picture = self._drawn()
         checkpoint = self.last_checkpoint.path if self.last_checkpoint else None
         model = checkpoint / MODEL if checkpoint else None
         averaged = checkpoint / AVERAGED if checkpoint and (checkpoint / AVERAGED).is_dir() else None
@@ -281,6 +320,27 @@ class _Run:
         self.event("finished", {})
         self.console.done(result)
         return result
+
+    def _drawn(self) -> Path | None:
+        try:
+            return draw(self.folder)
+        except Exception as error:  # the run is done: what is drawn of it must not make it a failure
+            self.console.warn(f"the curves could not be drawn: {type(error).__name__}: {error}")
+            return None
+
+    @property
+    def _ending(self) -> Ending:
+        assert self.ending is not None, "there is a cluster"
+        return self.ending
+
+    def _output_closed(self) -> None:
+        self.output_closed = True
+        if self.ending is not None:
+            self.ending.output_closed()
+
+    def _ray_is_gone(self, what: str) -> None:
+        self.event("ray_is_gone", {"what": what})
+        self._ending.failed(what)
 
     def _since_start(self, kind: str) -> None:
         """A stage of starting is over: seconds since the run was asked for, imports of its own rooms not included."""
@@ -310,13 +370,19 @@ class _Run:
         else:
             from orchestrator.cluster.ray_cluster import RayCluster, connect
 
-            self.dashboard = connect(self.config.cluster, self.plan, debug=self.config.debug)
+            with hangups_ignored():
+                self.dashboard = connect(self.config.cluster, self.plan, debug=self.config.debug)
             self._since_start("connected")
             cluster = RayCluster(self.config, run=self.folder.name)
         self.ending = Ending(
-            cluster.alive, self._where_it_stands, lambda sent: self.event("interrupted", {"signal": sent.name})
+            lambda: cluster.lost() is None,
+            self._where_it_stands,
+            lambda sent: self.event("interrupted", {"signal": sent.name}),
+            save_within_s=self.config.checkpoint.grace_s,
         )
         self.ending.obey_signals()
+        if self.output_closed:
+            self.ending.output_closed()
         try:
             await cluster.reserve(self.plan)
             self._since_start("reserved")

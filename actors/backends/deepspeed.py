@@ -31,7 +31,7 @@ from actors.backends import deepspeed_config
 from actors.backends.optimizer import OptimSpec, StepInfo, build_optimizer, build_schedule, set_hyperparameters
 from actors.backends.spec import BackendSpec, Placement
 from actors.errors import ConfigError
-from actors.lora import adapters_off, full_tensors, has_adapters, merged_tensors
+from actors.lora import adapter_weights, adapters_off, full_tensors, has_adapters, merged_tensors, write_adapter
 from actors.model import LanguageModel, ModelSpec, load_model
 from actors.weight_swap import Instead, mix_in, replaced
 
@@ -220,6 +220,14 @@ class DeepSpeedBackend:
                 weights[name] = tensor.to("cpu", copy=True)
         if self.world.rank == 0:
             causal.save_pretrained(folder, state_dict=weights)
+        dist.barrier()
+
+    def save_adapter(self, folder: Path, instead: Instead | None = None) -> None:
+        causal = self._module.causal
+        gather = self._gathered if instead is None else replaced(self._gathered, causal, instead)
+        weights = adapter_weights(causal, gather)
+        if self.world.rank == 0:
+            write_adapter(causal, folder, weights)
         dist.barrier()
 
     def sleep(self) -> None:

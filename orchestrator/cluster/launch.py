@@ -19,7 +19,6 @@ from actors.backends import BackendSpec
 from actors.backends.optimizer import OptimSpec
 from actors.columns import Head
 from actors.errors import ConfigError
-from actors.lora import LoraSpec
 from actors.model import ModelSpec
 from actors.model_worker import ModelWorker
 from actors.weight_averaging import AverageSpec
@@ -63,7 +62,8 @@ async def launch(
         async def start_group(role: str, model: str | None = None) -> None:
             began = time.monotonic()
             groups[role] = await starting.group(role, model)
-            event("up", {"role": role, "seconds": round(time.monotonic() - began, 3)})
+            ranks = [worker.where for worker in groups[role].workers]
+            event("up", {"role": role, "seconds": round(time.monotonic() - began, 3), "ranks": ranks})
 
         gangs = [role for role in plan.roles if isinstance(roles[role], RanksRole)]
         first = [role for role in gangs if role not in prepared.handed_over]
@@ -162,7 +162,7 @@ class _Starting:
             tokenizer=prepared.tokenizer_path,
             chat_template=prepared.tokenizer.chat_template if model.chat_template is not None else None,
             dtype=settings.dtype or model.dtype,
-            lora=LoraSpec(**model.lora.model_dump()) if model.lora is not None and trained else None,
+            lora=prepared.lora if trained else None,
             gradient_checkpointing=model.gradient_checkpointing and trained,
             neftune_noise_alpha=model.neftune_noise_alpha if trained else 0.0,
             router_aux_loss_coef=model.router_aux_loss_coef,

@@ -12,10 +12,12 @@ mapping from phase name to the same keys.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from orchestrator.planning import node_selectors as labels
 
@@ -35,10 +37,33 @@ FolderName = Annotated[str, AfterValidator(_names_a_folder)]
 DType = Literal["float32", "bfloat16", "float16"]
 
 
-class Section(BaseModel):
-    """Frozen; unknown keys are refused; the string below a key is its description."""
+def is_word_for_number(value: Any, annotation: Any) -> bool:
+    """Whether true or false (in YAML also yes, no, on, off) stands, alone or in a list, where only a number may:
+    pydantic would read 1.0 or 0.0."""
+    parts: list[Any] = list(cast(list[Any], value)) if isinstance(value, list | tuple) else [value]
+    return any(isinstance(part, bool) for part in parts) and not {bool, Any} & set(_types_in(annotation))
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
+
+def _types_in(annotation: Any) -> Iterator[Any]:
+    yield annotation
+    for part in get_args(annotation):
+        yield from _types_in(part)
+
+
+class Section(BaseModel):
+    """Frozen; unknown keys are refused, and so are numbers that are none; the string below a key is its description."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_word_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if {int, float} & set(_types_in(annotation)) and is_word_for_number(value, annotation):
+            raise PydanticCustomError("word_for_number", "a number: true, yes and on are none")
+        return value
 
 
 class LoraConfig(Section):
@@ -300,7 +325,10 @@ class RanksRole(Section):
     colocate: str | None = None
     """Share that role's bundles; `gpus` may be a fraction."""
     call_timeout_s: Seconds = 3600.0
-    """Deadline of one verb: a step, a pass of log-probabilities, a save."""
+    """Deadline of one verb: a step, a pass of log-probabilities, a save. A rank that is inside one for longer hangs:
+    the run ends."""
+    ping_timeout_s: Seconds = 60.0
+    """A rank that answers no ping for that long hangs, and the run ends."""
     resources: dict[str, float] = Field(default_factory=dict)
     """Custom Ray resources reserved per rank."""
     label_selector: LabelSelector = Field(default_factory=dict)
@@ -484,6 +512,8 @@ class CheckpointConfig(Section):
     """Steps between two checkpoints. None: only at the end of a phase."""
     keep: Positive = 2
     """How many of the newest checkpoints are kept."""
+    grace_s: Seconds = 15.0
+    """After SIGTERM, SIGHUP or Ctrl-C: time for the step under way and a checkpoint, before the run is ended."""
 
 
 class LoggingConfig(Section):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from actors.objective import Stat
 from orchestrator.losses.declare import Loss, is_on, reads
-from orchestrator.losses.divergences import Divergence, reverse_kl
+from orchestrator.losses.divergences import LARGEST_EXPONENT, Divergence, reverse_kl
 from orchestrator.losses.views import Pairs, RefPairs, Triples, require
 
 
@@ -118,7 +118,8 @@ def discopop(scores: PairScores, beta: float, *, discopop_tau: float = 0.05) -> 
     """`(1-κ)(-log σ(z)) + κ e^{-z}`, `z = βd`, `κ = σ(z/τ)`. Source: arXiv:2406.08414 (log-ratio modulated)."""
     z = beta * scores.difference
     gate = torch.sigmoid(z / discopop_tau)
-    return -(1 - gate) * F.logsigmoid(z) + gate * torch.exp(-z)
+    log_product = F.logsigmoid(z / discopop_tau) - z  # the gate vanishes where e^{-z} overflows: together they do not
+    return -(1 - gate) * F.logsigmoid(z) + log_product.clamp(max=LARGEST_EXPONENT).exp()
 
 
 def margin_sigmoid(
@@ -179,10 +180,12 @@ def against_reference(
 def reference_free(
     pairs: Pairs, *, contrast: Contrast, beta: float, length_normalised: bool = False, token_metrics: bool = False
 ) -> Loss:
-    """[P]: a contrast of the completions' own log-probabilities, summed over tokens or of the mean token."""
-    scores = pair_scores(pairs, pairs.logps)
-    scores = scores.per_token if length_normalised else scores
-    return contrast(scores, beta), pair_metrics(pairs, scores, beta, token_metrics)
+    """[P]: a contrast of the completions' own log-probabilities, summed over tokens or of the mean token. `nll_loss`
+    is reported also where nothing pulls on it: without a reference, it says how far the chosen ones have drifted."""
+    values, metrics = _contrasted(pairs, contrast, beta, length_normalised, token_metrics)
+    chosen = pairs.mask & pairs.micro.per_token(pairs.preferred)
+    likelihood = Stat(torch.where(chosen, -pairs.logps.detach(), 0).sum(), chosen.sum())
+    return values, {"nll_loss": likelihood, **metrics}
 
 
 @reads("entropy", "mean_logits", "is_top1", token_metrics=is_on)
@@ -190,9 +193,15 @@ def of_triples(
     pairs: Triples, *, contrast: Contrast, beta: float, length_normalised: bool = False, token_metrics: bool = False
 ) -> Loss:
     """[P]: `reference_free`, of the chosen and the rejected completion of each triple."""
-    return reference_free(
-        pairs, contrast=contrast, beta=beta, length_normalised=length_normalised, token_metrics=token_metrics
-    )
+    return _contrasted(pairs, contrast, beta, length_normalised, token_metrics)
+
+
+def _contrasted(
+    pairs: Pairs, contrast: Contrast, beta: float, length_normalised: bool, token_metrics: bool
+) -> tuple[Tensor, dict[str, Stat]]:
+    scores = pair_scores(pairs, pairs.logps)
+    scores = scores.per_token if length_normalised else scores
+    return contrast(scores, beta), pair_metrics(pairs, scores, beta, token_metrics)
 
 
 @reads("entropy", "mean_logits", "is_top1", token_metrics=is_on)
@@ -224,12 +233,13 @@ def smoothed_logistic(z: Tensor, label_smoothing: float) -> Tensor:
 
 def shaped(scores: Tensor, alpha: float) -> Tensor:
     """`(1 - e^{-α s}) / α`, and `s` itself for `α = 0`."""
-    return -torch.expm1(-alpha * scores) / alpha if alpha else scores
+    return -torch.expm1((-alpha * scores).clamp(max=LARGEST_EXPONENT)) / alpha if alpha else scores
 
 
 def log_odds(logps: Tensor) -> Tensor:
-    """`log(p / (1 - p))` of `p = e^logps`."""
-    return logps - _log1mexp(logps)
+    """`log(p / (1 - p))` of `p = e^logps`; of a probability of 1, which has none, those of the one before it."""
+    below_one = logps.clamp(max=-torch.finfo(logps.dtype).eps)
+    return below_one - _log1mexp(below_one)
 
 
 def policy_likelihood(pairs: Pairs) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from actors.columns import Head
+from actors.lora import LoraSpec
 from orchestrator.config.schema import PhaseConfig, RunConfig
 from orchestrator.data.source import RowSource, Source
 from orchestrator.pipeline import Pipeline, Stage, Verb
@@ -88,6 +89,12 @@ class Prepared:
     rewards: tuple[RewardSpec, ...]  # functions
     model_rewards: tuple[ModelReward, ...]
     parameters: int | None
+
+    @property
+    def lora(self) -> LoraSpec | None:
+        """Of trained roles."""
+        settings = self.config.model.lora
+        return None if settings is None else LoraSpec(**settings.model_dump())
 
     @property
     def generates(self) -> bool:

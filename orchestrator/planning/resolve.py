@@ -12,8 +12,9 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from actors import pretrained
+from actors import lora, pretrained
 from actors.errors import ConfigError
+from actors.model import check_architecture
 from actors.pretrained import check_folder
 from orchestrator.collection.precompute import recall
 from orchestrator.config.schema import DataConfig, EvaluationConfig, PhaseConfig, RanksRole, RunConfig
@@ -25,7 +26,9 @@ from orchestrator.pipeline import DataKind, Pipeline, Prompts, Verb
 from orchestrator.planning.handover import is_handed_over
 from orchestrator.planning.prepared import ModelReward, Prepared, PreparedPhase
 from rewards.loading import check_columns, check_names, check_reward
+from rollout.engine import ENGINES
 from rollout.sampling import Sampling
+from rollout.vllm_engine import cpu_refusal
 
 UNBOUNDED = 2**31  # of a model that does not say how far its positions reach
 
@@ -71,6 +74,7 @@ def prepare(config: RunConfig, *, output: Path | None = None) -> Prepared:
         parameters=count_parameters(model),
     )
     _check_rewards(prepared)
+    _check_models(prepared)
     return prepared
 
 
@@ -239,3 +243,16 @@ def _check_rewards(prepared: Prepared) -> None:
             )
         for what, source in scored.items():
             check_columns(prepared.rewards, source.report.columns, f"phase {phase.name}, {what}")
+
+
+def _check_models(prepared: Prepared) -> None:
+    """What only the first step, or the first sample, would find in a model's configuration."""
+    trusted, rollout = prepared.config.model.trust_remote_code, prepared.config.roles.rollout
+    configs = {path: pretrained.load_config(path, trusted) for path in {prepared.model, *prepared.models.values()}}
+    for path, found in configs.items():
+        check_architecture(found, path)
+    if prepared.lora is not None:
+        lora.check(prepared.model, prepared.lora, trusted)
+    sampled_by_vllm = prepared.generates and ENGINES.get(rollout.engine) == ENGINES["vllm"]
+    if sampled_by_vllm and rollout.gpus == 0 and (refusal := cpu_refusal(configs[prepared.model])):
+        raise ConfigError(f"roles.rollout.engine={rollout.engine}: {refusal}")

@@ -71,11 +71,19 @@ def test_advantages_ignore_the_offset_of_rewards_and_only_their_scale_when_unsca
 
 
 def test_the_credit_stage_writes_the_row_s_advantage_at_each_of_its_tokens() -> None:
-    rows = RowTable(Batch.build([2, 3], reward=[0.0, 2.0], group=[4, 4]))
-    written = rows.with_values(**group_zscore(rows, scale="none"))
-    assert on_a_rank(written)["advantages"].tolist() == [-1, -1, 1, 1, 1]
+    rows = RowTable(Batch.build([2, 3], reward=[0.0, 2.0], group=[4, 4], mask=[False, True, False, True, True]))
+    written = on_a_rank(rows.with_values(**group_zscore(rows, scale="none")))
+    assert written["advantages"].tolist() == [-1, -1, 1, 1, 1]
+    assert written["mask"].tolist() == rows.rows["mask"].tolist()
     assert group_zscore.reads == {"reward", "group"}
-    assert group_zscore.writes == {"advantages"}
+    assert group_zscore.writes == {"advantages", "learned"}
+
+
+def test_a_row_that_no_reward_could_score_is_masked_and_one_of_advantage_zero_is_not() -> None:
+    rows = RowTable(Batch.build([2, 2, 2], reward=[1.0, NAN, 1.0], group=[0, 0, 0], mask=[False, True] * 3))
+    written = on_a_rank(rows.with_values(**group_zscore(rows)))
+    assert written["mask"].tolist() == [False, True, False, False, False, True]
+    assert written["advantages"].tolist() == [0] * 6
 
 
 def test_a_truncated_completion_loses_its_whole_mask_and_no_other() -> None:
