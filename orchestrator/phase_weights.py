@@ -92,7 +92,7 @@ def _link_or_copy(source: str, target: str) -> None:
 
 
 async def _restore(earlier: Sequence[PreparedPhase], run: Path, roles: Executor, wanted: Sequence[str]) -> None:
-    """Executor that earlier phases of a resumed run trained have the weights that the last of these left."""
+    """Roles that earlier phases of a resumed run trained have the weights that the last of these left."""
     for role in wanted:
         trained = [phase for phase in earlier if role in phase.pipeline.trained]
         if trained:
@@ -101,7 +101,7 @@ async def _restore(earlier: Sequence[PreparedPhase], run: Path, roles: Executor,
 
 
 async def _start_handed_over(prepared: Prepared, run: Path, phase: PreparedPhase, roles: Executor) -> None:
-    """Executor whose model an earlier phase leaves start with the first phase that needs them."""
+    """Roles whose model an earlier phase leaves start with the first phase that needs them."""
     scoring = [reward.role for reward in prepared.model_rewards] if phase.scores else []
     for role in dict.fromkeys((*phase.pipeline.roles, *scoring)):
         model = prepared.handed_over.get(role)

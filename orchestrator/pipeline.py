@@ -107,7 +107,7 @@ class Pipeline:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """Executor to launch, in order of appearance; the trained ones first."""
+        """Roles to launch, in order of appearance; the trained ones first."""
         seen = dict.fromkeys([*self.trained, *(stage.role for stage in self.stages if stage.role != DRIVER)])
         return tuple(seen)
 
@@ -117,7 +117,7 @@ class Pipeline:
 
     @property
     def mixed(self) -> tuple[str, ...]:
-        """Executor that are not trained and whose weights change all the same, by those of a trained one."""
+        """Roles that are not trained and whose weights change all the same, by those of a trained one."""
         return tuple(dict.fromkeys(stage.role for stage in self.mixes))
 
     @property

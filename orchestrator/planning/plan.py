@@ -118,7 +118,7 @@ class Plan:
 
     @property
     def precompute_only(self) -> tuple[str, ...]:
-        """Executor that do nothing in any step: all of their stages run before the first one of a phase."""
+        """Roles that do nothing in any step: all of their stages run before the first one of a phase."""
         stages = [stage for phase in self.phases for stage in phase.pipeline]
         lasting = {stage.role for stage in stages if not stage.precomputed}
         return tuple(role for role in self.roles if role in {stage.role for stage in stages} - lasting)
