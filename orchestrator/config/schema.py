@@ -16,7 +16,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from orchestrator.planning import node_selectors as labels
@@ -436,7 +446,21 @@ class EngineRole(Section):
     """Replacements of dead workers in a run."""
 
 
-RoleConfig = Annotated[TrainerRole | FrozenRole | EngineRole | ScorersRole, Field(discriminator="kind")]
+def _kind_of(role: Any) -> Any:
+    return cast(dict[str, Any], role).get("kind") if isinstance(role, dict) else getattr(role, "kind", None)
+
+
+RoleConfig = Annotated[
+    Annotated[TrainerRole, Tag("trainer")]
+    | Annotated[FrozenRole, Tag("frozen")]
+    | Annotated[EngineRole, Tag("engine")]
+    | Annotated[ScorersRole, Tag("scorers")],
+    Discriminator(
+        _kind_of,
+        custom_error_type="role_kind",
+        custom_error_message="a role of another name than the usual ones says its kind: trainer, frozen, engine or scorers",
+    ),
+]
 
 
 class RolesConfig(Section):
@@ -444,7 +468,7 @@ class RolesConfig(Section):
     does; the names here are those that methods use, with their defaults. Others may be added, with their `kind`. Which
     roles are launched follows from the pipelines and the rewards, not from here."""
 
-    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+    model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, RoleConfig]  # pyright: ignore[reportIncompatibleVariableOverride]
 
     policy: TrainerRole = Field(default_factory=TrainerRole)
