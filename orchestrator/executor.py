@@ -180,8 +180,11 @@ class Executor:
     async def column(self, name: str, table: RowTable) -> Array:
         """[T]: the values of a column per token, brought into the driver. For what is kept, not for what is trained."""
         whole = table.only({name}).whole()
-        blocks = await asyncio.gather(*(self.objects.get(ref, timeout_s=FETCH_TIMEOUT_S) for ref in whole.blocks))
-        return whole.shard.fetched(blocks).batch[name]
+        return whole.shard.fetched(await self.fetch(whole.blocks)).batch[name]
+
+    async def fetch(self, refs: Sequence[Ref]) -> list[Any]:
+        """What refs stand for, brought into the driver."""
+        return list(await asyncio.gather(*(self.objects.get(ref, timeout_s=FETCH_TIMEOUT_S) for ref in refs)))
 
     @asynccontextmanager
     async def changing_weights(self) -> AsyncIterator[None]:
@@ -208,7 +211,7 @@ class Executor:
         asked = (into,), head, self.phase.temperature, adapters
         found = await self._call_split(stage, role, group, "infer", shares, *asked, step=step)
         if head.per_row:
-            scores = await asyncio.gather(*(self.objects.get(ref, timeout_s=FETCH_TIMEOUT_S) for _, ref in found))
+            scores = await self.fetch([ref for _, ref in found])
             values = np.zeros(len(table), np.float32)
             for share, block in zip(shares, scores, strict=True):
                 values[share.rows] = block[into]

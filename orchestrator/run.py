@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.errors import ConfigError, Interrupted, RunError, UserError
+from actors.errors import ConfigError, InfraFailure, Interrupted, RunError, UserError
 from orchestrator.checkpoint import AVERAGED, MODEL, Checkpoint, CheckpointStore, RunState
 from orchestrator.cluster.background_tasks import beside, board_of, watching
 from orchestrator.cluster.base import Cluster, LocalCluster
@@ -264,18 +264,20 @@ class _Run:
                     self.log.write(total, phase.name, metrics)
             self.console.step(phase.name, step, phase.steps, metrics)
             with self._warned_of(f"completions of step {total}"):
-                self._show_completions(phase, record, last)
+                await self._show_completions(phase, roles, record, last)
             if last or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
                 await self._save(phase, roles, cursor, Progress(step, record.version))
             await self._ending.stop.before(self.evaluations.at(phase, roles, Progress(step, record.version)))
 
         return after_step
 
-    def _show_completions(self, phase: PreparedPhase, record: StepRecord, last: bool) -> None:
+    async def _show_completions(self, phase: PreparedPhase, roles: Executor, record: StepRecord, last: bool) -> None:
         every = self.config.logging.completions_every
-        if not record.collected.groups or every is None:
+        groups = [group for group in record.collected.groups if group.texts is not None]
+        if not groups or every is None:
             return
-        rows = [row for group in record.collected.groups for row in completion_rows(group)]
+        scored = await roles.fetch([group.texts for group in groups if group.texts is not None])
+        rows = [row for group, texts in zip(groups, scored, strict=True) for row in completion_rows(group, texts)]
         self.log.write_completions(phase.first_version + record.step, rows)
         if last or record.step % every == 0:
             shown = rows[:: max(1, len(rows) // self.config.logging.completions_shown)]
@@ -359,7 +361,7 @@ class _Run:
         """A disk that does not take what is only evidence is a warning: weights that are trained come first."""
         try:
             yield
-        except OSError as error:
+        except (OSError, InfraFailure) as error:
             self.console.warn(f"{what} not written: {error}")
 
     @asynccontextmanager

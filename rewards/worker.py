@@ -52,9 +52,15 @@ class ScoreResult:
     names: tuple[str, ...]  # [k]
     rewards: Array  # [n, k] float32
     total: Array  # [n] float32, weighted
-    texts: tuple[str, ...]  # [n] completions as the functions saw them
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])  # logged by the functions themselves
-    extra: Mapping[str, tuple[Any, ...]] = field(default_factory=dict[str, tuple[Any, ...]])  # likewise, columns [n]
+
+
+@dataclass(frozen=True)
+class ScoredTexts:
+    """What was scored, and what the functions logged of each: for the table of completions, and long."""
+
+    texts: tuple[str, ...]  # [n] completions as the functions saw them
+    extra: Mapping[str, tuple[Any, ...]] = field(default_factory=dict[str, tuple[Any, ...]])  # columns [n]
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,9 @@ class RewardWorker:
             ages = [time.monotonic() - began for began in self._running.values()]
             return {"alive": True, "running": len(ages), "oldest_s": max(ages, default=0.0), "calls": self._calls}
 
-    async def score(self, rows: Shard, prompt: Prompt, columns: Mapping[str, Any], *blocks: Batch) -> ScoreResult:
+    async def score(
+        self, rows: Shard, prompt: Prompt, columns: Mapping[str, Any], *blocks: Batch
+    ) -> tuple[ScoreResult, ScoredTexts]:
         """Rewards of `rows`, all samples of one `prompt`; `columns`: the prompt's other columns; `blocks`: those that
         the shard speaks of.
 
@@ -106,7 +114,7 @@ class RewardWorker:
             with self._lock:
                 del self._running[token]
 
-    async def _score(self, batch: Batch, prompt: Prompt, columns: Mapping[str, Any]) -> ScoreResult:
+    async def _score(self, batch: Batch, prompt: Prompt, columns: Mapping[str, Any]) -> tuple[ScoreResult, ScoredTexts]:
         ids = _completion_ids(batch)
         texts = tuple(self._tokenizer.batch_decode(ids, skip_special_tokens=True))
         call = _Call(len(batch), prompt, columns, ids, texts, _trainer_state(batch))
@@ -122,7 +130,7 @@ class RewardWorker:
         logs = {name: log for name, (_, log) in zip(names, results, strict=True)}
         metrics = _merged({name: log.metrics for name, log in logs.items()})
         extra = _merged({name: log.extra for name, log in logs.items()})
-        return ScoreResult(names, rewards, total, texts, metrics, extra)
+        return ScoreResult(names, rewards, total, metrics), ScoredTexts(texts, extra)
 
     def _began(self) -> int:
         with self._lock:

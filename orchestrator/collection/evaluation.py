@@ -133,7 +133,10 @@ async def evaluate(source: Any, roles: Executor, sampling: Sampling, *, label: s
         request = Request(f"eval/{label}/{index}", prompt.tokens, 1, sampling, seed=index, group=index)
         try:
             meta, rows = await roles.group_stages.sample(engine, request)
-            return (meta.lengths[0], await roles.group_stages.score(scorers, prompt, rows)) if meta.lengths else None
+            if not meta.lengths:
+                return None
+            score, _ = await roles.group_stages.score(scorers, prompt, rows)
+            return meta.lengths[0], score
         except (DataFailure, InfraFailure) as error:
             reasons.append(str(error))
             return None

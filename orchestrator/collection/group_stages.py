@@ -40,6 +40,7 @@ class PromptGroup:
     rows: RowTable = field(default_factory=lambda: RowTable(Batch.empty()))
     metas: tuple[GroupMeta, ...] = ()  # one per `generate` stage
     score: ScoreResult | None = None  # of all samples, whichever became rows
+    texts: Ref | None = None  # their `ScoredTexts`, which stay where they were scored
     ended: Mapping[Verb, float] = field(default_factory=dict[Verb, float])  # seconds on the driver's clock
 
     @property
@@ -82,19 +83,20 @@ class GroupStages:
         meta, block = await pool.call(request.id, work)
         return meta, _sampled_rows(request, meta, block, sampler)
 
-    async def score(self, role: str, prompt: Any, rows: RowTable) -> ScoreResult:
-        """Rewards of one prompt's samples: functions, by whichever worker of a scorer role is free, and models."""
+    async def score(self, role: str, prompt: Any, rows: RowTable) -> tuple[ScoreResult, Ref]:
+        """Rewards of one prompt's samples: functions, by whichever worker of a scorer role is free, and models. Beside
+        them, where the texts that were scored are."""
         pool = self.scorers[role]
         name, deadline = f"{role}.score prompt {prompt.id}", pool.policy.call_timeout_s
         whole = rows.only({"tokens", "mask", "version"}).whole()
 
-        async def work(worker: Worker) -> ScoreResult:
+        async def work(worker: Worker) -> tuple[ScoreResult, Ref]:
             arguments = (whole.shard, prompt.prompt, prompt.columns, *whole.blocks)
-            return await worker.call("score", *arguments, timeout_s=deadline, task_name=name)
+            return await worker.call_split("score", *arguments, timeout_s=deadline, task_name=name)
 
         models = asyncio.gather(*(model.score(rows) for model in self._models.values()))
-        score, said = await asyncio.gather(pool.call(f"score prompt {prompt.id}", work), models)
-        return _with_models(score, dict(zip(self._models, said, strict=True)))
+        (score, texts), said = await asyncio.gather(pool.call(f"score prompt {prompt.id}", work), models)
+        return _with_models(score, dict(zip(self._models, said, strict=True))), texts
 
     async def _generate(self, stage: Stage, group: PromptGroup, sampling: Sampling) -> PromptGroup:
         sampler = len(group.metas)
@@ -111,7 +113,7 @@ class GroupStages:
     async def _score(self, stage: Stage, group: PromptGroup, sampling: Sampling) -> PromptGroup:
         """Raises BudgetExhausted for a group that cannot be scored if the role's `on_failure` says so."""
         try:
-            score = await self.score(stage.role, group.prompt, group.rows)
+            score, texts = await self.score(stage.role, group.prompt, group.rows)
         except (InfraFailure, DataFailure) as error:
             if not self.scorers[stage.role].policy.abort_on_failure:
                 raise
@@ -121,7 +123,7 @@ class GroupStages:
             ) from error
         if np.isnan(score.total).all():
             raise Dropped("no opinion", f"no reward has an opinion on any sample: {_silent(score, group.prompt)}")
-        return replace(group, rows=group.rows.with_values(reward=score.total), score=score)
+        return replace(group, rows=group.rows.with_values(reward=score.total), score=score, texts=texts)
 
     async def _keep(self, stage: Stage, group: PromptGroup, sampling: Sampling) -> PromptGroup | None:
         assert stage.call is not None

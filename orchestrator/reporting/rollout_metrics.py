@@ -10,7 +10,7 @@ import numpy as np
 
 from orchestrator.collection.collected import Collected
 from orchestrator.collection.group_stages import PromptGroup
-from rewards.worker import ScoreResult
+from rewards.worker import ScoredTexts, ScoreResult
 from rollout.sampling import Finish
 
 
@@ -22,7 +22,7 @@ def rollout_metrics(collected: Collected, version: int) -> dict[str, float]:
     return {**_rewards(scores), **_lengths(collected.groups), **_staleness(collected.groups, version)}
 
 
-def completion_rows(group: PromptGroup) -> list[dict[str, Any]]:
+def completion_rows(group: PromptGroup, scored: ScoredTexts) -> list[dict[str, Any]]:
     """One row per sample: the table's own columns, what rewards logged (`log_extra`), the data set's columns. Where two
     of these have one name, the later one is called `extra/NAME` or `data/NAME`. None for samples that nobody scored."""
     score, prompt = group.score, group.prompt.prompt
@@ -31,7 +31,7 @@ def completion_rows(group: PromptGroup) -> list[dict[str, Any]]:
     lengths = [length for meta in group.metas for length in meta.lengths]
     workers = [meta.worker for meta in group.metas for _ in meta.lengths]
     rows: list[dict[str, Any]] = []
-    for index, text in enumerate(score.texts):
+    for index, text in enumerate(scored.texts):
         row: dict[str, Any] = {
             "prompt": prompt if isinstance(prompt, str) else json.dumps(prompt),
             "completion": text,
@@ -43,7 +43,7 @@ def completion_rows(group: PromptGroup) -> list[dict[str, Any]]:
             "position": group.position,
         }
         taken = {"step", *row}
-        logged = {name: values[index] for name, values in score.extra.items()}
+        logged = {name: values[index] for name, values in scored.extra.items()}
         row |= {(f"extra/{name}" if name in taken else name): value for name, value in logged.items()}
         taken |= row.keys()
         row |= {(f"data/{name}" if name in taken else name): value for name, value in group.prompt.columns.items()}

@@ -74,13 +74,11 @@ class Stages(GroupStages):
         rows = Batch.build([2] * n, group=[position] * n)
         return meta, RowTable.of_block(rows, Ref(block), {"tokens", "mask"})
 
-    async def score(self, role: str, prompt: Any, rows: RowTable) -> ScoreResult:
+    async def score(self, role: str, prompt: Any, rows: RowTable) -> tuple[ScoreResult, Ref]:
         if prompt.id in self.unscorable:
             raise self.unscorable[prompt.id]
         total = np.array(self.rewards.get(prompt.id, [0.0, 1.0][: len(rows)]), dtype=np.float32)
-        return ScoreResult(
-            names=("r",), rewards=total[:, None], total=total, texts=[""] * len(total), extra={}, metrics={}
-        )
+        return ScoreResult(names=("r",), rewards=total[:, None], total=total), Ref(None)
 
     async def run_group(self, stage: Stage, group: PromptGroup) -> PromptGroup | None:
         return await self.run(stage, group, Sampling(max_tokens=4))

@@ -34,7 +34,7 @@ from rewards.functions import (
 )
 from rewards.loading import RewardSpec, check_columns, check_names, check_reward, load_reward
 from rewards.mathematics import accuracy
-from rewards.worker import RewardWorker, ScoreResult
+from rewards.worker import RewardWorker, ScoredTexts, ScoreResult
 from tests.unit.tiny import tiny_tokenizer
 
 GOLDEN_FILE = Path(__file__).parents[1] / "golden/rewards.json"
@@ -536,6 +536,12 @@ def samples(*texts: str) -> Shard:
 
 
 async def scored(tokenizer: str, *specs: RewardSpec, prompt: Any = "q", **columns: Any) -> ScoreResult:
+    return (await scored_with_texts(tokenizer, *specs, prompt=prompt, **columns))[0]
+
+
+async def scored_with_texts(
+    tokenizer: str, *specs: RewardSpec, prompt: Any = "q", **columns: Any
+) -> tuple[ScoredTexts, ScoreResult, ScoredTexts]:
     worker = LocalWorker("reward/0", RewardWorker("reward/0", specs, tokenizer))
     await worker.call("ready", timeout_s=10)
     return await worker.call("score", samples("abc", "xy"), prompt, columns, timeout_s=10)
@@ -543,13 +549,13 @@ async def scored(tokenizer: str, *specs: RewardSpec, prompt: Any = "q", **column
 
 async def test_rewards_are_weighted_and_those_without_an_opinion_left_out(file: Path, tokenizer: str) -> None:
     specs = [RewardSpec(f"{file}:length").located(), RewardSpec(f"{file}:moody", weight=10.0, name="mood").located()]
-    result = await scored(tokenizer, *specs, mood="calm")
+    result, texts = await scored_with_texts(tokenizer, *specs, mood="calm")
     assert result.names == ("length", "mood")
-    assert result.texts == ("abc", "xy")
+    assert texts.texts == ("abc", "xy")
     assert result.rewards.dtype == np.float32
     np.testing.assert_array_equal(result.rewards, [[3.0, 1.0], [2.0, np.nan]])
     assert result.total.tolist() == [13.0, 2.0]
-    assert result.extra == {"mood": ("calm", "calm")}
+    assert texts.extra == {"mood": ("calm", "calm")}
     assert result.metrics == {"moods": 1.0}
 
 
@@ -603,20 +609,22 @@ async def test_a_sum_of_rewards_that_is_infinite_is_a_data_failure(file: Path, t
 async def test_what_a_function_does_to_its_arguments_reaches_no_other(file: Path, tokenizer: str) -> None:
     prompt, facts = [{"role": "user", "content": "q"}], {"a": 1}
     specs = [RewardSpec(f"{file}:{name}").located() for name in ("vandal", "witness")]
-    result = await scored(tokenizer, *specs, prompt=prompt, facts=facts)
+    result, texts = await scored_with_texts(tokenizer, *specs, prompt=prompt, facts=facts)
     assert result.rewards[:, 1].tolist() == [1.0, 1.0]
-    assert result.texts == ("abc", "xy")
+    assert texts.texts == ("abc", "xy")
     assert (prompt, facts) == ([{"role": "user", "content": "q"}], {"a": 1})
 
 
 async def test_what_two_functions_log_under_one_name_is_kept_as_plain_values(file: Path, tokenizer: str) -> None:
-    result = await scored(tokenizer, RewardSpec(f"{file}:logs").located(), RewardSpec(f"{file}:logs_too").located())
-    assert result.extra == {
+    result, texts = await scored_with_texts(
+        tokenizer, RewardSpec(f"{file}:logs").located(), RewardSpec(f"{file}:logs_too").located()
+    )
+    assert texts.extra == {
         "length": (3, 2),
         "parts": ({"first": "a", "of": "Ellipsis"}, {"first": "x", "of": "Ellipsis"}),
         "logs_too/length": ("long", "short"),
     }
-    assert [type(value) for value in result.extra["length"]] == [int, int]
+    assert [type(value) for value in texts.extra["length"]] == [int, int]
     assert result.metrics == {"seen": 2.0, "logs_too/seen": 4.0}
 
 

@@ -8,28 +8,29 @@ from typing import Any
 
 import numpy as np
 
-from actors.worker import Ref
-from orchestrator.collection.group_collector import Collected, Group
+from orchestrator.collection.collected import Collected
+from orchestrator.collection.group_stages import PromptGroup
 from orchestrator.reporting.rollout_metrics import completion_rows, rollout_metrics
-from rewards.worker import ScoreResult
+from rewards.worker import ScoredTexts, ScoreResult
 from rollout.sampling import Finish, GroupMeta
 
 NONE = math.nan
 
 
-def group(rewards: list[list[float]], *, columns: dict[str, Any] | None = None, **logged: tuple[Any, ...]) -> Group:
+def group(rewards: list[list[float]], *, columns: dict[str, Any] | None = None) -> PromptGroup:
     """A prompt `q` with one sample per row of `rewards`, under two functions of weight 1."""
     matrix = np.array(rewards, np.float32)
     total = np.where(np.isnan(matrix).all(axis=1), np.nan, np.nansum(matrix, axis=1))
     count = len(rewards)
-    score = ScoreResult(("a", "b"), matrix, total, tuple("xyz"[:count]), {}, logged)
     meta = GroupMeta("id", "rollout/0", (3,) * count, (Finish.STOP,) * count, 2, 2, 0.1)
     prompt = SimpleNamespace(id=7, prompt="q", columns=columns or {})
-    return Group(4, prompt, meta, Ref(None), score, (0.0, 1.0, 2.0))
+    return PromptGroup("id", 4, prompt, 0, metas=(meta,), score=ScoreResult(("a", "b"), matrix, total))
 
 
 def test_a_row_of_the_table_has_what_the_data_set_and_the_rewards_say_beside_it():
-    first, second = completion_rows(group([[0, 1], [1, 1]], columns={"answer": "4"}, extracted=("3", "4")))
+    first, second = completion_rows(
+        group([[0, 1], [1, 1]], columns={"answer": "4"}), ScoredTexts(("x", "y"), {"extracted": ("3", "4")})
+    )
     assert first == {
         "prompt": "q",
         "completion": "x",
@@ -48,7 +49,9 @@ def test_a_row_of_the_table_has_what_the_data_set_and_the_rewards_say_beside_it(
 
 def test_columns_of_one_name_are_all_in_the_table():
     columns = {"answer": "of the data", "completion": "gold", "step": 9}
-    (row,) = completion_rows(group([[0, 1]], columns=columns, answer=("extracted",), reward=("logged",)))
+    (row,) = completion_rows(
+        group([[0, 1]], columns=columns), ScoredTexts(("x",), {"answer": ("extracted",), "reward": ("logged",)})
+    )
     assert (row["answer"], row["data/answer"]) == ("extracted", "of the data")
     assert (row["completion"], row["data/completion"]) == ("x", "gold")
     assert (row["reward"], row["extra/reward"]) == (1.0, "logged")
