@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ async def launch(
             rollout=rollout,
             reward=reward,
             publisher=publisher,
-            call_timeout_s=config.roles.policy.call_timeout_s,
+            call_timeouts_s=call_timeouts(config, groups),
             implicit_reference=plan.implicit_reference,
         )
 
@@ -87,7 +87,11 @@ async def _start_group(role: str, prepared: Prepared, plan: Plan, cluster: Clust
     frozen = isinstance(config, FrozenRole)
     optim = None if frozen else optim_spec(prepared.phases[0])
     backend = BackendSpec(
-        kind=config.backend, optim=optim, deepspeed=_deepspeed_config(role, config), zero_stage=config.zero_stage
+        kind=config.backend,
+        gpus=config.gpus,
+        optim=optim,
+        deepspeed=_deepspeed_config(role, config),
+        zero_stage=config.zero_stage,
     )
     spec = _model_spec(prepared, role)
     common = {"model": spec, "backend": backend, "threads": plan.roles[role].threads, "seed": prepared.config.seed}
@@ -130,6 +134,11 @@ def optim_spec(phase: PreparedPhase) -> OptimSpec:
     total = phase.steps * phase.pipeline.optimizer_steps_per_batch
     shared = set(OptimSpec.__dataclass_fields__) & set(TrainConfig.model_fields)
     return OptimSpec(**{name: getattr(train, name) for name in shared}, total_steps=total)
+
+
+def call_timeouts(config: RunConfig, roles: Iterable[str]) -> dict[str, float]:
+    """Seconds that one verb of each group of ranks may take."""
+    return {role: getattr(config.roles, role).call_timeout_s for role in roles}
 
 
 def average_spec(phase: PreparedPhase) -> AverageSpec | None:
