@@ -271,7 +271,7 @@ class Executor:
                 self.groups[stage.options["source"]],
                 self.groups[stage.role],
                 stage.options["share"],
-                timeout_s=self._call_timeout_s[stage.role],
+                timeout_s=max(self._call_timeout_s[role] for role in (stage.role, stage.options["source"])),
                 task_name=_label(stage, step),
             )
         return NOTHING, {}

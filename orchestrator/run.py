@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.errors import ConfigError, InfraFailure, Interrupted, RunError, UserError
+from actors.saved_state import writing
 from orchestrator.checkpoint import AVERAGED, MODEL, Checkpoint, CheckpointStore, RunState
 from orchestrator.cluster.background_tasks import beside, board_of, watching
 from orchestrator.cluster.base import Cluster, LocalCluster
@@ -67,7 +68,7 @@ def run(
     from its newest valid checkpoint, or that of `from_step`. Raises UserError before anything is launched, RunError
     afterwards."""
     began = time.monotonic()
-    with ExitStack() as stack:
+    with writing(resume or config.output), ExitStack() as stack:
         if resume is not None:  # first of all: what another process is writing must not be read either
             stack.enter_context(driving(resume))
         refuse_surroundings(config, local=local, resume=resume)
@@ -171,6 +172,8 @@ class _Run:
         ):
             self.console.placed(cluster.describe())
             self.console.at(self.folder, self.dashboard)
+            for said in self.plan.warnings:
+                self.console.warn(said)
             self._since_start("started")
             for phase in self.prepared.phases:
                 if found is None or phase.index >= found.state.phase_index:
@@ -181,7 +184,7 @@ class _Run:
     async def _phase(self, phase: PreparedPhase, roles: Executor, found: Checkpoint | None) -> None:
         """One phase, from its start or from a checkpoint inside it."""
         self._enter(phase, roles)
-        self.console.data(phase.name, phase.source.report.lines())
+        self.console.data(phase.name, [*phase.source.report.lines(), phase.drawn])
         await set_weights(self.prepared, self.folder, phase, roles, found)
         phase = await self._precompute(phase, roles)
         await set_optimizers(self.config, phase, roles, found)
@@ -239,13 +242,21 @@ class _Run:
     def _collector(self, phase: PreparedPhase, roles: Executor, cursor: Cursor, progress: Progress) -> Collector:
         train_config = phase.config.train
         if not phase.pipeline.generates:
-            return RowCollector(phase.source, roles, cursor, train_config.batch_size, overlaps=self.plan.overlaps)
+            last = (phase.first_version + phase.steps - 1, phase.schedule.last)
+            items, overlaps = train_config.batch_size, self.plan.overlaps
+            return RowCollector(phase.source, roles, cursor, items, overlaps=overlaps, last=last)
         return GroupCollector(
             phase.source,
             roles,
             phase.pipeline,
             cursor,
-            Contract(train_config.max_staleness, train_config.batch_size, phase.first_version, phase.steps),
+            Contract(
+                train_config.max_staleness,
+                train_config.batch_size,
+                phase.first_version,
+                phase.steps,
+                phase.schedule.last,
+            ),
             run=phase.name,
             seed=self.config.seed + phase.index,
             version=progress.version,

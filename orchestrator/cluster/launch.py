@@ -137,6 +137,7 @@ class _Starting:
         trained = next((phase for phase in prepared.phases if role in phase.pipeline.trained), None)
         backend = BackendSpec(
             kind=settings.backend,
+            gpus=settings.gpus,
             optim=None if trained is None else optim_spec(trained, role, settings),
             deepspeed=_deepspeed_config(role, settings),
             zero_stage=settings.zero_stage,

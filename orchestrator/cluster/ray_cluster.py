@@ -32,6 +32,7 @@ from actors.group import NAMESPACE, RayGroup, RayObjects, RayWorker, start_ranks
 from actors.worker import Group, Objects, Worker, WorkerInfo
 from orchestrator.cluster.base import START_TIMEOUT_S, refuse_foreign
 from orchestrator.cluster.leftovers import Leftovers
+from orchestrator.cluster.private_temp import private_temp
 from orchestrator.cluster.ray_address import LOCAL, chosen_address, refuse_unreachable, set_by
 from orchestrator.config.schema import ClusterConfig, RunConfig
 from orchestrator.import_pin import worker_setup
@@ -282,6 +283,7 @@ def connect(cluster: ClusterConfig, plan: Plan, *, debug: bool = False) -> str |
             "num_cpus": _own_cpus(cluster, plan),
             "object_store_memory": cluster.object_store_mib * 2**20,
             "include_dashboard": cluster.dashboard,
+            "_temp_dir": str(private_temp()),
         }
         # Our actors have environments of their own, so none would be taken from Ray's stock of idle workers.
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")

@@ -155,7 +155,7 @@ class GroupCollector:
     async def _assemble(self, version: int) -> Collected:
         """A batch that may be trained at `version`: the oldest groups first, then in the order of their prompts."""
         await self._until_enough(version)
-        positions = sorted(self._usable(version)[: self._contract.batch])
+        positions = sorted(self._usable(version)[: self._contract.size(version)])
         groups = tuple(self._ready.pop(position) for position in positions)
         assembled = time.perf_counter()
         table = await self._roles.run_batch_stages(RowTable.concat([group.rows for group in groups]))
@@ -171,13 +171,13 @@ class GroupCollector:
         """Until a batch may be trained at `version`. Ended by `_ended` of the groups under way; each of those has
         deadlines of its own, which count while it is worked on. So this one has none: it lasts as long as a step, or as
         long as nobody wants workers."""
-        while len(self._usable(version)) < self._contract.batch:
+        while len(self._usable(version)) < self._contract.size(version):
             if self._failure is not None:
                 raise self._failure
             if self._version == version and not self._running:  # all was admitted that may be
                 raise RunError(
-                    f"{len(self._usable(version))} of {self._contract.batch} prompt groups are ready for version "
-                    f"{version}, none is under way, and none may be admitted ({self._accepted} accepted)"
+                    f"{len(self._usable(version))} of {self._contract.size(version)} prompt groups are ready for "
+                    f"version {version}, none is under way, and none may be admitted ({self._accepted} accepted)"
                 )
             self._changed.clear()
             await self._changed.wait()

@@ -14,22 +14,34 @@ from orchestrator.row_table import RowTable
 class RowCollector:
     """The next batch is read ahead; with `overlaps`, the stages that it passes before learning run ahead, too."""
 
-    def __init__(self, source: Any, roles: RoleClient, cursor: Cursor, items: int, *, overlaps: bool = True) -> None:
+    def __init__(
+        self,
+        source: Any,
+        roles: RoleClient,
+        cursor: Cursor,
+        items: int,
+        *,
+        overlaps: bool = True,
+        last: tuple[int, int] | None = None,
+    ) -> None:
+        """`last`: the version that the last batch is trained at, and its items; without, batches have no end."""
         self._source, self._roles, self._cursor, self._items = source, roles, cursor, items
-        self._overlaps = overlaps
+        self._overlaps, self._last = overlaps, last
         self._drawing = cursor.unsettled()
         self._ahead: asyncio.Task[Collected] | None = None
 
     async def next(self, version: int) -> Collected:
-        ahead = self._ahead or asyncio.ensure_future(self._assemble())
+        ahead = self._ahead or asyncio.ensure_future(self._assemble(version))
         collected = await ahead
         if not self._overlaps:
             collected = await self._pass_stages(collected)
-        self._ahead = asyncio.ensure_future(self._assemble())
+        ended = self._last is not None and version >= self._last[0]
+        self._ahead = None if ended else asyncio.ensure_future(self._assemble(version + 1))
         return collected
 
-    async def _assemble(self) -> Collected:
-        positions = [next(self._drawing) for _ in range(self._items)]
+    async def _assemble(self, version: int) -> Collected:
+        items = self._last[1] if self._last is not None and version == self._last[0] else self._items
+        positions = [next(self._drawing) for _ in range(items)]
         batch = await asyncio.to_thread(self._source.batch, positions)
         read = Collected(RowTable(batch), tuple(positions))
         return await self._pass_stages(read) if self._overlaps else read

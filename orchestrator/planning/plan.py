@@ -160,7 +160,7 @@ def draft_plan(
         for role in sized
     }
     phases = tuple(_phase_plan(name, config, pipeline) for name, pipeline in pipelines.items())
-    found = tuple(refused), tuple(warnings(config, pipelines))
+    found = tuple(refused), tuple(warnings(config, pipelines, launched))
     return Plan(config.name, phases, roles, gang, stand_ins, _overlaps(config, sized), *found)
 
 

@@ -16,7 +16,8 @@ from actors.columns import Head
 from actors.lora import LoraSpec
 from orchestrator.config.schema import PhaseConfig, RunConfig
 from orchestrator.data.source import RowSource, Source
-from orchestrator.pipeline import Pipeline, Stage, Verb
+from orchestrator.pipeline import Pipeline, Stage, Verb, items_of
+from orchestrator.planning.schedule import Schedule
 from rewards.loading import RewardSpec
 from rollout.sampling import Sampling
 
@@ -32,10 +33,20 @@ class PreparedPhase:
     source: Source
     evaluation: Source | None  # held-out prompts
     held_out: Source | None  # held-out rows
-    steps: int
+    schedule: Schedule
     sampling: Sampling
     first_version: int  # of the policy's weights when the phase begins
     kept: tuple[Path, ...] = ()  # folders of columns that were computed for the whole data set
+
+    @property
+    def steps(self) -> int:
+        return self.schedule.steps
+
+    @property
+    def drawn(self) -> str:
+        """How much of the data the phase learns from, in a line."""
+        length = None if self.config.data.streaming else len(self.source)
+        return self.schedule.describe(items_of(self.pipeline.data), length)
 
     @property
     def scores(self) -> bool:

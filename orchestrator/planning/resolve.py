@@ -25,9 +25,11 @@ from orchestrator.methods import build
 from orchestrator.pipeline import DataKind, Pipeline, Prompts, Verb
 from orchestrator.planning.handover import is_handed_over
 from orchestrator.planning.prepared import ModelReward, Prepared, PreparedPhase
+from orchestrator.planning.schedule import Schedule
 from rewards.loading import check_columns, check_names, check_reward
 from rollout.engine import ENGINES
 from rollout.sampling import Sampling
+from rollout.stopping import resolved_stops
 from rollout.vllm_engine import cpu_refusal
 
 UNBOUNDED = 2**31  # of a model that does not say how far its positions reach
@@ -57,9 +59,10 @@ def prepare(config: RunConfig, *, output: Path | None = None) -> Prepared:
     tokenizer_path = config.model.tokenizer or model
     tokenizer = load_tokenizer(tokenizer_path, config.model.chat_template, config.model.trust_remote_code)
     room = model_length(model, config.model.trust_remote_code)
+    vocab = vocabulary_size(model, config.model.trust_remote_code)
     phases: list[PreparedPhase] = []
     for name, pipeline in pipelines.items():
-        phase = _prepare_phase(config, name, pipeline, tokenizer, room, phases)
+        phase = _prepare_phase(config, name, pipeline, tokenizer, room, vocab, phases)
         phases.append(recall(config, model, phase))
     prepared = Prepared(
         config=config,
@@ -75,6 +78,7 @@ def prepare(config: RunConfig, *, output: Path | None = None) -> Prepared:
     )
     _check_rewards(prepared)
     _check_models(prepared)
+    _refuse_no_room(prepared, room)
     return prepared
 
 
@@ -119,21 +123,49 @@ def model_length(model: str, trust_remote_code: bool) -> int:
     return int(getattr(config.get_text_config(), "max_position_embeddings", UNBOUNDED))
 
 
+def vocabulary_size(model: str, trust_remote_code: bool) -> int:
+    """Tokens that the model can tell apart."""
+    return int(pretrained.load_config(model, trust_remote_code).get_text_config().vocab_size)
+
+
+def _refuse_no_room(prepared: Prepared, room: int) -> None:
+    """Raises ConfigError for a context of the engine that does not hold what will be sampled, or that the model does
+    not reach."""
+    given = prepared.config.roles.rollout.max_model_len
+    if given is None or not prepared.generates:
+        return
+    if given > room:
+        raise ConfigError(
+            f"roles.rollout.max_model_len={given}, but the model holds {room} tokens; set it to {room} at most"
+        )
+    if given < prepared.longest:
+        raise ConfigError(
+            f"roles.rollout.max_model_len={given} is less than the {prepared.longest} tokens of the longest prompt "
+            "with its completion; raise it or leave it out, or lower data.max_prompt_length or sampling.max_tokens"
+        )
+
+
 def _prepare_phase(
-    config: RunConfig, name: str, pipeline: Pipeline, tokenizer: Any, room: int, before: list[PreparedPhase]
+    config: RunConfig,
+    name: str,
+    pipeline: Pipeline,
+    tokenizer: Any,
+    room: int,
+    vocab: int,
+    before: list[PreparedPhase],
 ) -> PreparedPhase:
     phase = config.phases[name]
     source = open_source(phase.data, pipeline.data, tokenizer, seed=config.seed, model_max_length=room)
-    steps = phase_steps(phase, name, source)
-    _check_something_happens(phase, name, pipeline, steps)
+    schedule = phase_schedule(phase, name, source, _least_batch(config, pipeline))
+    _check_something_happens(phase, name, pipeline, schedule.steps)
     evaluation, held_out = _open_evaluation(phase, name, pipeline.data, tokenizer, config.seed, room)
     first_version = sum(earlier.steps for earlier in before)
-    sampling = Sampling(**phase.sampling.model_dump())
+    sampling = resolved_stops(Sampling(**phase.sampling.model_dump()), tokenizer, vocab, f"phases.{name}.sampling")
     for where, each in ((f"phases.{name}.data", source), (f"phases.{name}.evaluation.rows", held_out)):
         if each is not None:
             _refuse_too_long(each, pipeline, phase, where, f"phases.{name}.train.token_budget")
     return PreparedPhase(
-        name, len(before), phase, pipeline, source, evaluation, held_out, steps, sampling, first_version
+        name, len(before), phase, pipeline, source, evaluation, held_out, schedule, sampling, first_version
     )
 
 
@@ -153,8 +185,16 @@ def _refuse_too_long(source: Source, pipeline: Pipeline, phase: PhaseConfig, whe
         )
 
 
-def phase_steps(phase: PhaseConfig, name: str, source: Source) -> int:
-    """Optimizer steps of a phase: `train.steps`, or as many as `train.epochs` passes over the data take."""
+def _least_batch(config: RunConfig, pipeline: Pipeline) -> int:
+    """Items that a batch must have: some for each rank in each minibatch, and another one to swap with."""
+    roles = (getattr(config.roles, role, None) for role in pipeline.roles)
+    ranks = max((role.ranks for role in roles if isinstance(role, RanksRole)), default=1)
+    minibatches = max((int(update.options.get("minibatches", 1)) for update in pipeline.updates), default=1)
+    return max(ranks * minibatches, 2 if "mismatched" in pipeline.data.columns else 1)
+
+
+def phase_schedule(phase: PhaseConfig, name: str, source: Source, least: int) -> Schedule:
+    """`train.steps` whole batches; or `train.epochs` passes over the data, which end where the last one ends."""
     where, train = f"phases.{name}.train", phase.train
     items = None if phase.data.streaming else len(source)  # a stream does not know its length
     if items is not None and train.batch_size > items:
@@ -165,12 +205,12 @@ def phase_steps(phase: PhaseConfig, name: str, source: Source) -> int:
     if train.steps is not None:
         if train.epochs is not None:
             raise ConfigError(f"{where} sets both steps={train.steps} and epochs={train.epochs:g}; keep one")
-        return train.steps
+        return Schedule.of_steps(train.steps, train.batch_size)
     if train.epochs is None:
         raise ConfigError(f"{where} sets neither steps nor epochs; set one, e.g. {where}.steps=100")
     if items is None:
         raise ConfigError(f"{where}.epochs={train.epochs:g} of a stream cannot be counted; set {where}.steps")
-    return max(1, int(items * train.epochs) // train.batch_size)
+    return Schedule.of_items(round(items * train.epochs), train.batch_size, least=least)
 
 
 def _check_something_happens(phase: PhaseConfig, name: str, pipeline: Pipeline, steps: int) -> None:

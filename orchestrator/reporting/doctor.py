@@ -118,12 +118,14 @@ def answer(name: str) -> None:
 def _try_ray() -> str:
     import ray
 
+    from orchestrator.cluster.private_temp import private_temp
     from orchestrator.cluster.ray_address import refuse_unreachable
 
     address = os.environ.get("RAY_ADDRESS") or "local"
     if address not in ("local", "auto"):
         refuse_unreachable(address, "RAY_ADDRESS")
-    options: dict[str, Any] = {"num_cpus": 1, "include_dashboard": False} if address == "local" else {}
+    ours = {"num_cpus": 1, "include_dashboard": False, "_temp_dir": str(private_temp())}
+    options: dict[str, Any] = ours if address == "local" else {}
     ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
     nodes = ray.get(ray.remote(num_cpus=0)(lambda: len(ray.nodes())).remote(), timeout=60)
     ray.shutdown()
@@ -132,12 +134,15 @@ def _try_ray() -> str:
 
 def _try_backend(kind: str) -> Callable[[], str]:
     def probe() -> str:
+        import torch
+
         from actors.backends import BackendSpec
         from actors.backends.optimizer import OptimSpec
         from actors.model import ModelSpec
         from actors.model_worker import ModelWorker
 
-        model, backend = ModelSpec(_example_model()), BackendSpec(kind, OptimSpec(learning_rate=1e-3, total_steps=1))
+        optim, gpus = OptimSpec(learning_rate=1e-3, total_steps=1), float(torch.cuda.is_available())
+        model, backend = ModelSpec(_example_model()), BackendSpec(kind, optim, gpus=gpus)
         held = ModelWorker("doctor", model, backend, threads=1).ready().detail
         return f"holds {held['parameters']:,} parameters on {held['device']}"
 

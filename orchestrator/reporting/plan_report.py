@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from actors.columns import COLUMNS
+from orchestrator.pipeline import items_of
 from orchestrator.planning.bundles import ClusterView, describe, fit
 from orchestrator.planning.memory_estimate import Memory
 from orchestrator.planning.plan import PhasePlan, Plan, RolePlan, problems
@@ -43,7 +44,7 @@ def _parts(plan: Plan, cluster: ClusterView) -> Iterator[RenderableType]:
 
 def arithmetic(phase: PhasePlan) -> str:
     """`32 prompts x 8 samples = 256 rows a step, ...`."""
-    items = {"prompts": "prompts", "pairs": "pairs"}.get(phase.pipeline.data.name, "examples")
+    items = items_of(phase.pipeline.data)
     each = "samples" if phase.groups_in_flight else "rows"
     product = f"{phase.items_per_step} {items}"
     if phase.rows_per_item > 1:

@@ -18,6 +18,8 @@ import torch
 from actors.errors import DataFailure, InfraFailure
 from rollout.engine import Engine, EngineSpec, build_engine
 from rollout.sampling import Completion, Finish, Request, Sampling
+from rollout.stopping import resolved_stops
+from rollout.vllm_engine import CPU_HEAD_SIZES
 from tests.unit.tiny import tiny_model_folder, tiny_tokenizer
 
 EOS = 1
@@ -239,6 +241,16 @@ def test_a_sample_ends_with_the_token_that_completes_a_stop_string(subject: Subj
     assert ended.finish is Finish.STOP
 
 
+@on("vllm-tied", "hf-tied")
+def test_a_sample_ends_with_a_stop_string_that_is_a_special_token(subject: Subject) -> None:
+    """As the plan resolves it: the model's own padding token, which no engine has among the text that it searches."""
+    wanted = Sampling(48, stop=("<pad>",))
+    samples = subject.run(Request("a", PROMPT, 32, resolved_stops(wanted, tiny_tokenizer(), 64), seed=9))["a"]
+    stopped = [completion for completion in samples if completion.tokens[-1] == 0]
+    assert stopped and all(completion.finish is Finish.STOP for completion in stopped)
+    assert all(0 not in completion.tokens[:-1] for completion in samples)
+
+
 @on(*ENGINES)
 def test_samples_end_with_the_end_of_sequence_or_at_their_limit_and_say_which(subject: Subject) -> None:
     samples = subject.run(Request("a", PROMPT, 32, Sampling(48), seed=9))["a"]
@@ -348,3 +360,9 @@ def test_weights_that_lack_a_parameter_are_refused_and_a_whole_set_is_taken_agai
     subject.load(subject.original, 4)
     completion = subject.one(Request("a", PROMPT, 1, Sampling(16), seed=16))
     assert subject.error(PROMPT, completion).max() < 1e-4
+
+
+def test_the_head_sizes_that_a_plan_allows_on_a_cpu_are_vllm_s_own() -> None:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    assert list(CPU_HEAD_SIZES) == CPUAttentionBackend.get_supported_head_sizes()

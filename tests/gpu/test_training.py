@@ -101,7 +101,7 @@ def batch() -> Batch:
 
 
 def trainer(folder: Path, dtype: str) -> ModelWorker:
-    spec = BackendSpec(optim=OPTIM)
+    spec = BackendSpec(gpus=1.0, optim=OPTIM)
     trainable = ModelWorker("policy", ModelSpec(str(folder), dtype=dtype), spec, threads=2)
     assert trainable.ready().detail["device"] == "cuda"
     return trainable

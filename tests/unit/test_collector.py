@@ -129,9 +129,14 @@ async def step(feed: GroupCollector, stages: Stages, version: int) -> tuple[int,
 async def test_synchronous_batches_are_the_prompts_in_order_and_nothing_runs_ahead():
     stages = Stages()
     feed = collector(stages)
-    assert await step(feed, stages, 0) == (0, 1, 2)
-    assert sorted(stages.seen) == [0, 1, 2] or stages.version == 1
-    assert await step(feed, stages, 1) == (3, 4, 5)
+    for version in range(2):
+        collected = await feed.next(version)
+        assert collected.positions == tuple(range(3 * version, 3 * version + 3))
+        await asyncio.sleep(0.02)
+        assert stages.seen == list(range(3 * version + 3)), "the next batch was begun before its weights"
+        await feed.expire(version + 1)
+        stages.version = version + 1
+        feed.advance(version + 1, collected)
     assert (await feed.next(2)).table["group"].tolist() == [6, 6, 7, 7, 8, 8]
     await feed.close()
 
@@ -330,6 +335,15 @@ async def test_rows_come_in_batches_in_order_and_are_settled_after_training():
     feed.advance(1, first)
     assert cursor.frontier == 2
     assert (await feed.next(1)).positions == (2, 3)
+    await feed.close()
+
+
+async def test_the_last_batch_of_rows_has_its_own_size_and_none_is_read_ahead_of_it():
+    stages = Stages()
+    feed = RowCollector(Endless(), stages, Cursor(), items=2, last=(6, 1))
+    assert [(await feed.next(version)).positions for version in (5, 6)] == [(0, 1), (2,)]
+    await asyncio.sleep(0.05)
+    assert stages.staged == 2
     await feed.close()
 
 
