@@ -138,7 +138,7 @@ def _of_phase(where: str, config: RunConfig, phase: PhaseConfig, pipeline: Pipel
         )
     if pipeline.samples_per_prompt > 1 and phase.sampling.temperature == 0:
         yield (
-            f"{where}.sampling.temperature=0: the {pipeline.samples_per_prompt} samples of a prompt are the same one, and "
+            f"{where}.sampling.temperature=0: the {pipeline.samples_per_prompt} samples of a prompt are the same, and "
             "nothing is learned from comparing them; set it above 0"
         )
     scored = bool(config.rewards) and any(stage.verb is Verb.SCORE for stage in pipeline)
