@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from orchestrator.pipeline import Pipeline, Verb
 
 WORK = ("start", "data", "generation", "scoring", "log-probabilities", "update", "publish", "evaluation", "save")
-OF_VERB = {Verb.LOGPS: "log-probabilities", Verb.UPDATE: "update"}
+OF_VERB = {Verb.INFER: "log-probabilities", Verb.UPDATE: "update"}
 
 
 @dataclass(frozen=True)
