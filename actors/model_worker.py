@@ -32,12 +32,15 @@ from actors.backends.protocol import Backend
 from actors.batch import Batch
 from actors.columns import Head
 from actors.errors import RunError
+from actors.metrics import combine
 from actors.model import ModelSpec, tokenizer_of
-from actors.objective import Objective
+from actors.objective import Objective, Stat
 from actors.sharding import Shard
 from actors.train_step import Pass, infer
 from actors.weight_averaging import Average, AverageSpec
 from actors.worker import WorkerInfo
+
+CreditCall = Callable[..., tuple[dict[str, np.ndarray], dict[str, Stat]]]
 
 
 @dataclass(frozen=True)
@@ -124,14 +127,14 @@ class ModelWorker:
             return time.perf_counter() - began, block
 
     def credit(
-        self, shard: Shard, call: Callable[..., dict[str, np.ndarray]], options: dict[str, Any], *blocks: Batch
-    ) -> tuple[float, Batch]:
-        """Columns that `call(batch, world, **options)` makes of the shard's rows: (seconds, a block of them)."""
+        self, shard: Shard, call: CreditCall, options: dict[str, Any], stage: str, learning: bool, *blocks: Batch
+    ) -> tuple[dict[str, float], Batch]:
+        """What `call(batch, world, state, **options)` makes of the shard's rows: (metrics over all ranks, a block of
+        columns). `stage` names the call's state, which is checkpointed, and stays as it is unless `learning`."""
         with self._doing("credit"):
-            began = time.perf_counter()
-            batch = shard.fetched(blocks).batch
-            block = Batch.build(batch.lengths, **call(batch, self.backend.world, **options))
-            return time.perf_counter() - began, block
+            batch, state = shard.fetched(blocks).batch, self._objective_states.setdefault(stage, {})
+            columns, metrics = call(batch, self.backend.world, state if learning else deepcopy(state), **options)
+            return combine([metrics], self.backend.world, self.backend.device), Batch.build(batch.lengths, **columns)
 
     def update(
         self, shard: Shard, objective: Objective, temperature: float, stage: str, *blocks: Batch

@@ -5,8 +5,10 @@ reads `reward` and `group`, and writes `advantages`. What it reads decides where
 
     columns per row alone    in the driver: `call(table, **options) -> {column: [B]}`; a value of a column per token
                              holds at each of the row's tokens
-    columns per token, too   where the tokens are: `call(batch, world, **options) -> {column: [T]}`, on every rank for
-                             its rows; `world` sums over all ranks (`actors.objective.World`)
+    columns per token, too   where the tokens are, on every rank for its rows: `call(batch, world, state, **options) ->
+                             ({column: [T]}, {metric: Stat})`; `world` sums over all ranks (`actors.objective.World`),
+                             and what the call puts into the dictionary `state` it finds there in the next step, also
+                             after a resume (`orchestrator/returns.py` has such calls)
 
 A reward of NaN says that the sample could not be scored: it takes no part in any mean, and is not learned from at all.
 """
@@ -14,7 +16,7 @@ A reward of NaN says that the sample could not be scored: it takes no part in an
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -22,7 +24,7 @@ from actors.batch import Array
 from orchestrator.row_table import RowTable
 
 Scale = Literal["group", "batch", "none"]
-CreditCall = TypeVar("CreditCall", bound=Callable[..., dict[str, Array]])
+CreditCall = TypeVar("CreditCall", bound=Callable[..., Any])
 
 
 def credits(*, reads: set[str], writes: set[str]) -> Callable[[CreditCall], CreditCall]:

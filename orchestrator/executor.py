@@ -225,8 +225,10 @@ class Executor:
         role = self.phase.pipeline.trained[0]
         group = self.groups[role]
         shares = table.only({"group", "learned", *stage.reads}).shard(len(group.workers), self.phase.token_budget)
-        found = await self._call_split(stage, role, group, "credit", shares, stage.call, dict(stage.options), step=step)
-        return _in_blocks(stage.writes, shares, found), {}
+        name = f"{stage.name} {getattr(stage.call, '__qualname__', type(stage.call).__name__)}"
+        asked = stage.call, dict(stage.options), name, step >= 0
+        found = await self._call_split(stage, role, group, "credit", shares, *asked, step=step)
+        return _in_blocks(stage.writes, shares, found), found[0][0]
 
     async def _update(self, stage: Stage, table: RowTable, step: int) -> tuple[Written, dict[str, float]]:
         """One optimizer step per minibatch and epoch; metrics are means over them, times sums."""

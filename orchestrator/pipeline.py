@@ -237,8 +237,9 @@ def infer(
 
 
 def credit(call: Callable[..., Any], **options: Any) -> Stage:
-    """Turn rewards into advantages. `call.reads` and `call.writes` name its columns: one that reads columns per token
-    runs where the tokens are, on the ranks of the first trained role, any other in the driver."""
+    """Turn rewards into advantages, by what `orchestrator/advantages.py` calls a credit call. `call.reads` and
+    `call.writes` name its columns: one that reads columns per token runs where the tokens are, on the ranks of the
+    first trained role, any other in the driver."""
     reads = getattr(call, "reads", frozenset({"reward", "group"}))
     writes = getattr(call, "writes", frozenset({"advantages"}))
     return Stage(Verb.CREDIT, DRIVER, frozenset(reads), frozenset(writes), call, options)

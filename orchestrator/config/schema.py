@@ -467,7 +467,7 @@ RoleConfig = Annotated[
     Discriminator(
         _kind_of,
         custom_error_type="role_kind",
-        custom_error_message="a role of a name of its own must say its kind: trainer, frozen, engine or scorers",
+        custom_error_message="a role of a name of its own says its kind: trainer, frozen, engine or scorers",
     ),
 ]
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from orchestrator.methods.dpo import dpo
 from orchestrator.methods.grpo import grpo
+from orchestrator.methods.ppo import ppo
 from orchestrator.methods.reference_free import alphapo, cpo, orpo, simpo, tpo
 from orchestrator.methods.sft import sft
 from orchestrator.methods.unpaired import bco, kto
@@ -22,4 +23,5 @@ METHODS: dict[str, Callable[..., Pipeline]] = {
     "kto": kto,
     "bco": bco,
     "grpo": grpo,
+    "ppo": ppo,
 }

@@ -22,7 +22,6 @@ NOT_BUILT = {  # families of cases: what they belong to
     "nash_md": "nash_md",
     "online_dpo": "online_dpo",
     "papo": "papo, which sees images",
-    "ppo": "ppo",
     "prm": "process_reward_model",
     "replay_buffer": "the replay of groups",
     "reward": "reward_model",
@@ -203,6 +202,14 @@ def _dppo(keys: Keys, _: Any) -> tuple[str, Options]:
     return "grpo", {"loss_type": "dppo", "dppo_distance": distance, "dppo_threshold": keys.take("delta")}
 
 
+def _ppo(keys: Keys, _: Any) -> tuple[str, Options]:
+    """Log-probabilities are given at the temperature that the peer names, and scores with its penalty."""
+    keys.take("temperature")
+    penalty = keys.take("missing_eos_penalty") or 0.0
+    names = ("kl_estimator", "kl_coef", "gamma", "lam", "whiten_rewards")
+    return "ppo", {"missing_eos_penalty": penalty, **{name: keys.take(name) for name in names}}
+
+
 MAPPINGS = {
     "bco": _bco,
     "cpo": _cpo,
@@ -213,6 +220,7 @@ MAPPINGS = {
     "gspo_token": _gspo_token,
     "kto": _kto,
     "orpo": _orpo,
+    "ppo": _ppo,
     "sft": _sft,
     "tpo": _tpo,
 }

@@ -65,6 +65,7 @@ METHOD_OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("grpo", {"loss_type": "dr_grpo", "max_completion_length": 16, "delta": 1.3, "minibatches": 2}),
     ("grpo", {"importance_sampling_level": "sequence", "updates_per_batch": 2, "correction": "sequence_mask"}),
     ("grpo", {"importance_sampling_level": "sequence_token", "updates_per_batch": 2, "entropy_coef": 0.1}),
+    ("ppo", {"token_metrics": True}),  # of the policy; the value's: tests/unit/test_returns.py
 ]
 
 # A stop-gradient makes the gradient another thing than the slope of the value; the golden cases hold those gradients.
@@ -131,6 +132,8 @@ def _columns(lengths: Tensor, size: int, rng: torch.Generator) -> dict[str, Tens
         "mask": position >= prompt.repeat_interleave(lengths),
         "group": 7 * (rows // size) + 3,  # numbers need not be dense
         "advantages": advantages.repeat_interleave(lengths),
+        "values": -columns["old_logps"],
+        "returns": -columns["ref_logps"],
         "preferred": member == 0,
         "gold": member == 2,
         "mismatched": member == 1,

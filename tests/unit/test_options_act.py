@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 
+from actors.backends.single import SoloWorld
 from actors.batch import Batch
 from actors.errors import ConfigError
 from actors.objective import MicroBatch
 from orchestrator.losses.declare import EXTRAS
 from orchestrator.losses.objective import LossObjective
 from orchestrator.methods import METHODS, build
-from orchestrator.pipeline import Pipeline, Verb
+from orchestrator.pipeline import Pipeline, Stage, Verb
 from tests.unit.test_losses import _columns, _masked_rows_start, _names_in, _positive
 from tests.unit.trainer_stub import Rows, optimise
 
@@ -28,6 +29,8 @@ FACTS = {"max_completion_length": 16}
 OTHER_VALUE: dict[str, Any] = {  # of every option, besides `loss_type`, whose names are all tried
     "alpha": 0.5,
     "beta": 0.37,
+    "cliprange": 0.03,
+    "cliprange_value": 0.03,
     "correction": "token_truncate",
     "correction_max": 1.2,
     "correction_min": 0.9,
@@ -44,14 +47,23 @@ OTHER_VALUE: dict[str, Any] = {  # of every option, besides `loss_type`, whose n
     "epsilon_high": 0.9,
     "f_alpha_divergence_coef": 0.9,
     "f_divergence_type": "js_divergence",
+    "gamma": 0.7,
     "importance_sampling_level": "sequence",
+    "kl_coef": 0.3,
+    "kl_estimator": "k3",
+    "kl_horizon": 50,
+    "kl_target": 0.2,
     "label_smoothing": 0.2,
+    "lam": 0.3,
     "ld_alpha": 0.3,
     "loss_weights": (0.4,),
     "mask_truncated_completions": True,
     "max_completion_length": 99,
     "minibatches": 3,
+    "missing_eos_penalty": 0.6,
     "num_generations": 6,
+    "num_mini_batches": 3,
+    "num_ppo_epochs": 2,
     "off_policy_mask_threshold": -0.2,
     "precompute_ref_log_probs": True,
     "ref_model_mixup_alpha": 0.2,
@@ -69,6 +81,8 @@ OTHER_VALUE: dict[str, Any] = {  # of every option, besides `loss_type`, whose n
     "updates_per_batch": 3,
     "use_bias_correction_kl": False,
     "use_weighting": True,
+    "whiten_advantages": False,
+    "whiten_rewards": True,
 }
 NEEDED: dict[str, dict[str, Any]] = {  # beside a loss: what it requires, or what tells it from another
     "cispo": {"epsilon_high": 1.5},
@@ -81,6 +95,7 @@ BESIDE: dict[str, list[dict[str, Any]]] = {  # what else is set: the first besid
     "kto": [{}, {"sync_ref_model": True}],
     "bco": [{}, {"sync_ref_model": True}],
     "grpo": [{"updates_per_batch": 2, "beta": 0.2}, {}, {"minibatches": 2, "correction": "token_mask"}],
+    "ppo": [{}, {"kl_target": 0.1}, {"kl_coef": 0.0}],
 }
 
 
@@ -106,13 +121,23 @@ def behaviour(pipeline: Pipeline) -> list[Any]:
         if stage.verb in (Verb.GENERATE, Verb.MIX):
             did.append(dict(stage.options))
         elif stage.verb is Verb.CREDIT:
-            assert stage.call is not None
-            did.append({name: values.tolist() for name, values in stage.call(sampled(), **stage.options).items()})
+            did += [{name: values.tolist() for name, values in found.items()} for found in credited(stage)]
         elif stage.verb is Verb.UPDATE:
             found = optimise(LossObjective.of(stage), rows(pipeline))
             did.append((stage.options["epochs"], stage.options["minibatches"], found.value, found.metrics))
             did += [found.gradient.tolist(), {name: g.tolist() for name, g in found.extra_gradients.items()}]
     return did
+
+
+def credited(stage: Stage) -> Iterator[dict[str, np.ndarray]]:
+    """What a credit stage writes in two steps, of which the first may leave something for the second."""
+    assert stage.call is not None
+    state: dict[str, Any] = {}
+    for _ in range(2):
+        if stage.reads_tokens:
+            yield stage.call(sampled(), SoloWorld(), state, **stage.options)[0]
+        else:
+            yield stage.call(sampled(), **stage.options)
 
 
 def rows(pipeline: Pipeline) -> Rows:
@@ -126,12 +151,15 @@ def rows(pipeline: Pipeline) -> Rows:
 
 def sampled() -> Batch:
     """Two groups; a completion that was cut, and one that could not be scored."""
+    of_tokens = ("old_logps", "ref_logps", "values", "step_reward")
+    noise = np.random.default_rng(5).normal(-1, 0.3, (len(of_tokens), 18))
     return Batch.build(
         [3] * 6,
         mask=np.tile([False, True, True], 6),
         reward=[1.0, 0.0, 0.5, 3.0, np.nan, 1.0],
         group=[0, 0, 0, 1, 1, 1],
         truncated=[False, True, False, False, False, False],
+        **dict(zip(of_tokens, noise, strict=True)),
     )
 
 

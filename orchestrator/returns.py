@@ -1,0 +1,186 @@
+"""From rewards per row to advantages and returns per token, with the values of a critic: credit calls where the tokens
+are.
+
+Only tokens that are trained (their `mask` is 1) are moments of an episode. What lies between two of them, a tool's
+answer say, takes no time: nothing decays over it, and the value before the next trained token is the next state's. A
+row's reward is earned at its last trained token.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from actors.batch import Array, Batch
+from actors.objective import Stat, World
+from orchestrator.advantages import credits, learned
+from orchestrator.losses.surrogates import LARGEST_LOG
+from orchestrator.row_table import RowTable
+
+Credited = tuple[dict[str, Array], dict[str, Stat]]  # columns per token, and metrics
+Estimator = Literal["k1", "k3"]
+LARGEST_ERROR = 0.2  # by which share of the target the controller lets a KL be off at most
+
+
+@credits(reads={"reward"}, writes={"learned"})
+def only_scored(rows: RowTable) -> dict[str, Array]:
+    """Rows that could not be scored are not learned from, and their tokens are in no mean."""
+    return {"learned": learned(rows, ~np.isnan(rows["reward"]))}
+
+
+@credits(reads={"reward", "truncated"}, writes={"reward"})
+def without_eos(rows: RowTable, *, penalty: float) -> dict[str, Array]:
+    """`penalty` less for a completion that hit its length limit: it has no end-of-sequence token."""
+    return {"reward": rows["reward"] - np.float32(penalty) * rows["truncated"]}
+
+
+@credits(reads={"mask", "reward"}, writes={"step_reward"})
+def reward_at_the_end(batch: Batch, world: World, state: dict[str, Any]) -> Credited:
+    """[T]: each row's reward at its last trained token, and 0 elsewhere."""
+    earned, rows = _at_last_tokens(batch)
+    return {"step_reward": earned}, {"objective/scores": _mean_over(rows, _scores(batch, rows))}
+
+
+@credits(reads={"mask", "reward", "old_logps", "ref_logps"}, writes={"step_reward"})
+def kl_in_reward(
+    batch: Batch,
+    world: World,
+    state: dict[str, Any],
+    *,
+    coefficient: float,
+    estimator: Estimator = "k1",
+    target: float | None = None,
+    horizon: int = 10_000,
+) -> Credited:
+    """[T]: `-β KL_t`, and each row's reward at its last trained token. `k1`: `lp - ref`; `k3`: `e^(ref-lp) - 1 -
+    (ref-lp)`, which is never negative.
+
+    With `target`, β follows the KL of whole rows, over all ranks: `β ← β (1 + clip(KL/target - 1, ±0.2) n/horizon)`
+    after a batch of n rows. It begins at `coefficient`, and is kept in `state`.
+    Source: arXiv:1909.08593, section 2 and eq. 3; k3: http://joschu.net/blog/kl-approx.html.
+    """
+    beta = float(state.get("coefficient", coefficient))
+    earned, rows = _at_last_tokens(batch)
+    log_ratio = np.where(batch["mask"], batch["old_logps"].astype(np.float64) - batch["ref_logps"], 0.0)
+    per_token = log_ratio if estimator == "k1" else _k3(log_ratio)
+    kl = batch.sum_by_row(per_token)[rows]
+    entropy = -batch.sum_by_row(np.where(batch["mask"], batch["old_logps"], 0.0))[rows]
+    scores = _scores(batch, rows)
+    if target is not None:
+        state["coefficient"] = _adapted(beta, kl, world, target, horizon)
+    return {"step_reward": (earned - beta * per_token).astype(np.float32)}, {
+        "objective/kl": _mean_over(rows, kl),
+        "objective/kl_coef": Stat(beta),
+        "objective/entropy": _mean_over(rows, entropy),
+        "objective/non_score_reward": _mean_over(rows, -beta * kl),
+        "objective/rlhf_reward": _mean_over(rows, scores - beta * kl),
+        "objective/scores": _mean_over(rows, scores),
+    }
+
+
+@credits(reads={"mask", "step_reward"}, writes={"step_reward"})
+def whitened_rewards(batch: Batch, world: World, state: dict[str, Any]) -> Credited:
+    """[T]: rewards of trained tokens divided by their standard deviation over all ranks; their mean stays."""
+    mask, found = batch["mask"], np.zeros(batch.num_tokens, np.float32)
+    found[mask] = whitened(batch["step_reward"][mask], world, shift_mean=False)
+    return {"step_reward": found}, {}
+
+
+@credits(reads={"mask", "step_reward", "values"}, writes={"advantages", "returns"})
+def generalised_advantages(
+    batch: Batch, world: World, state: dict[str, Any], *, gamma: float, lam: float, whiten: bool = True
+) -> Credited:
+    """[T], [T]: advantages `A_t = δ_t + γλ A_{t+1}`, `δ_t = r_t + γ V_{t+1} - V_t`, and returns `A_t + V_t`, over the
+    trained tokens of each row; 0 elsewhere. Advantages are whitened over all ranks after the returns are taken.
+
+    Source: arXiv:1506.02438, eq. 16."""
+    mask, values = batch["mask"], batch["values"].astype(np.float64)
+    of_trained = gae(batch["step_reward"][mask], values[mask], batch.row_of_token[mask], gamma, lam)
+    returned = of_trained + values[mask]
+    advantages, returns = np.zeros((2, batch.num_tokens), np.float32)
+    advantages[mask] = whitened(of_trained, world) if whiten else of_trained
+    returns[mask] = returned
+    metrics = {"val/mean": _mean(values[mask]), "val/returns": _mean(returned)}
+    explained = _explained_variance(returned, values[mask], world)
+    if explained is not None:
+        metrics["val/explained_variance"] = Stat(explained)
+    return {"advantages": advantages, "returns": returns}, metrics
+
+
+def gae(rewards: Array, values: Array, rows: Array, gamma: float, lam: float) -> Array:
+    """[N] float64: generalised advantages of the steps of episodes, which follow one another; `rows` says of which
+    episode each step is. After an episode's last step there is nothing."""
+    _, starts, lengths = np.unique(rows, return_index=True, return_counts=True)
+    place = np.arange(len(rows)) - np.repeat(starts, lengths)
+    episode = np.repeat(np.arange(len(lengths)), lengths)
+    delta = np.zeros((lengths.max(initial=0) + 1, len(lengths)))  # steps x episodes; 0 after the end
+    value = np.zeros_like(delta)
+    delta[place, episode], value[place, episode] = rewards, values
+    delta[:-1] += gamma * value[1:] - value[:-1]
+    for step in range(len(delta) - 2, -1, -1):
+        delta[step] += gamma * lam * delta[step + 1]
+    return delta[place, episode]
+
+
+def whitened(values: Array, world: World, *, shift_mean: bool = True) -> Array:
+    """[N]: values with (unbiased) variance 1 over all ranks, and mean 0 unless that is to stay."""
+    count, total = _sums(world, len(values), values.sum())
+    mean = total / max(count, 1.0)
+    (squares,) = _sums(world, np.square(values - mean).sum())
+    scaled = (values - mean) / np.sqrt(squares / max(count - 1.0, 1.0) + 1e-8)
+    return scaled if shift_mean else scaled + mean
+
+
+def _at_last_tokens(batch: Batch) -> tuple[Array, Array]:
+    """[T] float64: each row's reward at its last trained token; [B] bool: rows that have one."""
+    trained = np.flatnonzero(batch["mask"])
+    last = np.full(len(batch), -1)
+    last[batch.row_of_token[trained]] = trained  # of several tokens of a row, the last one stays
+    rows = last >= 0
+    earned = np.zeros(batch.num_tokens)
+    earned[last[rows]] = batch["reward"][rows]
+    return earned, rows
+
+
+def _scores(batch: Batch, rows: Array) -> Array:
+    return batch["reward"][rows].astype(np.float64)
+
+
+def _k3(log_ratio: Array) -> Array:
+    away = np.clip(-log_ratio, -LARGEST_LOG, LARGEST_LOG)
+    return np.expm1(away) - away
+
+
+def _adapted(beta: float, kl: Array, world: World, target: float, horizon: int) -> float:
+    """The coefficient after a batch: larger where the policy went further than wanted."""
+    count, total = _sums(world, len(kl), kl.sum())
+    error = np.clip(total / max(count, 1.0) / target - 1, -LARGEST_ERROR, LARGEST_ERROR)
+    return beta * float(1 + error * count / horizon)
+
+
+def _explained_variance(returns: Array, values: Array, world: World) -> float | None:
+    """Which share of the returns' variance the values explain, over all ranks: 1 is all, 0 what a constant does. None
+    if the returns do not vary."""
+    count, total, missed = _sums(world, len(returns), returns.sum(), (returns - values).sum())
+    if not count:
+        return None
+    spread = np.square(returns - total / count).sum()
+    left = np.square(returns - values - missed / count).sum()
+    spread, left = _sums(world, spread, left)
+    return 1 - left / spread if spread > 0 else None
+
+
+def _sums(world: World, *values: float) -> list[float]:
+    """Of each value, the sum over all ranks."""
+    return world.sum(torch.tensor([float(value) for value in values], dtype=torch.float64)).tolist()
+
+
+def _mean(values: Array) -> Stat:
+    return Stat(float(values.sum()), float(len(values)))
+
+
+def _mean_over(rows: Array, values: Array) -> Stat:
+    """A metric that is the mean over rows."""
+    return Stat(float(values.sum()), float(rows.sum()))

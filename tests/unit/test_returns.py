@@ -1,0 +1,243 @@
+"""Rewards, advantages and returns per token, and the losses of policy and critic that learn from them."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from actors.backends.single import SoloWorld
+from actors.batch import Batch
+from actors.errors import ConfigError
+from actors.objective import MicroBatch
+from orchestrator.losses.objective import LossObjective
+from orchestrator.methods import build
+from orchestrator.returns import (
+    gae,
+    generalised_advantages,
+    kl_in_reward,
+    only_scored,
+    reward_at_the_end,
+    whitened,
+    whitened_rewards,
+    without_eos,
+)
+from orchestrator.row_table import RowTable
+from tests.unit.trainer_stub import Rows, ThreadWorld, optimise
+
+ALONE = SoloWorld()
+GAMMA, LAM = 0.9, 0.8
+
+
+def episodes(seed: int = 0, rows: int = 8) -> Batch:
+    """Rows with a prompt and a gap that is not trained, and all that a critic and a reward say of them."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(5, 11, rows)
+    place = np.concatenate([np.arange(length) for length in lengths])
+    total = int(lengths.sum())
+    columns = {name: rng.normal(-1, 0.5, total).astype(np.float32) for name in ("old_logps", "ref_logps", "values")}
+    return Batch.build(lengths, mask=(place > 0) & (place != 3), reward=rng.normal(size=rows), **columns)
+
+
+def on_ranks(call: Any, parts: list[Batch], states: list[dict[str, Any]], **options: Any) -> list[Any]:
+    """What a credit call makes of each rank's rows."""
+    found: list[Any] = [None] * len(parts)
+    board, barrier = [None] * len(parts), threading.Barrier(len(parts), timeout=20)
+
+    def work(rank: int) -> None:
+        found[rank] = call(parts[rank], ThreadWorld(rank, len(parts), board, barrier), states[rank], **options)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(parts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return found
+
+
+def metric(found: dict[str, Any], name: str) -> float:
+    return float(found[name].total) / float(found[name].weight)
+
+
+def test_tokens_that_are_not_trained_take_no_time_and_the_reward_is_earned_at_the_last_trained_one() -> None:
+    batch = Batch.build([6], mask=[True, True, False, False, True, False], reward=[1.0], values=np.zeros(6, np.float32))
+    columns, _ = reward_at_the_end(batch, ALONE, {})
+    assert columns["step_reward"].tolist() == [0, 0, 0, 0, 1, 0]
+    options = {"gamma": GAMMA, "lam": LAM, "whiten": False}
+    found, _ = generalised_advantages(batch.with_columns(**columns), ALONE, {}, **options)
+    decay = GAMMA * LAM
+    np.testing.assert_allclose(found["returns"], [decay**2, decay, 0, 0, 1, 0], rtol=1e-6)
+
+
+def test_advantages_are_the_discounted_sum_of_what_each_step_brought_beyond_its_value() -> None:
+    rewards, values = np.array([0.0, 0.5, 1.0, 2.0]), np.array([0.3, -0.2, 0.7, 0.1])
+    delta = [0.0 + GAMMA * -0.2 - 0.3, 0.5 + GAMMA * 0.7 + 0.2, 1.0 - 0.7, 2.0 - 0.1]  # the last is another episode's
+    decay = GAMMA * LAM
+    expected = [delta[0] + decay * (delta[1] + decay * delta[2]), delta[1] + decay * delta[2], delta[2], delta[3]]
+    np.testing.assert_allclose(gae(rewards, values, np.array([4, 4, 4, 9]), GAMMA, LAM), expected)
+
+
+def test_with_lambda_and_gamma_1_a_return_is_what_is_still_to_be_earned() -> None:
+    batch = episodes()
+    rewarded = batch.with_columns(**kl_in_reward(batch, ALONE, {}, coefficient=0.1)[0])
+    found, _ = generalised_advantages(rewarded, ALONE, {}, gamma=1.0, lam=1.0, whiten=False)
+    for row in range(len(batch)):
+        mask = batch.row("mask", row)
+        earned = rewarded.row("step_reward", row)[mask]
+        start = batch.offsets[row]
+        returns = found["returns"][start : start + batch.lengths[row]]
+        np.testing.assert_allclose(returns[mask], earned[::-1].cumsum()[::-1], atol=1e-5)
+        assert not returns[~mask].any()
+
+
+@pytest.mark.parametrize(("estimator", "expected"), [("k1", 0.25), ("k3", np.exp(-0.25) - 1 + 0.25)])
+def test_what_the_policy_says_beyond_its_reference_is_taken_off_at_its_token(estimator: Any, expected: float) -> None:
+    old, ref = np.array([-9, -1, -0.5, -1], np.float32), np.array([0, -1, -0.75, -1], np.float32)
+    batch = Batch.build([4], mask=[False, True, True, True], old_logps=old, ref_logps=ref, reward=[2.0])
+    columns, metrics = kl_in_reward(batch, ALONE, {}, coefficient=0.1, estimator=estimator)
+    np.testing.assert_allclose(columns["step_reward"], [0, 0, -0.1 * expected, 2.0], atol=1e-6)
+    assert metric(metrics, "objective/kl") == pytest.approx(expected)
+    assert metric(metrics, "objective/rlhf_reward") == pytest.approx(2.0 - 0.1 * expected)
+    assert metric(metrics, "objective/scores") == 2.0
+    assert metric(metrics, "objective/entropy") == 2.5
+
+
+def test_a_coefficient_with_a_target_follows_the_kl_and_is_remembered_in_the_state() -> None:
+    batch = episodes()
+    batch = batch.with_columns(ref_logps=batch["old_logps"] - np.float32(0.1))
+    kl = 0.1 * batch["mask"].sum() / len(batch)
+    options: dict[str, Any] = {"coefficient": 0.2, "horizon": 100}
+    for target, error in ((kl / 1.1, 0.1), (kl / 3, 0.2), (kl * 3, -0.2)):
+        state: dict[str, Any] = {}
+        _, before = kl_in_reward(batch, ALONE, state, target=target, **options)
+        _, after = kl_in_reward(batch, ALONE, state, target=1.0, **options)
+        assert metric(before, "objective/kl_coef") == 0.2
+        assert metric(after, "objective/kl_coef") == pytest.approx(0.2 * (1 + error * len(batch) / 100))
+    fixed: dict[str, Any] = {}
+    kl_in_reward(batch, ALONE, fixed, coefficient=0.2)
+    assert fixed == {}
+
+
+def test_a_penalty_is_for_completions_that_hit_their_limit_and_what_has_no_score_is_not_learned_from() -> None:
+    rows = RowTable(Batch.build([2, 2, 2], reward=[1.0, 2.0, np.nan], truncated=[False, True, True]))
+    np.testing.assert_array_equal(without_eos(rows, penalty=1.5)["reward"], [1.0, 0.5, np.nan])
+    assert only_scored(rows)["learned"].tolist() == [True, True, False]
+    rows = rows.with_values(learned=np.array([False, True, True]))
+    assert only_scored(rows)["learned"].tolist() == [False, True, False]
+
+
+def test_a_row_without_a_trained_token_earns_nothing_and_is_in_no_mean() -> None:
+    mask = [False, True, False, False]
+    batch = Batch.build([2, 2], mask=mask, reward=[3.0, np.nan], values=np.ones(4, np.float32))
+    columns, metrics = reward_at_the_end(batch, ALONE, {})
+    assert columns["step_reward"].tolist() == [0, 3, 0, 0]
+    assert metric(metrics, "objective/scores") == 3
+    found, _ = generalised_advantages(batch.with_columns(**columns), ALONE, {}, gamma=1.0, lam=1.0)
+    assert all(np.isfinite(values).all() for values in found.values())
+
+
+def test_whitened_values_have_mean_0_and_unbiased_variance_1_and_rewards_keep_their_mean() -> None:
+    values = np.random.default_rng(0).normal(3, 5, 50)
+    assert whitened(values, ALONE).mean() == pytest.approx(0, abs=1e-9)
+    assert whitened(values, ALONE).var(ddof=1) == pytest.approx(1)
+    assert whitened(values, ALONE, shift_mean=False).mean() == pytest.approx(values.mean())
+    batch = episodes().with_columns(step_reward=np.arange(episodes().num_tokens))
+    found = whitened_rewards(batch, ALONE, {})[0]["step_reward"]
+    trained = batch["step_reward"][batch["mask"]].astype(float)
+    np.testing.assert_allclose(
+        found[batch["mask"]], (trained - trained.mean()) / trained.std(ddof=1) + trained.mean(), rtol=1e-5
+    )
+    assert not found[~batch["mask"]].any()
+
+
+def test_ranks_whiten_adapt_and_explain_as_one_of_them_with_all_rows_would() -> None:
+    batch = episodes()
+    parts = [batch.select([0, 3, 4, 5]), batch.select([1, 2, 6, 7]), batch.select([])]
+    options: dict[str, Any] = {"coefficient": 0.3, "target": 0.5, "horizon": 50}
+    alone: dict[str, Any] = {}
+    states: list[dict[str, Any]] = [{}, {}, {}]
+    whole = batch.with_columns(**kl_in_reward(batch, ALONE, alone, **options)[0])
+    shares = [
+        part.with_columns(**columns)
+        for part, (columns, _) in zip(parts, on_ranks(kl_in_reward, parts, states, **options), strict=True)
+    ]
+    assert states == [pytest.approx(alone)] * 3
+    expected, metrics = generalised_advantages(whole, ALONE, {}, gamma=GAMMA, lam=LAM)
+    found = on_ranks(generalised_advantages, shares, states, gamma=GAMMA, lam=LAM)
+    order = batch.token_index(np.array([0, 3, 4, 5, 1, 2, 6, 7]))
+    for name in ("advantages", "returns"):
+        np.testing.assert_allclose(np.concatenate([f[0][name] for f in found]), expected[name][order], atol=1e-5)
+    for _, each in found:
+        assert metric(each, "val/explained_variance") == pytest.approx(metric(metrics, "val/explained_variance"))
+
+
+@pytest.mark.parametrize(("values", "explained"), [([1.0, 2, 3, 4], 1.0), ([2.5] * 4, 0.0), ([4.0, 3, 2, 1], -3.0)])
+def test_explained_variance_is_1_of_values_that_are_the_returns_and_0_of_a_constant(
+    values: list[float], explained: float
+) -> None:
+    batch = Batch.build([1] * 4, mask=[True] * 4, step_reward=np.arange(1.0, 5), values=np.array(values))
+    _, metrics = generalised_advantages(batch, ALONE, {}, gamma=1.0, lam=1.0)
+    assert metric(metrics, "val/explained_variance") == pytest.approx(explained)
+
+
+# The losses
+
+
+def value_rows(seed: int = 3) -> Rows:
+    rng = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, 7, (6,), generator=rng)
+    total = int(lengths.sum())
+    old, returns, now = torch.randn(3, total, generator=rng, dtype=torch.float64)
+    mask = torch.rand(total, generator=rng) < 0.7
+    return Rows(MicroBatch(lengths, {"mask": mask, "values": old, "returns": returns}), old + 0.3 * now)
+
+
+def value_objective(**options: Any) -> LossObjective:
+    return LossObjective.of(build("ppo", options).updates[1])
+
+
+@pytest.mark.parametrize("options", [{}, {"cliprange_value": 0.05}, {"cliprange_value": None}])
+def test_the_value_loss_has_its_slope_as_gradient_and_is_the_same_however_it_is_split(options: dict[str, Any]) -> None:
+    rows, objective = value_rows(), value_objective(**options)
+    result = optimise(objective, rows)
+    for token in range(len(rows.logps)):
+        nudge = torch.zeros_like(rows.logps)
+        nudge[token] = 1e-6
+        up, down = (optimise(objective, Rows(rows.micro, rows.logps + sign * nudge)).value for sign in (1, -1))
+        assert float(result.gradient[token]) == pytest.approx((up - down) / 2e-6, abs=1e-6)
+    split = optimise(objective, rows, [[[3], [0, 5], []], [[4, 1], [2], []]])
+    assert split.value == pytest.approx(result.value)
+    torch.testing.assert_close(split.gradient, result.gradient)
+    assert split.metrics == pytest.approx(result.metrics)
+
+
+def test_a_value_that_moved_further_than_the_clip_range_towards_its_return_has_no_gradient() -> None:
+    columns = {"mask": torch.ones(4).bool(), "values": torch.zeros(4), "returns": torch.tensor([1.0, 1.0, 1.0, -1.0])}
+    rows = Rows(MicroBatch(torch.tensor([4]), columns), torch.tensor([0.1, 0.5, -0.5, 0.5]))
+    result = optimise(value_objective(cliprange_value=0.2), rows)
+    assert result.gradient.tolist() == pytest.approx([-0.9 / 4, 0.0, -1.5 / 4, 1.5 / 4])
+    expected = (0.9**2 + 0.8**2 + 1.5**2 + 1.5**2) / 8
+    assert result.value == pytest.approx(expected)
+    assert result.metrics["val/clipfrac_avg"] == 0.25
+    assert optimise(value_objective(cliprange_value=None), rows).gradient[1] == pytest.approx(-0.5 / 4)
+
+
+# The method
+
+
+def test_options_that_would_do_nothing_are_refused_with_what_they_need() -> None:
+    for options, said in (
+        ({"kl_horizon": 5}, "options.kl_target"),
+        ({"kl_coef": 0.0, "kl_target": 6.0}, "0 stays 0"),
+        ({"kl_coef": 0.0, "kl_estimator": "k3"}, "options.kl_estimator='k3' does nothing"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            build("ppo", options)
+
+
+def test_without_a_kl_coefficient_no_reference_is_launched() -> None:
+    assert "reference" in build("ppo", {}).roles
+    assert "reference" not in build("ppo", {"kl_coef": 0.0}).roles
