@@ -382,8 +382,16 @@ def _choices(bundles: Sequence[Bundle]) -> int:
 def _own_daemons() -> tuple[tuple[str, psutil.Process], ...]:
     """Of a Ray that this process started: those of its children without which there is no Ray. Empty if it connected to
     a Ray that was there."""
-    named = [(os.path.basename((child.cmdline() or [""])[0]), child) for child in psutil.Process().children()]
+    named = [(os.path.basename(_command_of(child)), child) for child in psutil.Process().children()]
     return tuple((name, child) for name, child in named if name in DAEMONS)
+
+
+def _command_of(process: psutil.Process) -> str:
+    """Empty for a process that has ended, reaped or not: a daemon that did not come up, say."""
+    try:
+        return (process.cmdline() or [""])[0]
+    except psutil.NoSuchProcess:  # a zombie is one
+        return ""
 
 
 def _session(daemons: Iterable[tuple[str, psutil.Process]]) -> str:

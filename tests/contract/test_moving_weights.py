@@ -78,7 +78,7 @@ def naive_loop(config: RunConfig, to: Path) -> None:
     stage = pipeline.updates[0]
     assert stage.call is not None
     objective = LossObjective(stage.call, stage.options["reduce"], stage.options["loss_options"])
-    spec, optim = ModelSpec(config.model.path), optim_spec(prepared)
+    spec, optim = ModelSpec(config.model.path), optim_spec(prepared, "policy", config.roles.policy)
     policy = ModelWorker("policy", spec, BackendSpec("single", optim), threads=torch.get_num_threads())
     reference = ModelWorker("reference", spec, BackendSpec("single"), threads=torch.get_num_threads())
     for role in (policy, reference):

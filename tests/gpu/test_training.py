@@ -39,6 +39,7 @@ class MaskedNll:
     head = Head.VOCABULARY
     keep_groups = False
     coupled = False
+    statistics_rows = None
 
     def counts(self, micro: MicroBatch) -> Counts:
         return {"tokens": float(micro["mask"].sum())}

@@ -1,9 +1,13 @@
 """A Ray of our own that does not come up in time."""
 
+import subprocess
+import time
+
+import psutil
 import pytest
 
 from actors.errors import RunError
-from orchestrator.cluster.ray_cluster import START_ATTEMPTS, started
+from orchestrator.cluster.ray_cluster import START_ATTEMPTS, _command_of, _own_daemons, started
 
 LATE = Exception("The current node timed out during startup. This could happen because some of the raylet failed ...")
 
@@ -46,3 +50,12 @@ def test_another_error_of_its_start_is_not_tried_again():
     with pytest.raises(ConnectionError):
         started(ray.start, ray.clean_up, ray.warnings.append)
     assert ray.attempts == 1
+
+
+def test_a_daemon_that_ended_while_one_looks_is_none():
+    with subprocess.Popen(["true"]) as ended:
+        child = psutil.Process(ended.pid)
+        while child.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        assert _command_of(child) == "" and _own_daemons() == ()
+    assert _command_of(child) == ""
