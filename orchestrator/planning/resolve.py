@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from actors import lora, pretrained
+from actors.columns import Head
 from actors.errors import ConfigError
 from actors.model import check_architecture
 from actors.pretrained import check_folder
@@ -291,8 +292,13 @@ def _check_models(prepared: Prepared) -> None:
     configs = {path: pretrained.load_config(path, trusted) for path in {prepared.model, *prepared.models.values()}}
     for path, found in configs.items():
         check_architecture(found, path)
-    if prepared.lora is not None:
-        lora.check(prepared.model, prepared.lora, trusted)
+    trained = dict.fromkeys(role for phase in prepared.phases for role in phase.pipeline.trained)
+    for role in trained:
+        path, head = prepared.models.get(role) or prepared.model, prepared.heads.get(role, Head.VOCABULARY)
+        if prepared.lora is not None:
+            lora.check(path, prepared.lora, trusted, head)
+        if head is not Head.VOCABULARY:
+            pretrained.padding_token(prepared.tokenizer, configs[path])
     sampled_by_vllm = prepared.generates and ENGINES.get(rollout.engine) == ENGINES["vllm"]
     if sampled_by_vllm and rollout.gpus == 0 and (refusal := cpu_refusal(configs[prepared.model])):
         raise ConfigError(f"roles.rollout.engine={rollout.engine}: {refusal}")

@@ -66,6 +66,8 @@ HELD_OUT_LINE = (
     Shown("loss", _metric("eval_loss"), ".4f"),
     Shown("margin", _metric("eval_rewards/margins"), ".4f"),
     Shown("accuracy", _metric("eval_rewards/accuracies"), ".1%"),
+    Shown("margin", _metric("eval_margin"), ".4f"),  # of a reward model's scores
+    Shown("accuracy", _metric("eval_accuracy"), ".1%"),
 )
 
 
