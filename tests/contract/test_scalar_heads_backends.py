@@ -1,5 +1,5 @@
-"""A reward model learns the same whatever trains it: two ranks of DeepSpeed at every ZeRO stage, whole or with adapters,
-learn what one process learns, go on from their state to the bit, and save folders that transformers gives equal scores.
+"""A reward model learns the same whatever trains it: ranks of DeepSpeed at every ZeRO stage, whole or with adapters,
+learn what one process learns, go on from their state to the bit, and save folders with equal scores in transformers.
 """
 
 from __future__ import annotations
