@@ -16,10 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from actors.columns import Head
 from actors.errors import ModelError
-from actors.pretrained import skeleton
+from actors.pretrained import SCORE, skeleton
 
 ADAPTER = "default"
+TASKS = {  # PEFT's names of what a model with that head is for
+    Head.VOCABULARY: "CAUSAL_LM",
+    Head.TOKEN_SCALAR: "TOKEN_CLS",
+    Head.ROW_SCALAR: "SEQ_CLS",
+}
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 
 
@@ -35,7 +41,7 @@ class LoraSpec:
     use_dora: bool = False
 
 
-def attach(causal: Any, spec: LoraSpec) -> None:
+def attach(causal: Any, spec: LoraSpec, head: Head = Head.VOCABULARY) -> None:
     """Inject adapters into `causal` in place and freeze everything else. Draws from torch's random state. Raises
     ModelError for targets that do not exist, or that cannot have an adapter."""
     from peft import LoraConfig, inject_adapter_in_model
@@ -48,20 +54,25 @@ def attach(causal: Any, spec: LoraSpec) -> None:
         target_modules=spec.target_modules if isinstance(spec.target_modules, str) else list(spec.target_modules),
         use_rslora=spec.use_rslora,
         use_dora=spec.use_dora,
-        task_type="CAUSAL_LM",
+        task_type=TASKS[head],
+        # Scalar heads have no adapter: they are trained themselves, and saved beside the adapters.
+        exclude_modules=None if head is Head.VOCABULARY else [SCORE],
+        modules_to_save=None,
         base_model_name_or_path=str(Path(path).absolute()) if Path(path).is_dir() else path,
     )
     try:
         inject_adapter_in_model(config, causal, ADAPTER)
     except ValueError as error:
         raise ModelError(f"model.lora: {error}") from error
+    if head is not Head.VOCABULARY:
+        config.modules_to_save = [SCORE]  # after the injection, which would copy it; for those who open the folder
     _refuse_unread(causal, spec)
 
 
-def check(path: str, spec: LoraSpec, trust_remote_code: bool) -> None:
-    """What `attach` would refuse, from the model's configuration alone. Raises ModelError."""
+def check(path: str, spec: LoraSpec, trust_remote_code: bool, head: Head = Head.VOCABULARY) -> None:
+    """What `attach` would refuse, from the configuration of the model at `path` alone. Raises ModelError."""
     with torch.random.fork_rng(devices=[]):
-        attach(skeleton(path, trust_remote_code), spec)
+        attach(skeleton(path, trust_remote_code, head), spec, head)
 
 
 def _refuse_unread(causal: Any, spec: LoraSpec) -> None:
@@ -178,13 +189,17 @@ def full_tensors(causal: Any, bucket_bytes: int, gather: Gather = resident) -> I
 
 
 def adapter_weights(causal: Any, gather: Gather = resident) -> dict[str, Tensor]:
-    """The adapters' own tensors under the names of a PEFT folder, copied to the host."""
+    """The adapters' own tensors, and those of a scalar head that is trained with them, under the names of a PEFT
+    folder, copied to the host."""
     from peft import get_peft_model_state_dict
 
-    named = {name: parameter for name, parameter in causal.named_parameters() if ".lora_" in name}
+    named = dict(causal.named_parameters())
+    heads = [name for name in named if name.startswith(f"{SCORE}.")]
+    named = {name: parameter for name, parameter in named.items() if ".lora_" in name or name in heads}
     with gather(list(named.values())):
         whole = {name: parameter.detach().to("cpu", copy=True) for name, parameter in named.items()}
-    found = get_peft_model_state_dict(causal, whole, ADAPTER, save_embedding_layers=False)
+    score = {name: whole.pop(name) for name in heads}
+    found = get_peft_model_state_dict(causal, whole, ADAPTER, save_embedding_layers=False) | score
     return {f"base_model.model.{name}": tensor.contiguous() for name, tensor in found.items()}
 
 

@@ -16,7 +16,7 @@ from actors.errors import ModelError
 from actors.heads import LogitScaling, ScalarHead, VocabularyHead
 from actors.lora import LoraSpec, attach
 from actors.prefixes import shared_prefixes
-from actors.pretrained import load_pretrained, load_tokenizer
+from actors.pretrained import load_config, load_pretrained, load_tokenizer, padding_token
 
 PACKABLE = frozenset({"full_attention", "sliding_attention"})  # kinds of layers, as transformers names them
 
@@ -62,7 +62,7 @@ class LanguageModel(nn.Module):
         self.router_aux_loss_coef: float = own if router_aux_loss_coef is None else router_aux_loss_coef
         self._packs = causal.config._attn_implementation == VARLEN
         self._drops_out = bool(getattr(causal.config, "attention_dropout", 0.0)) or any(
-            isinstance(module, nn.Dropout) and module.p > 0 for module in causal.modules()
+            isinstance(module, nn.Dropout) and module.p > 0 for module in causal.get_decoder().modules()
         )
 
     def forward(
@@ -150,6 +150,7 @@ def load_model(spec: ModelSpec, device: torch.device | str = "cpu", *, trainable
         spec.path,
         spec.trust_remote_code,
         head=spec.head,
+        may_draw=trainable,
         dtype=getattr(torch, spec.dtype),
         attn_implementation=spec.attn_implementation or VARLEN,
     )
@@ -160,11 +161,12 @@ def prepare(causal: Any, spec: ModelSpec, *, trainable: bool) -> LanguageModel:
     """What `load_model` does once the weights are there: adapters, which parameters are trained, checkpointing."""
     causal.requires_grad_(trainable and spec.lora is None)
     if spec.lora is not None:
-        attach(causal, spec.lora)
-        if hasattr(causal, "score"):
-            causal.score.requires_grad_(
-                trainable
-            )  # new, as a rule: adapters around a head that stays would say nothing
+        attach(causal, spec.lora, spec.head)
+    if spec.head is not Head.VOCABULARY and trainable:
+        causal.score.requires_grad_(True)  # with adapters, too: it is new, as a rule
+        tokenizer = _tokenizer(spec)
+        token = padding_token(tokenizer, causal.config)
+        causal.config.get_text_config().pad_token_id = tokenizer.convert_tokens_to_ids(token)
     if spec.gradient_checkpointing and trainable:
         causal.gradient_checkpointing_enable({"use_reentrant": False})
     model = LanguageModel(
@@ -175,4 +177,11 @@ def prepare(causal: Any, spec: ModelSpec, *, trainable: bool) -> LanguageModel:
 
 def tokenizer_of(spec: ModelSpec) -> Any:
     """The tokenizer that belongs to the model, as it is to be saved beside it. Raises ModelError."""
+    tokenizer = _tokenizer(spec)
+    if spec.head is not Head.VOCABULARY:
+        tokenizer.pad_token = padding_token(tokenizer, load_config(spec.path, spec.trust_remote_code))
+    return tokenizer
+
+
+def _tokenizer(spec: ModelSpec) -> Any:
     return load_tokenizer(spec.tokenizer or spec.path, spec.trust_remote_code, spec.chat_template)

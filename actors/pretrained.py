@@ -25,6 +25,7 @@ CLASSES = {
     Head.TOKEN_SCALAR: "AutoModelForTokenClassification",
     Head.ROW_SCALAR: "AutoModelForSequenceClassification",
 }
+SCORE = "score"  # the layer that is a scalar head, in transformers' classes
 ADAPTER_CONFIG = "adapter_config.json"
 MERGE = (
     "merge it first: PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder), and use that "
@@ -79,9 +80,12 @@ def load_tokenizer(path: str, trust_remote_code: bool, chat_template: str | None
     return tokenizer
 
 
-def load_pretrained(path: str, trust_remote_code: bool, *, head: Head = Head.VOCABULARY, **options: Any) -> Any:
-    """The model with that head, on the CPU; a scalar head that the folder does not have is drawn at random. `options`
-    are those of `from_pretrained`. Raises ModelError."""
+def load_pretrained(
+    path: str, trust_remote_code: bool, *, head: Head = Head.VOCABULARY, may_draw: bool = False, **options: Any
+) -> Any:
+    """The model with that head, on the CPU. A scalar head that the folder does not have is drawn at random if
+    `may_draw`; any other weight that it lacks is refused. `options` are those of `from_pretrained`. Raises ModelError.
+    """
     import transformers
     from transformers.utils import logging
 
@@ -89,22 +93,86 @@ def load_pretrained(path: str, trust_remote_code: bool, *, head: Head = Head.VOC
     check_folder(path)
     if head is not Head.VOCABULARY:
         options["num_labels"] = 1
-    with _refusing(f"a model with a {head} head", path), LOADING:
+    with _refusing(f"a model with a {head} head", path), LOADING, _without_report():
         auto = getattr(transformers, CLASSES[head])
-        causal = auto.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
+        causal, found = auto.from_pretrained(
+            path, trust_remote_code=trust_remote_code, output_loading_info=True, **options
+        )
     if getattr(causal, "_hf_peft_config_loaded", False):  # of the hub: a folder was looked at before
         raise ModelError(f"{path} holds a LoRA adapter, which transformers loaded with its base model; {MERGE}")
+    _refuse_drawn(path, head, may_draw, set(found["missing_keys"]), set(found["unexpected_keys"]))
+    if head is not Head.VOCABULARY and not hasattr(causal, SCORE):
+        raise ModelError(
+            f"{path}: {type(causal).__name__} has no layer `{SCORE}`, which the classes of most decoders have; use a "
+            "model of another architecture"
+        )
     return causal
 
 
-def skeleton(path: str, trust_remote_code: bool) -> Any:
-    """The causal language model without its weights: every module, on torch's `meta` device. Raises ModelError."""
+def skeleton(path: str, trust_remote_code: bool, head: Head = Head.VOCABULARY) -> Any:
+    """The model with that head, without its weights: every module, on torch's `meta` device. Raises ModelError."""
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     config = load_config(path, trust_remote_code)
-    with _refusing("a causal language model", path), LOADING, torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    if head is not Head.VOCABULARY:
+        config.num_labels = 1
+    with _refusing(f"a model with a {head} head", path), LOADING, torch.device("meta"):
+        return getattr(transformers, CLASSES[head]).from_config(config, trust_remote_code=trust_remote_code)
+
+
+def padding_token(tokenizer: Any, config: Any) -> str:
+    """The token that pads rows for a model with a scalar head: its Hugging Face class takes a row's score before the
+    padding, so a token that ends rows cannot be it. The tokenizer's own, or another special token. Raises ModelError if
+    there is none."""
+    given = config.get_text_config().eos_token_id
+    ends = {tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])}
+    special = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    others = [name for name, index in special.items() if index not in ends and "pad" in name.lower()]
+    for name in (tokenizer.pad_token, *others, tokenizer.unk_token):
+        index = None if name is None else tokenizer.convert_tokens_to_ids(name)
+        if index is not None and index not in ends:
+            return str(name)
+    raise ModelError(
+        f"the tokenizer pads with {tokenizer.pad_token!r} and has no special token to pad with instead: a model that "
+        "gives rows a score needs one that does not end them. Add one (tokenizer.add_special_tokens({'pad_token': "
+        "'<pad>'}), within the model's vocabulary), save the tokenizer, and set model.tokenizer to its folder"
+    )
+
+
+def _refuse_drawn(path: str, head: Head, may_draw: bool, missing: set[str], unread: set[str]) -> None:
+    """Raises ModelError for weights that the folder lacks, which transformers draws at random, and for a part of a
+    score that would be lost."""
+    if head is not Head.VOCABULARY and f"{SCORE}.bias" in unread:
+        raise ModelError(
+            f"{path} holds a head with a bias, that of a {Head.TOKEN_SCALAR} model, and a model with a {head} head has "
+            "none: its numbers would be others. Start from the model that it was made of"
+        )
+    new = {name for name in missing if head is not Head.VOCABULARY and name.startswith(f"{SCORE}.")}
+    if new >= {f"{SCORE}.weight"} and not may_draw:
+        raise ModelError(
+            f"{path} holds no head that gives a number, and a new one, drawn at random, says nothing; train it first, "
+            "or use the folder of a reward model"
+        )
+    if others := sorted(missing - new):
+        raise ModelError(
+            f"{path} lacks weights of a model with a {head} head: {', '.join(others[:4])}"
+            f"{', ...' if len(others) > 4 else ''}; they would be drawn at random. A reward model has no vocabulary "
+            "head, for example: start from the model that it was made of"
+        )
+
+
+@contextmanager
+def _without_report() -> Generator[None]:
+    """Transformers prints no table of weights that are missing or not used: `_refuse_drawn` looks at them."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 @contextmanager

@@ -40,6 +40,7 @@ class DataKind:
     columns: frozenset[str]
     rows_per_item: int = 1
     prompts_only: bool = False
+    uncut: bool = False  # a row is judged as a whole: an item with one that is too long is left out, not cut
 
 
 def items_of(kind: DataKind) -> str:
@@ -52,6 +53,8 @@ _ROWS = frozenset({"tokens", "mask", "group"})
 Completions = DataKind("completions", _ROWS)
 Prompts = DataKind("prompts", frozenset(), prompts_only=True)
 Pairs = DataKind("pairs", _ROWS | {"preferred"}, rows_per_item=2)
+UncutPairs = replace(Pairs, uncut=True)
+PairsWithMargin = DataKind("pairs_with_margin", Pairs.columns | {"margin"}, rows_per_item=2, uncut=True)
 Triples = DataKind("triples", _ROWS | {"preferred", "gold"}, rows_per_item=3)
 Labelled = DataKind("labelled", _ROWS | {"label"})
 WeightedLabelled = DataKind("weighted_labelled", Labelled.columns | {"weight"})  # by density ratio

@@ -151,8 +151,9 @@ class DataConfig(Section):
     """Tokens of prompt and completion; what is longer is handled as `truncation` says."""
     max_prompt_length: Positive | None = None
     """Tokens of the prompt; a row with a longer one is handled as `truncation` says."""
-    truncation: Literal["keep_start", "keep_end", "drop", "error"] = "keep_start"
-    """What becomes of a row that is too long: cut at its end, cut at its start, left out, or the run refused."""
+    truncation: Literal["keep_start", "keep_end", "drop", "error"] | None = None
+    """What becomes of a row that is too long: cut at its end, cut at its start, left out, or the run refused. Default:
+    `keep_start`, and `drop` for methods that judge rows as a whole (reward models)."""
     packing: Literal["none", "bfd", "bfd_split", "wrapped"] = "none"
     """Rows of several examples: best-fit decreasing, the same with long rows split, or one stream cut up."""
     completion_only: bool | None = None

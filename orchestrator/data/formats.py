@@ -206,6 +206,10 @@ def read_steps(row: Row) -> list[Example]:
     return [replace(_example(row, prompt, tuple(cast(list[str], steps))), step_labels=step_labels)]
 
 
+PAIRS = (
+    Format(("prompt", "chosen", "rejected"), read_pair),
+    Format(("chosen", "rejected"), read_pair_without_prompt),
+)
 LABELLED = (
     Format(("prompt", "completion", "label"), read_labelled),
     Format(("prompt", "chosen", "rejected"), read_pair_as_labelled),
@@ -223,10 +227,8 @@ FORMATS: dict[str, tuple[Format, ...]] = {
         Format(("prompt",), read_prompt, completion_only=(), talks=False),  # nothing of them is learned from
         Format(("input_ids",), read_input_ids, completion_only=(), talks=False),
     ),
-    "pairs": (
-        Format(("prompt", "chosen", "rejected"), read_pair),
-        Format(("chosen", "rejected"), read_pair_without_prompt),
-    ),
+    "pairs": PAIRS,
+    "pairs_with_margin": tuple(replace(pair, columns=(*pair.columns, "margin")) for pair in PAIRS),
     "triples": (Format(("prompt", "chosen", "rejected", "reference"), read_triple),),
     "labelled": LABELLED,
     "mismatched_labelled": LABELLED,

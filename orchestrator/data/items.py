@@ -98,8 +98,8 @@ class Items:
         if "label" in self.kind.columns:
             columns["label"] = np.full(rows, self.store.label[index] == 1)
         for name, values in (("margin", self.store.margin), ("weight", self.store.weight)):
-            if len(values):
-                columns[name] = np.full(rows, values[index])
+            if len(values) or name in self.kind.columns:  # a column may be there, and null in every row
+                columns[name] = np.full(rows, values[index] if len(values) else 0.0, np.float32)
         return columns
 
     def _packed(self, pieces: Bin, group: int) -> Batch:

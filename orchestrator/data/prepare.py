@@ -11,7 +11,7 @@ from orchestrator.data.conversation import RowError, refuse_other_ending
 from orchestrator.data.formats import Example, Format, Row
 from orchestrator.data.template import EndlessTemplate
 from orchestrator.data.tokenise import Encoded, Tokeniser
-from orchestrator.data.truncation import Fit, Limits
+from orchestrator.data.truncation import Fit, Limits, Truncation
 from orchestrator.pipeline import DataKind
 
 OPTIONAL = ("tools", "chat_template_kwargs", "labels", "completion_mask", "assistant_masks")
@@ -86,17 +86,30 @@ def limits_of(data: DataConfig, kind: DataKind, model_max_length: int) -> Limits
             raise DataError(f"data.{name}={given}, but the model holds {model_max_length} tokens")
     if data.packing != "none" and kind.name != "completions":
         raise DataError(f"data.packing={data.packing} is for completions, not for {kind.name}: leave it out")
+    truncation = truncation_of(data, kind)
     if kind.prompts_only:
         longest = data.max_prompt_length or data.max_length or model_max_length - 1
-        return Limits(None, longest, data.truncation)
+        return Limits(None, longest, truncation)
     splits = data.packing in ("bfd_split", "wrapped")
-    if splits and data.truncation != "keep_start" and data.max_prompt_length is None:
+    if splits and truncation != "keep_start" and data.max_prompt_length is None:
         raise DataError(
-            f"data.truncation={data.truncation} is for what is cut, and data.packing={data.packing} cuts nothing off: "
+            f"data.truncation={truncation} is for what is cut, and data.packing={data.packing} cuts nothing off: "
             "leave one of them out, or set data.packing=bfd"
         )
     longest = None if splits else data.max_length or model_max_length
-    return Limits(longest, data.max_prompt_length, data.truncation)
+    return Limits(longest, data.max_prompt_length, truncation)
+
+
+def truncation_of(data: DataConfig, kind: DataKind) -> Truncation:
+    """What becomes of rows that are too long. Raises DataError if they were to be cut and must not be."""
+    if data.truncation is None:
+        return "drop" if kind.uncut else "keep_start"
+    if kind.uncut and data.truncation in ("keep_start", "keep_end"):
+        raise DataError(
+            f"data.truncation={data.truncation} would cut rows that are judged as a whole: a part of an answer is "
+            "another answer. Leave it out, and pairs with a side that is too long are left out; or set it to error"
+        )
+    return data.truncation
 
 
 def wanted_columns(form: Format, kind: DataKind, data: DataConfig, found: Sequence[str]) -> list[str]:

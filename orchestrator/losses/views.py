@@ -181,6 +181,13 @@ class Pairs(Paired, Tokens):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoredPairs(Paired, Scores):
+    """Preference pairs with the scores of their two sides."""
+
+    margin: Tensor | None = None  # [B], the same for both rows of a pair
+
+
+@dataclass(frozen=True, kw_only=True)
 class RefPairs(Pairs):
     """Preference pairs that are measured against a reference."""
 

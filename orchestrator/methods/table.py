@@ -8,6 +8,7 @@ from orchestrator.methods.dpo import dpo
 from orchestrator.methods.grpo import grpo
 from orchestrator.methods.ppo import ppo
 from orchestrator.methods.reference_free import alphapo, cpo, orpo, simpo, tpo
+from orchestrator.methods.reward_model import reward_model
 from orchestrator.methods.sft import sft
 from orchestrator.methods.unpaired import bco, kto
 from orchestrator.pipeline import Pipeline
@@ -22,6 +23,7 @@ METHODS: dict[str, Callable[..., Pipeline]] = {
     "tpo": tpo,
     "kto": kto,
     "bco": bco,
+    "reward_model": reward_model,
     "grpo": grpo,
     "ppo": ppo,
 }

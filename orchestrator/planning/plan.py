@@ -132,10 +132,12 @@ def make_plan(
     pipelines: Mapping[str, Pipeline],
     *,
     parameters: int | None = None,
+    own_parameters: Mapping[str, int | None] | None = None,
     machine: Machine | None = None,
 ) -> Plan:
-    """The plan of a run, `pipelines` by phase. Raises ConfigError with everything that would be refused."""
-    plan = draft_plan(config, pipelines, parameters=parameters, machine=machine)
+    """The plan of a run, `pipelines` by phase. `parameters` of the run's model, `own_parameters` of the models of roles
+    that differ from it. Raises ConfigError with everything that would be refused."""
+    plan = draft_plan(config, pipelines, parameters=parameters, own_parameters=own_parameters, machine=machine)
     if plan.refusals:
         raise ConfigError("\n".join(plan.refusals))
     return plan
@@ -146,6 +148,7 @@ def draft_plan(
     pipelines: Mapping[str, Pipeline],
     *,
     parameters: int | None = None,
+    own_parameters: Mapping[str, int | None] | None = None,
     machine: Machine | None = None,
 ) -> Plan:
     """A plan that may have `refusals`: something to look at, not to launch."""
@@ -155,8 +158,13 @@ def draft_plan(
     sized = [role for role in launched if role in config.roles]
     threads = _threads(config, pipelines, sized, parameters, machine or Machine.here())
     gang, seats = _gang(config, sized)
+    counts = {role: parameters if _has_the_runs_model(config, role) else None for role in sized} | (
+        own_parameters or {}
+    )
     roles = {
-        role: _role_plan(role, config, threads[role], seats.get(role, ()), _memory(role, config, pipelines, parameters))
+        role: _role_plan(
+            role, config, threads[role], seats.get(role, ()), _memory(role, config, pipelines, counts[role])
+        )
         for role in sized
     }
     phases = tuple(_phase_plan(name, config, pipeline) for name, pipeline in pipelines.items())
@@ -302,11 +310,16 @@ def _environment(settings: Role, threads: int, *, alone: bool) -> dict[str, str]
     return env
 
 
+def _has_the_runs_model(config: RunConfig, role: str) -> bool:
+    settings = config.roles[role]
+    return not (isinstance(settings, RanksRole) and settings.model is not None)
+
+
 def _memory(role: str, config: RunConfig, pipelines: Mapping[str, Pipeline], parameters: int | None) -> Memory | None:
     settings = config.roles[role]
     if isinstance(settings, ScorersRole):
         return Memory()
-    if parameters is None or (isinstance(settings, RanksRole) and settings.model is not None):
+    if parameters is None:
         return None
     if isinstance(settings, EngineRole):
         per_gpu = parameters // settings.tensor_parallel

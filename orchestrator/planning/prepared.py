@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,7 @@ class Prepared:
     rewards: tuple[RewardSpec, ...]  # functions
     model_rewards: tuple[ModelReward, ...]
     parameters: int | None
+    own_parameters: Mapping[str, int | None] = field(default_factory=dict[str, int | None])  # of roles that differ
 
     @property
     def lora(self) -> LoraSpec | None:

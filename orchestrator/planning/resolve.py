@@ -9,10 +9,13 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from actors import lora, pretrained
+from actors.columns import Head
 from actors.errors import ConfigError
 from actors.model import check_architecture
 from actors.pretrained import check_folder
@@ -23,7 +26,7 @@ from orchestrator.data.synthetic_examples import PREFIX, is_example, model_folde
 from orchestrator.losses.objective import LossObjective
 from orchestrator.methods import build
 from orchestrator.pipeline import DataKind, Pipeline, Prompts, Verb
-from orchestrator.planning.handover import is_handed_over
+from orchestrator.planning.handover import is_handed_over, phase_of
 from orchestrator.planning.prepared import ModelReward, Prepared, PreparedPhase
 from orchestrator.planning.schedule import Schedule
 from rewards.loading import check_columns, check_names, check_reward
@@ -32,6 +35,7 @@ from rollout.sampling import Sampling
 from rollout.stopping import resolved_stops
 from rollout.vllm_engine import cpu_refusal
 
+VOCABULARY_HEAD = "lm_head."  # how the names of its weights begin, in transformers' classes
 UNBOUNDED = 2**31  # of a model that does not say how far its positions reach
 
 
@@ -76,6 +80,7 @@ def prepare(config: RunConfig, *, output: Path | None = None) -> Prepared:
         model_rewards=scoring,
         parameters=count_parameters(model),
     )
+    prepared = replace(prepared, own_parameters=_own_parameters(prepared))
     _check_rewards(prepared)
     _check_models(prepared)
     _refuse_no_room(prepared, room)
@@ -107,14 +112,35 @@ def load_tokenizer(path: str, chat_template: str | None, trust_remote_code: bool
     return pretrained.load_tokenizer(path, trust_remote_code, text)
 
 
-def count_parameters(model: str) -> int | None:
-    """From the headers of a folder's safetensors files; None where there are none to read."""
-    total = 0
+def _own_parameters(prepared: Prepared) -> dict[str, int | None]:
+    """Of roles whose model is another one than the run's, or has another head."""
+    first_of = {phase.name: phase.pipeline.trained[0] for phase in prepared.phases}
+    differing = [role for role, head in prepared.heads.items() if head is not Head.VOCABULARY]
+    found: dict[str, int | None] = {}
+    for role in (*prepared.models, *prepared.handed_over, *differing):
+        left = phase_of(prepared.handed_over.get(role, ""))  # whose first trained role's model it becomes
+        path = prepared.models.get(first_of.get(left or "", role)) or prepared.model
+        found[role] = count_parameters(path, prepared.heads.get(role, Head.VOCABULARY))
+    return found
+
+
+def count_parameters(model: str, head: Head = Head.VOCABULARY) -> int | None:
+    """Of a model with that head, from the headers of a folder's safetensors files; None where there are none to read.
+    The numbers of a scalar head are not worth counting."""
+    counted = (
+        math.prod(shape)
+        for name, shape in _weights(model)
+        if head is Head.VOCABULARY or not name.startswith(VOCABULARY_HEAD)
+    )
+    return sum(counted) or None
+
+
+def _weights(model: str) -> Iterator[tuple[str, list[int]]]:
+    """(name, shape), as far as a folder's safetensors files say."""
     for file in Path(model).glob("*.safetensors"):
         with file.open("rb") as stream:
             header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
-        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    return total or None
+        yield from ((name, entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 
 def model_length(model: str, trust_remote_code: bool) -> int:
@@ -291,8 +317,22 @@ def _check_models(prepared: Prepared) -> None:
     configs = {path: pretrained.load_config(path, trusted) for path in {prepared.model, *prepared.models.values()}}
     for path, found in configs.items():
         check_architecture(found, path)
-    if prepared.lora is not None:
-        lora.check(prepared.model, prepared.lora, trusted)
+    trained = dict.fromkeys(role for phase in prepared.phases for role in phase.pipeline.trained)
+    for role in trained:
+        path, head = prepared.models.get(role) or prepared.model, prepared.heads.get(role, Head.VOCABULARY)
+        if prepared.lora is not None:
+            lora.check(path, prepared.lora, trusted, head)
+        if head is not Head.VOCABULARY:
+            pretrained.padding_token(prepared.tokenizer, configs[path])
+    for role, head in prepared.heads.items():
+        path = prepared.models.get(role) or prepared.model
+        weights = {name for name, _ in _weights(path)}
+        new = weights and f"{pretrained.SCORE}.weight" not in weights
+        if new and head is not Head.VOCABULARY and role not in {*trained, *prepared.handed_over}:
+            raise ConfigError(
+                f"roles.{role}.model: {path} has no head that gives a number, and nothing trains the role; set it to "
+                "the folder of a reward model, or to the phase that trains one (${phases.NAME.model})"
+            )
     sampled_by_vllm = prepared.generates and ENGINES.get(rollout.engine) == ENGINES["vllm"]
     if sampled_by_vllm and rollout.gpus == 0 and (refusal := cpu_refusal(configs[prepared.model])):
         raise ConfigError(f"roles.rollout.engine={rollout.engine}: {refusal}")

@@ -66,6 +66,8 @@ HELD_OUT_LINE = (
     Shown("loss", _metric("eval_loss"), ".4f"),
     Shown("margin", _metric("eval_rewards/margins"), ".4f"),
     Shown("accuracy", _metric("eval_rewards/accuracies"), ".1%"),
+    Shown("margin", _metric("eval_margin"), ".4f"),  # of a reward model's scores
+    Shown("accuracy", _metric("eval_accuracy"), ".1%"),
 )
 
 
@@ -335,11 +337,25 @@ def _measured(value: float | None, share: bool) -> str:
     return "" if value is None else f"{value:.1%}" if share else f"{value:.4f}"
 
 
+def _gives_scores(model: Path) -> bool:
+    """Whether the model in a folder is a reward model."""
+    config = model / "config.json"
+    architectures = json.loads(config.read_text()).get("architectures") if config.is_file() else None
+    return any("ForSequenceClassification" in name for name in architectures or ())
+
+
 def _next_commands(result: Finished) -> list[tuple[str, str]]:
     """What can be pasted into a shell as it stands."""
     board, model = result.folder.absolute() / "tensorboard", result.model
     commands = [(f"tensorboard --logdir {quote(str(board))}", "every curve of this run")] if board.is_dir() else []
-    if model is not None:
+    if model is not None and _gives_scores(model):
+        ask = quote(
+            "from transformers import pipeline\n"
+            f"score = pipeline('text-classification', {str(model.absolute())!r}, function_to_apply='none')\n"
+            f"print(score({ASKED!r} + score.tokenizer.eos_token)[0]['score'])"
+        )
+        commands.append((f"python -c {ask}", "score a text; the model is a Hugging Face folder"))
+    elif model is not None:
         ask = quote(
             "from transformers import pipeline\n"
             f"generate = pipeline('text-generation', {str(model.absolute())!r})\n"

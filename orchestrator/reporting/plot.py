@@ -155,6 +155,8 @@ PANELS = (
     Panel("held-out rows: reward, chosen above rejected", _metric("eval_rewards/margins"), sparse=True),
     Panel("held-out rows: log-probability, chosen above rejected", _likelier, sparse=True),
     Panel("held-out rows: share with the right order", _metric("eval_rewards/accuracies"), sparse=True, share=True),
+    Panel("held-out rows: score, chosen above rejected", _metric("eval_margin"), sparse=True),
+    Panel("held-out rows: share scored in the right order", _metric("eval_accuracy"), sparse=True, share=True),
     Panel("reward", _metric("reward")),
     Panel("loss", _metric("loss")),
     Panel("completion length, tokens", _metric("completions/mean_length")),

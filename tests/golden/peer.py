@@ -24,7 +24,6 @@ NOT_BUILT = {  # families of cases: what they belong to
     "papo": "papo, which sees images",
     "prm": "process_reward_model",
     "replay_buffer": "the replay of groups",
-    "reward": "reward_model",
     "rloo": "rloo",
     "rloo_adv": "rloo",
     "sdft": "sdft and sdpo",
@@ -156,6 +155,13 @@ def _tpo(keys: Keys, _: Any) -> tuple[str, Options]:
     return "tpo", options | ({"tpo_l_gamma": gamma} if loss == "tpo-l" else {})
 
 
+def _reward(keys: Keys, inputs: Mapping[str, Any]) -> tuple[str, Options]:
+    """The peer takes margins if the data has them; ours if it is told to."""
+    centering = keys.take("center_rewards_coefficient") or 0.0
+    use_margin = inputs.get("margin") is not None
+    return "reward_model", {"use_margin": use_margin, "center_rewards_coefficient": centering}
+
+
 def _grpo(keys: Keys, inputs: Mapping[str, Any]) -> tuple[str, Options]:
     """`ga` and `spg` slice the batch, and `isr` and `tool` only say that the inputs hold such a column."""
     for name in ("ga", "spg", "isr", "tool"):
@@ -221,6 +227,7 @@ MAPPINGS = {
     "kto": _kto,
     "orpo": _orpo,
     "ppo": _ppo,
+    "reward": _reward,
     "sft": _sft,
     "tpo": _tpo,
 }

@@ -737,6 +737,27 @@ def test_log_probabilities_and_entropies_of_a_head_equal_the_peer(case: dict[str
     torch.testing.assert_close(entropies, expected["entropy"], atol=1e-6, rtol=1e-6)
 
 
+# Reward models
+
+
+@cases("reward/")
+def test_a_reward_models_loss_equals_the_peer(case: dict[str, Any]) -> None:
+    inputs = case["inputs"]
+    scores = torch.tensor([*inputs["rewards_chosen"], *inputs["rewards_rejected"]], dtype=torch.float64)
+    pairs = len(scores) // 2
+    columns = {
+        "mask": torch.tensor([False, True] * 2 * pairs),
+        "group": torch.arange(pairs).repeat(2),
+        "preferred": torch.arange(2 * pairs) < pairs,
+    }
+    if inputs["margin"] is not None:
+        columns["margin"] = torch.tensor(inputs["margin"], dtype=torch.float64).repeat(2)
+    rows = Rows(MicroBatch(torch.full((2 * pairs,), 2), columns), scores, per_row=True)
+    result = optimise(objective_for(case), rows)
+    assert result.value == pytest.approx(case["outputs"]["loss"], abs=1e-6)
+    torch.testing.assert_close(result.gradient, torch.tensor(case["outputs"]["grad"]).double(), atol=1e-6, rtol=1e-6)
+
+
 # Weights that move besides training
 
 

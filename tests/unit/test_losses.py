@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import pickle
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, get_args, get_type_hints
 
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from actors.columns import Head
 from actors.errors import ConfigError
 from actors.objective import MicroBatch, Outputs
 from orchestrator.losses.declare import Loss, Sum, Term, columns_of, is_on, needs_of, reads
@@ -59,6 +61,8 @@ METHOD_OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("kto", {"loss_type": "apo_zero_unpaired"}),
     ("bco", {}),
     ("bco", {"density_ratio": True}),
+    ("reward_model", {}),
+    ("reward_model", {"use_margin": True, "center_rewards_coefficient": 0.1}),
     *[("grpo", {"loss_type": name}) for name in ("grpo", "dapo", "luspo", "sapo", "vespo", "dppo")],
     *[("grpo", {"loss_type": name, "updates_per_batch": 2, **WEIGHTED}) for name in ("grpo", "bnpo", "gmpo")],
     ("grpo", {"loss_type": "cispo", "epsilon_high": 1.2, "updates_per_batch": 2}),
@@ -115,9 +119,11 @@ def random_rows(method: str, options: dict[str, Any], seed: int, groups: int = 5
     rng = torch.Generator().manual_seed(seed)
     lengths = torch.randint(3, 8, (groups * size,), generator=rng)
     everything = _columns(lengths, size, rng)
-    logps = _masked_rows_start(lengths, -_positive(lengths, rng))
+    per_row = objective.head is Head.ROW_SCALAR
+    said = torch.randn(len(lengths), generator=rng, dtype=torch.float64)
+    logps = said if per_row else _masked_rows_start(lengths, -_positive(lengths, rng))
     extras = {name: _positive(lengths, rng) for name in objective.needs - {"all_tokens", "entropy_grad"}}
-    return Rows(MicroBatch(lengths, {name: everything[name] for name in objective.columns}), logps, extras)
+    return Rows(MicroBatch(lengths, {name: everything[name] for name in objective.columns}), logps, extras, per_row)
 
 
 def _columns(lengths: Tensor, size: int, rng: torch.Generator) -> dict[str, Tensor]:
@@ -138,6 +144,7 @@ def _columns(lengths: Tensor, size: int, rng: torch.Generator) -> dict[str, Tens
         "gold": member == 2,
         "mismatched": member == 1,
         "label": (rows // size) % 2 == 0,
+        "margin": (rows // size % 3).double() / 3,
         "weight": 0.5 + torch.rand(len(lengths), generator=rng, dtype=torch.float64),
     }
 
@@ -208,12 +215,12 @@ def value_of(objective: LossObjective, rows: Rows, *, frozen: bool) -> Callable[
     """The loss as a function of log-probabilities. `frozen`: statistics stay what they are at `rows`, as they carry no
     gradient."""
     if not frozen:
-        return lambda logps: optimise(objective, Rows(rows.micro, logps, rows.extra)).value
+        return lambda logps: optimise(objective, replace(rows, logps=logps)).value
     split = [[range(len(rows))]]
     (statistics,) = statistics_of(objective, seen_by_statistics(objective, rows, split), [{}])
 
     def value(logps: Tensor) -> float:
-        (((learned,),)) = learned_from(objective, Rows(rows.micro, logps, rows.extra), split)
+        (((learned,),)) = learned_from(objective, replace(rows, logps=logps), split)
         outputs, counts = Outputs(learned.logps, learned.extra), objective.counts(learned.micro)
         return float(objective.loss(learned.micro, outputs, counts, statistics)[0])
 
@@ -226,7 +233,7 @@ def test_a_loss_reads_every_column_that_it_declares(method: str, options: dict[s
     for name in objective.columns - {"group"} if not objective.keep_groups else objective.columns:
         columns = {key: values for key, values in rows.micro.columns.items() if key != name}
         with pytest.raises(KeyError):
-            optimise(objective, Rows(MicroBatch(rows.micro.lengths, columns), rows.logps, rows.extra))
+            optimise(objective, replace(rows, micro=MicroBatch(rows.micro.lengths, columns)))
 
 
 @every_method
@@ -247,7 +254,8 @@ def test_values_stay_in_float32_when_the_model_is_in_float32(method: str, option
 
     columns = {name: single(values) for name, values in rows.micro.columns.items()}
     extra = {name: single(values) for name, values in rows.extra.items()}
-    found = optimise(objective, Rows(MicroBatch(rows.micro.lengths, columns), single(rows.logps), extra))
+    micro = MicroBatch(rows.micro.lengths, columns)
+    found = optimise(objective, Rows(micro, single(rows.logps), extra, rows.per_row))
     assert found.gradient.dtype is torch.float32
     assert found.value == pytest.approx(optimise(objective, rows).value, rel=1e-4, abs=1e-5)
 
@@ -334,7 +342,7 @@ def test_a_row_without_tokens_to_learn_from_weighs_nothing(loss_type: str) -> No
     rows = random_rows("grpo", options, seed=12)
     left_out = rows.micro.per_token(torch.arange(len(rows)) % 4 == 1)
     columns = {**rows.micro.columns, "mask": rows.micro["mask"] & ~left_out}
-    masked = Rows(MicroBatch(rows.micro.lengths, columns), rows.logps, rows.extra)
+    masked = replace(rows, micro=MicroBatch(rows.micro.lengths, columns))
     others = [row for row in range(len(rows)) if row % 4 != 1]
     objective = objective_of("grpo", options)
     found, without = optimise(objective, masked), optimise(objective, rows.select(others))

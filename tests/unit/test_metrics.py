@@ -237,6 +237,17 @@ def test_what_stands_below_next_can_be_pasted_although_a_folder_has_spaces_and_q
     assert f"pipeline('text-generation', {str(model)!r})" in words[2]
 
 
+def test_after_a_reward_model_was_trained_the_command_below_next_asks_it_for_a_score(tmp_path: Path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"architectures": ["Qwen2ForSequenceClassification"]}')
+    text = shown("done", Ended(tmp_path, model=model), width=80)
+    words = shlex.split(text[text.index("python -c") : text.index("score a text")])
+    compile(words[2], "next", "exec")
+    assert f"pipeline('text-classification', {str(model)!r}" in words[2]
+    assert "text-generation" not in text and "model.path=" not in text
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 100, 140])
 def test_no_figure_of_a_step_is_cut_on_a_terminal_of_any_width(width: int):
     metrics = dict.fromkeys(("reward", "loss", "kl", "entropy", "completions/mean_length", "step_time"), 1.25)

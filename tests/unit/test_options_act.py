@@ -16,6 +16,7 @@ import torch
 
 from actors.backends.single import SoloWorld
 from actors.batch import Batch
+from actors.columns import Head
 from actors.errors import ConfigError
 from actors.objective import MicroBatch
 from orchestrator.losses.declare import EXTRAS
@@ -34,6 +35,7 @@ OTHER_VALUE: dict[str, Any] = {  # of every option, besides `loss_type`, whose n
     "correction": "token_truncate",
     "correction_max": 1.2,
     "correction_min": 0.9,
+    "center_rewards_coefficient": 0.1,
     "cpo_alpha": 0.7,
     "delta": 1.1,
     "density_ratio": True,
@@ -80,6 +82,7 @@ OTHER_VALUE: dict[str, Any] = {  # of every option, besides `loss_type`, whose n
     "undesirable_weight": 0.3,
     "updates_per_batch": 3,
     "use_bias_correction_kl": False,
+    "use_margin": True,
     "use_weighting": True,
     "whiten_advantages": False,
     "whiten_rewards": True,
@@ -146,7 +149,10 @@ def rows(pipeline: Pipeline) -> Rows:
     lengths = torch.randint(3, 8, (3 * size,), generator=rng)
     columns = _columns(lengths, size, rng)
     logps = _masked_rows_start(lengths, -_positive(lengths, rng))
-    return Rows(MicroBatch(lengths, columns), logps, {name: _positive(lengths, rng) for name in sorted(EXTRAS)})
+    extras = {name: _positive(lengths, rng) for name in sorted(EXTRAS)}
+    if Head.ROW_SCALAR in pipeline.heads.values():
+        return Rows(MicroBatch(lengths, columns), torch.randn(len(lengths), generator=rng), extras, per_row=True)
+    return Rows(MicroBatch(lengths, columns), logps, extras)
 
 
 def sampled() -> Batch:

@@ -9,7 +9,7 @@ REFERENCE = Rank("reference", 0, "pid 9 on node b")
 
 def health() -> RankHealth:
     limits = {"policy": RankLimits(60, 3600), "reference": RankLimits(20, 100)}
-    found = RankHealth(limits, report_after_s=30)
+    found = RankHealth(limits.__getitem__, report_after_s=30)
     for rank in (*POLICY, REFERENCE):
         found.expect(rank, 0.0)
     return found

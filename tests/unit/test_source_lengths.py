@@ -9,6 +9,7 @@ import pytest
 
 from actors.errors import ConfigError, DataError
 from orchestrator.config.schema import LoggingConfig, ModelConfig, RewardConfig, RunConfig
+from orchestrator.methods import build
 from orchestrator.pipeline import Completions, Pairs, Prompts
 from orchestrator.planning.resolve import prepare
 from orchestrator.reporting.metrics import METRICS_FILE, read
@@ -38,6 +39,39 @@ def test_dropping_leaves_long_rows_out_and_counts_them(tmp_path: Path) -> None:
     source = source_of(tmp_path, [LONG, SHORT], max_length=6, truncation="drop")
     assert [len(source), source.preview(0)] == [1, "a⟦b<eos>⟧"]
     assert source.report.dropped == {"longer than max_length=6": 1}
+
+
+def test_pairs_that_are_judged_as_a_whole_are_left_out_if_one_side_is_too_long_and_never_cut(tmp_path: Path) -> None:
+    short = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    pairs = [
+        {"prompt": "a", "chosen": "b", "rejected": "cdefghi"},
+        short,
+        {"prompt": "a", "chosen": "b" * 9, "rejected": "c"},
+    ]
+    judged = build("reward_model", {}).data
+    source = source_of(tmp_path, pairs, judged, max_length=6)
+    assert [len(source), source.preview(0)] == [1, "a⟦b<eos>⟧\na⟦c<eos>⟧"]
+    assert source.report.dropped == {"longer than max_length=6": 2}
+    assert len(source_of(tmp_path, pairs, Pairs, max_length=6)) == 3
+    for truncation in ("keep_start", "keep_end"):
+        with pytest.raises(DataError, match=f"data.truncation={truncation} would cut rows that are judged as a whole"):
+            source_of(tmp_path, pairs, judged, max_length=6, truncation=truncation)
+    with pytest.raises(DataError, match=r"data\.truncation=error"):
+        source_of(tmp_path, pairs, judged, max_length=6, truncation="error")
+
+
+def test_margins_reach_both_rows_of_a_pair_and_data_without_them_are_refused_if_they_are_asked_for(
+    tmp_path: Path,
+) -> None:
+    pair, with_margin = (
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        build("reward_model", {"use_margin": True}).data,
+    )
+    rows = [{**pair, "margin": 1.5}, {**pair, "margin": None}]
+    source = source_of(tmp_path, rows, with_margin, shuffle=False)
+    assert [source.batch([0, 1])["margin"].tolist()] == [[1.5, 1.5, 0.0, 0.0]]
+    with pytest.raises(DataError, match="no column 'margin'"):
+        source_of(tmp_path, [pair], with_margin)
 
 
 def test_refusing_names_the_length_and_the_limit(tmp_path: Path) -> None:

@@ -20,11 +20,13 @@ Split = Sequence[Sequence[Sequence[int]]]  # ranks -> micro-batches -> rows
 
 @dataclass(frozen=True)
 class Rows:
-    """A whole batch: its columns, and what a forward pass found. All per-token tensors are flat."""
+    """A whole batch: its columns, and what a forward pass found. All per-token tensors are flat. `logps` is what the
+    head says, whichever that is: [T], or with `per_row` scores [B]."""
 
     micro: MicroBatch
     logps: Tensor
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+    per_row: bool = False
 
     def __len__(self) -> int:
         return len(self.micro)
@@ -42,7 +44,8 @@ class Rows:
             for name, values in self.micro.columns.items()
         }
         extra = {name: values[tokens] for name, values in self.extra.items()}
-        return Rows(MicroBatch(self.micro.lengths[index], columns), self.logps[tokens], extra)
+        said = self.logps[index if self.per_row else tokens]
+        return Rows(MicroBatch(self.micro.lengths[index], columns), said, extra, self.per_row)
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,8 @@ def optimise(
 ) -> Result:
     """One update's worth of loss and gradient. `split`: default one rank, one micro-batch."""
     split = [[range(len(rows))]] if split is None else split
-    leaf = Rows(rows.micro, _leaf(rows.logps), {name: _leaf(values) for name, values in rows.extra.items()})
+    extra = {name: _leaf(values) for name, values in rows.extra.items()}
+    leaf = Rows(rows.micro, _leaf(rows.logps), extra, rows.per_row)
     parts = learned_from(objective, leaf, split)
     counts = _counts(objective, parts)
     states = states if states is not None else [{} for _ in split]
@@ -105,7 +109,8 @@ def combined(stats: Sequence[Mapping[str, Stat]]) -> dict[str, float]:
         entries = [each[name] for each in stats if name in each]
         totals = [float(torch.as_tensor(stat.total).detach()) for stat in entries]
         weight = sum(float(stat.weight) for stat in entries)
-        kinds = {"mean": sum(totals) / weight if weight else 0.0, "sum": sum(totals), "max": max(totals)}
+        kinds = {"mean": sum(totals) / weight if weight else 0.0, "sum": sum(totals)}
+        kinds |= {"max": max(totals), "min": min(totals)}
         found[name] = kinds[entries[0].combine]
     return found
 
