@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from actors.errors import ConfigError, DataFailure, InfraFailure
-from actors.pretrained import load_config, load_pretrained
+from actors.pretrained import check_folder, load_config, load_pretrained
 from rollout.engine import EngineSpec, Finished
 from rollout.sampling import Completion, Finish, Request, Sampling, sample_seed
 from rollout.stopping import StopRule, end_token_ids, token_budget
@@ -201,6 +201,7 @@ def _generator(request: Request, index: int, device: torch.device) -> torch.Gene
 
 
 def _read_model(spec: EngineSpec) -> Any:
+    check_folder(spec.model)
     config = load_config(spec.model, spec.trust_remote_code).get_text_config()
     capped = getattr(config, "attn_logit_softcapping", None) is not None
     # transformers would choose sdpa, which leaves the cap out and says nothing: another policy than the trainer's

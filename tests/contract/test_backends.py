@@ -110,7 +110,7 @@ class Rank:
 
     def __init__(self, rank: int, world_size: int, master: tuple[str, int] | None) -> None:
         self.place: dict[str, Any] = {"rank": rank, "world_size": world_size, "master": master}
-        self.trainable: ModelWorker | None = None
+        self.worker: ModelWorker | None = None
 
     def ready(self) -> WorkerInfo:
         return WorkerInfo("rank", os.getpid(), socket.gethostname(), "", {})
@@ -118,14 +118,23 @@ class Rank:
     def ping(self) -> None: ...
 
     def start(self, model: ModelSpec, backend: BackendSpec) -> WorkerInfo:
-        self.trainable = ModelWorker("policy", model, backend, threads=1, **self.place)
-        return self.trainable.ready()
+        self.worker = ModelWorker("policy", model, backend, threads=1, **self.place)
+        return self.worker.ready()
 
     def act(self, verb: str, *args: Any) -> Any:
-        return getattr(self.trainable, verb)(*args)
+        return getattr(self.worker, verb)(*args)
 
     def act_on(self, own: Any, verb: str, *args: Any) -> Any:
-        return getattr(self.trainable, verb)(own, *args)
+        return getattr(self.worker, verb)(own, *args)
+
+    def infer(self, *args: Any) -> Any:
+        return self.act("infer", *args)
+
+    def credit(self, *args: Any) -> Any:
+        return self.act("credit", *args)
+
+    def update(self, *args: Any) -> Any:
+        return self.act("update", *args)
 
     def export(self, *args: Any) -> Any:
         return self.act("export", *args)
@@ -146,8 +155,8 @@ class Rank:
         return nbytes
 
     def combine(self, values: list[float]) -> tuple[list[float], list[float]]:
-        assert self.trainable is not None
-        world = self.trainable.backend.world
+        assert self.worker is not None
+        world = self.worker.backend.world
         total = world.sum(torch.tensor([float(len(values)), sum(values)]))
         return total.tolist(), world.gather(torch.tensor(values)).tolist()
 

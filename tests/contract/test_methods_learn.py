@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.backends import BackendSpec
 from actors.backends.optimizer import OptimSpec
 from actors.batch import Batch
 from actors.columns import Head
 from actors.model import ModelSpec
 from actors.model_worker import ModelWorker
 from actors.sharding import shard
-from orchestrator.losses.objective import LossObjective
 from orchestrator.methods import build
-from orchestrator.pipeline import Pipeline, Stage, Verb
+from orchestrator.pipeline import Pipeline
+from orchestrator.row_table import RowTable
+from tests.local_executor import executor_of, model_workers, steps
 from tests.unit.tiny import tiny_model_folder
 
 STEPS = 6
@@ -60,11 +60,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model_folder(tmp_path_factory.mktemp("model"), hidden=32, vocab=32)
 
 
-def trainable(folder: Path) -> ModelWorker:
-    optim = OptimSpec(learning_rate=1e-3, total_steps=4 * STEPS)
-    made = ModelWorker("policy", ModelSpec(str(folder)), BackendSpec("single", optim), threads=1)
-    made.ready()
-    return made
+def learners(pipeline: Pipeline, model: ModelSpec, optim: OptimSpec | None = None) -> dict[str, ModelWorker]:
+    return model_workers(pipeline, model, optim or OptimSpec(learning_rate=1e-3, total_steps=4 * STEPS))
 
 
 def made_up(pipeline: Pipeline, policy: ModelWorker) -> Batch:
@@ -84,66 +81,44 @@ def made_up(pipeline: Pipeline, policy: ModelWorker) -> Batch:
         "reward": (rows % size < size // 2).astype(np.float32),
         "truncated": rows % 7 == 0,
     }
-    sampled = {"sample_logps": logps_of(policy, batch, "sample_logps")}
-    return batch.with_columns(**of_row, **sampled)
+    samples = any(stage.head is Head.VOCABULARY for stage in pipeline.updates)
+    sampled = said_of(policy, batch) if samples else np.zeros(batch.num_tokens, np.float32)
+    return batch.with_columns(**of_row, sample_logps=sampled)
 
 
-def logps_of(policy: ModelWorker, batch: Batch, into: str, *, adapters: bool = True) -> np.ndarray:
-    column = np.zeros(batch.num_tokens, np.float32)
+SAID = {Head.VOCABULARY: "old_logps", Head.TOKEN_SCALAR: "values", Head.ROW_SCALAR: "reward"}
+
+
+def said_of(worker: ModelWorker, batch: Batch, head: Head = Head.VOCABULARY, *, adapters: bool = True) -> np.ndarray:
+    """[T] or [B]: what a role's model says of the batch."""
+    column = np.zeros(len(batch) if head.per_row else batch.num_tokens, np.float32)
     ((rows, part),) = shard(batch.only({"tokens", "mask"}), 1, TOKEN_BUDGET)
-    column[batch.token_index(np.asarray(rows))] = policy.infer(part, (into,), Head.VOCABULARY, 1.0, adapters)[1][into]
+    _, block = worker.infer(part, (SAID[head],), head, 1.0, adapters)
+    order = np.asarray(rows)
+    column[order if head.per_row else batch.token_index(order)] = block[SAID[head]]
     return column
 
 
-def learn(pipeline: Pipeline, policy: ModelWorker, reference: ModelWorker, batch: Batch) -> dict[str, float]:
-    """The stages of one step; the metrics of its last update."""
-    metrics: dict[str, float] = {}
-    for stage in pipeline:
-        if stage.verb is Verb.LOGPS:
-            role = reference if stage.role == "reference" else policy
-            batch = batch.with_columns(**{stage.options["into"]: logps_of(role, batch, stage.options["into"])})
-        elif stage.verb is Verb.CREDIT and stage.call is not None:
-            batch = batch.with_columns(**stage.call(batch, **stage.options))
-        elif stage.verb is Verb.UPDATE:
-            metrics = _update(stage, policy, batch)
-    return metrics
-
-
-def _update(stage: Stage, policy: ModelWorker, batch: Batch) -> dict[str, float]:
-    assert stage.call is not None
-    objective = LossObjective(stage.call, stage.options["reduce"], stage.options["loss_options"])
-    needed = batch.only({"tokens", "mask", "group"} | objective.columns)
-    metrics: dict[str, float] = {}
-    for _ in range(stage.options["epochs"]):
-        for part in np.array_split(np.unique(batch["group"]), stage.options["minibatches"]):
-            rows = needed.select(np.flatnonzero(np.isin(batch["group"], part)))
-            how = {"keep_groups": objective.keep_groups, "statistics_rows": objective.statistics_rows}
-            ((_, part),) = shard(rows, 1, TOKEN_BUDGET, **how)
-            assert len(part.micro_batches) > 1
-            metrics = policy.update(part, objective, 1.0, stage.name).metrics
-    return metrics
-
-
 def likelihood(policy: ModelWorker, batch: Batch) -> float:
-    return float(logps_of(policy, batch, "old_logps")[batch["mask"]].mean())
+    return float(said_of(policy, batch)[batch["mask"]].mean())
 
 
 def margin(policy: ModelWorker, batch: Batch) -> float:
     """By how much better rows are more likely, per token, than worse ones; unpaired rows have a label for that."""
-    of_row = batch.sum_by_row(logps_of(policy, batch, "old_logps") * batch["mask"]) / batch.sum_by_row(batch["mask"])
+    of_row = batch.sum_by_row(said_of(policy, batch) * batch["mask"]) / batch.sum_by_row(batch["mask"])
     better, worse = batch["preferred"], ~batch["preferred"] & ~batch["gold"]
     return float(of_row[better].mean() - of_row[worse].mean())
 
 
 def label_margin(policy: ModelWorker, batch: Batch) -> float:
     """By how much desirable rows are more likely than undesirable ones."""
-    of_row = batch.sum_by_row(logps_of(policy, batch, "old_logps") * batch["mask"])
+    of_row = batch.sum_by_row(said_of(policy, batch) * batch["mask"])
     return float(of_row[batch["label"]].mean() - of_row[~batch["label"]].mean())
 
 
 def advantage(policy: ModelWorker, batch: Batch) -> float:
     """Mean log-probability of rewarded samples, above that of the others."""
-    of_row = batch.sum_by_row(logps_of(policy, batch, "old_logps") * batch["mask"])
+    of_row = batch.sum_by_row(said_of(policy, batch) * batch["mask"])
     return float(of_row[batch["reward"] > 0].mean() - of_row[batch["reward"] == 0].mean())
 
 
@@ -154,11 +129,13 @@ MEASURES = {"likelihood": likelihood, "margin": margin, "advantage": advantage}
 def test_a_few_steps_move_what_the_method_exists_to_move(
     folder: Path, method: str, options: dict[str, Any], aim: str
 ) -> None:
-    pipeline, policy, reference = build(method, options), trainable(folder), trainable(folder)
+    pipeline = build(method, options)
+    workers = learners(pipeline, ModelSpec(str(folder)))
+    policy = workers[pipeline.trained[0]]
     batch = made_up(pipeline, policy)
     measure = label_margin if "label" in pipeline.data.columns else MEASURES[aim]
     before = measure(policy, batch)
-    for _ in range(STEPS):
-        metrics = learn(pipeline, policy, reference, batch)
+    executor = executor_of(pipeline, workers, token_budget=TOKEN_BUDGET)
+    metrics = steps(executor, RowTable(batch), STEPS)[-1]
     assert measure(policy, batch) > before + 0.01
     assert all(np.isfinite(value) for value in metrics.values()), metrics
