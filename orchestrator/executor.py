@@ -26,7 +26,7 @@ from orchestrator.cluster.pool import Pool
 from orchestrator.collection.group_stages import GroupStages, PromptGroup
 from orchestrator.collection.model_scorer import ModelScorer
 from orchestrator.losses.objective import LossObjective
-from orchestrator.pipeline import Pipeline, Stage, Verb, in_conflict, infer
+from orchestrator.pipeline import DRIVER, Pipeline, Stage, Verb, in_conflict, infer
 from orchestrator.planning.prepared import ModelReward
 from orchestrator.publishing.publisher import Publisher, SyncReport
 from orchestrator.publishing.transfer import mix_towards
@@ -152,10 +152,23 @@ class Executor:
         async with _first_error_of_a_group(), asyncio.TaskGroup() as running:
             for index, stage in enumerate(stages):
                 earlier = zip(tasks, stages)
-                after = [task for task, other in earlier if not self._concurrent or in_conflict(stage, other)]
+                after = [task for task, other in earlier if self._in_order(other, stage)]
                 tasks.append(running.create_task(run_one(stage, after), name=f"{index} {stage.name}"))
         reports = [(stage, task.result()) for stage, task in zip(stages, tasks, strict=True)]
         return table, _told_apart(reports)
+
+    def _in_order(self, earlier: Stage, later: Stage) -> bool:
+        """Whether a stage waits for an earlier one; also if the same ranks carry out both, where its call would queue
+        with its deadline running."""
+        ranks = self._carried_out_by(later)
+        busy = ranks is not None and ranks == self._carried_out_by(earlier)
+        return not self._concurrent or busy or in_conflict(later, earlier)
+
+    def _carried_out_by(self, stage: Stage) -> str | None:
+        """The role whose ranks do the work; None for the driver."""
+        if stage.role != DRIVER:
+            return stage.role if stage.role in self.groups else self._stand_ins.get(stage.role)
+        return self.phase.pipeline.trained[0] if stage.verb is Verb.CREDIT and stage.reads_tokens else None
 
     async def run_batch_stages(self, table: RowTable) -> RowTable:
         """The batch-wise stages of the collecting part. Those that a trained role's own processes carry out wait until
