@@ -66,8 +66,8 @@ def check(path: str, spec: LoraSpec, trust_remote_code: bool) -> None:
 
 def _refuse_unread(causal: Any, spec: LoraSpec) -> None:
     """Raises ModelError for an adapter that somebody who reads the same weight would not see: the vocabulary's
-    projection, whose weight `VocabularyHead` reads, and a weight that two modules share. What has an adapter is looked at,
-    not what was named: names may be patterns."""
+    projection, whose weight `VocabularyHead` reads, and a weight that two modules share. What has an adapter is looked
+    at, not what was named: names may be patterns."""
     where = f"model.lora.target_modules={spec.target_modules!r}"
     advice = "name other layers, or use 'all-linear', which leaves embeddings and output head out"
     head = causal.get_output_embeddings()

@@ -78,21 +78,22 @@ class Ranks:
 
     async def call_split(
         self, method: str, *shared: Any, per_rank: Any, blocks: Any, **_: Any
-    ) -> list[tuple[float, Ref]]:
+    ) -> list[tuple[Any, Ref]]:
         self.log.append(f"{self.name}.{method} begins")
         await asyncio.sleep(0)
         self.said.append(shared)
         found = [self._block(method, shared, _fetched(*pair).batch) for pair in zip(per_rank, blocks, strict=True)]
         self.log.append(f"{self.name}.{method} ends")
-        return [(0.0, Ref(block)) for block in found]
+        return found
 
-    def _block(self, method: str, shared: tuple[Any, ...], batch: Batch) -> Batch:
+    def _block(self, method: str, shared: tuple[Any, ...], batch: Batch) -> tuple[Any, Ref]:
         if method == "credit":
-            call, options = shared
-            return Batch.build(batch.lengths, **call(batch, self, **options))
+            call, options, *_ = shared
+            columns, metrics = call(batch, self, {}, **options)
+            return metrics, Ref(Batch.build(batch.lengths, **columns))
         (into,), head, *_ = shared
         ids = batch["tokens"].astype(np.float32)
-        return Batch.build(batch.lengths, **{into: batch.sum_by_row(ids) if head.per_row else -ids})
+        return 0.0, Ref(Batch.build(batch.lengths, **{into: batch.sum_by_row(ids) if head.per_row else -ids}))
 
     async def kill(self) -> None: ...
 
@@ -124,9 +125,11 @@ async def step(subject: Executor, rows: RowTable | None = None, number: int = 0)
 
 
 @credits(reads={"ref_logps", "group"}, writes={"advantages"})
-def from_reference(batch: Batch, world: Any, *, scale: float) -> dict[str, np.ndarray]:
+def from_reference(
+    batch: Batch, world: Any, state: dict[str, Any], *, scale: float
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     assert world.ranks > 0
-    return {"advantages": batch["ref_logps"] * scale}
+    return {"advantages": batch["ref_logps"] * scale}, {"scale": scale}
 
 
 ACTOR_CRITIC = Pipeline(
@@ -229,7 +232,8 @@ async def test_what_ranks_compute_of_their_shares_is_in_the_rows_own_order(ranks
         update("policy", nll, reduce=token_mean),
     )
     subject = executor(pipeline, Ranks("reference", [], ranks), Ranks("policy", [], ranks))
-    after, _ = await step(subject)
+    after, metrics = await step(subject)
+    assert metrics["scale"] == 2.0
     assert (await subject.column("ref_logps", after)).tolist() == [-float(token) for token in range(18)]
     assert (await subject.column("advantages", after)).tolist() == [-2.0 * token for token in range(18)]
 
