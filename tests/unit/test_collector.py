@@ -17,7 +17,7 @@ from orchestrator.collection.group_collector import GroupCollector
 from orchestrator.collection.group_stages import GroupStages, PromptGroup
 from orchestrator.collection.row_collector import RowCollector
 from orchestrator.collection.staleness import Contract
-from orchestrator.pipeline import Pipeline, Prompts, Stage, generate, keep, score
+from orchestrator.pipeline import Pipeline, Prompts, Stage, generate, keep, regroup, score
 from orchestrator.row_table import RowTable
 from rewards.worker import ScoreResult
 from rollout.sampling import Finish, GroupMeta, Request, Sampling
@@ -71,7 +71,7 @@ class Stages(GroupStages):
         n = self.samples.get(position, request.n)
         block = Batch.build([2] * n, tokens=[position, 7] * n, mask=[False, True] * n)
         meta = GroupMeta(request.id, "w", (1,) * n, (Finish.STOP,) * n, started, self.version, 0.0)
-        rows = Batch.build([2] * n, group=[position] * n)
+        rows = Batch.build([2] * n, group=[position] * n, sampler=np.full(n, sampler, np.int8))
         return meta, RowTable.of_block(rows, Ref(block), {"tokens", "mask"})
 
     async def score(self, role: str, prompt: Any, rows: RowTable) -> tuple[ScoreResult, Ref]:
@@ -100,13 +100,14 @@ def collector(
     version: int = 0,
     cursor: Cursor | None = None,
     keeps: bool = True,
+    pipeline: Pipeline | None = None,
     **ledger,
 ):
     stages.version = version
     return GroupCollector(
         Endless(),
         stages,
-        Pipeline(Prompts, generate(n=SAMPLES), score(), *([keep(spread)] if keeps else [])),
+        pipeline or Pipeline(Prompts, generate(n=SAMPLES), score(), *([keep(spread)] if keeps else [])),
         cursor or Cursor(),
         Contract(staleness, batch, batches=ledger.get("batches")),
         run="test",
@@ -244,6 +245,74 @@ async def test_groups_that_teach_nothing_are_replaced_until_the_batch_is_full():
     collected = await feed.next(0)
     assert collected.positions == (2, 3, 4)
     assert collected.metrics["groups/filtered"] == 2
+    await feed.close()
+
+
+def best_and_worst(table: RowTable) -> RowTable | None:
+    """The pair of a group's best and worst sample; None if they are alike."""
+    rewards = table["reward"]
+    chosen = [int(rewards.argmax()), int(rewards.argmin())]
+    return table.select(chosen).with_values(preferred=[True, False]) if np.ptp(rewards) else None
+
+
+best_and_worst.__dict__.update(reads={"reward"}, writes={"preferred"})
+PAIRED = Pipeline(Prompts, generate(n=3), score(), regroup(best_and_worst, rows=2))
+
+
+async def test_samples_become_the_rows_that_a_stage_makes_of_them_and_keep_their_tokens():
+    stages = Stages(rewards={0: [0.5, 0.1, 0.9], 1: [0.3, 0.2, 0.1], 2: [0.0, 0.0, 0.4]})
+    feed = collector(stages, pipeline=PAIRED)
+    collected = await feed.next(0)
+    assert collected.table["group"].tolist() == [0, 0, 1, 1, 2, 2]
+    assert collected.table["preferred"].tolist() == [True, False] * 3
+    assert collected.table["reward"].tolist() == pytest.approx([0.9, 0.1, 0.3, 0.1, 0.4, 0.0])
+    whole = collected.table.whole()
+    tokens = whole.shard.fetched([block.target for block in whole.blocks]).batch["tokens"]
+    assert tokens.tolist() == [0, 7, 0, 7, 1, 7, 1, 7, 2, 7, 2, 7]
+    assert [len(group.score.total) for group in collected.groups] == [3, 3, 3], "what is reported is of all samples"
+    await feed.close()
+
+
+async def test_a_group_of_which_no_rows_can_be_made_is_replaced():
+    stages = Stages(rewards={**{index: [0.0, 0.0, 1.0] for index in range(10)}, 1: [0.5, 0.5, 0.5]})
+    feed = collector(stages, pipeline=PAIRED)
+    collected = await feed.next(0)
+    assert collected.positions == (0, 2, 3)
+    assert collected.metrics["groups/filtered"] == 1
+    await feed.close()
+
+
+async def test_samples_of_several_stages_are_one_group_scored_together_each_stage_with_seeds_of_its_own():
+    seeds: dict[int, list[int]] = {}
+
+    class Seen(Stages):
+        async def sample(self, role: str, request: Request, sampler: int = 0) -> tuple[GroupMeta, RowTable]:
+            seeds.setdefault(request.group, []).append(request.seed)
+            assert role == ("rollout", "elder")[sampler]
+            return await super().sample(role, request, sampler)
+
+    twice = Pipeline(Prompts, generate(n=2), generate("elder", n=1), score())
+    feed = collector(Seen(rewards={index: [0.0, 1.0, 0.5] for index in range(9)}), pipeline=twice)
+    collected = await feed.next(0)
+    assert collected.table["sampler"].tolist() == [0, 0, 1] * 3
+    assert collected.table["reward"].tolist() == [0.0, 1.0, 0.5] * 3
+    assert all(len(set(of_prompt)) == 2 for of_prompt in seeds.values())
+    assert all(len(group.metas) == 2 for group in collected.groups)
+    assert set(collected.metrics) >= {"time/generate", "time/score"}
+    await feed.close()
+
+
+async def test_a_group_is_dropped_if_any_of_its_stages_samples_too_little():
+    class Fails(Stages):
+        async def sample(self, role: str, request: Request, sampler: int = 0) -> tuple[GroupMeta, RowTable]:
+            if role == "elder" and request.group == 1:
+                raise DataFailure("the prompt is too long for it")
+            return await super().sample(role, request, sampler)
+
+    feed = collector(Fails(), pipeline=Pipeline(Prompts, generate(n=2), generate("elder", n=1)))
+    collected = await feed.next(0)
+    assert collected.positions == (0, 2, 3)
+    assert collected.metrics["dropped/data"] == 1
     await feed.close()
 
 

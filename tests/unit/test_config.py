@@ -12,7 +12,7 @@ from actors.errors import ConfigError
 from orchestrator.config.error_messages import schema_keys
 from orchestrator.config.loading import Draft, load_config, load_run, recipes
 from orchestrator.config.overrides import apply, dotted, load_yaml, parse
-from orchestrator.config.schema import RunConfig
+from orchestrator.config.schema import RunConfig, TrainerRole
 
 SINGLE = """\
 # A phase at the top level. More about it.
@@ -123,6 +123,22 @@ def test_a_value_out_of_range_names_value_range_and_override(single: Path):
     message = refusal(single, "roles.rollout.workers=0")
     assert "roles.rollout.workers: 0 is not allowed: it must be greater than or equal to 1" in message
     assert "set in override 'roles.rollout.workers=0'" in message
+
+
+def test_a_role_of_another_name_is_what_its_kind_says(single: Path):
+    roles = load_config(single, ["roles.critic.kind=trainer", "roles.critic.optimizer.learning_rate=0.5"]).roles
+    assert isinstance(roles["critic"], TrainerRole) and roles["critic"].optimizer.learning_rate == 0.5
+    assert roles["policy"].kind == "trainer" and roles["reward"].kind == "scorers" and "judge" not in roles
+    assert {"policy", "critic", "rollout", "reference"} <= {name for name, _ in roles}
+
+
+def test_a_role_of_another_name_says_its_kind_and_has_the_keys_of_that(single: Path):
+    message = refusal(single, "roles.critic.ranks=2")
+    assert "a role of another name than the usual ones says its kind: trainer, frozen, engine or scorers" in message
+    assert "roles.critic" in message
+    assert "no such key" in refusal(single, "roles.judge.kind=scorers", "roles.judge.ranks=2")
+    assert "roles.reference.optimizer" in refusal(single, "roles.reference.optimizer.learning_rate=1.0")
+    assert "roles.policy.kind" in refusal(single, "roles.policy.kind=engine"), "the usual names keep their kind"
 
 
 @pytest.mark.parametrize("name", ["a/b", "../b", ".", "", "a b", "x" * 101])

@@ -13,8 +13,10 @@ from rich.console import Console
 
 from actors.errors import ConfigError
 from orchestrator.config.schema import RunConfig
+from orchestrator.losses.likelihood import nll
+from orchestrator.losses.reduce import token_mean
 from orchestrator.methods import build
-from orchestrator.pipeline import Pairs, Pipeline, infer
+from orchestrator.pipeline import Completions, Pairs, Pipeline, Prompts, generate, infer, score, update
 from orchestrator.planning.bundles import Bundle, ClusterView, Node, fit, shortages
 from orchestrator.planning.memory_estimate import Training, estimate
 from orchestrator.planning.node_selectors import meets
@@ -254,6 +256,74 @@ def test_a_role_that_nobody_can_size_is_named() -> None:
     plan = draft_plan(config("sft"), {"sft": mystery}, machine=Machine(2))
     (refusal,) = plan.refusals
     assert "there is no roles.oracle; describe it there with its kind" in refusal
+
+
+ENSEMBLE = Pipeline(
+    Prompts,
+    generate("fast", n=2),
+    score("judges"),
+    infer("elder", into="ref_logps"),
+    update("policy", nll, reduce=token_mean),
+)
+OTHER_NAMES: dict[str, Any] = {
+    "fast": {"kind": "engine", "workers": 3, "engine": "hf"},
+    "judges": {"kind": "scorers", "workers": 2},
+    "elder": {"kind": "frozen", "ranks": 2, "backend": "deepspeed"},
+}
+
+
+def test_roles_of_other_names_are_launched_as_their_kind_says() -> None:
+    plan = draft_plan(config("grpo", roles=OTHER_NAMES), {"grpo": ENSEMBLE}, machine=Machine(2))
+    assert plan.refusals == ()
+    assert {name: (role.count, role.elastic) for name, role in plan.roles.items()} == {
+        "policy": (1, False),
+        "elder": (2, False),
+        "fast": (3, True),
+        "judges": (2, True),
+    }
+    assert [bundle.roles for bundle in plan.gang] == [("policy",), ("elder",), ("elder",)]
+
+
+def test_an_engine_brings_the_role_that_it_follows_and_a_frozen_role_the_one_that_it_copies() -> None:
+    sampler = Pipeline(Prompts, generate("fast"), score("judges"))
+    roles = {**OTHER_NAMES, "fast": {"kind": "engine", "follows": "writer"}, "writer": {"kind": "trainer"}}
+    assert list(draft_plan(config("grpo", roles=roles), {"grpo": sampler}).roles) == ["writer", "fast", "judges"]
+    reader = Pipeline(Pairs, infer("elder", into="ref_logps"))
+    roles = {"elder": {"kind": "frozen", "copies": "writer"}, "writer": {"kind": "trainer"}}
+    assert set(draft_plan(config("dpo", roles=roles), {"dpo": reader}).roles) == {"elder", "writer"}
+
+
+@pytest.mark.parametrize(
+    ("role", "kind", "wanted"),
+    [
+        ("fast", "frozen", "samples from it, so it must be engine"),
+        ("judges", "engine", "scores with it, so it must be scorers"),
+        ("elder", "scorers", "asks its model, so it must be trainer or frozen"),
+    ],
+)
+def test_a_role_of_the_wrong_kind_for_its_verb_is_refused(role: str, kind: str, wanted: str) -> None:
+    roles = {**OTHER_NAMES, role: {"kind": kind}}
+    found = draft_plan(config("grpo", roles=roles), {"grpo": ENSEMBLE}, machine=Machine(2)).refusals
+    assert [refusal for refusal in found if refusal.startswith(f"roles.{role}.kind={kind}: ")] == [
+        f"roles.{role}.kind={kind}: phase grpo (grpo) {wanted}"
+    ]
+
+
+def test_a_frozen_role_cannot_be_trained() -> None:
+    trains = Pipeline(Completions, update("reference", nll, reduce=token_mean))
+    found = draft_plan(config("sft"), {"sft": trains}, machine=Machine(2)).refusals
+    assert "roles.reference.kind=frozen: phase sft (sft) trains it, so it must be trainer" in found
+
+
+def test_a_model_that_scores_is_launched_with_the_rewards_and_refused_as_a_second_head() -> None:
+    rewards = [{"role": "reward_model"}]
+    plan = planned(config("grpo", rewards=rewards))
+    assert plan.refusals == () and plan.roles["reward_model"].count == 1
+    assert "reward_model" not in planned(config("sft", rewards=rewards)).roles, "nobody asks it there"
+    (refusal,) = planned(config("grpo", rewards=[{"role": "policy"}])).refusals
+    assert refusal.startswith("roles.policy: one stage or reward asks for a model with a row_scalar head, another for")
+    (pool,) = planned(config("grpo", rewards=[{"role": "rollout"}])).refusals
+    assert "rollout has no model to score with" in pool
 
 
 def test_staleness_with_a_correction_is_allowed_and_widens_what_is_in_flight() -> None:
