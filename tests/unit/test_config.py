@@ -134,8 +134,7 @@ def test_a_role_of_another_name_is_what_its_kind_says(single: Path):
 
 def test_a_role_of_another_name_says_its_kind_and_has_the_keys_of_that(single: Path):
     message = refusal(single, "roles.critic.ranks=2")
-    assert "a role of another name than the usual ones says its kind: trainer, frozen, engine or scorers" in message
-    assert "roles.critic" in message
+    assert message.startswith("roles.critic: a role of a name of its own says its kind: trainer, frozen, engine or sco")
     assert "no such key" in refusal(single, "roles.judge.kind=scorers", "roles.judge.ranks=2")
     assert "roles.reference.optimizer" in refusal(single, "roles.reference.optimizer.learning_rate=1.0")
     assert "roles.policy.kind" in refusal(single, "roles.policy.kind=engine"), "the usual names keep their kind"
