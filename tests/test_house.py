@@ -28,6 +28,7 @@ PURE = (  # of the orchestrator: neither Ray nor transformers
     "orchestrator/losses",
     "orchestrator/advantages.py",
     "orchestrator/pipeline.py",
+    "orchestrator/regrouping.py",
     "orchestrator/planning/plan.py",
     "orchestrator/collection/staleness.py",
     "orchestrator/cluster/fleet.py",

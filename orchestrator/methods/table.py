@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from orchestrator.methods.dpo import dpo
 from orchestrator.methods.grpo import grpo
+from orchestrator.methods.online_dpo import online_dpo
 from orchestrator.methods.ppo import ppo
 from orchestrator.methods.reference_free import alphapo, cpo, orpo, simpo, tpo
 from orchestrator.methods.sft import sft
@@ -24,4 +25,5 @@ METHODS: dict[str, Callable[..., Pipeline]] = {
     "bco": bco,
     "grpo": grpo,
     "ppo": ppo,
+    "online_dpo": online_dpo,
 }
