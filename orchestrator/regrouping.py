@@ -1,4 +1,4 @@
-"""From a prompt's samples to the rows that are learned from: pure numpy, on the driver's table of one prompt group.
+"""From a prompt's samples to the rows that are learned from: pure functions on the driver's table of one prompt group.
 
 A *regrouping* is what a `regroup` stage executes: `call(table, **options)` returns the new table, or None to have the
 group replaced by another prompt's. `regroups(reads=..., writes=...)` names its columns, all of them per row.
@@ -12,6 +12,7 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from actors.batch import Array
+from orchestrator.returns import without_eos
 from orchestrator.row_table import RowTable
 
 Ties = Literal["drop", "keep"]
@@ -49,5 +50,4 @@ def best_and_worst(table: RowTable, *, ties: Ties = "drop") -> RowTable | None:
 @regroups(reads={"reward", "truncated"}, writes={"reward"})
 def penalise_missing_eos(table: RowTable, *, penalty: float) -> RowTable:
     """The same rows; `penalty` is subtracted from the reward of each completion that hit its length limit."""
-    rewards = table["reward"] - np.float32(penalty) * table["truncated"].astype(np.float32)
-    return table.with_values(reward=rewards)
+    return table.with_values(**without_eos(table, penalty=penalty))
