@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,7 @@ async def watching(
 async def beside(config: RunConfig, roles: Executor, board: Worker, warn: Callable[[str], None]) -> AsyncIterator[None]:
     """For as long as the block lasts, what the board desires is done, and ranks are pinged. The block is cancelled, and
     InfraFailure raised in its place, when one of them died or hangs."""
-    limits = {role: _limits(config, role) for role in roles.groups}
-    health = RankHealth(limits, report_after_s=config.cluster.watchdog_s)
+    health = RankHealth(partial(_limits, config), report_after_s=config.cluster.watchdog_s)
     block, failure = asyncio.current_task(), None
     assert block is not None
 
@@ -99,7 +99,7 @@ async def beside(config: RunConfig, roles: Executor, board: Worker, warn: Callab
 
 
 def _limits(config: RunConfig, role: str) -> RankLimits:
-    own = getattr(config.roles, role)
+    own = config.roles.ranks(role)
     return RankLimits(own.ping_timeout_s, own.call_timeout_s)
 
 

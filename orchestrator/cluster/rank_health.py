@@ -12,7 +12,7 @@ named before those that do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -45,10 +45,10 @@ class _State:
 
 
 class RankHealth:
-    """What the pings of all ranks say together. `limits` by role."""
+    """What the pings of all ranks say together. `limits_of` a role: of those that start later, too."""
 
-    def __init__(self, limits: Mapping[str, RankLimits], *, report_after_s: float) -> None:
-        self._limits, self._report_after_s = limits, report_after_s
+    def __init__(self, limits_of: Callable[[str], RankLimits], *, report_after_s: float) -> None:
+        self._limits_of, self._report_after_s = limits_of, report_after_s
         self._ranks: dict[Rank, _State] = {}
         self._reported: dict[str, float] = {}
 
@@ -73,7 +73,7 @@ class RankHealth:
         silent: list[str] = []
         stuck: list[str] = []
         for rank, state in self._ranks.items():
-            limits, key = self._limits[rank.role], f"roles.{rank.role}"
+            limits, key = self._limits_of(rank.role), f"roles.{rank.role}"
             if now - state.answered > limits.ping_timeout_s:
                 silent.append(
                     f"{rank} hangs: no answer to a ping for {now - state.answered:.0f} s{_during(state)} "
