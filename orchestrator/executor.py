@@ -43,7 +43,7 @@ class PhaseSettings:
 
     pipeline: Pipeline
     token_budget: int
-    temperature: float  # log-probabilities are taken at the sampling temperature (1 where nothing is sampled)
+    temperature: float  # at which log-probabilities are taken
     seed: int
     sampling: Sampling
 

@@ -97,16 +97,21 @@ class Stage:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A data kind and its stages, checked when it is built. `warnings`: what the user may not expect of the options."""
+    """A data kind and its stages, checked when it is built. `warnings`: what the user may not expect of the options.
+    `temperature`: at which log-probabilities are taken; None for the one that completions are sampled at."""
 
     data: DataKind
     stages: tuple[Stage, ...]
     warnings: tuple[str, ...] = field(default=(), compare=False)
+    temperature: float | None = None
 
-    def __init__(self, data: DataKind, *stages: Stage, warnings: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, data: DataKind, *stages: Stage, warnings: tuple[str, ...] = (), temperature: float | None = None
+    ) -> None:
         object.__setattr__(self, "data", data)
         object.__setattr__(self, "stages", stages)
         object.__setattr__(self, "warnings", warnings)
+        object.__setattr__(self, "temperature", temperature)
         _check_closes(self)
         _check_precomputed(self)
 
@@ -161,7 +166,8 @@ class Pipeline:
     def without_stage(self, stage: Stage) -> Pipeline:
         """The pipeline for data that brings what this stage writes."""
         data = replace(self.data, columns=self.data.columns | stage.writes)
-        return Pipeline(data, *(other for other in self.stages if other is not stage), warnings=self.warnings)
+        others = (other for other in self.stages if other is not stage)
+        return Pipeline(data, *others, warnings=self.warnings, temperature=self.temperature)
 
     @property
     def generates(self) -> tuple[Stage, ...]:

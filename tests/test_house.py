@@ -31,6 +31,7 @@ PURE = (  # of the orchestrator: neither Ray nor transformers
     "orchestrator/advantages.py",
     "orchestrator/returns.py",
     "orchestrator/pipeline.py",
+    "orchestrator/regrouping.py",
     "orchestrator/row_table.py",
     "orchestrator/executor.py",
     "orchestrator/planning",

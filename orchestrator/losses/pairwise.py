@@ -70,6 +70,11 @@ def ipo(scores: PairScores, beta: float) -> Tensor:
     return (scores.per_token.difference - 1 / (2 * beta)).square()
 
 
+def ipo_of_sums(scores: PairScores, beta: float) -> Tensor:
+    """`(d - 1/(2β))²`, with scores summed over tokens. Source: arXiv:2310.12036, eq. 17."""
+    return (scores.difference - 1 / (2 * beta)).square()
+
+
 def exo_pair(scores: PairScores, beta: float, *, label_smoothing: float) -> Tensor:
     """`KL(q ‖ (1-ε, ε))` with `q = (σ(βd), σ(-βd))`. Needs ε > 0. Source: arXiv:2402.00856."""
     z = beta * scores.difference

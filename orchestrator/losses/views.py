@@ -195,6 +195,14 @@ class RefPairs(Pairs):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SampledPairs(RefPairs):
+    """Preference pairs that were sampled and scored."""
+
+    reward: Tensor  # [B]
+    truncated: Tensor  # [B] bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Triples(Pairs):
     """Preference pairs, each with a gold completion as the third row of its group."""
 

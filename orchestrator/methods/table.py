@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from orchestrator.methods.dpo import dpo
 from orchestrator.methods.grpo import grpo
+from orchestrator.methods.online_dpo import online_dpo
 from orchestrator.methods.ppo import ppo
 from orchestrator.methods.reference_free import alphapo, cpo, orpo, simpo, tpo
 from orchestrator.methods.reward_model import reward_model
@@ -26,4 +27,5 @@ METHODS: dict[str, Callable[..., Pipeline]] = {
     "reward_model": reward_model,
     "grpo": grpo,
     "ppo": ppo,
+    "online_dpo": online_dpo,
 }

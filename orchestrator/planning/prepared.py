@@ -55,7 +55,10 @@ class PreparedPhase:
 
     @property
     def temperature(self) -> float:
-        """Log-probabilities are taken at the sampling temperature; at 1 where nothing is sampled, or greedily."""
+        """At which log-probabilities are taken: what the method says, else the sampling temperature; 1 where nothing
+        is sampled, or greedily."""
+        if self.pipeline.temperature is not None:
+            return self.pipeline.temperature
         return (self.sampling.temperature or 1.0) if self.pipeline.generates else 1.0
 
     @property

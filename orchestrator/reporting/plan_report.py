@@ -45,10 +45,12 @@ def _parts(plan: Plan, cluster: ClusterView) -> Iterator[RenderableType]:
 def arithmetic(phase: PhasePlan) -> str:
     """`32 prompts x 8 samples = 256 rows a step, ...`."""
     items = items_of(phase.pipeline.data)
-    each = "samples" if phase.groups_in_flight else "rows"
+    samples = phase.pipeline.samples_per_prompt
     product = f"{phase.items_per_step} {items}"
-    if phase.rows_per_item > 1:
-        product += f" x {phase.rows_per_item} {each} = {phase.rows_per_step} rows"
+    if samples and samples != phase.rows_per_item:
+        product += f" x {samples} samples, regrouped to {phase.rows_per_item} rows each = {phase.rows_per_step} rows"
+    elif phase.rows_per_item > 1:
+        product += f" x {phase.rows_per_item} {'samples' if samples else 'rows'} = {phase.rows_per_step} rows"
     said = [f"a batch is {product}"]
     if phase.optimizer_steps_per_batch > 1:
         said.append(f"{phase.optimizer_steps_per_batch} optimizer steps on each")

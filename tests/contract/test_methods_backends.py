@@ -38,6 +38,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("dpo", {"use_weighting": True, "token_metrics": True}),
     ("kto", {"loss_type": "apo_zero_unpaired"}),
     ("bco", {"density_ratio": True}),
+    ("online_dpo", {"loss_type": "ipo", "token_metrics": True}),
 ]
 every_method = pytest.mark.parametrize(("method", "options"), CASES, ids=[f"{m} {o}" for m, o in CASES])
 

@@ -47,6 +47,8 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("kto", {"loss_type": "apo_zero_unpaired"}, "margin"),
     ("bco", {}, "margin"),
     ("bco", {"density_ratio": True}, "margin"),
+    ("online_dpo", {}, "margin"),
+    ("online_dpo", {"loss_type": "ipo", "missing_eos_penalty": 1.0, "token_metrics": True}, "margin"),
     ("grpo", {}, "advantage"),
     ("grpo", {"loss_type": "grpo", "beta": 0.01, "updates_per_batch": 2, "minibatches": 2}, "advantage"),
     ("grpo", {"loss_type": "cispo", "epsilon_high": 5.0, "correction": "token_truncate"}, "advantage"),
@@ -67,7 +69,7 @@ def learners(pipeline: Pipeline, model: ModelSpec, optim: OptimSpec | None = Non
 def made_up(pipeline: Pipeline, policy: ModelWorker) -> Batch:
     """A batch of the pipeline's kind of data, with every column that the data, the sampler and the reward write."""
     rng = np.random.default_rng(0)
-    size = 4 if pipeline.data.prompts_only else pipeline.data.rows_per_item
+    size = min(pipeline.rows_per_item, 4)
     lengths = rng.integers(5, 12, 32 // size * size)
     rows = np.arange(len(lengths))
     mask = np.concatenate([np.arange(length) >= 2 for length in lengths])

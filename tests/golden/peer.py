@@ -20,7 +20,6 @@ NOT_BUILT = {  # families of cases: what they belong to
     "iw_opd": "iw_opd",
     "minillm": "minillm",
     "nash_md": "nash_md",
-    "online_dpo": "online_dpo",
     "papo": "papo, which sees images",
     "prm": "process_reward_model",
     "replay_buffer": "the replay of groups",
@@ -145,6 +144,15 @@ def _cpo(keys: Keys, inputs: Mapping[str, Any]) -> tuple[str, Options]:
     return "cpo", options | {"loss_type": loss}
 
 
+def _online_dpo(keys: Keys, _: Any) -> tuple[str, Options]:
+    """The peer hands every micro-batch's mean to the gradient undivided, so that its gradient grows with
+    `gradient_accumulation_steps`. Ours is the mean over all pairs of the step: what the peer computes of a step that
+    has one micro-batch."""
+    keys.take("gradient_accumulation_steps")
+    options = {name: keys.take(name) for name in ("beta", "loss_type", "missing_eos_penalty")}
+    return "online_dpo", {**options, "ties": "keep"}
+
+
 def _orpo(keys: Keys, _: Any) -> tuple[str, Options]:
     return "orpo", {"beta": keys.take("beta")}
 
@@ -225,6 +233,7 @@ MAPPINGS = {
     "grpo": _grpo,
     "gspo_token": _gspo_token,
     "kto": _kto,
+    "online_dpo": _online_dpo,
     "orpo": _orpo,
     "ppo": _ppo,
     "reward": _reward,

@@ -8,6 +8,7 @@ we differ on purpose are in `DEPARTURES`, with the reason.
 from __future__ import annotations
 
 import json
+import math
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -36,6 +37,7 @@ from orchestrator.losses.reduce import item_mean, token_mean
 from orchestrator.losses.surrogates import clipped
 from orchestrator.losses.views import PolicyTokens
 from orchestrator.methods import METHODS, build
+from orchestrator.pipeline import Verb
 from orchestrator.returns import whitened
 from orchestrator.row_table import RowTable
 from tests.golden.peer import (
@@ -204,6 +206,81 @@ def test_label_smoothing_of_dpo_acts_where_the_peer_ignores_it() -> None:
 def _swapped(rows: Rows) -> Rows:
     columns = {**rows.micro.columns, "preferred": ~rows.micro["preferred"]}
     return Rows(MicroBatch(rows.micro.lengths, columns), rows.logps, rows.extra)
+
+
+# Online DPO
+
+
+def margins_of_the_peer() -> tuple[float, float]:
+    """`d` of both pairs. The weights of the peer's model are not in the file; the two numbers are those with which both
+    of its losses come out: `mean softplus(-βd)` for sigmoid and `mean (d - 1/(2β))²` for ipo."""
+    logistic, squared = (CASES[f"online_dpo/{name}"]["outputs"]["loss_passed_to_backward"] for name in _ONLINE)
+    beta = 0.1
+    centre, radius = 1 / (2 * beta), math.sqrt(2 * squared)
+
+    def pair(angle: float) -> tuple[float, float]:
+        return centre + radius * math.cos(angle), centre + radius * math.sin(angle)
+
+    def excess(angle: float) -> float:
+        return sum(math.log1p(math.exp(-beta * d)) for d in pair(angle)) / 2 - logistic
+
+    low, high = 1.0 * math.pi, 1.25 * math.pi  # from where the pairs are far apart to where they are equal
+    assert excess(low) < 0 < excess(high)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if excess(middle) < 0 else (low, middle)
+    return pair(low)
+
+
+_ONLINE = ("sigmoid_ga1", "ipo_ga4")
+
+
+def sampled_pairs(case: dict[str, Any]) -> Rows:
+    """The peer's samples, made pairs of by the stages of `online_dpo`. The peer chooses sample 0 over 2, and 3 over 1,
+    which was cut; it has the first samples of both prompts, then the second ones."""
+    inputs, (method, options) = case["inputs"], ours(case)
+    first, second = margins_of_the_peer()
+    log_ratios = torch.tensor([first, 0.0, 0.0, second], dtype=torch.float64)  # log π(y) - log ref(y) of each sample
+    lengths = torch.tensor(inputs["prompt_mask"]).sum(1) + torch.tensor(inputs["completion_mask"]).sum(1)
+    cut = [1 not in completion for completion in inputs["completion_ids"]]  # 1 is the peer's end of sequence
+    tables: list[RowTable] = []
+    for prompt in range(2):
+        rows = np.array([prompt, prompt + 2])
+        table: RowTable | None = RowTable(
+            Batch.build(
+                lengths.numpy()[rows],
+                group=[prompt] * 2,
+                reward=np.array(inputs["rewards"])[rows],
+                truncated=np.array(cut)[rows],
+                sampler=rows,  # which sample it is
+            )
+        )
+        for stage in build(method, options):
+            if stage.verb is Verb.REGROUP:
+                assert stage.call is not None and table is not None
+                table = stage.call(table, **stage.options["call"])
+        assert table is not None
+        tables.append(table)
+    table = RowTable.concat(tables)
+    samples = torch.from_numpy(table["sampler"]).long()
+    starts = torch.cat([torch.zeros(1).long(), lengths[samples].cumsum(0)[:-1]])
+    prompts = torch.tensor(inputs["prompt_mask"]).sum(1)[samples]
+    position = torch.arange(int(lengths.sum())) - starts.repeat_interleave(lengths[samples])
+    logps = torch.zeros(int(lengths.sum()), dtype=torch.float64)
+    logps[starts + prompts] = log_ratios[samples]
+    columns = {name: torch.from_numpy(table[name].copy()) for name in ("group", "preferred", "reward", "truncated")}
+    columns |= {"mask": position >= prompts.repeat_interleave(lengths[samples]), "ref_logps": torch.zeros_like(logps)}
+    return Rows(MicroBatch(lengths[samples], columns), logps)
+
+
+@cases("online_dpo/")
+def test_online_dpo_equals_the_peer_in_however_many_micro_batches(case: dict[str, Any]) -> None:
+    rows = sampled_pairs(case)
+    assert rows.micro["reward"].tolist() == [1.0, 0.5, 2.0, -1.0]  # the cut one is worth 1 less
+    whole, apart = (optimise(objective_for(case), rows, split) for split in ([[[0, 1, 2, 3]]], [[[0, 1], [2, 3]]]))
+    assert whole.value == pytest.approx(case["outputs"]["loss_passed_to_backward"], abs=case["tol"])
+    assert apart.value == pytest.approx(whole.value, rel=1e-9)
+    torch.testing.assert_close(apart.gradient, whole.gradient)
 
 
 # SFT

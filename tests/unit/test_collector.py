@@ -18,6 +18,7 @@ from orchestrator.collection.group_stages import GroupStages, PromptGroup
 from orchestrator.collection.row_collector import RowCollector
 from orchestrator.collection.staleness import Contract
 from orchestrator.pipeline import Pipeline, Prompts, Stage, generate, keep, regroup, score
+from orchestrator.regrouping import best_and_worst
 from orchestrator.row_table import RowTable
 from rewards.worker import ScoreResult
 from rollout.sampling import Finish, GroupMeta, Request, Sampling
@@ -248,14 +249,6 @@ async def test_groups_that_teach_nothing_are_replaced_until_the_batch_is_full():
     await feed.close()
 
 
-def best_and_worst(table: RowTable) -> RowTable | None:
-    """The pair of a group's best and worst sample; None if they are alike."""
-    rewards = table["reward"]
-    chosen = [int(rewards.argmax()), int(rewards.argmin())]
-    return table.select(chosen).with_values(preferred=[True, False]) if np.ptp(rewards) else None
-
-
-best_and_worst.__dict__.update(reads={"reward"}, writes={"preferred"})
 PAIRED = Pipeline(Prompts, generate(n=3), score(), regroup(best_and_worst, rows=2))
 
 

@@ -29,6 +29,7 @@ from orchestrator.losses.surrogates import clipped
 from orchestrator.losses.views import PolicyTokens, Tokens
 from orchestrator.losses.views import require as field
 from orchestrator.methods import METHODS, build
+from orchestrator.pipeline import Pipeline
 from tests.unit.trainer_stub import Rows, Split, learned_from, optimise, seen_by_statistics, statistics_of
 
 WEIGHTED = {"correction": "token_truncate", "top_entropy_quantile": 0.5, "off_policy_mask_threshold": 0.1, "beta": 0.1}
@@ -63,6 +64,7 @@ METHOD_OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("bco", {"density_ratio": True}),
     ("reward_model", {}),
     ("reward_model", {"use_margin": True, "center_rewards_coefficient": 0.1}),
+    *[("online_dpo", {"loss_type": name, "token_metrics": name == "ipo"}) for name in ("sigmoid", "ipo")],
     *[("grpo", {"loss_type": name}) for name in ("grpo", "dapo", "luspo", "sapo", "vespo", "dppo")],
     *[("grpo", {"loss_type": name, "updates_per_batch": 2, **WEIGHTED}) for name in ("grpo", "bnpo", "gmpo")],
     ("grpo", {"loss_type": "cispo", "epsilon_high": 1.2, "updates_per_batch": 2}),
@@ -114,8 +116,7 @@ every_method = pytest.mark.parametrize(
 def random_rows(method: str, options: dict[str, Any], seed: int, groups: int = 5) -> Rows:
     """Rows of the kind of data that the method takes, with the columns and extras that its loss declares, and no
     other."""
-    data, objective = build(method, options).data, objective_of(method, options)
-    size = 4 if data.prompts_only else data.rows_per_item
+    objective, size = objective_of(method, options), rows_per_group(build(method, options))
     rng = torch.Generator().manual_seed(seed)
     lengths = torch.randint(3, 8, (groups * size,), generator=rng)
     everything = _columns(lengths, size, rng)
@@ -124,6 +125,11 @@ def random_rows(method: str, options: dict[str, Any], seed: int, groups: int = 5
     logps = said if per_row else _masked_rows_start(lengths, -_positive(lengths, rng))
     extras = {name: _positive(lengths, rng) for name in objective.needs - {"all_tokens", "entropy_grad"}}
     return Rows(MicroBatch(lengths, {name: everything[name] for name in objective.columns}), logps, extras, per_row)
+
+
+def rows_per_group(pipeline: Pipeline) -> int:
+    """As many as the pipeline makes of an item; of samples, four do."""
+    return min(pipeline.rows_per_item, 4)
 
 
 def _columns(lengths: Tensor, size: int, rng: torch.Generator) -> dict[str, Tensor]:
@@ -145,6 +151,8 @@ def _columns(lengths: Tensor, size: int, rng: torch.Generator) -> dict[str, Tens
         "mismatched": member == 1,
         "label": (rows // size) % 2 == 0,
         "margin": (rows // size % 3).double() / 3,
+        "reward": torch.where(member == 0, 1.0, -0.5).double() + rows,
+        "truncated": rows % 3 == 0,
         "weight": 0.5 + torch.rand(len(lengths), generator=rng, dtype=torch.float64),
     }
 

@@ -47,6 +47,28 @@ def test_options_of_grpo_bring_the_stages_and_columns_that_they_need_and_no_othe
     assert [stage.writes for stage in masked if stage.verb is Verb.CREDIT] == [{"learned"}, {"advantages", "learned"}]
 
 
+def test_online_dpo_makes_pairs_of_what_it_samples_and_asks_the_reference_of_those_alone() -> None:
+    pipeline = build("online_dpo", {"num_generations": 4})
+    names = ["rollout.generate", "reward.score", "driver.regroup", "reference.infer", "policy.update"]
+    assert verbs(pipeline) == names
+    assert (pipeline.samples_per_prompt, pipeline.rows_per_item) == (4, 2)
+    assert [stage.name for stage in pipeline.group_stages] == names[:3]
+    assert [stage.name for stage in pipeline.batch_stages] == ["reference.infer"]
+    assert pipeline.roles == ("policy", "rollout", "reward", "reference")
+
+
+def test_a_penalty_on_completions_without_an_end_comes_before_their_comparison() -> None:
+    pipeline = build("online_dpo", {"missing_eos_penalty": 1.5})
+    penalty, pair = [stage for stage in pipeline if stage.verb is Verb.REGROUP]
+    assert (penalty.writes, penalty.options["call"]) == ({"reward"}, {"penalty": 1.5})
+    assert pair.writes == {"preferred"} and pipeline.rows_per_item == 2
+
+
+def test_log_probabilities_of_online_dpo_are_the_models_own_at_any_sampling_temperature() -> None:
+    assert build("online_dpo", {}).temperature == 1.0
+    assert build("grpo", {}).temperature is None  # that of sampling
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -137,6 +159,9 @@ def test_every_method_has_a_page_that_names_each_of_its_options(name: str) -> No
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("grop", {}, r"method 'grop' does not exist \(did you mean 'grpo'\?\); there are sft, "),
     ("grpo", {"epsilonhigh": 0.28}, r"no option 'epsilonhigh' \(did you mean 'epsilon_high'\?\)"),
+    ("online_dpo", {"num_generations": 1}, r"options\.num_generations=1: .*greater than or equal to 2"),
+    ("online_dpo", {"loss_type": "hinge"}, r"options\.loss_type='hinge': .*'sigmoid' or 'ipo'"),
+    ("online_dpo", {"missing_eos_penalty": 0.0}, r"options\.missing_eos_penalty=0\.0: .*greater than 0"),
     ("grpo", {"num_generations": 1}, r"options\.num_generations=1: .*greater than or equal to 2"),
     ("grpo", {"correction": "tis"}, r"options\.correction='tis': .*'token_truncate'"),
     ("grpo", {"loss_type": "dr_grpo"}, r"divides by options\.max_completion_length: set it"),

@@ -504,3 +504,27 @@ def test_half_precision_weights_follow_float32_masters(folder: Path, tmp_path: P
         if movement.ndim == 2:
             found = masters[name] - start[name].bfloat16().float()
             assert torch.cosine_similarity(found.flatten(), movement.flatten(), dim=0) > 0.9
+
+
+def counting(of: Batch, world: World, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Stat]]:
+    """A credit call that says at every token how often it was called."""
+    state["calls"] = state.get("calls", 0) + 1
+    return {"advantages": np.full(of.num_tokens, state["calls"], np.float32)}, {"calls": Stat(state["calls"])}
+
+
+def test_what_a_credit_call_keeps_is_there_after_a_resume_and_stays_as_it_is_in_an_evaluation(
+    folder: Path, tmp_path: Path
+) -> None:
+    def calls(target: ModelWorker, *, learning: bool = True) -> float:
+        metrics, block = target.credit(part(batch()), counting, {}, "driver.credit counting", learning)
+        assert set(block["advantages"]) == {metrics["calls"]}
+        return metrics["calls"]
+
+    target = trainable(folder)
+    assert [calls(target), calls(target), calls(target, learning=False), calls(target)] == [1, 2, 3, 3]
+    target.save_state(str(tmp_path))
+    resumed = trainable(folder, seed=5)
+    resumed.load_state(str(tmp_path))
+    assert calls(resumed) == 4
+    resumed.reset(OPTIM)
+    assert calls(resumed) == 1

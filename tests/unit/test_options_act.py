@@ -23,7 +23,8 @@ from orchestrator.losses.declare import EXTRAS
 from orchestrator.losses.objective import LossObjective
 from orchestrator.methods import METHODS, build
 from orchestrator.pipeline import Pipeline, Stage, Verb
-from tests.unit.test_losses import _columns, _masked_rows_start, _names_in, _positive
+from orchestrator.row_table import RowTable
+from tests.unit.test_losses import _columns, _masked_rows_start, _names_in, _positive, rows_per_group
 from tests.unit.trainer_stub import Rows, optimise
 
 FACTS = {"max_completion_length": 16}
@@ -75,6 +76,7 @@ OTHER_VALUE: dict[str, Any] = {  # of every option, besides `loss_type`, whose n
     "scale_rewards": "none",
     "simpo_gamma": 0.8,
     "sync_ref_model": True,
+    "ties": "keep",
     "token_metrics": True,
     "top_entropy_quantile": 0.4,
     "tpo_alpha": 0.2,
@@ -125,6 +127,8 @@ def behaviour(pipeline: Pipeline) -> list[Any]:
             did.append(dict(stage.options))
         elif stage.verb is Verb.CREDIT:
             did += [{name: values.tolist() for name, values in found.items()} for found in credited(stage)]
+        elif stage.verb is Verb.REGROUP:
+            did.append([regrouped(stage, group) for group in (0, 1, 2)])
         elif stage.verb is Verb.UPDATE:
             found = optimise(LossObjective.of(stage), rows(pipeline))
             did.append((stage.options["epochs"], stage.options["minibatches"], found.value, found.metrics))
@@ -144,7 +148,7 @@ def credited(stage: Stage) -> Iterator[dict[str, np.ndarray]]:
 
 
 def rows(pipeline: Pipeline) -> Rows:
-    size = 4 if pipeline.data.prompts_only else pipeline.data.rows_per_item
+    size = rows_per_group(pipeline)
     rng = torch.Generator().manual_seed(21)
     lengths = torch.randint(3, 8, (3 * size,), generator=rng)
     columns = _columns(lengths, size, rng)
@@ -155,16 +159,25 @@ def rows(pipeline: Pipeline) -> Rows:
     return Rows(MicroBatch(lengths, columns), logps, extras)
 
 
+def regrouped(stage: Stage, group: int) -> Any:
+    """What a stage makes of the rows of a group: their numbers in the batch, with the columns that it writes."""
+    assert stage.call is not None
+    rows = np.flatnonzero(sampled()["group"] == group)
+    table = stage.call(RowTable(sampled()).select(rows), **stage.options["call"])
+    return table and (table.lengths.tolist(), {name: table[name].tolist() for name in stage.writes})
+
+
 def sampled() -> Batch:
-    """Two groups; a completion that was cut, and one that could not be scored."""
+    """Three groups; a completion that was cut, one that could not be scored, and a group of equal rewards."""
     of_tokens = ("old_logps", "ref_logps", "values", "step_reward")
-    noise = np.random.default_rng(5).normal(-1, 0.3, (len(of_tokens), 18))
+    lengths = [3, 4, 5, 3, 4, 5, 3, 4]
+    noise = np.random.default_rng(5).normal(-1, 0.3, (len(of_tokens), sum(lengths)))
     return Batch.build(
-        [3] * 6,
-        mask=np.tile([False, True, True], 6),
-        reward=[1.0, 0.0, 0.5, 3.0, np.nan, 1.0],
-        group=[0, 0, 0, 1, 1, 1],
-        truncated=[False, True, False, False, False, False],
+        lengths,
+        mask=np.concatenate([np.arange(length) > 0 for length in lengths]),
+        reward=[1.0, 0.0, 0.5, 3.0, np.nan, 1.0, 2.0, 2.0],
+        group=[0, 0, 0, 1, 1, 1, 2, 2],
+        truncated=[False, True, False, False, False, False, False, False],
         **dict(zip(of_tokens, noise, strict=True)),
     )
 

@@ -201,6 +201,7 @@ def test_memory_and_custom_resources_are_reserved_as_given() -> None:
     ("changed", "said"),
     [
         (config(train={"max_staleness": 1}, options={"correction": "none"}), "does not correct for that"),
+        (config("online_dpo", train={"max_staleness": 1}), "does not correct for that"),
         (config("sft", train={"max_staleness": 1}), "sft samples nothing"),
         (config(roles={"policy": {"ranks": 2}}), "set roles.policy.backend=deepspeed"),
         (
@@ -482,6 +483,18 @@ def test_the_view_shows_stages_arithmetic_memory_placement_and_refusals() -> Non
         "rollout: no place for 1 of 1",
     ):
         assert expected in shown, expected
+
+
+@pytest.mark.parametrize(
+    ("samples", "arithmetic"),
+    [(4, "16 prompts x 4 samples, regrouped to 2 rows each = 32 rows"), (2, "16 prompts x 2 samples = 32 rows")],
+)
+def test_a_batch_counts_the_rows_that_are_made_of_the_samples(samples: int, arithmetic: str) -> None:
+    plan = planned(config("online_dpo", options={"num_generations": samples}, train={"batch_size": 16}))
+    terminal = Console(width=200, record=True, file=io.StringIO())
+    terminal.print(render(plan, gpu_nodes(1)))
+    assert f"a batch is {arithmetic};" in terminal.export_text()
+    assert plan.phases[0].rows_per_step == 32
 
 
 def labelled_nodes(*labels: dict[str, str]) -> ClusterView:

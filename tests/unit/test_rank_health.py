@@ -1,6 +1,15 @@
 """Which rank hangs, in what, since when, and when that ends a run."""
 
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from actors.errors import InfraFailure
+from orchestrator.cluster.background_tasks import beside
 from orchestrator.cluster.rank_health import Rank, RankHealth, RankLimits
+from orchestrator.config.schema import RunConfig
 
 NODE = "pid 7 on node a"
 POLICY = [Rank("policy", index, NODE) for index in range(3)]
@@ -86,3 +95,27 @@ def test_a_role_whose_processes_were_ended_on_purpose_is_missed_by_nobody():
     found.forget("reference")
     all_policy = [found.seen(rank, None, 0.0, 50.0) for rank in POLICY]
     assert len(all_policy) == 3 and found.failure(50.0) is None
+
+
+class Answering:
+    """A worker, or the board, as far as it is asked anything here."""
+
+    where = NODE
+
+    def __init__(self, busy_s: float) -> None:
+        self._busy_s = busy_s
+
+    async def call(self, method: str, *_: Any, timeout_s: float) -> dict[str, Any]:
+        return {"verb": "update", "busy_s": self._busy_s} if method == "ping" else {}
+
+
+async def test_a_role_that_starts_with_a_later_phase_is_watched_by_the_limits_of_its_own():
+    roles: Any = SimpleNamespace(groups={"policy": SimpleNamespace(workers=[Answering(30.0)])}, pools={})
+    config, board = (
+        RunConfig.model_validate({"phases": {"main": {}}, "roles": {"value": {"call_timeout_s": 20}}}),
+        Answering(0.0),
+    )
+    with pytest.raises(InfraFailure, match=r"value rank 0 .* in `update` for 30 s \(roles.value.call_timeout_s=20\)"):
+        async with beside(config, roles, board, print):  # pyright: ignore[reportArgumentType]
+            roles.groups["value"] = SimpleNamespace(workers=[Answering(30.0)])
+            await asyncio.sleep(30)

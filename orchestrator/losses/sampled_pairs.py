@@ -1,0 +1,42 @@
+"""The preference loss over pairs that the policy itself has just sampled: that of given pairs, with more to report."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from actors.objective import Stat
+from orchestrator.losses.declare import Loss, is_on, reads
+from orchestrator.losses.pairwise import Contrast, against_reference
+from orchestrator.losses.views import SampledPairs
+
+
+@reads("entropy", "mean_logits", "is_top1", token_metrics=is_on)
+def against_reference_of_samples(
+    pairs: SampledPairs, *, contrast: Contrast, beta: float, token_metrics: bool = False
+) -> Loss:
+    """[P]: `against_reference`, with metrics of the objective `reward - β KL`."""
+    values, metrics = against_reference(pairs, contrast=contrast, beta=beta, token_metrics=token_metrics)
+    return values, metrics | objective_metrics(pairs, beta)
+
+
+def objective_metrics(pairs: SampledPairs, beta: float) -> dict[str, Stat]:
+    """Means over the rows of all pairs. KL and entropy are estimated by the sampled tokens, summed over a row, in
+    nats."""
+    rewards = pairs.reward.to(pairs.logps.dtype)
+    kl = pairs.row_sums(pairs.logps - pairs.ref_logps).detach()
+    chosen, rejected = pairs.split(rewards)
+    return {
+        "objective/kl": _row_stat(kl),
+        "objective/entropy": _row_stat(-pairs.row_sums(pairs.logps)),
+        "objective/non_score_reward": _row_stat(-beta * kl),
+        "objective/rlhf_reward": _row_stat(rewards - beta * kl),
+        "objective/scores": _row_stat(rewards),
+        "objective/scores_margin": pairs.pair_stat(chosen - rejected),
+        "val/contain_eos_token": _row_stat((~pairs.truncated).to(rewards.dtype)),
+        "beta": pairs.pair_stat(torch.full_like(chosen, beta)),
+    }
+
+
+def _row_stat(values: Tensor) -> Stat:
+    return Stat(values.detach().sum(), len(values))

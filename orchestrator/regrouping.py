@@ -1,0 +1,53 @@
+"""From a prompt's samples to the rows that are learned from: pure functions on the driver's table of one prompt group.
+
+A *regrouping* is what a `regroup` stage executes: `call(table, **options)` returns the new table, or None to have the
+group replaced by another prompt's. `regroups(reads=..., writes=...)` names its columns, all of them per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, TypeVar
+
+import numpy as np
+
+from actors.batch import Array
+from orchestrator.returns import without_eos
+from orchestrator.row_table import RowTable
+
+Ties = Literal["drop", "keep"]
+Regrouping = TypeVar("Regrouping", bound=Callable[..., RowTable | None])
+
+
+def regroups(*, reads: set[str], writes: set[str]) -> Callable[[Regrouping], Regrouping]:
+    """Declares the columns of a regrouping."""
+
+    def declare(call: Regrouping) -> Regrouping:
+        call.__dict__.update(reads=frozenset(reads), writes=frozenset(writes))
+        return call
+
+    return declare
+
+
+@regroups(reads={"reward"}, writes={"preferred"})
+def best_and_worst(table: RowTable, *, ties: Ties = "drop") -> RowTable | None:
+    """The pair of the sample with the highest reward, which is preferred, and the one with the lowest, in that order.
+
+    Samples that could not be scored (NaN) take no part; with fewer than two others there is no pair: None. Among equal
+    rewards the first sample is the best and the last one the worst, so of two samples the first is preferred if
+    `r0 >= r1`. `ties`: if all rewards are equal, drop the group (None), or keep that pair.
+    """
+    scored = np.flatnonzero(~np.isnan(table["reward"]))
+    if len(scored) < 2:
+        return None
+    rewards: Array = table["reward"][scored]
+    best, worst = int(rewards.argmax()), len(rewards) - 1 - int(rewards[::-1].argmin())
+    if ties == "drop" and rewards[best] == rewards[worst]:
+        return None
+    return table.select(scored[[best, worst]]).with_values(preferred=np.array([True, False]))
+
+
+@regroups(reads={"reward", "truncated"}, writes={"reward"})
+def penalise_missing_eos(table: RowTable, *, penalty: float) -> RowTable:
+    """The same rows; `penalty` is subtracted from the reward of each completion that hit its length limit."""
+    return table.with_values(**without_eos(table, penalty=penalty))

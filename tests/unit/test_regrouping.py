@@ -1,0 +1,66 @@
+"""Pairs made of samples: which two rows of a prompt's become one, and when there is none."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from actors.batch import Batch
+from actors.worker import Ref
+from orchestrator.regrouping import best_and_worst, penalise_missing_eos
+from orchestrator.row_table import RowTable
+
+
+def group(rewards: list[float], truncated: list[bool] | None = None) -> RowTable:
+    """Samples of one prompt, of 3, 4, 5 ... tokens, which lie in a block; sample i is of the tokens i."""
+    lengths = [3 + i for i in range(len(rewards))]
+    rows = Batch.build(lengths, group=[7] * len(rewards), reward=rewards, truncated=truncated or [False] * len(rewards))
+    block = Batch.build(lengths, tokens=np.repeat(np.arange(len(rewards)), lengths))
+    return RowTable.of_block(rows, Ref(block), {"tokens"})
+
+
+def pair(table: RowTable | None) -> tuple[list[int], list[bool]]:
+    """The samples of the rows, and which are preferred."""
+    assert table is not None
+    whole = table.whole()
+    tokens = whole.shard.fetched([ref.target for ref in whole.blocks]).batch["tokens"]
+    starts = np.cumsum([0, *table.lengths[:-1]])
+    assert (table.lengths == 3 + tokens[starts]).all(), "rows and tokens are of the same samples"
+    return tokens[starts].tolist(), table["preferred"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("rewards", "rows"),
+    [
+        ([1.0, 0.0], [0, 1]),
+        ([0.0, 1.0], [1, 0]),
+        ([0.5, 2.0, -1.0, 1.0], [1, 2]),
+        ([1.0, 0.0, 1.0, 0.0], [0, 3]),
+        ([math.nan, 0.5, math.nan, 0.7], [3, 1]),
+    ],
+)
+def test_the_best_sample_is_preferred_to_the_worst(rewards: list[float], rows: list[int]) -> None:
+    assert pair(best_and_worst(group(rewards))) == (rows, [True, False])
+
+
+@pytest.mark.parametrize("rewards", [[1.0, 1.0], [0.0, 0.0, 0.0], [math.nan, 2.0, 2.0]])
+def test_equal_rewards_make_no_pair_unless_ties_are_kept(rewards: list[float]) -> None:
+    assert best_and_worst(group(rewards)) is None
+    scored = np.flatnonzero(~np.isnan(rewards))
+    assert pair(best_and_worst(group(rewards), ties="keep")) == ([scored[0], scored[-1]], [True, False])
+
+
+@pytest.mark.parametrize("ties", ["drop", "keep"])
+@pytest.mark.parametrize("rewards", [[1.0], [1.0, math.nan], [math.nan, math.nan]])
+def test_fewer_than_two_scored_samples_make_no_pair(rewards: list[float], ties: str) -> None:
+    assert best_and_worst(group(rewards), ties=ties) is None  # pyright: ignore[reportArgumentType]
+
+
+def test_a_completion_that_was_cut_loses_its_penalty_and_may_lose_the_comparison() -> None:
+    cut = group([1.0, 0.5, 0.4], truncated=[True, False, False])
+    penalised = penalise_missing_eos(cut, penalty=0.8)
+    np.testing.assert_allclose(penalised["reward"], [0.2, 0.5, 0.4], rtol=1e-6)
+    assert pair(best_and_worst(cut))[0] == [0, 2]
+    assert pair(best_and_worst(penalised))[0] == [1, 0]
