@@ -183,6 +183,12 @@ class Pipeline:
         return {stage.role: stage.head for stage in self.stages if stage.head is not None}
 
     @property
+    def companions(self) -> Mapping[str, str]:
+        """Of trained roles, the one whose frozen model lives in their ranks. It is no role to launch by itself."""
+        named = ((stage.role, stage.options["companion"]) for stage in self.updates)
+        return {role: companion for role, companion in named if companion is not None}
+
+    @property
     def updates(self) -> tuple[Stage, ...]:
         return tuple(stage for stage in self.stages if stage.verb is Verb.UPDATE)
 
@@ -250,16 +256,21 @@ def update(
     loss: Callable[..., Any],
     *,
     reduce: Callable[..., Any] | None = None,
+    companion: str | None = None,
     epochs: int = 1,
     minibatches: int = 1,
     **options: Any,
 ) -> Stage:
     """Optimise a role. What the loss reads is declared beside it (see `orchestrator/losses/declare.py`). A `Sum` of
-    losses has reductions and options of its own."""
-    from orchestrator.losses.declare import columns_of, head_of  # torch is loaded when a method is built, not before
+    losses has reductions and options of its own. `companion`: the role whose frozen model lives in the ranks of this
+    one, for a loss that compares whole distributions."""
+    from orchestrator.losses.declare import columns_of, has_companion, head_of  # torch is loaded when a method is built
 
-    head = head_of(loss)
-    plan = {"reduce": reduce, "epochs": epochs, "minibatches": minibatches, "loss_options": options, "head": head}
+    if has_companion(loss) != (companion is not None):
+        needs = "compares with a companion: update(role, loss, companion=ROLE)" if companion is None else "has none"
+        raise ConfigError(f"stage {role}.update names {companion or 'no companion'}, and its loss {needs}")
+    plan = {"reduce": reduce, "epochs": epochs, "minibatches": minibatches, "loss_options": options}
+    plan |= {"head": head_of(loss), "companion": companion}
     return Stage(Verb.UPDATE, role, frozenset(columns_of(loss, options)), frozenset(), loss, plan)
 
 
@@ -300,6 +311,12 @@ def _check_closes(pipeline: Pipeline) -> None:
             raise ConfigError(
                 f"the stages of role {role} ask for models with different heads ({', '.join(sorted(asked))}); use a "
                 "role for each"
+            )
+    for role in pipeline.trained:
+        named = sorted({str(stage.options["companion"]) for stage in pipeline.updates if stage.role == role} - {"None"})
+        if len(named) > 1 or set(named) & set(pipeline.trained):
+            raise ConfigError(
+                f"role {role} has the companions {', '.join(named)}: it may have one, which is not trained in the phase"
             )
     for stage in pipeline.mixes:
         source = stage.options["source"]

@@ -79,7 +79,7 @@ def run(
         refuse_surroundings(config, local=local, resume=resume)
         prepared = prepare(config)
         pipelines = {phase.name: phase.pipeline for phase in prepared.phases}
-        plan = make_plan(config, pipelines, parameters=prepared.parameters)
+        plan = make_plan(config, pipelines, parameters=prepared.parameters, own_parameters=prepared.own_parameters)
         if resume is None:
             folder, resumed = _new_folder(config), None
             stack.enter_context(driving(folder))

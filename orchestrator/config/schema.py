@@ -494,6 +494,8 @@ class RolesConfig(Section):
     """The pool that calls reward functions."""
     rollout: EngineRole = Field(default_factory=EngineRole)
     """The fleet that samples completions."""
+    teacher_rollout: EngineRole = Field(default_factory=lambda: EngineRole(follows="teacher"))
+    """A fleet that samples the teacher's completions."""
 
     def __contains__(self, name: str) -> bool:
         return name in type(self).model_fields or name in self.__pydantic_extra__

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from orchestrator.methods.dpo import dpo
+from orchestrator.methods.gkd import gkd
 from orchestrator.methods.grpo import grpo
 from orchestrator.methods.ppo import ppo
 from orchestrator.methods.reference_free import alphapo, cpo, orpo, simpo, tpo
@@ -24,4 +25,5 @@ METHODS: dict[str, Callable[..., Pipeline]] = {
     "bco": bco,
     "grpo": grpo,
     "ppo": ppo,
+    "gkd": gkd,
 }

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from actors.errors import ConfigError
@@ -28,7 +28,7 @@ from orchestrator.config.schema import (
 from orchestrator.config.validation import Role, count, refusals, warnings
 from orchestrator.pipeline import Pipeline, Verb, generate, score
 from orchestrator.planning.bundles import GIB, Bundle, ClusterView, Resources, shortages
-from orchestrator.planning.memory_estimate import Memory, Training, estimate
+from orchestrator.planning.memory_estimate import BYTES, Memory, Training, estimate
 from orchestrator.planning.node_selectors import Selector
 
 # Of an idle OpenMP thread before it sleeps: enough from one operation to the next. Five times as many gained no more,
@@ -132,10 +132,12 @@ def make_plan(
     pipelines: Mapping[str, Pipeline],
     *,
     parameters: int | None = None,
+    own_parameters: Mapping[str, int | None] | None = None,
     machine: Machine | None = None,
 ) -> Plan:
-    """The plan of a run, `pipelines` by phase. Raises ConfigError with everything that would be refused."""
-    plan = draft_plan(config, pipelines, parameters=parameters, machine=machine)
+    """The plan of a run, `pipelines` by phase. `parameters` are those of the run's model, `own_parameters` of the
+    models of roles that have one of their own. Raises ConfigError with everything that would be refused."""
+    plan = draft_plan(config, pipelines, parameters=parameters, own_parameters=own_parameters, machine=machine)
     if plan.refusals:
         raise ConfigError("\n".join(plan.refusals))
     return plan
@@ -146,6 +148,7 @@ def draft_plan(
     pipelines: Mapping[str, Pipeline],
     *,
     parameters: int | None = None,
+    own_parameters: Mapping[str, int | None] | None = None,
     machine: Machine | None = None,
 ) -> Plan:
     """A plan that may have `refusals`: something to look at, not to launch."""
@@ -155,10 +158,14 @@ def draft_plan(
     sized = [role for role in launched if role in config.roles]
     threads = _threads(config, pipelines, sized, parameters, machine or Machine.here())
     gang, seats = _gang(config, sized)
-    roles = {
-        role: _role_plan(role, config, threads[role], seats.get(role, ()), _memory(role, config, pipelines, parameters))
-        for role in sized
-    }
+
+    def parameters_of(role: str) -> int | None:
+        settings = config.roles[role]
+        has_own = isinstance(settings, RanksRole) and settings.model is not None
+        return (own_parameters or {}).get(role) if has_own else parameters
+
+    memory = {role: _memory(role, config, pipelines, parameters_of) for role in sized}
+    roles = {role: _role_plan(role, config, threads[role], seats.get(role, ()), memory[role]) for role in sized}
     phases = tuple(_phase_plan(name, config, pipeline) for name, pipeline in pipelines.items())
     found = tuple(refused), tuple(warnings(config, pipelines, launched))
     return Plan(config.name, phases, roles, gang, stand_ins, _overlaps(config, sized), *found)
@@ -302,11 +309,14 @@ def _environment(settings: Role, threads: int, *, alone: bool) -> dict[str, str]
     return env
 
 
-def _memory(role: str, config: RunConfig, pipelines: Mapping[str, Pipeline], parameters: int | None) -> Memory | None:
+def _memory(
+    role: str, config: RunConfig, pipelines: Mapping[str, Pipeline], parameters_of: Callable[[str], int | None]
+) -> Memory | None:
     settings = config.roles[role]
     if isinstance(settings, ScorersRole):
         return Memory()
-    if parameters is None or (isinstance(settings, RanksRole) and settings.model is not None):
+    parameters = parameters_of(settings.follows if isinstance(settings, EngineRole) else role)
+    if parameters is None:
         return None
     if isinstance(settings, EngineRole):
         per_gpu = parameters // settings.tensor_parallel
@@ -322,7 +332,13 @@ def _memory(role: str, config: RunConfig, pipelines: Mapping[str, Pipeline], par
         for name, pipeline in pipelines.items()
         if pipeline.trained
     )
-    training = Training(stage, settings.ranks, lora, config.model.gradient_checkpointing, averaged)
+    beside = 0.0
+    for companion in {pipeline.companions.get(role) for pipeline in pipelines.values()} - {None}:
+        size = parameters_of(companion)
+        if size is None:
+            return None
+        beside = max(beside, size * float(BYTES[config.roles.ranks(companion).dtype or config.model.dtype]))
+    training = Training(stage, settings.ranks, lora, config.model.gradient_checkpointing, beside, averaged)
     return estimate(parameters, dtype, tokens=tokens, training=training)
 
 

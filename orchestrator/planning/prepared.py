@@ -100,6 +100,7 @@ class Prepared:
     rewards: tuple[RewardSpec, ...]  # functions
     model_rewards: tuple[ModelReward, ...]
     parameters: int | None
+    own_parameters: Mapping[str, int | None]  # likewise, of the models of roles that have one of their own
 
     @property
     def lora(self) -> LoraSpec | None:
