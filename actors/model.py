@@ -86,7 +86,7 @@ class LanguageModel(nn.Module):
         if isinstance(self.head, ScalarHead):
             outputs: dict[str, Tensor] = {"main": self.head(hidden)}
         else:
-            # one call for all of it: a backend that partitions the projection gathers it around this call
+            # one call for all of it: a backend that partitions the projection gathers it around this
             outputs = dict(self.head(hidden, tokens.index_select(0, predicted), temperature, needs, chunk_rows, asked))
         if self.router_aux_loss_coef:
             outputs["aux_loss"] = self.router_aux_loss_coef * self._balancing_loss(decoded.router_logits)
@@ -95,7 +95,7 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def states(self, tokens: Tensor, lengths: tuple[int, ...], predicted: Tensor) -> tuple[Vocabulary, Tensor]:
-        """This model beside another one: its projection, and the states [N, H] from which the `predicted` tokens are."""
+        """This model beside another one: its projection, and the states [N, H] before the `predicted` tokens."""
         assert isinstance(self.head, VocabularyHead), "a companion says whole distributions"
         decoded, documents = self._decode(tokens, lengths)
         return self.head.projection, documents.at_tokens(decoded.last_hidden_state[0], predicted - 1)

@@ -160,6 +160,22 @@ class Pipeline:
         data = replace(self.data, columns=self.data.columns | stage.writes)
         return Pipeline(data, *(other for other in self.stages if other is not stage), warnings=self.warnings)
 
+    def with_roles(self, names: Mapping[str, str]) -> Pipeline:
+        """The pipeline with other roles in the places of those that are named. Raises ConfigError for one that no stage
+        names."""
+        if unknown := names.keys() - {*self.roles, *self.companions.values()}:
+            known = ", ".join(dict.fromkeys((*self.roles, *self.companions.values())))
+            raise ConfigError(f"rename_roles: the method has no role {sorted(unknown)[0]!r}; it has {known}")
+
+        def renamed(stage: Stage) -> Stage:
+            options = {
+                key: names.get(value, value) if key in ("source", "companion") else value
+                for key, value in stage.options.items()
+            }
+            return replace(stage, role=names.get(stage.role, stage.role), options=options)
+
+        return Pipeline(self.data, *map(renamed, self.stages), warnings=self.warnings)
+
     @property
     def generates(self) -> tuple[Stage, ...]:
         return tuple(stage for stage in self.stages if stage.verb is Verb.GENERATE)

@@ -295,6 +295,8 @@ class PhaseConfig(Section):
     """Which method trains; see `troupe methods`."""
     options: dict[str, Any] = Field(default_factory=dict)
     """The method's own options; `troupe methods NAME` lists them."""
+    rename_roles: dict[str, str] = Field(default_factory=dict)
+    """Other roles in the places of the method's: {policy: tutor} trains the role `tutor`."""
     data: DataConfig = Field(default_factory=DataConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)

@@ -85,7 +85,9 @@ def prepare(config: RunConfig, *, output: Path | None = None) -> Prepared:
 
 
 def build_pipeline(phase: PhaseConfig) -> Pipeline:
-    return build(phase.method, phase.options, {"max_completion_length": phase.sampling.max_tokens})
+    """What the phase's method is under its options, with the roles that the phase gives it."""
+    pipeline = build(phase.method, phase.options, {"max_completion_length": phase.sampling.max_tokens})
+    return pipeline.with_roles(phase.rename_roles) if phase.rename_roles else pipeline
 
 
 def resolve_model(path: str, seed: int, key: str = "model.path") -> str:
