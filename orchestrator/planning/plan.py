@@ -333,7 +333,7 @@ def _memory(
         if pipeline.trained
     )
     beside = 0.0
-    for companion in {pipeline.companions.get(role) for pipeline in pipelines.values()} - {None}:
+    for companion in {pipeline.companions[role] for pipeline in pipelines.values() if role in pipeline.companions}:
         size = parameters_of(companion)
         if size is None:
             return None
