@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from actors.columns import Head
-from actors.objective import MicroBatch, Outputs
+from actors.distributions import Asked
+from actors.errors import RunError
+from actors.model import LanguageModel
+from actors.objective import MicroBatch, OfLogits, Outputs
 
 NOT_EXTRA = frozenset({"main", "aux_loss", "rows"})  # of what a model returns
 
@@ -22,6 +26,8 @@ def forward(
     needs: frozenset[str] = frozenset(),
     chunk_rows: int | None = None,
     all_tokens: bool = False,
+    of_logits: OfLogits | None = None,
+    companion: LanguageModel | None = None,
 ) -> Outputs:
     """Outputs by the convention of `actors/columns.py`: entry t of `T` tokens concerns predicting token t. A number per
     row [B] is said at the row's last token.
@@ -29,13 +35,16 @@ def forward(
     `model` is a `LanguageModel` with that head, or a backend's wrapper of one. Only tokens whose `mask` is 1 are given
     to the head, the others' entries are 0; `all_tokens`, or a batch without a mask, means every token but each row's
     first. `chunk_rows` bounds how many tokens' logits exist at a time (default: 2**24 logits' worth).
+    `of_logits` says what is made of whole distributions, which may be those of a `companion`, too: a frozen model.
     """
     tokens = micro["tokens"]
     if head is Head.ROW_SCALAR:
         predicted = micro.offsets[1:]  # the state after a row's last token
     else:
         predicted = predicted_tokens(micro, all_tokens=all_tokens or "all_tokens" in needs)
-    found = model(tokens, tuple(micro.lengths.tolist()), predicted, temperature, needs - {"all_tokens"}, chunk_rows)
+    asked = None if of_logits is None else _asked(of_logits, micro, predicted, companion)
+    lengths, needs = tuple(micro.lengths.tolist()), needs - {"all_tokens"}
+    found = model(tokens, lengths, predicted, temperature, needs, chunk_rows, asked)
 
     def over_all_tokens(values: Tensor) -> Tensor:
         return values.new_zeros(len(tokens)).index_copy(0, predicted, values)
@@ -43,6 +52,19 @@ def forward(
     extra = {name: over_all_tokens(values) for name, values in found.items() if name not in NOT_EXTRA}
     main = found["main"] if head is Head.ROW_SCALAR else over_all_tokens(found["main"])
     return Outputs(main, extra, found.get("aux_loss"), int(found["rows"]))
+
+
+def _asked(of_logits: OfLogits, micro: MicroBatch, predicted: Tensor, companion: LanguageModel | None) -> Asked:
+    """What the model's head is to make of its logits. A dummy has nothing to predict, and no columns."""
+    call = partial(of_logits.call, **of_logits.options)
+    if not len(predicted):
+        return Asked(call)
+    columns = tuple(micro[name].index_select(0, predicted) for name in of_logits.columns)
+    if not of_logits.companion:
+        return Asked(call, columns)
+    if companion is None:
+        raise RunError("the objective compares with a companion, and the role was started without one")
+    return Asked(call, columns, companion.states(micro["tokens"], tuple(micro.lengths.tolist()), predicted))
 
 
 def predicted_tokens(micro: MicroBatch, *, all_tokens: bool = False) -> Tensor:

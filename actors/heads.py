@@ -14,40 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from actors.objective import EXTRAS
+from actors.distributions import Asked, of_logits
+from actors.logits import CHUNK_LOGITS, LogitScaling, Vocabulary, add_product
+from actors.objective import DIVERGENCE, EXTRAS
 
-CHUNK_LOGITS = 2**24  # logits of one chunk (64 MiB in float32) where the caller does not say how many rows
 NEEDS = frozenset({*EXTRAS, "entropy_grad"})
-
-
-@dataclass(frozen=True)
-class LogitScaling:
-    """What a model does to its logits after the projection: `softcap * tanh(multiplier * x / softcap)`."""
-
-    multiplier: float = 1.0
-    softcap: float | None = None
-
-    @classmethod
-    def of(cls, config: Any) -> LogitScaling:
-        """Read from a model's configuration: `logit_scale` (Cohere), `logits_scaling` (Granite: a divisor),
-        `final_logit_softcapping` (Gemma)."""
-        multiplier = getattr(config, "logit_scale", None) or 1.0
-        divisor = getattr(config, "logits_scaling", None) or 1.0
-        return cls(multiplier / divisor, getattr(config, "final_logit_softcapping", None))
-
-    def apply_(self, logits: Tensor) -> Tensor:
-        """In place."""
-        if self.multiplier != 1.0:
-            logits.mul_(self.multiplier)
-        if self.softcap is not None:
-            logits.div_(self.softcap).tanh_().mul_(self.softcap)
-        return logits
-
-    def backward_(self, grad: Tensor, scaled: Tensor | None) -> Tensor:
-        """In place: the gradient before scaling, from the one after it. `scaled` is needed if there is a softcap."""
-        if self.softcap is not None and scaled is not None:
-            grad.mul_(1 - (scaled / self.softcap).square())
-        return grad if self.multiplier == 1.0 else grad.mul_(self.multiplier)
 
 
 @dataclass(frozen=True)
@@ -127,7 +98,7 @@ class _TokenQuantities(torch.autograd.Function):
             )
             hidden_grad[part] = grad @ weight
             if weight_grad is not None:
-                _add_product(weight_grad, grad.t(), hidden[part])
+                add_product(weight_grad, grad.t(), hidden[part])
             if bias_grad is not None:
                 bias_grad += grad.sum(0, dtype=torch.float32)
             del grad  # or it would stand beside the next chunk's
@@ -192,14 +163,6 @@ def _logps_gradient(log_probs: Tensor, targets: Tensor, grad: Tensor) -> Tensor:
     return logits_grad.scatter_add_(1, targets[:, None], grad[:, None])
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, accumulated in float32 whatever the factors' dtype."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right
-
-
 def _cast(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
     return None if grad is None or like is None else grad.to(like.dtype)
 
@@ -217,15 +180,28 @@ class VocabularyHead(nn.Module):
         self.bias: nn.Parameter | None = getattr(lm_head, "bias", None)
         self.scaling = scaling
 
+    @property
+    def projection(self) -> Vocabulary:
+        return Vocabulary(self.weight, self.bias, self.scaling)
+
     def forward(
-        self, hidden: Tensor, targets: Tensor, temperature: float, needs: frozenset[str], chunk_rows: int | None
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        temperature: float,
+        needs: frozenset[str],
+        chunk_rows: int | None,
+        asked: Asked | None = None,
     ) -> Mapping[str, Tensor]:
-        """`hidden` [N, H] and the tokens [N] that they are to predict -> `main`, their log-probabilities,
-        and what `needs` names, each [N]."""
+        """`hidden` [N, H] and the tokens [N] that they are to predict -> `main`, their log-probabilities, what `needs`
+        names, and as `divergence` what is `asked`, each [N]."""
         rows = chunk_rows or max(1, CHUNK_LOGITS // self.weight.shape[0])
         projection = Projection(self.scaling, temperature, needs, rows)
         outputs = _TokenQuantities.apply(hidden, self.weight, self.bias, targets, projection)
-        return dict(zip(("main", *projection.extras), outputs, strict=True))
+        found = dict(zip(("main", *projection.extras), outputs, strict=True))
+        if asked is not None:
+            found[DIVERGENCE] = of_logits(self.projection, hidden, asked, chunk_rows)
+        return found
 
 
 class ScalarHead(nn.Module):

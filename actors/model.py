@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from actors.attention import VARLEN, Documents, register
 from actors.columns import Head
+from actors.distributions import Asked
 from actors.errors import ModelError
-from actors.heads import LogitScaling, ScalarHead, VocabularyHead
+from actors.heads import ScalarHead, VocabularyHead
+from actors.logits import LogitScaling, Vocabulary
 from actors.lora import LoraSpec, attach
 from actors.prefixes import shared_prefixes
 from actors.pretrained import load_config, load_pretrained, load_tokenizer, padding_token
@@ -73,27 +75,39 @@ class LanguageModel(nn.Module):
         temperature: float = 1.0,
         needs: frozenset[str] = frozenset(),
         chunk_rows: int | None = None,
+        asked: Asked | None = None,
     ) -> Mapping[str, Tensor]:
         """`tokens` [T], documents end to end, each of `lengths` tokens; `predicted` [N] are indices of tokens, none of
         them a document's first: the head is asked about the states before them. Returns `main` [N], what `needs` names
-        [N], `aux_loss` (scalar, its coefficient applied) if the model has experts to balance, and `rows` (scalar), how
-        many rows were computed."""
-        documents = Documents(lengths, tokens.device, shared_prefixes(tokens, lengths) if self._may_share else None)
-        decoder = self.causal.get_decoder()
-        inputs = self._inputs(documents.of_rows(tokens), documents)
-        if self.router_aux_loss_coef:
-            inputs["output_router_logits"] = True
-        positions = documents.of_rows(documents.positions)
-        decoded = decoder(**inputs, position_ids=positions[None], use_cache=False, documents=documents)
+        [N], as `divergence` [N] what is `asked` of whole distributions, `aux_loss` (scalar, its coefficient applied) if
+        the model has experts to balance, and `rows` (scalar), how many rows were computed."""
+        decoded, documents = self._decode(tokens, lengths)
         hidden = documents.at_tokens(decoded.last_hidden_state[0], predicted - 1)
         if isinstance(self.head, ScalarHead):
             outputs: dict[str, Tensor] = {"main": self.head(hidden)}
         else:
-            outputs = dict(self.head(hidden, tokens.index_select(0, predicted), temperature, needs, chunk_rows))
+            # one call for all of it: a backend that partitions the projection gathers it around this
+            outputs = dict(self.head(hidden, tokens.index_select(0, predicted), temperature, needs, chunk_rows, asked))
         if self.router_aux_loss_coef:
             outputs["aux_loss"] = self.router_aux_loss_coef * self._balancing_loss(decoded.router_logits)
-        outputs["rows"] = torch.tensor(len(positions))
+        outputs["rows"] = torch.tensor(decoded.last_hidden_state.shape[1])
         return outputs
+
+    @torch.no_grad()
+    def states(self, tokens: Tensor, lengths: tuple[int, ...], predicted: Tensor) -> tuple[Vocabulary, Tensor]:
+        """This model beside another one: its projection, and the states [N, H] before the `predicted` tokens."""
+        assert isinstance(self.head, VocabularyHead), "a companion says whole distributions"
+        decoded, documents = self._decode(tokens, lengths)
+        return self.head.projection, documents.at_tokens(decoded.last_hidden_state[0], predicted - 1)
+
+    def _decode(self, tokens: Tensor, lengths: tuple[int, ...]) -> tuple[Any, Documents]:
+        documents = Documents(lengths, tokens.device, shared_prefixes(tokens, lengths) if self._may_share else None)
+        inputs = self._inputs(documents.of_rows(tokens), documents)
+        if self.router_aux_loss_coef:
+            inputs["output_router_logits"] = True
+        positions = documents.of_rows(documents.positions)
+        decoder = self.causal.get_decoder()
+        return decoder(**inputs, position_ids=positions[None], use_cache=False, documents=documents), documents
 
     @property
     def _may_share(self) -> bool:

@@ -33,7 +33,7 @@ from actors.batch import Batch
 from actors.columns import Head
 from actors.errors import RunError
 from actors.metrics import combine
-from actors.model import ModelSpec, tokenizer_of
+from actors.model import LanguageModel, ModelSpec, load_model, tokenizer_of
 from actors.objective import Objective, Stat
 from actors.sharding import Shard
 from actors.train_step import Pass, infer
@@ -80,6 +80,7 @@ class ModelWorker:
         self._placement = Placement(rank, world_size, master)
         self._seed = seed
         self._backend: Backend | None = None
+        self._companion: LanguageModel | None = None
         self._objective_states: dict[str, dict[str, Any]] = {}
         self._average: Average | None = None
         self._steps_done = 0
@@ -113,6 +114,14 @@ class ModelWorker:
             self._average = None if average is None else Average(average, self.backend.world)
             if self._average is not None:
                 self._average.begin(self.backend.trained_weights())
+
+    def set_companion(self, model: ModelSpec | None) -> None:
+        """Hold that model beside the own one from now on, frozen and whole on every rank, for objectives that compare
+        with it; None for none. Raises ModelError."""
+        with self._doing("set_companion"):
+            self._companion = None  # first: there may be no room for two
+            if model is not None:
+                self._companion = load_model(model, self.backend.device, trainable=False)
 
     def infer(
         self, shard: Shard, into: tuple[str, ...], head: Head, temperature: float, adapters: bool, *blocks: Batch
@@ -148,7 +157,7 @@ class ModelWorker:
             if self._backend_spec.optim is None:
                 raise RunError(f"{self.name} is frozen: it was built without an optimizer")
             state = self._objective_states.setdefault(stage, {})
-            batch_pass = Pass(self.backend, shard.fetched(blocks), objective, temperature, state)
+            batch_pass = Pass(self.backend, shard.fetched(blocks), objective, temperature, state, self._companion)
             metrics = batch_pass.learn(self._drawing)
             with batch_pass.clock.measure("step"):
                 info = self.backend.step()
@@ -169,7 +178,7 @@ class ModelWorker:
         dropout and noise. Weights, optimizer and the objective's state stay as they are."""
         with self._doing("evaluate"):
             state = deepcopy(self._objective_states.get(stage, {}))
-            return Pass(self.backend, shard.fetched(blocks), objective, temperature, state).measure()
+            return Pass(self.backend, shard.fetched(blocks), objective, temperature, state, self._companion).measure()
 
     def export(
         self, consumer: Callable[[Iterator[tuple[str, Tensor]]], Any], bucket_bytes: int, as_saved: bool = True
@@ -254,15 +263,19 @@ class ModelWorker:
         with self._doing("sleep"):
             self.backend.sleep()
             self._asleep = True
+            if self._companion is not None:
+                self._companion.to("cpu")
 
     def wake(self) -> None:
         with self._doing("wake"):
             self.backend.wake()
             self._asleep = False
+            if self._companion is not None:
+                self._companion.to(self.backend.device)
 
     def close(self) -> None:
         """Let go of the model. Closing twice is fine."""
-        self._backend = None
+        self._backend = self._companion = None
 
     @property
     def backend(self) -> Backend:

@@ -7,7 +7,7 @@ micro-batches and ranks first, so a result depends neither on micro-batching nor
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from actors.batch import Batch
 from actors.columns import COLUMNS, Axis, Head
 
 Counts = dict[str, float]
+DIVERGENCE = "divergence"  # in `Outputs.extra`: what an objective's `of_logits` makes of each token's distribution
 EXTRAS = ("entropy", "mean_logps", "log_sum_sq_probs", "mean_logits", "is_top1")  # of a vocabulary head, beside `logps`
 
 
@@ -78,7 +79,8 @@ class Outputs:
     per row [B].
 
     `extra` [T] holds what the objective asked for in `needs`: `entropy` (nats), `log_sum_sq_probs`, `mean_logits`,
-    `is_top1`, each without gradient unless `needs` says `entropy_grad`.
+    `is_top1`, each without gradient unless `needs` says `entropy_grad`; and as `divergence`, with gradient, what its
+    `of_logits` is.
     """
 
     main: Tensor
@@ -94,6 +96,18 @@ class Outputs:
     def detached(self) -> Outputs:
         """The same numbers without gradient."""
         return Outputs(self.main.detach(), {name: values.detach() for name, values in self.extra.items()})
+
+
+@dataclass(frozen=True)
+class OfLogits:
+    """What an objective makes of the whole distribution that a token is predicted by, one chunk of tokens at a time:
+    `call(logits [n, V], *given, **options) -> [n]`. `given` is, with `companion`, that model's logits [n, V] of the
+    same tokens; then the entries of `columns`. Must pickle."""
+
+    call: Callable[..., Tensor]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    columns: tuple[str, ...] = ()
+    companion: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,6 +139,7 @@ class Objective(Protocol):
 
     head: Head  # of the models that it is for
     needs: frozenset[str]  # names of `Outputs.extra` that the forward pass must compute
+    of_logits: OfLogits | None  # what it makes of whole distributions
     columns: frozenset[str]  # batch columns that it reads, besides tokens and lengths
     keep_groups: bool  # rows of one `group` must share a micro-batch
     coupled: bool  # it wants `statistics` over the whole batch before any gradient

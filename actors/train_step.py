@@ -27,6 +27,7 @@ from actors.columns import Head
 from actors.errors import RunError
 from actors.forward import forward
 from actors.metrics import combine, sum_counts
+from actors.model import LanguageModel
 from actors.objective import Counts, MicroBatch, Objective, Outputs, Stat
 from actors.sharding import MicroBatches, Shard
 
@@ -49,12 +50,19 @@ class Clock:
 
 class Pass:
     """One batch under one objective. `counts` and `tokens` are summed over micro-batches and ranks; `state` is what the
-    objective keeps between batches."""
+    objective keeps between batches; `companion` a frozen model that it compares with."""
 
     def __init__(
-        self, backend: Backend, shard: Shard, objective: Objective, temperature: float, state: dict[str, Any]
+        self,
+        backend: Backend,
+        shard: Shard,
+        objective: Objective,
+        temperature: float,
+        state: dict[str, Any],
+        companion: LanguageModel | None = None,
     ) -> None:
         self._backend, self._objective, self._temperature, self._state = backend, objective, temperature, state
+        self._companion = companion
         self._micros = micro_batches(shard.batch, shard.micro_batches, backend)
         self._statistics_rows = micro_batches(shard.batch, shard.statistics_rows, backend)
         sizes = [*map(_sizes, self._micros), *(_sizes(micro) | {"learned": 0.0} for micro in self._statistics_rows)]
@@ -102,11 +110,14 @@ class Pass:
                 head=self._objective.head,
                 temperature=self._temperature,
                 needs=self._objective.needs,
+                of_logits=self._objective.of_logits,
+                companion=self._companion,
             )
 
     def _quietly(self, micros: list[MicroBatch]) -> list[Outputs]:
-        asked = self._objective
-        return list(without_noise(self._backend, micros, self._temperature, asked.needs, asked.head))
+        asked = {"of_logits": self._objective.of_logits, "companion": self._companion}
+        found = self._objective.needs, self._objective.head
+        return list(without_noise(self._backend, micros, self._temperature, *found, **asked))
 
     def _couple(self, micros: list[MicroBatch], outputs: list[Outputs]) -> None:
         full = [(micro, found.detached()) for micro, found in zip(micros, outputs, strict=True) if len(micro)]
@@ -163,14 +174,15 @@ def without_noise(
     temperature: float,
     needs: frozenset[str] = frozenset(),
     head: Head = Head.VOCABULARY,
+    **asked: Any,
 ) -> Iterator[Outputs]:
-    """Outputs per micro-batch, without gradient, dropout and noise."""
+    """Outputs per micro-batch, without gradient, dropout and noise. `asked` are further arguments of `forward`."""
     training = backend.model.training
     backend.model.eval()
     try:
         with torch.no_grad():
             for micro in micros:
-                yield forward(backend.model, filled(micro), head=head, temperature=temperature, needs=needs)
+                yield forward(backend.model, filled(micro), head=head, temperature=temperature, needs=needs, **asked)
     finally:
         backend.model.train(training)
 

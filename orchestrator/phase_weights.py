@@ -15,7 +15,7 @@ from pathlib import Path
 
 from actors.errors import ConfigError
 from orchestrator.checkpoint import AVERAGED, MODEL, Checkpoint
-from orchestrator.cluster.launch import average_spec, optim_spec
+from orchestrator.cluster.launch import average_spec, model_spec, optim_spec
 from orchestrator.config.schema import FrozenRole, RunConfig
 from orchestrator.executor import Executor
 from orchestrator.planning.handover import kept_folder, phase_of
@@ -39,6 +39,7 @@ async def set_weights(
     await _start_handed_over(prepared, run, phase, roles)
     await _set_copies(prepared.config, reference_folder(run, phase), phase, roles, resumed=found is not None)
     await _set_mixed(phase, roles, found)
+    await _set_companions(prepared, run, phase, roles)
 
 
 async def set_optimizers(config: RunConfig, phase: PreparedPhase, roles: Executor, found: Checkpoint | None) -> None:
@@ -110,6 +111,21 @@ async def _start_handed_over(prepared: Prepared, run: Path, phase: PreparedPhase
             assert left is not None, "the plan refuses other placeholders"
             await roles.start(role, str(kept_folder(run, left) / MODEL))
             await _restore(prepared.phases[: phase.index], run, roles, [role])
+
+
+async def _set_companions(prepared: Prepared, run: Path, phase: PreparedPhase, roles: Executor) -> None:
+    """Trained roles hold the frozen models that the phase's losses compare them with, and no others."""
+    for role in phase.pipeline.trained:
+        companion = phase.pipeline.companions.get(role)
+        if companion is None and not any(role in earlier.pipeline.companions for earlier in prepared.phases):
+            continue
+        spec = None
+        if companion is not None:
+            path, left = None, prepared.handed_over.get(companion)
+            if left is not None and (earlier := phase_of(left)) is not None:
+                path = str(kept_folder(run, earlier) / MODEL)
+            spec = model_spec(prepared, companion, path, trained=False)
+        await roles.groups[role].call("set_companion", spec, timeout_s=SAVE_TIMEOUT_S)
 
 
 async def _set_copies(config: RunConfig, folder: Path, phase: PreparedPhase, roles: Executor, *, resumed: bool) -> None:

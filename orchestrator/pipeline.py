@@ -169,6 +169,22 @@ class Pipeline:
         others = (other for other in self.stages if other is not stage)
         return Pipeline(data, *others, warnings=self.warnings, temperature=self.temperature)
 
+    def with_roles(self, names: Mapping[str, str]) -> Pipeline:
+        """The pipeline with other roles in the places of those that are named. Raises ConfigError for one that no stage
+        names."""
+        if unknown := names.keys() - {*self.roles, *self.companions.values()}:
+            known = ", ".join(dict.fromkeys((*self.roles, *self.companions.values())))
+            raise ConfigError(f"rename_roles: the method has no role {sorted(unknown)[0]!r}; it has {known}")
+
+        def renamed(stage: Stage) -> Stage:
+            options = {
+                key: names.get(value, value) if key in ("source", "companion") else value
+                for key, value in stage.options.items()
+            }
+            return replace(stage, role=names.get(stage.role, stage.role), options=options)
+
+        return Pipeline(self.data, *map(renamed, self.stages), warnings=self.warnings)
+
     @property
     def generates(self) -> tuple[Stage, ...]:
         return tuple(stage for stage in self.stages if stage.verb is Verb.GENERATE)
@@ -190,6 +206,12 @@ class Pipeline:
     def heads(self) -> Mapping[str, Head]:
         """What each role's model must have as its last layer; roles without a model are left out."""
         return {stage.role: stage.head for stage in self.stages if stage.head is not None}
+
+    @property
+    def companions(self) -> Mapping[str, str]:
+        """Of trained roles, the one whose frozen model lives in their ranks. It is no role to launch by itself."""
+        named = ((stage.role, stage.options["companion"]) for stage in self.updates)
+        return {role: companion for role, companion in named if companion is not None}
 
     @property
     def updates(self) -> tuple[Stage, ...]:
@@ -259,16 +281,21 @@ def update(
     loss: Callable[..., Any],
     *,
     reduce: Callable[..., Any] | None = None,
+    companion: str | None = None,
     epochs: int = 1,
     minibatches: int = 1,
     **options: Any,
 ) -> Stage:
     """Optimise a role. What the loss reads is declared beside it (see `orchestrator/losses/declare.py`). A `Sum` of
-    losses has reductions and options of its own."""
-    from orchestrator.losses.declare import columns_of, head_of  # torch is loaded when a method is built, not before
+    losses has reductions and options of its own. `companion`: the role whose frozen model lives in the ranks of this
+    one, for a loss that compares whole distributions."""
+    from orchestrator.losses.declare import columns_of, has_companion, head_of  # torch is loaded when a method is built
 
-    head = head_of(loss)
-    plan = {"reduce": reduce, "epochs": epochs, "minibatches": minibatches, "loss_options": options, "head": head}
+    if has_companion(loss) != (companion is not None):
+        needs = "compares with a companion: update(role, loss, companion=ROLE)" if companion is None else "has none"
+        raise ConfigError(f"stage {role}.update names {companion or 'no companion'}, and its loss {needs}")
+    plan = {"reduce": reduce, "epochs": epochs, "minibatches": minibatches, "loss_options": options}
+    plan |= {"head": head_of(loss), "companion": companion}
     return Stage(Verb.UPDATE, role, frozenset(columns_of(loss, options)), frozenset(), loss, plan)
 
 
@@ -309,6 +336,12 @@ def _check_closes(pipeline: Pipeline) -> None:
             raise ConfigError(
                 f"the stages of role {role} ask for models with different heads ({', '.join(sorted(asked))}); use a "
                 "role for each"
+            )
+    for role in pipeline.trained:
+        named = sorted({str(stage.options["companion"]) for stage in pipeline.updates if stage.role == role} - {"None"})
+        if len(named) > 1 or set(named) & set(pipeline.trained):
+            raise ConfigError(
+                f"role {role} has the companions {', '.join(named)}: it may have one, which is not trained in the phase"
             )
     for stage in pipeline.mixes:
         source = stage.options["source"]

@@ -121,6 +121,31 @@ def average_spec(phase: PreparedPhase) -> AverageSpec | None:
     return None if bema is None else AverageSpec(**bema.model_dump())
 
 
+def model_spec(prepared: Prepared, role: str, path: str | None, *, trained: bool) -> ModelSpec:
+    """The model in `path`, else the role's own or the run's, with the head that the pipelines ask for; adapters if it
+    is trained."""
+    model, settings = prepared.config.model, prepared.config.roles.ranks(role)
+    return ModelSpec(
+        path=path or model_of(prepared, role),
+        head=prepared.heads.get(role, Head.VOCABULARY),
+        tokenizer=prepared.tokenizer_path,
+        chat_template=prepared.tokenizer.chat_template if model.chat_template is not None else None,
+        dtype=settings.dtype or model.dtype,
+        lora=prepared.lora if trained else None,
+        gradient_checkpointing=model.gradient_checkpointing and trained,
+        neftune_noise_alpha=model.neftune_noise_alpha if trained else 0.0,
+        router_aux_loss_coef=model.router_aux_loss_coef,
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def model_of(prepared: Prepared, role: str) -> str:
+    """Folder or hub name: the role's own, that of the role that it copies, or the run's."""
+    settings, models = prepared.config.roles.ranks(role), prepared.models
+    copied = models.get(settings.copies) if isinstance(settings, FrozenRole) else None
+    return models.get(role) or copied or prepared.model
+
+
 @dataclass(frozen=True)
 class _Starting:
     """What starting any role needs."""
@@ -143,7 +168,7 @@ class _Starting:
             zero_stage=settings.zero_stage,
         )
         common = {
-            "model": self.model_spec(role, model, trained=trained is not None),
+            "model": model_spec(prepared, role, model, trained=trained is not None),
             "backend": backend,
             "threads": self.plan.roles[role].threads,
             "seed": prepared.config.seed,
@@ -154,34 +179,12 @@ class _Starting:
         ]
         return await self.cluster.start_group(role, ModelWorker, ranks)
 
-    def model_spec(self, role: str, path: str | None, *, trained: bool) -> ModelSpec:
-        """The run's model, or the role's own, with the head that the pipelines ask for; adapters if it is trained."""
-        prepared, model, settings = self.prepared, self.prepared.config.model, self.prepared.config.roles.ranks(role)
-        return ModelSpec(
-            path=path or self.model_of(role),
-            head=prepared.heads.get(role, Head.VOCABULARY),
-            tokenizer=prepared.tokenizer_path,
-            chat_template=prepared.tokenizer.chat_template if model.chat_template is not None else None,
-            dtype=settings.dtype or model.dtype,
-            lora=prepared.lora if trained else None,
-            gradient_checkpointing=model.gradient_checkpointing and trained,
-            neftune_noise_alpha=model.neftune_noise_alpha if trained else 0.0,
-            router_aux_loss_coef=model.router_aux_loss_coef,
-            trust_remote_code=model.trust_remote_code,
-        )
-
-    def model_of(self, role: str) -> str:
-        """Folder or hub name: the role's own, that of the role that it copies, or the run's."""
-        settings, models = self.prepared.config.roles.ranks(role), self.prepared.models
-        copied = models.get(settings.copies) if isinstance(settings, FrozenRole) else None
-        return models.get(role) or copied or self.prepared.model
-
     def engines(self, role: str) -> Pool:
         prepared, config = self.prepared, self.prepared.config
         settings = config.roles.engine(role)
         spec = EngineSpec(
             kind=settings.engine,
-            model=self.model_of(settings.follows),
+            model=model_of(prepared, settings.follows),
             dtype=settings.dtype or config.model.dtype,
             max_model_len=settings.max_model_len or prepared.longest,
             max_concurrency=settings.max_concurrency,

@@ -296,6 +296,8 @@ class PhaseConfig(Section):
     """Which method trains; see `troupe methods`."""
     options: dict[str, Any] = Field(default_factory=dict)
     """The method's own options; `troupe methods NAME` lists them."""
+    rename_roles: dict[str, str] = Field(default_factory=dict)
+    """Other roles in the places of the method's: {policy: tutor} trains the role `tutor`."""
     data: DataConfig = Field(default_factory=DataConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
@@ -495,6 +497,8 @@ class RolesConfig(Section):
     """The pool that calls reward functions."""
     rollout: EngineRole = Field(default_factory=EngineRole)
     """The fleet that samples completions."""
+    teacher_rollout: EngineRole = Field(default_factory=lambda: EngineRole(follows="teacher"))
+    """A fleet that samples the teacher's completions."""
 
     def __contains__(self, name: str) -> bool:
         return name in type(self).model_fields or name in self.__pydantic_extra__

@@ -25,6 +25,8 @@ from orchestrator.planning.handover import is_handed_over, phase_of
 
 Role = TrainerRole | FrozenRole | EngineRole | ScorersRole
 
+COMPANION_KEYS = frozenset({"kind", "model", "dtype"})  # of a role whose model lives in another's ranks
+
 
 def refusals(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Sequence[str]) -> list[str]:
     """Everything that would be refused, one line each; empty if the plan can be made."""
@@ -148,10 +150,42 @@ def _of_phase(where: str, config: RunConfig, phase: PhaseConfig, pipeline: Pipel
         yield f"{where}.data.path={phase.data.path} beside {where}.data.mixture, which has paths of its own; keep one"
     if "mismatched" in pipeline.data.columns and train.batch_size < 2:
         yield f"{where}.train.batch_size=1: {phase.method} swaps completions between a batch's examples; use 2 or more"
+    for role, companion in pipeline.companions.items():
+        yield from _of_companion(where, config, phase, role, companion, pipeline.roles)
     for role in pipeline.mixed:
         yield from _of_mixed(where, config, phase, role)
     for update in pipeline.updates:
         yield from _of_update(where, config, phase, update.role, int(update.options.get("minibatches", 1)))
+
+
+def _of_companion(
+    where: str, config: RunConfig, phase: PhaseConfig, role: str, companion: str, launched: Sequence[str]
+) -> Iterator[str]:
+    """A model that lives in another role's ranks is another model, and has no processes to be sized."""
+    said, settings = (
+        f"{where}: {phase.method} compares {role} with the model of {companion}",
+        config.roles.get(companion),
+    )
+    if not isinstance(settings, RanksRole):
+        yield f"{said}; describe it as roles.{companion} with kind frozen and its model"
+        return
+    if settings.model is None:
+        yield (
+            f"{said}, and roles.{companion}.model is not set: it would be {role} itself; set it to a folder, a hub "
+            "name or ${phases.NAME.model}"
+        )
+    fields = type(settings).model_fields
+    idle = [name for name in fields if name not in COMPANION_KEYS and _is_set(settings, name)]
+    if idle and companion not in launched:
+        yield (
+            f"roles.{companion}.{idle[0]}: {said} in the processes of {role}, whole on each rank, and launches none "
+            f"for {companion}; leave it out"
+        )
+
+
+def _is_set(settings: Section, name: str) -> bool:
+    field = type(settings).model_fields[name]
+    return getattr(settings, name) != field.get_default(call_default_factory=True)
 
 
 def _of_mixed(where: str, config: RunConfig, phase: PhaseConfig, role: str) -> Iterator[str]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from actors.columns import COLUMNS, Head
 from actors.errors import ConfigError
-from actors.objective import EXTRAS, Stat
+from actors.objective import DIVERGENCE, EXTRAS, OfLogits, Stat
 from orchestrator.losses.reduce import Reduction
 from orchestrator.losses.views import View
 
@@ -92,6 +92,27 @@ def couples(statistics: Statistics, *, over: str | None = None, **conditions: An
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """What a loss makes of whole distributions: `call`, with the columns of the batch that it takes."""
+
+    call: Callable[..., Tensor]
+    columns: tuple[str, ...]
+    companion: bool
+
+
+def compares(call: Callable[..., Tensor], *columns: str, companion: bool = False) -> Callable[[Decorated], Decorated]:
+    """Declares what a loss's `divergence` is: `call(logits [n, V], *given, **options) -> [n]`, in float32, computed for
+    a chunk of tokens at a time. `given`: with `companion`, that model's logits [n, V], then the entries of `columns`.
+    It takes the options of the loss that it names."""
+
+    def declare(loss: Decorated) -> Decorated:
+        loss.__dict__["compares"] = Comparison(call, columns, companion)
+        return reads(*columns)(loss)
+
+    return declare
+
+
+@dataclass(frozen=True)
 class Term:
     """One loss with its reduction, its weight in a sum, and its options."""
 
@@ -114,6 +135,12 @@ class Term:
         """How the loss looks across rows under these options; None if it does not."""
         coupling: Coupling | None = self.loss.__dict__.get("couples")
         return coupling if coupling and coupling.when.applies(_bound(self.loss, self.options)) else None
+
+    @property
+    def of_logits(self) -> OfLogits | None:
+        """What the loss makes of whole distributions under these options; None if it looks at none."""
+        found: Comparison | None = self.loss.__dict__.get("compares")
+        return found and OfLogits(found.call, self.named(found.call), found.columns, found.companion)
 
     def named(self, function: Callable[..., Any]) -> dict[str, Any]:
         """Of this term's options, with their defaults, those that `function` names."""
@@ -149,12 +176,19 @@ def columns_of(loss: LossFunction, options: Mapping[str, Any]) -> frozenset[str]
 
 def needs_of(loss: LossFunction, options: Mapping[str, Any]) -> frozenset[str]:
     """What the forward pass must compute for a loss under these options, besides log-probabilities."""
-    return _all_reads(loss, options) - frozenset(COLUMNS)
+    return _all_reads(loss, options) - frozenset(COLUMNS) - {DIVERGENCE}
 
 
 def head_of(loss: LossFunction) -> Head:
     """Of the models that a loss is for; that of a sum is the one of its first term."""
     return (loss.terms[0].view if isinstance(loss, Sum) else view_of(loss)).head
+
+
+def has_companion(loss: LossFunction) -> bool:
+    """Whether a loss compares with a model that lives beside the trained one."""
+    losses = [term.loss for term in loss.terms] if isinstance(loss, Sum) else [loss]
+    found = [each.__dict__.get("compares") for each in losses]
+    return any(each is not None and each.companion for each in found)
 
 
 @cache

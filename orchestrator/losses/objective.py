@@ -10,7 +10,7 @@ from torch import Tensor
 
 from actors.columns import COLUMNS, Head
 from actors.errors import ConfigError
-from actors.objective import Counts, MicroBatch, Outputs, Stat, World
+from actors.objective import DIVERGENCE, Counts, MicroBatch, OfLogits, Outputs, Stat, World
 from orchestrator.losses.declare import LossFunction, Term, terms_of
 from orchestrator.losses.reduce import Reduction
 from orchestrator.losses.views import View
@@ -28,7 +28,8 @@ class LossObjective:
         self.terms = terms_of(loss, reduce, options)
         names = frozenset[str]().union(*(term.reads for term in self.terms))
         self.columns = names & frozenset(COLUMNS)
-        self.needs = names - self.columns
+        self.needs = names - self.columns - {DIVERGENCE}
+        self.of_logits = _the_comparison(self.terms)
         self.head = _the_only_head(self.terms)
         self.keep_groups = any(term.view.keep_groups for term in self.terms)
         couplings = [term.coupling for term in self.terms if term.coupling is not None]
@@ -81,6 +82,15 @@ def _the_only_head(terms: tuple[Term, ...]) -> Head:
     if len(heads) != 1:
         raise ConfigError(f"losses of one sum are for models with different heads ({', '.join(sorted(heads))})")
     return heads.pop()
+
+
+def _the_comparison(terms: tuple[Term, ...]) -> OfLogits | None:
+    """What is made of whole distributions; they are there once, for one of the terms."""
+    found = [(term, comparison) for term in terms if (comparison := term.of_logits) is not None]
+    if len(found) > 1:
+        named = ", ".join(term.loss.__name__ for term, _ in found)
+        raise ConfigError(f"losses of one sum compare whole distributions in several ways ({named}); use one of them")
+    return found[0][1] if found else None
 
 
 def _the_one(columns: set[str | None]) -> str | None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from actors.columns import COLUMNS, Head
-from actors.objective import EXTRAS, MicroBatch, Outputs, Stat
+from actors.objective import DIVERGENCE, EXTRAS, MicroBatch, Outputs, Stat
 
 
 def require(values: Tensor | None) -> Tensor:
@@ -60,7 +60,7 @@ class View:
     def always_reads(cls) -> frozenset[str]:
         """Columns and extras whose fields are not optional, and what the forward pass must do."""
         hints = get_type_hints(cls)
-        return cls.forward | {name for name in (*COLUMNS, *EXTRAS) if hints.get(name) is Tensor}
+        return cls.forward | {name for name in (*COLUMNS, *EXTRAS, DIVERGENCE) if hints.get(name) is Tensor}
 
     @staticmethod
     def mask_of(micro: MicroBatch) -> Tensor:
@@ -106,6 +106,13 @@ class Tokens(View):
     entropy: Tensor | None = None  # [T], nats
     is_top1: Tensor | None = None  # [T]
     mean_logps: Tensor | None = None  # [T], mean log-probability over the vocabulary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distilled(Tokens):
+    """Every token with how far its whole distribution is from another one: what the loss `compares`."""
+
+    divergence: Tensor  # [T], carries the gradient
 
 
 @dataclass(frozen=True, kw_only=True)

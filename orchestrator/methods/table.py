@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from orchestrator.methods.dpo import dpo
+from orchestrator.methods.gkd import gkd
 from orchestrator.methods.grpo import grpo
 from orchestrator.methods.online_dpo import online_dpo
 from orchestrator.methods.ppo import ppo
@@ -28,4 +29,5 @@ METHODS: dict[str, Callable[..., Pipeline]] = {
     "grpo": grpo,
     "ppo": ppo,
     "online_dpo": online_dpo,
+    "gkd": gkd,
 }

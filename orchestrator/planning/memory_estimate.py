@@ -22,6 +22,7 @@ class Memory:
     activations: float = 0.0
     kv_cache: float = 0.0
     averages: float = 0.0
+    companion: float = 0.0
     process: float = PROCESS_GIB
 
     @property
@@ -37,6 +38,7 @@ class Training:
     ranks: int
     lora_rank: int | None
     gradient_checkpointing: bool
+    companion_bytes: float = 0.0  # of the frozen model that lives in each rank, which nothing shards
     averaged: bool = False  # the trained weights are averaged: three float32 copies, an equal part of them on each rank
 
 
@@ -60,6 +62,7 @@ def estimate(
         gradients=trained * 4 / GIB / _share(training, 2),
         optimizer=trained * (8 if dtype == "float32" else 12) / GIB / _share(training, 1),
         activations=_activation_bytes(parameters, width, tokens, layers_kept) / GIB,
+        companion=training.companion_bytes / GIB,
         averages=trained * 12 / GIB / training.ranks if training.averaged else 0.0,
     )
 

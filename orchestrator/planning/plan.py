@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from actors.errors import ConfigError
@@ -28,7 +28,7 @@ from orchestrator.config.schema import (
 from orchestrator.config.validation import Role, count, refusals, warnings
 from orchestrator.pipeline import Pipeline, Verb, generate, score
 from orchestrator.planning.bundles import GIB, Bundle, ClusterView, Resources, shortages
-from orchestrator.planning.memory_estimate import Memory, Training, estimate
+from orchestrator.planning.memory_estimate import BYTES, Memory, Training, estimate
 from orchestrator.planning.node_selectors import Selector
 
 # Of an idle OpenMP thread before it sleeps: enough from one operation to the next. Five times as many gained no more,
@@ -158,15 +158,14 @@ def draft_plan(
     sized = [role for role in launched if role in config.roles]
     threads = _threads(config, pipelines, sized, parameters, machine or Machine.here())
     gang, seats = _gang(config, sized)
-    counts = {role: parameters if _has_the_runs_model(config, role) else None for role in sized} | (
-        own_parameters or {}
-    )
-    roles = {
-        role: _role_plan(
-            role, config, threads[role], seats.get(role, ()), _memory(role, config, pipelines, counts[role])
-        )
-        for role in sized
-    }
+
+    def parameters_of(role: str) -> int | None:
+        settings, own = config.roles[role], own_parameters or {}
+        has_own = isinstance(settings, RanksRole) and settings.model is not None
+        return own[role] if role in own else None if has_own else parameters
+
+    memory = {role: _memory(role, config, pipelines, parameters_of) for role in sized}
+    roles = {role: _role_plan(role, config, threads[role], seats.get(role, ()), memory[role]) for role in sized}
     phases = tuple(_phase_plan(name, config, pipeline) for name, pipeline in pipelines.items())
     found = tuple(refused), tuple(warnings(config, pipelines, launched))
     return Plan(config.name, phases, roles, gang, stand_ins, _overlaps(config, sized), *found)
@@ -310,15 +309,13 @@ def _environment(settings: Role, threads: int, *, alone: bool) -> dict[str, str]
     return env
 
 
-def _has_the_runs_model(config: RunConfig, role: str) -> bool:
-    settings = config.roles[role]
-    return not (isinstance(settings, RanksRole) and settings.model is not None)
-
-
-def _memory(role: str, config: RunConfig, pipelines: Mapping[str, Pipeline], parameters: int | None) -> Memory | None:
+def _memory(
+    role: str, config: RunConfig, pipelines: Mapping[str, Pipeline], parameters_of: Callable[[str], int | None]
+) -> Memory | None:
     settings = config.roles[role]
     if isinstance(settings, ScorersRole):
         return Memory()
+    parameters = parameters_of(settings.follows if isinstance(settings, EngineRole) else role)
     if parameters is None:
         return None
     if isinstance(settings, EngineRole):
@@ -335,7 +332,13 @@ def _memory(role: str, config: RunConfig, pipelines: Mapping[str, Pipeline], par
         for name, pipeline in pipelines.items()
         if pipeline.trained
     )
-    training = Training(stage, settings.ranks, lora, config.model.gradient_checkpointing, averaged)
+    beside = 0.0
+    for companion in {pipeline.companions[role] for pipeline in pipelines.values() if role in pipeline.companions}:
+        size = parameters_of(companion)
+        if size is None:
+            return None
+        beside = max(beside, size * float(BYTES[config.roles.ranks(companion).dtype or config.model.dtype]))
+    training = Training(stage, settings.ranks, lora, config.model.gradient_checkpointing, beside, averaged)
     return estimate(parameters, dtype, tokens=tokens, training=training)
 
 

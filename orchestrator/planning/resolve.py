@@ -16,7 +16,7 @@ from typing import Any
 
 from actors import lora, pretrained
 from actors.columns import Head
-from actors.errors import ConfigError
+from actors.errors import ConfigError, ModelError
 from actors.model import check_architecture
 from actors.pretrained import check_folder
 from orchestrator.collection.precompute import recall
@@ -84,11 +84,14 @@ def prepare(config: RunConfig, *, output: Path | None = None) -> Prepared:
     _check_rewards(prepared)
     _check_models(prepared)
     _refuse_no_room(prepared, room)
+    _check_vocabularies(prepared)
     return prepared
 
 
 def build_pipeline(phase: PhaseConfig) -> Pipeline:
-    return build(phase.method, phase.options, {"max_completion_length": phase.sampling.max_tokens})
+    """What the phase's method is under its options, with the roles that the phase gives it."""
+    pipeline = build(phase.method, phase.options, {"max_completion_length": phase.sampling.max_tokens})
+    return pipeline.with_roles(phase.rename_roles) if phase.rename_roles else pipeline
 
 
 def resolve_model(path: str, seed: int, key: str = "model.path") -> str:
@@ -309,6 +312,35 @@ def _check_rewards(prepared: Prepared) -> None:
             )
         for what, source in scored.items():
             check_columns(prepared.rewards, source.report.columns, f"phase {phase.name}, {what}")
+
+
+def _check_vocabularies(prepared: Prepared) -> None:
+    """A loss that compares distributions needs the same tokens in both: of the same tokenizer. Padded rows beyond it
+    may differ in number; they are compared as far as both models have them."""
+    trusted, known = prepared.config.model.trust_remote_code, prepared.tokenizer.get_vocab()
+    teaching = {companion for phase in prepared.phases for companion in phase.pipeline.companions.values()}
+    for role in sorted(teaching & prepared.models.keys()):
+        path = prepared.models[role]
+        try:
+            own = pretrained.load_tokenizer(path, trusted).get_vocab()
+        except ModelError as error:
+            raise ConfigError(
+                f"roles.{role}.model={path} has no tokenizer to compare with the run's: {error}; put the tokenizer "
+                "that it was trained with into that folder"
+            ) from None
+        if own != known:
+            raise ConfigError(
+                f"roles.{role}.model={path} has another tokenizer than {prepared.tokenizer_path} "
+                f"({len(own.items() ^ known.items())} entries differ), so its distributions are over other tokens; use "
+                "a model with the same tokenizer"
+            )
+        for key, model in (("model.path", prepared.model), (f"roles.{role}.model", path)):
+            rows = pretrained.load_config(model, trusted).get_text_config().vocab_size
+            if rows <= max(known.values()):
+                raise ConfigError(
+                    f"{key}={model} predicts {rows} tokens, and the tokenizer has ids up to {max(known.values())}; the "
+                    "two distributions cannot be compared"
+                )
 
 
 def _check_models(prepared: Prepared) -> None:

@@ -65,6 +65,8 @@ def arithmetic(phase: PhasePlan) -> str:
 
 def _movements(phase: PhasePlan) -> Iterator[str]:
     """What happens to weights besides training."""
+    for role, companion in phase.pipeline.companions.items():
+        yield f"{companion}: a frozen model in each rank of {role}"
     for stage in phase.pipeline.mixes:
         share, source, every = (stage.options[name] for name in ("share", "source", "every"))
         yield f"{stage.role}: after every {every} steps {share:g} {source} + {1 - share:g} {stage.role}"
@@ -107,6 +109,7 @@ def _memory(memory: Memory) -> tuple[str, str]:
         "activations": memory.activations,
         "KV cache": memory.kv_cache,
         "averages": memory.averages,
+        "companion": memory.companion,
         "process": memory.process,
     }
     parts = [f"{name} {gib:.2f}" for name, gib in named.items() if gib >= 0.005]

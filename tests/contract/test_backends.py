@@ -89,6 +89,7 @@ class MaskedNll:
     keep_groups = False
     coupled = False
     statistics_rows = None
+    of_logits = None
 
     def counts(self, micro: MicroBatch) -> Counts:
         return {"tokens": float(micro["mask"].sum())}

@@ -15,7 +15,6 @@ NOT_BUILT = {  # families of cases: what they belong to
     "a2po": "a2po",
     "distillation": "on-policy distillation",
     "gfpo": "gfpo",
-    "gkd": "gkd",
     "gold": "gold",
     "iw_opd": "iw_opd",
     "minillm": "minillm",
@@ -211,6 +210,13 @@ def _gspo_token(keys: Keys, _: Any) -> tuple[str, Options]:
     return "grpo", {**fixed, "epsilon": keys.take("epsilon")}
 
 
+def _gkd(keys: Keys, _: Any) -> tuple[str, Options]:
+    """`reduction` and `num_items_in_batch` say what the sum over tokens is divided by."""
+    for name in ("reduction", "num_items_in_batch"):
+        keys.take(name)
+    return "gkd", {"beta": keys.take("beta"), "temperature": keys.take("temperature")}
+
+
 def _dppo(keys: Keys, _: Any) -> tuple[str, Options]:
     distance = keys.case.removeprefix("dppo/mask_")
     return "grpo", {"loss_type": "dppo", "dppo_distance": distance, "dppo_threshold": keys.take("delta")}
@@ -229,6 +235,7 @@ MAPPINGS = {
     "cpo": _cpo,
     "dpo": _dpo,
     "dppo": _dppo,
+    "gkd": _gkd,
     "gmpo": _gmpo,
     "grpo": _grpo,
     "gspo_token": _gspo_token,

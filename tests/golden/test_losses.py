@@ -21,8 +21,11 @@ from torch import Tensor, nn
 
 from actors.backends.single import SoloWorld
 from actors.batch import Batch
+from actors.distributions import Asked
+from actors.distributions import of_logits as of_logits_of
 from actors.errors import ConfigError
-from actors.heads import LogitScaling, VocabularyHead
+from actors.heads import VocabularyHead
+from actors.logits import LogitScaling, Vocabulary
 from actors.lora import resident
 from actors.objective import MicroBatch
 from actors.weight_averaging import Average, AverageSpec
@@ -281,6 +284,29 @@ def test_online_dpo_equals_the_peer_in_however_many_micro_batches(case: dict[str
     assert whole.value == pytest.approx(case["outputs"]["loss_passed_to_backward"], abs=case["tol"])
     assert apart.value == pytest.approx(whole.value, rel=1e-9)
     torch.testing.assert_close(apart.gradient, whole.gradient)
+
+
+# Divergences of whole distributions
+
+
+@cases("gkd/")
+def test_a_divergence_of_distributions_equals_the_peer(case: dict[str, Any]) -> None:
+    """Temperature 1 is the identity of a projection, so that hidden states are logits."""
+    config, inputs, outputs = case["config"], case["inputs"], case["outputs"]
+    student, teacher = (torch.tensor(inputs[f"{name}_logits"]) for name in ("student", "teacher"))
+    mask = torch.tensor(inputs["labels"]) != -100
+    of_logits = objective_for(case).of_logits
+    assert of_logits is not None and of_logits.companion
+    student = student.requires_grad_()
+    identity = Vocabulary(torch.eye(student.shape[-1]), None, LogitScaling())
+    asked = Asked(partial(of_logits.call, **of_logits.options), (), (identity, teacher[mask]))
+    total = of_logits_of(identity, student[mask], asked, 2).sum()
+    tokens = int(mask.sum())
+    divisor = config["num_items_in_batch"] or {"sum": 1, "batchmean": tokens}[config["reduction"]]
+    (total / divisor).backward()
+    assert float(total.detach()) / divisor == pytest.approx(outputs["loss"], abs=1e-6)
+    assert student.grad is not None
+    torch.testing.assert_close(student.grad, torch.tensor(outputs["grad_student_logits"]), atol=1e-6, rtol=1e-5)
 
 
 # SFT

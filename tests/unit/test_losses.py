@@ -65,6 +65,8 @@ METHOD_OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("reward_model", {}),
     ("reward_model", {"use_margin": True, "center_rewards_coefficient": 0.1}),
     *[("online_dpo", {"loss_type": name, "token_metrics": name == "ipo"}) for name in ("sigmoid", "ipo")],
+    ("gkd", {}),
+    ("gkd", {"lmbda": 0.0, "beta": 0.0, "temperature": 2.0}),
     *[("grpo", {"loss_type": name}) for name in ("grpo", "dapo", "luspo", "sapo", "vespo", "dppo")],
     *[("grpo", {"loss_type": name, "updates_per_batch": 2, **WEIGHTED}) for name in ("grpo", "bnpo", "gmpo")],
     ("grpo", {"loss_type": "cispo", "epsilon_high": 1.2, "updates_per_batch": 2}),
@@ -124,6 +126,8 @@ def random_rows(method: str, options: dict[str, Any], seed: int, groups: int = 5
     said = torch.randn(len(lengths), generator=rng, dtype=torch.float64)
     logps = said if per_row else _masked_rows_start(lengths, -_positive(lengths, rng))
     extras = {name: _positive(lengths, rng) for name in objective.needs - {"all_tokens", "entropy_grad"}}
+    if objective.of_logits is not None:
+        extras["divergence"] = _positive(lengths, rng)
     return Rows(MicroBatch(lengths, {name: everything[name] for name in objective.columns}), logps, extras, per_row)
 
 

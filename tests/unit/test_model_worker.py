@@ -39,6 +39,7 @@ class Nll:
     keep_groups: bool = False
     coupled: bool = False
     statistics_rows: str | None = None
+    of_logits: Any = None
     seen: list[float] = field(default_factory=list)
 
     def counts(self, micro: MicroBatch) -> Counts:

@@ -19,7 +19,7 @@ from actors.batch import Batch
 from actors.columns import Head
 from actors.errors import ConfigError
 from actors.objective import MicroBatch
-from orchestrator.losses.declare import EXTRAS
+from orchestrator.losses.declare import DIVERGENCE, EXTRAS
 from orchestrator.losses.objective import LossObjective
 from orchestrator.methods import METHODS, build
 from orchestrator.pipeline import Pipeline, Stage, Verb
@@ -56,6 +56,7 @@ OTHER_VALUE: dict[str, Any] = {  # of every option, besides `loss_type`, whose n
     "kl_estimator": "k3",
     "kl_horizon": 50,
     "kl_target": 0.2,
+    "lmbda": 0.0,
     "label_smoothing": 0.2,
     "lam": 0.3,
     "ld_alpha": 0.3,
@@ -74,9 +75,11 @@ OTHER_VALUE: dict[str, Any] = {  # of every option, besides `loss_type`, whose n
     "sapo_temperature_neg": 2.0,
     "sapo_temperature_pos": 2.0,
     "scale_rewards": "none",
+    "seq_kd": True,
     "simpo_gamma": 0.8,
     "sync_ref_model": True,
     "ties": "keep",
+    "temperature": 0.7,
     "token_metrics": True,
     "top_entropy_quantile": 0.4,
     "tpo_alpha": 0.2,
@@ -100,6 +103,7 @@ BESIDE: dict[str, list[dict[str, Any]]] = {  # what else is set: the first besid
     "kto": [{}, {"sync_ref_model": True}],
     "bco": [{}, {"sync_ref_model": True}],
     "grpo": [{"updates_per_batch": 2, "beta": 0.2}, {}, {"minibatches": 2, "correction": "token_mask"}],
+    "gkd": [{}, {"lmbda": 0.0}],
     "ppo": [{}, {"kl_target": 0.1}, {"kl_coef": 0.0}],
 }
 
@@ -132,6 +136,7 @@ def behaviour(pipeline: Pipeline) -> list[Any]:
         elif stage.verb is Verb.UPDATE:
             found = optimise(LossObjective.of(stage), rows(pipeline))
             did.append((stage.options["epochs"], stage.options["minibatches"], found.value, found.metrics))
+            did.append((stage.options["companion"], LossObjective.of(stage).of_logits))
             did += [found.gradient.tolist(), {name: g.tolist() for name, g in found.extra_gradients.items()}]
     return did
 
@@ -153,7 +158,7 @@ def rows(pipeline: Pipeline) -> Rows:
     lengths = torch.randint(3, 8, (3 * size,), generator=rng)
     columns = _columns(lengths, size, rng)
     logps = _masked_rows_start(lengths, -_positive(lengths, rng))
-    extras = {name: _positive(lengths, rng) for name in sorted(EXTRAS)}
+    extras = {name: _positive(lengths, rng) for name in sorted({*EXTRAS, DIVERGENCE})}
     if Head.ROW_SCALAR in pipeline.heads.values():
         return Rows(MicroBatch(lengths, columns), torch.randn(len(lengths), generator=rng), extras, per_row=True)
     return Rows(MicroBatch(lengths, columns), logps, extras)

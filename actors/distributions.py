@@ -1,0 +1,111 @@
+"""A number per token made of its whole distribution, without ever holding the logits of all tokens.
+
+    states [N, H] ──chunk──► logits [n, V] ─┐
+                                            ├─ call(logits, *given) ──► [n]
+    another model's states [N, H'] ──► its logits [n, V], columns per token [n, ...]
+
+What is made of the logits is the caller's: any differentiable function, a divergence from another model's distribution,
+say. The gradient recomputes each chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from actors.logits import CHUNK_LOGITS, LogitScaling, Vocabulary, add_product
+
+HELD = 8  # tensors of a chunk's size that a call with its gradient may hold at a time
+
+
+@dataclass(frozen=True)
+class Asked:
+    """`call(logits [n, V], *given) -> [n]`, float32. `given` are, for the same n tokens: if there is one `beside`, with
+    its states [N, H'], the other model's logits [n, V]; then the entries [n, ...] of `columns`.
+
+    Of two models with padded vocabularies of different sizes, V is the smaller one: the rows beyond it stand for no
+    token of their common tokenizer."""
+
+    call: Callable[..., Tensor]
+    columns: tuple[Tensor, ...] = ()
+    beside: tuple[Vocabulary, Tensor] | None = None
+
+    def vocabulary(self, weight: Tensor) -> int:
+        """V."""
+        own = weight.shape[0]
+        return own if self.beside is None else min(own, self.beside[0].weight.shape[0])
+
+    def given(self, part: slice, vocabulary: int) -> list[Tensor]:
+        found = [column[part] for column in self.columns]
+        if self.beside is not None:
+            projection, hidden = self.beside
+            found.insert(0, projection.logits(hidden[part], vocabulary))
+        return found
+
+
+def of_logits(projection: Vocabulary, hidden: Tensor, asked: Asked, chunk_rows: int | None) -> Tensor:
+    """[N]: what `asked.call` makes of the logits of `hidden` [N, H], with the gradient that its own operations have.
+    Temperature is the call's: it is given what the model itself would put out."""
+    rows = chunk_rows or max(1, CHUNK_LOGITS // (HELD * projection.weight.shape[0]))
+    return _OfLogits.apply(hidden, projection.weight, projection.bias, asked, projection.scaling, rows)
+
+
+class _OfLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        asked: Asked,
+        scaling: LogitScaling,
+        chunk_rows: int,
+    ) -> Tensor:
+        ctx.asked, ctx.scaling, ctx.chunk_rows = asked, scaling, chunk_rows
+        ctx.save_for_backward(hidden, weight, bias)
+        values = hidden.new_empty(len(hidden), dtype=torch.float32)
+        projection, vocabulary = Vocabulary(weight, bias, scaling), asked.vocabulary(weight)
+        for part in _chunks(len(hidden), chunk_rows):
+            logits = projection.logits(hidden[part], vocabulary)
+            values[part] = asked.call(logits, *asked.given(part, vocabulary))
+            del logits  # or it would stand beside the next chunk's
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias = ctx.saved_tensors
+        asked: Asked = ctx.asked
+        projection, vocabulary = Vocabulary(weight, bias, ctx.scaling), asked.vocabulary(weight)
+        hidden_grad = torch.zeros_like(hidden)
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        bias_grad = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        for part in _chunks(len(hidden), ctx.chunk_rows):
+            logits = projection.logits(hidden[part], vocabulary)
+            given = asked.given(part, vocabulary)
+            grad = ctx.scaling.backward_(_gradient(asked.call, logits, given, grads[0][part]), logits).to(hidden.dtype)
+            hidden_grad[part] = grad @ weight[:vocabulary]
+            if weight_grad is not None:
+                add_product(weight_grad[:vocabulary], grad.t(), hidden[part])
+            if bias_grad is not None:
+                bias_grad[:vocabulary] += grad.sum(0, dtype=torch.float32)
+            del logits, given, grad  # or they would stand beside the next chunk's
+        of_weights = [
+            None if found is None else found.to(like.dtype)
+            for found, like in ((weight_grad, weight), (bias_grad, bias))
+        ]
+        return hidden_grad, *of_weights, None, None, None
+
+
+def _gradient(call: Callable[..., Tensor], logits: Tensor, given: list[Tensor], grad: Tensor) -> Tensor:
+    """[n, V], a tensor of our own: of the call's values with respect to the logits, times `grad` [n]."""
+    with torch.enable_grad():
+        leaf = logits.detach().requires_grad_()
+        return torch.autograd.grad(call(leaf, *given), leaf, grad)[0].contiguous()
+
+
+def _chunks(rows: int, chunk_rows: int) -> Iterator[slice]:
+    return (slice(start, start + chunk_rows) for start in range(0, rows, chunk_rows))

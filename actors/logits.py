@@ -1,0 +1,64 @@
+"""From states to logits: the projection onto the vocabulary, and what a model does to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK_LOGITS = 2**24  # logits of one chunk (64 MiB in float32) where the caller does not say how many rows
+
+
+@dataclass(frozen=True)
+class LogitScaling:
+    """What a model does to its logits after the projection: `softcap * tanh(multiplier * x / softcap)`."""
+
+    multiplier: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> LogitScaling:
+        """Read from a model's configuration: `logit_scale` (Cohere), `logits_scaling` (Granite: a divisor),
+        `final_logit_softcapping` (Gemma)."""
+        multiplier = getattr(config, "logit_scale", None) or 1.0
+        divisor = getattr(config, "logits_scaling", None) or 1.0
+        return cls(multiplier / divisor, getattr(config, "final_logit_softcapping", None))
+
+    def apply_(self, logits: Tensor) -> Tensor:
+        """In place."""
+        if self.multiplier != 1.0:
+            logits.mul_(self.multiplier)
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
+
+    def backward_(self, grad: Tensor, scaled: Tensor | None) -> Tensor:
+        """In place: the gradient before scaling, from the one after it. `scaled` is needed if there is a softcap."""
+        if self.softcap is not None and scaled is not None:
+            grad.mul_(1 - (scaled / self.softcap).square())
+        return grad if self.multiplier == 1.0 else grad.mul_(self.multiplier)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A model's projection onto its vocabulary: `weight` [V, H]."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scaling: LogitScaling
+
+    def logits(self, hidden: Tensor, first: int) -> Tensor:
+        """[n, first] float32: what the model itself would put out of the `first` entries of its vocabulary; a tensor of
+        our own."""
+        bias = None if self.bias is None else self.bias[:first]
+        return self.scaling.apply_(F.linear(hidden, self.weight[:first], bias).float())
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, accumulated in float32 whatever the factors' dtype."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right

@@ -1,0 +1,140 @@
+"""A frozen model that lives in the ranks of a trained one: what is learned from it, by which backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from actors.backends import BackendSpec
+from actors.backends.optimizer import OptimSpec
+from actors.batch import Batch
+from actors.errors import RunError
+from actors.lora import LoraSpec
+from actors.model import ModelSpec, load_model
+from actors.model_worker import ModelWorker
+from actors.sharding import shard
+from orchestrator.losses.objective import LossObjective
+from orchestrator.methods import build
+from tests.contract.test_backends import Role, start_gangs
+from tests.unit.tiny import tiny_model_folder
+
+BUDGET = 96  # several micro-batches
+VOCAB = 32
+OPTIM = OptimSpec(learning_rate=1e-2, total_steps=1000, adam_eps=1e-3)
+DISTIL = LossObjective.of(build("gkd", {"lmbda": 0.0}).updates[0])
+IMITATE = LossObjective.of(build("sft", {}).updates[0])
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
+    return ModelSpec(str(tiny_model_folder(tmp_path_factory.mktemp("student"), hidden=32, vocab=VOCAB)))
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
+    folder = tiny_model_folder(tmp_path_factory.mktemp("teacher"), hidden=64, vocab=VOCAB, seed=1, tied=False)
+    return ModelSpec(str(folder))
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[Any]:
+    with start_gangs() as gang:
+        yield gang(2)
+
+
+def worker(model: ModelSpec, companion: ModelSpec | None = None, optim: OptimSpec = OPTIM) -> ModelWorker:
+    made = ModelWorker("policy", model, BackendSpec("single", optim), threads=1)
+    made.ready()
+    made.set_companion(companion)
+    return made
+
+
+def sampled(teacher: ModelSpec, seed: int, rows: int = 32, length: int = 12) -> Batch:
+    """Rows that the teacher samples, token by token."""
+    causal = load_model(teacher, trainable=False).causal
+    causal.config._attn_implementation = "eager"
+    rng = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(2, VOCAB, (rows, 2), generator=rng)
+    with torch.no_grad():
+        while tokens.shape[1] < length:
+            chances = torch.softmax(causal(input_ids=tokens).logits[:, -1], -1)
+            tokens = torch.cat([tokens, torch.multinomial(chances, 1, generator=rng)], 1)
+    mask = np.tile(np.arange(length) >= 2, rows)
+    return Batch.build([length] * rows, tokens=tokens.flatten().numpy(), mask=mask, group=np.arange(rows))
+
+
+def update(policy: ModelWorker, batch: Batch, objective: LossObjective = DISTIL) -> dict[str, float]:
+    ((_, part),) = shard(batch, 1, BUDGET)
+    report = policy.update(part, objective, 1.0, "policy.update")
+    return {**report.metrics, "grad_norm": report.grad_norm}
+
+
+def distance(policy: ModelWorker, batch: Batch) -> float:
+    ((_, part),) = shard(batch, 1, BUDGET)
+    return policy.evaluate(part, DISTIL, 1.0, "policy.update")["divergence"]
+
+
+def test_a_student_comes_nearer_to_its_teacher_than_by_imitating_as_many_of_its_samples(
+    student: ModelSpec, teacher: ModelSpec
+) -> None:
+    optim = replace(OPTIM, adam_eps=1e-8)
+    distilled, imitating = worker(student, teacher, optim), worker(student, teacher, optim)
+    held_out = sampled(teacher, seed=99)
+    start = distance(distilled, held_out)
+    for step in range(30):
+        batch = sampled(teacher, seed=step)
+        update(distilled, batch)
+        update(imitating, batch, IMITATE)
+    found, without = distance(distilled, held_out), distance(imitating, held_out)
+    assert found < 0.8 * without < 0.8 * start
+
+
+def test_the_companion_stays_as_it_is_and_is_no_part_of_what_is_saved(
+    student: ModelSpec, teacher: ModelSpec, tmp_path: Path
+) -> None:
+    policy, batch = worker(student, teacher), sampled(teacher, seed=1)
+    companion = policy._companion
+    assert companion is not None
+    before = [weight.clone() for weight in companion.parameters()]
+    update(policy, batch)
+    assert all(torch.equal(one, other) for one, other in zip(before, companion.parameters(), strict=True))
+    policy.save_state(str(tmp_path))
+    alone = worker(student)
+    alone.load_state(str(tmp_path))
+    with pytest.raises(RunError, match="started without one"):
+        distance(alone, batch)
+    alone.set_companion(teacher)
+    assert distance(alone, batch) == distance(policy, batch)
+    alone.set_companion(None)
+    with pytest.raises(RunError, match="started without one"):
+        distance(alone, batch)
+
+
+def test_adapters_learn_from_a_companion(student: ModelSpec, teacher: ModelSpec) -> None:
+    policy, batch = worker(replace(student, lora=LoraSpec(r=4, alpha=8)), teacher), sampled(teacher, seed=1)
+    steps = [update(policy, batch) for _ in range(3)]
+    assert all(step["grad_norm"] > 0 for step in steps)
+    assert steps[2]["divergence"] < steps[0]["divergence"]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_ranks_learn_from_their_companions_what_one_process_learns(
+    student: ModelSpec, teacher: ModelSpec, two_ranks: Any, stage: int
+) -> None:
+    batch = sampled(teacher, seed=1)
+    policy = worker(student, teacher)
+    expected = [update(policy, batch) for _ in range(3)]
+    gang = Role(two_ranks, batch)
+    gang.call("start", student, BackendSpec("deepspeed", OPTIM, None, stage))
+    gang.act("set_companion", teacher)
+    for step in expected:
+        dealt = shard(batch, 2, BUDGET)
+        reports = gang.call("act_on", "update", DISTIL, 1.0, "policy.update", per_rank=[part for _, part in dealt])
+        assert reports[0].metrics["divergence"] == pytest.approx(step["divergence"], rel=2e-3)
+        assert reports[0].grad_norm == pytest.approx(step["grad_norm"], rel=2e-3)

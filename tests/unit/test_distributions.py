@@ -1,0 +1,139 @@
+"""Divergences of whole distributions: computed a chunk of tokens at a time, as if all logits were there at once."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Gemma2Config, Gemma2ForCausalLM
+
+from actors.errors import ConfigError, RunError
+from actors.forward import forward
+from actors.model import LanguageModel
+from actors.objective import MicroBatch, OfLogits
+from orchestrator.losses.declare import Sum, Term
+from orchestrator.losses.distillation import distil, jensen_shannon
+from orchestrator.losses.likelihood import nll
+from orchestrator.losses.objective import LossObjective
+from orchestrator.losses.reduce import token_mean
+from orchestrator.pipeline import Completions, Pipeline, update
+from tests.unit.test_forward import FLOAT32, Largest, language_model, plain_logits, rows
+from tests.unit.tiny import tiny_model
+
+LENGTHS = [6, 1, 9]
+
+
+def of_logits(beta: float = 0.3, temperature: float = 1.7) -> OfLogits:
+    return OfLogits(jensen_shannon, {"beta": beta, "temperature": temperature}, companion=True)
+
+
+def gemma(vocab: int = 64) -> Any:
+    """Its logits have a softcap."""
+    config = Gemma2Config(
+        vocab_size=vocab, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, final_logit_softcapping=2.0, initializer_range=0.5,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    return Gemma2ForCausalLM(config)
+
+
+def plain(student: Any, teacher: Any, micro: MicroBatch, vocabulary: int = 64, **options: float) -> Tensor:
+    """[T]: from all logits of both models."""
+    parts = []
+    for own, other in zip(plain_logits(student, micro), plain_logits(teacher, micro), strict=True):
+        found = jensen_shannon(own[:-1, :vocabulary], other[:-1, :vocabulary], **options)
+        parts.append(torch.cat([found.new_zeros(1), found]))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("chunk_rows", [None, 4])
+@pytest.mark.parametrize("softcapped", [False, True])
+def test_a_divergence_by_chunks_has_the_value_and_gradient_of_the_plain_formula(
+    beta: float, chunk_rows: int | None, softcapped: bool
+) -> None:
+    student = gemma() if softcapped else tiny_model(hidden=32, tied=False)
+    teacher = tiny_model(hidden=64, seed=1)
+    micro, weights = rows(LENGTHS), torch.linspace(0.5, 1.5, sum(LENGTHS))
+    expected = plain(student, teacher, micro, beta=beta, temperature=1.7)
+    (expected * weights).sum().backward()
+    gradients = {name: weight.grad.clone() for name, weight in student.named_parameters()}
+    student.zero_grad()
+    teacher.zero_grad()
+    companion = language_model(teacher).eval()
+    found = forward(
+        language_model(student), micro, chunk_rows=chunk_rows, of_logits=of_logits(beta), companion=companion
+    ).extra["divergence"]
+    torch.testing.assert_close(found, expected, **FLOAT32)
+    (found * weights).sum().backward()
+    for name, weight in student.named_parameters():
+        torch.testing.assert_close(weight.grad, gradients[name], **FLOAT32)
+    assert all(weight.grad is None for weight in companion.parameters())
+
+
+@pytest.mark.parametrize(("own", "other"), [(64, 72), (72, 64)])
+def test_padded_rows_of_the_larger_vocabulary_are_in_neither_distribution(own: int, other: int) -> None:
+    student, teacher = tiny_model(vocab=own, hidden=32), tiny_model(vocab=other, seed=1)
+    micro = rows(LENGTHS)
+    expected = plain(student, teacher, micro, beta=0.3, temperature=1.7)
+    model = language_model(student)
+    found = forward(model, micro, of_logits=of_logits(), companion=language_model(teacher)).extra["divergence"]
+    torch.testing.assert_close(found, expected, **FLOAT32)
+    found.sum().backward()
+    assert torch.isfinite(model.head.weight.grad).all()
+
+
+def test_neither_model_s_logits_of_all_tokens_ever_exist_at_once() -> None:
+    vocab, tokens, chunk = 4096, 256, 16
+    student = language_model(tiny_model(vocab=vocab, hidden=16, layers=1))
+    teacher = language_model(tiny_model(vocab=vocab, hidden=16, layers=2))
+    with Largest() as largest:
+        found = forward(
+            student, rows([tokens], vocab=vocab), chunk_rows=chunk, of_logits=of_logits(), companion=teacher
+        )
+        found.extra["divergence"].sum().backward()
+    assert largest.numel == vocab * chunk < vocab * tokens
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
+def test_a_divergence_is_zero_of_equals_positive_of_others_and_its_gradient_is_its_slope(beta: float) -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 3, 7, dtype=torch.float64).unbind()
+    divergence = partial(jensen_shannon, beta=beta, temperature=1.3)
+    torch.testing.assert_close(divergence(teacher, teacher), torch.zeros(3, dtype=torch.float64))
+    assert (divergence(student, teacher) > 1e-3).all()
+    assert torch.autograd.gradcheck(lambda logits: divergence(logits, teacher), student.requires_grad_())
+
+
+def test_an_empty_micro_batch_has_a_divergence_of_zero_and_needs_no_companion() -> None:
+    found = forward(language_model(), rows([1]), of_logits=of_logits())
+    assert found.extra["divergence"].tolist() == [0.0]
+    with pytest.raises(RunError, match="started without one"):
+        forward(language_model(), rows([3]), of_logits=of_logits())
+
+
+def test_a_sum_has_one_comparison_and_hands_the_options_that_it_names() -> None:
+    both = Sum(Term(distil, token_mean, options={"beta": 0.2}), Term(nll, token_mean, 0.1))
+    objective = LossObjective(both, None, {})
+    assert objective.of_logits == OfLogits(jensen_shannon, {"beta": 0.2, "temperature": 1.0}, companion=True)
+    assert "divergence" not in objective.needs
+    with pytest.raises(ConfigError, match="in several ways"):
+        LossObjective(Sum(Term(distil, token_mean), Term(distil, token_mean)), None, {})
+
+
+def test_a_loss_that_compares_names_its_companion_and_no_other_loss_does() -> None:
+    pipeline = Pipeline(Completions, update("policy", distil, reduce=token_mean, companion="teacher"))
+    assert pipeline.companions == {"policy": "teacher"} and pipeline.roles == ("policy",)
+    with pytest.raises(ConfigError, match="compares with a companion"):
+        update("policy", distil, reduce=token_mean)
+    with pytest.raises(ConfigError, match="names teacher"):
+        update("policy", nll, reduce=token_mean, companion="teacher")
+
+
+def test_a_companion_s_states_have_its_own_width() -> None:
+    teacher: LanguageModel = language_model(tiny_model(hidden=128))
+    projection, states = teacher.states(rows([4])["tokens"], (4,), torch.tensor([1, 3]))
+    assert states.shape == (2, 128) and projection.weight.shape == (64, 128)
