@@ -53,7 +53,7 @@ def test_a_run_is_paused_saved_continued_and_stopped_from_inside_a_running_event
 
             last = again.stop()
             assert last is not None and verify(last) is None
-            assert not run.running
+            assert not again.running
             with pytest.raises(Interrupted):
                 run.result()
             with pytest.raises(RunError, match="stopped by SIGTERM; `troupe resume"):
@@ -84,7 +84,8 @@ def test_a_run_that_its_data_refuses_raises_what_the_command_prints(tmp_path: Pa
 def test_the_example_in_the_readme_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    (code,) = re.findall(r"```python\n(.*?troupe\.start\(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    readme = (ROOT / "README.md").read_text()
+    (code,) = re.findall(r"```python\n((?:(?!```).)*troupe\.start\(.*?)```", readme, re.DOTALL)
     monkeypatch.chdir(tmp_path)
 
     async def notebook() -> None:
