@@ -6,6 +6,8 @@ config = troupe.load_config("grpo_arithmetic", ["phases.grpo.train.steps=20"])
 result = troupe.run(config)                # also in a notebook, inside its running event loop
 print(result.scores, result.model)
 
+handle = troupe.start(config)              # in a process of its own: events(), metrics(), pause(), checkpoint(), ...
+
 config = troupe.load_run(result.folder)    # a run that was stopped goes on from its newest checkpoint
 troupe.run(config, resume=result.folder)
 """
@@ -19,6 +21,7 @@ from orchestrator.import_pin import pin
 
 if TYPE_CHECKING:
     from actors.errors import ConfigError, DataError, Interrupted, PlacementError, RunError, TroupeError, UserError
+    from orchestrator.api import RunHandle, attach, start
     from orchestrator.cluster.control_actor import scale, standing
     from orchestrator.config.loading import load_config, load_run, recipes
     from orchestrator.config.schema import RunConfig
@@ -31,20 +34,24 @@ __all__ = (
     "PlacementError",
     "RunConfig",
     "RunError",
+    "RunHandle",
     "RunResult",
     "TroupeError",
     "UserError",
+    "attach",
     "load_config",
     "load_run",
     "recipes",
     "run",
     "scale",
     "standing",
+    "start",
 )
 _ROOMS = {
     "actors.errors": (
         "ConfigError", "DataError", "Interrupted", "PlacementError", "RunError", "TroupeError", "UserError",
     ),
+    "orchestrator.api": ("RunHandle", "attach", "start"),
     "orchestrator.config.schema": ("RunConfig",),
     "orchestrator.cluster.control_actor": ("scale", "standing"),
     "orchestrator.config.loading": ("load_config", "load_run", "recipes"),

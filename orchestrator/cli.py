@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from actors.errors import Interrupted, RunError, UserError
 from orchestrator.import_pin import pin
+
+if TYPE_CHECKING:
+    from orchestrator.api import RunHandle
 
 REFUSED, BROKEN = 2, 1  # exit codes
 
@@ -166,11 +169,36 @@ def check(
 @app.command()
 def scale(folder: RunFolder, target: Annotated[str, typer.Argument(help="ROLE=N, for example rollout=4.")]) -> None:
     """Change the number of a running job's workers."""
-    from orchestrator.cluster import control_actor as control
+    from orchestrator.cluster.control_actor import parse_scale
 
-    role, count = control.parse_scale(target)
-    control.scale(folder, role, count)
+    role, count = parse_scale(target)
+    _handle(folder).scale(role, count)
     typer.echo(f"asked for {count} {role} worker(s); `troupe status {folder}` shows them come and go")
+
+
+@app.command()
+def pause(folder: RunFolder) -> None:
+    """Hold a run before its next step; its processes stay."""
+    typer.echo(f"paused after step {_handle(folder).pause()}; `troupe unpause {folder}` lets it go on")
+
+
+@app.command()
+def unpause(folder: RunFolder) -> None:
+    """Let a paused run go on."""
+    typer.echo(f"goes on after step {_handle(folder).resume()}")
+
+
+@app.command()
+def checkpoint(folder: RunFolder) -> None:
+    """Let a running job write a checkpoint before its next step."""
+    typer.echo(str(_handle(folder).checkpoint()))
+
+
+@app.command()
+def stop(folder: RunFolder) -> None:
+    """End a running job after its step and a checkpoint."""
+    last = _handle(folder).stop()
+    typer.echo(f"stopped; {f'`troupe resume {folder}` continues it from {last.name}' if last else 'no checkpoint yet'}")
 
 
 @app.command()
@@ -188,6 +216,12 @@ def doctor() -> None:
 
     if not examine():
         raise typer.Exit(BROKEN)
+
+
+def _handle(folder: Path) -> RunHandle:
+    from orchestrator.api import RunHandle
+
+    return RunHandle(folder, None)
 
 
 def _complain(what: str, error: Exception) -> None:

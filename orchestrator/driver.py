@@ -58,12 +58,15 @@ async def train(
     roles: Executor,
     collector: Collector,
     progress: Progress,
+    before_step: Callable[[], Awaitable[None]],
     after_step: Callable[[StepRecord], Awaitable[None]],
     stop: Stop,
 ) -> None:
-    """Run a phase from `progress.step` to `steps`. `after_step` logs, evaluates and saves; the weights do not move in
-    it. Raises Stopped, between two steps, if it is asked to."""
+    """Run a phase from `progress.step` to `steps`. `before_step` does what was asked from outside (a checkpoint, a
+    pause), `after_step` logs, evaluates and saves; the weights do not move in either. Raises Stopped, between two
+    steps, if it is asked to."""
     while progress.step < steps:
+        await before_step()
         clock = StepClock()
         with clock("collect"):
             collected = await stop.before(collector.next(progress.version))

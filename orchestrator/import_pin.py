@@ -10,11 +10,16 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from actors.errors import UserError
+
+if TYPE_CHECKING:
+    from rewards.user_code import UserCode
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("actors", "rollout", "rewards", "orchestrator")
@@ -42,17 +47,21 @@ def pin() -> None:
         sys.meta_path.insert(0, Pinned(ROOT))
 
 
-def worker_setup() -> Callable[[], None]:
-    """What Ray calls first in every worker (`worker_process_setup_hook`): `pin`, found without asking `sys.path`.
+def worker_setup(carried: Sequence[UserCode] = ()) -> Callable[[], None]:
+    """What Ray calls first in every worker (`worker_process_setup_hook`): `pin`, found without asking `sys.path`. What
+    is `carried` can be imported there under its private names: pickled functions of a user's file are found by them.
 
     A nested function, because Ray then ships its code; a function of a module would be shipped as its name, and looking
     up `orchestrator` by name in the worker is the very thing that may find the user's folder."""
     root = str(ROOT)
+    texts = [[astuple(file) for file in code.files] for code in carried]  # our classes cannot be unpickled before `pin`
 
     def pin_this_worker() -> None:
         sys.path.insert(0, root)
         try:
             importlib.import_module("orchestrator.import_pin").pin()
+            if texts:
+                importlib.import_module("rewards.user_code").carry(texts)
         finally:
             sys.path.remove(root)
 

@@ -14,7 +14,8 @@ import os
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from orchestrator.cluster.base import Cluster, LocalCluster
 from orchestrator.cluster.event_loop import run_to_end
 from orchestrator.cluster.failures import Ledger, Watchdog
 from orchestrator.cluster.launch import launch
+from orchestrator.cluster.requests import Requests
 from orchestrator.cluster.run_lock import driving
 from orchestrator.cluster.shutdown import Ending, Stopped, hangups_ignored
 from orchestrator.collection.collected import Collector
@@ -64,6 +66,23 @@ class RunResult:
     picture: Path | None
     worth: tuple[Worth, ...] = ()  # what each phase gained
     seconds: Mapping[str, float] = field(default_factory=dict[str, float])  # by what this process spent them on
+
+    def to_json(self) -> dict[str, Any]:
+        """For the event `finished`."""
+        paths = {"checkpoint": self.checkpoint, "model": self.model, "averaged": self.averaged, "picture": self.picture}
+        return {
+            "scores": self.scores,
+            **{name: str(path) if path else None for name, path in paths.items()},
+            "worth": [asdict(each) for each in self.worth],
+            "seconds": {on: round(spent, 3) for on, spent in self.seconds.items()},
+        }
+
+    @classmethod
+    def from_json(cls, folder: Path, event: Mapping[str, Any]) -> RunResult:
+        """Of the run in a folder, from its event `finished`."""
+        paths = {name: event[name] and Path(event[name]) for name in ("checkpoint", "model", "averaged", "picture")}
+        worth = tuple(Worth(**each) for each in event["worth"])
+        return cls(folder, dict(event["scores"]), **paths, worth=worth, seconds=dict(event["seconds"]))
 
 
 def run(
@@ -134,6 +153,7 @@ class _Run:
         )
         self.account = Account()
         self.evaluations = Evaluations(self.folder, self.log, self.console, self.watchdog, self.event)
+        self.requests = Requests(lambda: self._ending.asked())
         self.ledger = Ledger(allowed_in_a_row=max(64, 4 * max(p.config.train.batch_size for p in self.prepared.phases)))
 
     def run(self) -> RunResult:
@@ -174,7 +194,7 @@ class _Run:
             watching(cluster, self.watchdog, self.console.warn, self._ray_is_gone),
             board_of(self.folder, cluster) as board,
             launch(self.prepared, self.plan, cluster, self.folder, self.event, self.watchdog) as roles,
-            beside(self.config, roles, await board, self.console.warn),
+            beside(self.config, self.folder, roles, await board, self.requests, self.console.warn),
         ):
             self.console.placed(cluster.describe())
             self.console.at(self.folder, self.dashboard)
@@ -206,10 +226,11 @@ class _Run:
         with self.account.spending("evaluation"):
             await self.evaluations.at(phase, roles, progress)
         collector = self._collector(phase, roles, cursor, progress)
+        before_step = partial(self._as_asked, phase, roles, cursor, progress)
         after_step, stop = self._after_step(phase, roles, cursor), self._ending.stop
         with self._ending.saving():
             try:
-                await train(phase.pipeline, phase.steps, roles, collector, progress, after_step, stop)
+                await train(phase.pipeline, phase.steps, roles, collector, progress, before_step, after_step, stop)
             except Stopped:
                 await collector.close()
                 await self._save_last_step(phase, roles, cursor, progress)
@@ -274,6 +295,22 @@ class _Run:
             watchdog=self.watchdog,
         )
 
+    async def _as_asked(self, phase: PreparedPhase, roles: Executor, cursor: Cursor, progress: Progress) -> None:
+        """What was asked from outside, between two steps: a checkpoint, and a pause, which this waits out. What is
+        being generated goes on until the batches that it may run ahead are there. Before the first step of a run there
+        is nothing to save: that waits until after it."""
+        paused = False
+        while True:
+            if (progress.step or phase.index) and self.requests.checkpoints:
+                await self._save(phase, roles, cursor, progress)
+            if self.requests.paused is not paused:
+                paused = self.requests.paused
+                self.event("paused" if paused else "unpaused", {"step": phase.first_version + progress.step})
+                self.console.note("paused" if paused else "going on")
+            if not paused:
+                return
+            await self._ending.stop.before(self.requests.changed())
+
     def _after_step(self, phase: PreparedPhase, roles: Executor, cursor: Cursor) -> Any:
         async def after_step(record: StepRecord) -> None:
             step, last = record.step, record.step == phase.steps
@@ -330,11 +367,21 @@ class _Run:
             data=await asyncio.to_thread(fingerprint, phase),
             scores=dict(self.evaluations.scores),
         )
-        began = time.monotonic()
-        self.last_checkpoint = await self.store.write(
-            lambda folder: save_weights(self.config, phase, roles, folder), state
+        began, tickets = time.monotonic(), self.requests.checkpoints
+        if self.last_checkpoint is None or self.last_checkpoint.state.total_step != total:
+            self.last_checkpoint = await self.store.write(
+                lambda folder: save_weights(self.config, phase, roles, folder), state
+            )
+        self.requests.answered(tickets)
+        self.event(
+            "checkpoint",
+            {
+                "step": total,
+                "seconds": round(time.monotonic() - began, 3),
+                "path": str(self.last_checkpoint.path),
+                "asked": tickets,
+            },
         )
-        self.event("checkpoint", {"step": total, "seconds": round(time.monotonic() - began, 3)})
 
     def _finish(self) -> RunResult:
         self.log.close()
@@ -347,7 +394,7 @@ class _Run:
         result = RunResult(
             self.folder, dict(self.evaluations.scores), checkpoint, model, averaged, picture, worth, seconds
         )
-        self.event("finished", {"seconds": {on: round(spent, 3) for on, spent in seconds.items()}})
+        self.event("finished", result.to_json())
         self.console.done(result)
         return result
 

@@ -15,7 +15,7 @@ import builtins
 import importlib
 import linecache
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from importlib.abc import Loader, MetaPathFinder
@@ -79,6 +79,13 @@ def module(code: UserCode) -> ModuleType:
     """The file's module, run once per process and text. Raises what running it raises."""
     _finder().know(code)
     return importlib.import_module(code.package)
+
+
+def carry(texts: Iterable[Sequence[tuple[str, str, str, bool]]]) -> None:
+    """From here on, import statements and pickles find these modules in this process. Each is the files of a
+    `UserCode`, as plain tuples."""
+    for files in texts:
+        _finder().know(UserCode(tuple(File(*file) for file in files)))
 
 
 def _imported(text: str) -> Iterator[str]:

@@ -2,6 +2,7 @@
 are alive, and who waits on what.
 
 troupe scale RUN rollout=4 ──► board ◄── every second: status up, desired counts down ──► pools
+troupe pause RUN           ──►                         pause, checkpoint, stop ──► requests, read between two steps
                                ranks ── every two seconds: ping ──► a rank that died or hangs ends the loop
                                Ray ──── every second: gone? ──────► the process ends
                                watchdog ── every five seconds: overdue waits ──► console
@@ -22,11 +23,12 @@ from typing import Any
 from actors.errors import InfraFailure, NoAnswer, WorkerDied
 from actors.worker import Worker
 from orchestrator.cluster.base import Cluster
-from orchestrator.cluster.control_actor import Board, RunFile, board_name
+from orchestrator.cluster.control_actor import Board, Desired, RunFile, board_name, take_requests
 from orchestrator.cluster.failures import Watchdog
 from orchestrator.cluster.fleet import State
 from orchestrator.cluster.rank_health import Rank, RankHealth, RankLimits
 from orchestrator.cluster.ray_address import AUTH_MODE
+from orchestrator.cluster.requests import Requests
 from orchestrator.config.schema import RunConfig
 from orchestrator.executor import Executor
 
@@ -44,6 +46,7 @@ async def board_of(folder: Path, cluster: Cluster) -> AsyncIterator[asyncio.Futu
     async def put_up() -> Worker:
         name = board_name(folder.name)
         board = await cluster.start_board(name, Board)
+        list(take_requests(folder))  # what was asked of a driver before this one
         mode = os.environ.get(AUTH_MODE)  # set by Ray itself, if it was started here
         RunFile(folder.name, cluster.address, name, os.getpid(), mode).write(folder)
         return board
@@ -73,7 +76,9 @@ async def watching(
 
 
 @asynccontextmanager
-async def beside(config: RunConfig, roles: Executor, board: Worker, warn: Callable[[str], None]) -> AsyncIterator[None]:
+async def beside(
+    config: RunConfig, folder: Path, roles: Executor, board: Worker, requests: Requests, warn: Callable[[str], None]
+) -> AsyncIterator[None]:
     """For as long as the block lasts, what the board desires is done, and ranks are pinged. The block is cancelled, and
     InfraFailure raised in its place, when one of them died or hangs."""
     health = RankHealth(partial(_limits, config), report_after_s=config.cluster.watchdog_s)
@@ -87,9 +92,10 @@ async def beside(config: RunConfig, roles: Executor, board: Worker, warn: Callab
             await _ping(roles, health)
         block.cancel()
 
+    obeying = _obey(folder, board, roles, requests)
     try:
         async with AsyncExitStack() as stack:
-            for work in (look(), _watch(lambda: health.overdue(time.monotonic()), warn), _obey(board, roles)):
+            for work in (look(), _watch(lambda: health.overdue(time.monotonic()), warn), obeying):
                 stack.push_async_callback(_cancelled, asyncio.ensure_future(work))
             yield
     except asyncio.CancelledError:
@@ -134,17 +140,21 @@ async def _watch(overdue: Callable[[], list[str]], warn: Callable[[str], None]) 
             warn(line)
 
 
-async def _obey(board: Worker, roles: Executor) -> None:
+async def _obey(folder: Path, board: Worker, roles: Executor, requests: Requests) -> None:
     """Put up the status and take what is desired."""
     pools = roles.pools
     while True:
         status = {
             role: {"desired": pool.fleet.desired, "serving": pool.count(State.SERVING)} for role, pool in pools.items()
         }
-        with contextlib.suppress(InfraFailure):  # a board that died costs scaling, not the run
-            for role, count in (await board.call("exchange", status, timeout_s=10.0)).items():
+        for method, *args in take_requests(folder):
+            await board.call(method, *args, timeout_s=10.0)
+        with contextlib.suppress(InfraFailure):  # a board that died costs being reached from outside, not the run
+            desired: Desired = await board.call("exchange", status, timeout_s=10.0)
+            for role, count in desired.workers.items():
                 if role in pools:
                     pools[role].resize(count)
+            requests.update(desired)
         await asyncio.sleep(BOARD_EVERY_S)
 
 

@@ -1,6 +1,10 @@
 """How a running job is reached from outside: a named actor that holds what is desired, and the folder that names it.
 
-troupe scale RUN rollout=4 ──► Board (actor troupe/RUN/control) ◄── the driver looks every second
+    troupe scale RUN rollout=4 ──► Board (actor troupe/RUN/control) ◄── the driver looks every second
+    RunHandle.pause() ...      ──►
+
+A run in one process (`--local`) has no actor that others find: a request to it is a file in `RUN/requests`, which the
+driver hands to its board.
 """
 
 from __future__ import annotations
@@ -10,26 +14,42 @@ import json
 import logging
 import os
 import re
-from dataclasses import asdict, dataclass
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from actors.errors import ConfigError, RunError, UserError
 from actors.worker import WorkerInfo
 from orchestrator.cluster.ray_address import AUTH_MODE, Unreachable, refuse_unreachable
+from orchestrator.cluster.run_lock import driver_of
 
 NAMESPACE = "troupe"
 CALL_TIMEOUT_S = 5.0
 RUN_FILE = "run.json"
+REQUESTS = "requests"  # a folder in the run's, of a run in one process
+
+
+@dataclass
+class Desired:
+    """What was asked of a run since its driver started."""
+
+    workers: dict[str, int] = field(default_factory=dict[str, int])  # by elastic role
+    paused: bool = False
+    checkpoints: list[str] = field(default_factory=list[str])  # tickets, all that were ever asked for
+    stop: bool = False
 
 
 class Board:
-    """Runs as an actor without resources. Desired worker counts, and the last status that the driver put up."""
+    """Runs as an actor without resources. What is desired of the run, and the last status that the driver put up. All
+    of it is desired state, so that a request may arrive twice."""
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._desired: dict[str, int] = {}
-        self._status: dict[str, Any] = {}
+        self._desired = Desired()
+        self._workers: dict[str, Any] = {}
 
     def ready(self) -> WorkerInfo:
         import actors
@@ -41,19 +61,31 @@ class Board:
 
     def desire(self, role: str, count: int) -> None:
         """Raises ConfigError for a role that the run cannot scale."""
-        if self._status and role not in self._status:
+        if self._workers and role not in self._workers:
             raise ConfigError(
-                f"this run has no role {role} whose workers come and go; it can scale {', '.join(sorted(self._status))}"
+                f"this run has no role {role} whose workers come and go; it can scale "
+                f"{', '.join(sorted(self._workers))}"
             )
-        self._desired[role] = count
+        self._desired.workers[role] = count
 
-    def exchange(self, status: dict[str, Any]) -> dict[str, int]:
+    def pause(self, paused: bool) -> None:
+        self._desired.paused = paused
+
+    def checkpoint(self, ticket: str) -> None:
+        """The event of the checkpoint that answers this has the ticket in its `asked`."""
+        if ticket not in self._desired.checkpoints:
+            self._desired.checkpoints.append(ticket)
+
+    def stop(self) -> None:
+        self._desired.stop = True
+
+    def exchange(self, workers: dict[str, Any]) -> Desired:
         """The driver's call: puts up its status, takes what is desired."""
-        self._status = status
-        return dict(self._desired)
+        self._workers = workers
+        return self._desired
 
     def status(self) -> dict[str, Any]:
-        return dict(self._status)
+        return dict(self._workers)
 
 
 @dataclass(frozen=True)
@@ -113,6 +145,10 @@ class Ended(RunError):
     """A run's driver is not there any more, or cannot be reached; the message says how that showed."""
 
 
+class AlreadyEnded(RunError):
+    """What was asked of a run comes too late."""
+
+
 @dataclass(frozen=True)
 class Standing:
     """A run as it is seen from outside. `workers`: by elastic role, while the run goes on."""
@@ -129,6 +165,36 @@ def scale(folder: Path, role: str, count: int) -> None:
         _board_call(run, "desire", role, count)
     except Ended as error:
         raise RunError(f"run {run.name} is {error}") from None
+
+
+def ask(folder: Path, method: str, *args: Any) -> None:
+    """Ask a running job for something that a run in one process can do as well: `pause`, `checkpoint`, `stop` of its
+    board. Returns once the request is where the driver looks. Raises AlreadyEnded if the run has ended."""
+    run = RunFile.read(folder)
+    if run.address is not None:
+        try:
+            _board_call(run, method, *args)
+        except Ended as error:
+            raise AlreadyEnded(f"run {run.name} is {error}") from None
+        return
+    driver = driver_of(folder)
+    if driver is None or not driver.may_live:
+        raise AlreadyEnded(f"run {run.name} is {_last_word(folder) or 'not running: it ended or was killed'}")
+    requests = folder / REQUESTS
+    requests.mkdir(exist_ok=True)
+    file = requests / f"{time.time_ns()}-{uuid.uuid4().hex[:8]}.json"
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps([method, *args]))
+    temporary.replace(file)
+
+
+def take_requests(folder: Path) -> Iterator[list[Any]]:
+    """The driver's side of a run in one process: `[method, *arguments]` for the board, in the order of their
+    arrival; each is taken once."""
+    for file in sorted((folder / REQUESTS).glob("*.json")):
+        request = json.loads(file.read_text())
+        file.unlink()
+        yield request
 
 
 def standing(folder: Path) -> Standing:

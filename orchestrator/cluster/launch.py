@@ -38,6 +38,7 @@ from orchestrator.config.schema import (
 from orchestrator.executor import Executor
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.prepared import Prepared, PreparedPhase
+from orchestrator.plugins import importable
 from orchestrator.publishing.publisher import Publisher
 from rewards.worker import RewardWorker
 from rollout.engine import EngineSpec
@@ -183,7 +184,7 @@ class _Starting:
         prepared, config = self.prepared, self.prepared.config
         settings = config.roles.engine(role)
         spec = EngineSpec(
-            kind=settings.engine,
+            kind=importable(settings.engine, f"roles.{role}.engine"),
             model=model_of(prepared, settings.follows),
             dtype=settings.dtype or config.model.dtype,
             max_model_len=settings.max_model_len or prepared.longest,

@@ -38,6 +38,7 @@ from orchestrator.config.schema import ClusterConfig, RunConfig
 from orchestrator.import_pin import worker_setup
 from orchestrator.planning.bundles import Bundle, ClusterView, Node, describe, shortages
 from orchestrator.planning.plan import Machine, Plan, RolePlan
+from orchestrator.plugins import carried
 
 T = TypeVar("T")
 
@@ -296,7 +297,7 @@ def connect(cluster: ClusterConfig, plan: Plan, *, debug: bool = False) -> str |
             namespace=NAMESPACE,
             log_to_driver=debug,
             logging_level=logging.INFO if debug else logging.CRITICAL,
-            runtime_env={"worker_process_setup_hook": worker_setup()},
+            runtime_env={"worker_process_setup_hook": worker_setup(carried())},
             **own,
         )
 

@@ -79,6 +79,14 @@ def driving(folder: Path) -> Generator[None]:
         stream.close()
 
 
+def driver_of(folder: Path) -> Driver | None:
+    """Who drives the run of that folder, or did when it died; None if nobody does."""
+    try:
+        return _read((folder / LOCK).read_text())
+    except OSError:
+        return None
+
+
 def _sign(stream: TextIO, driver: Driver | None) -> None:
     stream.seek(0)
     stream.truncate()

@@ -101,6 +101,10 @@ class Ending:
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._end, signal.SIGPIPE)
 
+    def asked(self) -> None:
+        """Somebody asks from outside that the run stops: it ends as by SIGTERM. In the event loop."""
+        self._end(signal.SIGTERM)
+
     def failed(self, what: str) -> None:
         """There is nothing left to put in order: the process ends at once, and says what failed."""
         if self.signal is None and self._failure is None:

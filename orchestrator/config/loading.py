@@ -115,7 +115,8 @@ class Draft:
     def fold(self) -> None:
         """Give a single phase its name (its method's), so that every configuration has `phases`."""
         if "phases" not in self.tree:
-            self.single = str(self.tree.get("method", PhaseConfig.model_fields["method"].default))
+            method = str(self.tree.get("method", PhaseConfig.model_fields["method"].default))
+            self.single = method.rpartition(":")[2]  # of a user's own, the name in its file
             phase = {key: self.tree.pop(key) for key in PHASE_KEYS if key in self.tree}
             self.tree["phases"] = {self.single: phase}
             self.origins = {self._folded(path): origin for path, origin in self.origins.items()}

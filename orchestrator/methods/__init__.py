@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.methods.build import build
+from orchestrator.methods.build import build, find_method
 from orchestrator.methods.table import METHODS
 
-__all__ = ["METHODS", "build"]
+__all__ = ["METHODS", "build", "find_method"]

@@ -18,6 +18,7 @@ from orchestrator.config.schema import is_word_for_number
 from orchestrator.methods.idle import refuse_idle, types_of
 from orchestrator.methods.table import METHODS
 from orchestrator.pipeline import Pipeline
+from orchestrator.plugins import is_plugin, load
 
 
 def build(name: str, options: Mapping[str, Any], facts: Mapping[str, Any] | None = None) -> Pipeline:
@@ -27,9 +28,7 @@ def build(name: str, options: Mapping[str, Any], facts: Mapping[str, Any] | None
     option of that name gets it, unless `options` says otherwise. Raises ConfigError that says what was given, what is
     allowed and what is near it.
     """
-    if name not in METHODS:
-        raise ConfigError(f"method {name!r} does not exist{_nearest(name, METHODS)}; there are {', '.join(METHODS)}")
-    method = METHODS[name]
+    method = find_method(name)
     known = inspect.signature(method).parameters
     for option in options:
         if option not in known:
@@ -45,6 +44,31 @@ def build(name: str, options: Mapping[str, Any], facts: Mapping[str, Any] | None
     return pipeline
 
 
+def find_method(name: str) -> Callable[..., Pipeline]:
+    """One of ours, or a user's own, `path/to/file.py:name`. Raises ConfigError."""
+    if is_plugin(name):
+        method = load(name, "method")
+        _refuse_unnamed(name, method)
+        return method
+    if name not in METHODS:
+        raise ConfigError(
+            f"method {name!r} does not exist{_nearest(name, METHODS)}; there are {', '.join(METHODS)}, and your own as "
+            "path/to/file.py:name"
+        )
+    return METHODS[name]
+
+
+def _refuse_unnamed(name: str, method: Callable[..., Pipeline]) -> None:
+    """Raises ConfigError for a method whose options cannot be told apart and checked one by one."""
+    try:
+        parameters, types = inspect.signature(method).parameters, types_of(method)
+    except (TypeError, ValueError, NameError) as error:
+        raise ConfigError(f"method {name}: its signature cannot be read: {error}") from None
+    for option, parameter in parameters.items():
+        if parameter.kind not in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD) or option not in types:
+            raise ConfigError(f"method {name}: its parameter {parameter} is no option: give each a name and a type")
+
+
 def _call(name: str, method: Callable[..., Pipeline], options: Mapping[str, Any]) -> Pipeline:
     found: dict[Any, str] = {}
     for option, annotation in types_of(method).items():
@@ -52,12 +76,21 @@ def _call(name: str, method: Callable[..., Pipeline], options: Mapping[str, Any]
             found[option] = f"options.{option}={options[option]!r}: a number is needed, and true, yes and on are none"
     try:
         if not found:
-            return _validated(method)(**options)
+            made = _validated(method)(**options)
+            if not isinstance(made, Pipeline):
+                raise ConfigError(f"method {name} returned a {type(made).__name__}; it must return a Pipeline")
+            return made
+    except ConfigError:
+        raise
     except ValidationError as error:
         # A union reports each of its alternatives: the last one, the most general, says it all.
         found = {
             line["loc"][0]: f"options.{line['loc'][0]}={line['input']!r}: {line['msg']}" for line in error.errors()
         }
+    except Exception as error:
+        if not is_plugin(name):
+            raise
+        raise ConfigError(f"method {name} failed: {type(error).__name__}: {error}") from error
     raise ConfigError(f"method {name}: {'; '.join(found.values())}") from None
 
 

@@ -17,6 +17,7 @@ from orchestrator.losses.reduce import item_mean, token_mean
 from orchestrator.losses.transport import aot, aot_unpaired
 from orchestrator.methods.reference_sync import MIXUP_ALPHA, SYNC_STEPS, Share, Steps, reference_sync
 from orchestrator.pipeline import Pairs, Pipeline, infer, update, when
+from orchestrator.plugins import Plugin, is_plugin, load
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -45,7 +46,7 @@ ONLY_REVERSE_KL = frozenset({"nca_pair", "bco_pair", "sppo_hard", "apo_zero", "a
 
 def dpo(
     *,
-    loss_type: LossName | tuple[LossName, ...] = "sigmoid",
+    loss_type: Plugin | LossName | tuple[Plugin | LossName, ...] = "sigmoid",
     loss_weights: tuple[NotNegative, ...] | None = None,
     beta: Positive = 0.1,
     label_smoothing: Smoothing = 0.0,
@@ -91,8 +92,9 @@ def _term(name: str, weight: float, shared: dict[str, Any], extra: dict[str, Any
 
 
 def bound_contrast(name: str, options: dict[str, Any]) -> Contrast:
-    """A contrast by name, with those of the options that it takes."""
-    return partial(CONTRASTS[name], **_named(options, CONTRASTS[name]))
+    """A contrast by name, or of a user's file, with those of the options that it takes."""
+    contrast = load(name, "options.loss_type") if is_plugin(name) else CONTRASTS[name]
+    return partial(contrast, **_named(options, contrast))
 
 
 def _named(options: dict[str, Any], function: Any) -> dict[str, Any]:

@@ -162,7 +162,7 @@ def draft_plan(
     def parameters_of(role: str) -> int | None:
         settings, own = config.roles[role], own_parameters or {}
         has_own = isinstance(settings, RanksRole) and settings.model is not None
-        return own[role] if role in own else None if has_own else parameters
+        return own.get(role, None if has_own else parameters)
 
     memory = {role: _memory(role, config, pipelines, parameters_of) for role in sized}
     roles = {role: _role_plan(role, config, threads[role], seats.get(role, ()), memory[role]) for role in sized}

@@ -20,7 +20,7 @@ from actors.errors import ConfigError, ModelError
 from actors.model import check_architecture
 from actors.pretrained import check_folder
 from orchestrator.collection.precompute import recall
-from orchestrator.config.schema import DataConfig, EvaluationConfig, PhaseConfig, RanksRole, RunConfig
+from orchestrator.config.schema import DataConfig, EngineRole, EvaluationConfig, PhaseConfig, RanksRole, RunConfig
 from orchestrator.data.source import Source, open_source
 from orchestrator.data.synthetic_examples import PREFIX, is_example, model_folder
 from orchestrator.losses.objective import LossObjective
@@ -29,6 +29,7 @@ from orchestrator.pipeline import DataKind, Pipeline, Prompts, Verb
 from orchestrator.planning.handover import is_handed_over, phase_of
 from orchestrator.planning.prepared import ModelReward, Prepared, PreparedPhase
 from orchestrator.planning.schedule import Schedule
+from orchestrator.plugins import importable
 from rewards.loading import check_columns, check_names, check_reward
 from rollout.engine import ENGINES
 from rollout.sampling import Sampling
@@ -49,6 +50,9 @@ def prepare(config: RunConfig, *, output: Path | None = None) -> Prepared:
         if reward.role is not None
     )
     check_names(reward.label for reward in (*rewards, *scoring))
+    for role, settings in config.roles:
+        if isinstance(settings, EngineRole):
+            importable(settings.engine, f"roles.{role}.engine")
     model = resolve_model(config.model.path, config.seed)
     models = {
         role: resolve_model(settings.model, config.seed, f"roles.{role}.model")

@@ -15,7 +15,6 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from actors.errors import ConfigError
-from orchestrator.config.error_messages import unknown
 from orchestrator.config.keys import as_yaml, every_key, keys_below, type_name
 from orchestrator.config.schema import DataConfig, PhaseConfig, RunConfig
 from orchestrator.data.report import LEARNED
@@ -173,11 +172,9 @@ def coloured(preview: str) -> Text:
 
 
 def _method(name: str) -> Callable[..., Pipeline]:
-    from orchestrator.methods import METHODS
+    from orchestrator.methods import find_method
 
-    if name not in METHODS:
-        raise ConfigError(unknown("method", name, list(METHODS)))
-    return METHODS[name]
+    return find_method(name)
 
 
 def _default_pipeline(method: Callable[..., Pipeline]) -> Pipeline | None:

@@ -1,0 +1,46 @@
+"""What is asked of a run from outside while it trains, kept for the loop until it is between two steps.
+
+board ──► update() every second ──► the loop, between two steps: a checkpoint that was asked for, then the pause
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from orchestrator.cluster.control_actor import Desired
+
+
+class Requests:
+    """Of one run. `stop` is called once, as soon as somebody asks for it."""
+
+    def __init__(self, stop: Callable[[], None]) -> None:
+        self.paused = False
+        self._stop: Callable[[], None] | None = stop
+        self._asked: dict[str, None] = {}  # tickets, in order
+        self._answered: set[str] = set()
+        self._changed = asyncio.Event()
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """Tickets of the checkpoints that were asked for and are not written yet."""
+        return [ticket for ticket in self._asked if ticket not in self._answered]
+
+    def update(self, desired: Desired) -> None:
+        before = (self.paused, len(self._asked))
+        self.paused = desired.paused
+        self._asked.update(dict.fromkeys(desired.checkpoints))
+        if before != (self.paused, len(self._asked)):
+            self._changed.set()
+        if desired.stop and self._stop is not None:
+            stop, self._stop = self._stop, None
+            stop()
+
+    def answered(self, tickets: list[str]) -> None:
+        self._answered.update(tickets)
+
+    async def changed(self) -> None:
+        """Until something is asked that was not before the last call. `update` ends this wait, or the run's Stop, which
+        cancels it."""
+        await self._changed.wait()
+        self._changed.clear()  # not before: something may have been asked since the caller looked

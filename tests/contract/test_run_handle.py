@@ -1,0 +1,99 @@
+"""A run started, followed and steered from Python. Without Ray; `tests/ray/test_run_handle.py` does it with."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from actors.errors import ConfigError, Interrupted, RunError, UserError
+from orchestrator.api import RunHandle, attach, start
+from orchestrator.checkpoint import verify
+from tests.runs import SFT
+
+pytestmark = pytest.mark.timeout(600)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@contextmanager
+def started(where: Path, **settings: Any) -> Iterator[RunHandle]:
+    recipe = where / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**SFT, "output": str(where)}))
+    handle = start(recipe, local=True, **settings)
+    try:
+        yield handle
+    finally:
+        handle.stop()
+
+
+def test_a_run_is_paused_saved_continued_and_stopped_from_inside_a_running_event_loop(tmp_path: Path):
+    async def notebook() -> None:
+        with started(tmp_path, train__steps=4000) as run:
+            done = run.pause()
+            assert run.status().state == "paused"
+            checkpoint = run.checkpoint()
+            assert verify(checkpoint) is None
+            assert checkpoint.name == f"step-{done:08d}", "the pause holds: no step was made since"
+            assert run.status().step == done
+
+            again = attach(run.folder)  # as a notebook that was restarted finds it
+            again.resume()
+            later = next(line for line in again.metrics() if line["step"] >= done + 3)
+            assert later["phase"] == "sft" and "loss" in later
+            saved = again.checkpoint()
+            assert int(saved.name.removeprefix("step-")) >= done + 3
+            with pytest.raises(UserError, match="in one process"):
+                again.scale("rollout", 2)
+
+            last = again.stop()
+            assert last is not None and verify(last) is None
+            assert not again.running
+            with pytest.raises(Interrupted):
+                run.result()
+            with pytest.raises(RunError, match="stopped by SIGTERM; `troupe resume"):
+                run.pause()
+
+    asyncio.run(notebook())
+
+
+def test_a_run_that_finishes_hands_over_its_result_and_all_of_its_metrics(tmp_path: Path):
+    with started(tmp_path, train__steps=3) as run:
+        steps = [line["step"] for line in run.metrics()]
+        kinds = [event["event"] for event in run.events()]
+        result = run.result()
+    assert steps == [1, 2, 3]
+    assert kinds[0] == "prepared" and kinds[-1] == "finished"
+    assert result.folder == run.folder and result.model is not None
+    assert (result.model / "config.json").is_file()
+    assert run.status().state == "finished"
+
+
+def test_a_run_that_its_data_refuses_raises_what_the_command_prints(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"nowhere\.jsonl") as refused, started(tmp_path, data__path="nowhere.jsonl"):
+        pass
+    assert "Traceback" not in str(refused.value)
+    assert not list(tmp_path.glob(".console-*")), "what a refused run printed is in the error"
+
+
+def test_the_example_in_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    readme = (ROOT / "README.md").read_text()
+    (code,) = re.findall(r"```python\n((?:(?!```).)*troupe\.start\(.*?)```", readme, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+
+    async def notebook() -> None:
+        exec(code, {})
+
+    asyncio.run(notebook())
+    *lines, model = capsys.readouterr().out.splitlines()
+    losses = dict(line.split() for line in lines if not line.endswith("None"))
+    assert list(losses) == [str(step) for step in range(1, 21)]
+    assert float(losses["20"]) < float(losses["1"])
+    assert (Path(model) / "config.json").is_file()
