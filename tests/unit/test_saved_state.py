@@ -19,7 +19,7 @@ import torch
 from actors.errors import ConfigError, DiskError, RunError
 from actors.lora import LoraSpec
 from actors.objective import MicroBatch, Outputs, World
-from tests.unit.test_trainable import (
+from tests.unit.test_model_worker import (
     OPTIM,
     VARIANTS,
     Nll,
