@@ -24,6 +24,9 @@ crosses a process boundary. Neither is ever turned into a reward.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class TroupeError(Exception):
     """Root of every error that this package raises on purpose."""
@@ -62,7 +65,7 @@ class RunError(TroupeError):
 
 
 class DiskError(RunError):
-    """A disk is full, or does not write. Nobody but the user can mend that."""
+    """A disk is full, or cannot be written. Only the user can fix that."""
 
 
 class InfraFailure(RunError):
@@ -103,3 +106,15 @@ class StalenessError(RunError):
 
 class BudgetExhausted(RunError):
     """More failures than the configuration allows."""
+
+
+def nearest(given: str, allowed: Iterable[str]) -> str | None:
+    """The allowed word most like the given one, or None if none is similar."""
+    found = difflib.get_close_matches(given, list(allowed), n=1)
+    return found[0] if found else None
+
+
+def first_lines(error: BaseException, count: int = 1) -> str:
+    """The first lines of an error's message, joined into one; its class if it has no message."""
+    lines = str(error).strip().splitlines()[:count]
+    return " ".join(line.strip() for line in lines if line.strip()) or type(error).__name__

@@ -5,8 +5,8 @@
                      ── RayWorker.call("ping") ───────────► health group: a thread of its own, so that it
                                                             answers while the main group works or hangs
 
-Every wait has a deadline. Whatever keeps a call from being carried out (a dead process, a lost node, an out-of-memory
-kill, a deadline) is a `NoAnswer`, an `InfraFailure`; an exception of the method itself arrives as itself.
+Every wait has a deadline. A call that cannot be carried out (dead process, lost node, out-of-memory kill, deadline)
+raises `NoAnswer`, an `InfraFailure`; an exception of the method itself is raised as it is.
 """
 
 from __future__ import annotations
@@ -24,12 +24,11 @@ from ray.actor import ActorClass
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from actors.errors import InfraFailure, NoAnswer, WorkerDied
-from actors.worker import Ref, WorkerInfo
+from actors.errors import InfraFailure, NoAnswer, WorkerDied, first_lines
+from actors.worker import NAMESPACE, Ref, WorkerInfo, consume_exception
 
 T = TypeVar("T")
 
-NAMESPACE = "troupe"
 ASYNC_CONCURRENCY = 1000  # calls on one event loop: Ray's own limit must never be what queues them
 GRACE_S = 2.0  # how long a failed rank's peers get to say whether one of them died
 
@@ -69,11 +68,11 @@ class RayWorker:
         return bound.remote(*map(_target, args), **{name: _target(value) for name, value in kwargs.items()})
 
     async def _result(self, ref: ObjectRef, method: str, timeout_s: float) -> Any:
-        """The value of `ref`. If nobody waits for it any longer (deadline, cancellation), the call is cancelled: an
+        """The value of `ref`. If the wait ends before it (deadline, cancellation), the call is cancelled: an
         async method at once, a sync one if it has not begun."""
         started = time.monotonic()
         future = asyncio.wrap_future(ref.future())
-        future.add_done_callback(_retrieve)
+        future.add_done_callback(consume_exception)
         try:
             await asyncio.wait({future}, timeout=timeout_s)
         finally:
@@ -88,7 +87,9 @@ class RayWorker:
         except ActorDiedError as error:
             raise WorkerDied(self._failure(method, started, _death(error))) from error
         except RayError as error:
-            raise NoAnswer(self._failure(method, started, f"{type(error).__name__}: {_first_lines(error)}")) from error
+            raise NoAnswer(
+                self._failure(method, started, f"{type(error).__name__}: {first_lines(error, 3)}")
+            ) from error
 
     @property
     def where(self) -> str:
@@ -165,7 +166,7 @@ class RayObjects:
 
     async def get(self, ref: Ref, *, timeout_s: float) -> Any:
         future = asyncio.wrap_future(ref.target.future())
-        future.add_done_callback(_retrieve)
+        future.add_done_callback(consume_exception)
         await asyncio.wait({future}, timeout=timeout_s)
         if not future.done():
             raise InfraFailure(f"object {ref.target.hex()[:16]} did not arrive within {timeout_s:g} s")
@@ -174,7 +175,7 @@ class RayObjects:
         except RayTaskError as error:
             raise error.cause from error
         except RayError as error:
-            raise InfraFailure(f"object {ref.target.hex()[:16]} is lost: {_first_lines(error)}") from error
+            raise InfraFailure(f"object {ref.target.hex()[:16]} is lost: {first_lines(error, 3)}") from error
 
 
 def start_worker(
@@ -209,7 +210,7 @@ def start_ranks(
     """Start a gang called `<name>/<rank>`; every rank is also given `rank`, `world_size` and `master`.
 
     `master` is the address of a store that this process has bound already: no free port is guessed, so none can race.
-    A gang of one meets nobody: its `master` is None.
+    A single rank needs no rendezvous: its `master` is None.
     """
     size = len(kwargs_per_rank)
     store = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False) if size > 1 else None
@@ -276,23 +277,13 @@ def _target(value: Any) -> Any:
     return value.target if isinstance(value, Ref) else value
 
 
-def _retrieve(future: asyncio.Future) -> None:
-    """Mark the outcome as seen: a call that was given up may still fail, and that is no news."""
-    if not future.cancelled():
-        future.exception()
-
-
 def _death(error: ActorDiedError) -> str:
     """Why an actor died, without the paragraphs in which Ray guesses."""
     text = str(error)
     if "exits with a connection error code" in text:
-        return "the worker died: its process was killed (by hand, or for want of memory) or crashed"
+        return "the worker died: its process was killed (by a user, or because memory ran out) or crashed"
     known = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("\t")]
     return f"the worker died: {' '.join(known[1:3]) or text}"
-
-
-def _first_lines(error: BaseException, count: int = 3) -> str:
-    return " ".join(line.strip() for line in str(error).splitlines()[:count] if line.strip())
 
 
 async def _all_or_first_cause(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

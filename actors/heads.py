@@ -132,7 +132,7 @@ def _logits_gradient(
     if log_probs is None:
         logits = projection.logits(hidden, weight, bias)
         log_probs = projection.log_probs(logits)
-        logits = logits if projection.scaling.softcap is not None else None  # nobody else reads them: make room
+        logits = logits if projection.scaling.softcap is not None else None  # not read any more: free the memory
     grad = _logps_gradient(log_probs, targets, grads["logps"])
     if entropy is not None:
         grad -= log_probs.exp() * (log_probs + entropy[:, None]) * grads["entropy"][:, None]

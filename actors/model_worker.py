@@ -148,7 +148,7 @@ class ModelWorker:
     def update(
         self, shard: Shard, objective: Objective, temperature: float, stage: str, *blocks: Batch
     ) -> UpdateReport:
-        """One optimizer step on the batch of which `shard` is this rank's share; `blocks` are those that it speaks of.
+        """One optimizer step on the batch of which `shard` is this rank's share; `blocks` are those that it refers to.
         `stage` names the objective's state.
 
         The loss is the sum of `objective.loss` over all micro-batches and ranks. Raises RunError if the gradient is not
@@ -213,7 +213,7 @@ class ModelWorker:
 
     def save_state(self, folder: str) -> None:
         """Everything that exact resumption needs, into an existing folder; each rank writes its share. Raises RunError
-        on every rank if a trained weight is not finite: nobody could go on from there. DiskError if the disk is full.
+        on every rank if a trained weight is not finite: no run could continue from it. DiskError if the disk is full.
         """
         with self._doing("save_state"), saved_state.writing(Path(folder)):
             self._refuse_what_is_not_finite()

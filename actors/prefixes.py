@@ -1,4 +1,4 @@
-"""Documents that begin alike, found so that their common beginning is computed once.
+"""Finds documents with a common prefix, so that the prefix is computed once.
 
 a b c d        the samples of a prompt, the two sides of a pair, a system prompt before every question:
 a b c e f      under causal attention a token's hidden states are a function of the tokens up to it, so equal
@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-WORTH_SHARING = 0.9  # computed rows per token; above that, what attention pays to spread rows out is not earned back
+WORTH_SHARING = (
+    0.9  # computed rows per token; above that, spreading rows out for attention costs more than sharing saves
+)
 
 
 @dataclass(frozen=True)

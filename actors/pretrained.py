@@ -1,8 +1,8 @@
 """Opening what `save_pretrained` wrote, a folder or a name on the Hugging Face hub: the one place that calls
 transformers for it.
 
-Code that comes with a model is run if `trust_remote_code` says so and not otherwise; nobody is asked. transformers asks
-whoever sits at the terminal, unless it is told yes or no: so every call tells it.
+Code that comes with a model runs only with `trust_remote_code`. transformers would ask at the terminal if it were not
+told yes or no, so every call passes the setting.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a rank writes for exact resumption: data, never code, and a refusal by the disk that says so.
+"""A rank's state on disk, for exact resumption: data, never code; a failed write says which disk and why.
 
 save ──► only numbers, text, tensors and containers of these ──► one file
 load ◄── the same; a file that holds anything else is refused before anything in it runs
@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from actors.errors import DiskError, RunError, TroupeError
+from actors.errors import DiskError, RunError, TroupeError, first_lines
 
 DATA_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch's own switch: it holds for every `torch.load` of the process
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -109,4 +109,4 @@ def _not_data(value: Any, where: str = "state") -> str | None:
 def _unsupported(error: Exception) -> str:
     """What torch names in its long advice."""
     lines = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line]
-    return lines[0].split(". Please")[0].split(" was not an allowed")[0] if lines else str(error).splitlines()[0]
+    return lines[0].split(". Please")[0].split(" was not an allowed")[0] if lines else first_lines(error)

@@ -1,8 +1,8 @@
-"""Attention that no kernel at hand computes: scores that are capped before the softmax (Gemma 2), and sinks, which take
-a share of the softmax and give nothing (gpt-oss).
+"""Attention for which there is no fused kernel: scores that are capped before the softmax (Gemma 2), and sinks, which
+take a share of the softmax and contribute no value (gpt-oss).
 
-The scores exist, but for a block of queries at a time, which the gradient computes again: memory grows with the length
-of a document, not with its square. A block looks at no key after its last query, so half of the products are left out.
+Scores are held for one block of queries at a time and recomputed in the backward pass: memory grows with the length of
+a document, not with its square. A block looks at no key after its last query, so half of the products are left out.
 """
 
 from __future__ import annotations

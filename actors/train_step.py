@@ -188,7 +188,7 @@ def without_noise(
 
 
 def filled(micro: MicroBatch) -> MicroBatch:
-    """The micro-batch, or a dummy of one token with nothing to predict, so that an empty rank joins the collectives."""
+    """The micro-batch, or a one-token dummy if it is empty, so that an empty rank joins the collectives."""
     return micro if len(micro) else MicroBatch.of(Batch.build([1], tokens=[0]), micro.lengths.device)
 
 

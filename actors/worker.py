@@ -17,6 +17,8 @@ from typing import Any, Protocol
 
 from actors.errors import NoAnswer, WorkerDied
 
+NAMESPACE = "troupe"  # of all our actors, in Ray
+
 
 @dataclass(frozen=True)
 class WorkerInfo:
@@ -203,3 +205,9 @@ class LocalObjects:
 
     async def get(self, ref: Ref, *, timeout_s: float) -> Any:
         return ref.target
+
+
+def consume_exception(future: asyncio.Future[Any]) -> None:
+    """A done callback: consumes the exception of an abandoned call so that asyncio does not log it."""
+    if not future.cancelled():
+        future.exception()

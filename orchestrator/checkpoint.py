@@ -4,8 +4,8 @@
 
 The rename is the commit. A process that dies before it leaves a `.tmp-*` folder, which the next write removes; a folder
 whose files do not match its manifest (damaged, missing, or not named there at all) is passed over, with a warning, for
-the one before it. `model` and `bema` are for others to read, and nothing is resumed from them: a file that somebody put
-there is a warning.
+the one before it. `model` and `bema` are outputs, and nothing is resumed from them: a file that was added there only
+causes a warning.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The command `troupe`. Each command loads its room when it is called, so that help and refusals come at once."""
+"""The command `troupe`. Commands import lazily, so that help and refusals appear at once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REFUSED, BROKEN = 2, 1  # exit codes
 
 app = typer.Typer(
     name="troupe",
-    help="Post-training of language models by a company of Ray actors.",
+    help="Post-training of language models on Ray, with a group of actors per role.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -1,10 +1,10 @@
-"""Stages become calls: the only place that knows what a verb asks of which processes.
+"""Turns stages into calls: the only module that knows which processes a verb calls, and how.
 
     collector ── run_group(stage, group) ──► pools of engines and scorers (`collection/group_stages.py`)
     loop ─────── run(stages, table) ───────► groups of ranks (policy, reference, value ...), several at once
     loop ─────── publish(version) ─────────► publishers: a trained role ──► every engine that samples from it
 
-Which stages there are, in which order and by which roles, is the pipeline's to say.
+The pipeline decides which stages there are, their order and their roles.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Executor:
 
     @property
     def paused(self) -> bool:
-        """Whether a pool has no workers because somebody wants none."""
+        """Whether a pool was resized to no workers."""
         return any(pool.paused for pool in self.pools.values())
 
     def enter(self, phase: PhaseSettings) -> None:
@@ -155,7 +155,7 @@ class Executor:
                 after = [task for task, other in earlier if self._in_order(other, stage)]
                 tasks.append(running.create_task(run_one(stage, after), name=f"{index} {stage.name}"))
         reports = [(stage, task.result()) for stage, task in zip(stages, tasks, strict=True)]
-        return table, _told_apart(reports)
+        return table, _named_by_role(reports)
 
     def _in_order(self, earlier: Stage, later: Stage) -> bool:
         """Whether a stage waits for an earlier one; also if the same ranks carry out both, where its call would queue
@@ -188,7 +188,7 @@ class Executor:
             objective = LossObjective.of(stage)
             found = await self._on_every_rank("evaluate", stage, _read(table, objective), objective, step=-1)
             reports.append((stage, _with_margins(found[0])))
-        return _told_apart(reports)
+        return _named_by_role(reports)
 
     async def column(self, name: str, table: RowTable) -> Array:
         """[T]: the values of a column per token, brought into the driver. For what is kept, not for what is trained."""
@@ -332,7 +332,7 @@ def _over_minibatches(reports: Sequence[Mapping[str, float]]) -> dict[str, float
     return {name: float(np.sum(v) if name.startswith("time/") else np.mean(v)) for name, v in each.items()}
 
 
-def _told_apart(reports: Sequence[tuple[Stage, Mapping[str, float]]]) -> dict[str, float]:
+def _named_by_role(reports: Sequence[tuple[Stage, Mapping[str, float]]]) -> dict[str, float]:
     """All metrics. A name that two roles report is preceded by the role."""
     reported = {(stage.role, name) for stage, metrics in reports for name in metrics}
     roles = Counter(name for _, name in reported)
@@ -374,7 +374,7 @@ def _label(stage: Stage, step: int) -> str:
 
 @asynccontextmanager
 async def _first_error_of_a_group() -> AsyncIterator[None]:
-    """A task group's errors are raised as the first of them, by itself."""
+    """Raises the first error of a task group instead of the exception group."""
     try:
         yield
     except BaseExceptionGroup as group:

@@ -2,7 +2,7 @@
 
 The names are ordinary words. A user's folder may well hold a `rewards.py`, and Python prefers what lies in the working
 directory or on PYTHONPATH: the driver would import ours while Ray's workers silently import the user's. So the four
-names are resolved before `sys.path` is looked at, from the folder that this file came from and nowhere else.
+names are resolved before `sys.path` is searched, from the folder that this file came from and nowhere else.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A method is a pipeline: the kind of data it takes, then stages, each one verb by one role.
 
 The roles to launch, the columns that flow and the part that may run ahead are all derived from the stages; a pipeline
-that does not close (a column nobody wrote) is refused before anything is launched. Pure: neither Ray nor torch.
+that does not close (a column is read that no stage writes) is refused before anything is launched. Pure: neither Ray
+nor torch.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Verb(StrEnum):
     MIX = "mix"
 
 
-GROUPWISE = frozenset({Verb.GENERATE, Verb.SCORE, Verb.KEEP, Verb.REGROUP})  # each prompt group passes them by itself
+GROUPWISE = frozenset({Verb.GENERATE, Verb.SCORE, Verb.KEEP, Verb.REGROUP})  # they run for each prompt group separately
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ class Pipeline:
 
     @property
     def group_stages(self) -> tuple[Stage, ...]:
-        """Of `collect`: what each prompt group passes by itself."""
+        """The stages of `collect` that run for each prompt group separately."""
         return tuple(stage for stage in self.collect if stage.verb in GROUPWISE)
 
     @property

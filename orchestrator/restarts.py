@@ -1,9 +1,9 @@
-"""A run that goes on from its last checkpoint by itself, whatever ended it: a rank, Ray, or its own process.
+"""Restarts a run from its last checkpoint after a failure of a rank, of Ray, or of its own process.
 
     troupe run --restarts N ──► troupe run ──── it failed ──► troupe resume RUN ──── it failed ──► ... up to N times
        (no Ray in here)     └── signals are passed on; a run that was told to stop is not started again
 
-Each attempt is a process of its own: what a dead Ray leaves in a process cannot be mended there.
+Each attempt is a new process, because a process cannot recover from the state that a dead Ray leaves in it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ COMMAND = (
     "-c",
     f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = 'troupe'; from orchestrator.cli import main; main()",
 )
-ENDED_BY = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)  # because somebody wanted it
+ENDED_BY = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)  # the run was stopped on purpose
 REFUSED = 2  # exit code: another attempt would be refused as well
 
 

@@ -1,9 +1,9 @@
 """From rewards per row to advantages and returns per token, with the values of a critic: credit calls where the tokens
 are.
 
-Only tokens that are trained (their `mask` is 1) are moments of an episode. What lies between two of them, a tool's
-answer say, takes no time: nothing decays over it, and the value before the next trained token is the next state's. A
-row's reward is earned at its last trained token.
+Only trained tokens (`mask` 1) are time steps of an episode. Tokens between two of them (a tool's answer, say) take no
+time: there is no discount over them, and the next state's value is that before the next trained token. A row's reward
+is earned at its last trained token.
 """
 
 from __future__ import annotations

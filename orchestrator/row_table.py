@@ -24,7 +24,7 @@ from actors.worker import Ref
 
 @dataclass(frozen=True, eq=False)
 class Share:
-    """A rank's part of a table: which rows it got, in its order; the shard; and the blocks that the shard speaks of."""
+    """A rank's part of a table: which rows it got, in its order; the shard; and the blocks that the shard refers to."""
 
     rows: Array
     shard: Shard
@@ -100,7 +100,7 @@ class RowTable:
         return self.rows.num_tokens
 
     def select(self, chosen: Sequence[int] | Array) -> RowTable:
-        """Those rows in that order; blocks that none of them needs are let go of."""
+        """Those rows in that order; blocks that none of them needs are dropped."""
         chosen = np.asarray(chosen, np.int64)
         stored = tuple(each.select(chosen) for each in self.stored)
         used = np.unique(np.concatenate([np.zeros(0, np.int64), *(each.blocks for each in stored)]))

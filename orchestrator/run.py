@@ -1,8 +1,8 @@
-"""A whole run: prepare, plan, place, then phase after phase through the loop, with the evidence that it leaves behind.
+"""A whole run: prepare, plan, place, then train phase after phase, writing metrics, completions and checkpoints.
 
 prepare ─► plan ─► cluster ─► launch ─► for each phase: [resume] ─► evaluate ─► train ─► evaluate ─► checkpoint
                                  │
-                   beside the loop: control board (scale), watchdog (who waits on what)
+                   in the background: control actor (scale), watchdog (overdue waits)
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class _Run:
     last_checkpoint: Checkpoint | None = None
     dashboard: str | None = None  # Ray's
     ending: Ending | None = None  # once there is something to put in order
-    output_closed: bool = False  # nobody reads what is printed
+    output_closed: bool = False  # the reader of standard output is gone
 
     def __post_init__(self) -> None:
         config = self.prepared.config
@@ -245,8 +245,8 @@ class _Run:
         roles.enter(PhaseSettings(phase.pipeline, budget, phase.temperature, self.config.seed, phase.sampling))
 
     async def _precompute(self, phase: PreparedPhase, roles: Executor) -> PreparedPhase:
-        """What frozen roles say about the whole data set, from the cache or now. Roles that nobody needs after that are
-        ended."""
+        """What frozen roles say about the whole data set, from the cache or now. Roles that are not needed after that
+        are ended."""
         passed = {stage.role for stage in phase.pipeline.precomputed}
 
         def announce(column: str, detail: dict[str, Any]) -> None:
@@ -345,7 +345,7 @@ class _Run:
             self.console.completions(shown[: self.config.logging.completions_shown])
 
     async def _save_last_step(self, phase: PreparedPhase, roles: Executor, cursor: Cursor, progress: Progress) -> None:
-        """Of a run that is told to stop, unless a checkpoint has it already."""
+        """Saves the last step of a run that was asked to stop, unless a checkpoint has it already."""
         saved = self.last_checkpoint.state.total_step if self.last_checkpoint else 0
         if phase.first_version + progress.step > saved:
             try:
@@ -457,7 +457,7 @@ class _Run:
             lambda sent: self.event("interrupted", {"signal": sent.name}),
             save_within_s=self.config.checkpoint.grace_s,
         )
-        self.ending.obey_signals()
+        self.ending.install_handlers()
         if self.output_closed:
             self.ending.output_closed()
         try:
@@ -468,7 +468,7 @@ class _Run:
             await cluster.close()
 
     def _where_it_stands(self) -> str:
-        """For whoever stopped the run."""
+        """The last line for the user: the last checkpoint, and how to continue."""
         if self.last_checkpoint is None:
             return f"no checkpoint yet; checkpoint.every=N writes one every N steps. The run's folder: {self.folder}"
         return f"last checkpoint {self.last_checkpoint.path}; continue with `troupe resume {self.folder}`"

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from actors.errors import ConfigError, InfraFailure
 from rewards import user_code
 from rewards.functions import REWARDS
-from rewards.options import OFFERED, accepted, fitted, nearest, required, signature_of
+from rewards.options import OFFERED, accepted, fitted, hint, required, signature_of
 from rewards.user_code import UserCode
 
 
@@ -180,14 +180,14 @@ def _find(fn: str, code: UserCode | None) -> Any:
     for attribute in function.split("."):
         if not hasattr(found, attribute):
             there = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-            raise ConfigError(f"reward {fn}: no {function!r} in {place}{nearest(function, there)}")
+            raise ConfigError(f"reward {fn}: no {function!r} in {place}{hint(function, there)}")
         found = getattr(found, attribute)
     return found
 
 
 def _shipped(name: str) -> Callable[..., Any]:
     if name not in REWARDS:
-        raise ConfigError(f"no reward is called {name!r}{nearest(name, list(REWARDS))}\n{_FORMS}")
+        raise ConfigError(f"no reward is called {name!r}{hint(name, list(REWARDS))}\n{_FORMS}")
     return REWARDS[name]
 
 

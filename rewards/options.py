@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 import typing
@@ -11,7 +10,7 @@ from typing import Any
 
 from pydantic import PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
 
-from actors.errors import ConfigError
+from actors.errors import ConfigError, nearest
 
 # What every reward may ask for; other parameters are columns of the data set or options.
 OFFERED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -54,7 +53,7 @@ def fitted(
     unknown = sorted(set(options) - names) if names is not None else []
     if unknown:
         there = sorted(set(signature.parameters) - set(OFFERED))
-        raise ConfigError(f"reward {fn} has no option {unknown[0]!r}{nearest(unknown[0], there)}")
+        raise ConfigError(f"reward {fn} has no option {unknown[0]!r}{hint(unknown[0], there)}")
     types = _types(target)
     return {name: _typed(name, value, types[name], fn) if name in types else value for name, value in options.items()}
 
@@ -96,6 +95,7 @@ def _misfit(name: str, value: Any, error: ValidationError, fn: str) -> ConfigErr
     return ConfigError(f"reward {fn}: options.{name}={value!r}: {'; or: '.join(said)}")
 
 
-def nearest(given: str, there: list[str]) -> str:
-    meant = difflib.get_close_matches(given, there, n=1)
-    return f"; did you mean {meant[0]}?" if meant else f". There are: {', '.join(sorted(there)) or 'none'}"
+def hint(given: str, there: list[str]) -> str:
+    """What to write instead of an unknown name: the nearest one, or all there are."""
+    meant = nearest(given, there)
+    return f"; did you mean {meant}?" if meant else f". There are: {', '.join(sorted(there)) or 'none'}"

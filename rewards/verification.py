@@ -1,13 +1,13 @@
-"""Comparing what a model wrote with a solution, in a process that may be ended.
+"""Compares an answer with a solution in a separate process that can be killed.
 
     reward's thread ── (text, solution) ──► the process: limits on its CPU time and memory for each pair
                     ◄── "gold", verdict ──  or nothing: the kernel ended it
 
-`rewards.mathematics` bounds its work; this is for what nobody thought of. Whatever one answer costs, it costs that
-answer: the worker goes on, and so do the groups beside. CPU time is limited and not wall time, so that no answer is
-wrong because the machine is busy; the limit ends the process also inside one long multiplication, which no thread could
-stop. Who waits, and who ends it: a thread waits for the process until it answers, dies, or `WAIT_S` have passed, the
-others for their turn; the process waits for a pair, or for the end of its input, which comes when the worker dies.
+`rewards.mathematics` bounds its own work; this is the second line of defence. An answer that exceeds the limits fails
+alone: the worker and the other groups are unaffected. The limit is on CPU time, not wall time, so that a busy machine
+makes no answer wrong; it also interrupts a single long multiplication, which a thread could not. Waits: a thread waits
+for the process until it answers, dies, or `WAIT_S` have passed, and other threads wait for that thread; the process
+waits for a pair, or for the end of its input, which is closed when the worker dies.
 """
 
 from __future__ import annotations

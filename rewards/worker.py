@@ -103,7 +103,7 @@ class RewardWorker:
         self, rows: Shard, prompt: Prompt, columns: Mapping[str, Any], *blocks: Batch
     ) -> tuple[ScoreResult, ScoredTexts]:
         """Rewards of `rows`, all samples of one `prompt`; `columns`: the prompt's other columns; `blocks`: those that
-        the shard speaks of.
+        the shard refers to.
 
         Raises DataFailure, with the function's name, if one raises or answers with something else than n rewards.
         """
@@ -224,7 +224,8 @@ class _Call:
 
 @contextmanager
 def _failures_of(name: str) -> Iterator[None]:
-    """Whatever a function raises becomes a failure with its name, of a class that every process knows."""
+    """Turns any exception of a reward into a failure with the reward's name, of a class that every process can
+    unpickle."""
     try:
         yield
     except InfraFailure as error:

@@ -8,8 +8,8 @@
     futures ◄────────────────────────────   └── else sleep on the queue
 
 Who waits, and who ends it: the engine thread sleeps on the queue until any command wakes it, `close` among them;
-callers wait for their future, which the engine thread settles. If the engine breaks, the thread ends, and every
-future that is pending, and every later one, is an InfraFailure that says what broke: nobody waits for a dead engine.
+callers wait for their future, which the engine thread settles. If the engine breaks, the thread ends, and all
+pending and later futures fail with an InfraFailure that says what broke.
 """
 
 from __future__ import annotations
@@ -114,12 +114,12 @@ class EngineLoop:
         return future
 
     def abort(self, request_ids: Iterable[str]) -> Future[int]:
-        """Forget requests: whoever waits for one gets an InfraFailure. How many were being generated."""
+        """Drop requests; their futures fail with an InfraFailure. Returns how many were being generated."""
         return self.submit(lambda engine: sum(self._abort(engine, request_id) for request_id in request_ids))
 
     def load(self, weights: list[tuple[str, Tensor]], version: int) -> Future[float]:
-        """Put weights to use between two steps; for how many seconds decoding stood still. If that fails, nobody knows
-        which weights the engine holds, so it is the engine's end."""
+        """Switch to new weights between two steps. Returns for how many seconds decoding paused. If that fails, the
+        engine may hold a mixture of weights, so it is shut down."""
 
         def apply(engine: Engine) -> float:
             began = time.monotonic()
@@ -145,8 +145,8 @@ class EngineLoop:
         return future
 
     def close(self, timeout_s: float) -> None:
-        """End the thread and the engine. Whoever waits gets an InfraFailure. What the engine does not finish in time is
-        left to the end of the process."""
+        """End the thread and the engine. Pending futures fail with an InfraFailure. What the engine does not finish in
+        time is left to the end of the process."""
         self._commands.put(None)
         if self._thread.ident and self._thread is not threading.current_thread():
             self._thread.join(timeout_s)
@@ -236,12 +236,12 @@ class EngineLoop:
 
 
 def _succeed(future: Future[Any], result: Any) -> None:
-    with suppress(InvalidStateError):  # somebody settled it first
+    with suppress(InvalidStateError):  # another thread settled it first
         future.set_result(result)
 
 
 def _fail(future: Future[Any], error: Exception) -> bool:
-    """True unless somebody settled it first."""
+    """True unless it was already settled."""
     try:
         future.set_exception(error)
     except InvalidStateError:

@@ -176,7 +176,7 @@ class ScriptedEngine:
 
 
 def _cut(request: Request, index: int, tokens: list[int], budget: int) -> _Sample:
-    """A sample's script up to its first stop token or its budget. An empty script is an error of whoever wrote it."""
+    """A sample's script up to its first stop token or its budget. An empty script is refused."""
     if not tokens:
         raise ConfigError(f"scripted engine: the completion {index} of request {request.id} is empty; it takes a token")
     stops = [place for place, token in enumerate(tokens, 1) if token in request.sampling.stop_token_ids]

@@ -9,11 +9,11 @@
                    ── queue ────────► load, between two steps ◄───── staged
     Ack(version, fingerprint) ◄────── step, step, step ...
     generate ◄── future ───────────── finished
-    ping(), from any thread: reads counters, waits for nobody
+    ping(), from any thread: reads counters, never waits
 
-`rollout/engine_loop.py` is the engine thread. Every wait here ends by the future that the engine or side thread
-settles, or by its deadline; a request has no deadline of its own but the caller's: it ends when the engine has stood
-still for `stall_s`.
+`rollout/engine_loop.py` is the engine thread. Every wait here ends when the engine or side thread settles the future,
+or at its deadline. A request has no deadline here (its caller has one), but it fails if the engine completes no step
+for `stall_s`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch import Tensor
 import actors
 from actors.batch import Batch
 from actors.errors import InfraFailure, TroupeError
-from actors.worker import WorkerInfo
+from actors.worker import WorkerInfo, consume_exception
 from rollout.engine import Engine, EngineSpec, build_engine
 from rollout.engine_loop import EngineLoop
 from rollout.sampling import Completion, GroupMeta, Request, to_batch
@@ -196,16 +196,10 @@ class RolloutWorker:
         return await self._settled(future, lambda: False, timeout_s, f"{what} took longer than {timeout_s:g} s")
 
     async def _settled(self, future: Future[T], patient: Callable[[], bool], interval_s: float, complaint: str) -> T:
-        """The future's result. Looked after every `interval_s`: raises InfraFailure when patience has ended."""
+        """The future's result. Every `interval_s` without one, raises InfraFailure unless `patient()`."""
         waiter = asyncio.wrap_future(future)
-        waiter.add_done_callback(_retrieve)
+        waiter.add_done_callback(consume_exception)
         while not (await asyncio.wait({waiter}, timeout=interval_s))[0]:
             if not patient():
                 raise InfraFailure(f"{self.name}: {complaint}")
         return waiter.result()
-
-
-def _retrieve(future: asyncio.Future[Any]) -> None:
-    """Mark the outcome as seen: a wait that was given up may still fail, and that is no news."""
-    if not future.cancelled():
-        future.exception()

@@ -263,7 +263,7 @@ def _import_deepspeed(device: torch.device) -> Any:
         )
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else half a minute of g++; gloo does the same
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # It calls collectives by names that torch has renamed: no news for whoever reads a run's output.
+    # It calls collectives by names that torch has deprecated; those warnings do not help the reader of a run's output.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
     return deepspeed
 

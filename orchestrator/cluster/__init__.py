@@ -1,1 +1,1 @@
-"""Processes while a run lasts: started, watched, replaced, reached from outside and ended."""
+"""The processes of a run: placement, start, health, replacement, control from outside, and shutdown."""

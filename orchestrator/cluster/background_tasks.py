@@ -1,5 +1,5 @@
-"""What goes on beside the loop for as long as a run lasts: how it is reached from outside, whether those it waits for
-are alive, and who waits on what.
+"""Background tasks of a run: they poll the control actor, ping the ranks, check that Ray is alive, and print overdue
+waits.
 
 troupe scale RUN rollout=4 ──► board ◄── every second: status up, desired counts down ──► pools
 troupe pause RUN           ──►                         pause, checkpoint, stop ──► requests, read between two steps
@@ -41,9 +41,9 @@ PING_TIMEOUT_S = 5.0  # of one ping; what ends a run is `roles.ROLE.ping_timeout
 
 @asynccontextmanager
 async def board_of(folder: Path, cluster: Cluster) -> AsyncIterator[asyncio.Future[Worker]]:
-    """The actor through which the run in this folder is reached from outside; it starts while the roles do."""
+    """The control actor of the run in this folder; it starts concurrently with the roles."""
 
-    async def put_up() -> Worker:
+    async def started() -> Worker:
         name = board_name(folder.name)
         board = await cluster.start_board(name, Board)
         list(take_requests(folder))  # what was asked of a driver before this one
@@ -51,7 +51,7 @@ async def board_of(folder: Path, cluster: Cluster) -> AsyncIterator[asyncio.Futu
         RunFile(folder.name, cluster.address, name, os.getpid(), mode).write(folder)
         return board
 
-    starting = asyncio.ensure_future(put_up())
+    starting = asyncio.ensure_future(started())
     try:
         yield starting
     finally:
@@ -62,7 +62,7 @@ async def board_of(folder: Path, cluster: Cluster) -> AsyncIterator[asyncio.Futu
 async def watching(
     cluster: Cluster, watchdog: Watchdog, warn: Callable[[str], None], gone: Callable[[str], None]
 ) -> AsyncIterator[None]:
-    """For as long as the block lasts, overdue waits are printed, and `gone` is told what of the cluster is."""
+    """While the block runs: prints overdue waits, and calls `gone` with what was lost if the cluster dies."""
 
     async def look() -> None:
         while (lost := cluster.lost()) is None:
@@ -99,7 +99,7 @@ async def beside(
                 stack.push_async_callback(_cancelled, asyncio.ensure_future(work))
             yield
     except asyncio.CancelledError:
-        if failure is None or block.uncancel() > 0:  # somebody else ends it
+        if failure is None or block.uncancel() > 0:  # cancelled from outside
             raise
         raise InfraFailure(failure) from None
 
@@ -110,7 +110,7 @@ def _limits(config: RunConfig, role: str) -> RankLimits:
 
 
 async def _ping(roles: Executor, health: RankHealth) -> None:
-    """All ranks at once, on a thread of theirs that verbs do not keep busy."""
+    """Pings all ranks at once. They answer on a thread of their own, so a running verb does not delay it."""
 
     async def one(rank: Rank, worker: Worker) -> None:
         health.expect(rank, time.monotonic())
@@ -120,7 +120,7 @@ async def _ping(roles: Executor, health: RankHealth) -> None:
         except WorkerDied as error:
             health.died(rank, str(error))
         except NoAnswer:
-            pass  # `health` counts since when
+            pass  # `health` counts for how long
 
     groups = dict(roles.groups)
     ranks = [
@@ -129,7 +129,7 @@ async def _ping(roles: Executor, health: RankHealth) -> None:
         for index, worker in enumerate(group.workers)
     ]
     await asyncio.gather(*(one(rank, worker) for rank, worker in ranks))
-    for role in groups.keys() - roles.groups.keys():  # ended on purpose meanwhile
+    for role in groups.keys() - roles.groups.keys():  # ended on purpose during the pings
         health.forget(role)
 
 

@@ -1,4 +1,4 @@
-"""How a running job is reached from outside: a named actor that holds what is desired, and the folder that names it.
+"""Control of a running job from outside: a named actor that holds the desired sizes, found through the run's folder.
 
     troupe scale RUN rollout=4 ──► Board (actor troupe/RUN/control) ◄── the driver looks every second
     RunHandle.pause() ...      ──►
@@ -21,12 +21,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from actors.errors import ConfigError, RunError, UserError
-from actors.worker import WorkerInfo
+from actors.errors import ConfigError, RunError, UserError, first_lines
+from actors.worker import NAMESPACE, WorkerInfo
 from orchestrator.cluster.ray_address import AUTH_MODE, Unreachable, refuse_unreachable
 from orchestrator.cluster.run_lock import driver_of
 
-NAMESPACE = "troupe"
 CALL_TIMEOUT_S = 5.0
 RUN_FILE = "run.json"
 REQUESTS = "requests"  # a folder in the run's, of a run in one process
@@ -249,7 +248,7 @@ def _board_call(run: RunFile, method: str, *args: Any) -> Any:
         board = ray.get_actor(run.actor, namespace=NAMESPACE)
         return ray.get(getattr(board, method).remote(*args), timeout=CALL_TIMEOUT_S)
     except (ValueError, RayError) as error:
-        reason = "its control actor is gone" if isinstance(error, ValueError) else str(error).splitlines()[0]
+        reason = "its control actor is gone" if isinstance(error, ValueError) else first_lines(error)
         raise Ended(f"{gone} ({reason})") from None
     finally:
         ray.shutdown()

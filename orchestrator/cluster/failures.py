@@ -81,8 +81,8 @@ class Watchdog:
 
     @contextmanager
     def waiting(self, what: str | Callable[[], str | None], deadline_s: float | None = None) -> Iterator[None]:
-        """Name a wait for as long as the block lasts. A function is asked for the name as it is now; None: it is not
-        worth a line, because somebody wants this wait."""
+        """Name a wait for as long as the block lasts. A function is called for the current name; None: the wait is
+        intended (a paused pool) and not reported."""
         token, self._next = self._next, self._next + 1
         self._waits[token] = Wait((lambda: what) if isinstance(what, str) else what, self._now(), deadline_s)
         try:

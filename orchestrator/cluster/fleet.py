@@ -126,8 +126,8 @@ class Fleet:
             self.members[index] = replace(member, state=target, since=now)
 
     def lost(self, index: int, now: float, why: str = "", *, placed: bool = True) -> bool:
-        """It died, or was given up. True if it was a member; counted against the budget unless it was draining. With
-        `placed=False` no process of it ever ran: there was no room, which says nothing about what would run there."""
+        """Removes a member that died or was evicted. True if it was one; counted against the budget unless it was
+        draining. With `placed=False` there was no room for it, so its loss says nothing about the worker itself."""
         member = self.members.pop(index, None)
         if member is None:
             return False
@@ -170,7 +170,7 @@ class Fleet:
         return index
 
     def emptied(self, index: int) -> bool:
-        """Whether a reserved member is idle. Also true if it serves no longer: nobody should wait for it."""
+        """Whether a reserved member is idle. Also true if it no longer serves, so that callers stop waiting for it."""
         member = self.members.get(index)
         return member is None or member.state is not State.SERVING or member.load == 0
 

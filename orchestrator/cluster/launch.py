@@ -1,7 +1,7 @@
-"""From a plan to living roles: who is started with what, and who is gone at the end.
+"""From a plan to running roles: starts each with its settings, and ends all of them afterwards.
 
-Groups of ranks (policy, reference, ...) and the pools' first workers start at the same time: what takes long is
-imports. Rollout workers are up but not admitted until the first publish.
+Groups of ranks (policy, reference, ...) and the pools' first workers start at the same time, because imports take
+long. Rollout workers are up but not admitted until the first publish.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ class _Starting:
             call_timeout_s=settings.request_timeout_s,
             start_timeout_s=settings.start_timeout_s,
             max_restarts=settings.max_restarts,
-            alone_after=settings.max_attempts,  # with one request a worker is slow: only before it would be given up
+            alone_after=settings.max_attempts,  # a worker with a single request is slow: only for the last attempt
         )
         return self._pool(role, settings.workers, policy, RolloutWorker, {"spec": spec})
 

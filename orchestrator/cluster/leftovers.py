@@ -1,4 +1,4 @@
-"""Nothing of a Ray of our own outlives the process that started it, however that ends.
+"""Ends all processes of a Ray of our own when the driver that started it is gone, however it ended.
 
 driver ── pipe ──► a small process in a session of its own: sleeps until the pipe closes, which is when the driver
                    is gone, `kill -9` included; then ends what still runs in Ray's session, first of all its agents,

@@ -1,5 +1,4 @@
-"""An elastic pool of workers: it carries out what `fleet` decides, and gives work to
-the workers that serve.
+"""An elastic pool of workers: it carries out the decisions of `fleet` and dispatches calls to serving workers.
 
             decide                start / stop
     Fleet ───────► _reconcile ─────────────────► cluster
@@ -35,7 +34,7 @@ Event = Callable[[str, dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class PoolPolicy:
-    """Limits of a pool. With `kill_on_timeout`, a call past its deadline costs the worker its life (a hung reward)."""
+    """Limits of a pool. With `kill_on_timeout`, a worker whose call passes its deadline is killed (a hung reward)."""
 
     slots: int  # calls that one worker carries at the same time
     max_attempts: int
@@ -44,18 +43,18 @@ class PoolPolicy:
     max_restarts: int
     kill_on_timeout: bool = False
     abort_on_failure: bool = False  # a group whose attempts are used up ends the run
-    alone_after: int = 1  # deaths of a worker in company; then a call gets a worker to itself, to see whose fault it is
+    alone_after: int = 1  # worker deaths with several calls; after that many a call gets a worker to itself
     ping_every_s: float = 1.0
     ping_timeout_s: float = 15.0
 
 
 @dataclass(eq=False)
 class _Call:
-    """A call that a member carries, and what became of that member meanwhile. `in_company`: other calls were there, so
-    any of them may be the cause."""
+    """A call on a member, and whether that member died during it. `with_others`: it carried other calls at that time,
+    any of which may be the cause."""
 
     worker_died: bool = False
-    in_company: bool = False
+    with_others: bool = False
 
 
 class Pool:
@@ -145,7 +144,7 @@ class Pool:
                 tried |= {index}
                 await self._suspect(index, error)
                 deaths += call.worker_died
-                attempts += not (call.in_company and deaths == 1)
+                attempts += not (call.with_others and deaths == 1)
                 detail = {"role": self.role, "worker": index, "key": key, "attempt": attempts, "why": str(error)}
                 self._event("retry", detail)
                 if attempts >= self.policy.max_attempts:
@@ -180,7 +179,7 @@ class Pool:
                 return index
 
     async def _change(self) -> None:
-        """Until something is worth another look: ended by `_notify`, whoever frees a member or ends the pool."""
+        """Waits until the pool's state has changed: ended by `_notify`, when a member is freed or the pool ends."""
         if self._failure is not None:
             raise self._failure
         await self._changed.wait()
@@ -202,8 +201,8 @@ class Pool:
             self._event("first_result", {"role": self.role, "worker": index, "seconds": seconds})
 
     async def _suspect(self, index: int, error: InfraFailure) -> None:
-        """A call failed: is it the worker? Evict it if it does not answer, or if not answering costs a worker its life
-        here."""
+        """After a failed call: evict the worker if it does not answer a ping, or if the call timed out and the policy
+        kills on timeout."""
         if not (self.policy.kill_on_timeout and isinstance(error, NoAnswer)) and await self._answers(index):
             return
         await self.evict(index, str(error))
@@ -215,7 +214,7 @@ class Pool:
         self._event("evicted", {"role": self.role, "worker": index, "why": why})
         calls = self._carried.pop(index, set())
         for call in calls:
-            call.worker_died, call.in_company = True, len(calls) > 1
+            call.worker_died, call.with_others = True, len(calls) > 1
         worker = self.workers.pop(index, None)
         self.infos.pop(index, None)
         self._untried.pop(index, None)

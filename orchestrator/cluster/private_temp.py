@@ -1,4 +1,4 @@
-"""Where a Ray of our own keeps its session: its ports, sockets and logs are nobody else's.
+"""The folder of the session of a Ray of our own, readable by this user only: its ports, sockets and logs.
 
 /tmp/troupe-1000/      0700, this user's
   ray/                 Ray's; it opens what it makes to everybody

@@ -1,4 +1,4 @@
-"""Whether the ranks of trained and frozen roles are alive and getting on. Pure; the clock is an argument.
+"""Whether the ranks of trained and frozen roles are alive and make progress. Pure; the clock is an argument.
 
     every rank ── ping: (verb, for how long) ──► seen ─┬─► overdue: lines for the console, after `cluster.watchdog_s`
                ── no answer, or dead ──► silent, died ─┴─► failure: what ends the run
@@ -26,7 +26,7 @@ class RankLimits:
 
 @dataclass(frozen=True)
 class Rank:
-    """`where`: node and process, for whoever has to look there."""
+    """`where`: node and process, for messages."""
 
     role: str
     index: int

@@ -22,7 +22,7 @@ CHECK_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 
 
 class Unreachable(PlacementError):
-    """Nobody answers at an address, or what answers is no Ray."""
+    """No Ray answers at an address."""
 
 
 def chosen_address(cluster: ClusterConfig) -> str:

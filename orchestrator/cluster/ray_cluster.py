@@ -1,11 +1,11 @@
 """The roles of a plan on Ray: bundles to placement groups, processes to actors.
 
-    reserve ──► one placement group for the gang: ranks of policy, reference, ... and whoever shares their bundles
+    reserve ──► one placement group for the gang: ranks of policy, reference, ... and roles that share their bundles
             └─► one small group for each elastic worker of its own; joining makes another, leaving removes it
 
-Ray keeps an infeasible group waiting in silence. So every wait for one has a deadline (`cluster.placement_timeout_s`),
-after which the error says which role lacks what. Processes are killed before their group is removed: a call to an actor
-whose group is gone may never return.
+Ray lets an infeasible group wait without a message. So every wait for one has a deadline
+(`cluster.placement_timeout_s`), after which the error says which role lacks what. Processes are killed before their
+group is removed: a call to an actor whose group is gone may never return.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.errors import InfraFailure, PlacementError, RunError
-from actors.group import NAMESPACE, RayGroup, RayObjects, RayWorker, start_ranks, start_worker
-from actors.worker import Group, Objects, Worker, WorkerInfo
+from actors.errors import InfraFailure, PlacementError, RunError, first_lines
+from actors.group import RayGroup, RayObjects, RayWorker, start_ranks, start_worker
+from actors.worker import NAMESPACE, Group, Objects, Worker, WorkerInfo
 from orchestrator.cluster.base import START_TIMEOUT_S, refuse_foreign
 from orchestrator.cluster.leftovers import Leftovers
 from orchestrator.cluster.private_temp import private_temp
@@ -50,8 +50,8 @@ DAEMONS = ("gcs_server", "raylet")
 
 
 @dataclass(frozen=True)
-class Seat:
-    """A bundle of a placement group. `own`: the group is this seat's alone and goes with it."""
+class Slot:
+    """A bundle of a placement group. `own`: the group is this slot's alone and goes with it."""
 
     group: PlacementGroup
     index: int
@@ -70,11 +70,11 @@ class Seat:
 
 
 class PlacedWorker(RayWorker):
-    """An actor with the seat that it holds. It is refused if it turns out to run other packages than the driver."""
+    """An actor with the slot that it holds. It is refused if it turns out to run other packages than the driver."""
 
-    def __init__(self, worker: RayWorker, role: RolePlan, seat: Seat) -> None:
+    def __init__(self, worker: RayWorker, role: RolePlan, slot: Slot) -> None:
         super().__init__(worker.name, worker.handle)
-        self.role, self.seat = role, seat
+        self.role, self.slot = role, slot
 
     async def call(self, method: str, *args: Any, timeout_s: float, task_name: str | None = None, **kwargs: Any) -> Any:
         result = await super().call(method, *args, timeout_s=timeout_s, task_name=task_name, **kwargs)
@@ -108,8 +108,8 @@ class RayCluster:
         self._run, self._timeout_s, self._disconnect = run, config.cluster.placement_timeout_s, disconnect
         self._plan: Plan | None = None
         self._gang: PlacementGroup | None = None
-        self._seats: dict[str, tuple[Seat, ...]] = {}  # of ranks, in the order of their nodes
-        self._free: dict[str, deque[Seat]] = {}  # of elastic workers
+        self._slots: dict[str, tuple[Slot, ...]] = {}  # of ranks, in the order of their nodes
+        self._free: dict[str, deque[Slot]] = {}  # of elastic workers
         self._groups: list[RayGroup] = []
         self._workers: dict[str, PlacedWorker] = {}
         self._board: RayWorker | None = None
@@ -124,18 +124,18 @@ class RayCluster:
         groups = await self._create(wanted)
         if plan.gang:
             self._gang = groups.pop(0)
-            await asyncio.to_thread(self._assign_seats, plan, self._gang)
+            await asyncio.to_thread(self._assign_slots, plan, self._gang)
         for role, group in zip(alone, groups, strict=True):
-            self._free.setdefault(role.name, deque()).append(Seat(group, 0, own=True))
+            self._free.setdefault(role.name, deque()).append(Slot(group, 0, own=True))
 
     async def start_group(self, role: str, target: type, kwargs_per_rank: Sequence[Mapping[str, Any]]) -> Group:
-        planned, seats = self._planned(role), self._seats[role]
-        options = [seat.options(planned.resources) for seat in seats[: len(kwargs_per_rank)]]
+        planned, slots = self._planned(role), self._slots[role]
+        options = [slot.options(planned.resources) for slot in slots[: len(kwargs_per_rank)]]
         group = start_ranks(
             f"troupe/{self._run}/{role}", target, kwargs_per_rank, ray_options_per_rank=options, env=planned.env
         )
         group.workers = tuple(
-            PlacedWorker(worker, planned, seat) for worker, seat in zip(group.workers, seats, strict=False)
+            PlacedWorker(worker, planned, slot) for worker, slot in zip(group.workers, slots, strict=False)
         )
         self._groups.append(group)
         await group.call("ready", timeout_s=START_TIMEOUT_S)
@@ -143,10 +143,10 @@ class RayCluster:
 
     async def start_worker(self, role: str, index: int, target: type, kwargs: Mapping[str, Any]) -> Worker:
         planned = self._planned(role)
-        seat = await self._seat_for(planned)
+        slot = await self._slot_for(planned)
         name = f"troupe/{self._run}/{role}/{index}"
-        started = start_worker(name, target, kwargs, ray_options=seat.options(planned.resources), env=planned.env)
-        self._workers[name] = PlacedWorker(started, planned, seat)
+        started = start_worker(name, target, kwargs, ray_options=slot.options(planned.resources), env=planned.env)
+        self._workers[name] = PlacedWorker(started, planned, slot)
         return self._workers[name]
 
     async def stop_worker(self, worker: Worker) -> None:
@@ -154,10 +154,10 @@ class RayCluster:
         placed = self._workers.pop(worker.name, None)
         if placed is None:
             return
-        if placed.seat.own:
-            await asyncio.to_thread(remove_placement_group, placed.seat.group)
+        if placed.slot.own:
+            await asyncio.to_thread(remove_placement_group, placed.slot.group)
         else:
-            self._free[placed.role.name].append(placed.seat)
+            self._free[placed.role.name].append(placed.slot)
 
     async def start_board(self, name: str, target: type) -> Worker:
         self._board = start_worker(name, target, {"name": name}, ray_options={"num_cpus": 0})
@@ -180,12 +180,12 @@ class RayCluster:
         groups, self._groups = self._groups, []
         ended = [*groups, *workers, *([self._board] if self._board else [])]
         await asyncio.gather(*(each.kill() for each in ended))
-        own = [seat.group for seat in (*(w.seat for w in workers), *self._spare()) if seat.own]
+        own = [slot.group for slot in (*(w.slot for w in workers), *self._spare()) if slot.own]
         for group in [*own, *([self._gang] if self._gang else [])]:
             await asyncio.to_thread(remove_placement_group, group)
         self._free, self._gang = {}, None
         if self._disconnect:
-            self._daemons = ()  # they go now, and nobody is to miss them
+            self._daemons = ()  # they end now, on purpose: not a failure
             await asyncio.to_thread(ray.shutdown)
             if self._leftovers is not None:
                 self._leftovers.end()
@@ -194,11 +194,11 @@ class RayCluster:
         assert self._plan is not None, "reserve a plan first"
         return self._plan.roles[role]
 
-    def _spare(self) -> list[Seat]:
-        return [seat for seats in self._free.values() for seat in seats]
+    def _spare(self) -> list[Slot]:
+        return [slot for slots in self._free.values() for slot in slots]
 
-    async def _seat_for(self, role: RolePlan) -> Seat:
-        """A seat that was reserved or given back, else a new one."""
+    async def _slot_for(self, role: RolePlan) -> Slot:
+        """A slot that was reserved or given back, else a new one."""
         free = self._free.get(role.name)
         if free:
             return free.popleft()
@@ -210,19 +210,19 @@ class RayCluster:
             (group,) = await self._create([(role.own_bundle,)])
         except PlacementError as error:
             raise InfraFailure(f"no room for a {role.name} worker: {error}") from None
-        return Seat(group, 0, own=True)
+        return Slot(group, 0, own=True)
 
-    def _assign_seats(self, plan: Plan, gang: PlacementGroup) -> None:
-        """Ranks of a role that are neighbours get bundles of the same node; guests sit with their host."""
+    def _assign_slots(self, plan: Plan, gang: PlacementGroup) -> None:
+        """Ranks of a role that are neighbours get bundles of the same node; colocated roles share their host's."""
         nodes: dict[int, str] = placement_group_table(gang)["bundles_to_node_id"]
         order = {node: place for place, node in enumerate(dict.fromkeys(nodes[index] for index in sorted(nodes)))}
         for role in plan.roles.values():
             by_node = sorted(role.bundles, key=lambda index: (order[nodes[index]], index))
-            seats = tuple(Seat(gang, index, own=False) for index in by_node)
+            slots = tuple(Slot(gang, index, own=False) for index in by_node)
             if role.elastic and role.host is not None:
-                self._free[role.name] = deque(seats)
+                self._free[role.name] = deque(slots)
             elif not role.elastic:
-                self._seats[role.name] = seats
+                self._slots[role.name] = slots
 
     async def _create(self, wanted: Sequence[Sequence[Bundle]]) -> list[PlacementGroup]:
         """Placement groups for these bundles, all reserved. Where there is no room in time, the bundles' next choice of
@@ -304,13 +304,13 @@ def connect(cluster: ClusterConfig, plan: Plan, *, debug: bool = False) -> str |
     try:
         context = started(start, _end_half_started, _warn) if address == LOCAL else start()
     except (ConnectionError, RuntimeError) as error:
-        raise PlacementError(f"cannot connect to the Ray at {address}: {str(error).splitlines()[0]}") from None
+        raise PlacementError(f"cannot connect to the Ray at {address}: {first_lines(error)}") from None
     return f"http://{context.dashboard_url}" if context.dashboard_url else None
 
 
 def started(start: Callable[[], T], clean_up: Callable[[], None], warn: Callable[[str], None]) -> T:
-    """What `start` returns. Where Ray does not come up within its own limit, which it may miss on a busy machine, it is
-    tried again. Raises RunError when all attempts are used up; other errors of `start` as they are."""
+    """The result of `start`, tried again if Ray does not start within its own time limit, as happens on a busy machine.
+    Raises RunError when all attempts are used up; other errors of `start` are raised as they are."""
     for attempt in range(2, START_ATTEMPTS + 2):
         try:
             return start()

@@ -1,9 +1,9 @@
-"""One driver to a run's folder: two would sweep each other's half-written checkpoints and train into one curve.
+"""At most one driver per run folder: two would delete each other's unfinished checkpoints and write to one log.
 
     driver.lock    host, pid and start of the process that drives the run; empty once that has ended in order
 
 A lock that a dead process left (`kill -9`) is taken over. That a process is dead can be told only on its own host: the
-kernel has let go of its `flock` there, and no process has its pid, or one has that started at another time.
+kernel has released its `flock` there, and no process has its pid, or one has that started at another time.
 """
 
 from __future__ import annotations

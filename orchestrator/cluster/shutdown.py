@@ -1,15 +1,15 @@
 """How a signal ends a run: in order, within a deadline, and with a line that says where it can be continued.
 
-    SIGINT, SIGTERM, SIGHUP, ──► while steps are trained: `stop` is set; the loop ends its step and saves a checkpoint,
+    SIGINT, SIGTERM, SIGHUP, ──► during training: `stop` is set; the loop finishes its step and saves a checkpoint,
     a closed standard output     within `checkpoint.grace_s`; a second signal ends that
                              ──► then, and anywhere else at once: cancel the run's task; collector, pools, actors,
                                  placement groups go, one after the other
-                             ──► a thread that watches all of it: whatever hangs, the process is gone at the deadline
+                             ──► a thread that watches: whatever hangs, the process is killed at the deadline
 
-Ctrl-C in a terminal and SIGTERM to a process group also reach the daemons of a Ray of our own. They ignore the first
-and obey the second, and then Ray's client waits a minute for them, or ends this process in its own way. So as soon as
-one of them is gone, told to or not, the deadline has come: no order can be kept any more, and the processes that are
-left are killed. Those daemons ignore SIGHUP, because they are started by a process that does (`hangups_ignored`).
+Ctrl-C in a terminal and SIGTERM to a process group also reach the daemons of a Ray of our own. They ignore SIGINT and
+exit on SIGTERM; Ray's client then waits a minute for them, or ends this process in its own way. So as soon as one of
+them is gone, for whatever reason, an orderly shutdown is impossible: the deadline counts as reached, and the remaining
+processes are killed. Those daemons ignore SIGHUP, because they are started by a process that does (`hangups_ignored`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import TypeVar
 
 import psutil
 
-GRACE_S = 10.0  # for putting things in order
+GRACE_S = 10.0  # for an orderly shutdown
 LOOK_EVERY_S = 0.02
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FAILED = 1  # exit code
@@ -63,8 +63,8 @@ class Stop:
 
 
 class Ending:
-    """Of one run, in the process' main thread. `alive`: whether there is still something to put in order. `where`: the
-    line for the user. `note` is told the signal when it comes. `stop` is what the loop looks at."""
+    """The end of one run, handled in the main thread. `alive`: whether the cluster still needs a shutdown. `where`: the
+    last line for the user. `note` is called with the first signal. `stop`: checked by the loop between steps."""
 
     def __init__(
         self,
@@ -78,17 +78,17 @@ class Ending:
         self.stop = Stop()
         self._alive, self._where, self._note = alive, where, note
         self._save_within_s = save_within_s
-        self._saves = self._in_order = False
+        self._saves = self._shutting_down = False
         self._deadline = 0.0
         self._failure: str | None = None
         self._said = threading.Lock()
         self._task: asyncio.Task[object] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def obey_signals(self) -> None:
+    def install_handlers(self) -> None:
         """From here on the first signal ends the task that calls this. To be called after `ray.init`, which installs a
-        handler of its own. A signal that this process was told to ignore stays so. Outside the main thread signals are
-        somebody else's."""
+        handler of its own. A signal that this process ignores stays ignored. Outside the main thread no
+        handler is installed."""
         self._task, self._loop = asyncio.current_task(), asyncio.get_running_loop()
         if threading.current_thread() is not threading.main_thread():
             return
@@ -97,7 +97,7 @@ class Ending:
                 self._loop.add_signal_handler(each, self._end, each)
 
     def output_closed(self) -> None:
-        """Nobody reads what the run prints: it ends as by a signal. From any thread."""
+        """Standard output was closed: end the run as a signal would. May be called from any thread."""
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._end, signal.SIGPIPE)
 
@@ -106,21 +106,22 @@ class Ending:
         self._end(signal.SIGTERM)
 
     def failed(self, what: str) -> None:
-        """There is nothing left to put in order: the process ends at once, and says what failed."""
+        """An orderly shutdown is impossible: end the process at once, with a line that says what failed."""
         if self.signal is None and self._failure is None:
             self._failure = what
             self._begin_to_watch(0.0)
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
-        """Within this block the first signal sets `stop`, and the block has `save_within_s` to end by itself."""
+        """In this block the first signal only sets `stop`; the run is cancelled if the block has not ended
+        `save_within_s` later."""
         self._saves = True
         try:
             yield
         finally:
             self._saves = False
             if self.signal is not None:
-                self._put_in_order()
+                self._shut_down()
 
     def say(self) -> None:
         """The last line for the user, once."""
@@ -146,13 +147,13 @@ class Ending:
         self._cancel()
 
     def _cancel(self) -> None:
-        if not self._in_order and self._task is not None:
-            self._put_in_order()
+        if not self._shutting_down and self._task is not None:
+            self._shut_down()
             self._task.cancel()
 
-    def _put_in_order(self) -> None:
-        """From here on nothing is cancelled any more: it would interrupt what puts things in order."""
-        self._in_order = True
+    def _shut_down(self) -> None:
+        """From here on nothing is cancelled, because that would interrupt the shutdown."""
+        self._shutting_down = True
         self._deadline = min(self._deadline, time.monotonic() + GRACE_S)
 
     def _begin_to_watch(self, within_s: float) -> None:
@@ -160,9 +161,10 @@ class Ending:
         threading.Thread(target=self._watch, name="ending", daemon=True).start()
 
     def _watch(self) -> None:
-        """Ends the process and those below it at the deadline. In good time all of them have ended by themselves, and
-        this thread with them."""
-        family = psutil.Process().children(recursive=True)  # now: those whose parent dies first are found no more
+        """Kills the process and its descendants at the deadline. Normally all of them have ended before, and this
+        thread with them."""
+        # Listed now: a process whose parent has died is not found later.
+        family = psutil.Process().children(recursive=True)
         while time.monotonic() < self._deadline and self._alive():
             time.sleep(LOOK_EVERY_S)
         self.say()
@@ -176,7 +178,7 @@ class Ending:
 
 @contextlib.contextmanager
 def hangups_ignored() -> Iterator[None]:
-    """What is started in this block ignores SIGHUP, and so outlives a terminal for as long as its parent wants."""
+    """Processes that are started in this block ignore SIGHUP, so that a closed terminal does not end them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -44,7 +44,7 @@ class RoleClient(Protocol):
 
     @property
     def paused(self) -> bool:
-        """Whether groups wait because somebody wants no workers."""
+        """Whether groups wait because a pool was resized to no workers."""
         ...
 
     async def run_group(self, stage: Stage, group: PromptGroup) -> PromptGroup | None: ...

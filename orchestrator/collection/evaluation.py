@@ -1,8 +1,8 @@
 """Held-out evaluation: greedy completions of prompts that are never trained on, scored by the run's rewards; and a
 phase's own loss and metrics on rows that are never trained on.
 
-What is measured never ends what is trained: an evaluation comes after the checkpoint of its step, and one that fails is
-a warning, and a number that is missing."""
+An evaluation never ends a run: it comes after the checkpoint of its step, and if it fails, a warning is printed and its
+number is missing."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Evaluations:
         return {name: value for line in lines for name, value in line.items() if name.startswith("eval_")}
 
     async def _unless_it_fails(self, label: str, measuring: Coroutine[Any, Any, dict[str, float]]) -> dict[str, float]:
-        """Whatever it is, a bug in a reward included: a warning, and nothing measured."""
+        """Turns any error, even a bug in a reward, into a warning; nothing is measured then."""
         try:
             return await measuring
         except Exception as error:

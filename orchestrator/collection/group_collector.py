@@ -1,4 +1,4 @@
-"""Batches of prompt groups. Each group passes the group-wise stages by itself, as the pipeline orders them, so that a
+"""Batches of prompt groups. Each group passes the group-wise stages separately, in the order of the pipeline, so that a
 slow reward or a dead engine delays one group and not the batch. It may run ahead of learning:
 
     cursor ─► admit ─► generate ─► score ─► keep ... ─► ready ─┐ a batch's worth
@@ -170,7 +170,7 @@ class GroupCollector:
     async def _until_enough(self, version: int) -> None:
         """Until a batch may be trained at `version`. Ended by `_ended` of the groups under way; each of those has
         deadlines of its own, which count while it is worked on. So this one has none: it lasts as long as a step, or as
-        long as nobody wants workers."""
+        long as a pool is paused."""
         while len(self._usable(version)) < self._contract.size(version):
             if self._failure is not None:
                 raise self._failure

@@ -148,7 +148,7 @@ def _sampled_rows(request: Request, meta: GroupMeta, block: Ref, sampler: int) -
 
 
 def _with_models(score: ScoreResult, said: Mapping[ModelReward, Array]) -> ScoreResult:
-    """The functions' result with the scores of models beside it."""
+    """The functions' result, extended by the scores of models."""
     if not said:
         return score
     columns = np.stack(list(said.values()), axis=1)
@@ -167,7 +167,7 @@ def _silent(score: ScoreResult, prompt: Any) -> str:
 
 
 async def _abort(worker: Worker, request_id: str) -> None:
-    """Tell a worker that nobody waits for a request any more; if it is gone, so is the request."""
+    """Cancel a request on its worker; if the worker is gone, so is the request."""
     try:
         await asyncio.shield(worker.call("abort", [request_id], timeout_s=10.0))
     except InfraFailure:

@@ -2,7 +2,7 @@
 
 group ──┐                    ┌──► scores of the group
 group ──┼──► one table ─► model
-group ──┘   whatever came while the last pass ran
+group ──┘   all groups that arrived during the last pass
 """
 
 from __future__ import annotations

@@ -3,25 +3,18 @@ was set, and the key that was probably meant."""
 
 from __future__ import annotations
 
-import difflib
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from actors.errors import ConfigError
+from actors.errors import ConfigError, nearest
 from orchestrator.config.overrides import Keys, dotted
 
 SHOWN = 8  # errors; a file of another program would otherwise fill the screen
-
-
-def nearest(given: str, allowed: Iterable[str]) -> str | None:
-    """The allowed word most like the given one, if any is like it at all."""
-    found = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.6)
-    return found[0] if found else None
 
 
 def unknown(what: str, given: str, allowed: Sequence[str]) -> str:

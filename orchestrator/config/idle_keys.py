@@ -1,7 +1,7 @@
 """Keys that are set where they cannot act. Pure.
 
 A recipe may size roles that one of its variants does not launch, so most of these are warnings: one line for each
-section, which names the keys. What makes a run learn nothing is refused in `refusals.py`.
+section, which names the keys. What makes a run learn nothing is refused in `validation.py`.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from actors.errors import ConfigError
-from orchestrator.config.error_messages import nearest, sections
+from actors.errors import ConfigError, nearest
+from orchestrator.config.error_messages import sections
 from orchestrator.config.overrides import Keys, dotted
 from orchestrator.config.schema import RunConfig
 

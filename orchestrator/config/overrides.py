@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from actors.errors import ConfigError
+from actors.errors import ConfigError, first_lines
 
 Number = TypeVar("Number", int, float)
 Keys = tuple[str | int, ...]  # of keys; an int is a position in a list
@@ -81,7 +81,7 @@ def parse(text: str) -> Override:
     try:
         parsed = yaml.load(value, Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {text!r}: the value is not YAML ({_first_line(error)})") from None
+        raise ConfigError(f"override {text!r}: the value is not YAML ({first_lines(error)})") from None
     return Override(tuple(int(part) if part.isdecimal() else part for part in parts), parsed, text)
 
 
@@ -146,7 +146,3 @@ def _walk(node: yaml.Node | None, path: Keys) -> Iterator[tuple[Keys, int]]:
         for position, item in enumerate(node.value):
             yield (*path, position), item.start_mark.line + 1
             yield from _walk(item, (*path, position))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]

@@ -30,6 +30,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from orchestrator.planning import node_selectors as labels
+from rollout.sampling import Sampling
 
 
 def _names_a_folder(text: str) -> str:
@@ -235,17 +236,17 @@ class SamplingConfig(Section):
 
     max_tokens: Positive = 256
     """Tokens of a completion at most."""
-    temperature: Annotated[float, Field(ge=0)] = 1.0
+    temperature: Annotated[float, Field(ge=0)] = Sampling.temperature
     """0 is greedy; 1 samples from the model's distribution."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = Sampling.top_p
     """Sample from the fewest likeliest tokens that hold this probability together; 1: from all."""
-    top_k: Annotated[int, Field(ge=-1), AfterValidator(_not_zero)] = -1
+    top_k: Annotated[int, Field(ge=-1), AfterValidator(_not_zero)] = Sampling.top_k
     """Sample from that many likeliest tokens; -1: from all."""
-    min_p: Fraction = 0.0
+    min_p: Fraction = Sampling.min_p
     """Sample from tokens at least this likely, relative to the likeliest; 0: from all."""
-    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Sampling.stop
     """Texts that end a completion."""
-    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = Sampling.stop_token_ids
     """Tokens that end a completion, besides the end-of-sequence token."""
 
 

@@ -1,4 +1,5 @@
-"""Data sets as a phase consumes them: items by index, an order of drawing, batches of rows, and an honest report.
+"""Data sets as a phase consumes them: items by index, an order of drawing, batches of rows, and a report of dropped
+rows.
 
     path ─load─► rows ─format─► examples ──tokenise──► tokens ──fit, pack─► items ─► batches
 

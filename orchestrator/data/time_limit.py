@@ -1,10 +1,10 @@
-"""An end for work in this process that might never come to one, such as a loop in somebody else's template.
+"""A time limit for work in this process that may never end, such as an endless loop in a chat template.
 
     thread that works   begin ── work() ──────────── claim the attempt ── return
     thread that watches       └─ every poll: over the limit? claim the attempt, then raise Interrupt in the first
 
-Whoever claims an attempt first decides it: a result is never lost to an interrupt that comes late, and no interrupt is
-ever delivered outside the call that it was meant for.
+The first thread to claim an attempt decides it: a result is never lost to an interrupt that comes late, and no
+interrupt is ever delivered outside the call that it was meant for.
 """
 
 from __future__ import annotations

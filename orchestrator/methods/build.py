@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from functools import cache
 from typing import Any
 
 from pydantic import ConfigDict, ValidationError, validate_call
 
-from actors.errors import ConfigError
+from actors.errors import ConfigError, nearest
 from orchestrator.config.schema import is_word_for_number
 from orchestrator.methods.idle import refuse_idle, types_of
 from orchestrator.methods.table import METHODS
@@ -100,5 +99,5 @@ def _validated(method: Callable[..., Pipeline]) -> Callable[..., Pipeline]:
 
 
 def _nearest(name: str, known: Mapping[str, Any]) -> str:
-    near = get_close_matches(name, known, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    near = nearest(name, known)
+    return f" (did you mean {near!r}?)" if near else ""

@@ -1,7 +1,7 @@
 """Options that change nothing are refused, for every method alike.
 
 An option acts if the pipeline that it makes is another one without it. So a method passes an option on to its stages
-only where it acts; nobody keeps a list of the combinations that do nothing.
+only where it acts; no list of ineffective combinations is kept.
 """
 
 from __future__ import annotations

@@ -172,7 +172,7 @@ def draft_plan(
 
 
 def problems(plan: Plan, cluster: ClusterView) -> list[str]:
-    """Everything that stands in the way of launching a plan on a cluster, one line each."""
+    """Every reason why a plan cannot be launched on a cluster, one line each."""
     return [*plan.refusals, *shortages(plan.bundles, cluster)]
 
 
@@ -186,8 +186,8 @@ def _stand_ins(config: RunConfig, pipelines: Mapping[str, Pipeline]) -> dict[str
 
 
 def _launched(config: RunConfig, pipelines: Mapping[str, Pipeline], stand_ins: Mapping[str, str]) -> list[str]:
-    """Roles of all phases and of the rewards, gangs first; held-out prompts need somebody who samples and somebody who
-    scores, and an engine the role that it follows."""
+    """Roles of all phases and of the rewards, gangs first; held-out prompts need an engine and scorers, and an engine
+    needs the role that it follows."""
     named = dict.fromkeys(role for pipeline in pipelines.values() for role in pipeline.roles)
     if any(phase.evaluation and phase.evaluation.data for phase in config.phases.values()):
         named |= dict.fromkeys((generate().role, score().role))
@@ -243,9 +243,9 @@ def _threads(
 
 
 def _overlaps(config: RunConfig, roles: list[str]) -> bool:
-    """Whether frozen roles may work on the next batch while another is trained: if all have a device, or threads that
-    somebody gave them, of their own. On the same cores two would have half of them each, and the one that is trained,
-    which has three times the work, would wait for nobody with the other half idle."""
+    """Whether frozen roles may work on the next batch while another is trained: if each has a device of its own, or
+    its `threads` are set. Otherwise they share the cores: each would get half of them, and during the longer training
+    step the other half would be idle."""
     settings = [each for role in roles if isinstance(each := config.roles[role], RanksRole)]
     return all(each.gpus > 0 or each.threads is not None for each in settings)
 
@@ -296,10 +296,10 @@ def _role_plan(role: str, config: RunConfig, threads: int, bundles: tuple[int, .
 
 
 def _environment(settings: Role, threads: int, *, alone: bool) -> dict[str, str]:
-    """What must be set before torch is imported. PASSIVE: idle OpenMP threads must not spin on the others' cores; where
-    nobody else computes meanwhile (`alone`), they wait for the next operation for some microseconds, since to wake them
-    up costs a small model's step a fifth of its time and more. Ray hides the GPUs of others from an actor that has
-    some, but shows all of them to one that has none."""
+    """What must be set before torch is imported. PASSIVE: idle OpenMP threads must not spin on other roles' cores. If
+    no other role computes at that time (`alone`), idle OpenMP threads spin briefly before they sleep, because waking
+    them takes a fifth of a small model's step or more. Ray hides the GPUs of others from an actor that has some, but
+    shows all of them to one that has none."""
     waiting = {"GOMP_SPINCOUNT": str(SPINS)} if alone and threads > 1 else {"OMP_WAIT_POLICY": "PASSIVE"}
     env = {"OMP_NUM_THREADS": str(threads), **waiting, "TOKENIZERS_PARALLELISM": "false"}
     if settings.gpus == 0:

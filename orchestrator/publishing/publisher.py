@@ -53,7 +53,7 @@ class Publisher:
         self._policy, self._pool, self._objects, self._config = policy, pool, objects, config
         self._dtype, self._folder, self._event = dtype, folder, event
         self._bucket_bytes = int(config.bucket_mib * 2**20)
-        self.changing = asyncio.Lock()  # held while the policy is updated and published: nobody catches up meanwhile
+        self.changing = asyncio.Lock()  # held while the policy is updated and published: no worker catches up meanwhile
         self._published = asyncio.Event()
         self._held: dict[int, int] = {}  # member -> version that it acknowledged
         self._epoch = 0

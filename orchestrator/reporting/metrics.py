@@ -131,7 +131,7 @@ class TensorBoard:
 
 
 class RayGauges:
-    """Gauges on Ray's metrics port. That port asks nobody who they are: tags say run and phase, no more."""
+    """Gauges on Ray's metrics port. That port has no authentication, so the tags are run and phase only."""
 
     def __init__(self, run: str) -> None:
         self._run = run

@@ -1,4 +1,4 @@
-"""A plan for the eyes: stages, batch arithmetic, roles and memory, where they would go, what stands in the way."""
+"""A plan as `troupe plan` prints it: stages, batch arithmetic, roles, memory, placement, and what is refused."""
 
 from __future__ import annotations
 

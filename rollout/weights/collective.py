@@ -3,13 +3,13 @@
     trainer rank 0                                   member
     OpenCollective: a TCPStore on a free port  ◄──── (host, port) travels in the order
     send: fill bucket k+2 │ k, k+1 in flight ══════► k+1, k+2 into staging │ hash bucket k
-          one process group per circle               the process group of its circle
+          a communicator per broadcast group         the communicator of its broadcast group
 
-A circle is the trainer and the members that one broadcast serves. By default every member has one of its own
-(`topology="each"`), so one that dies fails its own transfer and holds up nobody; `"all"` makes a single one, whose
-broadcast NCCL spreads over the members' links, and which breaks as a whole. Circles belong to an epoch, that is to a
-set of members: both sides build them on the first order of an epoch and drop those of the epoch before. They are
-private: independent of any default group of the process.
+A broadcast group is the members that one broadcast serves; its communicator connects them and the trainer. By default
+every member is a group by itself (`topology="each"`), so a member that dies fails its own transfer and delays no other;
+`"all"` makes a single group, whose broadcast NCCL spreads over the members' links, and which fails as a whole.
+Communicators belong to an epoch, that is to a set of members: both sides build them on the first order of an epoch and
+close those of the epoch before. They are private: independent of any default process group.
 
 Who ends a wait: a broadcast ends when the other side joins it, when the other side's process dies (its sockets close),
 when the other side gives up (it aborts its groups), or at a deadline. The sender's is a third of the rendezvous', so
@@ -34,31 +34,30 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from actors.errors import InfraFailure
+from actors.errors import InfraFailure, first_lines
 from rollout.weights.buckets import Staged, bucket_bytes, fill, stage
 from rollout.weights.fingerprint import Fingerprint
 from rollout.weights.protocol import Rendezvous, SendReport, SyncOrder
 
-SENDER = 0  # the trainer's rank in every circle; members follow in their order
-AHEAD = 2  # buckets in flight: a side that fills or hashes one must not keep the other waiting
-LOOK_EVERY_S = 0.002
-Circle = tuple[str, ...]
-Flight = dict[Circle, dist.Work]  # one bucket on its way
+SENDER = 0  # the trainer's rank in every communicator; members follow in their order
+AHEAD = 2  # buckets in flight, so that filling or hashing one bucket overlaps with the transfer of the next
+POLL_S = 0.002
+Members = tuple[str, ...]  # of one broadcast group
+Flight = dict[Members, dist.Work]  # the broadcasts of one bucket
 
 
-def circles(rendezvous: Rendezvous) -> list[Circle]:
+def broadcast_groups(rendezvous: Rendezvous) -> list[Members]:
     """Which members share a broadcast."""
     return [(member,) for member in rendezvous.members] if rendezvous.topology == "each" else [rendezvous.members]
 
 
 @dataclass(frozen=True)
-class Seat:
-    """A process' place in a circle: its group, the device on which buckets are sent or arrive, and how long a broadcast
-    may take."""
+class Communicator:
+    """A process group, the device on which buckets are sent or received, and how long a broadcast may take."""
 
     group: dist.ProcessGroupGloo | dist.ProcessGroupNCCL
     device: torch.device
-    patience: timedelta  # the group's own: it cannot be let go of while a broadcast is under way
+    timeout: timedelta  # the process group's own: it cannot be changed while a broadcast is under way
 
     def broadcast(self, flat: Tensor) -> dist.Work:
         options = dist.BroadcastOptions()
@@ -66,26 +65,29 @@ class Seat:
         return self.group.broadcast([flat], options)  # pyright: ignore[reportAttributeAccessIssue]: the stubs lack it
 
     def leave(self) -> None:
-        """Whoever waits for a broadcast with this process, here or at the other side, is told that none will come."""
+        """Abort: a pending `wait` for a broadcast, in this process or at a peer, raises."""
         self.group.abort()
 
 
-def sit(room: PrefixStore, rank: int, size: int, device: torch.device, address: str, patience: timedelta) -> Seat:
-    """Take a seat in a circle. Blocks until everybody has said what device they have and sits, or raises RuntimeError.
+def join(
+    store: PrefixStore, rank: int, size: int, device: torch.device, address: str, timeout: timedelta
+) -> Communicator:
+    """Join the process group that meets at `store`. Blocks until every rank has published its device and has joined, or
+    raises RuntimeError.
 
-    NCCL where everybody has a GPU to themselves, else gloo: NCCL refuses two ranks on one GPU."""
-    devices = {room.get(_device_of(other)) for other in range(size)}
+    NCCL where every rank has a GPU of its own, else gloo: NCCL refuses two ranks on one GPU."""
+    devices = {store.get(_device_of(other)) for other in range(size)}
     if device.type == "cpu" or len(devices) < size:
-        return Seat(dist.ProcessGroupGloo(room, rank, size, _gloo_options(address, patience)), device, patience)
+        return Communicator(dist.ProcessGroupGloo(store, rank, size, _gloo_options(address, timeout)), device, timeout)
     with _blocking_waits():
         options = dist.ProcessGroupNCCL.Options()
-        options._timeout = patience
-        return Seat(dist.ProcessGroupNCCL(room, rank, size, options), device, patience)
+        options._timeout = timeout
+        return Communicator(dist.ProcessGroupNCCL(store, rank, size, options), device, timeout)
 
 
-def room_of(store: TCPStore, rendezvous: Rendezvous, circle: Circle) -> PrefixStore:
-    """Where a circle exchanges what it needs to sit down, in this epoch."""
-    return PrefixStore(f"{rendezvous.epoch}/{'+'.join(circle)}", store)
+def store_prefix(store: TCPStore, rendezvous: Rendezvous, members: Members) -> PrefixStore:
+    """The part of the store in which a broadcast group sets up its communicator, in this epoch."""
+    return PrefixStore(f"{rendezvous.epoch}/{'+'.join(members)}", store)
 
 
 @dataclass
@@ -94,18 +96,18 @@ class CollectiveSender:
 
     store: TCPStore | None = None
     epoch: str = ""
-    seats: dict[Circle, Seat] = field(default_factory=dict)
+    communicators: dict[Members, Communicator] = field(default_factory=dict)
 
     def open(self) -> tuple[str, int]:
-        """(host, port) of a new store in this process; no port is guessed, none is raced for. A run begins with it:
-        what an earlier one in this process left is closed."""
+        """(host, port) of a new store in this process; the system chooses a free port. Called once when a run
+        starts; closes what an earlier run in this process left open."""
         self.close()
         self.store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False, multi_tenant=True)
         return _own_address(), self.store.port  # it listens on every address of this host
 
     def send(self, order: SyncOrder, weights: Iterable[tuple[str, Tensor]]) -> SendReport:
-        """Every bucket to every member that has not failed. If the weights end half-way, the members, who wait for the
-        rest, learn it at once."""
+        """Sends every bucket to every member that has not failed. If `weights` raises half-way, the communicators are
+        aborted, so that the members' waits for the remaining buckets raise at once."""
         if order.rendezvous is None or self.store is None:
             raise ValueError(f"order {order.id} is collective: it needs a rendezvous, and `OpenCollective` before it")
         try:
@@ -120,66 +122,70 @@ class CollectiveSender:
         fingerprint, flights = Fingerprint(), deque[Flight]()
         for index, flat in enumerate(fill(order.manifest, weights, buffers=AHEAD + 1)):
             if index == 0:
-                failed |= self._meet(rendezvous, flat.device)
+                failed |= self._join_epoch(rendezvous, flat.device)
             fingerprint.update(flat)
             if len(flights) == AHEAD:
                 failed |= self._land(flights.popleft())
-            flights.append({circle: seat.broadcast(flat) for circle, seat in self.seats.items()})
+            flights.append({members: each.broadcast(flat) for members, each in self.communicators.items()})
         for flight in flights:
             failed |= self._land(flight)
         delivered = tuple(member for member in rendezvous.members if member not in failed)
         return SendReport(order.version, fingerprint.digest(), delivered, failed, time.perf_counter() - began)
 
-    def _meet(self, rendezvous: Rendezvous, device: torch.device) -> dict[str, str]:
-        """A seat in every circle of the epoch. Returns who is in none, and why."""
+    def _join_epoch(self, rendezvous: Rendezvous, device: torch.device) -> dict[str, str]:
+        """Joins a communicator with every broadcast group of the epoch. Returns the members without one, and why."""
         failed: dict[str, str] = {}
         if self.epoch != rendezvous.epoch:
             self._leave()
             self.epoch = rendezvous.epoch
-            failed = self._sit_down(rendezvous, device, timedelta(seconds=rendezvous.timeout_s / 3))
-        lost = [member for circle in circles(rendezvous) if circle not in self.seats for member in circle]
-        return dict.fromkeys(lost, "was lost in this epoch") | failed
+            failed = self._join_groups(rendezvous, device, timedelta(seconds=rendezvous.timeout_s / 3))
+        groups = broadcast_groups(rendezvous)
+        lost = [member for members in groups if members not in self.communicators for member in members]
+        return dict.fromkeys(lost, "failed earlier in this epoch") | failed
 
-    def _sit_down(self, rendezvous: Rendezvous, device: torch.device, patience: timedelta) -> dict[str, str]:
-        """Sits down with whoever has come, so that one who does not come costs the others nothing but the wait. One
-        connection serves all, hence looking instead of waiting; the deadline ends it."""
+    def _join_groups(self, rendezvous: Rendezvous, device: torch.device, timeout: timedelta) -> dict[str, str]:
+        """Joins each broadcast group as soon as all its members have published their devices, so that a member that
+        never does so delays the others but does not fail them. All groups share one connection to the store, so it is
+        polled instead of waited on; the deadline ends the polling."""
         assert self.store is not None
-        self.store.set_timeout(patience)
+        self.store.set_timeout(timeout)
         failed: dict[str, str] = {}
-        rooms = {circle: room_of(self.store, rendezvous, circle) for circle in circles(rendezvous)}
-        for room in rooms.values():
-            room.set(_device_of(SENDER), _describe(device))
-        deadline = time.monotonic() + patience.total_seconds()
-        while rooms and time.monotonic() < deadline:
-            come = [c for c, room in rooms.items() if room.check([_device_of(rank + 1) for rank in range(len(c))])]
-            for circle in come:
+        pending = {members: store_prefix(self.store, rendezvous, members) for members in broadcast_groups(rendezvous)}
+        for store in pending.values():
+            store.set(_device_of(SENDER), _describe(device))
+        deadline = time.monotonic() + timeout.total_seconds()
+        while pending and time.monotonic() < deadline:
+            arrived = [
+                m for m, store in pending.items() if store.check([_device_of(rank + 1) for rank in range(len(m))])
+            ]
+            for members in arrived:
                 try:
-                    size = len(circle) + 1
-                    self.seats[circle] = sit(rooms.pop(circle), SENDER, size, device, _own_address(), patience)
+                    store, size = pending.pop(members), len(members) + 1
+                    self.communicators[members] = join(store, SENDER, size, device, _own_address(), timeout)
                 except RuntimeError as error:
-                    failed |= dict.fromkeys(circle, f"broke off in epoch {rendezvous.epoch}: {_first_line(error)}")
-            if not come:
-                time.sleep(LOOK_EVERY_S)
-        absent = [member for circle in rooms for member in circle]
-        why = f"did not come to epoch {rendezvous.epoch} within {patience.total_seconds():g} s"
+                    failed |= dict.fromkeys(members, f"could not join epoch {rendezvous.epoch}: {first_lines(error)}")
+            if not arrived:
+                time.sleep(POLL_S)
+        absent = [member for members in pending for member in members]
+        why = f"did not join epoch {rendezvous.epoch} within {timeout.total_seconds():g} s"
         return failed | dict.fromkeys(absent, why)
 
     def _land(self, flight: Flight) -> dict[str, str]:
-        """Wait for a bucket in flight; a circle that did not take it is dropped for the rest of the epoch."""
+        """Wait for a bucket. A broadcast group that did not receive it is dropped for the rest of the epoch."""
         failed: dict[str, str] = {}
-        for circle, work in flight.items():
-            if circle in self.seats:
+        for members, work in flight.items():
+            if members in self.communicators:
                 try:
-                    work.wait(self.seats[circle].patience)
+                    work.wait(self.communicators[members].timeout)
                 except RuntimeError as error:
-                    self.seats.pop(circle).leave()
-                    failed |= dict.fromkeys(circle, _first_line(error))
+                    self.communicators.pop(members).leave()
+                    failed |= dict.fromkeys(members, first_lines(error))
         return failed
 
     def _leave(self) -> None:
-        for seat in self.seats.values():
-            seat.leave()
-        self.seats, self.epoch = {}, ""
+        for communicator in self.communicators.values():
+            communicator.leave()
+        self.communicators, self.epoch = {}, ""
 
     def close(self) -> None:
         self._leave()
@@ -216,7 +222,7 @@ class CollectiveReceiver:
         self._member, self._device = member, device
         self._store: TCPStore | None = None
         self._address: tuple[str, int] | None = None  # of the store
-        self._seat: Seat | None = None
+        self._communicator: Communicator | None = None
         self._epoch = ""
         self._staging: list[Tensor] = []
 
@@ -224,24 +230,24 @@ class CollectiveReceiver:
         if order.rendezvous is None:
             raise ValueError(f"order {order.id} is collective and has no rendezvous")
         try:
-            return stage(order.manifest, self._arrivals(order, self._meet(order.rendezvous)), self._device)
+            return stage(order.manifest, self._arrivals(order, self._join_epoch(order.rendezvous)), self._device)
         except RuntimeError as error:
             self.close()
-            why = f"weights of version {order.version} did not arrive: {_first_line(error)}"
+            why = f"weights of version {order.version} did not arrive: {first_lines(error)}"
             raise InfraFailure(f"{self._member}: {why}") from None
 
-    def _meet(self, rendezvous: Rendezvous) -> Seat:
+    def _join_epoch(self, rendezvous: Rendezvous) -> Communicator:
         store = self._connect(rendezvous)
-        if self._seat is None or self._epoch != rendezvous.epoch:
+        if self._communicator is None or self._epoch != rendezvous.epoch:
             self._leave()
-            (circle,) = [circle for circle in circles(rendezvous) if self._member in circle]
-            room, rank = room_of(store, rendezvous, circle), 1 + circle.index(self._member)
-            self._check_kind(room.get(_device_of(SENDER)).decode())
-            room.set(_device_of(rank), _describe(self._device))
-            patience = timedelta(seconds=rendezvous.timeout_s)
-            self._seat = sit(room, rank, len(circle) + 1, self._device, _own_address(rendezvous.host), patience)
+            (members,) = [members for members in broadcast_groups(rendezvous) if self._member in members]
+            prefix, rank = store_prefix(store, rendezvous, members), 1 + members.index(self._member)
+            self._check_kind(prefix.get(_device_of(SENDER)).decode())
+            prefix.set(_device_of(rank), _describe(self._device))
+            timeout, own = timedelta(seconds=rendezvous.timeout_s), _own_address(rendezvous.host)
+            self._communicator = join(prefix, rank, len(members) + 1, self._device, own, timeout)
             self._epoch = rendezvous.epoch
-        return self._seat
+        return self._communicator
 
     def _check_kind(self, sender: str) -> None:
         """Both sides hash the buckets where they are, and a GPU hashes otherwise than a CPU does."""
@@ -253,36 +259,36 @@ class CollectiveReceiver:
             )
 
     def _connect(self, rendezvous: Rendezvous) -> TCPStore:
-        address, patience = (rendezvous.host, rendezvous.port), timedelta(seconds=rendezvous.timeout_s)
+        address, timeout = (rendezvous.host, rendezvous.port), timedelta(seconds=rendezvous.timeout_s)
         if self._store is None or self._address != address:
             self.close()
-            self._store = TCPStore(*address, None, False, patience, wait_for_workers=False, multi_tenant=True)
+            self._store = TCPStore(*address, None, False, timeout, wait_for_workers=False, multi_tenant=True)
             self._address = address
-        self._store.set_timeout(patience)
+        self._store.set_timeout(timeout)
         return self._store
 
-    def _arrivals(self, order: SyncOrder, seat: Seat) -> Iterator[Tensor]:
+    def _arrivals(self, order: SyncOrder, communicator: Communicator) -> Iterator[Tensor]:
         sizes = [bucket_bytes(bucket) for bucket in order.manifest.buckets()]
         if [flat.numel() for flat in self._staging] != sizes:
-            self._staging = [torch.empty(size, dtype=torch.uint8, device=seat.device) for size in sizes]
-        arriving = deque(seat.broadcast(flat) for flat in self._staging[:AHEAD])
+            self._staging = [torch.empty(size, dtype=torch.uint8, device=communicator.device) for size in sizes]
+        arriving = deque(communicator.broadcast(flat) for flat in self._staging[:AHEAD])
         for index, flat in enumerate(self._staging):
             arriving.popleft().wait()
             if index + AHEAD < len(self._staging):
-                arriving.append(seat.broadcast(self._staging[index + AHEAD]))
+                arriving.append(communicator.broadcast(self._staging[index + AHEAD]))
             if flat.is_cuda:
                 torch.cuda.synchronize(flat.device)
             yield flat
 
     def close(self) -> None:
-        """Leave the circle; the trainer learns it with its next bucket, at the latest."""
+        """Leave the communicator; the trainer's next broadcast, at the latest, fails because of it."""
         self._leave()
         self._store = None
 
     def _leave(self) -> None:
-        if self._seat is not None:
-            self._seat.leave()
-        self._seat, self._epoch = None, ""
+        if self._communicator is not None:
+            self._communicator.leave()
+        self._communicator, self._epoch = None, ""
 
 
 _making_nccl = threading.Lock()
@@ -303,11 +309,11 @@ def _blocking_waits() -> Iterator[None]:
                 os.environ["TORCH_NCCL_BLOCKING_WAIT"] = before
 
 
-def _gloo_options(address: str, patience: timedelta) -> Any:
+def _gloo_options(address: str, timeout: timedelta) -> Any:
     """Gloo's own choice is the address of the host's name, which on many systems is a loopback address."""
     options = dist.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]: the stubs lack it
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
-    options._timeout = patience
+    options._timeout = timeout
     return options
 
 
@@ -328,7 +334,3 @@ def _own_address(towards: str = "192.0.2.1") -> str:
             return str(probe.getsockname()[0])
         except OSError:  # no route but loopback: everything is on this machine
             return "127.0.0.1"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

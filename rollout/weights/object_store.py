@@ -1,6 +1,6 @@
-"""Weights as one object: the trainer returns its buckets, whoever comes late reads them from the object store.
+"""Weights as one object: the trainer returns its buckets, and workers that join later read them from the object store.
 
-What an actor returns outlives it, so a worker can still join while the trainer is busy, or gone.
+The object outlives the call, so a worker can join while the trainer is busy.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def kinds_of_groups() -> set[str]:
     """In the trainer's process: what it broadcasts with."""
     from rollout.weights import collective
 
-    return {type(seat.group).__name__ for seat in collective._sender.seats.values()}
+    return {type(each.group).__name__ for each in collective._sender.communicators.values()}
 
 
 def as_arrays(weights: Iterable[tuple[str, Tensor]]) -> dict[str, np.ndarray]:

@@ -105,16 +105,16 @@ def test_a_reference_works_ahead_of_the_trainer_where_both_have_what_they_need(o
     assert not planned(config("dpo", roles={"policy": own}), cores=4).overlaps
 
 
-def test_only_threads_that_nobody_disturbs_wait_awake() -> None:
-    def awake(plan: Plan) -> set[str]:
+def test_idle_threads_spin_only_in_roles_that_compute_alone() -> None:
+    def spinning(plan: Plan) -> set[str]:
         found = {name for name, role in plan.roles.items() if "GOMP_SPINCOUNT" in role.env}
         assert all(("OMP_WAIT_POLICY" in role.env) == (name not in found) for name, role in plan.roles.items())
         return found
 
-    assert awake(planned(config(), cores=2)) == {"policy"}
-    assert awake(planned(config(), cores=1)) == set()
-    assert awake(planned(config("dpo"), cores=2)) == {"policy", "reference"}
-    assert awake(planned(config(train={"max_staleness": 1}), cores=4)) == set()
+    assert spinning(planned(config(), cores=2)) == {"policy"}
+    assert spinning(planned(config(), cores=1)) == set()
+    assert spinning(planned(config("dpo"), cores=2)) == {"policy", "reference"}
+    assert spinning(planned(config(train={"max_staleness": 1}), cores=4)) == set()
 
 
 def test_engines_share_all_cores_where_the_model_is_large() -> None:

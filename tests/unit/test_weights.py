@@ -19,7 +19,7 @@ from torch import Tensor
 from actors.errors import InfraFailure
 from rollout.weights import TRANSPORTS, DiskWrite, ManifestOf, PackBuckets, receiver
 from rollout.weights.buckets import Staged, fill, stage
-from rollout.weights.collective import CollectiveReceiver, CollectiveSender, Seat
+from rollout.weights.collective import CollectiveReceiver, CollectiveSender, Communicator
 from rollout.weights.fingerprint import Fingerprint
 from rollout.weights.protocol import Manifest, Rendezvous, SendReport, SyncOrder
 
@@ -250,9 +250,9 @@ def test_groups_are_kept_within_an_epoch_and_rebuilt_when_members_join_or_leave(
         for _ in range(syncs):
             report, arrived = trainer.sync(order, weights())
             assert [fingerprint for _, fingerprint in arrived] == [report.fingerprint] * len(members)
-            seen.append(dict(trainer.sender.seats))
+            seen.append(dict(trainer.sender.communicators))
     assert seen[0] == seen[1] and seen[3] == seen[4], "nothing is built where the members are the same"
-    assert [set(seats) for seats in seen[1:4]] == [{("a",)}, {("a",), ("b",), ("c",)}, {("b",), ("c",)}]
+    assert [set(held) for held in seen[1:4]] == [{("a",)}, {("a",), ("b",), ("c",)}, {("b",), ("c",)}]
     assert seen[2]["b",] is not seen[3]["b",]
 
 
@@ -281,7 +281,7 @@ def test_a_member_that_never_comes_is_reported_after_a_deadline_and_the_others_a
     arriving = trainer.receive(order, trainer.member("a"))
     report = trainer.sender.send(order, weights())
     assert report.seconds < 1.5
-    assert report.delivered == ("a",) and "did not come to epoch" in report.failed["absent"]
+    assert report.delivered == ("a",) and "did not join epoch" in report.failed["absent"]
     assert arriving[0].result(10)[1] == report.fingerprint
 
 
@@ -296,8 +296,8 @@ def test_a_trainer_that_never_comes_fails_the_receive_within_its_deadline(traine
 class Leaves(CollectiveReceiver):
     """Gives up after its first bucket."""
 
-    def _arrivals(self, order: SyncOrder, seat: Seat) -> Iterator[Tensor]:
-        yield next(super()._arrivals(order, seat))
+    def _arrivals(self, order: SyncOrder, communicator: Communicator) -> Iterator[Tensor]:
+        yield next(super()._arrivals(order, communicator))
         raise RuntimeError("out of memory")
 
 
@@ -306,8 +306,8 @@ class Hangs(CollectiveReceiver):
 
     woken = threading.Event()
 
-    def _arrivals(self, order: SyncOrder, seat: Seat) -> Iterator[Tensor]:
-        yield next(super()._arrivals(order, seat))
+    def _arrivals(self, order: SyncOrder, communicator: Communicator) -> Iterator[Tensor]:
+        yield next(super()._arrivals(order, communicator))
         self.woken.wait(10)
         raise RuntimeError("woken")
 
@@ -326,7 +326,7 @@ def test_a_member_that_fails_half_way_is_reported_and_the_others_get_everything(
         arriving[0].result(10)
 
 
-def test_a_circle_of_all_breaks_as_a_whole_and_is_reported_as_that(trainer: Stage):
+def test_one_broadcast_to_all_fails_as_a_whole_and_is_reported_as_that(trainer: Stage):
     large = [(f"w{index}", torch.full((500_000,), float(index))) for index in range(24)]
     order = trainer.order(ManifestOf("float32", 500_000)(large), "bad", "a", timeout_s=3.0, topology="all")
     arriving = trainer.receive(order, Leaves("bad", CPU), trainer.member("a"))
@@ -353,9 +353,9 @@ def test_members_learn_at_once_that_the_weights_ended_half_way(trainer: Stage):
 def test_who_was_lost_is_not_waited_for_again_and_may_come_back_in_the_next_epoch(trainer: Stage):
     manifest = ManifestOf("float32", KIB)(weights())
     order = trainer.order(manifest, "a", timeout_s=0.3)
-    assert "did not come" in trainer.sender.send(order, weights()).failed["a"]
+    assert "did not join" in trainer.sender.send(order, weights()).failed["a"]
     again = trainer.sender.send(order, weights())
-    assert again.failed == {"a": "was lost in this epoch"} and again.seconds < 0.1
+    assert again.failed == {"a": "failed earlier in this epoch"} and again.seconds < 0.1
     report, ((_, fingerprint),) = trainer.sync(trainer.order(manifest, "a"), weights())
     assert fingerprint == report.fingerprint
 

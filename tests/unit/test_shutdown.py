@@ -33,7 +33,7 @@ async def run():
     ending = Ending(
         lambda: alive, lambda: "continue there", lambda sent: print(sent.name, flush=True), save_within_s=within
     )
-    ending.obey_signals()
+    ending.install_handlers()
     print(subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL).pid if hang else "up", flush=True)
     try:
         if "saves" in sys.argv:
@@ -148,7 +148,7 @@ from orchestrator.cluster.shutdown import Ending
 
 async def run():
     ending = Ending(lambda: False, lambda: "continue there", lambda sent: None)
-    ending.obey_signals()
+    ending.install_handlers()
     ending.failed("Ray's raylet (pid 7) is gone")
     await asyncio.sleep(60)
 
