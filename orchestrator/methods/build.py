@@ -75,7 +75,7 @@ def _call(name: str, method: Callable[..., Pipeline], options: Mapping[str, Any]
             found[option] = f"options.{option}={options[option]!r}: a number is needed, and true, yes and on are none"
     try:
         if not found:
-            made = _validated(method)(**options)
+            made: Any = _validated(method)(**options)  # what a user's function returns, whatever it says
             if not isinstance(made, Pipeline):
                 raise ConfigError(f"method {name} returned a {type(made).__name__}; it must return a Pipeline")
             return made
