@@ -76,7 +76,7 @@ def check(path: str, spec: LoraSpec, trust_remote_code: bool, head: Head = Head.
 
 
 def _refuse_unread(causal: Any, spec: LoraSpec) -> None:
-    """Raises ModelError for an adapter that somebody who reads the same weight would not see: the vocabulary's
+    """Raises ModelError for an adapter on a weight that other code reads without its adapter: the vocabulary's
     projection, whose weight `VocabularyHead` reads, and a weight that two modules share. What has an adapter is looked
     at, not what was named: names may be patterns."""
     where = f"model.lora.target_modules={spec.target_modules!r}"

@@ -1,4 +1,4 @@
-"""Runs from Python: start one, follow it, steer it, take its result. In a script, or in a notebook.
+"""Runs from Python, in a script or a notebook: start a run, follow it, control it, get its result.
 
     start() ──► `troupe run` in a process of its own ──► RUN/events.jsonl, metrics.jsonl ──► events(), metrics()
                        ▲                                                                     result(): exit code
@@ -81,7 +81,7 @@ def start(
                 timeout_s,
                 "the run to be accepted",
             )
-        except BaseException:  # Ctrl-C, too: nobody would have its handle
+        except BaseException:  # Ctrl-C, too: the caller gets no handle to end it
             process.terminate()
             raise
         if isinstance(folder, Exception):
@@ -93,8 +93,8 @@ def start(
 
 
 def attach(folder: str | Path) -> RunHandle:
-    """The handle of a run that somebody else started, or that a notebook which was restarted did. Raises ConfigError
-    if the folder is no run's."""
+    """The handle of a run that another process started, or this notebook before its kernel was restarted. Raises
+    ConfigError if the folder is no run's."""
     load_run(Path(folder))
     return RunHandle(Path(folder), None)
 
@@ -115,7 +115,7 @@ class RunHandle:
 
     def __init__(self, folder: Path, process: subprocess.Popen[bytes] | None) -> None:
         self.folder = folder.resolve()
-        self._process = process  # None: somebody else's child
+        self._process = process  # None: not a child of this process
 
     def __repr__(self) -> str:
         return f"RunHandle({str(self.folder)!r})"

@@ -184,7 +184,8 @@ class Pipeline:
             }
             return replace(stage, role=names.get(stage.role, stage.role), options=options)
 
-        return Pipeline(self.data, *map(renamed, self.stages), warnings=self.warnings)
+        stages = map(renamed, self.stages)
+        return Pipeline(self.data, *stages, warnings=self.warnings, temperature=self.temperature)
 
     @property
     def generates(self) -> tuple[Stage, ...]:

@@ -22,7 +22,7 @@ from typing import Any
 from actors.errors import ConfigError, InfraFailure, Interrupted, RunError, UserError
 from actors.saved_state import writing
 from orchestrator.checkpoint import AVERAGED, MODEL, Checkpoint, CheckpointStore, RunState
-from orchestrator.cluster.background_tasks import beside, board_of, watching
+from orchestrator.cluster.background_tasks import board_of, supervised, watching
 from orchestrator.cluster.base import Cluster, LocalCluster
 from orchestrator.cluster.event_loop import run_to_end
 from orchestrator.cluster.failures import Ledger, Watchdog
@@ -194,7 +194,7 @@ class _Run:
             watching(cluster, self.watchdog, self.console.warn, self._ray_is_gone),
             board_of(self.folder, cluster) as board,
             launch(self.prepared, self.plan, cluster, self.folder, self.event, self.watchdog) as roles,
-            beside(self.config, self.folder, roles, await board, self.requests, self.console.warn),
+            supervised(self.config, self.folder, roles, await board, self.requests, self.console.warn),
         ):
             self.console.placed(cluster.describe())
             self.console.at(self.folder, self.dashboard)

@@ -76,11 +76,11 @@ async def watching(
 
 
 @asynccontextmanager
-async def beside(
+async def supervised(
     config: RunConfig, folder: Path, roles: Executor, board: Worker, requests: Requests, warn: Callable[[str], None]
 ) -> AsyncIterator[None]:
-    """For as long as the block lasts, what the board desires is done, and ranks are pinged. The block is cancelled, and
-    InfraFailure raised in its place, when one of them died or hangs."""
+    """While the block runs: polls the control actor and pings the ranks. If a rank died or hangs, the block is
+    cancelled and InfraFailure raised in its place."""
     health = RankHealth(partial(_limits, config), report_after_s=config.cluster.watchdog_s)
     block, failure = asyncio.current_task(), None
     assert block is not None
@@ -92,10 +92,10 @@ async def beside(
             await _ping(roles, health)
         block.cancel()
 
-    obeying = _obey(folder, board, roles, requests)
+    polling = _poll_control_actor(folder, board, roles, requests)
     try:
         async with AsyncExitStack() as stack:
-            for work in (look(), _watch(lambda: health.overdue(time.monotonic()), warn), obeying):
+            for work in (look(), _watch(lambda: health.overdue(time.monotonic()), warn), polling):
                 stack.push_async_callback(_cancelled, asyncio.ensure_future(work))
             yield
     except asyncio.CancelledError:
@@ -140,8 +140,8 @@ async def _watch(overdue: Callable[[], list[str]], warn: Callable[[str], None]) 
             warn(line)
 
 
-async def _obey(folder: Path, board: Worker, roles: Executor, requests: Requests) -> None:
-    """Put up the status and take what is desired."""
+async def _poll_control_actor(folder: Path, board: Worker, roles: Executor, requests: Requests) -> None:
+    """Report the status to the control actor, and take over what was requested from outside."""
     pools = roles.pools
     while True:
         status = {
@@ -149,7 +149,7 @@ async def _obey(folder: Path, board: Worker, roles: Executor, requests: Requests
         }
         for method, *args in take_requests(folder):
             await board.call(method, *args, timeout_s=10.0)
-        with contextlib.suppress(InfraFailure):  # a board that died costs being reached from outside, not the run
+        with contextlib.suppress(InfraFailure):  # without the control actor the run goes on, but cannot be controlled
             desired: Desired = await board.call("exchange", status, timeout_s=10.0)
             for role, count in desired.workers.items():
                 if role in pools:

@@ -1,4 +1,4 @@
-"""What is asked of a run from outside while it trains, kept for the loop until it is between two steps.
+"""Requests to a running job from outside, kept until the loop is between two steps.
 
 board ──► update() every second ──► the loop, between two steps: a checkpoint that was asked for, then the pause
 """
@@ -12,7 +12,7 @@ from orchestrator.cluster.control_actor import Desired
 
 
 class Requests:
-    """Of one run. `stop` is called once, as soon as somebody asks for it."""
+    """Of one run. `stop` is called once, at the first request to stop."""
 
     def __init__(self, stop: Callable[[], None]) -> None:
         self.paused = False

@@ -80,7 +80,7 @@ def driving(folder: Path) -> Generator[None]:
 
 
 def driver_of(folder: Path) -> Driver | None:
-    """Who drives the run of that folder, or did when it died; None if nobody does."""
+    """The process that drives the run of that folder, or did when it died; None if there is none."""
     try:
         return _read((folder / LOCK).read_text())
     except OSError:

@@ -102,7 +102,7 @@ class Ending:
             self._loop.call_soon_threadsafe(self._end, signal.SIGPIPE)
 
     def asked(self) -> None:
-        """Somebody asks from outside that the run stops: it ends as by SIGTERM. In the event loop."""
+        """End the run as SIGTERM would, on a request from outside. Called in the event loop."""
         self._end(signal.SIGTERM)
 
     def failed(self, what: str) -> None:

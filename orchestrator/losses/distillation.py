@@ -1,4 +1,4 @@
-"""Distillation: make a student's whole distribution that of a teacher, token by token.
+"""Distillation: train a student to match a teacher's distribution at every token.
 
 What compares two distributions is given logits [n, V] of a chunk of tokens at a time (`actors/distributions.py`); the
 losses see the result, one number per token.

@@ -270,3 +270,9 @@ def test_a_fact_of_the_run_fills_an_option_of_that_name_unless_the_option_is_giv
 def _first_term(pipeline: Pipeline) -> Any:
     loss: Any = pipeline.updates[0].call
     return loss.terms[0]
+
+
+def test_other_roles_in_the_places_of_a_methods_leave_its_temperature_as_it_is():
+    pipeline = build("online_dpo", {})
+    renamed = pipeline.with_roles({"policy": "tutor"})
+    assert renamed.trained == ("tutor",) and renamed.temperature == pipeline.temperature == 1.0
