@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from pydantic import BaseModel
 
-from orchestrator.config.schema import EngineRole, RanksRole, RunConfig, ScorersRole
+from orchestrator.config.schema import EngineRole, RanksRole, RolesConfig, RunConfig, ScorersRole
 from orchestrator.pipeline import Pipeline, Verb
 
 OF_VLLM = ("kv_cache_gib",)  # keys of the rollout role that an engine of ours reads alone
@@ -42,9 +42,12 @@ Idle = tuple[str, BaseModel, Collection[str], str]  # where, what stands there, 
 def _idle(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Sequence[str]) -> Iterator[Idle]:
     for name, pipeline in pipelines.items():
         yield from _of_phase(f"phases.{name}", config, name, pipeline)
+    usual = RolesConfig()
     for role, settings in config.roles:
         if role not in launched:
             keys = set(type(settings).model_fields) - {"model", "copies", "kind"}  # they decide what is launched
+            if role in usual:  # which may have defaults that its kind has not
+                keys = {key for key in keys if getattr(settings, key) != getattr(usual[role], key)}
             yield f"roles.{role}", settings, sorted(keys), f"nothing in this run launches the role {role}"
         elif isinstance(settings, RanksRole) and settings.backend == "single":
             keys, why = ("deepspeed", "zero_stage"), f"roles.{role}.backend=single does not read them"

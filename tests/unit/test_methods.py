@@ -142,7 +142,7 @@ def test_whole_sequences_ask_the_forward_pass_for_prompts_too() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_builds_with_its_defaults_says_what_it_is_and_takes_only_options_by_name(name: str) -> None:
     pipeline, method = build(name, {}), METHODS[name]
-    assert pipeline.trained == ("policy",)
+    assert pipeline.trained
     assert method.__doc__
     assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in inspect.signature(method).parameters.values())
 
