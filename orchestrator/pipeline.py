@@ -184,7 +184,7 @@ class Pipeline:
             }
             return replace(stage, role=names.get(stage.role, stage.role), options=options)
 
-        return Pipeline(self.data, *map(renamed, self.stages), warnings=self.warnings)
+        return Pipeline(self.data, *map(renamed, self.stages), warnings=self.warnings, temperature=self.temperature)
 
     @property
     def generates(self) -> tuple[Stage, ...]:
