@@ -1,6 +1,7 @@
 """Which rank hangs, in what, since when, and when that ends a run."""
 
 import asyncio
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +9,9 @@ import pytest
 
 from actors.errors import InfraFailure
 from orchestrator.cluster.background_tasks import beside
+from orchestrator.cluster.control_actor import Desired
 from orchestrator.cluster.rank_health import Rank, RankHealth, RankLimits
+from orchestrator.cluster.requests import Requests
 from orchestrator.config.schema import RunConfig
 
 NODE = "pid 7 on node a"
@@ -105,17 +108,17 @@ class Answering:
     def __init__(self, busy_s: float) -> None:
         self._busy_s = busy_s
 
-    async def call(self, method: str, *_: Any, timeout_s: float) -> dict[str, Any]:
-        return {"verb": "update", "busy_s": self._busy_s} if method == "ping" else {}
+    async def call(self, method: str, *_: Any, timeout_s: float) -> Any:
+        return {"verb": "update", "busy_s": self._busy_s} if method == "ping" else Desired()
 
 
-async def test_a_role_that_starts_with_a_later_phase_is_watched_by_the_limits_of_its_own():
+async def test_a_role_that_starts_with_a_later_phase_is_watched_by_the_limits_of_its_own(tmp_path: Path):
     roles: Any = SimpleNamespace(groups={"policy": SimpleNamespace(workers=[Answering(30.0)])}, pools={})
     config, board = (
         RunConfig.model_validate({"phases": {"main": {}}, "roles": {"value": {"call_timeout_s": 20}}}),
         Answering(0.0),
     )
     with pytest.raises(InfraFailure, match=r"value rank 0 .* in `update` for 30 s \(roles.value.call_timeout_s=20\)"):
-        async with beside(config, roles, board, print):  # pyright: ignore[reportArgumentType]
+        async with beside(config, tmp_path, roles, board, Requests(lambda: None), print):  # pyright: ignore[reportArgumentType]
             roles.groups["value"] = SimpleNamespace(workers=[Answering(30.0)])
             await asyncio.sleep(30)
