@@ -43,8 +43,11 @@ def _idle(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Sequen
     for name, pipeline in pipelines.items():
         yield from _of_phase(f"phases.{name}", config, name, pipeline)
     usual = RolesConfig()
+    companions = {companion for pipeline in pipelines.values() for companion in pipeline.companions.values()}
     for role, settings in config.roles:
         if role not in launched:
+            if role in companions:
+                continue  # its model lives in another role's ranks; what cannot act there is refused
             keys = set(type(settings).model_fields) - {"model", "copies", "kind"}  # they decide what is launched
             if role in usual:  # which may have defaults that its kind has not
                 keys = {key for key in keys if getattr(settings, key) != getattr(usual[role], key)}

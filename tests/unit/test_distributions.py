@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Any
 
@@ -14,12 +15,15 @@ from actors.errors import ConfigError, RunError
 from actors.forward import forward
 from actors.model import LanguageModel
 from actors.objective import MicroBatch, OfLogits
+from orchestrator.config.loading import load_config
 from orchestrator.losses.declare import Sum, Term
 from orchestrator.losses.distillation import distil, jensen_shannon
 from orchestrator.losses.likelihood import nll
 from orchestrator.losses.objective import LossObjective
 from orchestrator.losses.reduce import token_mean
 from orchestrator.pipeline import Completions, Pipeline, update
+from orchestrator.planning.plan import Machine, draft_plan
+from orchestrator.planning.resolve import build_pipeline
 from tests.unit.test_forward import FLOAT32, Largest, language_model, plain_logits, rows
 from tests.unit.tiny import tiny_model
 
@@ -137,3 +141,15 @@ def test_a_companion_s_states_have_its_own_width() -> None:
     teacher: LanguageModel = language_model(tiny_model(hidden=128))
     projection, states = teacher.states(rows([4])["tokens"], (4,), torch.tensor([1, 3]))
     assert states.shape == (2, 128) and projection.weight.shape == (64, 128)
+
+
+def test_a_recipe_with_a_companion_is_planned_without_warnings_and_sizes_nothing_for_it() -> None:
+    config = load_config("gkd_arithmetic")
+    pipelines = {name: build_pipeline(phase) for name, phase in config.phases.items()}
+    plan = draft_plan(config, pipelines, machine=Machine(2))
+    assert plan.warnings == plan.refusals == () and set(plan.roles) == {"tutor", "policy"}
+    teacher = config.roles.teacher
+    for changed, said in (({"ranks": 2}, r"teacher\.ranks: .* leave it out"), ({"model": None}, "is not set")):
+        roles = config.roles.model_copy(update={"teacher": teacher.model_copy(update=changed)})
+        found = draft_plan(config.model_copy(update={"roles": roles}), pipelines, machine=Machine(2)).refusals
+        assert any(re.search(said, refusal) for refusal in found), found
