@@ -15,21 +15,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from pydantic import BaseModel, ValidationError
 
 from actors.batch import Batch
 from actors.errors import UserError
+from actors.worker import Ref
 from orchestrator.cluster.failures import Watchdog
-from orchestrator.cluster.launch import (
-    _reward_pool,
-    _rollout_pool,
-    _start_group,
-    average_spec,
-    call_timeouts,
-    optim_spec,
-)
+from orchestrator.cluster.launch import _Starting, average_spec, optim_spec
 from orchestrator.config.error_messages import schema_keys
 from orchestrator.config.overrides import dotted
 from orchestrator.config.schema import (
@@ -44,11 +37,13 @@ from orchestrator.config.schema import (
     _types_in,
 )
 from orchestrator.data.source import open_source
-from orchestrator.executor import PhaseSettings, Roles
+from orchestrator.executor import Executor, PhaseSettings
 from orchestrator.methods import build
 from orchestrator.pipeline import Completions, Verb
 from orchestrator.planning.plan import Machine, draft_plan
-from orchestrator.planning.resolve import Prepared, PreparedPhase, build_pipeline
+from orchestrator.planning.prepared import Prepared, PreparedPhase
+from orchestrator.planning.resolve import build_pipeline
+from orchestrator.row_table import RowTable
 from rewards.loading import RewardSpec
 from rollout.sampling import Sampling
 from tests.unit.tiny import tiny_tokenizer
@@ -292,13 +287,17 @@ def made_of(tree: dict[str, Any]) -> str:
     )
     models = {"reference": config.roles.reference.model} if config.roles.reference.model else {}
     tokenizer = config.model.tokenizer or "m"
-    prepared = Prepared(config, "m", models, tokenizer, None, (one,), rewards, 1_000_000)
+    prepared = Prepared(config, "m", models, {}, tokenizer, None, (one,), rewards, (), 1_000_000)
     recorder: Any = Recorder()
     return repr(
         [
             (replace(plan, phases=()), [replace(each, pipeline=None) for each in plan.phases]),  # pyright: ignore[reportArgumentType]
             [(stage.name, sorted(stage.options)) for stage in pipelines[name]],
-            (optim_spec(one), average_spec(one), sampling),
+            (
+                [optim_spec(one, role, config.roles.ranks(role)) for role in one.pipeline.trained],
+                average_spec(one),
+                sampling,
+            ),
             asyncio.run(_started(prepared, plan, recorder)),
         ]
     )
@@ -306,20 +305,18 @@ def made_of(tree: dict[str, Any]) -> str:
 
 async def _started(prepared: Prepared, plan: Any, recorder: Any) -> list[Any]:
     policies: list[Any] = []
-    groups = [role for role in plan.roles if role not in ("rollout", "reward")]
+    starting = _Starting(prepared, plan, recorder, lambda *_: None, Watchdog(report_after_s=9.0))
+    groups = [role for role, planned in plan.roles.items() if not planned.pool]
     for role in groups:
-        await _start_group(role, prepared, plan, recorder)
+        await starting.group(role)
     for role in plan.roles.keys() - set(groups):
-        watchdog = Watchdog(report_after_s=9.0)
-        pool: Any = (
-            _rollout_pool(prepared, plan, recorder, lambda *_: None, watchdog)
-            if role == "rollout"
-            else _reward_pool(prepared, recorder, lambda *_: None, watchdog)
-        )
+        engine = isinstance(prepared.config.roles[role], EngineRole)
+        pool: Any = starting.engines(role) if engine else starting.scorers(role)
         policies.append((role, pool.policy))
         await pool._start(0)
     recorder.started.sort(key=str)
-    return [recorder.started, sorted(policies, key=str), call_timeouts(prepared.config, groups)]
+    timeouts = {role: prepared.config.roles.ranks(role).call_timeout_s for role in groups}
+    return [recorder.started, sorted(policies, key=str), timeouts]
 
 
 def roles_with(key: str) -> list[str]:
@@ -513,9 +510,9 @@ def test_each_role_s_calls_have_the_deadline_of_that_role() -> None:
         def __init__(self, role: str) -> None:
             self.role = role
 
-        async def call(self, verb: str, *arguments: Any, timeout_s: float, **_: Any) -> list[Any]:
+        async def call_split(self, verb: str, *arguments: Any, timeout_s: float, **_: Any) -> list[Any]:
             found[f"{self.role}.{verb}"] = timeout_s
-            return [{"ref_logps": np.zeros(3, np.float32), "old_logps": np.zeros(3, np.float32)}]
+            return [(0.0, Ref(None))]
 
     class Objects:
         async def put(self, value: Any) -> Any:
@@ -523,20 +520,20 @@ def test_each_role_s_calls_have_the_deadline_of_that_role() -> None:
 
     groups: Any = {role: Group(role) for role in ("policy", "reference")}
     objects: Any = Objects()
-    timeouts = call_timeouts(config, groups)
-    roles = Roles(
+    roles = Executor(
         groups,
         objects,
-        rollout=None,
-        reward=None,
-        publisher=None,
-        call_timeouts_s=timeouts,
-        implicit_reference=False,
+        start=lambda role, model: asyncio.sleep(0),
+        engines={},
+        scorers={},
+        model_rewards=(),
+        publishers=(),
+        call_timeout_s={role: config.roles.ranks(role).call_timeout_s for role in groups},
+        stand_ins={},
+        concurrent=False,
     )
     pipeline = build("grpo", {"beta": 0.1, "updates_per_batch": 2})
-    roles.enter(PhaseSettings(pipeline, 64, 1.0, 0))
-    batch = Batch.build([3], tokens=[1, 2, 3], mask=[False, True, True], group=[0])
-    for stage in pipeline:
-        if stage.verb is Verb.LOGPS:
-            asyncio.run(roles.run(stage, batch, 0))
-    assert found == {"reference.logps": 22.0, "policy.logps": 11.0}
+    roles.enter(PhaseSettings(pipeline, 64, 1.0, 0, Sampling(4)))
+    table = RowTable(Batch.build([3], tokens=[1, 2, 3], mask=[False, True, True], group=[0]))
+    asyncio.run(roles.run([stage for stage in pipeline if stage.verb is Verb.INFER], table))
+    assert found == {"reference.infer": 22.0, "policy.infer": 11.0}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from actors.errors import InfraFailure
-from orchestrator.cluster.background_tasks import beside
+from orchestrator.cluster.background_tasks import supervised
 from orchestrator.cluster.control_actor import Desired
 from orchestrator.cluster.rank_health import Rank, RankHealth, RankLimits
 from orchestrator.cluster.requests import Requests
@@ -119,6 +119,6 @@ async def test_a_role_that_starts_with_a_later_phase_is_watched_by_the_limits_of
         Answering(0.0),
     )
     with pytest.raises(InfraFailure, match=r"value rank 0 .* in `update` for 30 s \(roles.value.call_timeout_s=20\)"):
-        async with beside(config, tmp_path, roles, board, Requests(lambda: None), print):  # pyright: ignore[reportArgumentType]
+        async with supervised(config, tmp_path, roles, board, Requests(lambda: None), print):  # pyright: ignore[reportArgumentType]
             roles.groups["value"] = SimpleNamespace(workers=[Answering(30.0)])
             await asyncio.sleep(30)
