@@ -19,8 +19,9 @@ def gkd(
     temperature: Annotated[float, Field(gt=0)] = 1.0,
     seq_kd: bool = False,
 ) -> Pipeline:
-    """Generalised knowledge distillation: the student's distributions are drawn to a teacher's, on completions that
-    the student samples, that the data has, or that the teacher samples. Source: arXiv:2306.13649, algorithm 1."""
+    """Generalised knowledge distillation: draw the student's distributions towards those of a teacher.
+
+    Source: arXiv:2306.13649, algorithm 1."""
     if 0 < lmbda < 1:
         raise ConfigError(
             f"options.lmbda={lmbda:g}: steps on the student's samples are not mixed with steps on other completions; "

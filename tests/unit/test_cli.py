@@ -81,7 +81,8 @@ def test_a_misspelt_key_is_refused_before_anything_heavy_is_imported(tmp_path: P
 def test_methods_lists_every_method_with_its_roles(troupe: Troupe):
     done = troupe("methods")
     assert done.returncode == 0, done.stderr
-    listed = {line.split()[0]: line for line in done.stdout.splitlines()[1:]}
+    said = (line for line in done.stdout.splitlines() if line.strip())
+    listed = {line.split()[0]: line for line in said if line.split()[0] in METHODS}
     assert set(METHODS) == set(listed)
     assert "policy, rollout, reward" in listed["grpo"]
 
@@ -104,7 +105,7 @@ def test_a_methods_page_shows_stages_options_defaults_and_ranges(troupe: Troupe)
     [
         (("run", "grpo_arithmetik"), "did you mean grpo_arithmetic?"),
         (("run", "nowhere/recipe.yaml"), "nowhere/recipe.yaml"),
-        (("methods", "gropo"), "did you mean grpo?"),
+        (("methods", "gropo"), "did you mean 'grpo'?"),
         (("resume", "."), "not a run's folder"),
         (("scale", ".", "rollout=many"), "rollout=many"),
         (("scale", ".", "rollout=2"), "not a run's folder"),

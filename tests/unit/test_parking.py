@@ -44,7 +44,7 @@ def test_a_trainer_holds_weights_masters_and_moments_where_sleep_finds_them(tmp_
     model = ModelSpec(str(tiny_model_folder(tmp_path, hidden=32)), dtype=dtype)
     backend = build_backend(model, BackendSpec("single", OPTIM), Placement())
     tokens = torch.arange(2, 30)
-    logps = backend.model(tokens, (28,), torch.arange(1, 28))["logps"]
+    logps = backend.model(tokens, (28,), torch.arange(1, 28))["main"]
     backend.backward(-logps.sum(), last=True)
     backend.step()
     numel = sum(parameter.numel() for parameter in backend.model.parameters())
