@@ -42,7 +42,7 @@ Idle = tuple[str, BaseModel, Collection[str], str]  # where, what stands there, 
 def _idle(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Sequence[str]) -> Iterator[Idle]:
     for name, pipeline in pipelines.items():
         yield from _of_phase(f"phases.{name}", config, name, pipeline)
-    usual = RolesConfig()
+    usual = RolesConfig()  # pyright: ignore[reportCallIssue]
     companions = {companion for pipeline in pipelines.values() for companion in pipeline.companions.values()}
     for role, settings in config.roles:
         if role not in launched:
