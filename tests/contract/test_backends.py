@@ -145,8 +145,8 @@ class Rank:
 
     def park_and_take_back(self) -> int:
         """What `sleep` and `wake` do on a GPU, done to the memory that this rank has on the CPU; how many bytes."""
-        assert self.trainable is not None
-        held = self.trainable.backend.held  # type: ignore[attr-defined]
+        assert self.worker is not None
+        held = self.worker.backend.held  # type: ignore[attr-defined]
         for tensor in tensors_below(*held):
             if not tensor.untyped_storage().resizable():  # a file's memory, which no GPU computes from
                 tensor.data = tensor.data.clone()
