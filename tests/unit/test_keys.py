@@ -53,7 +53,7 @@ def test_a_key_without_a_default_is_called_required(keys: Keys):
 
 def test_a_section_shows_all_of_its_keys_and_nothing_else(keys: Keys):
     named = [line.split()[0] for line in keys("checkpoint") if not line.startswith(" ")]
-    assert named == ["checkpoint", "checkpoint.every", "checkpoint.keep"]
+    assert named == ["checkpoint", "checkpoint.every", "checkpoint.keep", "checkpoint.grace_s"]
 
 
 def test_a_phases_keys_are_found_with_and_without_the_phases_name():
