@@ -81,7 +81,7 @@ async def supervised(
 ) -> AsyncIterator[None]:
     """While the block runs: polls the control actor and pings the ranks. If a rank died or hangs, the block is
     cancelled and InfraFailure raised in its place."""
-    health = RankHealth(partial(_limits, config), report_after_s=config.cluster.watchdog_s)
+    health = RankHealth(partial(rank_limits, config), report_after_s=config.cluster.watchdog_s)
     block, failure = asyncio.current_task(), None
     assert block is not None
 
@@ -104,7 +104,7 @@ async def supervised(
         raise InfraFailure(failure) from None
 
 
-def _limits(config: RunConfig, role: str) -> RankLimits:
+def rank_limits(config: RunConfig, role: str) -> RankLimits:
     own = config.roles.ranks(role)
     return RankLimits(own.ping_timeout_s, own.call_timeout_s)
 

@@ -10,10 +10,20 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from pydantic import BaseModel
 
-from orchestrator.config.schema import EngineRole, RanksRole, RolesConfig, RunConfig, ScorersRole
+from orchestrator.config.schema import (
+    EngineRole,
+    FrozenRole,
+    OptimizerConfig,
+    RanksRole,
+    RolesConfig,
+    RunConfig,
+    ScorersRole,
+    TrainerRole,
+)
 from orchestrator.pipeline import Pipeline, Verb
 
 OF_VLLM = ("kv_cache_gib",)  # keys of the rollout role that an engine of ours reads alone
+OF_OPTIMIZER = tuple(OptimizerConfig.model_fields)
 RANDOM = ("temperature", "top_p", "top_k", "min_p")
 
 
@@ -42,21 +52,7 @@ Idle = tuple[str, BaseModel, Collection[str], str]  # where, what stands there, 
 def _idle(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Sequence[str]) -> Iterator[Idle]:
     for name, pipeline in pipelines.items():
         yield from _of_phase(f"phases.{name}", config, name, pipeline)
-    usual = RolesConfig()  # pyright: ignore[reportCallIssue]
-    companions = {companion for pipeline in pipelines.values() for companion in pipeline.companions.values()}
-    for role, settings in config.roles:
-        if role not in launched:
-            if role in companions:
-                continue  # its model lives in another role's ranks; what cannot act there is refused
-            keys = set(type(settings).model_fields) - {"model", "copies", "kind"}  # they decide what is launched
-            if role in usual:  # which may have defaults that its kind has not
-                keys = {key for key in keys if getattr(settings, key) != getattr(usual[role], key)}
-            yield f"roles.{role}", settings, sorted(keys), f"nothing in this run launches the role {role}"
-        elif isinstance(settings, RanksRole) and settings.backend == "single":
-            keys, why = ("deepspeed", "zero_stage"), f"roles.{role}.backend=single does not read them"
-            yield f"roles.{role}", settings, keys, f"{why}; set roles.{role}.backend=deepspeed, or leave them out"
-        elif isinstance(settings, EngineRole) and settings.engine in ("hf", "scripted"):
-            yield f"roles.{role}", settings, OF_VLLM, f"the engine {settings.engine} has no such cache"
+    yield from _of_roles(config, pipelines, launched)
     if not any(isinstance(config.roles.get(role), EngineRole) for role in launched):
         keys = tuple(type(config.weights).model_fields)
         yield "weights", config.weights, keys, "no rollout worker is launched that weights could be sent to"
@@ -67,6 +63,33 @@ def _idle(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Sequen
     if config.cluster.address:
         keys, why = ("num_cpus", "object_store_mib", "dashboard"), f"that at {config.cluster.address} has what it has"
         yield "cluster", config.cluster, keys, f"they are for a Ray of our own; {why}"
+
+
+def _of_roles(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Sequence[str]) -> Iterator[Idle]:
+    usual = RolesConfig()  # pyright: ignore[reportCallIssue]
+    named = {role for pipeline in pipelines.values() for role in pipeline.roles}
+    trained = {role for pipeline in pipelines.values() for role in pipeline.trained}
+    companions = {companion for pipeline in pipelines.values() for companion in pipeline.companions.values()}
+    for role, settings in config.roles:
+        where = f"roles.{role}"
+        if role not in launched:
+            if role in companions:
+                continue  # its model lives in another role's ranks; what cannot act there is refused
+            keys = set(type(settings).model_fields) - {"kind", "optimizer"}
+            if role in named:
+                keys -= {"copies"}  # it decides which role stands in for it
+            if role in usual:  # which may have defaults that its kind has not
+                keys = {key for key in keys if getattr(settings, key) != getattr(usual[role], key)}
+            yield where, settings, sorted(keys), f"nothing in this run launches the role {role}"
+        elif isinstance(settings, RanksRole) and settings.backend == "single":
+            keys, why = ("deepspeed", "zero_stage"), f"{where}.backend=single does not read them"
+            yield where, settings, keys, f"{why}; set {where}.backend=deepspeed, or leave them out"
+        elif isinstance(settings, EngineRole) and settings.engine in ("hf", "scripted"):
+            yield where, settings, OF_VLLM, f"the engine {settings.engine} has no such cache"
+        if isinstance(settings, FrozenRole) and settings.model is not None and role in launched:
+            yield where, settings, ("copies",), f"{where}.model={settings.model} is what it has"
+        if isinstance(settings, TrainerRole) and role not in trained:
+            yield f"{where}.optimizer", settings.optimizer, OF_OPTIMIZER, f"no phase trains the role {role}"
 
 
 def _of_phase(where: str, config: RunConfig, name: str, pipeline: Pipeline) -> Iterator[Idle]:
@@ -84,7 +107,10 @@ def _of_phase(where: str, config: RunConfig, name: str, pipeline: Pipeline) -> I
     if phase.evaluation is not None and not evaluated:
         why = "held-out rows are not answered; it is for evaluation.data"
         yield f"{where}.evaluation", phase.evaluation, ("max_tokens",), why
-    if phase.train.scheduler == "constant":
+    trained = [settings for role in pipeline.trained if isinstance(settings := config.roles.get(role), TrainerRole)]
+    own = [key for key in OF_OPTIMIZER if trained and all(_says(each, key) for each in trained)]
+    yield f"{where}.train", phase.train, own, "every role that the phase trains has one of its own, in its optimizer"
+    if {each.optimizer.scheduler or phase.train.scheduler for each in trained} == {"constant"}:
         yield f"{where}.train", phase.train, ("min_lr_ratio",), "with scheduler=constant the rate does not fall"
     if phase.data.mixture:
         yield f"{where}.data", phase.data, ("split",), "each entry of data.mixture has a split of its own"
@@ -92,3 +118,7 @@ def _of_phase(where: str, config: RunConfig, name: str, pipeline: Pipeline) -> I
     if 0 < total <= phase.train.warmup_steps:
         why = f"the phase has {total} optimizer steps, so the learning rate never reaches {phase.train.learning_rate:g}"
         yield f"{where}.train", phase.train, ("warmup_steps",), why
+
+
+def _says(settings: TrainerRole, key: str) -> bool:
+    return getattr(settings.optimizer, key) is not None

@@ -153,8 +153,7 @@ class DataConfig(Section):
     max_prompt_length: Positive | None = None
     """Tokens of the prompt; a row with a longer one is handled as `truncation` says."""
     truncation: Literal["keep_start", "keep_end", "drop", "error"] | None = None
-    """What becomes of a row that is too long: cut at its end, cut at its start, left out, or the run refused. Default:
-    `keep_start`, and `drop` for methods that judge rows as a whole (reward models)."""
+    """Rows too long: cut, left out or refused. Default: `keep_start`; `drop` for methods that judge whole rows."""
     packing: Literal["none", "bfd", "bfd_split", "wrapped"] = "none"
     """Rows of several examples: best-fit decreasing, the same with long rows split, or one stream cut up."""
     completion_only: bool | None = None
@@ -348,8 +347,7 @@ class RanksRole(Section):
     colocate: str | None = None
     """Share that role's bundles; `gpus` may be a fraction."""
     call_timeout_s: Seconds = 3600.0
-    """Deadline of one verb: a step, a pass of log-probabilities, a save. A rank that is inside one for longer hangs:
-    the run ends."""
+    """Deadline of one verb (a step, a pass of log-probabilities, a save); a rank inside it for longer ends the run."""
     ping_timeout_s: Seconds = 60.0
     """A rank that answers no ping for that long hangs, and the run ends."""
     resources: dict[str, float] = Field(default_factory=dict)

@@ -2,7 +2,7 @@
 does; and where it cannot act, setting it is refused or warned of.
 
 What a run is made of: the plan, what the workers of each role are started with, the deadlines of calls, the schedule,
-how completions are drawn, and the items of the data.
+how completions are drawn, which models score, and the items of the data. A warning or a refusal is no part of it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from pydantic import BaseModel, ValidationError
 from actors.batch import Batch
 from actors.errors import UserError
 from actors.worker import Ref
+from orchestrator.cluster.background_tasks import rank_limits
 from orchestrator.cluster.failures import Watchdog
-from orchestrator.cluster.launch import _Starting, average_spec, optim_spec
+from orchestrator.cluster.launch import _Starting, average_spec, model_spec, optim_spec
 from orchestrator.config.error_messages import schema_keys
 from orchestrator.config.overrides import dotted
 from orchestrator.config.schema import (
@@ -30,7 +31,9 @@ from orchestrator.config.schema import (
     DataConfig,
     EngineRole,
     PhaseConfig,
+    RanksRole,
     RewardConfig,
+    RolesConfig,
     RunConfig,
     SamplingConfig,
     TrainConfig,
@@ -39,10 +42,11 @@ from orchestrator.config.schema import (
 from orchestrator.data.source import open_source
 from orchestrator.executor import Executor, PhaseSettings
 from orchestrator.methods import build
-from orchestrator.pipeline import Completions, Verb
-from orchestrator.planning.plan import Machine, draft_plan
-from orchestrator.planning.prepared import Prepared, PreparedPhase
+from orchestrator.pipeline import Completions, Pipeline, Verb
+from orchestrator.planning.plan import Machine, Plan, draft_plan
+from orchestrator.planning.prepared import ModelReward, Prepared, PreparedPhase
 from orchestrator.planning.resolve import build_pipeline
+from orchestrator.planning.schedule import Schedule
 from orchestrator.row_table import RowTable
 from rewards.loading import RewardSpec
 from rollout.sampling import Sampling
@@ -54,11 +58,24 @@ GRPO: dict[str, Any] = {
     "rewards": [{"fn": "exact_match"}],
 }
 SFT: dict[str, Any] = {"phases": {"a": {"method": "sft", "train": {"steps": 50}}}}
-DEEPSPEED = {"roles": {"policy": {"backend": "deepspeed"}, "reference": {"backend": "deepspeed"}}}
+PPO: dict[str, Any] = {**GRPO, "phases": {"a": {"method": "ppo", "train": {"steps": 50}}}}
+CLASSIC: dict[str, Any] = {  # a model that scores is trained, then asked
+    "phases": {"a": {"method": "reward_model", "train": {"steps": 50}}, "b": GRPO["phases"]["a"]},
+    "rewards": [{"role": "reward_model"}],
+}
+TAUGHT: dict[str, Any] = {  # by what the teacher samples
+    "phases": {"a": {"method": "gkd", "options": {"lmbda": 0, "seq_kd": True}, "train": {"steps": 50}}},
+    "roles": {"teacher": {"model": "big"}},
+}
+LAUNCHES = {"value": PPO, "reward_model": CLASSIC, "teacher": TAUGHT, "teacher_rollout": TAUGHT}  # the others: GRPO
+RENAMED = {"phases": {"a": {"rename_roles": {"reference": "teacher"}}}}
+DEEPSPEED = {"roles": {"ROLE": {"backend": "deepspeed"}}}
+SELECTED = {"roles": {"ROLE": {"label_selector": {"zone": "a"}}}}
 LORA = {"model": {"lora": {}}}
 BEMA = {"phases": {"a": {"train": {"bema": {}}}}}
 
-# key -> another value, and what else is set for it to act. `roles.*`: of each role that has the key.
+# key -> another value, and what else is set for it to act. `roles.*`: of each role that has the key, in a run
+# that launches the role, which is the `ROLE` of what else is set.
 PLANNED: dict[str, tuple[Any, dict[str, Any]]] = {
     "name": ("other", {}),
     "seed": (7, {}),
@@ -76,6 +93,7 @@ PLANNED: dict[str, tuple[Any, dict[str, Any]]] = {
     "model.router_aux_loss_coef": (0.1, {}),
     "model.trust_remote_code": (True, {}),
     "phases.NAME.method": ("dpo", {}),
+    "phases.NAME.rename_roles": ({"reference": "teacher"}, {}),
     "phases.NAME.options": ({"beta": 0.0}, {}),
     "phases.NAME.train.batch_size": (8, {}),
     "phases.NAME.train.steps": (9, {}),
@@ -117,6 +135,7 @@ PLANNED: dict[str, tuple[Any, dict[str, Any]]] = {
     "phases.NAME.evaluation.data": ({"path": "x"}, {}),
     "phases.NAME.evaluation.max_tokens": (999, {"phases": {"a": {"evaluation": {"data": {"path": "x"}}}}}),
     "rewards.N.fn": ("completion_length", {}),
+    "rewards.N.role": ("value", {"rewards": [{"role": "reward_model"}]}),
     "rewards.N.weight": (0.5, {}),
     "rewards.N.name": ("right", {}),
     "rewards.N.options": ({"column": "x"}, {}),
@@ -129,18 +148,24 @@ PLANNED: dict[str, tuple[Any, dict[str, Any]]] = {
     "roles.*.memory_gib": (3.0, {}),
     "roles.*.resources": ({"disk": 1.0}, {}),
     "roles.*.label_selector": ({"zone": "a"}, {}),
-    "roles.*.fallback_strategy": (
-        [{"label_selector": {"zone": "b"}}],
-        {"roles": {"rollout": {"label_selector": {"zone": "a"}}}},
-    ),
+    "roles.*.fallback_strategy": ([{"label_selector": {"zone": "b"}}], SELECTED),
     "roles.*.fallback_strategy.N.label_selector": (
         {"zone": "c"},
-        {"roles": {"rollout": {"label_selector": {"zone": "a"}, "fallback_strategy": [{"label_selector": {}}]}}},
+        {"roles": {"ROLE": {"label_selector": {"zone": "a"}, "fallback_strategy": [{"label_selector": {}}]}}},
     ),
     "roles.*.deepspeed": ({"zero_optimization": {"stage": 1}}, DEEPSPEED),
     "roles.*.zero_stage": (3, DEEPSPEED),
     "roles.*.colocate": ("policy", {}),
+    "roles.policy.colocate": ("reference", {}),
     "roles.*.call_timeout_s": (7.0, {}),
+    "roles.*.ping_timeout_s": (7.0, {}),
+    "roles.*.optimizer.learning_rate": (1e-3, {}),
+    "roles.*.optimizer.weight_decay": (0.1, {}),
+    "roles.*.optimizer.scheduler": ("cosine", {}),
+    "roles.*.optimizer.warmup_steps": (5, {}),
+    "roles.*.optimizer.max_grad_norm": (0.5, {}),
+    "roles.*.copies": ("value", {}),
+    "roles.*.follows": ("value", {}),
     "roles.*.model": ("another", {}),
     "roles.*.dtype": ("float16", {}),
     "roles.*.concurrency": (9, {}),
@@ -192,6 +217,7 @@ SHOWN_BY: dict[str, str] = {  # what happens while a run goes on, or needs other
     "weights.timeout_s": "tests/unit/test_weights.py",
     "weights.dtype": "tests/unit/test_weights.py",
     "checkpoint.every": "tests/contract/test_resumed_runs.py",
+    "checkpoint.grace_s": "tests/unit/test_shutdown.py",
     "checkpoint.keep": "tests/unit/test_checkpoint.py",
     "logging.tensorboard": "tests/unit/test_metrics.py",
     "logging.ray_metrics": "tests/unit/test_metrics.py",
@@ -209,6 +235,8 @@ READ_WHILE_RUNNING: dict[str, str] = {  # no test sees them: the line that reads
     "cluster.watchdog_s": "orchestrator/run.py: cluster.watchdog_s",
     "debug": "orchestrator/run.py: config.debug",
 }
+KINDS = {"trainer", "frozen", "engine", "scorers"}
+FIXED = {f"roles.{role}.kind" for role in RolesConfig.model_fields}  # a usual name has one kind, and says it at most
 NO_MATTER = {"phases.NAME.evaluation.data.shuffle": "all of it is evaluated, in any order"}
 
 
@@ -227,7 +255,7 @@ def at(path: list[str], value: Any, tree: dict[str, Any]) -> dict[str, Any]:
     if head == "NAME":
         head = "a"
     if head == "N":
-        return [at(rest, value, tree[0] if tree else {})]  # pyright: ignore[reportReturnType]
+        return [at(rest, value, tree[0] if tree else {})]  # pyright: ignore[reportReturnType, reportArgumentType]
     below = (tree or {}).get(head)
     return {**(tree or {}), head: at(rest, value, below if below is not None else {}) if rest else value}
 
@@ -267,43 +295,73 @@ def made_of(tree: dict[str, Any]) -> str:
     config = RunConfig.model_validate(tree)
     pipelines = {name: build_pipeline(phase) for name, phase in config.phases.items()}
     plan = draft_plan(config, pipelines, parameters=1_000_000, machine=Machine(4))
-    (name, phase), *_ = config.phases.items()
-    sampling, data = Sampling(**phase.sampling.model_dump()), Data()
-    evaluation: Any = data if phase.evaluation and phase.evaluation.data else None
-    one: Any = PreparedPhase(
-        name,
-        0,
-        phase,
-        pipelines[name],
-        data,
-        evaluation,
-        None,
-        phase.train.steps or 1,
-        sampling,
-        0,  # pyright: ignore[reportArgumentType]
-    )
-    rewards = tuple(
-        RewardSpec(reward.fn, reward.weight, reward.name, dict(reward.options)) for reward in config.rewards
-    )
-    models = {"reference": config.roles.reference.model} if config.roles.reference.model else {}
-    tokenizer = config.model.tokenizer or "m"
-    prepared = Prepared(config, "m", models, {}, tokenizer, None, (one,), rewards, (), 1_000_000)
+    phases = tuple(_prepared_phase(index, name, config, pipelines[name]) for index, name in enumerate(pipelines))
+    prepared = _prepared(config, phases)
+    companions = [role for phase in phases for role in phase.pipeline.companions.values()]
     recorder: Any = Recorder()
     return repr(
         [
-            (replace(plan, phases=()), [replace(each, pipeline=None) for each in plan.phases]),  # pyright: ignore[reportArgumentType]
-            [(stage.name, sorted(stage.options)) for stage in pipelines[name]],
-            (
-                [optim_spec(one, role, config.roles.ranks(role)) for role in one.pipeline.trained],
-                average_spec(one),
-                sampling,
-            ),
+            replace(plan, phases=(), refusals=(), warnings=()),
+            [replace(each, pipeline=None) for each in plan.phases],
+            [(stage.name, sorted(stage.options)) for pipeline in pipelines.values() for stage in pipeline],
+            [
+                [optim_spec(phase, role, config.roles.ranks(role)) for role in phase.pipeline.trained]
+                for phase in phases
+            ],
+            [(average_spec(phase), phase.sampling) for phase in phases],
+            [model_spec(prepared, role, None, trained=False) for role in companions],
+            prepared.model_rewards,
             asyncio.run(_started(prepared, plan, recorder)),
         ]
     )
 
 
-async def _started(prepared: Prepared, plan: Any, recorder: Any) -> list[Any]:
+def _prepared_phase(index: int, name: str, config: RunConfig, pipeline: Pipeline) -> PreparedPhase:
+    phase = config.phases[name]
+    data: Any = Data()
+    return PreparedPhase(
+        name=name,
+        index=index,
+        config=phase,
+        pipeline=pipeline,
+        source=data,
+        evaluation=data if phase.evaluation and phase.evaluation.data else None,
+        held_out=None,
+        schedule=Schedule.of_steps(phase.train.steps or 1, phase.train.batch_size),
+        sampling=Sampling(**phase.sampling.model_dump()),
+        first_version=0,
+    )
+
+
+def _prepared(config: RunConfig, phases: tuple[PreparedPhase, ...]) -> Prepared:
+    """As `resolve.prepare` does, of models and rewards that need not be there."""
+    return Prepared(
+        config=config,
+        model="m",
+        models={
+            role: settings.model
+            for role, settings in config.roles
+            if isinstance(settings, RanksRole) and settings.model is not None
+        },
+        handed_over={},
+        tokenizer_path=config.model.tokenizer or "m",
+        tokenizer=None,
+        phases=phases,
+        rewards=tuple(
+            RewardSpec(reward.fn, reward.weight, reward.name, dict(reward.options))
+            for reward in config.rewards
+            if reward.fn is not None
+        ),
+        model_rewards=tuple(
+            ModelReward(reward.role, reward.weight, reward.name or reward.role)
+            for reward in config.rewards
+            if reward.role is not None
+        ),
+        parameters=1_000_000,
+    )
+
+
+async def _started(prepared: Prepared, plan: Plan, recorder: Any) -> list[Any]:
     policies: list[Any] = []
     starting = _Starting(prepared, plan, recorder, lambda *_: None, Watchdog(report_after_s=9.0))
     groups = [role for role, planned in plan.roles.items() if not planned.pool]
@@ -315,8 +373,7 @@ async def _started(prepared: Prepared, plan: Any, recorder: Any) -> list[Any]:
         policies.append((role, pool.policy))
         await pool._start(0)
     recorder.started.sort(key=str)
-    timeouts = {role: prepared.config.roles.ranks(role).call_timeout_s for role in groups}
-    return [recorder.started, sorted(policies, key=str), timeouts]
+    return [recorder.started, sorted(policies, key=str), {role: rank_limits(prepared.config, role) for role in groups}]
 
 
 def roles_with(key: str) -> list[str]:
@@ -325,10 +382,25 @@ def roles_with(key: str) -> list[str]:
 
 def planned_keys() -> dict[str, tuple[Any, dict[str, Any]]]:
     found: dict[str, tuple[Any, dict[str, Any]]] = {}
-    for key, entry in PLANNED.items():
-        names = roles_with(key.removeprefix("roles.*.")) if key.startswith("roles.*.") else [key]
-        found |= dict.fromkeys(names, entry)
+    for key, (value, extra) in PLANNED.items():
+        for name in roles_with(key.removeprefix("roles.*.")) if key.startswith("roles.*.") else [key]:
+            found[name] = value, _of_role(name.split(".")[1], extra) if name.startswith("roles.") else extra
     return found
+
+
+def _of_role(role: str, extra: dict[str, Any]) -> dict[str, Any]:
+    """What else is set, of that role."""
+    settings = extra.get("roles", {})
+    return {**extra, "roles": {role if name == "ROLE" else name: each for name, each in settings.items()}}
+
+
+def run_with(key: str) -> dict[str, Any]:
+    """A run that has what the key is of."""
+    if key == "roles.teacher.copies":
+        return merged(GRPO, RENAMED)  # as a companion it has a model of its own
+    if key.startswith("roles."):
+        return LAUNCHES.get(key.split(".")[1], GRPO)
+    return SFT if key == "phases.NAME.evaluation.data" else GRPO  # the other samples in any case
 
 
 def data_key(key: str) -> str:
@@ -342,17 +414,33 @@ def test_every_key_of_the_schema_is_in_one_of_the_tables() -> None:
     keys = {data_key(key) for key in all_keys() if not any(other.startswith(f"{key}.") for other in all_keys())}
     sections = {key for key in planned_keys() if key in all_keys()}
     read = {f"phases.NAME.data.{key}" for key in READ}
-    assert keys - planned_keys().keys() - read - SHOWN_BY.keys() - READ_WHILE_RUNNING.keys() == set()
+    assert keys - planned_keys().keys() - read - SHOWN_BY.keys() - READ_WHILE_RUNNING.keys() - FIXED == set()
     assert sections == planned_keys().keys(), "a key that does not exist"
     assert SHOWN_BY.keys() | READ_WHILE_RUNNING.keys() <= set(all_keys())
-    assert set(NO_MATTER) <= set(all_keys())
+    assert set(NO_MATTER) | FIXED <= set(all_keys())
 
 
 @pytest.mark.parametrize("key", planned_keys())
 def test_another_value_of_a_key_makes_another_run(key: str) -> None:
     value, extra = planned_keys()[key]
-    base = merged(SFT if key == "phases.NAME.evaluation.data" else GRPO, extra)  # the other samples in any case
+    base = merged(run_with(key), extra)
     assert made_of(at(key.split("."), value, base)) != made_of(base)
+
+
+@pytest.mark.parametrize("role", RolesConfig.model_fields)
+def test_a_usual_name_has_one_kind_and_another_is_refused(role: str) -> None:
+    own = RunConfig.model_validate(GRPO).roles[role].kind
+    assert made_of(at(["roles", role, "kind"], own, GRPO)) == made_of(GRPO)
+    for kind in KINDS - {own}:
+        with pytest.raises(ValidationError, match=rf"(?s)roles\.{role}\.kind.*{own}"):
+            RunConfig.model_validate(at(["roles", role, "kind"], kind, GRPO))
+
+
+def test_the_kind_of_a_role_of_another_name_decides_what_it_is() -> None:
+    found = {kind: RunConfig.model_validate(at(["roles", "mine", "kind"], kind, GRPO)).roles["mine"] for kind in KINDS}
+    assert len({type(settings) for settings in found.values()}) == len(KINDS)
+    with pytest.raises(ValidationError, match="says its kind"):
+        RunConfig.model_validate(at(["roles", "mine", "kind"], "other", GRPO))
 
 
 @pytest.mark.parametrize("key", SHOWN_BY)
@@ -410,6 +498,34 @@ IDLE: list[tuple[dict[str, Any], str]] = [  # a configuration, and the key that 
     (merged(SFT, {"roles": {"reference": {"call_timeout_s": 9}}}), "roles.reference.call_timeout_s=9.0"),
     (merged(GRPO, {"model": {"lora": {}}, "roles": {"reference": {"threads": 2}}}), "roles.reference.threads=2"),
     (merged(GRPO, {"roles": {"policy": {"zero_stage": 3}}}), "roles.policy.zero_stage=3"),
+    (
+        merged(GRPO, {"roles": {"value": {"optimizer": {"warmup_steps": 3}}}}),
+        "roles.value.optimizer.warmup_steps=3: no phase trains the role",
+    ),
+    (merged(GRPO, {"roles": {"teacher": {"model": "another"}}}), "roles.teacher.model=another"),
+    (merged(SFT, {"roles": {"reference": {"copies": "value"}}}), "roles.reference.copies=value"),
+    (merged(GRPO, {"roles": {"teacher": {"ping_timeout_s": 9}}}), "roles.teacher.ping_timeout_s=9.0"),
+    (merged(GRPO, {"roles": {"teacher_rollout": {"follows": "value"}}}), "roles.teacher_rollout.follows=value"),
+    (
+        merged(
+            GRPO, {"rewards": [{"role": "reward_model"}], "roles": {"reward_model": {"optimizer": {"warmup_steps": 3}}}}
+        ),
+        "roles.reward_model.optimizer.warmup_steps=3: no phase trains the role",
+    ),
+    (
+        merged(GRPO, {"roles": {"reference": {"model": "another", "copies": "value"}}}),
+        "roles.reference.copies=value",
+    ),
+    (
+        merged(
+            GRPO,
+            {
+                "phases": {"a": {"train": {"weight_decay": 0.5}}},
+                "roles": {"policy": {"optimizer": {"weight_decay": 0.1}}},
+            },
+        ),
+        "phases.a.train.weight_decay=0.5",
+    ),
     (merged(GRPO, {"roles": {"rollout": {"engine": "hf", "kv_cache_gib": 2}}}), "roles.rollout.kv_cache_gib=2.0"),
     (
         merged(GRPO, {"weights": {"transport": "disk", "topology": "all"}}),
@@ -456,7 +572,10 @@ def test_what_leaves_nothing_to_learn_is_refused(tree: dict[str, Any], said: str
 
 
 def test_a_plain_configuration_is_not_warned_about() -> None:
-    for tree in (GRPO, SFT):
+    falling = {"phases": {"a": {"train": {"scheduler": "constant", "min_lr_ratio": 0.5}}}}
+    own = {"roles": {"value": {"optimizer": {"scheduler": "cosine"}}}}
+    copying = {"model": {"lora": {}}, "roles": {"reference": {"copies": "value"}}}
+    for tree in (GRPO, SFT, PPO, CLASSIC, TAUGHT, merged(merged(PPO, falling), own), merged(GRPO, copying)):
         assert drafted(tree).warnings == () and drafted(tree).refusals == ()
 
 
