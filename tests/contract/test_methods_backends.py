@@ -99,8 +99,9 @@ def test_two_ranks_of_zero_stage_2_learn_what_one_process_learns(
 
 
 def learned(metrics: dict[str, float]) -> dict[str, float]:
+    """Without times, and without shares of tokens beyond a threshold, which one token's rounding changes."""
     assert any(name.endswith("grad_norm") and value > 0 for name, value in metrics.items())
-    return {name: value for name, value in metrics.items() if "time/" not in name}
+    return {name: value for name, value in metrics.items() if "time/" not in name and "clipfrac" not in name}
 
 
 @every_method
