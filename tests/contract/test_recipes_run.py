@@ -61,9 +61,23 @@ def started(config: RunConfig, model: Path, output: Path, replaced: dict[str, An
         phases[name] = phase.model_copy(update=changed)
     small = config.model.model_copy(update={"path": str(model), "dtype": "float32"})
     quiet = config.logging.model_copy(update={"tensorboard": False})
-    updates = {"model": small, "phases": phases, "output": output, "logging": quiet, "roles": type(config.roles)()}
+    roles = type(config.roles).model_validate(named_models(config, str(model)))
+    updates = {"model": small, "phases": phases, "output": output, "logging": quiet, "roles": roles}
     result = run(config.model_copy(update=updates), local=True)
     return result, [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def named_models(config: RunConfig, model: str) -> dict[str, Any]:
+    """What a laptop keeps of the recipe's roles: the kinds of those with names of their own, and their models,
+    the miniature in the place of folders and hub names."""
+    roles: dict[str, Any] = {}
+    for name, settings in config.roles:
+        given = getattr(settings, "model", None)
+        if name not in type(config.roles).model_fields:
+            roles[name] = {"kind": settings.kind}
+        if given is not None:
+            roles.setdefault(name, {})["model"] = given if "${" in given else model
+    return roles
 
 
 def steps_of(lines: list[dict]) -> list[dict]:
