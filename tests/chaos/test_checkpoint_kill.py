@@ -73,7 +73,8 @@ class Writer:
         assert first, self.process.communicate()[1]
         time.sleep(seconds)
         self.process.send_signal(signal.SIGKILL)
-        rest, _ = self.process.communicate(timeout=30)
+        with self.process:  # closes the pipes
+            rest = self.process.stdout.read()  # `communicate` would miss the lines that came with the first one
         return [int(line) for line in (first + rest).splitlines()]
 
 

@@ -62,7 +62,7 @@ class Head:
     def gauges(self) -> dict[str, float]:
         """Those of Troupe on Ray's metrics port."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=30) as answer:
-            found = re.findall(r'^ray_troupe_(\w+)\{.*run="t".*\} (\S+)$', answer.read().decode(), re.MULTILINE)
+            found = re.findall(r'^ray_troupe_(\w+)\{.*run="t-[^"]*".*\} (\S+)$', answer.read().decode(), re.MULTILINE)
         return {name: float(value) for name, value in found}
 
     def ray_job(self, *arguments: str, cwd: Path) -> str:

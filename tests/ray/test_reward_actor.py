@@ -15,6 +15,7 @@ import ray
 from actors.batch import Batch
 from actors.errors import DataFailure, InfraFailure
 from actors.group import RayWorker, start_worker
+from actors.sharding import Shard
 from orchestrator.cluster.failures import Watchdog
 from orchestrator.cluster.pool import Pool, PoolPolicy
 from rewards.loading import RewardSpec
@@ -69,14 +70,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def samples(*texts: str) -> Batch:
+def samples(*texts: str) -> Shard:
     """Completions of the prompt `q`, sampled by weights of version 3."""
     tokenizer = tiny_tokenizer()
     ids = [tokenizer.encode("q" + text) for text in texts]
     lengths = [len(row) for row in ids]
     mask = np.concatenate([np.arange(length) > 0 for length in lengths])
     version = np.where(mask, 3, -1).astype(np.int32)
-    return Batch.build(lengths, tokens=np.concatenate(ids).astype(np.int32), mask=mask, version=version)
+    batch = Batch.build(lengths, tokens=np.concatenate(ids).astype(np.int32), mask=mask, version=version)
+    return Shard(batch, (tuple(range(len(ids))),))
 
 
 def started(folder: Path, *specs: RewardSpec, index: int = 0) -> RayWorker:
@@ -156,7 +158,9 @@ async def test_a_reward_that_hangs_is_killed_at_its_deadline_and_a_replacement_s
     )
     await pool.open()
     try:
-        result = await pool.call("prompt 0", lambda worker: worker.call("score", samples("a"), "q", {}, timeout_s=1.0))
+        result, _ = await pool.call(
+            "prompt 0", lambda worker: worker.call("score", samples("a"), "q", {}, timeout_s=1.0)
+        )
         assert result.total.tolist() == [1.0]
         assert [kind for kind, _ in events if kind in ("retry", "evicted")] == ["evicted", "retry"]
         assert len(started_workers) == 2
