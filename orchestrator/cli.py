@@ -90,6 +90,17 @@ def methods(
 
 
 @app.command()
+def keys(
+    prefix: Annotated[str | None, typer.Argument(help="Only keys that begin with this, for example train.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every key, not only the top level.")] = False,
+) -> None:
+    """Say what each key of a recipe does, and what it may be."""
+    from orchestrator.listing import show_keys
+
+    show_keys(prefix, everything=everything)
+
+
+@app.command()
 def recipes() -> None:
     """List the shipped recipes."""
     from orchestrator.listing import show_recipes

@@ -1,8 +1,8 @@
-"""The configuration of a run: every key, its type, its range and its default, in one place.
+"""The configuration of a run: every key, its type, its range, its default and its line of help, in one place.
 
 Files are YAML; `a.b=c` on the command line overrides (`orchestrator/overrides.py`). Everything is frozen. A key that
 does not exist is an error that names the nearest one that does. A method's `options` are validated against the method's
-own signature.
+own signature. `troupe keys` prints the string below each key; of a key without one, its section's first sentence.
 
 A run is one phase, or several in sequence that share the policy: a phase is a method with its data and its schedule.
 A file with one phase writes `method`, `data`, `train` ... at the top level; a file with several writes `phases`, a
@@ -26,77 +26,119 @@ DType = Literal["float32", "bfloat16", "float16"]
 
 
 class Section(BaseModel):
-    """Frozen; unknown keys are refused."""
+    """Frozen; unknown keys are refused; the string below a key is its description."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
 
 
 class LoraConfig(Section):
     """PEFT adapters; only they are trained."""
 
     r: Positive = 16
+    """Rank of the adapters."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
+    """Scale of the adapters: their output is multiplied by alpha / r."""
     dropout: Fraction = 0.0
+    """Dropout on the adapters' input while training."""
     target_modules: str | tuple[str, ...] = "all-linear"
+    """Names or suffixes of the linear layers that get an adapter, a pattern, or `all-linear`."""
     use_rslora: bool = False
+    """Scale by alpha / sqrt(r) instead of alpha / r."""
     use_dora: bool = False
+    """Weight-decomposed adapters (DoRA): direction and length of each weight apart."""
 
 
 class ModelConfig(Section):
     """A causal language model: a folder, a hub name, or `example:NAME` for one that Troupe makes itself, seeded."""
 
     path: str = "example:arithmetic"
-    tokenizer: str | None = None  # default: the model's own
+    """A folder, a hub name, or `example:NAME`."""
+    tokenizer: str | None = None
+    """A folder or hub name of another tokenizer. Default: the model's own."""
     dtype: DType = "float32"
+    """Type in which the weights are held and trained."""
     lora: LoraConfig | None = None
+    """Train adapters instead of the weights; `{}` takes the defaults. None: train all weights."""
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, more time."""
     neftune_noise_alpha: Annotated[float, Field(ge=0)] = 0.0
-    router_aux_loss_coef: float | None = None  # None: the model's own value
-    chat_template: str | None = None  # a file
+    """Size of the noise added to the embeddings in training (NEFTune); 0: none."""
+    router_aux_loss_coef: float | None = None
+    """Weight of a mixture-of-experts model's balancing loss. None: the model's own value."""
+    chat_template: str | None = None
+    """A Jinja file that takes the place of the tokenizer's chat template."""
     trust_remote_code: bool = False
+    """Run the Python code that a model's folder brings with it."""
 
 
 class MixtureEntry(Section):
+    """One data set of a mixture."""
+
     path: str
+    """Hub name, file, folder or `example:NAME`."""
     fraction: Annotated[float, Field(gt=0)]
+    """Share of this data set in the mixture, relative to the others' fractions."""
     split: str = "train"
+    """Which split of this data set."""
 
 
 class DataConfig(Section):
     """A data set: hub name, file (JSONL, JSON, CSV, Parquet, Arrow, text), folder, `example:NAME`, or a mixture."""
 
     path: str | None = None
+    """Hub name, file, folder or `example:NAME`; this or `mixture`."""
     mixture: tuple[MixtureEntry, ...] = ()
+    """Several data sets, interleaved; in the place of `path`."""
     split: str = "train"
-    columns: dict[str, str] = Field(default_factory=dict)  # our name -> the data set's name
-    max_length: Positive | None = (
-        None  # tokens of prompt and completion; what is longer is handled as `truncation` says
-    )
+    """Which split of the data set."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Renames columns: our name -> the data set's name, e.g. {chosen: better}."""
+    max_length: Positive | None = None
+    """Tokens of prompt and completion; what is longer is handled as `truncation` says."""
     max_prompt_length: Positive | None = None
+    """Tokens of the prompt; a row with a longer one is handled as `truncation` says."""
     truncation: Literal["keep_start", "keep_end", "drop", "error"] = "keep_start"
+    """What becomes of a row that is too long: cut at its end, cut at its start, left out, or the run refused."""
     packing: Literal["none", "bfd", "bfd_split", "wrapped"] = "none"
-    completion_only: bool | None = None  # None: true exactly when the data has a prompt column
+    """Rows of several examples: best-fit decreasing, the same with long rows split, or one stream cut up."""
+    completion_only: bool | None = None
+    """Learn from completions alone. None: true exactly when the data has a prompt column."""
     assistant_only: bool = False
-    append_eos: bool = True  # to rows that are not conversations
+    """In conversations, learn from the assistant's turns alone."""
+    append_eos: bool = True
+    """End rows that are not conversations with the end-of-sequence token."""
     shuffle: bool = True
+    """Draw rows in an order that the seed decides, another in every epoch."""
     streaming: bool = False
+    """Read rows while training goes on, not all of them first."""
     max_bad_rows: Annotated[int, Field(ge=0)] = 0
-    limit: Positive | None = None  # use only that many rows
+    """How many unusable rows are passed over before the data is refused."""
+    limit: Positive | None = None
+    """Use only that many rows."""
     cache_dir: Path | None = None
-    options: dict[str, Any] = Field(default_factory=dict)  # of `example:NAME`, or passed to datasets.load_dataset
+    """Where tokenised data is kept. Default: Troupe's own cache folder."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of `example:NAME`, or of datasets.load_dataset."""
 
 
 class BemaConfig(Section):
     """A bias-corrected moving average of the trained weights (arXiv:2508.00180), saved as `bema/` beside `model/`.
     Steps are optimizer steps of the phase."""
 
-    update_freq: Positive = 400  # steps from one average to the next
+    update_freq: Positive = 400
+    """Steps from one average to the next."""
     ema_power: Annotated[float, Field(ge=0)] = 0.5
+    """Exponent of the average's decay: the new weights' share falls with steps^-ema_power."""
     bias_power: Annotated[float, Field(ge=0)] = 0.2
+    """Exponent of the bias correction: its share falls with steps^-bias_power."""
     lag: Annotated[float, Field(ge=1)] = 10.0
+    """Added to the steps in both shares."""
     multiplier: Annotated[float, Field(ge=0)] = 1.0
-    update_after: Annotated[int, Field(ge=0)] = 0  # the step whose weights it starts from
+    """Factor on the steps in both shares."""
+    update_after: Annotated[int, Field(ge=0)] = 0
+    """The step whose weights the average starts from."""
     min_ema_multiplier: Fraction = 0.0
+    """The least share that new weights have in the average."""
 
 
 class TrainConfig(Section):
@@ -104,40 +146,65 @@ class TrainConfig(Section):
     pairs."""
 
     steps: Positive | None = None
+    """Optimizer steps of the phase; this or `epochs`."""
     epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the data; this or `steps`."""
     batch_size: Positive = 32
-    token_budget: Positive = 8192  # tokens per micro-batch and rank
+    """Items of the data set per optimizer step: prompts, examples, pairs."""
+    token_budget: Positive = 8192
+    """Tokens per micro-batch and rank; the batch is cut into as many as it takes."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
+    """Learning rate of AdamW when the warm-up is over."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay of AdamW."""
     adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay rates of AdamW's first and second moment."""
     adam_eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to AdamW's denominator."""
     scheduler: Literal["constant", "linear", "cosine"] = "linear"
+    """How the learning rate goes from the warm-up's end to the last step."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps in which the learning rate rises from 0."""
     min_lr_ratio: Fraction = 0.0
+    """Where the schedule ends, as a share of `learning_rate`."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    max_staleness: Annotated[int, Field(ge=0)] = 0  # optimizer steps that a token may lag behind the weights it trains
-    bema: BemaConfig | None = None  # average the weights; `{}`: with its defaults
+    """Longer gradients are scaled to this norm. None: no limit."""
+    max_staleness: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps that a token may lag behind the weights it trains; 0 is synchronous training."""
+    bema: BemaConfig | None = None
+    """Average the weights; `{}` takes the defaults. None: no average."""
 
 
 class SamplingConfig(Section):
     """How completions are drawn in a phase that generates."""
 
     max_tokens: Positive = 256
+    """Tokens of a completion at most."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
+    """0 is greedy; 1 samples from the model's distribution."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the fewest likeliest tokens that hold this probability together; 1: from all."""
     top_k: int = -1
+    """Sample from that many likeliest tokens; -1: from all."""
     min_p: Fraction = 0.0
+    """Sample from tokens at least this likely, relative to the likeliest; 0: from all."""
     stop: tuple[str, ...] = ()
+    """Texts that end a completion."""
     stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a completion, besides the end-of-sequence token."""
 
 
 class RewardConfig(Section):
     """One reward: a name of `rewards.functions.REWARDS`, `package.module:function` or `path/to/file.py:function`."""
 
     fn: str
+    """A shipped reward's name, `package.module:function` or `path/to/file.py:function`."""
     weight: float = 1.0
-    name: str | None = None  # in metrics; default: the function's name
-    options: dict[str, Any] = Field(default_factory=dict)  # keyword arguments bound once
+    """Factor of this reward in the sum."""
+    name: str | None = None
+    """Its name in metrics. Default: the function's."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the function."""
 
 
 class EvaluationConfig(Section):
@@ -146,89 +213,140 @@ class EvaluationConfig(Section):
     One of the two, or both."""
 
     data: DataConfig | None = None
+    """Prompts, answered greedily and scored by the run's rewards."""
     rows: DataConfig | None = None
-    every: Positive | None = None  # steps; None: only at the start and the end of the phase
-    max_tokens: Positive | None = None  # default: the phase's sampling.max_tokens
+    """Rows as the phase learns from them; its loss and metrics, without learning."""
+    every: Positive | None = None
+    """Steps between two evaluations. None: only at the start and the end of the phase."""
+    max_tokens: Positive | None = None
+    """Tokens of an answer at most. Default: the phase's sampling.max_tokens."""
     at_start: bool = True
+    """Evaluate before the first step, too."""
 
 
 class PhaseConfig(Section):
     """One method on one data set with one schedule."""
 
     method: str = "grpo"
+    """Which method trains; see `troupe methods`."""
     options: dict[str, Any] = Field(default_factory=dict)
+    """The method's own options; `troupe methods NAME` lists them."""
     data: DataConfig = Field(default_factory=DataConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig | None = None
+    """What is measured on held-out data; None: nothing."""
 
 
 class TrainedRole(Section):
     """A role whose weights are trained (`policy`)."""
 
     backend: Literal["single", "deepspeed"] = "single"
+    """What trains: plain torch or DeepSpeed."""
     ranks: Positive = 1
-    gpus: Annotated[float, Field(ge=0)] = 0.0  # per rank
-    cpus: Annotated[float, Field(gt=0)] = 1.0  # per rank, for Ray's book-keeping
-    threads: Positive | None = None  # per rank; None: the plan decides
+    """Processes that train together, each on its share of a batch."""
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs reserved per rank."""
+    cpus: Annotated[float, Field(gt=0)] = 1.0
+    """CPUs reserved per rank, in Ray's book-keeping; `threads` says how many are used."""
+    threads: Positive | None = None
+    """Threads of torch per rank. None: the plan decides."""
     memory_gib: Annotated[float, Field(gt=0)] | None = None
-    deepspeed: dict[str, Any] | Path | None = None  # a DeepSpeed configuration, inline or a JSON file, passed through
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 2  # used when `deepspeed` does not say
-    colocate: str | None = None  # share that role's bundles; `gpus` may be a fraction
-    call_timeout_s: Seconds = 3600.0  # of one verb: a step, a pass of log-probabilities, a save
-    resources: dict[str, float] = Field(default_factory=dict)  # custom Ray resources
-    label_selector: LabelSelector = Field(default_factory=dict)  # of the nodes that it may run on
+    """Memory reserved per rank, in Ray's book-keeping. None: none."""
+    deepspeed: dict[str, Any] | Path | None = None
+    """A DeepSpeed configuration, inline or a JSON file, passed through."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
+    """ZeRO stage, used when `deepspeed` does not say."""
+    colocate: str | None = None
+    """Share that role's bundles; `gpus` may be a fraction."""
+    call_timeout_s: Seconds = 3600.0
+    """Deadline of one verb: a step, a pass of log-probabilities, a save."""
+    resources: dict[str, float] = Field(default_factory=dict)
+    """Custom Ray resources reserved per rank."""
+    label_selector: LabelSelector = Field(default_factory=dict)
+    """Labels of the nodes that it may run on."""
 
 
 class FrozenRole(TrainedRole):
     """A role whose weights stay (`reference`, `teacher`): the same machinery without an optimizer."""
 
-    model: str | None = None  # default: the policy's initial weights
+    model: str | None = None
+    """Folder or hub name of its model. Default: the policy's initial weights."""
     dtype: DType | None = None
+    """Type of its weights. Default: the policy's."""
 
 
 class RewardRole(Section):
     """The pool of reward actors."""
 
     workers: Positive = 1
+    """Number of processes; `troupe scale RUN reward=N` changes the number of a running job."""
     cpus: Annotated[float, Field(ge=0)] = 0.5
+    """CPUs reserved per worker, in Ray's book-keeping."""
     gpus: Annotated[float, Field(ge=0)] = 0.0
-    concurrency: Positive = 4  # groups scored by one worker at a time
-    timeout_s: Seconds = 60.0  # then the worker is killed, replaced, and the group tried again
+    """GPUs reserved per worker."""
+    concurrency: Positive = 4
+    """Groups scored by one worker at a time."""
+    timeout_s: Seconds = 60.0
+    """Deadline of one call; then the worker is killed, replaced, and the group tried again."""
     max_attempts: Positive = 3
-    on_failure: Literal["drop", "abort"] = "drop"  # of a group whose attempts are used up; never a reward of zero
+    """How often a group is tried."""
+    on_failure: Literal["drop", "abort"] = "drop"
+    """What becomes of a group whose attempts are used up: dropped, or the run ends. Never a reward of zero."""
     colocate: str | None = None
+    """Share that role's bundles."""
 
 
 class Fallback(Section):
     """Another choice of nodes, as Ray writes it. An empty selector takes every node."""
 
     label_selector: LabelSelector
+    """Labels of the nodes; empty: every node."""
 
 
 class RolloutRole(Section):
     """The fleet of rollout workers; each has a placement group of its own and may join or leave at any time."""
 
-    engine: str = "vllm"  # vllm | hf | scripted
+    engine: str = "vllm"
+    """What samples: vllm, hf or scripted."""
     workers: Positive = 1
+    """Number of processes; `troupe scale RUN rollout=N` changes the number of a running job."""
     gpus: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs reserved per worker."""
     cpus: Annotated[float, Field(gt=0)] = 1.0
+    """CPUs reserved per worker, in Ray's book-keeping; `threads` says how many are used."""
     threads: Positive | None = None
+    """Threads of each worker's engine. None: the plan decides."""
     memory_gib: Annotated[float, Field(gt=0)] | None = None
-    resources: dict[str, float] = Field(default_factory=dict)  # custom Ray resources
-    label_selector: LabelSelector = Field(default_factory=dict)  # of the nodes that it may run on, e.g. {role: rollout}
-    fallback_strategy: tuple[Fallback, ...] = ()  # if there is no room: tried in turn, each for placement_timeout_s
+    """Memory reserved per worker, in Ray's book-keeping. None: none."""
+    resources: dict[str, float] = Field(default_factory=dict)
+    """Custom Ray resources reserved per worker."""
+    label_selector: LabelSelector = Field(default_factory=dict)
+    """Labels of the nodes that it may run on, e.g. {role: rollout}."""
+    fallback_strategy: tuple[Fallback, ...] = ()
+    """Other nodes, tried in turn if there is no room, each for cluster.placement_timeout_s."""
     tensor_parallel: Positive = 1
-    dtype: DType | None = None  # default: the model's
+    """GPUs over which each worker's engine splits the model."""
+    dtype: DType | None = None
+    """Type in which the engine holds the weights. Default: the model's."""
     kv_cache_gib: Annotated[float, Field(gt=0)] = 0.25
-    max_concurrency: Positive = 256  # sequences decoded by one worker at a time
-    max_model_len: Positive | None = None  # default: the longest prompt allowed plus sampling.max_tokens
+    """Memory of each worker's key-value cache."""
+    max_concurrency: Positive = 256
+    """Sequences decoded by one worker at a time."""
+    max_model_len: Positive | None = None
+    """Tokens of prompt and completion. Default: the longest prompt allowed plus sampling.max_tokens."""
     engine_options: dict[str, Any] = Field(default_factory=dict)
+    """Arguments passed to the engine as they are."""
     colocate: str | None = None
+    """Share that role's bundles."""
     start_timeout_s: Seconds = 300.0
+    """Deadline of a worker's start: process, engine, model."""
     request_timeout_s: Seconds = 600.0
-    max_attempts: Positive = 5  # per request, each on another worker if there is one
-    max_restarts: Annotated[int, Field(ge=0)] = 100  # replacements of dead workers in a run
+    """Deadline of one request; then it is tried on another worker."""
+    max_attempts: Positive = 5
+    """How often a request is tried, each time on another worker if there is one."""
+    max_restarts: Annotated[int, Field(ge=0)] = 100
+    """Replacements of dead workers in a run."""
 
 
 class RolesConfig(Section):
@@ -244,48 +362,76 @@ class WeightsConfig(Section):
     """How published weights reach the rollout workers."""
 
     transport: Literal["collective", "object_store", "disk"] = "collective"
-    topology: Literal["each", "all"] = "each"  # collective: a broadcast for every worker, or one for all of them
+    """Broadcast between processes (NCCL, gloo), Ray's object store, or files."""
+    topology: Literal["each", "all"] = "each"
+    """Of collective transport: a broadcast for every worker, or one for all of them."""
     bucket_mib: Annotated[float, Field(gt=0)] = 4.0
+    """Size of the pieces in which weights travel."""
     timeout_s: Seconds = 120.0
-    dtype: DType | None = None  # on the wire; default: the rollout dtype
+    """Deadline of one publication."""
+    dtype: DType | None = None
+    """Type in which weights travel. Default: the rollout's dtype."""
 
 
 class CheckpointConfig(Section):
-    every: Positive | None = None  # steps; None: only at the end of a phase
+    """When the state of a run is saved."""
+
+    every: Positive | None = None
+    """Steps between two checkpoints. None: only at the end of a phase."""
     keep: Positive = 2
+    """How many of the newest checkpoints are kept."""
 
 
 class LoggingConfig(Section):
+    """What a run writes down and shows."""
+
     every: Positive = 1
-    completions_every: Positive | None = 10  # steps between two tables of sampled completions
+    """Steps between two lines of metrics, in the file and on the console."""
+    completions_every: Positive | None = 10
+    """Steps between two tables of sampled completions. None: none."""
     completions_shown: Positive = 4
+    """Samples in a table of completions."""
     tensorboard: bool = True
+    """Write TensorBoard's event files."""
     ray_metrics: bool = True
+    """Export gauges `ray_troupe_*` on Ray's metrics port."""
 
 
 class ClusterConfig(Section):
     """Where Ray is. `address=None`: RAY_ADDRESS if set, else a local Ray of our own."""
 
     address: str | None = None
-    num_cpus: Positive | None = None  # of the local Ray; default: what the plan needs, at least the machine's cores
+    """HOST:PORT of a running Ray. None: RAY_ADDRESS if set, else a Ray of our own."""
+    num_cpus: Positive | None = None
+    """CPUs of a Ray of our own. Default: what the plan needs, at least the machine's cores."""
     object_store_mib: Positive = 512
+    """Size of the object store of a Ray of our own."""
     dashboard: bool = False
+    """Whether a Ray of our own has a dashboard."""
     placement_timeout_s: Seconds = 30.0
+    """How long to wait for room for all roles."""
     watchdog_s: Seconds = 30.0
+    """A wait is reported on the console after that long."""
 
 
 class RunConfig(Section):
     """A whole run."""
 
     name: str = "run"
+    """The run's folder begins with it."""
     seed: int = 0
+    """Decides everything that is drawn: order of data, samples, weights of example models."""
     output: Path = Path("runs")
+    """The folder in which the run's folder is made."""
     model: ModelConfig = Field(default_factory=ModelConfig)
     phases: dict[str, PhaseConfig] = Field(min_length=1)
+    """Phase name -> its method, data and schedule. A file with one phase writes those keys at the top level."""
     rewards: tuple[RewardConfig, ...] = ()
+    """What a completion is worth: the weighted sum of these."""
     roles: RolesConfig = Field(default_factory=RolesConfig)
     weights: WeightsConfig = Field(default_factory=WeightsConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     debug: bool = False
+    """Show the output of Ray and of every process."""

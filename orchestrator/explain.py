@@ -53,7 +53,7 @@ def schema_keys(schema: type[BaseModel], below: Keys = ()) -> Iterator[Keys]:
     """Every key of a configuration, as paths; names that the user chooses stand as `NAME`."""
     for name, field in schema.model_fields.items():
         yield (*below, name)
-        for section, step in _sections(field.annotation):
+        for section, step in sections(field.annotation):
             yield from schema_keys(section, (*below, name, *step))
 
 
@@ -110,7 +110,7 @@ def _section_at(schema: type[BaseModel] | None, path: Keys) -> type[BaseModel] |
     """The section that a path leads to, or None where it leads to something else."""
     while schema is not None and path:
         field = schema.model_fields.get(str(path[0]))
-        found = next(_sections(field.annotation), None) if field else None
+        found = next(sections(field.annotation), None) if field else None
         if found is None:
             return None
         schema, step = found
@@ -118,7 +118,7 @@ def _section_at(schema: type[BaseModel] | None, path: Keys) -> type[BaseModel] |
     return schema
 
 
-def _sections(annotation: Any) -> Iterator[tuple[type[BaseModel], Keys]]:
+def sections(annotation: Any) -> Iterator[tuple[type[BaseModel], Keys]]:
     """The sections inside an annotation, with the keys between: `dict[str, Phase]` holds (Phase, ("NAME",))."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation, ()
@@ -126,11 +126,11 @@ def _sections(annotation: Any) -> Iterator[tuple[type[BaseModel], Keys]]:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType, typing.Annotated):
         for member in arguments:
-            yield from _sections(member)
+            yield from sections(member)
     elif origin in (dict, tuple, list) and arguments:
         inner = arguments[1] if origin is dict else arguments[0]
         step = "NAME" if origin is dict else "N"
-        for section, keys in _sections(inner):
+        for section, keys in sections(inner):
             yield section, (step, *keys)
 
 

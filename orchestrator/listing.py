@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
-import types
+import textwrap
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from actors.errors import ConfigError
-from orchestrator.config import DataConfig, RunConfig
+from orchestrator.config import DataConfig, PhaseConfig, RunConfig
 from orchestrator.data.report import LEARNED
 from orchestrator.explain import unknown
+from orchestrator.keys import as_yaml, every_key, keys_below, type_name
 from orchestrator.metrics import METRICS_FILE, read
 from orchestrator.pipeline import Pipeline
 
 PREVIEW_LIMIT = 4_000  # characters of a rendered row
+PLAIN_WIDTH = 160  # columns where the output is not a terminal, and COLUMNS does not say
 
 
 def show_methods(*, papers: bool) -> None:
@@ -45,7 +48,7 @@ def _papers() -> Table:
 
     table = _table("recipe", "paper", "arXiv", "method and options")
     for paper in papers():
-        options = (f"{name}={_yaml(value)}" for name, value in paper.options.items())
+        options = (f"{name}={as_yaml(value)}" for name, value in paper.options.items())
         table.add_row(paper.recipe, paper.title, paper.number, " ".join([paper.method, *options]))
     return table
 
@@ -60,8 +63,8 @@ def show_method(name: str) -> None:
     options = _table("option", "default", "type")
     hints = typing.get_type_hints(method, include_extras=True)
     for option, parameter in inspect.signature(method).parameters.items():
-        default = "required" if parameter.default is parameter.empty else _yaml(parameter.default)
-        options.add_row(option, default, Text(_type_name(hints[option])))
+        default = "required" if parameter.default is parameter.empty else as_yaml(parameter.default)
+        options.add_row(option, default, Text(type_name(hints[option])))
     _print(options)
 
 
@@ -72,6 +75,22 @@ def show_recipes() -> None:
     for name, what in recipes().items():
         table.add_row(name, what)
     _print(table)
+
+
+def show_keys(prefix: str | None, *, everything: bool) -> None:
+    """Keys with type, default and help: all that begin with `prefix`, everything, or those of the top level."""
+    top_level = [
+        key for key in every_key() if key.name in RunConfig.model_fields or key.name in PhaseConfig.model_fields
+    ]
+    found = keys_below(prefix) if prefix else list(every_key()) if everything else top_level
+    for key in found:
+        default = "" if key.type == "section" else ", required" if key.default is None else f", default {key.default}"
+        head = Text(_filled(f"{key.name}  {key.type}{default}", first=""), "dim")
+        head.stylize("not dim bold", 0, len(key.name))
+        _print(head)
+        _print(Text(_filled(key.help)))
+    if not prefix and not everything:
+        _print(Text("\ntroupe keys train: the keys below train; troupe keys --all: every key"))
 
 
 def show_data(path: str, method: str, model: str | None, overrides: Sequence[str], **options: Any) -> None:
@@ -179,33 +198,6 @@ def _stages(pipeline: Pipeline) -> Table:
     return table
 
 
-def _type_name(annotation: Any) -> str:
-    """A type as a user writes values of it: `float > 0 | none`, `token | sequence`."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Literal:
-        return " | ".join(map(str, arguments))
-    if origin is Annotated:
-        return " ".join([_type_name(arguments[0]), *_limits(arguments[1:])])
-    if origin in (typing.Union, types.UnionType):
-        return " | ".join(map(_type_name, arguments))
-    if annotation is types.NoneType:
-        return "none"
-    return str(annotation) if arguments else getattr(annotation, "__name__", str(annotation))
-
-
-def _limits(constraints: tuple[Any, ...]) -> Iterator[str]:
-    """`> 0`, `<= 1` from pydantic's fields."""
-    for field in constraints:
-        for limit in getattr(field, "metadata", ()):
-            for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
-                if hasattr(limit, name):
-                    yield f"{sign} {getattr(limit, name):g}"
-
-
-def _yaml(value: Any) -> str:
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def _table(*columns: str) -> Table:
     table = Table(box=None, header_style="dim", pad_edge=False)
     for column in columns:
@@ -213,6 +205,16 @@ def _table(*columns: str) -> Table:
     return table
 
 
+def _filled(text: str, first: str = "    ") -> str:
+    """Broken into lines where the terminal ends; lines after the first are indented."""
+    return textwrap.fill(text, _terminal().width, initial_indent=first, subsequent_indent="    ")
+
+
 def _print(what: RenderableType) -> None:
+    _terminal().print(what)
+
+
+def _terminal() -> Console:
     terminal = Console(highlight=False)
-    (terminal if terminal.is_terminal else Console(highlight=False, width=160)).print(what)
+    wide = not terminal.is_terminal and "COLUMNS" not in os.environ
+    return Console(highlight=False, width=PLAIN_WIDTH) if wide else terminal
