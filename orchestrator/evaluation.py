@@ -1,18 +1,110 @@
 """Held-out evaluation: greedy completions of prompts that are never trained on, scored by the run's rewards; and a
-phase's own loss and metrics on rows that are never trained on."""
+phase's own loss and metrics on rows that are never trained on.
+
+What is measured never ends what is trained: an evaluation comes after the checkpoint of its step, and one that fails is
+a warning, and a number that is missing."""
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
-from actors.errors import DataFailure, RunError
+from actors.errors import DataFailure, InfraFailure, RunError
+from orchestrator.console import Console
+from orchestrator.driver import Progress
+from orchestrator.metrics import METRICS_FILE, MetricsLog, read
+from orchestrator.prepare import PreparedPhase
 from orchestrator.roles import Roles
+from orchestrator.supervision import Watchdog
 from rewards.actor import ScoreResult
 from rollout.sampling import Request, Sampling
+
+
+T = TypeVar("T")
+
+
+@dataclass
+class Evaluations:
+    """All evaluations of a run. `scores`: mean rewards of held-out prompts by label, `before` and one per phase."""
+
+    folder: Path
+    log: MetricsLog
+    console: Console
+    watchdog: Watchdog
+    event: Callable[[str, dict[str, Any]], None]
+    scores: dict[str, float] = field(default_factory=dict[str, float])
+
+    async def at(self, phase: PreparedPhase, roles: Roles, progress: Progress) -> None:
+        """Measure what the configuration wants at this step, unless the run's metrics have it already: from before it
+        was resumed. Where a phase begins, prompts may have been answered already: at the end of the one before."""
+        if not is_due(phase, progress.step):
+            return
+        total = phase.first_version + progress.step
+        at_start, at_end = progress.step == 0, progress.step == phase.steps
+        metrics = self._recorded(total, phase.name)
+        if not metrics:
+            label = phase.name if at_end else f"{phase.name}@{progress.step}"
+            if phase.held_out is not None:
+                metrics |= await self._unless_it_fails(label, self._rows(phase, roles, label))
+            if phase.evaluation is not None and not (at_start and self.scores):
+                label = "before" if at_start else label
+                metrics |= await self._unless_it_fails(label, self._prompts(phase, roles, label, progress))
+            if metrics:
+                self.log.write(total, phase.name, metrics)
+        score = metrics.get("eval_reward")
+        if score is not None and (at_start or at_end):
+            self.scores["before" if at_start else phase.name] = score
+
+    def _recorded(self, total_step: int, phase: str) -> dict[str, Any]:
+        lines = [
+            line for line in read(self.folder / METRICS_FILE) if (line["step"], line["phase"]) == (total_step, phase)
+        ]
+        return {name: value for line in lines for name, value in line.items() if name.startswith("eval_")}
+
+    async def _unless_it_fails(self, label: str, measuring: Coroutine[Any, Any, dict[str, float]]) -> dict[str, float]:
+        """Whatever it is, a bug in a reward included: a warning, and nothing measured."""
+        try:
+            return await measuring
+        except Exception as error:
+            why = f"{'' if isinstance(error, RunError) else type(error).__name__ + ': '}{error}"
+            self.event("evaluation_failed", {"label": label, "why": why})
+            self.console.warn(f"evaluation {label} failed, and its number is missing; training goes on: {why}")
+            return {}
+
+    async def _rows(self, phase: PreparedPhase, roles: Roles, label: str) -> dict[str, float]:
+        with self.watchdog.waiting(f"evaluation {label} on held-out rows"):
+            metrics = await evaluate_rows(phase.held_out, roles)
+        self.console.held_out(label, metrics)
+        return metrics
+
+    async def _prompts(self, phase: PreparedPhase, roles: Roles, label: str, progress: Progress) -> dict[str, float]:
+        """Held-out prompts, answered with the newest weights and scored."""
+        assert phase.config.evaluation is not None
+        async with roles.changing_weights():
+            await roles.publish(progress.version)
+        sampling = greedy(phase.sampling, phase.config.evaluation.max_tokens)
+        with self.watchdog.waiting(f"evaluation {label}"):
+            result = await evaluate(phase.evaluation, roles, sampling, label=label)
+        self.console.evaluation(label, result.score)
+        failed = result.metrics["eval_failed"]
+        if failed:
+            self.console.warn(f"evaluation {label}: {failed:.0f} prompt(s) failed and are not in its mean")
+        return result.metrics
+
+
+def is_due(phase: PreparedPhase, step: int) -> bool:
+    """Whether there is an evaluation after this step of the phase; 0: before the first."""
+    evaluation = phase.config.evaluation
+    if evaluation is None:
+        return False
+    if step == 0:
+        return evaluation.at_start
+    return step == phase.steps or (evaluation.every is not None and step % evaluation.every == 0)
 
 
 @dataclass(frozen=True)
@@ -25,7 +117,8 @@ class Evaluation:
 
 
 async def evaluate(source: Any, roles: Roles, sampling: Sampling, *, label: str) -> Evaluation:
-    """Score every prompt of `source` once. A prompt whose completion fails for good is counted, not scored as zero."""
+    """Score every prompt of `source` once. A prompt whose completion fails for good is counted, not scored as zero.
+    Raises RunError if there is no score of any."""
 
     async def one(index: int) -> tuple[int, ScoreResult] | None:
         prompt = source.item(index)
@@ -33,14 +126,18 @@ async def evaluate(source: Any, roles: Roles, sampling: Sampling, *, label: str)
         try:
             meta, tokens = await roles.generate(request)
             return (meta.lengths[0], await roles.score(prompt, tokens)) if meta.lengths else None
-        except DataFailure:
+        except (DataFailure, InfraFailure) as error:
+            reasons.append(str(error))
             return None
 
-    results = await asyncio.gather(*(one(index) for index in range(len(source))))
+    reasons: list[str] = []
+    results = await _all_of([one(index) for index in range(len(source))])
     done = [result for result in results if result is not None]
     if not done:
-        raise RunError(f"evaluation {label}: all {len(results)} prompts failed")
+        raise RunError(f"all {len(results)} prompts failed, the last because: {''.join(reasons[-1:]) or 'no samples'}")
     totals = np.array([score.total[0] for _, score in done], dtype=np.float64)
+    if np.isnan(totals).all():
+        raise RunError(f"no reward had an opinion of any of {len(done)} completions")
     metrics = {
         "eval_reward": float(np.nanmean(totals)),
         "eval_completions/mean_length": float(np.mean([n for n, _ in done])),
@@ -50,6 +147,17 @@ async def evaluate(source: Any, roles: Roles, sampling: Sampling, *, label: str)
         metrics[f"eval_rewards/{name}/mean"] = float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")
     metrics["eval_failed"] = float(len(results) - len(done))
     return Evaluation(metrics["eval_reward"], len(done), metrics)
+
+
+async def _all_of(work: list[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results, or the first error; nothing goes on after that."""
+    tasks = [asyncio.ensure_future(each) for each in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def evaluate_rows(source: Any, roles: Roles) -> dict[str, float]:

@@ -267,11 +267,12 @@ def _wrong_with(evaluation: EvaluationConfig, where: str, method: str, kind: Dat
             f"{where}.rows: {method} learns from what it samples, so rows have no loss of its own; set {where}.data "
             "to held-out prompts instead"
         )
-    if evaluation.rows is not None and evaluation.rows.streaming:
-        return (
-            f"{where}.rows.streaming=true: held-out rows are evaluated all at once; leave it out, and set "
-            f"{where}.rows.limit if they are too many"
-        )
+    for name, data in (("rows", evaluation.rows), ("data", evaluation.data)):
+        if data is not None and data.streaming:
+            return (
+                f"{where}.{name}.streaming=true: what is held out is evaluated all at once; leave it out, and set "
+                f"{where}.{name}.limit if that is too much"
+            )
     return None
 
 

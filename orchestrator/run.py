@@ -12,9 +12,9 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,10 @@ from orchestrator.console import Console
 from orchestrator.cursor import Cursor
 from orchestrator.driver import Progress, StepRecord, train
 from orchestrator.ending import Ending
-from orchestrator.evaluation import evaluate, evaluate_rows, greedy
-from orchestrator.launch import average_spec, launch, optim_spec
+from orchestrator.evaluation import Evaluations
+from orchestrator.launch import launch
 from orchestrator.metrics import MetricsLog
+from orchestrator.phase_weights import AVERAGED, reference_folder, save_weights, set_optimizers, set_weights
 from orchestrator.plan import Plan, make_plan
 from orchestrator.plot import draw
 from orchestrator.precompute import precompute
@@ -39,9 +40,6 @@ from orchestrator.roles import PhaseSettings, Roles
 from orchestrator.rollout_metrics import rollout_metrics
 from orchestrator.staleness import Contract
 from orchestrator.supervision import Ledger, Watchdog
-
-SAVE_TIMEOUT_S = 1800.0
-AVERAGED = "bema"  # in a checkpoint, beside `model`
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,6 @@ class _Run:
     local: bool
     resuming: bool
     began: float
-    scores: dict[str, float] = field(default_factory=dict)
     last_checkpoint: Checkpoint | None = None
     dashboard: str | None = None  # Ray's
     ending: Ending | None = None  # once there is something to put in order
@@ -106,6 +103,7 @@ class _Run:
             tensorboard=config.logging.tensorboard,
             ray_metrics=config.logging.ray_metrics and not self.local,
         )
+        self.evaluations = Evaluations(self.folder, self.log, self.console, self.watchdog, self.event)
         self.ledger = Ledger(allowed_in_a_row=max(64, 4 * max(p.config.train.batch_size for p in self.prepared.phases)))
 
     async def execute(self) -> RunResult:
@@ -126,7 +124,7 @@ class _Run:
             raise ConfigError(f"{self.folder} holds no valid checkpoint to resume from")
         if found is not None:
             self.last_checkpoint = found
-            self.scores.update(found.state.scores)
+            self.evaluations.scores.update(found.state.scores)
             self.log.rewind(found.state.total_step)
         async with (
             self._cluster() as cluster,
@@ -147,18 +145,16 @@ class _Run:
         """One phase, from its start or from a checkpoint inside it."""
         self._enter(phase, roles)
         self.console.data(phase.name, phase.source.report.lines())
-        await self._set_reference(phase, roles, resumed=found is not None)
-        await self._set_mixed(phase, roles, found)
+        await set_weights(self.config, self.folder, phase, roles, found)
         phase = await self._precompute(phase, roles)
-        await self._set_weights(phase, roles, found)
+        await set_optimizers(phase, roles, found)
         progress = Progress(found.state.step, found.state.version) if found else Progress(0, phase.first_version)
         cursor = Cursor.from_json(found.state.cursor) if found else Cursor()
         async with roles.changing_weights():
             report = await roles.publish(progress.version)
         if report is not None:
             self.event("published", {"version": report.version, "seconds": round(report.seconds, 3)})
-        if found is None and phase.config.evaluation and phase.config.evaluation.at_start:
-            await self._evaluate(phase, roles, progress)
+        await self.evaluations.at(phase, roles, progress)
         collector = self._collector(phase, roles, cursor, progress)
         try:
             await train(phase.pipeline, phase.steps, roles, collector, progress, self._after_step(phase, roles, cursor))
@@ -183,7 +179,7 @@ class _Run:
                 self.prepared.model,
                 phase,
                 roles,
-                began_with=str(self._reference_folder(phase)),
+                began_with=str(reference_folder(self.folder, phase)),
                 announce=announce,
                 progress=lambda column, share: self.console.progress(phase.name, column, share),
             )
@@ -193,43 +189,6 @@ class _Run:
             await roles.release(role)
             self.event("released", {"role": role})
         return phase
-
-    def _reference_folder(self, phase: PreparedPhase) -> Path:
-        """The policy as a phase after the first one found it."""
-        return self.folder / "references" / phase.name
-
-    async def _set_reference(self, phase: PreparedPhase, roles: Roles, *, resumed: bool) -> None:
-        """The reference is the policy as it was when the phase began, unless `roles.reference.model` is another. It is
-        kept in the run's folder: a phase that is resumed must find it again."""
-        shared = "reference" in phase.pipeline.roles and "reference" in roles.groups
-        if phase.index == 0 or not shared or self.config.roles.reference.model is not None:
-            return
-        folder = self._reference_folder(phase)
-        if not resumed:
-            folder.mkdir(parents=True, exist_ok=True)
-            await roles.groups["policy"].call("save_model", str(folder), timeout_s=SAVE_TIMEOUT_S)
-        await roles.groups["reference"].call("load_model", str(folder), timeout_s=SAVE_TIMEOUT_S)
-
-    async def _set_mixed(self, phase: PreparedPhase, roles: Roles, found: Checkpoint | None) -> None:
-        """If the phase is resumed, roles whose weights follow the trained ones have those of the checkpoint."""
-        if found is None:
-            return
-        for role in phase.pipeline.mixed:
-            folder = found.path / role
-            if not folder.is_dir():
-                raise ConfigError(
-                    f"{folder} does not exist: the run that wrote this checkpoint did not move the weights of {role}; "
-                    "resume with the options of its method that it had"
-                )
-            await roles.groups[role].call("load_model", str(folder), timeout_s=SAVE_TIMEOUT_S)
-
-    async def _set_weights(self, phase: PreparedPhase, roles: Roles, found: Checkpoint | None) -> None:
-        """A fresh optimizer for the phase, and if it is resumed, everything as the checkpoint has it."""
-        for role in phase.pipeline.trained:
-            average = average_spec(phase) if role == "policy" else None  # what leaves as a model
-            await roles.groups[role].call("reset", optim_spec(phase), average, timeout_s=SAVE_TIMEOUT_S)
-            if found is not None:
-                await roles.groups[role].call("load_state", str(found.path / role), timeout_s=SAVE_TIMEOUT_S)
 
     def _collector(self, phase: PreparedPhase, roles: Roles, cursor: Cursor, progress: Progress) -> Collector:
         train_config = phase.config.train
@@ -256,15 +215,15 @@ class _Run:
             sampled = rollout_metrics(record.collected, record.version - 1)
             metrics = {**sampled, **record.metrics, **phase.source.report.metrics()}
             total = phase.first_version + step
-            if last or step % self.config.logging.every == 0:
-                self.log.write(total, phase.name, metrics)
+            with self._warned_of(f"metrics of step {total}"):
+                if last or step % self.config.logging.every == 0:
+                    self.log.write(total, phase.name, metrics)
             self.console.step(phase.name, step, phase.steps, metrics)
-            self._show_completions(phase, record, last)
-            evaluation = phase.config.evaluation
-            if evaluation and (last or (evaluation.every and step % evaluation.every == 0)):
-                await self._evaluate(phase, roles, Progress(step, record.version))
+            with self._warned_of(f"completions of step {total}"):
+                self._show_completions(phase, record, last)
             if last or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
                 await self._save(phase, roles, cursor, record)
+            await self.evaluations.at(phase, roles, Progress(step, record.version))
 
         return after_step
 
@@ -278,51 +237,8 @@ class _Run:
             shown = rows[:: max(1, len(rows) // self.config.logging.completions_shown)]
             self.console.completions(shown[: self.config.logging.completions_shown])
 
-    async def _evaluate(self, phase: PreparedPhase, roles: Roles, progress: Progress) -> None:
-        """On held-out rows and prompts, whichever the phase has. Where a phase begins, prompts may have been answered
-        already: at the end of the one before."""
-        at_start, at_end = progress.step == 0, progress.step == phase.steps
-        label = phase.name if at_end else f"{phase.name}@{progress.step}"
-        metrics: dict[str, float] = {}
-        if phase.held_out is not None:
-            with self.watchdog.waiting(f"evaluation {label} on held-out rows"):
-                metrics |= await evaluate_rows(phase.held_out, roles)
-            self.console.held_out(label, metrics)
-        if phase.evaluation is not None and not (at_start and self.scores):
-            label = "before" if at_start else label
-            metrics |= await self._answer(phase, roles, label, progress, keep_score=at_start or at_end)
-        if metrics:
-            self.log.write(phase.first_version + progress.step, phase.name, metrics)
-
-    async def _answer(
-        self, phase: PreparedPhase, roles: Roles, label: str, progress: Progress, *, keep_score: bool
-    ) -> dict[str, float]:
-        """Held-out prompts, answered with the newest weights and scored."""
-        assert phase.evaluation is not None and phase.config.evaluation is not None
-        async with roles.changing_weights():
-            await roles.publish(progress.version)
-        sampling = greedy(phase.sampling, phase.config.evaluation.max_tokens)
-        with self.watchdog.waiting(f"evaluation {label}"):
-            result = await evaluate(phase.evaluation, roles, sampling, label=label)
-        self.console.evaluation(label, result.score)
-        if keep_score:
-            self.scores[label] = result.score
-        return result.metrics
-
     async def _save(self, phase: PreparedPhase, roles: Roles, cursor: Cursor, record: StepRecord) -> None:
-        """A checkpoint: every trained role's state, the weights of those that follow them, a model folder, one with the
-        average if that is taken, and where the run stands."""
-
-        async def write(folder: Path) -> None:
-            for role in phase.pipeline.trained:
-                (folder / role).mkdir()
-                await roles.groups[role].call("save_state", str(folder / role), timeout_s=SAVE_TIMEOUT_S)
-            for role in phase.pipeline.mixed:
-                await roles.groups[role].call("save_model", str(folder / role), timeout_s=SAVE_TIMEOUT_S)
-            await roles.groups["policy"].call("save_model", str(folder / "model"), timeout_s=SAVE_TIMEOUT_S)
-            if phase.config.train.bema is not None:
-                await roles.groups["policy"].call("save_model", str(folder / AVERAGED), True, timeout_s=SAVE_TIMEOUT_S)
-
+        """A checkpoint: the weights of the phase, and where the run stands."""
         total = phase.first_version + record.step
         state = RunState(
             phase=phase.name,
@@ -332,10 +248,10 @@ class _Run:
             version=record.version,
             cursor=cursor.to_json(),
             seed=self.config.seed,
-            scores=dict(self.scores),
+            scores=dict(self.evaluations.scores),
         )
         began = time.monotonic()
-        self.last_checkpoint = await self.store.write(write, state)
+        self.last_checkpoint = await self.store.write(lambda folder: save_weights(phase, roles, folder), state)
         self.event("checkpoint", {"step": total, "seconds": round(time.monotonic() - began, 3)})
 
     def _finish(self) -> RunResult:
@@ -344,7 +260,7 @@ class _Run:
         checkpoint = self.last_checkpoint.path if self.last_checkpoint else None
         model = checkpoint / "model" if checkpoint else None
         averaged = checkpoint / AVERAGED if checkpoint and (checkpoint / AVERAGED).is_dir() else None
-        result = RunResult(self.folder, dict(self.scores), checkpoint, model, averaged, picture)
+        result = RunResult(self.folder, dict(self.evaluations.scores), checkpoint, model, averaged, picture)
         self.console.done(result)
         return result
 
@@ -355,10 +271,18 @@ class _Run:
     def event(self, kind: str, detail: dict[str, Any]) -> None:
         """One line in `events.jsonl`: stages of starting, joins, deaths, retries, resizes, checkpoints."""
         line = {"time": round(time.time(), 3), "event": kind, **detail}
-        with (self.folder / "events.jsonl").open("a") as stream:
+        with self._warned_of(f"event {kind}"), (self.folder / "events.jsonl").open("a") as stream:
             stream.write(json.dumps(line) + "\n")
         if kind in ("evicted", "resized", "sync_failed"):
             self.console.warn(f"{kind}: " + ", ".join(f"{name}={value}" for name, value in detail.items()))
+
+    @contextlib.contextmanager
+    def _warned_of(self, what: str) -> Iterator[None]:
+        """A disk that does not take what is only evidence is a warning: weights that are trained come first."""
+        try:
+            yield
+        except OSError as error:
+            self.console.warn(f"{what} not written: {error}")
 
     @asynccontextmanager
     async def _cluster(self) -> AsyncIterator[Cluster]:

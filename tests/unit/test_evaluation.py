@@ -107,7 +107,12 @@ def test_training_goes_on_as_if_nothing_had_been_evaluated(
     ("method", "change", "message"),
     [
         ("dpo", {"rows": None}, r"phases\.first\.evaluation names nothing to evaluate on; set .*\.data .*\.rows"),
-        ("dpo", {"rows.streaming": True}, r"rows\.streaming=true: held-out rows are evaluated all at once"),
+        ("dpo", {"rows.streaming": True}, r"rows\.streaming=true: what is held out is evaluated all at once"),
+        (
+            "dpo",
+            {"data.streaming": True},
+            r"data\.streaming=true: what is held out is .*; leave it out, and set .*limit",
+        ),
         ("grpo", {}, r"phases\.first\.evaluation\.rows: grpo learns from what it samples"),
         ("kto", {"rows.limit": 1, "rows.path": "one.jsonl"}, r"has one item; kto swaps completions between items"),
     ],
@@ -123,7 +128,7 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_starts(
     for key, value in change.items():
         head, _, below = key.partition(".")
         value = str(write_rows(tmp_path / value, [row])) if below == "path" else value
-        target = phase["evaluation"][head] if below else phase["evaluation"]
+        target = phase["evaluation"].setdefault(head, {"path": "example:arithmetic"}) if below else phase["evaluation"]
         target[below or head] = value
     with pytest.raises(ConfigError, match=message):
         prepare(RunConfig.model_validate(recipe))
@@ -133,3 +138,67 @@ def test_runs_of_one_second_have_folders_of_their_own(recipe: dict[str, Any]) ->
     config = RunConfig.model_validate(recipe)
     folders = {run(config, local=True).folder for _ in range(3)}
     assert len(folders) == 3 and all((folder / METRICS_FILE).is_file() for folder in folders)
+
+
+REWARDS = """
+from pathlib import Path
+from actors.errors import InfraFailure
+
+def fragile(completions, **columns):
+    if columns["kind"][0] == "breaks":
+        raise InfraFailure("this worker is broken, and so are the others")
+    if columns["kind"][0] == "raises":
+        raise KeyError("answer")
+    return [float(len(list(Path({output!r}).glob("*/checkpoints/step-00000002")))) for _ in completions]
+"""
+
+
+@pytest.fixture
+def answered(recipe: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """Two steps, and three held-out prompts at the end; a reward is 1 once the checkpoint of the last step is there."""
+    (tmp_path / "rewards_of_test.py").write_text(REWARDS.format(output=str(tmp_path)))
+    recipe["rewards"] = [{"fn": f"{tmp_path / 'rewards_of_test.py'}:fragile"}]
+    recipe["roles"] = {"rollout": {"engine": "scripted"}, "reward": {"max_attempts": 1}}
+    recipe["phases"]["first"]["evaluation"] = {"data": {"path": str(tmp_path / "held.jsonl")}, "at_start": False}
+    return recipe
+
+
+def held_out(tmp_path: Path, *kinds: str) -> None:
+    write_rows(tmp_path / "held.jsonl", [{"prompt": f"{i}+2=", "kind": kind} for i, kind in enumerate(kinds)])
+
+
+def test_a_checkpoint_is_written_before_its_evaluation_and_prompts_that_fail_are_counted(
+    answered: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_out(tmp_path, "fine", "breaks", "raises")
+    result = run(RunConfig.model_validate(answered), local=True)
+    [line] = [line for line in read(result.folder / METRICS_FILE) if "eval_reward" in line]
+    assert (line["eval_reward"], line["eval_failed"]) == (1.0, 2.0)
+    assert result.scores == {"first": 1.0}
+    assert "evaluation first: 2 prompt(s) failed and are not in its mean" in capsys.readouterr().out
+
+
+def test_an_evaluation_that_fails_is_a_warning_and_a_number_that_is_missing(
+    answered: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_out(tmp_path, "breaks", "raises")
+    result = run(RunConfig.model_validate(answered), local=True)
+    assert result.scores == {}
+    assert result.model is not None and (result.model / "model.safetensors").is_file()
+    out = " ".join(capsys.readouterr().out.split())
+    assert "evaluation first failed, and its number is missing; training goes on: all 2 prompts failed" in out
+
+
+def test_a_resumed_run_makes_up_for_the_evaluation_that_was_not_made_and_repeats_none(
+    answered: dict[str, Any], tmp_path: Path
+) -> None:
+    held_out(tmp_path, "fine")
+    config = RunConfig.model_validate(answered)
+    first = run(config, local=True)
+    file = first.folder / METRICS_FILE
+    lines = file.read_text().splitlines(keepends=True)
+    assert "eval_reward" in lines[-1]
+    file.write_text("".join(lines[:-1]))  # as if it had been killed after its checkpoint
+    for _ in range(2):
+        assert run(config, local=True, resume=first.folder).scores == {"first": 1.0}
+        assert ["eval_reward" in line for line in read(file)] == [False, False, True]
