@@ -24,7 +24,6 @@ from orchestrator.supervision import Watchdog
 from rewards.actor import ScoreResult
 from rollout.sampling import Request, Sampling
 
-
 T = TypeVar("T")
 
 
