@@ -9,6 +9,7 @@ TroupeError
 ├── Interrupted        a signal ended a run, in order
 └── RunError           something broke while a run was going on
     ├── InfraFailure       an actor, an engine or a wait died: retry elsewhere, bounded
+    │   └── NoAnswer           a worker died, is out of reach, or passed its deadline
     ├── DataFailure        this sample always fails: drop it and count it
     ├── WeightSyncError    an engine did not confirm (version, fingerprint)
     ├── StalenessError     a batch was older than the contract allows
@@ -59,6 +60,11 @@ class RunError(TroupeError):
 
 class InfraFailure(RunError):
     """The machinery failed, not the sample: the same work may succeed elsewhere."""
+
+
+class NoAnswer(InfraFailure):
+    """A worker did not answer a call: it died, is out of reach, or passed the call's deadline. An `InfraFailure` that
+    a method raises itself is an answer."""
 
 
 class DataFailure(RunError):

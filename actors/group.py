@@ -6,7 +6,7 @@
                                                             answers while the main group works or hangs
 
 Every wait has a deadline. Whatever keeps a call from being carried out (a dead process, a lost node, an out-of-memory
-kill, a deadline) is an `InfraFailure`; an exception of the method itself arrives as itself.
+kill, a deadline) is a `NoAnswer`, an `InfraFailure`; an exception of the method itself arrives as itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ray.actor import ActorClass
 from ray.exceptions import RayError, RayTaskError
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from actors.errors import InfraFailure
+from actors.errors import InfraFailure, NoAnswer
 from actors.worker import Ref, WorkerInfo
 
 NAMESPACE = "troupe"
@@ -86,11 +86,11 @@ class RayWorker:
         except RayError as error:
             raise self._failure(method, started, f"{type(error).__name__}: {_first_lines(error)}") from error
 
-    def _failure(self, method: str, started: float, why: str) -> InfraFailure:
+    def _failure(self, method: str, started: float, why: str) -> NoAnswer:
         now = time.monotonic()
         where = f"pid {self.info.pid} on node {self.info.node}" if self.info else "not ready yet"
         ages = f"{now - started:.1f} s into the call, worker started {now - self._born:.1f} s ago"
-        return InfraFailure(f"{self.name}.{method}: {why} ({where}; {ages})")
+        return NoAnswer(f"{self.name}.{method}: {why} ({where}; {ages})")
 
 
 class RayGroup:

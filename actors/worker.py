@@ -2,8 +2,8 @@
 
 `LocalWorker` and `LocalGroup` run everything in the driver's own process (`--local`, unit tests); `actors/group.py` has
 the same two over Ray. A worker wraps a *plain object*: its public methods are the verbs, sync or async. Every call has
-a deadline. A call that could not be carried out because the worker is dead, unreachable or too slow raises
-`InfraFailure`; an exception of the method itself is raised as it is.
+a deadline. A call that could not be carried out because the worker is dead, unreachable or too slow raises `NoAnswer`,
+an `InfraFailure`; an exception of the method itself is raised as it is.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from actors.errors import InfraFailure
+from actors.errors import NoAnswer
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class LocalWorker:
 
     async def call(self, method: str, *args: Any, timeout_s: float, task_name: str | None = None, **kwargs: Any) -> Any:
         if self._dead.is_set():
-            raise InfraFailure(f"{self.name}.{method}: the worker was killed")
+            raise NoAnswer(f"{self.name}.{method}: the worker was killed")
         args = tuple(arg.target if isinstance(arg, Ref) else arg for arg in args)
         work = asyncio.ensure_future(self._run(getattr(self.target, method), args, kwargs))
         death = asyncio.ensure_future(self._dead.wait())
@@ -107,7 +107,7 @@ class LocalWorker:
             if work in done:
                 return work.result()
             why = "was killed" if death in done else f"did not answer within {timeout_s:g} s"
-            raise InfraFailure(f"{self.name}.{method}: the worker {why}")
+            raise NoAnswer(f"{self.name}.{method}: the worker {why}")
         finally:
             work.cancel()
             death.cancel()

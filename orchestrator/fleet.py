@@ -9,6 +9,7 @@ A replacement is a new member with a new index: it inherits neither the name nor
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -23,6 +24,7 @@ class State(StrEnum):
 
 
 ALIVE = (State.STARTING, State.JOINING, State.SERVING)
+SAME_IN_A_ROW = 3  # failures at start with one cause: the next start would fail, too
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Member:
     state: State
     since: float  # seconds on the pool's clock
     load: int = 0  # calls in flight
+    reserved: bool = False  # for one call that must be alone: it gets nothing else, and finishes what it has
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,10 @@ class Fleet:
     _next_index: int = 0
     _failed_starts: int = 0
     _not_before: float = 0.0
+    _last_loss: str = ""
+    _start_failure: str = ""  # the last one
+    _same_failures: int = 0  # how often it came in a row; members that started at the same time count once
+    _counted_at: float = 0.0
 
     def decide(self, now: float) -> list[Action]:
         """What to start and stop so that the fleet becomes what is desired. Raises BudgetExhausted."""
@@ -79,10 +86,15 @@ class Fleet:
     def _starts(self, missing: int, now: float) -> list[Start]:
         if missing <= 0 or now < self._not_before:
             return []
+        if self._same_failures >= SAME_IN_A_ROW and not self._in(State.SERVING):
+            raise BudgetExhausted(
+                f"{self.role}: {SAME_IN_A_ROW} workers in a row failed to start for the same reason, and none serves; "
+                f"the last: {self._start_failure}"
+            )
         if self.restarts > self.max_restarts:
             raise BudgetExhausted(
                 f"{self.role}: {self.restarts} workers were lost, roles.{self.role}.max_restarts={self.max_restarts}; "
-                "the last failures are in the run's events.jsonl"
+                f"the last: {self._last_loss or 'no reason is known'}; all of them are in the run's events.jsonl"
             )
         started = []
         for _ in range(missing):
@@ -106,24 +118,36 @@ class Fleet:
     def joined(self, index: int, now: float) -> None:
         """It acknowledged the current weights, or needs none."""
         self._move(index, State.JOINING, State.SERVING, now)
-        self._failed_starts = 0
+        self._failed_starts = self._same_failures = 0
 
     def _move(self, index: int, source: State, target: State, now: float) -> None:
         member = self.members.get(index)
         if member is not None and member.state is source:
             self.members[index] = replace(member, state=target, since=now)
 
-    def lost(self, index: int, now: float) -> bool:
-        """It died, or was given up. True if it was a member; counted against the budget unless it was draining."""
+    def lost(self, index: int, now: float, why: str = "", *, placed: bool = True) -> bool:
+        """It died, or was given up. True if it was a member; counted against the budget unless it was draining. With
+        `placed=False` no process of it ever ran: there was no room, which says nothing about what would run there."""
         member = self.members.pop(index, None)
         if member is None:
             return False
+        self._last_loss = why
         if member.state is not State.DRAINING:
             self.restarts += 1
         if member.state is State.STARTING:
             self._failed_starts += 1
             self._not_before = now + min(30.0, self.backoff_s * 2**self._failed_starts)
+            if placed and why:
+                self._count_start_failure(why, member.since, now)
         return True
+
+    def _count_start_failure(self, why: str, started: float, now: float) -> None:
+        if _without_numbers(why) != _without_numbers(self._start_failure):
+            self._same_failures = 0
+        elif self._same_failures and started < self._counted_at:
+            return  # it was already starting when the last one was counted: the same incident
+        self._start_failure, self._counted_at = why, now
+        self._same_failures += 1
 
     def stopped(self, index: int) -> None:
         """It was stopped on purpose."""
@@ -136,6 +160,37 @@ class Fleet:
 
     def pick(self, slots: int, avoid: frozenset[int]) -> int | None:
         """The serving member with most free slots; one to avoid only if there is no other."""
-        free = [m for m in self._in(State.SERVING) if m.load < slots]
-        preferred = [m for m in free if m.index not in avoid] or free
+        return self._least_loaded([m for m in self._unreserved() if m.load < slots], avoid)
+
+    def reserve(self, avoid: frozenset[int]) -> int | None:
+        """Keep a serving member for one call that must be alone. It may still have calls to finish: `emptied`."""
+        index = self._least_loaded(self._unreserved(), avoid)
+        if index is not None:
+            self.members[index] = replace(self.members[index], reserved=True)
+        return index
+
+    def emptied(self, index: int) -> bool:
+        """Whether a reserved member is idle. Also true if it serves no longer: nobody should wait for it."""
+        member = self.members.get(index)
+        return member is None or member.state is not State.SERVING or member.load == 0
+
+    def free(self, index: int) -> None:
+        """It is reserved no longer."""
+        if index in self.members:
+            self.members[index] = replace(self.members[index], reserved=False)
+
+    def serves(self, index: int) -> bool:
+        return index in self.members and self.members[index].state is State.SERVING
+
+    def _unreserved(self) -> list[Member]:
+        return [m for m in self._in(State.SERVING) if not m.reserved]
+
+    @staticmethod
+    def _least_loaded(members: list[Member], avoid: frozenset[int]) -> int | None:
+        preferred = [m for m in members if m.index not in avoid] or members
         return min(preferred, key=lambda m: (m.load, m.index)).index if preferred else None
+
+
+def _without_numbers(text: str) -> str:
+    """Failures of one cause differ in the worker's index, process, identifiers and times."""
+    return re.sub(r"\b[0-9a-f]{8,}\b|\d+(?:\.\d+)?", "#", text)

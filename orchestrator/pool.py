@@ -17,9 +17,10 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
-from actors.errors import InfraFailure
+from actors.errors import InfraFailure, NoAnswer
 from actors.worker import Worker, WorkerInfo
 from orchestrator.fleet import Fleet, Start, State, Stop
 from orchestrator.supervision import Watchdog
@@ -38,9 +39,19 @@ class PoolPolicy:
     start_timeout_s: float
     max_restarts: int
     kill_on_timeout: bool = False
+    alone_after: int = 1  # deaths of a worker in company; then a call gets a worker to itself, to see whose fault it is
     ping_every_s: float = 1.0
     ping_timeout_s: float = 15.0
     acquire_timeout_s: float = 600.0
+
+
+@dataclass(eq=False)
+class _Call:
+    """A call that a member carries, and what became of that member meanwhile. `in_company`: other calls were there, so
+    any of them may be the cause."""
+
+    worker_died: bool = False
+    in_company: bool = False
 
 
 class Pool:
@@ -69,6 +80,7 @@ class Pool:
         self._event, self._watchdog = event, watchdog
         self._changed = asyncio.Event()
         self._wake = asyncio.Event()
+        self._carried: dict[int, set[_Call]] = {}  # member -> what it works on
         self._tasks: set[asyncio.Task[Any]] = set()
         self._failure: BaseException | None = None
 
@@ -104,24 +116,34 @@ class Pool:
         return sorted(i for i, m in self.fleet.members.items() if m.state in states and i in self.workers)
 
     async def call(self, key: str, work: Callable[[Worker], Awaitable[T]]) -> T:
-        """Run `work` on a serving member; on an InfraFailure on another one, up to `max_attempts` times. Other errors
-        are the caller's. Raises InfraFailure when the attempts are used up."""
+        """Run `work` on a serving member; on an InfraFailure on another one, up to `max_attempts` times. The death of a
+        worker counts as an attempt of a call that was alone with it, or that lost a worker before; of the others it
+        does not. Other errors are the caller's. Raises InfraFailure when the attempts are used up."""
         tried: frozenset[int] = frozenset()
-        last: InfraFailure | None = None
-        for attempt in range(self.policy.max_attempts):
-            index = await self._acquire(tried)
+        attempts = deaths = 0
+        while True:
+            alone = deaths >= self.policy.alone_after
+            index = await (self._acquire_alone(tried) if alone else self._acquire(tried))
+            call = _Call()
+            self._carried.setdefault(index, set()).add(call)
             try:
                 result = await work(self.workers[index])
                 self._returned(index)
                 return result
             except InfraFailure as error:
-                tried, last = tried | {index}, error
-                detail = {"role": self.role, "worker": index, "key": key, "attempt": attempt, "why": str(error)}
+                tried |= {index}
+                await self._suspect(index, error)
+                deaths += call.worker_died
+                attempts += not (call.in_company and deaths == 1)
+                detail = {"role": self.role, "worker": index, "key": key, "attempt": attempts, "why": str(error)}
                 self._event("retry", detail)
-                await self._suspect(index, str(error))
+                if attempts >= self.policy.max_attempts:
+                    raise InfraFailure(
+                        f"{self.role}: {key} failed on {len(tried)} worker(s), the last time: {error}"
+                    ) from error
             finally:
-                self._release(index)
-        raise InfraFailure(f"{self.role}: {key} failed on {len(tried)} worker(s), the last time: {last}") from last
+                self._carried.get(index, set()).discard(call)
+                self._release(index, alone)
 
     async def _acquire(self, avoid: frozenset[int]) -> int:
         def free() -> bool:
@@ -132,8 +154,26 @@ class Pool:
         self.fleet.add_load(index, 1)
         return index
 
-    def _release(self, index: int) -> None:
+    async def _acquire_alone(self, avoid: frozenset[int]) -> int:
+        """A member that carries nothing else until it is released."""
+        what, timeout_s = f"a {self.role} worker without other work", self.policy.acquire_timeout_s
+        while True:
+            while (index := self.fleet.reserve(avoid)) is None:
+                await self._until(lambda: self.fleet.pick(self.policy.slots, avoid) is not None, what, timeout_s)
+            try:
+                await self._until(partial(self.fleet.emptied, index), what, timeout_s)
+            except BaseException:
+                self.fleet.free(index)
+                self._notify()
+                raise
+            if self.fleet.serves(index):
+                self.fleet.add_load(index, 1)
+                return index
+
+    def _release(self, index: int, alone: bool) -> None:
         self.fleet.add_load(index, -1)
+        if alone:
+            self.fleet.free(index)
         self._notify()
         member = self.fleet.members.get(index)
         if member is not None and member.state is State.DRAINING and member.load == 0:
@@ -146,17 +186,21 @@ class Pool:
             seconds = round(time.monotonic() - began, 3)
             self._event("first_result", {"role": self.role, "worker": index, "seconds": seconds})
 
-    async def _suspect(self, index: int, why: str) -> None:
-        """A call failed: is it the worker? Evict it if it does not answer, or if hanging is a capital offence here."""
-        if not self.policy.kill_on_timeout and await self._answers(index):
+    async def _suspect(self, index: int, error: InfraFailure) -> None:
+        """A call failed: is it the worker? Evict it if it does not answer, or if not answering costs a worker its life
+        here."""
+        if not (self.policy.kill_on_timeout and isinstance(error, NoAnswer)) and await self._answers(index):
             return
-        await self.evict(index, why)
+        await self.evict(index, str(error))
 
-    async def evict(self, index: int, why: str) -> None:
-        """Kill a member and forget it; a replacement is started by the reconciler."""
-        if not self.fleet.lost(index, time.monotonic()):
+    async def evict(self, index: int, why: str, *, placed: bool = True) -> None:
+        """Kill a member and forget it; a replacement is started by the reconciler. `placed`: a process of it ran."""
+        if not self.fleet.lost(index, time.monotonic(), why, placed=placed):
             return
         self._event("evicted", {"role": self.role, "worker": index, "why": why})
+        calls = self._carried.pop(index, set())
+        for call in calls:
+            call.worker_died, call.in_company = True, len(calls) > 1
         worker = self.workers.pop(index, None)
         self.infos.pop(index, None)
         self._untried.pop(index, None)
@@ -190,7 +234,7 @@ class Pool:
             await self.admit(index)
             self.fleet.joined(index, time.monotonic())
         except InfraFailure as error:
-            await self.evict(index, f"start failed: {error}")
+            await self.evict(index, f"start failed: {error}", placed=index in self.workers)
             return
         seconds = round(time.monotonic() - began, 3)
         self._event("joined", {"role": self.role, "worker": index, "seconds": seconds, "pid": self.infos[index].pid})
@@ -199,7 +243,7 @@ class Pool:
     async def _take_down(self, action: Stop) -> None:
         member = self.fleet.members.get(action.index)
         if member is not None and member.state is State.STARTING:  # too slow: a failure, unlike being scaled down
-            await self.evict(action.index, action.why)
+            await self.evict(action.index, action.why, placed=action.index in self.workers)
             return
         self.fleet.stopped(action.index)
         self._event("stopped", {"role": self.role, "worker": action.index, "why": action.why})

@@ -100,3 +100,68 @@ def test_work_goes_to_the_least_loaded_and_avoids_who_failed_it():
     assert fleet.pick(4, frozenset({1})) == 0
     fleet.add_load(0, 3)
     assert fleet.pick(4, frozenset({1})) == 1, "rather the one that failed than none"
+
+
+def fail_to_start(fleet: Fleet, why: str, now: float, **how: bool) -> None:
+    (start,) = fleet.decide(now)
+    fleet.lost(start.index, now + 0.5, why, **how)
+
+
+def test_three_failures_at_start_with_one_cause_end_the_run_with_it():
+    fleet = Fleet("rollout", 1, max_restarts=100)
+    for attempt in range(3):
+        fail_to_start(fleet, f"rollout/{attempt}: head size 16 is not supported (pid 4{attempt}1)", 100.0 * attempt)
+    with pytest.raises(BudgetExhausted, match=r"rollout: 3 workers in a row .* head size 16 is not supported"):
+        fleet.decide(400.0)
+
+
+def test_failures_at_start_with_several_causes_are_tried_on():
+    fleet = Fleet("rollout", 1, max_restarts=100)
+    for attempt, why in enumerate(["out of memory", "out of memory", "a node went", "out of memory", "a node went"]):
+        fail_to_start(fleet, why, 100.0 * attempt)
+    assert fleet.decide(900.0) == [Start(5)]
+
+
+def test_workers_that_fail_to_start_at_the_same_time_are_one_failure():
+    fleet = Fleet("rollout", 4, max_restarts=100)
+    for start in fleet.decide(0.0):
+        fleet.lost(start.index, 1.0, "the disk was away")
+    assert len(fleet.decide(100.0)) == 4
+
+
+def test_no_room_is_no_failure_of_what_would_run_there():
+    fleet = Fleet("rollout", 1, max_restarts=100)
+    for attempt in range(5):
+        fail_to_start(fleet, "no room for a rollout worker", 100.0 * attempt, placed=False)
+    assert fleet.decide(900.0) == [Start(5)]
+
+
+def test_while_others_serve_a_worker_that_cannot_start_ends_nothing():
+    fleet = serving(2)
+    fleet.lost(0, 3.0, "killed")
+    for attempt in range(5):
+        fail_to_start(fleet, "its node has no such driver", 100.0 * (attempt + 1))
+    assert fleet.decide(900.0) == [Start(7)]
+    fleet.lost(1, 901.0, "killed")
+    with pytest.raises(BudgetExhausted, match="no such driver"):
+        fleet.decide(902.0)
+
+
+def test_the_end_of_the_budget_names_the_last_loss():
+    fleet = serving(1, max_restarts=0)
+    fleet.lost(0, 3.0, "killed by the kernel")
+    with pytest.raises(BudgetExhausted, match="the last: killed by the kernel"):
+        fleet.decide(3.0)
+
+
+def test_a_reserved_member_gets_nothing_else_and_is_ready_when_it_is_idle():
+    fleet = serving(2)
+    fleet.add_load(0, 1)
+    fleet.add_load(1, 2)
+    assert fleet.reserve(frozenset()) == 0
+    assert not fleet.emptied(0)
+    assert fleet.pick(4, frozenset()) == 1, "although the other has less to do"
+    fleet.add_load(0, -1)
+    assert fleet.emptied(0)
+    fleet.free(0)
+    assert fleet.pick(4, frozenset()) == 0

@@ -3,7 +3,9 @@
 import asyncio
 import os
 from collections import Counter
+from dataclasses import replace
 from itertools import count
+from typing import Any
 
 import pytest
 
@@ -45,10 +47,52 @@ class Doubler:
         return 2 * number
 
 
-def make_pool(desired: int, policy: PoolPolicy = POLICY, *, broken: frozenset[int] = frozenset(), admit=None):
+class Fragile(Doubler):
+    """Some numbers kill it, with everything that it works on; to others it does not answer."""
+
+    def __init__(self, index: int, *, fatal: frozenset[int] = frozenset(), endless: frozenset[int] = frozenset()):
+        super().__init__(index)
+        self.fatal, self.endless = fatal, endless
+        self.kill: Any = None  # set once it has a worker
+
+    async def double(self, number: int) -> int:
+        await asyncio.sleep(0.005)
+        if number in self.fatal:
+            await self.kill()
+        if number in self.fatal | self.endless:
+            await asyncio.sleep(60)
+        return await super().double(number)
+
+
+def fragile_pool(policy: PoolPolicy, **fragile: frozenset[int]) -> tuple[Pool, list[tuple[str, dict]]]:
+    async def start(index: int) -> LocalWorker:
+        target = Fragile(index, **fragile)
+        worker = LocalWorker(f"reward/{index}", target)
+        target.kill = worker.kill
+        return worker
+
+    events: list[tuple[str, dict]] = []
+    pool = Pool(
+        "reward",
+        1,
+        policy,
+        start=start,
+        stop=lambda worker: worker.kill(),
+        event=lambda kind, detail: events.append((kind, detail)),
+        watchdog=Watchdog(),
+    )
+    return pool, events
+
+
+def make_pool(
+    desired: int, policy: PoolPolicy = POLICY, *, broken: frozenset[int] = frozenset(), homeless: int = 0, admit=None
+):
+    """`broken` members fail to start; for the first `homeless` there is no room."""
     events: list[tuple[str, dict]] = []
 
     async def start(index: int) -> LocalWorker:
+        if index < homeless:
+            raise InfraFailure("no room for a rollout worker")
         return LocalWorker(f"doubler/{index}", Doubler(index, broken=index in broken))
 
     pool = Pool(
@@ -140,9 +184,9 @@ async def test_a_worker_that_cannot_start_is_replaced():
 
 
 async def test_a_pool_that_loses_too_many_says_so_instead_of_waiting():
-    pool, _ = make_pool(1, PoolPolicy(4, 2, 5.0, 5.0, max_restarts=2, ping_every_s=0.01), broken=frozenset(range(100)))
+    pool, _ = make_pool(1, PoolPolicy(4, 2, 5.0, 5.0, max_restarts=1, ping_every_s=0.01), broken=frozenset(range(100)))
     pool.fleet.backoff_s = 0.001
-    with pytest.raises(BudgetExhausted, match="max_restarts=2"):
+    with pytest.raises(BudgetExhausted, match="max_restarts=1"):
         await pool.open()
     await pool.close()
 
@@ -170,3 +214,95 @@ async def test_no_worker_carries_more_calls_than_it_has_slots():
     await asyncio.gather(*(pool.call(str(i), work) for i in range(40)))
     assert highest == POLICY.slots
     await pool.close()
+
+
+REWARDS = replace(POLICY, max_attempts=3, kill_on_timeout=True)
+
+
+async def outcomes(pool: Pool, numbers: range, timeout_s: float = 5.0) -> dict[int, Any]:
+    """What each number came to: its double, or an exception."""
+
+    async def one(number: int) -> int:
+        return await pool.call(str(number), lambda worker: worker.call("double", number, timeout_s=timeout_s))
+
+    results = await asyncio.gather(*map(one, numbers), return_exceptions=True)
+    return dict(zip(numbers, results, strict=True))
+
+
+async def test_calls_that_kill_their_worker_take_no_other_call_with_them():
+    fatal = frozenset({1, 4, 6, 11})
+    pool, events = fragile_pool(REWARDS, fatal=fatal)
+    await pool.open()
+    found = await asyncio.wait_for(outcomes(pool, range(12)), 30)
+    await pool.close()
+    assert {number for number, result in found.items() if isinstance(result, InfraFailure)} == fatal
+    assert [found[number] for number in range(12) if number not in fatal] == [0, 4, 6, 10, 14, 16, 18, 20]
+    charged = Counter(detail["key"] for kind, detail in events if kind == "retry" and detail["attempt"] == 3)
+    assert charged == Counter(map(str, fatal)), "each used up its own three attempts"
+
+
+async def test_a_call_that_hangs_takes_no_other_call_with_it():
+    pool, _ = fragile_pool(REWARDS, endless=frozenset({2}))
+    await pool.open()
+    found = await asyncio.wait_for(outcomes(pool, range(4), timeout_s=0.2), 30)
+    await pool.close()
+    assert [found[0], found[1], found[3]] == [0, 2, 6]
+    assert isinstance(found[2], InfraFailure) and "did not answer within 0.2 s" in str(found[2])
+
+
+async def test_a_call_that_lost_its_worker_in_company_is_tried_again_without_company():
+    pool, _ = fragile_pool(replace(REWARDS, max_attempts=1), fatal=frozenset({0}))
+    await pool.open()
+    company: dict[int, list[int]] = {0: [], 1: []}
+
+    async def one(number: int) -> int:
+        async def work(worker: Any) -> int:
+            company[number].append(sum(member.load for member in pool.fleet.members.values()))
+            return await worker.call("double", number, timeout_s=5.0)
+
+        return await pool.call(str(number), work)
+
+    found = await asyncio.wait_for(asyncio.gather(one(0), one(1), return_exceptions=True), 30)
+    await pool.close()
+    assert isinstance(found[0], InfraFailure) and found[1] == 2
+    assert [loads[-1] for loads in company.values()] == [1, 1]
+    assert [len(loads) for loads in company.values()] == [2, 2], "one in company that is not counted, one alone"
+
+
+async def test_a_death_alone_counts_at_once():
+    pool, _ = fragile_pool(replace(REWARDS, max_attempts=1), fatal=frozenset({0}))
+    await pool.open()
+    found = await asyncio.wait_for(outcomes(pool, range(1)), 30)
+    await pool.close()
+    assert isinstance(found[0], InfraFailure) and pool.fleet.restarts == 1
+
+
+async def test_a_worker_that_says_itself_that_the_machinery_failed_lives_on():
+    pool, events = fragile_pool(replace(REWARDS, max_attempts=2))
+    await pool.open()
+
+    async def work(worker: Any) -> int:
+        await worker.call("ping", timeout_s=1.0)
+        raise InfraFailure("the judge's server is down")
+
+    with pytest.raises(InfraFailure, match="server is down"):
+        await pool.call("1", work)
+    await pool.close()
+    assert [kind for kind, _ in events if kind in ("retry", "evicted")] == ["retry", "retry"]
+
+
+async def test_a_worker_that_fails_to_start_for_one_reason_three_times_ends_the_run_with_it():
+    pool, events = make_pool(1, broken=frozenset(range(100)))
+    pool.fleet.backoff_s = 0.001
+    with pytest.raises(BudgetExhausted, match=r"3 workers in a row failed to start .*no start for this one"):
+        await pool.open()
+    await pool.close()
+    assert len([kind for kind, _ in events if kind == "evicted"]) == 3
+
+
+async def test_no_room_for_a_worker_is_waited_out_however_often():
+    pool, events = make_pool(1, homeless=5)
+    pool.fleet.backoff_s = 0.001
+    await pool.open()
+    await pool.close()
+    assert len([kind for kind, _ in events if kind == "evicted"]) == 5
