@@ -16,10 +16,12 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
+
+import numpy as np
 
 from actors.batch import Batch
-from actors.errors import BudgetExhausted, RunError
+from actors.errors import BudgetExhausted, DataFailure, InfraFailure, RunError
 from actors.worker import Ref
 from orchestrator.cursor import Cursor
 from orchestrator.pipeline import Pipeline, Verb
@@ -135,7 +137,9 @@ class GroupCollector:
         ledger: Ledger,
         watchdog: Watchdog,
         timeout_s: float,
+        on_reward_failure: Literal["drop", "abort"],
     ) -> None:
+        self._on_reward_failure = on_reward_failure
         self._source, self._company, self._pipeline, self._cursor = source, company, pipeline, cursor
         self._contract, self._sampling, self._run, self._seed = contract, sampling, run, seed
         self._ledger, self._watchdog, self._timeout_s = ledger, watchdog, timeout_s
@@ -222,11 +226,14 @@ class GroupCollector:
             if not enough_survive(len(meta.lengths), self._samples):
                 self._drop(position, "too few samples survived", "; ".join(meta.failures))
                 return
-            score = await self._company.score(prompt, tokens)
+            score = await self._score(prompt, tokens)
         except RunError as error:
             if classify(error) is Kind.BUG:
                 raise
             self._drop(position, str(classify(error)), str(error))
+            return
+        if np.isnan(score.total).all():
+            self._drop(position, "no opinion", f"no reward has an opinion on any sample: {_silent(score, prompt)}")
             return
         if not all(stage.call(score.total, **stage.options) for stage in self._keeps if stage.call):
             self._filter(position)
@@ -236,6 +243,18 @@ class GroupCollector:
         self._accepted += 1
         times = (admitted, generated, time.perf_counter())
         self._ready[position] = Group(position, prompt, meta, tokens, score, times)
+
+    async def _score(self, prompt: Any, tokens: Ref) -> ScoreResult:
+        """Raises BudgetExhausted for a group that cannot be scored if `roles.reward.on_failure` says so."""
+        try:
+            return await self._company.score(prompt, tokens)
+        except (InfraFailure, DataFailure) as error:
+            if self._on_reward_failure == "drop":
+                raise
+            raise BudgetExhausted(
+                f"prompt {prompt.id} could not be scored: {error}\nroles.reward.on_failure=abort ends the run for one; "
+                "with drop the group is dropped, and counted"
+            ) from error
 
     def _request(self, position: int, tokens: tuple[int, ...]) -> Request:
         seed = sample_seed(self._seed, position)
@@ -306,6 +325,11 @@ def _samples_per_prompt(pipeline: Pipeline) -> int:
     stage = pipeline.generates
     assert stage is not None, "a pipeline of prompts generates"
     return int(stage.options["n"])
+
+
+def _silent(score: ScoreResult, prompt: Any) -> str:
+    names = ", ".join(score.names)
+    return f"{names} returned None for each of the {len(score.total)} of prompt {prompt.id}; is the right column read?"
 
 
 async def _cancel(tasks: list[asyncio.Task[Any]]) -> None:

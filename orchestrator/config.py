@@ -292,7 +292,11 @@ class RewardRole(Section):
     max_attempts: Positive = 3
     """How often a group is tried."""
     on_failure: Literal["drop", "abort"] = "drop"
-    """What becomes of a group whose attempts are used up: dropped, or the run ends. Never a reward of zero."""
+    """What becomes of a group that cannot be scored: dropped and counted, or the run ends. Never a reward of zero."""
+    start_timeout_s: Seconds = 120.0
+    """Deadline of a worker's start: its imports, and whatever reward classes load."""
+    max_restarts: Annotated[int, Field(ge=0)] = 1000
+    """Replacements of dead workers in a run."""
     colocate: str | None = None
     """Share that role's bundles."""
 

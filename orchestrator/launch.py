@@ -166,6 +166,7 @@ def _rollout_pool(prepared: Prepared, plan: Plan, cluster: Cluster, event: Event
         call_timeout_s=role.request_timeout_s,
         start_timeout_s=role.start_timeout_s,
         max_restarts=role.max_restarts,
+        alone_after=role.max_attempts,  # a worker with one request is slow: only before a request would be given up
     )
     return Pool("rollout", role.workers, policy, start=start, stop=cluster.stop_worker, event=event, watchdog=watchdog)
 
@@ -187,8 +188,8 @@ def _reward_pool(prepared: Prepared, cluster: Cluster, event: Event, watchdog: W
         slots=role.concurrency,
         max_attempts=role.max_attempts,
         call_timeout_s=role.timeout_s,
-        start_timeout_s=120.0,
-        max_restarts=1000,
+        start_timeout_s=role.start_timeout_s,
+        max_restarts=role.max_restarts,
         kill_on_timeout=True,
     )
     return Pool("reward", role.workers, policy, start=start, stop=cluster.stop_worker, event=event, watchdog=watchdog)

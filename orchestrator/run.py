@@ -207,6 +207,7 @@ class _Run:
             ledger=self.ledger,
             watchdog=self.watchdog,
             timeout_s=self.config.roles.rollout.request_timeout_s,
+            on_reward_failure=self.config.roles.reward.on_failure,
         )
 
     def _after_step(self, phase: PreparedPhase, roles: Roles, cursor: Cursor) -> Any:

@@ -12,6 +12,7 @@ from enum import StrEnum
 from actors.errors import BudgetExhausted, DataFailure, InfraFailure
 
 SURVIVORS = 0.75  # of a prompt's samples, for its group to train
+FIRST_FAILURES = 8  # groups for which the machinery failed, in a run in which it never worked: it never will
 
 
 class Kind(StrEnum):
@@ -34,14 +35,17 @@ def enough_survive(survivors: int, wanted: int) -> bool:
 
 @dataclass
 class Ledger:
-    """Dropped groups, by reason. More than `allowed` in a row ends the run: a data set or a reward is broken."""
+    """Dropped groups, by reason. More than `allowed_in_a_row` end the run: a data set or a reward is broken. Where no
+    group was accepted yet, `FIRST_FAILURES` groups for which every attempt failed do."""
 
     allowed_in_a_row: int
     dropped: dict[str, int] = field(default_factory=dict)
     _in_a_row: int = 0
+    _any_accepted: bool = False
 
     def accepted(self) -> None:
         self._in_a_row = 0
+        self._any_accepted = True
 
     def drop(self, reason: str, detail: str) -> None:
         """Count one; raises BudgetExhausted with the last detail when it is one too many."""
@@ -50,6 +54,11 @@ class Ledger:
         if self._in_a_row > self.allowed_in_a_row:
             raise BudgetExhausted(
                 f"{self._in_a_row} prompt groups in a row were dropped ({self.dropped}); the last because: {detail}"
+            )
+        if not self._any_accepted and self.dropped.get(Kind.INFRA, 0) >= FIRST_FAILURES:
+            raise BudgetExhausted(
+                f"no prompt group was ever finished, and for {FIRST_FAILURES} every attempt failed; the last because: "
+                f"{detail}"
             )
 
 

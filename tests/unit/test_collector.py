@@ -3,7 +3,7 @@
 import asyncio
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -42,6 +42,7 @@ class Company:
     version: int = 0
     slow: set[int] = field(default_factory=set)
     failing: dict[int, Exception] = field(default_factory=dict)
+    unscorable: dict[int, Exception] = field(default_factory=dict)
     rewards: dict[int, list[float]] = field(default_factory=dict)
     samples: dict[int, int] = field(default_factory=dict)
     seen: list[int] = field(default_factory=list)
@@ -64,6 +65,8 @@ class Company:
         return meta, Ref(batch)
 
     async def score(self, prompt: Any, tokens: Ref) -> ScoreResult:
+        if prompt.id in self.unscorable:
+            raise self.unscorable[prompt.id]
         total = np.array(self.rewards.get(prompt.id, [0.0, 1.0][: len(tokens.target)]), dtype=np.float32)
         return ScoreResult(
             names=("r",), rewards=total[:, None], total=total, texts=[""] * len(total), extra={}, metrics={}
@@ -82,13 +85,21 @@ def spread(rewards: np.ndarray) -> bool:
 
 
 def collector(
-    company: Company, *, batch: int = 3, staleness: int = 0, version: int = 0, cursor: Cursor | None = None, **ledger
+    company: Company,
+    *,
+    batch: int = 3,
+    staleness: int = 0,
+    version: int = 0,
+    cursor: Cursor | None = None,
+    on_reward_failure: Literal["drop", "abort"] = "drop",
+    keeps: bool = True,
+    **ledger,
 ):
     company.version = version
     return GroupCollector(
         Endless(),
         company,
-        Pipeline(Prompts, generate(n=SAMPLES), score(), keep(spread)),
+        Pipeline(Prompts, generate(n=SAMPLES), score(), *([keep(spread)] if keeps else [])),
         cursor or Cursor(),
         Contract(staleness, batch),
         Sampling(max_tokens=4),
@@ -98,6 +109,7 @@ def collector(
         ledger=Ledger(ledger.get("allowed", 100)),
         watchdog=Watchdog(),
         timeout_s=5.0,
+        on_reward_failure=on_reward_failure,
     )
 
 
@@ -160,6 +172,53 @@ async def test_a_failing_prompt_is_dropped_and_replaced_never_rewarded():
     assert collected.positions == (0, 3, 4)
     assert collected.metrics["dropped/data"] == 1
     assert collected.metrics["dropped/infra"] == 1
+    await feed.close()
+
+
+UNSCORABLE = [DataFailure("reward mine raised KeyError"), InfraFailure("prompt 1 failed on 3 worker(s)")]
+
+
+@pytest.mark.parametrize("error", UNSCORABLE)
+async def test_a_group_that_cannot_be_scored_is_dropped_where_the_key_says_drop(error: Exception):
+    feed = collector(Company(unscorable={1: error}), on_reward_failure="drop")
+    assert (await feed.next(0)).positions == (0, 2, 3)
+    await feed.close()
+
+
+@pytest.mark.parametrize("error", UNSCORABLE)
+async def test_a_group_that_cannot_be_scored_ends_the_run_where_the_key_says_abort(error: Exception):
+    feed = collector(Company(unscorable={1: error}), on_reward_failure="abort")
+    with pytest.raises(
+        BudgetExhausted, match=r"prompt 1 could not be scored.*\n.*roles\.reward\.on_failure=abort"
+    ) as said:
+        await feed.next(0)
+    assert str(error) in str(said.value)
+    await feed.close()
+
+
+async def test_a_prompt_whose_generation_fails_is_dropped_also_where_unscorable_groups_end_the_run():
+    feed = collector(Company(failing={1: DataFailure("too long")}), on_reward_failure="abort")
+    assert (await feed.next(0)).positions == (0, 2, 3)
+    await feed.close()
+
+
+NONE = float("nan")  # what an absent opinion is in a score
+
+
+async def test_a_group_without_any_opinion_is_dropped_and_one_with_some_is_trained_on():
+    feed = collector(Company(rewards={0: [NONE, NONE], 1: [NONE, 1.0], 2: [0.0, 1.0]}), keeps=False)
+    collected = await feed.next(0)
+    assert collected.positions == (1, 2, 3)
+    assert collected.metrics["dropped/no opinion"] == 1
+    await feed.close()
+
+
+async def test_a_run_whose_every_reward_is_no_opinion_ends_with_the_rewards_names():
+    feed = collector(Company(rewards={index: [NONE, NONE] for index in range(100)}), allowed=5)
+    with pytest.raises(
+        BudgetExhausted, match="no reward has an opinion on any sample: r returned None for each of the 2"
+    ):
+        await feed.next(0)
     await feed.close()
 
 

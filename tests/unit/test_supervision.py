@@ -34,6 +34,22 @@ def test_too_many_drops_in_a_row_end_the_run_with_the_last_reason():
         ledger.drop("data", "the reward raised KeyError")
 
 
+def test_eight_groups_that_the_machinery_failed_end_a_run_in_which_it_never_worked():
+    ledger = Ledger(allowed_in_a_row=64)
+    for _ in range(7):
+        ledger.drop("infra", "reward/1 died")
+    with pytest.raises(BudgetExhausted, match=r"no prompt group was ever finished.*reward/8 died"):
+        ledger.drop("infra", "reward/8 died")
+
+
+def test_once_a_group_was_accepted_as_many_failures_as_allowed_are_borne():
+    ledger = Ledger(allowed_in_a_row=64)
+    ledger.accepted()
+    for _ in range(20):
+        ledger.drop("infra", "reward/1 died")
+    assert ledger.dropped == {"infra": 20}
+
+
 def test_the_watchdog_names_long_waits_once_per_interval():
     now = [0.0]
     watchdog = Watchdog(clock=lambda: now[0], report_after_s=30.0)
