@@ -14,11 +14,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from datetime import date
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import transformers
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
@@ -42,7 +44,7 @@ from orchestrator.pipeline import DataKind
 ROWS_AT_ONCE = 1_000
 WORTH_CACHING = 20_000  # rows; fewer are tokenised within a second or two
 UNBOUNDED = 2**31  # a model's length where no model is known
-VERSION = 2  # of what stands in the cache: raise it when rows come out differently
+VERSION = 3  # of what stands in the cache: raise it when rows come out differently
 
 
 class Source(Protocol):
@@ -65,6 +67,12 @@ class Source(Protocol):
     @property
     def longest(self) -> Longest:
         """What a micro-batch must have room for. Of a stream, what its limits allow."""
+        ...
+
+    @property
+    def rows_fingerprint(self) -> str:
+        """Equal where the same rows were read in the same order: of a stream, the first rows that it gave. How rows are
+        tokenised does not change it."""
         ...
 
     def item(self, index: int) -> Item | Prompt:
@@ -107,7 +115,7 @@ def open_source(
     order = Order(seed, len(items), data.shuffle)
     if kind.prompts_only:
         return PromptSource(items, rows, report, order, tokenizer)
-    return RowSource(items, report, order, tokenizer, max_length)
+    return RowSource(items, rows, report, order, tokenizer, max_length)
 
 
 def validate(data: DataConfig, kind: DataKind, *, seed: int = 0) -> DataReport:
@@ -132,11 +140,17 @@ class RowSource:
     """Offline data: completions, pairs, labelled or stepwise rows."""
 
     def __init__(
-        self, items: Items, report: DataReport, order: Order, tokenizer: PreTrainedTokenizerBase, max_length: int
+        self,
+        items: Items,
+        rows: raw.Rows,
+        report: DataReport,
+        order: Order,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
     ) -> None:
         self.report = report
         self.order = order
-        self._items, self._tokenizer, self._max_length = items, tokenizer, max_length
+        self._items, self._rows, self._tokenizer, self._max_length = items, rows, tokenizer, max_length
 
     def __len__(self) -> int:
         return len(self._items)
@@ -144,6 +158,10 @@ class RowSource:
     @property
     def longest(self) -> Longest:
         return self._items.longest(self._max_length)
+
+    @property
+    def rows_fingerprint(self) -> str:
+        return self._rows.fingerprint
 
     def item(self, index: int) -> Item:
         return Item(index, self._items.rows(index, group=index))
@@ -182,7 +200,7 @@ class RowSource:
         """The same data, where each row has its part of `values`, one for each token of the data set."""
         items = replace(self._items, beside={**self._items.beside, name: values})
         report = replace(self.report, notes=(*self.report.notes, note))
-        return RowSource(items, report, self.order, self._tokenizer, self._max_length)
+        return RowSource(items, self._rows, report, self.order, self._tokenizer, self._max_length)
 
 
 class PromptSource:
@@ -201,6 +219,10 @@ class PromptSource:
     @property
     def longest(self) -> Longest:
         return Longest(self.report.longest, self.report.longest)
+
+    @property
+    def rows_fingerprint(self) -> str:
+        return self._rows.fingerprint
 
     def item(self, index: int) -> Prompt:
         tokens = self._items.prompt_tokens(index)
@@ -223,7 +245,7 @@ def _tokenised(data: DataConfig, kind: DataKind, rows: raw.Rows, preparer: Prepa
     columns = wanted_columns(preparer.format, kind, data, rows.table.column_names)
     if data.cache_dir is None and len(rows) < WORTH_CACHING:
         return _tokenise(rows, columns, preparer)
-    folder = cache_root(data) / "tokenised" / _fingerprint(rows, columns, preparer)
+    folder = cache_root(data) / "tokenised" / _cache_key(kind, rows, columns, preparer)
     found = stored.load(folder)
     if found is None:
         found = _tokenise(rows, columns, preparer)
@@ -251,25 +273,37 @@ def _chunks(rows: raw.Rows, columns: list[str]) -> Iterator[list[tuple[int, dict
         yield [(start + i, dict(zip(columns, cell, strict=True))) for i, cell in enumerate(cells)]
 
 
-def _fingerprint(rows: raw.Rows, columns: list[str], preparer: Preparer) -> str:
-    """Whatever changes what is tokenised changes this."""
+def _cache_key(kind: DataKind, rows: raw.Rows, columns: list[str], preparer: Preparer) -> str:
+    """Whatever changes what is stored changes this: the rows and how they are read, the settings, the tokenizer.
+
+    The same columns are read in several ways (a pair is one item of two rows, or two labelled items of one)."""
     tokeniser = preparer.tokeniser
     assert tokeniser is not None
-    tokenizer = tokeniser.tokenizer
-    backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = [
         VERSION,
-        rows.table._fingerprint,
-        columns,
-        str(preparer.format),
+        rows.fingerprint,
+        kind.name,
+        (columns, str(preparer.format), preparer.format.read.__qualname__),
         preparer.limits,
         preparer.prompts_only,
         (tokeniser.completion_only, tokeniser.assistant_only, tokeniser.append_eos),
-        backend.to_str() if backend is not None else (type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())),
-        tokenizer.chat_template,
-        tokenizer.special_tokens_map,
+        *tokenizer_parts(tokeniser.tokenizer, date.today()),
     ]
-    return blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+    return blake2b(raw.printed(parts), digest_size=16).hexdigest()
+
+
+def tokenizer_parts(tokenizer: Any, today: date) -> list[Any]:
+    """What the tokens of a row depend on besides the row. A template that asks for the date gives others tomorrow."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    template = tokenizer.chat_template
+    return [
+        type(tokenizer).__name__,
+        backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items()),
+        template,
+        today.isoformat() if "strftime_now" in str(template) else None,
+        tokenizer.special_tokens_map,
+        transformers.__version__,
+    ]
 
 
 def _report(rows: raw.Rows, preparer: Preparer, record: Record, items: Items, cut: int, bad: BadRows) -> DataReport:

@@ -20,6 +20,7 @@ from threading import Lock
 from typing import Any, TypeVar
 
 import numpy as np
+import xxhash
 
 from actors.batch import Batch
 from actors.errors import DataError
@@ -79,6 +80,7 @@ class StreamSource:
         self._counts, self._record = _Counts(), Record()
         self._format: Format | None = None
         self._columns: tuple[str, ...] = ()
+        self._first_rows = ""  # their fingerprint
         self._lock = Lock()
         self._upcoming = enumerate(chain.from_iterable(map(self._epoch, count())))
         self._window: dict[int, tuple[Items, int, dict[str, Any]]] = {}
@@ -106,6 +108,11 @@ class StreamSource:
         row = self._limits.max_prompt_length if self._kind.prompts_only else self._max_length
         assert row is not None  # `limits_of` bounds prompts by the model's length
         return Longest(row, row * self._kind.rows_per_item)
+
+    @property
+    def rows_fingerprint(self) -> str:
+        """Of the first rows that were read; the others may not be known for long."""
+        return self._first_rows
 
     def item(self, index: int) -> Item | Prompt:
         items, local, row = self._find(index)
@@ -157,6 +164,7 @@ class StreamSource:
 
     def _prepare(self, chunk: list[raw.Origin], bad: BadRows, *, counted: bool) -> Items:
         form = self._format_of(chunk)
+        self._first_rows = self._first_rows or xxhash.xxh3_128(raw.printed([row for _, _, row in chunk])).hexdigest()
         preparer = Preparer(form, self._limits, self._tokeniser, self._kind.prompts_only)
         wanted = wanted_columns(form, self._kind, self._data, self._columns)
         rows = [(index, {name: row.get(name) for name in wanted}) for index, (_, _, row) in enumerate(chunk)]

@@ -13,7 +13,7 @@ from orchestrator.metrics import METRICS_FILE, read
 from orchestrator.pipeline import Completions, Pairs, Prompts
 from orchestrator.prepare import prepare
 from orchestrator.run import run
-from tests.unit.source_stub import opened, tokenizer, write_rows
+from tests.unit.source_stub import opened, write_rows
 from tests.unit.tiny import tiny_model_folder
 
 LONG = {"prompt": "abcd", "completion": "efghi"}  # 4 + 5 + 1 tokens
@@ -108,26 +108,6 @@ def test_wrapped_documents_share_packs_of_the_full_length(tmp_path: Path) -> Non
 def test_packing_is_refused_for_anything_but_completions(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.packing=bfd is for completions, not for prompts"):
         source_of(tmp_path, [{"prompt": "a"}], Prompts, packing="bfd")
-
-
-def test_tokenised_rows_are_kept_and_used_again_until_something_changes(tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-
-    def kept() -> set[str]:
-        return {folder.name for folder in (cache / "tokenised").iterdir()}
-
-    rows = [LONG, SHORT, {"prompt": "x", "completion": ""}]
-    first = source_of(tmp_path, rows, max_length=6, max_bad_rows=1, cache_dir=cache)
-    before = kept()
-    again = source_of(tmp_path, rows, max_length=6, max_bad_rows=1, cache_dir=cache)
-    assert kept() == before and len(before) == 1
-    assert again.report == first.report
-    assert again.batch([0, 1]).columns["tokens"].tolist() == first.batch([0, 1]).columns["tokens"].tolist()
-    source_of(tmp_path, rows, max_length=5, max_bad_rows=1, cache_dir=cache)
-    source_of(tmp_path, [SHORT], max_length=6, cache_dir=cache)
-    words = tokenizer("{{ messages }}")
-    opened(write_rows(tmp_path / "d.jsonl", [SHORT]), Completions, words, max_length=6, cache_dir=cache)
-    assert len(kept()) == 4
 
 
 def phase_of(tmp_path: Path, method: str, rows: list[dict], budget: int, **data: Any) -> RunConfig:
