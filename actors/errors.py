@@ -8,6 +8,7 @@ TroupeError
 │   └── PlacementError     the cluster lacks what the plan needs
 ├── Interrupted        a signal ended a run, in order
 └── RunError           something broke while a run was going on
+    ├── DiskError          a disk did not take what was written
     ├── InfraFailure       an actor, an engine or a wait died: retry elsewhere, bounded
     │   └── NoAnswer           a worker died, is out of reach, or passed its deadline
     ├── DataFailure        this sample always fails: drop it and count it
@@ -56,6 +57,10 @@ class Interrupted(TroupeError):
 
 class RunError(TroupeError):
     """A run failed after it had started."""
+
+
+class DiskError(RunError):
+    """A disk is full, or does not write. Nobody but the user can mend that."""
 
 
 class InfraFailure(RunError):

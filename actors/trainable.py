@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 import actors
+from actors import saved_state
 from actors.averaging import Average, AverageSpec
 from actors.backends import BackendSpec, Placement, build_backend
 from actors.backends.optimizer import OptimSpec
@@ -180,18 +181,22 @@ class Trainable:
             return task()
 
     def save_state(self, folder: str) -> None:
-        """Everything that exact resumption needs, into an existing folder; each rank writes its share."""
-        with self._doing("save_state"):
+        """Everything that exact resumption needs, into an existing folder; each rank writes its share. Raises RunError
+        on every rank if a trained weight is not finite: nobody could go on from there. DiskError if the disk is full.
+        """
+        with self._doing("save_state"), saved_state.writing(Path(folder)):
+            self._refuse_what_is_not_finite()
             self.backend.save_state(Path(folder))
             state = {"seed": self._seed, "steps_done": self._steps_done, "objectives": self._objective_states}
             state["average"] = None if self._average is None else self._average.state()
-            torch.save(state, Path(folder) / self._own_file)
+            saved_state.save(state, Path(folder) / self._own_file)
 
     def load_state(self, folder: str) -> None:
-        """Continue where `save_state` left off. The folder must be one of our own: it is unpickled."""
+        """Continue where `save_state` left off, with the settings of the last `reset`. What is read is data, whoever
+        wrote the folder: raises RunError for a file that holds anything else."""
         with self._doing("load_state"):
             self.backend.load_state(Path(folder))
-            state = torch.load(Path(folder) / self._own_file, weights_only=False)
+            state = saved_state.load(Path(folder) / self._own_file)
             self._seed, self._steps_done = state["seed"], state["steps_done"]
             self._objective_states = state["objectives"]
             if self._average is not None:
@@ -200,7 +205,7 @@ class Trainable:
     def save_model(self, folder: str, averaged: bool = False) -> None:
         """A Hugging Face folder: merged weights, config, generation config, tokenizer. The weights are those of now, or
         their average since the phase began. Raises RunError if none is taken."""
-        with self._doing("save_model"):
+        with self._doing("save_model"), saved_state.writing(Path(folder)):
             self.backend.save_model(Path(folder), self._taken().whole if averaged else None)
             if self._placement.rank == 0:
                 load_tokenizer(self._model_spec).save_pretrained(folder)
@@ -232,6 +237,15 @@ class Trainable:
         if self._backend is None:
             raise RunError(f"{self.name}: not ready; `ready` loads the model")
         return self._backend
+
+    def _refuse_what_is_not_finite(self) -> None:
+        dtype = getattr(torch, self._model_spec.dtype)  # as which it is computed with: float16 ends at 65504
+        for name, weight in self.backend.trained_weights():
+            if not torch.isfinite(weight.to(dtype)).all():
+                raise RunError(
+                    f"{self.name}: {name} holds numbers that are not finite in {self._model_spec.dtype} after step "
+                    f"{self._steps_done}; they are not saved. Lower train.learning_rate, or set train.max_grad_norm"
+                )
 
     def _taken(self) -> Average:
         if self._average is None:

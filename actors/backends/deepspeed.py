@@ -26,8 +26,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
+from actors import saved_state
 from actors.backends import BackendSpec, Placement, deepspeed_config
-from actors.backends.optimizer import OptimSpec, build_optimizer, build_schedule
+from actors.backends.optimizer import OptimSpec, build_optimizer, build_schedule, set_hyperparameters
 from actors.backends.protocol import StepInfo
 from actors.errors import ConfigError
 from actors.exchange import Instead, mix_in, replaced
@@ -71,7 +72,7 @@ class DeepSpeedBackend:
         _join(placement, self.device)
         self._deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         self.world = ProcessGroupWorld(self.device)
-        self._dtype, self._spec = model.dtype, spec
+        self._dtype, self._spec, self._optim = model.dtype, spec, spec.optim
         self._config = self._resolved(spec.optim)
         self._stage = deepspeed_config.zero_stage_of(self._config)
         self._module = self._load(model, trainable=spec.optim is not None)
@@ -130,14 +131,16 @@ class DeepSpeedBackend:
         if "optimizer" in self._config:
             raise ConfigError("a DeepSpeed configuration with an `optimizer` of its own serves one phase; remove it")
         clipping = self._resolved(optim)["gradient_clipping"]
+        _forget_moments(_innermost(self._engine.optimizer))
+        self._optim = optim
+        self._configure(clipping, steps_done=0)
+
+    def _configure(self, clipping: float, steps_done: int) -> None:
+        """Let the optimizer go on after that many steps, with the settings of the phase."""
+        assert self._optim is not None
         optimizer = _innermost(self._engine.optimizer)
-        for group, fresh in zip(
-            optimizer.param_groups, build_optimizer(self._trained(), optim).param_groups, strict=True
-        ):
-            group.update({key: value for key, value in fresh.items() if key != "params"})
-            group["initial_lr"] = optim.learning_rate
-        _forget_moments(optimizer)
-        self._engine.lr_scheduler = build_schedule(optimizer, optim)
+        set_hyperparameters(optimizer, build_optimizer(self._trained(), self._optim))
+        self._engine.lr_scheduler = build_schedule(optimizer, self._optim, steps_done)
         self._engine._config.gradient_clipping = clipping
         if hasattr(self._engine.optimizer, "clip_grad"):
             self._engine.optimizer.clip_grad = clipping
@@ -197,9 +200,13 @@ class DeepSpeedBackend:
         if saved != self._layout:
             raise ConfigError(_mismatch(folder, saved, self._layout))
         strict = not has_adapters(self._module)
-        loaded, _ = self._engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=strict)
+        with saved_state.data_only(folder, _parts_of_its_state()):
+            loaded, _ = self._engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=strict)
         if loaded is None:
             raise ConfigError(f"{folder} lacks files of backend 'deepspeed'; resume from another checkpoint")
+        assert self._optim is not None
+        # DeepSpeed has restored the settings of the run that saved as well.
+        self._configure(self._resolved(self._optim)["gradient_clipping"], self._engine.lr_scheduler.last_epoch)
 
     @property
     def _layout(self) -> dict[str, int]:
@@ -268,6 +275,15 @@ def _join(placement: Placement, device: torch.device) -> None:
         world_size=placement.world_size,
         timeout=COLLECTIVE_TIMEOUT,
     )
+
+
+def _parts_of_its_state() -> list[type]:
+    """DeepSpeed's classes whose objects stand in its checkpoints: fields and nothing that acts when it is loaded."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
 
 def _innermost(optimizer: Any) -> torch.optim.Optimizer:

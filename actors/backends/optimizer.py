@@ -45,8 +45,21 @@ def build_optimizer(named: Iterable[tuple[str, Tensor]], spec: OptimSpec) -> tor
     )
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, spec: OptimSpec) -> torch.optim.lr_scheduler.LambdaLR:
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(spec))
+def build_schedule(
+    optimizer: torch.optim.Optimizer, spec: OptimSpec, steps_done: int = 0
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """The schedule as it stands after `steps_done` steps, which sets the optimizer's learning rates. It depends on
+    nothing but its arguments: a run that is resumed with another schedule goes on as if it always had been that one."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] = spec.learning_rate
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(spec), last_epoch=steps_done - 1)
+
+
+def set_hyperparameters(optimizer: torch.optim.Optimizer, fresh: torch.optim.Optimizer) -> None:
+    """Give `optimizer` the settings of `fresh`, which `build_optimizer` made for the same weights; it keeps its own
+    weights and moments. The learning rate is the schedule's to set."""
+    for group, new in zip(optimizer.param_groups, fresh.param_groups, strict=True):
+        group.update({key: value for key, value in new.items() if key != "params"})
 
 
 def learning_rate_factor(spec: OptimSpec) -> Callable[[int], float]:
@@ -75,7 +88,7 @@ class Stepper:
     """Clipping, AdamW and the schedule as one, over float32 tensors that hold whole gradients."""
 
     def __init__(self, named: Iterable[tuple[str, Tensor]], spec: OptimSpec) -> None:
-        self.named = dict(named)
+        self.named, self.spec = dict(named), spec
         self.max_grad_norm = spec.max_grad_norm
         self.optimizer = build_optimizer(self.named.items(), spec)
         self.schedule = build_schedule(self.optimizer, spec)
@@ -93,15 +106,18 @@ class Stepper:
         return StepInfo(norm.item(), learning_rate)
 
     def state_dict(self) -> dict[str, Any]:
+        """What training has made: weights, moments, steps. What was configured is not in it."""
         weights = {name: tensor.detach() for name, tensor in self.named.items()}
-        return {"weights": weights, "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+        moments = self.optimizer.state_dict()["state"]
+        return {"weights": weights, "moments": moments, "steps": self.schedule.last_epoch}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, tensor in self.named.items():
             tensor.copy_(state["weights"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+        configured = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state["moments"], "param_groups": configured})
+        self.schedule = build_schedule(self.optimizer, self.spec, state["steps"])
 
     def move_state(self, device: torch.device) -> None:
         """Take the moments to another device; the tensors themselves are the caller's to move."""

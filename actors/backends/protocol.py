@@ -76,10 +76,14 @@ class Backend(Protocol):
         ...
 
     def save_state(self, folder: Path) -> None:
-        """Everything that exact resumption needs: weights, optimizer, schedule. Each rank writes its share."""
+        """What training has made and exact resumption needs: weights, moments, steps. Each rank writes its share."""
         ...
 
-    def load_state(self, folder: Path) -> None: ...
+    def load_state(self, folder: Path) -> None:
+        """Go on from a saved state under the optimizer's present settings: learning rate, schedule, betas, decay and
+        clipping are those of the last `reset_optimizer`, whatever they were when it was saved. Data is read, and never
+        code: raises RunError for a file that holds anything else."""
+        ...
 
     def save_model(self, folder: Path, instead: Instead | None = None) -> None:
         """A Hugging Face folder (weights and config; adapters merged), written by rank 0. With `instead`, the trained

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from actors import saved_state
 from actors.backends import BackendSpec, Placement
 from actors.backends.optimizer import OptimSpec, Stepper
 from actors.backends.protocol import StepInfo
@@ -91,11 +92,13 @@ class SingleBackend:
         return adapters_off(self.model)
 
     def save_state(self, folder: Path) -> None:
-        """Trained weights (the float32 ones), optimizer and schedule; frozen weights stay in the model's own folder."""
-        torch.save(self.stepper.state_dict(), folder / STATE_FILE)
+        """Trained weights (the float32 ones), moments and steps; frozen weights stay in the model's own folder."""
+        saved_state.save(self.stepper.state_dict(), folder / STATE_FILE)
 
     def load_state(self, folder: Path) -> None:
-        state = torch.load(folder / STATE_FILE, map_location=self.device, weights_only=True)
+        if not (folder / STATE_FILE).exists():
+            raise ConfigError(f"{folder} holds no state of backend 'single'; resume with the backend that saved it")
+        state = saved_state.load(folder / STATE_FILE, self.device)
         if state["weights"].keys() != self._weights.keys():
             raise ConfigError(f"{folder} holds the state of a model whose trained weights are not this one's")
         self.stepper.load_state_dict(state)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
 import time
@@ -28,7 +29,7 @@ from actors.averaging import AverageSpec
 from actors.backends import BackendSpec
 from actors.backends.optimizer import OptimSpec
 from actors.batch import Batch
-from actors.errors import ConfigError, InfraFailure
+from actors.errors import ConfigError, InfraFailure, RunError
 from actors.group import start_ranks
 from actors.lora import LoraSpec
 from actors.model import ModelSpec
@@ -154,7 +155,9 @@ class Role:
         objective = objective or MaskedNll()
         dealt = deal(batch or self.batch, len(self.gang.workers), budget, aside=objective.aside)
         chunks = [chunk for _, chunk in dealt]
-        return [self.call("act_on", "update", objective, 1.0, "u", per_rank=chunks)[0] for _ in range(steps)]
+        reports = [self.call("act_on", "update", objective, 1.0, "u", per_rank=chunks)[0] for _ in range(steps)]
+        assert all(report.grad_norm > 1e-3 and report.learning_rate > 0 for report in reports), "nothing was learned"
+        return reports
 
     def evaluate(self) -> dict[str, float]:
         chunks = [chunk for _, chunk in deal(self.batch, len(self.gang.workers), BUDGET)]
@@ -274,6 +277,11 @@ def assert_same_weights(
         np.testing.assert_allclose(tensor, expected[name], rtol=0, atol=tolerance, err_msg=name)
 
 
+def furthest(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
+    """The largest difference of any weight."""
+    return max(float(np.abs(tensor - other[name]).max()) for name, tensor in one.items())
+
+
 def plain_model(path: str) -> dict[str, np.ndarray]:
     """Weights as transformers reads them, tied ones once."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -313,11 +321,60 @@ def test_a_saved_model_reopens_with_the_weights_that_were_trained(train: Train, 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(start: Start, train: Train, case: Case) -> None:
     run = train(case)
     role = start(case)
+    untrained = role.weights()
     role.act("load_state", run.state)
+    at_resume = role.weights()
     resumed = role.update(2)
     assert [report.metrics["loss"] for report in resumed] == run.losses[2:]
     assert [report.grad_norm for report in resumed] == [report.grad_norm for report in run.reports[2:]]
     assert_same_weights(role.weights(), run.weights)
+    assert furthest(untrained, at_resume) > 1e-3 and furthest(at_resume, run.weights) > 1e-3
+
+
+@every_backend
+def test_a_resumed_run_trains_as_it_is_configured_now(start: Start, train: Train, case: Case) -> None:
+    now = OptimSpec(2e-3, total_steps=8, weight_decay=0.5, adam_betas=(0.5, 0.9), max_grad_norm=0.1)
+
+    def two_more(case: Case) -> tuple[list[UpdateReport], dict[str, np.ndarray]]:
+        role = start(case)
+        role.act("reset", now)
+        role.act("load_state", train(case).state)
+        return role.update(2), role.weights()
+
+    reports, weights = two_more(case)
+    assert [report.learning_rate for report in reports] == pytest.approx([2e-3 * 6 / 8, 2e-3 * 5 / 8])
+    expected, single = expected_once("changed", lambda: two_more(SINGLE))
+    assert [report.grad_norm for report in reports] == pytest.approx(
+        [report.grad_norm for report in expected], rel=1e-5
+    )
+    assert_same_weights(weights, single, tolerance=5e-6)
+    assert furthest(single, train(SINGLE).weights) > 1e-3, "the changed settings must show, or nothing is compared"
+
+
+class Planted:
+    """Runs when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.trace),)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_state_of_deepspeed_that_holds_code_is_refused_and_the_code_does_not_run(
+    start: Start, train: Train, tmp_path: Path, stage: int
+) -> None:
+    case = Case("deepspeed", stage, 1)
+    files = sorted(Path(train(case).state).rglob("*states.pt"))
+    assert len(files) == (1 if stage == 0 else 2)
+    for number, file in enumerate(files):
+        state = Path(shutil.copytree(train(case).state, tmp_path / str(number)))
+        planted, trace = state / file.relative_to(train(case).state), tmp_path / f"ran-{number}"
+        torch.save({**torch.load(planted, weights_only=False), "planted": Planted(trace)}, planted)
+        with pytest.raises(RunError, match=r"is not data \(.*mkdir.*not loaded"):
+            start(case).act("load_state", str(state))
+        assert not trace.exists()
 
 
 @every_backend
@@ -564,6 +621,8 @@ def test_a_state_of_another_gang_is_refused_with_what_to_do(start: Start, train:
 def test_a_state_of_another_backend_is_refused(start: Start, train: Train) -> None:
     with pytest.raises(ConfigError, match="resume with the backend that saved it"):
         start(Case("deepspeed", 2, 1)).act("load_state", train(SINGLE).state)
+    with pytest.raises(ConfigError, match="no state of backend 'single'; resume with the backend that saved it"):
+        start(SINGLE).act("load_state", train(Case("deepspeed", 2, 1)).state)
 
 
 def test_single_refuses_more_than_one_rank(start: Start) -> None:

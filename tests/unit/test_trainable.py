@@ -81,7 +81,10 @@ def trainable(folder: Path, *, optim: OptimSpec | None = OPTIM, seed: int = 0, *
 
 
 def train(target: Trainable, steps: range, objective: Nll | None = None) -> list[UpdateReport]:
-    return [target.update(chunk(batch(step)), objective or Nll(), 1.0, "policy.update") for step in steps]
+    """Steps that learn something: each has a gradient and a rate, or what is compared after them was never trained."""
+    reports = [target.update(chunk(batch(step)), objective or Nll(), 1.0, "policy.update") for step in steps]
+    assert all(report.grad_norm > 1e-3 and report.learning_rate > 0 for report in reports)
+    return reports
 
 
 def weights(target: Trainable) -> dict[str, Tensor]:
@@ -90,7 +93,11 @@ def weights(target: Trainable) -> dict[str, Tensor]:
 
 def assert_equal_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert one.keys() == other.keys()
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    assert differing(one, other) == []
+
+
+def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    return [name for name in one if not torch.equal(one[name], other[name])]
 
 
 @pytest.fixture
@@ -104,25 +111,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {"lora": LoraSpec(r=4, dropout=0.1)},
     "noise": {"neftune_noise_alpha": 5.0},
 }
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(folder: Path, tmp_path: Path, variant: str) -> None:
-    straight = trainable(folder, **VARIANTS[variant])
-    expected = train(straight, range(5), Nll(coupled=True))
-
-    first = trainable(folder, **VARIANTS[variant])
-    train(first, range(2), Nll(coupled=True))
-    (state := tmp_path / "state").mkdir()
-    first.save_state(str(state))
-    resumed = trainable(folder, seed=99, **VARIANTS[variant])
-    resumed.load_state(str(state))
-    found = train(resumed, range(2, 5), Nll(coupled=True))
-
-    assert_equal_bits(weights(straight), weights(resumed))
-    assert [report.metrics for report in found] == [report.metrics for report in expected[2:]]
-    assert [report.learning_rate for report in found] == [report.learning_rate for report in expected[2:]]
-    assert resumed.ping()["steps_done"] == 5
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -477,13 +465,6 @@ def test_what_cannot_be_built_is_refused_with_a_way_out(
 ) -> None:
     with pytest.raises(error, match=message):
         Trainable("policy", ModelSpec(str(folder), **model), backend, threads=1, world_size=ranks).ready()
-
-
-def test_a_state_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
-    (state := tmp_path / "state").mkdir()
-    trainable(folder).save_state(str(state))
-    with pytest.raises(ConfigError, match="trained weights are not this one's"):
-        trainable(folder, lora=LoraSpec(r=4)).load_state(str(state))
 
 
 def test_sleep_and_wake_keep_the_run_as_it_was(folder: Path) -> None:
