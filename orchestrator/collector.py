@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -82,6 +81,11 @@ class Company(Protocol):
 
     async def fetch(self, refs: list[Ref]) -> list[Batch]: ...
 
+    @property
+    def paused(self) -> bool:
+        """Whether groups wait because somebody wants no workers."""
+        ...
+
 
 class RowCollector:
     """Batches of rows that are complete from the start: supervised, paired and unpaired data. The next batch is read
@@ -136,13 +140,12 @@ class GroupCollector:
         version: int,
         ledger: Ledger,
         watchdog: Watchdog,
-        timeout_s: float,
         on_reward_failure: Literal["drop", "abort"],
     ) -> None:
         self._on_reward_failure = on_reward_failure
         self._source, self._company, self._pipeline, self._cursor = source, company, pipeline, cursor
         self._contract, self._sampling, self._run, self._seed = contract, sampling, run, seed
-        self._ledger, self._watchdog, self._timeout_s = ledger, watchdog, timeout_s
+        self._ledger, self._watchdog = ledger, watchdog
         self._version, self._accepted = version, (version - contract.first_version) * contract.batch
         self._samples = _samples_per_prompt(pipeline)
         self._keeps = [stage for stage in pipeline.group_stages if stage.verb is Verb.KEEP]
@@ -160,7 +163,8 @@ class GroupCollector:
 
     async def next(self, version: int) -> Collected:
         self._admit()
-        collected = await (self._ahead or asyncio.ensure_future(self._assemble(version)))
+        with self._watchdog.waiting(self._what_is_waited_for):
+            collected = await (self._ahead or asyncio.ensure_future(self._assemble(version)))
         oldest = [group.meta.oldest_version for group in collected.groups]
         self._contract.check(oldest, version=version)
         self._ahead = asyncio.ensure_future(self._assemble(version + 1))
@@ -279,7 +283,7 @@ class GroupCollector:
 
     async def _assemble(self, version: int) -> Collected:
         """A batch that may be trained at `version`: the oldest groups first, then in the order of their prompts."""
-        await self._until(lambda: len(self._usable(version)) >= self._contract.batch)
+        await self._until_enough(version)
         positions = sorted(self._usable(version)[: self._contract.batch])
         groups = tuple(self._ready.pop(position) for position in positions)
         parts = await self._company.fetch([group.tokens for group in groups])
@@ -294,21 +298,25 @@ class GroupCollector:
         fresh = [position for position, age in ages.items() if not self._contract.too_old(age, next_version=version)]
         return sorted(fresh, key=lambda position: (ages[position], position))
 
-    async def _until(self, enough: Callable[[], bool]) -> None:
-        """Ended by `_ended` of the groups that run; each of those has deadlines of its own."""
-        what = f"{self._contract.batch} prompt groups"
-        with self._watchdog.waiting(what, self._timeout_s):
-            while not enough():
-                if self._failure is not None:
-                    raise self._failure
-                self._changed.clear()
-                try:
-                    await asyncio.wait_for(self._changed.wait(), self._timeout_s)
-                except TimeoutError:
-                    raise RunError(
-                        f"no prompt group finished within {self._timeout_s:g} s "
-                        f"({len(self._ready)} of {self._contract.batch} ready, {len(self._running)} running)"
-                    ) from None
+    async def _until_enough(self, version: int) -> None:
+        """Until a batch may be trained at `version`. Ended by `_ended` of the groups under way; each of those has
+        deadlines of its own, which count while it is worked on. So this one has none: it lasts as long as a step, or as
+        long as nobody wants workers."""
+        while len(self._usable(version)) < self._contract.batch:
+            if self._failure is not None:
+                raise self._failure
+            if self._version == version and not self._running:  # all was admitted that may be
+                raise RunError(
+                    f"{len(self._usable(version))} of {self._contract.batch} prompt groups are ready for version "
+                    f"{version}, none is under way, and none may be admitted ({self._accepted} accepted)"
+                )
+            self._changed.clear()
+            await self._changed.wait()
+
+    def _what_is_waited_for(self) -> str | None:
+        if self._company.paused:
+            return None
+        return f"{self._contract.batch} prompt groups ({len(self._ready)} ready, {len(self._running)} under way)"
 
     def _metrics(self) -> dict[str, float]:
         counts = {f"dropped/{reason}": float(count) for reason, count in self._ledger.dropped.items()}

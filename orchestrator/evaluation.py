@@ -87,7 +87,7 @@ class Evaluations:
         async with roles.changing_weights():
             await roles.publish(progress.version)
         sampling = greedy(phase.sampling, phase.config.evaluation.max_tokens)
-        with self.watchdog.waiting(f"evaluation {label}"):
+        with self.watchdog.waiting(lambda: None if roles.paused else f"evaluation {label}"):
             result = await evaluate(phase.evaluation, roles, sampling, label=label)
         self.console.evaluation(label, result.score)
         failed = result.metrics["eval_failed"]

@@ -8,6 +8,10 @@
 
 Scaling, death and restart are one path: the desired number of members differs from the actual one. A worker joins only
 after `admit` returned (for rollout workers: after it acknowledged the current weights).
+
+Deadlines count work: a worker's start has one, and so has a call that a worker carries. Queueing for a free worker has
+none: it ends when one of the calls before it does, when too many workers were lost, or, in a pool that was resized to
+nothing, when it is resized again.
 """
 
 from __future__ import annotations
@@ -42,7 +46,6 @@ class PoolPolicy:
     alone_after: int = 1  # deaths of a worker in company; then a call gets a worker to itself, to see whose fault it is
     ping_every_s: float = 1.0
     ping_timeout_s: float = 15.0
-    acquire_timeout_s: float = 600.0
 
 
 @dataclass(eq=False)
@@ -102,11 +105,18 @@ class Pool:
         await asyncio.gather(*(self._stop(worker) for worker in workers), return_exceptions=True)
 
     def resize(self, desired: int) -> None:
-        """Change the desired number of members; takes effect at once, surplus members drain."""
+        """Change the desired number of members; takes effect at once, surplus members drain. With none, calls wait for
+        the next resize."""
         if desired != self.fleet.desired:
-            self._event("resized", {"role": self.role, "from": self.fleet.desired, "to": desired})
+            paused = {} if desired else {"paused": f"whatever needs a {self.role} worker, until there is one again"}
+            self._event("resized", {"role": self.role, "from": self.fleet.desired, "to": desired, **paused})
             self.fleet.desired = desired
             self._wake.set()
+
+    @property
+    def paused(self) -> bool:
+        """Whether it has no member because none is wanted."""
+        return self.fleet.desired == 0
 
     def count(self, *states: State) -> int:
         return sum(member.state in states for member in self.fleet.members.values())
@@ -146,11 +156,11 @@ class Pool:
                 self._release(index, alone)
 
     async def _acquire(self, avoid: frozenset[int]) -> int:
-        def free() -> bool:
-            return self.fleet.pick(self.policy.slots, avoid) is not None
-
+        """A serving member with a free slot, which is taken. Ended by `_notify`, whoever frees it or ends the pool."""
         while (index := self.fleet.pick(self.policy.slots, avoid)) is None:
-            await self._until(free, f"a free {self.role} worker", self.policy.acquire_timeout_s)
+            if self._failure is not None:
+                raise self._failure
+            await self._changed.wait()
         self.fleet.add_load(index, 1)
         return index
 
@@ -232,6 +242,8 @@ class Pool:
             self._event("up", {"role": self.role, "worker": index, "seconds": seconds})
             self._notify()
             await self.admit(index)
+            if index not in self.workers:  # evicted meanwhile
+                return
             self.fleet.joined(index, time.monotonic())
         except InfraFailure as error:
             await self.evict(index, f"start failed: {error}", placed=index in self.workers)

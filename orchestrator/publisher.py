@@ -72,7 +72,7 @@ class Publisher:
         acks = await self._transfer(order, members) if members else []
         if members and not acks:
             raise WeightSyncError(f"version {version}: none of {len(members)} rollout worker(s) confirmed the weights")
-        if order.transport == "collective":
+        if self._snapshot is not None and self._snapshot[0].version != version:  # of the weights before
             self._snapshot = None
         self.version = version
         self._published.set()
@@ -81,8 +81,9 @@ class Publisher:
         return SyncReport(version, promoted, time.monotonic() - began, stall, order.manifest.nbytes)
 
     async def admit(self, index: int) -> None:
-        """Returns once the member holds the current weights; the pool calls this before it gives out work."""
-        await asyncio.wait_for(self._published.wait(), self._pool.policy.start_timeout_s)
+        """Returns once the member holds the current weights; the pool calls this before it gives out work. Before the
+        first publish it waits, without a deadline: what a run does before that may take hours."""
+        await self._published.wait()
         async with self.changing:
             if self._held.get(index) == self.version:
                 return

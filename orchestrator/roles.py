@@ -102,9 +102,13 @@ class Roles:
         return metrics
 
     async def run_batch_stages(self, batch: Batch) -> Batch:
-        """The batch-wise stages of the collecting part."""
-        for stage in self.phase.pipeline.batch_stages:
-            batch, _ = await self.run(stage, batch, step=-1)
+        """The batch-wise stages of the collecting part. Those that the policy's own processes carry out wait until they
+        are neither updated nor published: queued behind each other there, the deadlines of both would run."""
+        stages = self.phase.pipeline.batch_stages
+        shared = any(self._holder(stage)[0] in self.phase.pipeline.trained for stage in stages)
+        async with self.changing_weights() if shared else nullcontext():
+            for stage in stages:
+                batch, _ = await self.run(stage, batch, step=-1)
         return batch
 
     async def generate(self, request: Request) -> tuple[GroupMeta, Ref]:
@@ -133,6 +137,11 @@ class Roles:
 
     async def fetch(self, refs: Sequence[Ref]) -> list[Batch]:
         return await asyncio.gather(*(self.objects.get(ref, timeout_s=FETCH_TIMEOUT_S) for ref in refs))
+
+    @property
+    def paused(self) -> bool:
+        """Whether a pool has no workers because somebody wants none."""
+        return any(pool is not None and pool.paused for pool in (self.rollout, self.reward))
 
     def changing_weights(self) -> AbstractAsyncContextManager[Any]:
         """Hold this while the policy is updated and published: no worker catches up with half-way weights meanwhile."""

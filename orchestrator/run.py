@@ -206,7 +206,6 @@ class _Run:
             version=progress.version,
             ledger=self.ledger,
             watchdog=self.watchdog,
-            timeout_s=self.config.roles.rollout.request_timeout_s,
             on_reward_failure=self.config.roles.reward.on_failure,
         )
 

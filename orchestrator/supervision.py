@@ -64,7 +64,7 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Wait:
-    what: str
+    what: Callable[[], str | None]
     since: float
     deadline_s: float | None
 
@@ -80,10 +80,11 @@ class Watchdog:
         self._next = 0
 
     @contextmanager
-    def waiting(self, what: str, deadline_s: float | None = None) -> Iterator[None]:
-        """Name a wait for as long as the block lasts."""
+    def waiting(self, what: str | Callable[[], str | None], deadline_s: float | None = None) -> Iterator[None]:
+        """Name a wait for as long as the block lasts. A function is asked for the name as it is now; None: it is not
+        worth a line, because somebody wants this wait."""
         token, self._next = self._next, self._next + 1
-        self._waits[token] = Wait(what, self._now(), deadline_s)
+        self._waits[token] = Wait((lambda: what) if isinstance(what, str) else what, self._now(), deadline_s)
         try:
             yield
         finally:
@@ -98,5 +99,6 @@ class Watchdog:
             if now - self._reported.get(token, wait.since) >= self._report_after_s:
                 self._reported[token] = now
                 limit = f", deadline {wait.deadline_s:g} s" if wait.deadline_s else ""
-                lines.append(f"waiting {now - wait.since:.0f} s for {wait.what}{limit}")
+                if what := wait.what():
+                    lines.append(f"waiting {now - wait.since:.0f} s for {what}{limit}")
         return lines

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from actors.batch import Batch
-from actors.errors import BudgetExhausted, DataFailure, InfraFailure
+from actors.errors import BudgetExhausted, DataFailure, InfraFailure, RunError
 from actors.worker import Ref
 from orchestrator.collector import GroupCollector, RowCollector
 from orchestrator.cursor import Cursor
@@ -48,6 +48,7 @@ class Company:
     seen: list[int] = field(default_factory=list)
     seeds: dict[int, int] = field(default_factory=dict)
     staged: int = 0  # batches that passed the stages before learning
+    paused: bool = False
 
     async def generate(self, request: Request) -> tuple[GroupMeta, Ref]:
         position = request.group
@@ -101,14 +102,13 @@ def collector(
         company,
         Pipeline(Prompts, generate(n=SAMPLES), score(), *([keep(spread)] if keeps else [])),
         cursor or Cursor(),
-        Contract(staleness, batch),
+        Contract(staleness, batch, batches=ledger.get("batches")),
         Sampling(max_tokens=4),
         run="test",
         seed=3,
         version=version,
         ledger=Ledger(ledger.get("allowed", 100)),
-        watchdog=Watchdog(),
-        timeout_s=5.0,
+        watchdog=ledger.get("watchdog", Watchdog()),
         on_reward_failure=on_reward_failure,
     )
 
@@ -278,6 +278,43 @@ async def test_a_closed_collector_starts_nothing_more():
     company.slow.clear()
     await asyncio.sleep(0.02)
     assert len(company.seen) == seen
+
+
+async def test_while_a_step_is_trained_nobody_waits_for_prompt_groups_and_no_deadline_runs():
+    company, now = Company(), [0.0]
+    watchdog = Watchdog(clock=lambda: now[0])
+    feed = collector(company, watchdog=watchdog)
+    first = await feed.next(0)
+    now[0] = 7200.0
+    await asyncio.sleep(0.01)
+    assert watchdog.overdue() == [], "the batch after this one is not missed yet"
+    company.version = 1
+    feed.advance(1, first)
+    assert (await feed.next(1)).positions == (3, 4, 5)
+    await feed.close()
+
+
+async def test_a_batch_that_is_missed_is_named_once_unless_somebody_wants_no_workers():
+    company, now = Company(slow={1}), [0.0]
+    watchdog = Watchdog(clock=lambda: now[0])
+    feed = collector(company, watchdog=watchdog)
+    missed = asyncio.ensure_future(feed.next(0))
+    await asyncio.sleep(0.01)
+    now[0], company.paused = 40.0, True
+    assert watchdog.overdue() == []
+    now[0], company.paused = 80.0, False
+    assert watchdog.overdue() == ["waiting 80 s for 3 prompt groups (2 ready, 1 under way)"]
+    company.slow.clear()
+    assert (await missed).positions == (0, 1, 2)
+    await feed.close()
+
+
+async def test_a_batch_that_can_never_be_filled_is_an_error_and_not_a_wait_for_ever():
+    feed = collector(Company(), batches=1)
+    feed.advance(1, await feed.next(0))
+    with pytest.raises(RunError, match="0 of 3 prompt groups are ready for version 1, none is under way"):
+        await feed.next(1)
+    await feed.close()
 
 
 async def test_rows_come_in_batches_in_order_and_are_settled_after_training():

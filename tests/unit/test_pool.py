@@ -85,7 +85,13 @@ def fragile_pool(policy: PoolPolicy, **fragile: frozenset[int]) -> tuple[Pool, l
 
 
 def make_pool(
-    desired: int, policy: PoolPolicy = POLICY, *, broken: frozenset[int] = frozenset(), homeless: int = 0, admit=None
+    desired: int,
+    policy: PoolPolicy = POLICY,
+    *,
+    broken: frozenset[int] = frozenset(),
+    homeless: int = 0,
+    admit=None,
+    watchdog=None,
 ):
     """`broken` members fail to start; for the first `homeless` there is no room."""
     events: list[tuple[str, dict]] = []
@@ -102,7 +108,7 @@ def make_pool(
         start=start,
         stop=lambda worker: worker.kill(),
         event=lambda kind, detail: events.append((kind, detail)),
-        watchdog=Watchdog(),
+        watchdog=watchdog or Watchdog(),
     )
     if admit is not None:
         pool.admit = admit
@@ -191,12 +197,58 @@ async def test_a_pool_that_loses_too_many_says_so_instead_of_waiting():
     await pool.close()
 
 
-async def test_waiting_for_a_worker_has_a_deadline_that_names_the_members():
-    policy = PoolPolicy(1, 1, 5.0, 5.0, 10, ping_every_s=0.02, acquire_timeout_s=0.2)
-    pool, _ = make_pool(0, policy)
+async def test_calls_wait_while_no_worker_is_wanted_and_go_on_when_one_is_wanted_again():
+    now = [0.0]
+    watchdog = Watchdog(clock=lambda: now[0])
+    pool, events = make_pool(1, watchdog=watchdog)
     await pool.open()
-    with pytest.raises(InfraFailure, match=r"waited 0\.2 s for a free rollout worker; members: none"):
-        await pool.call("1", double(1))
+    pool.resize(0)
+    while pool.workers:
+        await asyncio.sleep(0.01)
+    calls = [asyncio.ensure_future(pool.call(str(number), double(number))) for number in range(16)]
+    await asyncio.sleep(0.05)
+    now[0] = 100_000.0
+    assert pool.paused and not any(call.done() for call in calls)
+    assert watchdog.overdue() == []
+    assert [detail["paused"] for kind, detail in events if kind == "resized"] == [
+        "whatever needs a rollout worker, until there is one again"
+    ]
+    pool.resize(2)
+    assert await asyncio.gather(*calls) == [2 * number for number in range(16)]
+    assert not [kind for kind, _ in events if kind in ("retry", "evicted")]
+    await pool.close()
+
+
+async def test_a_call_that_queues_behind_many_others_is_not_late():
+    policy = PoolPolicy(1, 1, call_timeout_s=0.3, start_timeout_s=5.0, max_restarts=10, ping_every_s=0.02)
+    pool, events = make_pool(1, policy)
+    await pool.open()
+    work = [pool.call(str(number), lambda worker: worker.call("double", 1, timeout_s=0.3)) for number in range(60)]
+    assert await asyncio.gather(*work) == [2] * 60  # 0.6 s of work, one by one
+    assert not [kind for kind, _ in events if kind == "retry"]
+    await pool.close()
+
+
+async def test_calls_in_the_queue_of_a_pool_that_lost_too_many_workers_are_told():
+    pool, _ = make_pool(1, PoolPolicy(1, 2, 5.0, 5.0, max_restarts=0, ping_every_s=0.01))
+    await pool.open()
+    calls = [asyncio.ensure_future(pool.call(str(number), double(number))) for number in range(5)]
+    await asyncio.sleep(0)
+    await pool.workers[0].kill()
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    assert all(isinstance(outcome, BudgetExhausted) for outcome in outcomes), outcomes
+    await pool.close()
+
+
+async def test_a_member_that_is_evicted_while_it_waits_for_its_weights_is_replaced():
+    async def admit(index: int) -> None:
+        if index == 0:
+            await pool.evict(0, "weights of version 3 not confirmed")
+
+    pool, events = make_pool(1, admit=admit)
+    await pool.open()
+    assert await pool.call("1", double(1)) == 2
+    assert [detail["worker"] for kind, detail in events if kind == "joined"] == [1]
     await pool.close()
 
 
