@@ -21,7 +21,6 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 from actors.errors import InfraFailure, NoAnswer
@@ -156,22 +155,20 @@ class Pool:
                 self._release(index, alone)
 
     async def _acquire(self, avoid: frozenset[int]) -> int:
-        """A serving member with a free slot, which is taken. Ended by `_notify`, whoever frees it or ends the pool."""
+        """A serving member with a free slot, which is taken."""
         while (index := self.fleet.pick(self.policy.slots, avoid)) is None:
-            if self._failure is not None:
-                raise self._failure
-            await self._changed.wait()
+            await self._change()
         self.fleet.add_load(index, 1)
         return index
 
     async def _acquire_alone(self, avoid: frozenset[int]) -> int:
         """A member that carries nothing else until it is released."""
-        what, timeout_s = f"a {self.role} worker without other work", self.policy.acquire_timeout_s
         while True:
             while (index := self.fleet.reserve(avoid)) is None:
-                await self._until(lambda: self.fleet.pick(self.policy.slots, avoid) is not None, what, timeout_s)
+                await self._change()
             try:
-                await self._until(partial(self.fleet.emptied, index), what, timeout_s)
+                while not self.fleet.emptied(index):
+                    await self._change()
             except BaseException:
                 self.fleet.free(index)
                 self._notify()
@@ -179,6 +176,12 @@ class Pool:
             if self.fleet.serves(index):
                 self.fleet.add_load(index, 1)
                 return index
+
+    async def _change(self) -> None:
+        """Until something is worth another look: ended by `_notify`, whoever frees a member or ends the pool."""
+        if self._failure is not None:
+            raise self._failure
+        await self._changed.wait()
 
     def _release(self, index: int, alone: bool) -> None:
         self.fleet.add_load(index, -1)
