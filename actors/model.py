@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import os
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +15,7 @@ from actors.errors import ModelError
 from actors.heads import LogitScaling, TokenHead
 from actors.lora import LoraSpec, attach
 from actors.prefixes import shared_prefixes
-
-# Transformers builds a model under a default device that holds for the whole process: of two roles that load in one
-# process at once (`--local`), one would be left without data.
-LOADING = threading.Lock()
+from actors.pretrained import load_causal, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -30,6 +24,7 @@ class ModelSpec:
 
     path: str
     tokenizer: str | None = None  # default: the model's own
+    chat_template: str | None = None  # its text; default: the tokenizer's own
     dtype: str = "float32"
     lora: LoraSpec | None = None
     gradient_checkpointing: bool = False
@@ -120,28 +115,18 @@ class LanguageModel(nn.Module):
 
 def load_model(spec: ModelSpec, device: torch.device | str = "cpu", *, trainable: bool) -> LanguageModel:
     """The model with its adapters, on `device`, in training mode if `trainable`, else frozen. Raises ModelError."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # its bars of reading and writing files would draw over the driver's console
     register()
-    _check_folder(spec.path)
-    try:
-        with LOADING:
-            causal = AutoModelForCausalLM.from_pretrained(
-                spec.path,
-                dtype=getattr(torch, spec.dtype),
-                attn_implementation=spec.attn_implementation or VARLEN,
-                trust_remote_code=spec.trust_remote_code,
-            )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"cannot load {spec.path} as a causal language model: {_first_lines(error)}") from error
+    causal = load_causal(
+        spec.path,
+        spec.trust_remote_code,
+        dtype=getattr(torch, spec.dtype),
+        attn_implementation=spec.attn_implementation or VARLEN,
+    )
     return prepare(causal, spec, trainable=trainable).to(device)
 
 
 def prepare(causal: Any, spec: ModelSpec, *, trainable: bool) -> LanguageModel:
     """What `load_model` does once the weights are there: adapters, which parameters are trained, checkpointing."""
-    causal.config.use_cache = False
     causal.requires_grad_(trainable and spec.lora is None)
     if spec.lora is not None:
         attach(causal, spec.lora)
@@ -153,33 +138,6 @@ def prepare(causal: Any, spec: ModelSpec, *, trainable: bool) -> LanguageModel:
     return model.train(trainable)
 
 
-def load_tokenizer(spec: ModelSpec) -> Any:
-    """The tokenizer that belongs to the model. Raises ModelError."""
-    from transformers import AutoTokenizer
-
-    path = spec.tokenizer or spec.path
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=spec.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load a tokenizer from {path}: {_first_lines(error)}") from error
-
-
-def _check_folder(path: str) -> None:
-    """A folder must hold a model; a name that is no folder is taken for one of the hub's."""
-    folder = Path(path)
-    if not folder.is_dir():
-        if folder.is_absolute() or path.startswith((".", "~")):
-            raise ModelError(f"model.path: there is no folder {path}")
-        return
-    files = sorted(entry.name for entry in folder.iterdir())
-    weights = [name for name in files if name.endswith((".safetensors", ".bin")) or ".index.json" in name]
-    if "config.json" not in files or not weights:
-        raise ModelError(
-            f"model.path: {path} is not a model folder\n"
-            f"  it holds: {', '.join(files[:8]) or 'nothing'}{', ...' if len(files) > 8 else ''}\n"
-            "  needed:   config.json and weights (model.safetensors), as `save_pretrained` writes them"
-        )
-
-
-def _first_lines(error: Exception, lines: int = 2) -> str:
-    return os.linesep.join(str(error).strip().splitlines()[:lines])
+def tokenizer_of(spec: ModelSpec) -> Any:
+    """The tokenizer that belongs to the model, as it is to be saved beside it. Raises ModelError."""
+    return load_tokenizer(spec.tokenizer or spec.path, spec.trust_remote_code, spec.chat_template)

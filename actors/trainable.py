@@ -30,7 +30,7 @@ from actors.backends import BackendSpec, Placement, build_backend
 from actors.backends.optimizer import OptimSpec
 from actors.backends.protocol import Backend
 from actors.errors import RunError
-from actors.model import ModelSpec, load_tokenizer
+from actors.model import ModelSpec, tokenizer_of
 from actors.objective import Objective
 from actors.packing import Chunk
 from actors.passes import Pass, micro_batches, without_noise
@@ -203,12 +203,13 @@ class Trainable:
                 self._average.load(state.get("average"))
 
     def save_model(self, folder: str, averaged: bool = False) -> None:
-        """A Hugging Face folder: merged weights, config, generation config, tokenizer. The weights are those of now, or
-        their average since the phase began. Raises RunError if none is taken."""
+        """A Hugging Face folder: merged weights, config, generation config, tokenizer with the chat template of the
+        training. The weights are those of now, or their average since the phase began. Raises RunError if none is
+        taken."""
         with self._doing("save_model"), saved_state.writing(Path(folder)):
             self.backend.save_model(Path(folder), self._taken().whole if averaged else None)
             if self._placement.rank == 0:
-                load_tokenizer(self._model_spec).save_pretrained(folder)
+                tokenizer_of(self._model_spec).save_pretrained(folder)
 
     def load_model(self, folder: str) -> None:
         """Hold the weights of that Hugging Face folder from now on. Raises RunError if this role is trained."""

@@ -113,8 +113,9 @@ def _model_spec(prepared: Prepared, role: str) -> ModelSpec:
     frozen = isinstance(own, FrozenRole)
     lora = LoraSpec(**model.lora.model_dump()) if model.lora is not None and not frozen else None
     return ModelSpec(
-        path=(own.model if frozen and own.model else prepared.model),
+        path=prepared.models.get(role, prepared.model),
         tokenizer=prepared.tokenizer_path,
+        chat_template=prepared.tokenizer.chat_template if model.chat_template is not None else None,
         dtype=(own.dtype if frozen and own.dtype else model.dtype),
         lora=lora,
         gradient_checkpointing=model.gradient_checkpointing and not frozen,
@@ -152,6 +153,7 @@ def _rollout_pool(prepared: Prepared, plan: Plan, cluster: Cluster, event: Event
         gpus=role.gpus,
         kv_cache_gib=role.kv_cache_gib,
         seed=config.seed,
+        trust_remote_code=config.model.trust_remote_code,
         options=role.engine_options,
     )
 
@@ -181,7 +183,12 @@ def _reward_pool(prepared: Prepared, cluster: Cluster, event: Event, watchdog: W
     role = prepared.config.roles.reward
 
     async def start(index: int) -> Worker:
-        kwargs = {"name": f"reward/{index}", "rewards": list(prepared.rewards), "tokenizer": prepared.tokenizer_path}
+        kwargs = {
+            "name": f"reward/{index}",
+            "rewards": list(prepared.rewards),
+            "tokenizer": prepared.tokenizer_path,
+            "trust_remote_code": prepared.config.model.trust_remote_code,
+        }
         return await cluster.start_worker("reward", index, RewardWorker, kwargs)
 
     policy = PoolPolicy(

@@ -118,7 +118,8 @@ def _examined(config: RunConfig, *, tokenised: bool) -> list[Text]:
         return list(map(Text, validate(phase.data, kind).lines()))
     folder = resolve_model(model.path, seed=0)
     words = load_tokenizer(model.tokenizer or folder, model.chat_template, model.trust_remote_code)
-    source = open_source(phase.data, kind, words, seed=0, model_max_length=model_length(folder))
+    room = model_length(folder, model.trust_remote_code)
+    source = open_source(phase.data, kind, words, seed=0, model_max_length=room)
     return [*map(Text, source.report.lines()), coloured(source.preview())]
 
 

@@ -16,8 +16,10 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from actors.errors import ConfigError, ModelError
-from orchestrator.config import DataConfig, EvaluationConfig, PhaseConfig, RunConfig
+from actors import pretrained
+from actors.errors import ConfigError
+from actors.pretrained import check_folder
+from orchestrator.config import DataConfig, EvaluationConfig, FrozenRole, PhaseConfig, RunConfig
 from orchestrator.examples import PREFIX, is_example, model_folder
 from orchestrator.losses.objective import LossObjective
 from orchestrator.methods import build
@@ -74,6 +76,7 @@ class Prepared:
 
     config: RunConfig
     model: str  # folder or hub name
+    models: Mapping[str, str]  # likewise, of roles that have one of their own
     tokenizer_path: str
     tokenizer: Any
     phases: tuple[PreparedPhase, ...]
@@ -105,14 +108,21 @@ def prepare(config: RunConfig, *, output: Path | None = None) -> Prepared:
     pipelines = {name: build_pipeline(phase) for name, phase in config.phases.items()}
     rewards = tuple(check_reward(reward) for reward in config.rewards)
     model = resolve_model(config.model.path, config.seed)
+    models = {
+        role: resolve_model(settings.model, config.seed, f"roles.{role}.model")
+        for role, settings in config.roles
+        if isinstance(settings, FrozenRole) and settings.model is not None
+    }
     tokenizer_path = config.model.tokenizer or model
     tokenizer = load_tokenizer(tokenizer_path, config.model.chat_template, config.model.trust_remote_code)
-    room = model_length(model)
+    room = model_length(model, config.model.trust_remote_code)
     phases: list[PreparedPhase] = []
     for name, pipeline in pipelines.items():
         phase = _prepare_phase(config, name, pipeline, tokenizer, room, phases)
         phases.append(recall(config, model, phase))
-    prepared = Prepared(config, model, tokenizer_path, tokenizer, tuple(phases), rewards, count_parameters(model))
+    prepared = Prepared(
+        config, model, models, tokenizer_path, tokenizer, tuple(phases), rewards, count_parameters(model)
+    )
     _check_rewards(prepared)
     return prepared
 
@@ -121,31 +131,25 @@ def build_pipeline(phase: PhaseConfig) -> Pipeline:
     return build(phase.method, phase.options, {"max_completion_length": phase.sampling.max_tokens})
 
 
-def resolve_model(path: str, seed: int) -> str:
-    """`example:NAME` becomes the folder of a model made here; what looks like a path must be one."""
+def resolve_model(path: str, seed: int, key: str = "model.path") -> str:
+    """`example:NAME` becomes the folder of a model made here; what looks like a path must be one. `key` is where the
+    path was set."""
     if is_example(path):
         return str(model_folder(path.removeprefix(PREFIX), seed))
     folder = Path(path).expanduser()
-    looks_local = path.startswith((".", "/", "~")) or folder.exists()
-    if looks_local and not (folder / "config.json").is_file():
-        found = sorted(entry.name for entry in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
-        raise ModelError(f"model.path={path!r} is not a model folder: it has no config.json (found: {found})")
-    return str(folder) if looks_local else path
+    if not path.startswith((".", "/", "~")) and not folder.exists():
+        return path
+    check_folder(str(folder.absolute()), key)
+    return str(folder)
 
 
 def load_tokenizer(path: str, chat_template: str | None, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
+    """`chat_template` is a file."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"no tokenizer at {path!r}: {str(error).splitlines()[0]}; set model.tokenizer") from None
-    if chat_template is not None:
-        try:
-            tokenizer.chat_template = Path(chat_template).read_text()
-        except OSError as error:
-            raise ConfigError(f"model.chat_template={chat_template!r} cannot be read: {error.strerror}") from None
-    return tokenizer
+        text = None if chat_template is None else Path(chat_template).read_text()
+    except OSError as error:
+        raise ConfigError(f"model.chat_template={chat_template!r} cannot be read: {error.strerror}") from None
+    return pretrained.load_tokenizer(path, trust_remote_code, text)
 
 
 def count_parameters(model: str) -> int | None:
@@ -158,11 +162,10 @@ def count_parameters(model: str) -> int | None:
     return total or None
 
 
-def model_length(model: str) -> int:
+def model_length(model: str, trust_remote_code: bool) -> int:
     """Tokens that the model's positions reach to."""
-    from transformers import AutoConfig
-
-    return int(getattr(AutoConfig.from_pretrained(model), "max_position_embeddings", UNBOUNDED))
+    config = pretrained.load_config(model, trust_remote_code)
+    return int(getattr(config.get_text_config(), "max_position_embeddings", UNBOUNDED))
 
 
 def _prepare_phase(

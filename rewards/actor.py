@@ -29,6 +29,7 @@ import numpy as np
 import actors
 from actors.batch import Array, Batch
 from actors.errors import DataFailure, InfraFailure
+from actors.pretrained import load_tokenizer
 from actors.worker import WorkerInfo
 from rewards.combine import weighted_sum
 from rewards.loading import Reward, RewardSpec
@@ -76,7 +77,7 @@ class RewardWorker:
     def ready(self) -> WorkerInfo:
         """Load the functions and the tokenizer. Raises ConfigError."""
         self._rewards = tuple(spec.load() for spec in self._specs)
-        self._tokenizer = _load_tokenizer(self._tokenizer_path, self._trust)
+        self._tokenizer = load_tokenizer(self._tokenizer_path, self._trust)
         packages = str(Path(actors.__file__).parent)
         detail = {"rewards": [reward.name for reward in self._rewards]}
         return WorkerInfo(self.name, os.getpid(), platform.node(), packages, detail)
@@ -162,13 +163,6 @@ class _Call:
 
     def _log_metric(self, name: str, value: float) -> None:
         self.metrics[name] = float(value)
-
-
-def _load_tokenizer(path: str, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    load: Any = AutoTokenizer.from_pretrained
-    return load(path, trust_remote_code=trust_remote_code)
 
 
 def _completion_ids(batch: Batch) -> list[list[int]]:

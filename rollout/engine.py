@@ -39,6 +39,7 @@ class EngineSpec:
     gpus: float = 0.0
     kv_cache_gib: float = 0.25
     seed: int = 0
+    trust_remote_code: bool = False
     options: dict[str, Any] = field(default_factory=dict)  # passed to the engine itself, e.g. vLLM's EngineArgs
 
 

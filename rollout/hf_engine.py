@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from actors.errors import ConfigError, DataFailure, InfraFailure
-from actors.model import LOADING
+from actors.pretrained import load_causal
 from rollout.engine import EngineSpec, Finished
 from rollout.sampling import Completion, Finish, Request, Sampling, sample_seed
-from rollout.stopping import StopRule, end_token_ids, require_model, token_budget
+from rollout.stopping import StopRule, end_token_ids, token_budget
 
 
 @dataclass
@@ -68,13 +68,12 @@ class HfEngine:
     def __init__(self, spec: EngineSpec) -> None:
         if spec.tensor_parallel != 1:
             raise ConfigError("roles.rollout.tensor_parallel: the hf engine runs on one device; use engine: vllm, or 1")
-        require_model(spec.model)
         torch.set_num_threads(spec.threads)  # of the calling thread, which owns the engine
         self.version = -1
         self._spec = spec
         self.device = torch.device("cuda" if spec.gpus > 0 else "cpu")
         self._model = _read_model(spec).to(self.device).eval()
-        self._stop = StopRule(spec.model, end_token_ids(spec.model))
+        self._stop = StopRule(spec.model, end_token_ids(spec.model, spec.trust_remote_code), spec.trust_remote_code)
         self._waiting: deque[_Part] = deque()  # the first is running
         self._done: dict[str, list[Completion]] = {}
 
@@ -200,12 +199,8 @@ def _generator(request: Request, index: int, device: torch.device) -> torch.Gene
 
 
 def _read_model(spec: EngineSpec) -> Any:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    with LOADING:
-        return AutoModelForCausalLM.from_pretrained(spec.model, dtype=getattr(torch, spec.dtype), **spec.options)
+    options = {"dtype": getattr(torch, spec.dtype), **spec.options}
+    return load_causal(spec.model, spec.trust_remote_code, **options)
 
 
 @torch.no_grad()

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from actors.errors import DataFailure, ModelError
+from actors.errors import DataFailure
+from actors.pretrained import load_config, load_tokenizer
 from rollout.sampling import Finish, Request, Sampling
 
 TOKENS_PER_CHARACTER = 4  # at most, in a byte-level vocabulary (UTF-8)
@@ -26,35 +26,28 @@ def token_budget(request: Request, max_model_len: int) -> int:
     return min(request.sampling.max_tokens, room)
 
 
-def end_token_ids(model: str) -> tuple[int, ...]:
+def end_token_ids(model: str, trust_remote_code: bool = False) -> tuple[int, ...]:
     """The ids that end a sequence: the generation configuration's if the model has one, else the model
     configuration's."""
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     try:
         ids = GenerationConfig.from_pretrained(model).eos_token_id
     except OSError:
         ids = None
     if ids is None:
-        ids = AutoConfig.from_pretrained(model).get_text_config().eos_token_id
+        ids = load_config(model, trust_remote_code).get_text_config().eos_token_id
     if ids is None:
         return ()
     return tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
-
-
-def require_model(model: str) -> None:
-    """Raises ModelError for a local folder that is not a model; a hub name is left to the hub."""
-    folder = Path(model)
-    if (folder.is_absolute() or folder.exists()) and not (folder / "config.json").is_file():
-        raise ModelError(f"{model} is not a model folder: it has no config.json (set in model.path)")
 
 
 class StopRule:
     """Ends the samples of one model. Holds the tokenizer, which is read when a stop string is met for the first
     time."""
 
-    def __init__(self, model: str, end_ids: Iterable[int]) -> None:
-        self._model = model
+    def __init__(self, model: str, end_ids: Iterable[int], trust_remote_code: bool = False) -> None:
+        self._model, self._trust = model, trust_remote_code
         self._end_ids = frozenset(end_ids)
 
     def finish(self, tokens: Sequence[int], sampling: Sampling, budget: int) -> Finish | None:
@@ -73,6 +66,4 @@ class StopRule:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self._model)
+        return load_tokenizer(self._model, self._trust)

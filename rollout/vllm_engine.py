@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from actors.errors import DataFailure, InfraFailure
+from actors.pretrained import check_folder
 from rollout.engine import EngineSpec, Finished
 from rollout.sampling import Completion, Finish, Request, sample_seed
-from rollout.stopping import end_token_ids, require_model, token_budget
+from rollout.stopping import end_token_ids, token_budget
 
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput, RequestOutput
@@ -49,9 +50,9 @@ class VllmEngine:
     """`options` are `EngineArgs` of vLLM and win over what is derived from the specification."""
 
     def __init__(self, spec: EngineSpec) -> None:
-        require_model(spec.model)
+        check_folder(spec.model)
         self._max_model_len = spec.max_model_len
-        self._end_ids = end_token_ids(spec.model)
+        self._end_ids = end_token_ids(spec.model, spec.trust_remote_code)
         self.device = torch.device("cuda" if spec.gpus > 0 else "cpu")
         self._llm = _start(spec)
         self._running: dict[str, _Running] = {}
@@ -155,6 +156,7 @@ def _start(spec: EngineSpec) -> LLMEngine:
 
     arguments: dict[str, Any] = {
         "model": spec.model,
+        "trust_remote_code": spec.trust_remote_code,
         "dtype": spec.dtype,
         "seed": spec.seed,
         "max_model_len": spec.max_model_len,

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GenerationConfig
 
-from actors.errors import DataFailure, ModelError
+from actors.errors import DataFailure
 from rollout.hf_engine import draw, truncate
 from rollout.sampling import Completion, Finish, Request, Sampling, sample_seed, to_batch
-from rollout.stopping import StopRule, end_token_ids, require_model, token_budget
+from rollout.stopping import StopRule, end_token_ids, token_budget
 from tests.unit.tiny import tiny_model_folder, tiny_tokenizer
 
 REQUEST = Request("step 3, prompt 7", (4, 5, 6), n=2, sampling=Sampling(max_tokens=8), seed=11, group=42)
@@ -84,11 +84,6 @@ def test_the_generation_configuration_says_what_ends_a_sequence_before_the_model
     assert end_token_ids(str(folder)) == (1, 17)
     (folder / "generation_config.json").unlink()
     assert end_token_ids(str(folder)) == (1,)
-
-
-def test_a_folder_without_a_configuration_is_a_model_error_that_names_it(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=str(tmp_path)):
-        require_model(str(tmp_path))
 
 
 def test_a_stop_string_is_found_across_tokens_and_only_at_the_end(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -362,6 +363,19 @@ def test_a_saved_model_opens_in_transformers_with_equal_weights(
     assert_equal_bits(weights(target), {name: held[name].detach() for name in held})
     assert opened.generation_config.eos_token_id == 1
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").encode("1 + 2=3") == [3, 12, 13, 12, 4, 17, 5]
+
+
+def test_a_saved_model_has_the_configuration_of_its_base_and_the_chat_template_of_the_training(
+    folder: Path, tmp_path: Path
+) -> None:
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    target = trainable(folder, chat_template=template, gradient_checkpointing=True)
+    train(target, range(1))
+    target.save_model(str(tmp_path / "saved"))
+    base, saved = (json.loads((at / "config.json").read_text()) for at in (folder, tmp_path / "saved"))
+    assert saved == base and saved["use_cache"] is True
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").chat_template == template
+    assert AutoTokenizer.from_pretrained(folder).chat_template is None
 
 
 def test_export_hands_every_weight_over_under_its_hugging_face_name(folder: Path) -> None:

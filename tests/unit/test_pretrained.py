@@ -1,0 +1,176 @@
+"""What may be loaded, and what may run while it is: folders that are no models, and models that bring code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from actors.backends import BackendSpec
+from actors.errors import ModelError
+from actors.model import ModelSpec
+from actors.pretrained import check_folder, load_causal, load_config, load_tokenizer, skeleton
+from actors.trainable import Trainable
+from orchestrator.config import RunConfig
+from orchestrator.prepare import prepare, resolve_model
+from rewards.actor import RewardWorker
+from rollout.engine import EngineSpec, build_engine
+from rollout.sampling import Request, Sampling
+from rollout.stopping import StopRule, end_token_ids
+from tests.unit.tiny import tiny_model, tiny_model_folder
+
+CONFIGURATION = """
+from pathlib import Path
+from transformers import Qwen2Config
+
+Path("{marker}").touch()
+
+class OwnConfig(Qwen2Config):
+    model_type = "own"
+"""
+MODEL = """
+from transformers import Qwen2ForCausalLM
+from .configuration_own import OwnConfig
+
+class OwnModel(Qwen2ForCausalLM):
+    config_class = OwnConfig
+"""
+TOKENIZER = """
+from transformers import PreTrainedTokenizerFast
+
+class OwnTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.fixture
+def with_code(tmp_path: Path) -> Path:
+    """A model whose configuration, class and tokenizer are Python files beside its weights."""
+    folder = tiny_model_folder(tmp_path, hidden=32).rename(tmp_path / "with_code")
+    for name, text in {
+        "configuration_own": CONFIGURATION,
+        "modeling_own": MODEL,
+        "tokenization_own": TOKENIZER,
+    }.items():
+        (folder / f"{name}.py").write_text(text.replace("{marker}", str(tmp_path / "ran")))
+    classes = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+    _change(folder / "config.json", model_type="own", architectures=["OwnModel"], auto_map=classes)
+    own = {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}
+    _change(folder / "tokenizer_config.json", tokenizer_class="OwnTokenizer", auto_map=own)
+    return folder
+
+
+def _change(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def spec_of(folder: Path, *, trusted: bool) -> EngineSpec:
+    return EngineSpec("hf", str(folder), max_model_len=32, trust_remote_code=trusted)
+
+
+LOADERS: dict[str, Callable[[Path, bool], Any]] = {
+    "configuration": lambda folder, trusted: load_config(str(folder), trusted),
+    "tokenizer": lambda folder, trusted: load_tokenizer(str(folder), trusted),
+    "model": lambda folder, trusted: load_causal(str(folder), trusted),
+    "model without weights": lambda folder, trusted: skeleton(str(folder), trusted),
+    "engine": lambda folder, trusted: build_engine(spec_of(folder, trusted=trusted)),
+    "end of a sequence": lambda folder, trusted: end_token_ids(str(_without_generation(folder)), trusted),
+    "stop strings": lambda folder, trusted: StopRule(str(folder), (), trusted).finish([3], Sampling(4, stop=("1",)), 4),
+    "rewards": lambda folder, trusted: RewardWorker("reward/0", [], str(folder), trust_remote_code=trusted).ready(),
+    "trainer": lambda folder, trusted: _trainer(folder, trusted=trusted),
+    "plan": lambda folder, trusted: prepare(_config(folder, trusted=trusted)),
+}
+
+
+def _without_generation(folder: Path) -> Path:
+    (folder / "generation_config.json").unlink()
+    return folder
+
+
+def _trainer(folder: Path, *, trusted: bool) -> Trainable:
+    made = Trainable("policy", ModelSpec(str(folder), trust_remote_code=trusted), BackendSpec(), threads=1)
+    made.ready()
+    return made
+
+
+def _config(folder: Path, **model: Any) -> RunConfig:
+    (rows := folder.parent / "rows.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}\n' * 4)
+    trusted = {"trust_remote_code": model.pop("trusted")} if "trusted" in model else {}
+    phase = {"method": "sft", "data": {"path": str(rows), "cache_dir": str(folder.parent / "cache")}}
+    phase["train"] = {"steps": 1, "batch_size": 4}
+    return RunConfig.model_validate({"model": {"path": str(folder), **trusted, **model}, "phases": {"sft": phase}})
+
+
+@pytest.mark.parametrize("loader", LOADERS.values(), ids=LOADERS.keys())
+def test_code_of_a_model_is_refused_without_a_question_and_the_key_is_named(
+    with_code: Path, monkeypatch: pytest.MonkeyPatch, loader: Callable[[Path, bool], Any]
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
+    with pytest.raises(ModelError, match=r"(?s)not run.*model\.trust_remote_code=true"):
+        loader(with_code, False)
+    assert not with_code.with_name("ran").exists()
+
+
+@pytest.mark.parametrize("loader", LOADERS.values(), ids=LOADERS.keys())
+def test_code_that_is_trusted_runs_wherever_the_model_is_loaded(
+    with_code: Path, loader: Callable[[Path, bool], Any]
+) -> None:
+    assert loader(with_code, True) is not None
+
+
+def test_a_model_with_code_is_trained_sampled_from_and_saved_with_its_code(with_code: Path, tmp_path: Path) -> None:
+    trainer = _trainer(with_code, trusted=True)
+    assert type(trainer.backend.model.causal).__name__ == "OwnModel"
+    engine = build_engine(spec_of(with_code, trusted=True))
+    engine.load(trainer.export(dict, 1 << 20).items(), version=1)
+    engine.add(Request("r", (5, 6), 1, Sampling(2), seed=0))
+    while not (finished := engine.step()):
+        pass
+    assert finished[0].completions[0].versions.tolist() == [1, 1]
+    trainer.save_model(str(tmp_path / "saved"))
+    opened: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    assert type(opened).__name__ == "OwnModel"
+    expected = dict(tiny_model(hidden=32).named_parameters())
+    assert all(torch.equal(weight, expected[name]) for name, weight in opened.named_parameters())
+
+
+ADAPTER = {"adapter_config.json": "{}", "adapter_model.safetensors": ""}
+MODEL_FILES = {"config.json": "{}", "model.safetensors": ""}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, r"not a model folder\n  it holds: nothing"),
+        ({"notes.txt": ""}, "it holds: notes.txt"),
+        ({"config.json": "{}"}, "needed:   config.json and weights"),
+        (ADAPTER, "holds a LoRA adapter and no model; merge it first"),
+        ({**ADAPTER, "config.json": "{}"}, "holds a LoRA adapter and no model; merge it first"),
+        ({**ADAPTER, **MODEL_FILES}, r"beside the weights.*move the adapter's files.*merge it first"),
+    ],
+)
+def test_a_folder_that_is_no_model_is_refused_by_key_with_what_to_do(
+    tmp_path: Path, files: dict[str, str], message: str
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    for refusal in (check_folder, lambda path, key: resolve_model(path, 0, key)):
+        with pytest.raises(ModelError, match=rf"(?s)roles\.reference\.model: .*{message}"):
+            refusal(str(tmp_path), "roles.reference.model")
+
+
+def test_a_model_folder_and_a_name_of_the_hub_pass(tmp_path: Path) -> None:
+    for name, text in MODEL_FILES.items():
+        (tmp_path / name).write_text(text)
+    assert resolve_model(str(tmp_path), 0) == str(tmp_path)
+    assert resolve_model("Qwen/Qwen2.5-0.5B", 0) == "Qwen/Qwen2.5-0.5B"
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"model\.path: there is no folder .*absent"):
+        resolve_model(str(tmp_path / "absent"), 0)
