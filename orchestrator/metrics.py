@@ -60,7 +60,8 @@ class MetricsLog:
         self._completions.mkdir(exist_ok=True)
         file = self._completions / f"step_{step:06d}.parquet"
         names = dict.fromkeys(name for row in rows for name in row)
-        table = pa.table({"step": [step] * len(rows)} | {name: [row.get(name) for row in rows] for name in names})
+        columns = {name: _column([row.get(name) for row in rows]) for name in names}
+        table = pa.table({"step": [step] * len(rows)} | columns)
         parquet.write_table(table, file.with_suffix(".tmp"))
         file.with_suffix(".tmp").replace(file)
         return file
@@ -169,6 +170,23 @@ def _complete_lines(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
             continue
         if isinstance(parsed, dict) and "step" in parsed:
             yield parsed
+
+
+def _column(values: list[Any]) -> Any:
+    """An Arrow array of values that are all texts, all numbers, or all of another plain kind. Of others, JSON text:
+    Arrow would refuse them, or change them (a mapping gets the keys of all the others)."""
+    import pyarrow as pa
+
+    kinds = {_KINDS.get(type(value)) for value in values if value is not None}
+    if len(kinds) <= 1 and None not in kinds:
+        try:
+            return pa.array(values)
+        except (pa.ArrowException, OverflowError, UnicodeError):  # a very large integer, half a character
+            pass
+    return pa.array([None if value is None else json.dumps(value, default=str) for value in values])
+
+
+_KINDS = {str: "text", bytes: "bytes", bool: "truth", int: "number", float: "number"}
 
 
 def _rounded(value: float) -> float:

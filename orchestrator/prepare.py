@@ -26,7 +26,7 @@ from orchestrator.methods import build
 from orchestrator.pipeline import DataKind, Pipeline, Prompts, Stage
 from orchestrator.precompute import recall
 from orchestrator.source import RowSource, Source, open_source
-from rewards.loading import RewardSpec, check_columns, check_reward
+from rewards.loading import RewardSpec, check_columns, check_names, check_reward
 from rollout.sampling import Sampling
 
 UNBOUNDED = 2**31  # of a model that does not say how far its positions reach
@@ -107,6 +107,7 @@ def prepare(config: RunConfig, *, output: Path | None = None) -> Prepared:
     """Resolve and open everything that a run names. Raises ConfigError, ModelError or DataError."""
     pipelines = {name: build_pipeline(phase) for name, phase in config.phases.items()}
     rewards = tuple(check_reward(reward) for reward in config.rewards)
+    check_names(rewards)
     model = resolve_model(config.model.path, config.seed)
     models = {
         role: resolve_model(settings.model, config.seed, f"roles.{role}.model")

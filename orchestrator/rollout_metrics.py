@@ -1,8 +1,10 @@
-"""What a batch of sampled groups looked like, under the names that users of this field know."""
+"""What a batch of sampled groups looked like, under the names that users of this field know: numbers, and a table."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +19,31 @@ def rollout_metrics(collected: Collected, version: int) -> dict[str, float]:
     return {**_rewards(collected.groups), **_lengths(collected.groups), **_staleness(collected.groups, version)}
 
 
+def completion_rows(group: Group) -> list[dict[str, Any]]:
+    """One row per sample: the table's own columns, what rewards logged (`log_extra`), the data set's columns. Where two
+    of these have one name, the later one is called `extra/NAME` or `data/NAME`."""
+    score, prompt = group.score, group.prompt.prompt
+    rows = []
+    for index, text in enumerate(score.texts):
+        row: dict[str, Any] = {
+            "prompt": prompt if isinstance(prompt, str) else json.dumps(prompt),
+            "completion": text,
+            "reward": float(score.total[index]),
+            **{f"rewards/{name}": float(score.rewards[index, column]) for column, name in enumerate(score.names)},
+            "length": group.meta.lengths[index],
+            "version": group.meta.oldest_version,
+            "worker": group.meta.worker,
+            "position": group.position,
+        }
+        taken = {"step", *row}
+        logged = {name: values[index] for name, values in score.extra.items()}
+        row |= {(f"extra/{name}" if name in taken else name): value for name, value in logged.items()}
+        taken |= row.keys()
+        row |= {(f"data/{name}" if name in taken else name): value for name, value in group.prompt.columns.items()}
+        rows.append(row)
+    return rows
+
+
 def _rewards(groups: Sequence[Group]) -> dict[str, float]:
     totals = [np.asarray(group.score.total, dtype=np.float64) for group in groups]
     spreads = [float(np.nanstd(total, ddof=1)) for total in totals if np.count_nonzero(~np.isnan(total)) > 1]
@@ -26,9 +53,12 @@ def _rewards(groups: Sequence[Group]) -> dict[str, float]:
         "frac_reward_zero_std": float(np.mean([spread == 0 for spread in spreads])) if spreads else 0.0,
     }
     matrix = np.concatenate([group.score.rewards for group in groups]).astype(np.float64)
+    silent = np.isnan(matrix)
+    metrics["frac_reward_none"] = float(silent.all(axis=1).mean())
     for column, name in enumerate(groups[0].score.names):
         metrics[f"rewards/{name}/mean"] = _nanmean(matrix[:, column])
-        metrics[f"rewards/{name}/std"] = float(np.nanstd(matrix[:, column])) if len(matrix) else float("nan")
+        metrics[f"rewards/{name}/std"] = _nanstd(matrix[:, column])
+        metrics[f"rewards/{name}/frac_none"] = float(silent[:, column].mean())
     return {**metrics, **_user_metrics(groups)}
 
 
@@ -64,3 +94,7 @@ def _staleness(groups: Sequence[Group], version: int) -> dict[str, float]:
 
 def _nanmean(values: np.ndarray) -> float:
     return float(np.nanmean(values)) if np.any(~np.isnan(values)) else float("nan")
+
+
+def _nanstd(values: np.ndarray) -> float:
+    return float(np.nanstd(values)) if np.any(~np.isnan(values)) else float("nan")

@@ -37,7 +37,7 @@ from orchestrator.plot import draw
 from orchestrator.precompute import precompute
 from orchestrator.prepare import Prepared, PreparedPhase, prepare
 from orchestrator.roles import PhaseSettings, Roles
-from orchestrator.rollout_metrics import rollout_metrics
+from orchestrator.rollout_metrics import completion_rows, rollout_metrics
 from orchestrator.staleness import Contract
 from orchestrator.supervision import Ledger, Watchdog
 
@@ -231,7 +231,7 @@ class _Run:
         every = self.config.logging.completions_every
         if not record.collected.groups or every is None:
             return
-        rows = [row for group in record.collected.groups for row in _completion_rows(group)]
+        rows = [row for group in record.collected.groups for row in completion_rows(group)]
         self.log.write_completions(phase.first_version + record.step, rows)
         if last or record.step % every == 0:
             shown = rows[:: max(1, len(rows) // self.config.logging.completions_shown)]
@@ -311,20 +311,3 @@ class _Run:
         if self.last_checkpoint is None:
             return f"no checkpoint yet; checkpoint.every=N writes one every N steps. The run's folder: {self.folder}"
         return f"last checkpoint {self.last_checkpoint.path}; continue with `troupe resume {self.folder}`"
-
-
-def _completion_rows(group: Any) -> list[dict[str, Any]]:
-    score = group.score
-    return [
-        {
-            "prompt": group.prompt.prompt if isinstance(group.prompt.prompt, str) else json.dumps(group.prompt.prompt),
-            "completion": text,
-            "reward": float(score.total[index]),
-            **{f"rewards/{name}": float(score.rewards[index, column]) for column, name in enumerate(score.names)},
-            "length": group.meta.lengths[index],
-            "version": group.meta.oldest_version,
-            "worker": group.meta.worker,
-            "position": group.position,
-        }
-        for index, text in enumerate(score.texts)
-    ]

@@ -13,5 +13,6 @@ def weighted_sum(rewards: Array, weights: Array) -> Array:
     Functions without an opinion are left out. A completion on which none has one is NaN: unscorable, which is not zero.
     """
     has_opinion = ~np.isnan(rewards)
-    total = np.where(has_opinion, rewards * weights, 0.0).sum(axis=1)
+    with np.errstate(over="ignore"):  # an infinite sum is the caller's to refuse
+        total = np.where(has_opinion, rewards * weights, 0.0).sum(axis=1)
     return np.where(has_opinion.any(axis=1), total, np.nan).astype(np.float32)

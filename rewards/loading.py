@@ -1,44 +1,38 @@
 """How a reward is found: a name in `REWARDS`, `package.module:function` or `path/to/file.py:function`.
 
     driver   RewardSpec("rewards.py:score", ...).located() ──► is it there, does it take these options? else ConfigError
-                      │ of a file it carries the text, so that a worker on any node, in any directory, has it
+                      │ of a file it carries the text (`rewards.user_code`), so that a worker on any node has it
     worker   spec.load() ──► Reward
 
-A file runs under a private module name and its folder never enters `sys.path`: it may be called anything, `rewards.py`
-included.
+A function's file is run in the driver, too, to look at it; a class is built in the workers only: it may load a model.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
-import linecache
-import sys
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from hashlib import blake2b
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from actors.errors import ConfigError
+from actors.errors import ConfigError, InfraFailure
+from rewards import user_code
 from rewards.functions import REWARDS
-
-# What every reward may ask for; other parameters are columns of the data set or options.
-OFFERED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+from rewards.options import OFFERED, accepted, fitted, nearest, required, signature_of
+from rewards.user_code import UserCode
 
 
 @dataclass(frozen=True)
 class Reward:
-    """A function ready to be called. `parameters`: the names it takes, None if it takes any; `needs`: columns that the
-    data set must have for it."""
+    """A function ready to be called. `parameters`: the names it takes, None if it takes any."""
 
     name: str
     weight: float
     call: Callable[..., Any]
     parameters: frozenset[str] | None
-    needs: frozenset[str]
     is_async: bool
 
     def wants(self, name: str) -> bool:
@@ -47,37 +41,74 @@ class Reward:
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """Which function, with which weight and options. `source`: the text of its file, once `located`. Picklable."""
+    """Which function, with which weight and options. Once `located`, `code` is the text of its file and `needs` the
+    columns that the data set must have for it. Picklable."""
 
     fn: str
     weight: float = 1.0
     name: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    source: str | None = None
+    code: UserCode | None = None
+    needs: frozenset[str] | None = None
+
+    @property
+    def label(self) -> str:
+        """What it is called in metrics."""
+        return self.name or _split(self.fn)[1]
 
     def located(self) -> RewardSpec:
         """The same reward, loadable in every worker. Raises ConfigError if it cannot be found or called like this."""
         place, function = _split(self.fn)
-        located = self
+        spec = self
         if place is not None and place.endswith(".py"):
             path = Path(place).expanduser().resolve()
-            located = replace(self, fn=f"{path}:{function}", source=_read(path, self.fn))
-        located.load()
-        return located
+            spec = replace(self, fn=f"{path}:{function}", code=_read(path, self.fn))
+        found = spec._found()
+        return replace(spec, needs=required(found.signature) - set(OFFERED) - set(found.options))
 
     def load(self) -> Reward:
-        """The function with its options bound. Raises ConfigError."""
-        target, options = _find(self.fn, self.source), dict(self.options)
-        if inspect.isclass(target):
-            target, options = _construct(target, options, self.fn), {}
-        if not callable(target):
-            raise ConfigError(f"reward {self.fn} is not callable, but a {type(target).__name__}; name a function in it")
-        signature = _signature(target, self.fn)
-        _check_options(options, signature, self.fn)
-        needs = _required(signature) - set(OFFERED) - set(options)
-        name = self.name or _split(self.fn)[1]
-        call = _bound(target, options)
-        return Reward(name, self.weight, call, _accepted(signature), needs, _is_async(target))
+        """The function with its options bound; a class is built with them. Raises ConfigError."""
+        found = self._found()
+        call = found.target
+        if found.is_class:
+            call = _construct(found.target, found.built_with, self.fn)
+        bound = _bound(call, found.options) if found.options else call
+        return Reward(self.label, self.weight, bound, accepted(found.signature), found.is_async)
+
+    def _found(self) -> _Found:
+        target, options = _find(self.fn, self.code), dict(self.options)
+        if not inspect.isclass(target):
+            if not callable(target):
+                raise ConfigError(
+                    f"reward {self.fn} is not callable, but a {type(target).__name__}; name a function in it"
+                )
+            signature = signature_of(target, self.fn)
+            return _Found(target, signature, fitted(options, target, signature, self.fn), {}, _is_async(target))
+        made = signature_of(target, self.fn)
+        options = fitted(options, target, made, self.fn)
+        missing = sorted(required(made) - set(options))
+        if missing:
+            raise ConfigError(f"reward {self.fn}: {target.__name__} needs the option {missing[0]!r}")
+        if not any("__call__" in vars(base) for base in target.__mro__):
+            raise ConfigError(f"reward {self.fn}: instances of {target.__name__} cannot be called; give it `__call__`")
+        parameters = list(signature_of(target.__call__, self.fn).parameters.values())
+        called = inspect.Signature(parameters[1:])  # without `self`
+        return _Found(target, called, {}, options, inspect.iscoroutinefunction(target.__call__))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What is known of a reward before it is built. `options` are passed with every call, `built_with` to a class."""
+
+    target: Any
+    signature: inspect.Signature  # of the call
+    options: Mapping[str, Any]
+    built_with: Mapping[str, Any]
+    is_async: bool
+
+    @property
+    def is_class(self) -> bool:
+        return inspect.isclass(self.target)
 
 
 class Settings(Protocol):
@@ -109,13 +140,21 @@ def load_reward(fn: str, options: Mapping[str, Any] | None = None) -> Reward:
 def check_columns(rewards: Iterable[RewardSpec], columns: Collection[str], where: str) -> None:
     """Raises ConfigError if a reward needs a column that the data does not have. `where`: what to call that data."""
     for spec in rewards:
-        missing = sorted(spec.load().needs - set(columns))
+        needs = spec.needs if spec.needs is not None else spec.located().needs
+        missing = sorted((needs or frozenset()) - set(columns))
         if missing:
             raise ConfigError(
                 f"reward {spec.fn} needs the column {missing[0]!r}, which {where} does not have; it has "
                 f"{', '.join(sorted(columns)) or 'none'}\n"
                 f"rename one with data.columns.{missing[0]}=NAME, or give the reward an option of that name"
             )
+
+
+def check_names(rewards: Iterable[RewardSpec]) -> None:
+    """Raises ConfigError if two rewards share a name: metrics and tables would hold one of them."""
+    twice = [name for name, count in Counter(spec.label for spec in rewards).items() if count > 1]
+    if twice:
+        raise ConfigError(f"{twice[0]} is the name of two rewards; give one of them another: rewards[1].name=NAME")
 
 
 def _split(fn: str) -> tuple[str | None, str]:
@@ -131,108 +170,59 @@ def _split(fn: str) -> tuple[str | None, str]:
 _FORMS = "write a name of rewards.functions.REWARDS, package.module:function or path/to/file.py:function"
 
 
-def _find(fn: str, source: str | None) -> Any:
+def _find(fn: str, code: UserCode | None) -> Any:
     place, function = _split(fn)
     if place is None:
         return _shipped(function)
-    module = _run(Path(place), source, fn) if source is not None else _import(place, fn)
+    module = _run(code, fn) if code is not None else _import(place, fn)
     found: Any = module
     for attribute in function.split("."):
         if not hasattr(found, attribute):
             there = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-            raise ConfigError(f"reward {fn}: no {function!r} in {place}{_nearest(function, there)}")
+            raise ConfigError(f"reward {fn}: no {function!r} in {place}{nearest(function, there)}")
         found = getattr(found, attribute)
     return found
 
 
 def _shipped(name: str) -> Callable[..., Any]:
     if name not in REWARDS:
-        raise ConfigError(f"no reward is called {name!r}{_nearest(name, list(REWARDS))}\n{_FORMS}")
+        raise ConfigError(f"no reward is called {name!r}{nearest(name, list(REWARDS))}\n{_FORMS}")
     return REWARDS[name]
-
-
-def _nearest(given: str, there: list[str]) -> str:
-    meant = difflib.get_close_matches(given, there, n=1)
-    return f"; did you mean {meant[0]}?" if meant else f". There are: {', '.join(sorted(there)) or 'none'}"
 
 
 def _import(name: str, fn: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(
             f"reward {fn}: importing {name} failed: {type(error).__name__}: {error}\n"
             "the module must be importable on every node; a file can be given as path/to/file.py:function instead"
         ) from None
 
 
-def _read(path: Path, fn: str) -> str:
+def _read(path: Path, fn: str) -> UserCode:
     try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
+        return user_code.read(path)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"reward {fn}: cannot read {path}: {error}\nrelative paths start at {Path.cwd()}") from None
 
 
-def _run(path: Path, source: str, fn: str) -> ModuleType:
-    """The module that a file's text makes. Loaded once per process and text."""
-    digest = blake2b(f"{path}\n{source}".encode(), digest_size=8).hexdigest()
-    name = f"_troupe_user_{digest}"
-    if name in sys.modules:
-        return sys.modules[name]
-    module = ModuleType(name)
-    module.__file__ = str(path)
-    linecache.cache[str(path)] = (len(source), None, source.splitlines(keepends=True), str(path))  # lines in tracebacks
-    sys.modules[name] = module  # before it runs: dataclasses and pickle look their module up by name
+def _run(code: UserCode, fn: str) -> ModuleType:
     try:
-        exec(compile(source, str(path), "exec"), module.__dict__)
-    except Exception as error:
-        del sys.modules[name]
-        raise ConfigError(f"reward {fn}: running {path} failed: {type(error).__name__}: {error}") from None
-    return module
+        return user_code.module(code)
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"reward {fn}: running {code.path} failed: {type(error).__name__}: {error}") from None
 
 
 def _construct(target: type, options: Mapping[str, Any], fn: str) -> Any:
     """A class is given its options once; its instances are the reward."""
     try:
         return target(**options)
-    except Exception as error:
+    except InfraFailure:  # it says that the machinery failed: another start may succeed
+        raise
+    except (Exception, SystemExit) as error:
         given = ", ".join(f"{name}={value!r}" for name, value in options.items())
         raise ConfigError(f"reward {fn}: {target.__name__}({given}) failed: {type(error).__name__}: {error}") from None
-
-
-def _signature(target: Callable[..., Any], fn: str) -> inspect.Signature:
-    try:
-        signature = inspect.signature(target)
-    except (TypeError, ValueError):
-        raise ConfigError(f"reward {fn}: its signature cannot be read; wrap it in a Python function") from None
-    if any(p.kind is p.POSITIONAL_ONLY for p in signature.parameters.values()):
-        raise ConfigError(f"reward {fn} takes positional-only parameters; everything is passed by name")
-    return signature
-
-
-def _accepted(signature: inspect.Signature) -> frozenset[str] | None:
-    """The names that may be passed; None for any."""
-    parameters = signature.parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return None
-    return frozenset(p.name for p in parameters if p.kind is not p.VAR_POSITIONAL)
-
-
-def _required(signature: inspect.Signature) -> frozenset[str]:
-    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    parameters = signature.parameters.values()
-    return frozenset(p.name for p in parameters if p.default is p.empty and p.kind not in variadic)
-
-
-def _check_options(options: Mapping[str, Any], signature: inspect.Signature, fn: str) -> None:
-    clash = sorted(set(options) & set(OFFERED))
-    if clash:
-        raise ConfigError(f"reward {fn}: {clash[0]!r} is passed with every call and cannot be an option")
-    accepted = _accepted(signature)
-    unknown = sorted(set(options) - accepted) if accepted is not None else []
-    if unknown:
-        there = sorted(set(signature.parameters) - set(OFFERED))
-        raise ConfigError(f"reward {fn} has no option {unknown[0]!r}{_nearest(unknown[0], there)}")
 
 
 def _bound(target: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:

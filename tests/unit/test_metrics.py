@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pyarrow import parquet
@@ -110,6 +111,34 @@ def test_completions_are_a_parquet_table_with_their_step_although_rows_differ(lo
     table = parquet.read_table(log.write_completions(7, rows)).to_pylist()
     assert table[0] == {"step": 7, "prompt": "1+1=", "completion": "2", "reward": 1.0, "judge": None}
     assert table[1]["reward"] is None
+
+
+def test_columns_of_any_values_reach_the_table_unchanged_or_as_json(log: MetricsLog):
+    columns: dict[str, list[Any]] = {
+        "whole": [1, 2],
+        "number": [1, 2.5],
+        "mixed": [1, "1"],
+        "mapping": [{"a": 1}, {"b": 2}],
+        "list": [[1], ["x"]],
+        "large": [2**70, 1],
+        "half": ["\ud800", "a"],
+        "none": [None, None],
+        "gap": [None, True],
+    }
+    rows = [{name: values[row] for name, values in columns.items()} for row in (0, 1)]
+    table = parquet.read_table(log.write_completions(1, rows)).to_pydict()
+    assert table == {
+        "step": [1, 1],
+        "whole": [1, 2],
+        "number": [1.0, 2.5],
+        "mixed": ["1", '"1"'],
+        "mapping": ['{"a": 1}', '{"b": 2}'],
+        "list": ["[1]", '["x"]'],
+        "large": ["1180591620717411303424", "1"],
+        "half": ['"\\ud800"', '"a"'],
+        "none": [None, None],
+        "gap": [None, True],
+    }
 
 
 def test_the_picture_is_drawn_from_the_file_and_shows_more_with_more_metrics(log: MetricsLog, tmp_path: Path):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import pickle
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,7 @@ from rewards.functions import (
     soft_overlong_punishment,
     think_format_reward,
 )
-from rewards.loading import RewardSpec, check_columns, check_reward, load_reward
+from rewards.loading import RewardSpec, check_columns, check_names, check_reward, load_reward
 from rewards.mathematics import accuracy
 from tests.unit.tiny import tiny_tokenizer
 
@@ -73,6 +76,79 @@ def role_of(completions, prompts):
 class Threshold:
     def __init__(self, at): self.at = at
     def __call__(self, completion_ids): return [float(len(ids) > self.at) for ids in completion_ids]
+
+class Silent:
+    pass
+
+def leaves(completions):
+    import sys
+    sys.exit(3)
+
+async def leaves_later(completions):
+    raise SystemExit("no more")
+
+def stops(completions):
+    return [next(iter(()))]
+
+def cancels(completions):
+    raise asyncio.CancelledError
+
+async def cancels_later(completions):
+    raise asyncio.CancelledError
+
+def by_name(completions):
+    return {"1": 0.0, "2": 0.0}
+
+def unordered(completions):
+    return {1.0, 2.0}
+
+def digits(completions):
+    return "12"
+
+def digit_texts(completions):
+    return ["1", "2"]
+
+def undefined(completions):
+    return [0.0, float("nan")]
+
+def endless(completions):
+    while True:
+        yield 1.0
+
+def huge(completions):
+    return [1e39] * len(completions)
+
+def large(completions):
+    return [3e38] * len(completions)
+
+def judge(completions):
+    class Special(Exception):
+        def __init__(self, *, detail): super().__init__(detail)
+    raise Special(detail="no verdict")
+
+def vandal(prompts, completions, completion_ids, facts):
+    prompts[0].append("x")
+    completions[0][0]["content"] = "changed"
+    completions.clear()
+    completion_ids[0].clear()
+    facts[0].clear()
+    return [0.0, 0.0]
+
+def witness(prompts, completions, completion_ids, facts):
+    same = completions[0][0]["content"] == "abc" and facts[0] == {"a": 1}
+    return [float(same and len(prompts[0]) == len(facts[0]) == 1 and len(completion_ids[0]) == 3)] * len(completions)
+
+def logs(completions, log_extra, log_metric):
+    import numpy as np
+    log_extra("length", np.array([len(text) for text in completions]))
+    log_extra("parts", [{"first": text[0], "of": Ellipsis} for text in completions])
+    log_metric("seen", 2)
+    return [0.0] * len(completions)
+
+def logs_too(completions, log_extra, log_metric):
+    log_extra("length", ["long", "short"])
+    log_metric("seen", 4)
+    return [0.0] * len(completions)
 
 NOT_CALLABLE = 3
 """
@@ -223,6 +299,138 @@ def test_a_class_is_made_once_with_its_options(file: Path) -> None:
     assert reward.call(completion_ids=[[1, 2], [1, 2, 3]]) == [0.0, 1.0]
 
 
+def test_a_class_is_not_built_to_be_checked_and_once_to_be_used(tmp_path: Path) -> None:
+    built = tmp_path / "built"
+    (tmp_path / "judge.py").write_text(
+        "class Judge:\n"
+        "    def __init__(self, into):\n"
+        "        open(into, 'a').write('x')\n"
+        "    def __call__(self, completions, answer):\n"
+        "        return [1.0]\n"
+    )
+    spec = check_reward(RewardConfig(fn=f"{tmp_path}/judge.py:Judge", options={"into": str(built)}))
+    check_columns([spec], ["answer"], "the data set")
+    with pytest.raises(ConfigError, match="needs the column 'answer'"):
+        check_columns([spec], ["gold"], "the data set")
+    assert not built.exists()
+    assert spec.load().call(completions=["a"], answer=["b"]) == [1.0]
+    assert built.read_text() == "x"
+
+
+def test_a_class_that_cannot_be_built_is_named_with_its_options_when_a_worker_starts(tmp_path: Path) -> None:
+    (tmp_path / "judge.py").write_text(
+        "class Judge:\n    def __init__(self, at): raise OSError('no such model')\n    def __call__(self): ...\n"
+    )
+    spec = RewardSpec(f"{tmp_path}/judge.py:Judge", options={"at": 3}).located()
+    with pytest.raises(ConfigError, match=r"Judge\(at=3\) failed: OSError: no such model"):
+        spec.load()
+
+
+TYPED = """
+from __future__ import annotations
+from collections.abc import Sequence
+from typing import Literal
+
+class Ours: ...
+
+def typed(completions, *, count: int = 1, share: float = 0.5, strict: bool = True, words: tuple[str, ...] = (),
+          mode: Literal["a", "b"] = "a", ours: Ours | None = None, plain=3):
+    return [(count, share, strict, words, mode, plain)]
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"count": "three"}, "options.count='three': Input should be a valid integer"),
+        ({"count": "3"}, "options.count='3'"),
+        ({"count": True}, "options.count=True"),
+        ({"count": 2.5}, "options.count=2.5"),
+        ({"share": "half"}, "options.share='half': Input should be a valid number"),
+        ({"share": True}, "options.share=True"),
+        ({"strict": "no"}, "options.strict='no': Input should be a valid boolean"),
+        ({"strict": 1}, "options.strict=1"),
+        ({"words": "abc"}, "options.words='abc': Input should be a valid array"),
+        ({"words": [1]}, r"options.words=\[1\]: Input should be a valid string"),
+        ({"mode": "c"}, "options.mode='c': Input should be 'a' or 'b'"),
+    ],
+)
+def test_an_option_of_the_wrong_type_is_refused_with_its_value(
+    tmp_path: Path, options: dict[str, Any], said: str
+) -> None:
+    (tmp_path / "mine.py").write_text(TYPED)
+    with pytest.raises(ConfigError, match=said):
+        RewardSpec(f"{tmp_path}/mine.py:typed", options=options).located()
+
+
+def test_an_option_arrives_as_its_parameter_has_it(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(TYPED)
+    options = {"count": 2, "share": 1, "strict": False, "words": ["x", "y"], "mode": "b", "plain": "free"}
+    reward = load_reward(f"{tmp_path}/mine.py:typed", options)
+    assert reward.call(completions=[]) == [(2, 1.0, False, ("x", "y"), "b", "free")]
+
+
+def test_options_of_our_own_rewards_are_tried_with_their_types() -> None:
+    with pytest.raises(ConfigError, match=r"options\.correct=\['high', 'low'\]"):
+        RewardSpec("cosine_scaled", options={"max_len": 8, "correct": ["high", "low"]}).located()
+    with pytest.raises(ConfigError, match=r"options\.per_token='-1'"):
+        RewardSpec("completion_length", options={"per_token": "-1"}).located()
+
+
+def test_two_rewards_of_one_name_are_refused() -> None:
+    with pytest.raises(ConfigError, match="exact_match is the name of two rewards"):
+        check_names([RewardSpec("exact_match"), RewardSpec("exact_match", options={"strip": False})])
+    check_names([RewardSpec("exact_match"), RewardSpec("exact_match", name="strict")])
+
+
+def test_a_file_imports_what_lies_beside_it_wherever_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in {
+        "scoring.py": "import helper\nfrom parts.deep import one\nimport parts.deep\nfrom parts import deep\n"
+        "def score(completions):\n    import late\n"
+        "    return [helper.TWO + one() + parts.deep.one() + deep.one() + late.five()] * len(completions)\n",
+        "helper.py": "import random\nTWO = 2\nassert hasattr(random, 'shuffle')\n",
+        "late.py": "from helper import TWO\ndef five(): return TWO + 3\n",
+        "random.py": "raise RuntimeError('the standard library keeps its names')\n",
+        "parts/__init__.py": "",
+        "parts/deep.py": "from . import number\ndef one(): return number.ONE\n",
+        "parts/number.py": "ONE = 1\n",
+        "unused.py": "raise RuntimeError('nobody imports this')\n",
+    }.items():
+        (tmp_path / "user" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "user" / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    spec = RewardSpec("user/scoring.py:score").located()
+    assert spec.code is not None and "unused" not in {file.name for file in spec.code.files}
+    shutil.rmtree(tmp_path / "user")
+    alone = (
+        "import pickle, sys; spec = pickle.load(open(sys.argv[1], 'rb')); print(spec.load().call(completions=['a']))"
+    )
+    (tmp_path / "spec").write_bytes(pickle.dumps(spec))
+    command = [sys.executable, "-c", alone, str(tmp_path / "spec")]
+    there = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=60)
+    assert (there.stdout, there.stderr) == ("[10]\n", "")
+
+
+def test_two_files_may_each_have_a_helper_of_the_same_name(tmp_path: Path) -> None:
+    found = []
+    for number in (1, 2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "helper.py").write_text(f"NUMBER = {number}\n")
+        (folder / "mine.py").write_text("import helper\ndef score(completions): return [helper.NUMBER]\n")
+        found.append(load_reward(f"{folder}/mine.py:score").call(completions=["a"]))
+    assert found == [[1], [2]]
+    assert "helper" not in sys.modules
+
+
+def test_a_file_that_ends_the_process_is_a_few_lines(tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text("raise SystemExit(4)")
+    with pytest.raises(ConfigError, match=r"bad\.py failed: SystemExit: 4"):
+        load_reward(f"{tmp_path}/bad.py:f")
+
+
 def test_the_configuration_of_a_reward_becomes_its_spec(file: Path) -> None:
     spec = check_reward(RewardConfig(fn=f"{file}:half", weight=0.5, name="mine", options={"factor": 3}))
     reward = spec.load()
@@ -245,7 +453,9 @@ def test_an_importable_module_is_found() -> None:
         ("{file}:NOT_CALLABLE", {}, "not callable, but a int"),
         ("{file}:half", {"facto": 1}, "did you mean factor"),
         ("{file}:half", {"completions": 1}, "cannot be an option"),
-        ("{file}:Threshold", {"above": 1}, "Threshold(above=1) failed"),
+        ("{file}:Threshold", {"above": 1}, "no option 'above'. There are: at"),
+        ("{file}:Threshold", {}, "Threshold needs the option 'at'"),
+        ("{file}:Silent", {}, "instances of Silent cannot be called"),
         ("nowhere.to.be.found:f", {}, "importing nowhere.to.be.found failed"),
         ("missing.py:f", {}, "relative paths start at"),
     ],
@@ -320,7 +530,20 @@ async def test_a_conversation_gets_conversational_completions(file: Path, tokeni
     ("function", "said"),
     [
         ("broken", "reward broken raised RuntimeError: no such theorem"),
-        ("short", "returned 1 rewards for 2 completions"),
+        ("short", "short: returned 1 rewards for 2 completions"),
+        ("endless", "endless: returned more rewards for 2 completions"),
+        ("leaves", "reward leaves raised SystemExit: 3"),
+        ("leaves_later", "reward leaves_later raised SystemExit: no more"),
+        ("stops", "reward stops raised StopIteration"),
+        ("cancels", "reward cancels raised CancelledError"),
+        ("cancels_later", "reward cancels_later raised CancelledError"),
+        ("by_name", "by_name: must return a list of 2 numbers or None, in the order .* it returned a dict"),
+        ("unordered", "it returned a set"),
+        ("digits", "it returned a str"),
+        ("digit_texts", "'1' is text"),
+        ("undefined", "undefined: returned NaN for completion 1; None says that it has no opinion"),
+        ("huge", "huge: returned an infinite reward"),
+        ("judge", "reward judge raised Special: no verdict"),
         ("words", "must return a list of 2 numbers or None"),
     ],
 )
@@ -329,6 +552,31 @@ async def test_a_function_that_fails_is_a_data_failure_and_never_a_reward(
 ) -> None:
     with pytest.raises(DataFailure, match=said):
         await scored(tokenizer, RewardSpec(f"{file}:length").located(), RewardSpec(f"{file}:{function}").located())
+
+
+async def test_a_sum_of_rewards_that_is_infinite_is_a_data_failure(file: Path, tokenizer: str) -> None:
+    with pytest.raises(DataFailure, match=r"weighted sum .* is infinite"):
+        await scored(tokenizer, RewardSpec(f"{file}:large", weight=10.0).located())
+
+
+async def test_what_a_function_does_to_its_arguments_reaches_no_other(file: Path, tokenizer: str) -> None:
+    prompt, facts = [{"role": "user", "content": "q"}], {"a": 1}
+    specs = [RewardSpec(f"{file}:{name}").located() for name in ("vandal", "witness")]
+    result = await scored(tokenizer, *specs, prompt=prompt, facts=facts)
+    assert result.rewards[:, 1].tolist() == [1.0, 1.0]
+    assert result.texts == ("abc", "xy")
+    assert (prompt, facts) == ([{"role": "user", "content": "q"}], {"a": 1})
+
+
+async def test_what_two_functions_log_under_one_name_is_kept_as_plain_values(file: Path, tokenizer: str) -> None:
+    result = await scored(tokenizer, RewardSpec(f"{file}:logs").located(), RewardSpec(f"{file}:logs_too").located())
+    assert result.extra == {
+        "length": (3, 2),
+        "parts": ({"first": "a", "of": "Ellipsis"}, {"first": "x", "of": "Ellipsis"}),
+        "logs_too/length": ("long", "short"),
+    }
+    assert [type(value) for value in result.extra["length"]] == [int, int]
+    assert result.metrics == {"seen": 2.0, "logs_too/seen": 4.0}
 
 
 async def test_a_function_may_say_that_the_machinery_failed(file: Path, tokenizer: str) -> None:

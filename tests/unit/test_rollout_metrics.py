@@ -1,0 +1,64 @@
+"""What a batch of sampled groups says: its numbers, and its table of completions."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from actors.worker import Ref
+from orchestrator.collector import Collected, Group
+from orchestrator.rollout_metrics import completion_rows, rollout_metrics
+from rewards.actor import ScoreResult
+from rollout.sampling import Finish, GroupMeta
+
+NONE = math.nan
+
+
+def group(rewards: list[list[float]], *, columns: dict[str, Any] | None = None, **logged: tuple[Any, ...]) -> Group:
+    """A prompt `q` with one sample per row of `rewards`, under two functions of weight 1."""
+    matrix = np.array(rewards, np.float32)
+    total = np.where(np.isnan(matrix).all(axis=1), np.nan, np.nansum(matrix, axis=1))
+    count = len(rewards)
+    score = ScoreResult(("a", "b"), matrix, total, tuple("xyz"[:count]), {}, logged)
+    meta = GroupMeta("id", "rollout/0", (3,) * count, (Finish.STOP,) * count, 2, 2, 0.1)
+    prompt = SimpleNamespace(id=7, prompt="q", columns=columns or {})
+    return Group(4, prompt, meta, Ref(None), score, (0.0, 1.0, 2.0))
+
+
+def test_a_row_of_the_table_has_what_the_data_set_and_the_rewards_say_beside_it():
+    first, second = completion_rows(group([[0, 1], [1, 1]], columns={"answer": "4"}, extracted=("3", "4")))
+    assert first == {
+        "prompt": "q",
+        "completion": "x",
+        "reward": 1.0,
+        "rewards/a": 0.0,
+        "rewards/b": 1.0,
+        "length": 3,
+        "version": 2,
+        "worker": "rollout/0",
+        "position": 4,
+        "extracted": "3",
+        "answer": "4",
+    }
+    assert (second["extracted"], second["answer"]) == ("4", "4")
+
+
+def test_columns_of_one_name_are_all_in_the_table():
+    columns = {"answer": "of the data", "completion": "gold", "step": 9}
+    (row,) = completion_rows(group([[0, 1]], columns=columns, answer=("extracted",), reward=("logged",)))
+    assert (row["answer"], row["data/answer"]) == ("extracted", "of the data")
+    assert (row["completion"], row["data/completion"]) == ("x", "gold")
+    assert (row["reward"], row["extra/reward"]) == (1.0, "logged")
+    assert row["data/step"] == 9 and "step" not in row
+
+
+def test_samples_without_an_opinion_are_counted_by_function_and_for_all():
+    groups = (group([[0.0, NONE], [NONE, NONE]]), group([[2.0, NONE], [1.0, 3.0]]))
+    metrics = rollout_metrics(Collected(None, (), groups), version=2)  # pyright: ignore[reportArgumentType]
+    assert metrics["frac_reward_none"] == 0.25
+    assert (metrics["rewards/a/frac_none"], metrics["rewards/b/frac_none"]) == (0.25, 0.75)
+    assert metrics["rewards/a/mean"] == 1.0
+    assert metrics["reward"] == 2.0
