@@ -17,8 +17,9 @@ from typing import Any
 from actors.errors import InfraFailure
 from actors.worker import Worker
 from orchestrator.cluster import Cluster
-from orchestrator.control import AUTH_MODE, Board, RunFile, board_name
+from orchestrator.control import Board, RunFile, board_name
 from orchestrator.fleet import State
+from orchestrator.ray_address import AUTH_MODE
 from orchestrator.roles import Roles
 from orchestrator.supervision import Watchdog
 

@@ -115,11 +115,15 @@ def check(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key.key=value, for example data.columns.chosen=better.")
     ] = None,
-    split: Annotated[str, typer.Option("--split")] = "train",
+    split: Annotated[str, typer.Option("--split", help="Which split of the data set.")] = "train",
     bad_rows: Annotated[int, typer.Option("--bad-rows", help="How many rows may be unusable.")] = 0,
-    model: Annotated[str | None, typer.Option("--model", help="Also tokenise for it, and name rows too long.")] = None,
-    max_length: Annotated[int | None, typer.Option("--max-length", help="In tokens; with --model.")] = None,
-    max_prompt_length: Annotated[int | None, typer.Option("--max-prompt-length", help="The same.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Tokenise for it, too, and name rows too long.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option("--max-length", help="Longest row in tokens; needs --model.")
+    ] = None,
+    max_prompt_length: Annotated[
+        int | None, typer.Option("--max-prompt-length", help="Longest prompt in tokens; needs --model.")
+    ] = None,
 ) -> None:
     """Read a data set as a method would, and say what is wrong with it."""
     from orchestrator.listing import show_data
@@ -140,7 +144,7 @@ def scale(folder: RunFolder, target: Annotated[str, typer.Argument(help="ROLE=N,
 
 @app.command()
 def status(folder: RunFolder) -> None:
-    """What a running job reported last."""
+    """Say how a run stands, and what it measured last."""
     from orchestrator.listing import show_status
 
     show_status(folder)

@@ -11,6 +11,7 @@ mapping from phase name to the same keys.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,10 +19,19 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from orchestrator import labels
 
+
+def _names_a_folder(text: str) -> str:
+    """The text, or ValueError for one that is no name of a folder everywhere."""
+    if not re.fullmatch(r"\w[\w.+-]{0,99}", text):
+        raise ValueError("it names a folder: at most 100 letters, digits and _ . + -, the first a letter or a digit")
+    return text
+
+
 Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 LabelSelector = Annotated[dict[str, str], AfterValidator(labels.check)]  # see orchestrator/labels.py
+FolderName = Annotated[str, AfterValidator(_names_a_folder)]
 DType = Literal["float32", "bfloat16", "float16"]
 
 
@@ -421,14 +431,14 @@ class ClusterConfig(Section):
 class RunConfig(Section):
     """A whole run."""
 
-    name: str = "run"
+    name: FolderName = "run"
     """The run's folder begins with it."""
     seed: int = 0
     """Decides everything that is drawn: order of data, samples, weights of example models."""
     output: Path = Path("runs")
     """The folder in which the run's folder is made."""
     model: ModelConfig = Field(default_factory=ModelConfig)
-    phases: dict[str, PhaseConfig] = Field(min_length=1)
+    phases: dict[FolderName, PhaseConfig] = Field(min_length=1)
     """Phase name -> its method, data and schedule. A file with one phase writes those keys at the top level."""
     rewards: tuple[RewardConfig, ...] = ()
     """What a completion is worth: the weighted sum of these."""

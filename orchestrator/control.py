@@ -5,6 +5,7 @@ troupe scale RUN rollout=4 ──► Board (actor troupe/RUN/control) ◄── 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -15,11 +16,12 @@ from typing import Any
 
 from actors.errors import ConfigError, RunError, UserError
 from actors.worker import WorkerInfo
+from orchestrator.ray_address import AUTH_MODE, Unreachable, refuse_unreachable
 
 NAMESPACE = "troupe"
 ELASTIC = ("rollout", "reward")
-CALL_TIMEOUT_S = 20.0
-AUTH_MODE = "RAY_AUTH_MODE"
+CALL_TIMEOUT_S = 5.0
+RUN_FILE = "run.json"
 
 
 class Board:
@@ -63,16 +65,26 @@ class RunFile:
     def write(self, folder: Path) -> None:
         temporary = folder / ".run.json.tmp"
         temporary.write_text(json.dumps(asdict(self), indent=2))
-        temporary.replace(folder / "run.json")
+        temporary.replace(folder / RUN_FILE)
 
     @classmethod
     def read(cls, folder: Path) -> RunFile:
         try:
-            return cls(**json.loads((folder / "run.json").read_text()))
+            return cls(**json.loads((folder / RUN_FILE).read_text()))
         except (OSError, ValueError, TypeError) as error:
             raise ConfigError(
                 f"{folder} is not a run's folder ({error}); give the folder that `troupe run` printed"
             ) from None
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    """The complete lines of a run's `events.jsonl`."""
+    file = folder / "events.jsonl"
+    found: list[dict[str, Any]] = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):  # cut off by a kill
+            found.append(json.loads(line))
+    return found
 
 
 def board_name(run: str) -> str:
@@ -89,34 +101,85 @@ def parse_scale(text: str) -> tuple[str, int]:
     return match[1], int(match[2])
 
 
+class InOneProcess(UserError):
+    """A run without Ray (`--local`): nothing of it can be reached from outside."""
+
+
+class Ended(RunError):
+    """A run's driver is not there any more, or cannot be reached; the message says how that showed."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A run as it is seen from outside. `workers`: by elastic role, while the run goes on."""
+
+    name: str
+    state: str
+    workers: dict[str, Any] | None = None
+
+
 def scale(folder: Path, role: str, count: int) -> None:
     """Ask a running job for `count` workers of an elastic role. Returns once the job's board has it."""
-    _board_call(folder, "desire", role, count)
-
-
-def status(folder: Path) -> dict[str, Any]:
-    """What the job's driver reported last."""
-    return _board_call(folder, "status")
-
-
-def _board_call(folder: Path, method: str, *args: Any) -> Any:
     run = RunFile.read(folder)
+    try:
+        _board_call(run, "desire", role, count)
+    except Ended as error:
+        raise RunError(f"run {run.name} is {error}") from None
+
+
+def standing(folder: Path) -> Standing:
+    """Whether the run in a folder goes on, and how it ended if it does not. Answers within seconds, also where the
+    run's Ray is gone. Raises ConfigError if the folder is no run's."""
+    if not (folder / RUN_FILE).exists() and (folder / "config.json").exists():
+        return Standing(folder.name, "not running: its roles were never started, or are being started now")
+    run = RunFile.read(folder)
+    try:
+        return Standing(run.name, "running", _board_call(run, "status"))
+    except (Ended, InOneProcess) as silent:
+        return Standing(run.name, _last_word(folder) or str(silent))
+
+
+def _last_word(folder: Path) -> str | None:
+    """How a run says that it ended, unless it was started again since."""
+    word: str | None = None
+    for event in events(folder):
+        match event["event"]:
+            case "prepared":
+                word = None
+            case "finished":
+                word = "finished"
+            case "interrupted":
+                word = f"stopped by {event['signal']}; `troupe resume {folder}` continues it"
+            case _:
+                pass
+    return word
+
+
+def _board_call(run: RunFile, method: str, *args: Any) -> Any:
+    """Raises Ended, InOneProcess, or UserError if the run's Ray does not take the token of this process."""
     if run.address is None:
-        raise UserError(f"{run.name} runs in one process (--local): it has no workers to scale and no board to ask")
+        raise InOneProcess(
+            f"{run.name} runs in one process (--local), {run.pid}: it has no workers, and no board to ask"
+        )
     if run.auth_mode is not None:
         os.environ.setdefault(AUTH_MODE, run.auth_mode)  # before Ray is imported: it is read only then
+    gone = "not running: it ended or was killed"
+    try:
+        refuse_unreachable(run.address, "address")
+    except Unreachable as error:
+        raise Ended(f"{gone}, or its Ray cannot be reached from here ({error})") from None
     import ray
+    from ray.exceptions import RayError
 
     try:
         ray.init(address=run.address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError) as error:
-        raise RunError(
-            f"the Ray of run {run.name} at {run.address} does not answer; has the run ended? ({error})"
-        ) from None
+        raise RunError(f"cannot connect to the Ray of run {run.name} at {run.address}: {error}") from None
     try:
         board = ray.get_actor(run.actor, namespace=NAMESPACE)
         return ray.get(getattr(board, method).remote(*args), timeout=CALL_TIMEOUT_S)
-    except ValueError:
-        raise RunError(f"run {run.name} has no control actor any more: it has ended") from None
+    except (ValueError, RayError) as error:
+        reason = "its control actor is gone" if isinstance(error, ValueError) else str(error).splitlines()[0]
+        raise Ended(f"{gone} ({reason})") from None
     finally:
         ray.shutdown()

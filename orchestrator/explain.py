@@ -88,6 +88,8 @@ def _reason(
         return _unknown_key(path, schema, shown_as)
     if first["type"] == "missing":
         return "is required, and is not there"
+    if first["type"] == "value_error":
+        return f"{_short(first['input'])} is not allowed: {first['msg'].removeprefix('Value error, ')}"
     demands = " or ".join(dict.fromkeys(details["msg"].removeprefix("Input should be ") for details in errors))
     return f"{_short(first['input'])} is not allowed: it must be {demands}"
 

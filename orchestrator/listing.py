@@ -6,14 +6,12 @@ import inspect
 import json
 import os
 import re
-import textwrap
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from actors.errors import ConfigError
@@ -23,34 +21,36 @@ from orchestrator.explain import unknown
 from orchestrator.keys import as_yaml, every_key, keys_below, type_name
 from orchestrator.metrics import METRICS_FILE, read
 from orchestrator.pipeline import Pipeline
+from orchestrator.tables import Rows, entry
 
 PREVIEW_LIMIT = 4_000  # characters of a rendered row
-PLAIN_WIDTH = 160  # columns where the output is not a terminal, and COLUMNS does not say
+PLAIN_WIDTH = 170  # columns where the output is not a terminal, and COLUMNS does not say
 
 
 def show_methods(*, papers: bool) -> None:
     from orchestrator.methods import METHODS
 
-    table = _table("method", "data", "roles", "what it does", *(["source"] if papers else []))
+    sources = ("source",) if papers else ()
+    rows = Rows("method", "data", "roles", "what it does", *sources, prose=("what it does", "source"))
     for name, method in METHODS.items():
         pipeline = _default_pipeline(method)
         data, roles = (pipeline.data.name, ", ".join(pipeline.roles)) if pipeline else ("", "")
         what, source = _described(method)
-        table.add_row(name, data, roles, what, *([source] if papers else []))
-    _print(table)
+        rows.add(name, data, roles, what, *([source] if papers else []))
+    _print(rows)
     if papers:
         _print(_papers())
 
 
-def _papers() -> Table:
+def _papers() -> Rows:
     """Which recipe holds which paper's settings."""
     from orchestrator.papers import papers
 
-    table = _table("recipe", "paper", "arXiv", "method and options")
+    rows = Rows("recipe", "paper", "arXiv", "method and options", prose=("paper", "method and options"))
     for paper in papers():
         options = (f"{name}={as_yaml(value)}" for name, value in paper.options.items())
-        table.add_row(paper.recipe, paper.title, paper.number, " ".join([paper.method, *options]))
-    return table
+        rows.add(paper.recipe, paper.title, paper.number, " ".join([paper.method, *options]))
+    return rows
 
 
 def show_method(name: str) -> None:
@@ -60,35 +60,30 @@ def show_method(name: str) -> None:
     pipeline = _default_pipeline(method)
     if pipeline:
         _print(_stages(pipeline))
-    options = _table("option", "default", "type")
+    options = Rows("option", "default", "type")
     hints = typing.get_type_hints(method, include_extras=True)
     for option, parameter in inspect.signature(method).parameters.items():
         default = "required" if parameter.default is parameter.empty else as_yaml(parameter.default)
-        options.add_row(option, default, Text(type_name(hints[option])))
+        options.add(option, default, type_name(hints[option]))
     _print(options)
 
 
 def show_recipes() -> None:
     from orchestrator.loading import recipes
 
-    table = _table("recipe", "what it does")
+    rows = Rows("recipe", "what it does", prose=("what it does",))
     for name, what in recipes().items():
-        table.add_row(name, what)
-    _print(table)
+        rows.add(name, what)
+    _print(rows)
 
 
 def show_keys(prefix: str | None, *, everything: bool) -> None:
     """Keys with type, default and help: all that begin with `prefix`, everything, or those of the top level."""
-    top_level = [
-        key for key in every_key() if key.name in RunConfig.model_fields or key.name in PhaseConfig.model_fields
-    ]
-    found = keys_below(prefix) if prefix else list(every_key()) if everything else top_level
+    top_level = RunConfig.model_fields | PhaseConfig.model_fields
+    found = keys_below(prefix) if prefix else [key for key in every_key() if everything or key.name in top_level]
     for key in found:
         default = "" if key.type == "section" else ", required" if key.default is None else f", default {key.default}"
-        head = Text(_filled(f"{key.name}  {key.type}{default}", first=""), "dim")
-        head.stylize("not dim bold", 0, len(key.name))
-        _print(head)
-        _print(Text(_filled(key.help)))
+        _print(entry(key.name, f"{key.type}{default}", key.help, width=_terminal().width))
     if not prefix and not everything:
         _print(Text("\ntroupe keys train: the keys below train; troupe keys --all: every key"))
 
@@ -131,13 +126,19 @@ def _refuse_limits_in_tokens(data: DataConfig) -> None:
 
 
 def show_status(folder: Path) -> None:
-    """The driver's last report and the last line of its metrics."""
-    from orchestrator.control import status
+    """How the run stands, its workers while it goes on, and what was measured last."""
+    from orchestrator.control import standing
 
-    _print(Text(json.dumps(status(folder), indent=2)))
+    seen = standing(folder)
+    _print(Text.assemble((f"{seen.name}: ", "bold"), seen.state))
+    if seen.workers is not None:
+        _print(Text(json.dumps(seen.workers, indent=2)))
     lines = read(folder / METRICS_FILE)
     if lines:
-        _print(Text(json.dumps(lines[-1])))
+        last: dict[str, Any] = {}
+        for line in lines:  # training and evaluation write a line each for the same step
+            last = {**last, **line} if line["step"] == last.get("step") else line
+        _terminal().print(Text(json.dumps(last)), soft_wrap=True)
 
 
 def show_plan(config: RunConfig) -> bool:
@@ -145,8 +146,10 @@ def show_plan(config: RunConfig) -> bool:
     from orchestrator.placement import cluster_at_hand
     from orchestrator.plan import draft_plan, problems
     from orchestrator.plan_view import render
+    from orchestrator.preconditions import refuse_surroundings
     from orchestrator.prepare import prepare
 
+    refuse_surroundings(config)
     prepared = prepare(config)
     pipelines = {phase.name: phase.pipeline for phase in prepared.phases}
     plan = draft_plan(config, pipelines, parameters=prepared.parameters)
@@ -191,24 +194,12 @@ def _described(method: Callable[..., Pipeline]) -> tuple[str, str]:
     return first.rstrip("."), source[1] if source else ""
 
 
-def _stages(pipeline: Pipeline) -> Table:
-    table = _table("stage", "reads", "writes", "part")
+def _stages(pipeline: Pipeline) -> Rows:
+    rows = Rows("stage", "reads", "writes", "part")
     for stage in pipeline:
         part = "collect" if stage in pipeline.collect else "learn"
-        table.add_row(stage.name, ", ".join(sorted(stage.reads)), ", ".join(sorted(stage.writes)), part)
-    return table
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    for column in columns:
-        table.add_column(column, no_wrap=column == columns[0])
-    return table
-
-
-def _filled(text: str, first: str = "    ") -> str:
-    """Broken into lines where the terminal ends; lines after the first are indented."""
-    return textwrap.fill(text, _terminal().width, initial_indent=first, subsequent_indent="    ")
+        rows.add(stage.name, ", ".join(sorted(stage.reads)), ", ".join(sorted(stage.writes)), part)
+    return rows
 
 
 def _print(what: RenderableType) -> None:

@@ -25,7 +25,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.errors import ConfigError, InfraFailure, PlacementError
+from actors.errors import InfraFailure, PlacementError
 from actors.group import NAMESPACE, RayGroup, RayObjects, RayWorker, start_ranks, start_worker
 from actors.worker import Group, Objects, Worker, WorkerInfo
 from orchestrator.bundles import Bundle, ClusterView, Node, describe, shortages
@@ -33,10 +33,10 @@ from orchestrator.cluster import START_TIMEOUT_S, refuse_foreign
 from orchestrator.config import ClusterConfig, RunConfig
 from orchestrator.imports import worker_setup
 from orchestrator.plan import Machine, Plan, RolePlan
+from orchestrator.ray_address import LOCAL, chosen_address, refuse_unreachable, set_by
 
 POLL_S = 0.05
 HEADROOM_CPUS = 64  # for workers that join later
-LOCAL = "local"  # Ray's word for a Ray of our own
 BOARD_TIMEOUT_S = 30.0
 
 
@@ -264,7 +264,7 @@ def connect(cluster: ClusterConfig, plan: Plan, *, debug: bool = False) -> str |
     its dashboard, if it has one.
 
     An address that has to be guessed (`auto`) is refused: it may be somebody else's Ray."""
-    address = _address(cluster)
+    address = chosen_address(cluster)
     own: dict[str, Any] = {}
     if address == LOCAL:
         own = {
@@ -274,6 +274,8 @@ def connect(cluster: ClusterConfig, plan: Plan, *, debug: bool = False) -> str |
         }
         # Our actors have environments of their own, so none would be taken from Ray's stock of idle workers.
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+    else:
+        refuse_unreachable(address, set_by(cluster))
     try:
         context = ray.init(
             address=address,
@@ -284,14 +286,14 @@ def connect(cluster: ClusterConfig, plan: Plan, *, debug: bool = False) -> str |
             **own,
         )
     except (ConnectionError, RuntimeError) as error:
-        raise PlacementError(f"no Ray answers at {address}: {str(error).splitlines()[0]}") from None
+        raise PlacementError(f"cannot connect to the Ray at {address}: {str(error).splitlines()[0]}") from None
     return f"http://{context.dashboard_url}" if context.dashboard_url else None
 
 
 def cluster_at_hand(cluster: ClusterConfig, plan: Plan) -> ClusterView:
     """What `connect` would find: the nodes of a running Ray, or this machine as our own Ray would offer it. Starts
     nothing, and leaves no connection behind."""
-    if _address(cluster) == LOCAL:
+    if chosen_address(cluster) == LOCAL:
         import torch
 
         return ClusterView.of_machine(cpus=_own_cpus(cluster, plan), gpus=torch.cuda.device_count())
@@ -300,13 +302,6 @@ def cluster_at_hand(cluster: ClusterConfig, plan: Plan) -> ClusterView:
         return view_cluster()
     finally:
         ray.shutdown()
-
-
-def _address(cluster: ClusterConfig) -> str:
-    address = cluster.address or os.environ.get("RAY_ADDRESS") or LOCAL
-    if address == "auto":
-        raise ConfigError("cluster.address=auto may find somebody else's Ray; give its address, or none to start one")
-    return address
 
 
 def _own_cpus(cluster: ClusterConfig, plan: Plan) -> int:

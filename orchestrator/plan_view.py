@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Iterator
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from actors.columns import COLUMNS
 from orchestrator.bundles import ClusterView, describe, fit
 from orchestrator.memory import Memory
 from orchestrator.plan import PhasePlan, Plan, RolePlan, problems
+from orchestrator.tables import Rows
 
 
 def render(plan: Plan, cluster: ClusterView) -> RenderableType:
@@ -70,13 +70,13 @@ def _movements(phase: PhasePlan) -> Iterator[str]:
         yield f"bema: an average every {phase.bema.update_freq} optimizer steps, first at step {first}; saved as bema/"
 
 
-def _stages(phase: PhasePlan) -> Table:
-    table = _table("stage", "reads", "writes", "part")
+def _stages(phase: PhasePlan) -> Rows:
+    rows = Rows("stage", "reads", "writes", "part")
     learning = len(phase.pipeline.collect)
     for index, stage in enumerate(phase.pipeline):
         part = "once, before the first step" if stage.precomputed else "learn" if index >= learning else "collect"
-        table.add_row(stage.name, ", ".join(sorted(stage.reads)), ", ".join(sorted(stage.writes)), part)
-    return table
+        rows.add(stage.name, ", ".join(sorted(stage.reads)), ", ".join(sorted(stage.writes)), part)
+    return rows
 
 
 def _data(phase: PhasePlan) -> str:
@@ -86,13 +86,13 @@ def _data(phase: PhasePlan) -> str:
     return f"{data.name} with {', '.join(known)}" if known else data.name
 
 
-def _roles(plan: Plan) -> Table:
-    table = _table("role", "processes", "each reserves", "threads", "GiB each, about", "of that", "bundles")
+def _roles(plan: Plan) -> Rows:
+    rows = Rows("role", "processes", "each reserves", "threads", "GiB each, about", "of that", "bundles")
     for role in plan.roles.values():
         total, parts = ("?", "the model's size is not known") if role.memory is None else _memory(role.memory)
         reserved = describe(role.resources)
-        table.add_row(role.name, str(role.count), reserved, str(role.threads), total, parts, _bundles(role))
-    return table
+        rows.add(role.name, str(role.count), reserved, str(role.threads), total, parts, _bundles(role))
+    return rows
 
 
 def _memory(memory: Memory) -> tuple[str, str]:
@@ -118,23 +118,16 @@ def _bundles(role: RolePlan) -> str:
     return f"{role.bundles[0]}-{role.bundles[-1]} of the gang" if role.count > 1 else f"{role.bundles[0]} of the gang"
 
 
-def _placement(plan: Plan, cluster: ClusterView) -> Table:
+def _placement(plan: Plan, cluster: ClusterView) -> Rows:
     bundles = plan.bundles
     found = fit(bundles, cluster)
-    table = _table("node", "holds", "left")
+    rows = Rows("node", "holds", "left")
     for node in cluster.nodes:
         held = Counter(bundle.label for bundle, at in zip(bundles, found.nodes, strict=True) if at == node.name)
         left = {kind: found.left[node.name].get(kind, 0.0) for kind in ("GPU", "CPU")}
-        table.add_row(node.name, ", ".join(f"{count} x {label}" for label, count in held.items()), describe(left))
-    return table
+        rows.add(node.name, ", ".join(f"{count} x {label}" for label, count in held.items()), describe(left))
+    return rows
 
 
 def _heading(text: str) -> Text:
     return Text(text, "bold")
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    for column in columns:
-        table.add_column(column, no_wrap=column == columns[0])
-    return table

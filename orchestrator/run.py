@@ -35,6 +35,7 @@ from orchestrator.phase_weights import AVERAGED, reference_folder, save_weights,
 from orchestrator.plan import Plan, make_plan
 from orchestrator.plot import draw
 from orchestrator.precompute import precompute
+from orchestrator.preconditions import refuse_surroundings
 from orchestrator.prepare import Prepared, PreparedPhase, prepare
 from orchestrator.roles import PhaseSettings, Roles
 from orchestrator.rollout_metrics import completion_rows, rollout_metrics
@@ -58,6 +59,7 @@ def run(config: RunConfig, *, local: bool = False, resume: Path | None = None) -
     """Train as configured. `local` keeps everything in this process. With `resume`, continue the run of that folder
     from its newest valid checkpoint. Raises UserError before anything is launched, RunError afterwards."""
     began = time.monotonic()
+    refuse_surroundings(config, local=local, resume=resume)
     prepared = prepare(config)
     plan = make_plan(config, {phase.name: phase.pipeline for phase in prepared.phases}, parameters=prepared.parameters)
     folder = resume or _new_folder(config)
@@ -67,13 +69,16 @@ def run(config: RunConfig, *, local: bool = False, resume: Path | None = None) -
 def _new_folder(config: RunConfig) -> Path:
     """Named by the second and the process; a number tells those apart that one process starts within a second."""
     name = f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    config.output.mkdir(parents=True, exist_ok=True)
-    for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
-        folder = config.output / f"{name}{suffix}"
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir()
-            (folder / "config.json").write_text(config.model_dump_json(indent=2))
-            return folder
+    try:
+        config.output.mkdir(parents=True, exist_ok=True)
+        for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
+            folder = config.output / f"{name}{suffix}"
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                (folder / "config.json").write_text(config.model_dump_json(indent=2))
+                return folder
+    except OSError as error:  # a full or read-only disk
+        raise ConfigError(f"output={config.output}: no folder can be made there: {error}") from None
     raise ConfigError(f"output={config.output} holds a thousand runs called {name}")
 
 
@@ -261,6 +266,7 @@ class _Run:
         model = checkpoint / "model" if checkpoint else None
         averaged = checkpoint / AVERAGED if checkpoint and (checkpoint / AVERAGED).is_dir() else None
         result = RunResult(self.folder, dict(self.evaluations.scores), checkpoint, model, averaged, picture)
+        self.event("finished", {})
         self.console.done(result)
         return result
 

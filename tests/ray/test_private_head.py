@@ -175,6 +175,23 @@ def test_a_run_finds_a_cluster_by_ray_address_and_leaves_nothing_on_it(head: Hea
     told = run.output.read_text()
     assert f"run        {run.folder}" in told and f"dashboard  {head.url}" in told
     assert head.alive() == []
+    assert troupe(head, "status", str(run.folder)).startswith(f"{run.folder.name}: finished")
+
+
+@pytest.mark.parametrize(
+    ("changed", "part"),
+    [({"RAY_AUTH_MODE": ""}, "export RAY_AUTH_MODE=token"), ({"RAY_AUTH_TOKEN": "0" * 64}, "takes another token")],
+)
+def test_a_command_without_the_clusters_token_is_told_so_instead_of_that_there_is_no_ray(
+    head: Head, changed: dict[str, str], part: str
+):
+    """A process that asked Ray's own client would hear nothing of tokens, after twenty seconds of warnings."""
+    environment = {**os.environ, **head.environment, "RAY_ADDRESS": head.address, **changed}
+    done = subprocess.run(
+        [TROUPE, "plan", "grpo_arithmetic"], capture_output=True, text=True, timeout=100, env=environment
+    )
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert part in done.stderr
 
 
 def test_a_submitted_job_trains_with_a_reward_of_its_own_folder_and_succeeds(head: Head, tmp_path: Path):

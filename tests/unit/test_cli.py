@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -77,12 +78,17 @@ def test_a_misspelt_key_is_refused_before_anything_heavy_is_imported(tmp_path: P
 
 
 def test_methods_lists_every_method_with_its_roles(troupe: Troupe):
-    done = troupe("methods", "--papers")
+    done = troupe("methods")
     assert done.returncode == 0, done.stderr
-    listed = {line.split()[0]: line for line in done.stdout.splitlines()[1:] if line[:1].strip()}
-    assert set(METHODS) <= set(listed)
-    assert "rollout" in listed["grpo"]
-    assert "arXiv:2402.03300" in listed["grpo"]
+    listed = {line.split()[0]: line for line in done.stdout.splitlines()[1:]}
+    assert set(METHODS) == set(listed)
+    assert "policy, rollout, reward" in listed["grpo"]
+
+
+def test_methods_with_their_papers_name_each_methods_source(troupe: Troupe):
+    listed = troupe("methods", "--papers").stdout
+    [grpo] = re.findall(r"^grpo +data.*\n(?: .*\n)+", listed, re.MULTILINE)
+    assert "arXiv:2402.03300" in grpo
 
 
 def test_a_methods_page_shows_stages_options_defaults_and_ranges(troupe: Troupe):

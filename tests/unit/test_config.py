@@ -117,6 +117,15 @@ def test_a_value_out_of_range_names_value_range_and_override(single: Path):
     assert "set in override 'roles.rollout.workers=0'" in message
 
 
+@pytest.mark.parametrize("name", ["a/b", "../b", ".", "", "a b", "x" * 101])
+def test_a_run_or_a_phase_whose_name_is_no_folders_is_refused_with_what_a_name_may_hold(name: str, single: Path):
+    message = refusal(single, f"name='{name}'")
+    assert message.startswith(f"name: {name!r} is not allowed: it names a folder" if len(name) < 80 else "name: 'xxx")
+    assert "set in override" in message
+    with pytest.raises(ValueError, match="it names a folder"):
+        RunConfig.model_validate({"phases": {name: {}}})
+
+
 def test_every_wrong_key_is_reported_at_once(single: Path):
     message = refusal(single, "sed=1", "train.steps=0", "roles.policy.backend=megatron")
     assert all(part in message for part in ("sed: no such key", "train.steps: 0", "'single' or 'deepspeed'"))
