@@ -29,19 +29,19 @@ from actors.errors import DataError
 from orchestrator.config import DataConfig
 from orchestrator.data import rows as raw
 from orchestrator.data import store as stored
-from orchestrator.data.formats import choose, without_nones
+from orchestrator.data.formats import choose
 from orchestrator.data.items import Item, Items, Longest, Prompt, drawn_together, packed, render
 from orchestrator.data.order import Order
 from orchestrator.data.prepare import Preparer, limits_of, wanted_columns
 from orchestrator.data.report import BadRows, DataReport
 from orchestrator.data.store import Record, Store
 from orchestrator.data.stream import InStreamOrder, StreamSource
+from orchestrator.data.tables import printed
 from orchestrator.data.tokenise import Tokeniser
 from orchestrator.data.weights import refuse_weights_of_stream, weighted
 from orchestrator.examples import default_cache_dir
 from orchestrator.pipeline import DataKind
 
-ROWS_AT_ONCE = 1_000
 WORTH_CACHING = 20_000  # rows; fewer are tokenised within a second or two
 UNBOUNDED = 2**31  # a model's length where no model is known
 VERSION = 3  # of what stands in the cache: raise it when rows come out differently
@@ -99,7 +99,8 @@ def open_source(
         refuse_weights_of_stream(data, kind)
         return StreamSource(data, kind, tokeniser, limits, seed=seed, model_max_length=model_max_length)
     rows = raw.load(data, seed, bad)
-    form = choose(kind, rows.table.column_names, data, rows.name)
+    unread = len(bad)
+    form = choose(kind, rows.columns, data, rows.name)
     preparer = Preparer(form, limits, tokeniser, kind.prompts_only)
     store, record = _tokenised(data, kind, rows, preparer)
     for row, reason in record.bad:
@@ -111,11 +112,11 @@ def open_source(
     items, cut = packed(store, data, kind, max_length)
     if not len(items):
         raise DataError(_nothing_left(rows.name, record))
-    report = _report(rows, preparer, record, items, cut, bad)
+    report = _report(rows, unread, preparer, record, items, cut, bad)
     order = Order(seed, len(items), data.shuffle)
     if kind.prompts_only:
         return PromptSource(items, rows, report, order, tokenizer)
-    return RowSource(items, rows, report, order, tokenizer, max_length)
+    return RowSource(items, rows.fingerprint, report, order, tokenizer, max_length)
 
 
 def validate(data: DataConfig, kind: DataKind, *, seed: int = 0) -> DataReport:
@@ -124,16 +125,16 @@ def validate(data: DataConfig, kind: DataKind, *, seed: int = 0) -> DataReport:
     if data.streaming:
         raise DataError("a stream is checked while it is read: leave data.streaming out, or set data.limit with it off")
     rows = raw.load(data, seed, bad)
-    found = rows.table.column_names
-    form = choose(kind, found, data, rows.name)
+    read = len(rows) + len(bad)
+    form = choose(kind, rows.columns, data, rows.name)
     preparer = Preparer(form, limits_of(data, kind, UNBOUNDED), None, kind.prompts_only)
     refused: list[tuple[int, str]] = []
     items = 0
-    for chunk in _chunks(rows, wanted_columns(form, kind, data, found)):
+    for chunk in rows.chunks(wanted_columns(form, kind, data, rows.columns)):
         items += len(preparer.read(chunk, lambda row, reason: refused.append((row, reason))))
     for row, reason in refused:
         bad.add(*rows.origin(row), reason)
-    return DataReport(rows.name, str(form), tuple(found), len(rows), items, bad=bad.check())
+    return DataReport(rows.name, str(form), rows.columns, read, items, bad=bad.check(), notes=rows.notes)
 
 
 class RowSource:
@@ -142,15 +143,16 @@ class RowSource:
     def __init__(
         self,
         items: Items,
-        rows: raw.Rows,
+        rows_fingerprint: str,
         report: DataReport,
         order: Order,
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
     ) -> None:
+        self.rows_fingerprint = rows_fingerprint  # the rows themselves need not stay in memory
         self.report = report
         self.order = order
-        self._items, self._rows, self._tokenizer, self._max_length = items, rows, tokenizer, max_length
+        self._items, self._tokenizer, self._max_length = items, tokenizer, max_length
 
     def __len__(self) -> int:
         return len(self._items)
@@ -158,10 +160,6 @@ class RowSource:
     @property
     def longest(self) -> Longest:
         return self._items.longest(self._max_length)
-
-    @property
-    def rows_fingerprint(self) -> str:
-        return self._rows.fingerprint
 
     def item(self, index: int) -> Item:
         return Item(index, self._items.rows(index, group=index))
@@ -200,7 +198,7 @@ class RowSource:
         """The same data, where each row has its part of `values`, one for each token of the data set."""
         items = replace(self._items, beside={**self._items.beside, name: values})
         report = replace(self.report, notes=(*self.report.notes, note))
-        return RowSource(items, self._rows, report, self.order, self._tokenizer, self._max_length)
+        return RowSource(items, self.rows_fingerprint, report, self.order, self._tokenizer, self._max_length)
 
 
 class PromptSource:
@@ -226,8 +224,8 @@ class PromptSource:
 
     def item(self, index: int) -> Prompt:
         tokens = self._items.prompt_tokens(index)
-        columns = dict(self._rows.table[int(self._items.store.source_row[index])])
-        prompt = without_nones(columns.pop("prompt", None))
+        columns = self._rows.row(int(self._items.store.source_row[index]))
+        prompt = columns.pop("prompt", None)
         return Prompt(index, tokens, prompt if prompt is not None else self._decode(tokens), columns)
 
     def batch(self, positions: Sequence[int]) -> Batch:
@@ -242,7 +240,7 @@ class PromptSource:
 
 def _tokenised(data: DataConfig, kind: DataKind, rows: raw.Rows, preparer: Preparer) -> tuple[Store, Record]:
     """From the cache if it has them. Small data without a `data.cache_dir` of its own leaves no file behind."""
-    columns = wanted_columns(preparer.format, kind, data, rows.table.column_names)
+    columns = wanted_columns(preparer.format, kind, data, rows.columns)
     if data.cache_dir is None and len(rows) < WORTH_CACHING:
         return _tokenise(rows, columns, preparer)
     folder = cache_root(data) / "tokenised" / _cache_key(kind, rows, columns, preparer)
@@ -260,17 +258,10 @@ def cache_root(data: DataConfig) -> Path:
 
 def _tokenise(rows: raw.Rows, columns: list[str], preparer: Preparer) -> tuple[Store, Record]:
     record = Record(len(rows))
-    chunks = _chunks(rows, columns)
-    items = (item for chunk in chunks for item in preparer.prepare(chunk, lambda *bad: record.bad.append(bad)))
+    items = (
+        item for chunk in rows.chunks(columns) for item in preparer.prepare(chunk, lambda *bad: record.bad.append(bad))
+    )
     return stored.build(items, record), record
-
-
-def _chunks(rows: raw.Rows, columns: list[str]) -> Iterator[list[tuple[int, dict[str, Any]]]]:
-    table = rows.table.select_columns(columns)
-    for start in range(0, len(table), ROWS_AT_ONCE):
-        values = table[start : start + ROWS_AT_ONCE]
-        cells = zip(*(values[name] for name in columns), strict=True)
-        yield [(start + i, dict(zip(columns, cell, strict=True))) for i, cell in enumerate(cells)]
 
 
 def _cache_key(kind: DataKind, rows: raw.Rows, columns: list[str], preparer: Preparer) -> str:
@@ -289,7 +280,7 @@ def _cache_key(kind: DataKind, rows: raw.Rows, columns: list[str], preparer: Pre
         (tokeniser.completion_only, tokeniser.assistant_only, tokeniser.append_eos),
         *tokenizer_parts(tokeniser.tokenizer, date.today()),
     ]
-    return blake2b(raw.printed(parts), digest_size=16).hexdigest()
+    return blake2b(printed(parts), digest_size=16).hexdigest()
 
 
 def tokenizer_parts(tokenizer: Any, today: date) -> list[Any]:
@@ -306,15 +297,22 @@ def tokenizer_parts(tokenizer: Any, today: date) -> list[Any]:
     ]
 
 
-def _report(rows: raw.Rows, preparer: Preparer, record: Record, items: Items, cut: int, bad: BadRows) -> DataReport:
+def _report(
+    rows: raw.Rows, unread: int, preparer: Preparer, record: Record, items: Items, cut: int, bad: BadRows
+) -> DataReport:
+    """`unread`: rows that could not even be read."""
     lengths = items.store.lengths
     truncated = record.truncated + Counter({"longer than a pack (data.packing=bfd)": cut})
-    straddling = f"{record.straddling:,} rows have a token that straddles prompt and completion: it is the completion's"
+    notes = list(rows.notes)
+    if record.straddling:
+        notes.append(
+            f"{record.straddling:,} rows have a token that straddles prompt and completion: it is the completion's"
+        )
     return DataReport(
         source=rows.name,
         format=str(preparer.format),
-        columns=tuple(rows.table.column_names),
-        rows=record.rows,
+        columns=rows.columns,
+        rows=record.rows + unread,
         items=len(items),
         tokens=int(lengths.sum()),
         learned_tokens=int(items.store.mask.sum()),
@@ -322,7 +320,7 @@ def _report(rows: raw.Rows, preparer: Preparer, record: Record, items: Items, cu
         dropped=dict(record.dropped.most_common()),
         truncated=dict(truncated.most_common()),
         bad=bad.check(),
-        notes=(straddling,) if record.straddling else (),
+        notes=tuple(notes),
     )
 
 

@@ -6,40 +6,64 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from actors.errors import DataError
 from orchestrator import examples
 from orchestrator.config import DataConfig
 from orchestrator.data.json_lines import JSON_SUFFIXES
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from orchestrator.data.tables import ArrowTable, Read, Row, without_added_nulls
 
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
-TEXTS = ("text", "prompt", "completion", "chosen", "rejected", "reference")  # our columns that hold texts
+BOOLEANS = {"true": True, "1": True, "false": False, "0": False}  # as tables of text write them
+NUMBERS = ("weight", "margin")  # our columns that hold numbers
 SUFFIXES = (*JSON_SUFFIXES, *BUILDERS)
 
 
-def json_files(path: str, split: str) -> list[Path]:
+def json_files(data: DataConfig, path: str, split: str) -> list[Path]:
     """The JSON files that a path means; none if it means something else."""
     if examples.is_example(path) or not Path(path).exists():
         return []
     files = data_files(Path(path), split)
-    return files if files and files[0].suffix in JSON_SUFFIXES else []
+    if not files or files[0].suffix not in JSON_SUFFIXES:
+        return []
+    if data.options:
+        raise DataError(
+            f"data.options: {', '.join(data.options)}: options are for example:NAME and for datasets.load_dataset, "
+            f"and {path} is JSON, which is read without it; leave them out"
+        )
+    return files
 
 
-def table(data: DataConfig, path: str, split: str, seed: int, *, streaming: bool = False) -> Any:
-    """What is at a path that does not mean JSON files: a data set, or with `streaming` an iterable of rows."""
+def table(data: DataConfig, path: str, split: str, seed: int) -> ArrowTable:
+    """What is at a path that does not mean JSON files."""
+    found, read = _opened(data, path, split, seed, streaming=False)
+    return ArrowTable(found, read)
+
+
+def streamed(data: DataConfig, path: str, split: str, seed: int) -> Iterator[Row]:
+    """The rows of `table`, one by one."""
+    found, read = _opened(data, path, split, seed, streaming=True)
+    return map(read, found)
+
+
+def _opened(data: DataConfig, path: str, split: str, seed: int, *, streaming: bool) -> tuple[Any, Read]:
+    """(a data set, or with `streaming` an iterable of rows; what makes its rows those that were written)."""
     if examples.is_example(path):
-        return examples.dataset(path.removeprefix(examples.PREFIX), split=split, **{"seed": seed, **data.options})
-    if Path(path).exists():
+        name = path.removeprefix(examples.PREFIX)
+        found = examples.dataset(name, split=split, **{"seed": seed, **data.options})
+    elif Path(path).exists():
         files = data_files(Path(path), split)
-        return _files_table(files, data, streaming) if files else _saved(Path(path), split)
-    if path.startswith((".", "/", "~")) or Path(path).suffix in SUFFIXES:
+        if files and BUILDERS[files[0].suffix] == "csv":
+            return _csv(files, data, streaming), _cells_read(data)
+        found = _files_table(files, data, streaming, data.options) if files else _saved(Path(path), split)
+    elif path.startswith((".", "/", "~")) or Path(path).suffix in SUFFIXES:
         raise DataError(f"there is no file or folder {path} (data.path; looked in {Path.cwd()})")
-    return _loaded(path, path, data, split=split, streaming=streaming, **data.options)
+    else:
+        found = _loaded(path, path, data, split=split, streaming=streaming, **data.options)
+    return found, without_added_nulls(found.features)
 
 
 def data_files(path: Path, split: str) -> list[Path]:
@@ -62,41 +86,68 @@ def data_files(path: Path, split: str) -> list[Path]:
         raise DataError(f"{path} has no file for split {split!r}: {shown}; readable: {', '.join(SUFFIXES)}")
     chosen = named or files
     if len({file.suffix for file in chosen}) > 1:
-        raise DataError(f"{path} mixes kinds of files for split {split!r}: {', '.join(file.name for file in chosen)}")
+        raise DataError(
+            f"{path} mixes kinds of files for split {split!r}: {', '.join(file.name for file in chosen)}; name one of "
+            "them in data.path, or each in an entry of data.mixture"
+        )
     return chosen
 
 
-def _files_table(files: list[Path], data: DataConfig, streaming: bool) -> Any:
-    suffix, options = files[0].suffix, data.options
-    if BUILDERS[suffix] == "csv":
-        options = {**_table_options(suffix, data), **options}
-        for file in files:
-            _refuse_more_cells_than_columns(file, options.get("sep", ","))
-    return _loaded(
-        str(files[0]),
-        BUILDERS[suffix],
-        data,
-        data_files=[str(file) for file in files],
-        split="train",
-        streaming=streaming,
-        **options,
-    )
+def _csv(files: list[Path], data: DataConfig, streaming: bool) -> Any:
+    """A table of text has no types: every cell is the text that stands there, `007` and `NA` and nothing as well."""
+    given = {**({"sep": "\t"} if files[0].suffix == ".tsv" else {}), **data.options}
+    columns = max(_checked_header(file, given) for file in files)
+    as_text = {"converters": dict.fromkeys(range(columns), str), "keep_default_na": False, "na_filter": False}
+    return _files_table(files, data, streaming, {**as_text, **given})
 
 
-def _table_options(suffix: str, data: DataConfig) -> dict[str, Any]:
-    """A table of text has no types: what looks like a number in a column of texts is a text all the same."""
-    texts: dict[str, Any] = {data.columns.get(name, name): str for name in TEXTS}
-    return {"converters": texts} | ({"sep": "\t"} if suffix == ".tsv" else {})
+def _files_table(files: list[Path], data: DataConfig, streaming: bool, options: dict[str, Any]) -> Any:
+    paths = [str(file) for file in files]
+    builder = BUILDERS[files[0].suffix]
+    return _loaded(paths[0], builder, data, data_files=paths, split="train", streaming=streaming, **options)
 
 
-def _refuse_more_cells_than_columns(file: Path, separator: str) -> None:
-    """Where the first row has more cells than there are columns, pandas takes the first cells for names of rows and
-    shifts the others. It does refuse later rows that are longer than the first."""
+def _checked_header(file: Path, options: dict[str, Any]) -> int:
+    """Columns of a table of text. Raises DataError for a row of more or fewer cells: pandas takes the first cells of a
+    longer first row for its name and shifts the others, and fills a shorter row up."""
+    separator = options.get("sep") or options.get("delimiter") or ","
     with file.open(newline="", errors="replace") as opened:
-        rows = csv.reader(opened, delimiter=separator)
-        header, first = next(rows, []), next(rows, [])
-    if len(first) > len(header):
-        raise DataError(f"{file}: row 1 has {len(first)} cells for {len(header)} columns ({', '.join(header)})")
+        rows = (row for row in csv.reader(opened, delimiter=separator) if row)
+        header = next(rows, [])
+        for number, row in enumerate(rows if set(options) <= {"sep", "delimiter"} else (), start=1):
+            if len(row) != len(header):
+                cells = "1 cell" if len(row) == 1 else f"{len(row)} cells"
+                raise DataError(
+                    f"{file}: row {number} has {cells} for {len(header)} columns ({', '.join(header)}); quote a cell "
+                    f"that holds {separator!r}, and give an empty one its separator"
+                )
+    return len(header)
+
+
+def _cells_read(data: DataConfig) -> Read:
+    """Our columns that hold no texts, from their texts; what cannot be read stays as it is, and is refused as a row."""
+    label = data.columns.get("label", "label")
+    numbers = [data.columns.get(name, name) for name in NUMBERS]
+
+    def read(row: Row) -> Row:
+        changed: Row = {}
+        if isinstance(row.get(label), str):
+            changed[label] = BOOLEANS.get(row[label].strip().lower(), row[label])
+        for name in numbers:
+            if isinstance(row.get(name), str):
+                changed[name] = _number(row[name])
+        return {**row, **changed}
+
+    return read
+
+
+def _number(cell: str) -> float | str | None:
+    if not cell.strip():
+        return None
+    try:
+        return float(cell)
+    except ValueError:
+        return cell
 
 
 def _loaded(what: str, builder: str, data: DataConfig, **options: Any) -> Any:
@@ -111,7 +162,7 @@ def _loaded(what: str, builder: str, data: DataConfig, **options: Any) -> Any:
         raise DataError(f"cannot load {what}: {type(cause).__name__}: {cause} (data.path)") from error
 
 
-def _saved(folder: Path, split: str) -> Dataset:
+def _saved(folder: Path, split: str) -> Any:
     from datasets import DatasetDict, load_from_disk
 
     saved = load_from_disk(str(folder))

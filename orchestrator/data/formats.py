@@ -7,6 +7,7 @@ Text and lists of messages are told apart row by row. Whatever is wrong with one
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
@@ -214,16 +215,6 @@ def extract_prompt(chosen: Content, rejected: Content) -> tuple[Content, Content
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
-def without_nones(value: Any) -> Any:
-    """Arrow gives every dict of a column all keys that any of them has: those that a row did not have are None."""
-    if isinstance(value, dict):
-        items = cast(dict[str, Any], value).items()
-        return {key: without_nones(inner) for key, inner in items if inner is not None}
-    if isinstance(value, list):
-        return [without_nones(inner) for inner in cast(list[Any], value)]
-    return value
-
-
 def _example(
     row: Row, prompt: Content | None, completions: tuple[Content, ...], *, label: bool | None = None
 ) -> Example:
@@ -234,7 +225,7 @@ def _example(
         template_kwargs=_template_kwargs(row.get("chat_template_kwargs")),
         label=label,
         margin=_number(row, "margin"),
-        weight=_number(row, "weight"),
+        weight=_number(row, "weight", least=0.0),
     )
 
 
@@ -268,7 +259,7 @@ def _saying_something(messages: list[Message], name: str) -> list[Message]:
 
 
 def _dicts(row: Row, name: str) -> list[Message]:
-    value = without_nones(row[name])
+    value = row[name]
     if not isinstance(value, list):
         raise RowError(f"{name} is {_described(value)}, not a list of messages")
     entries = cast(list[Any], value)
@@ -276,27 +267,40 @@ def _dicts(row: Row, name: str) -> list[Message]:
         raise RowError(f"{name} is empty")
     if not all(isinstance(entry, dict) for entry in entries):
         raise RowError(f"{name} must be a list of messages, each with `role` and `content`")
-    return cast(list[Message], entries)
+    return [_given_keys(message) for message in cast(list[Message], entries)]
+
+
+def _given_keys(message: Message) -> Message:
+    """A message's own key that is null counts as not given: whoever writes all keys of the schema writes those. Inside
+    of them, as in a tool call's arguments, a null is a value."""
+    return {key: value for key, value in message.items() if value is not None}
 
 
 def _integers(row: Row, name: str) -> list[int]:
     value = row[name]
-    if not isinstance(value, list) or not all(isinstance(entry, int) for entry in cast(list[Any], value)):
+    if not isinstance(value, list) or not all(type(entry) is int for entry in cast(list[Any], value)):
         raise RowError(f"{name} must be a list of integers")
     return cast(list[int], value)
 
 
 def _boolean(value: Any, name: str) -> bool:
     if value not in (True, False):
-        raise RowError(f"{name} is {_described(value)}, not true or false")
+        raise RowError(f"{name} is {_shown(value)}, not true or false")
     return bool(value)
 
 
-def _number(row: Row, name: str) -> float | None:
+def _number(row: Row, name: str, *, least: float = -math.inf) -> float | None:
     value = row.get(name)
-    if value is not None and not isinstance(value, int | float):
-        raise RowError(f"{name} is {_described(value)}, not a number")
-    return None if value is None else float(value)
+    if value is None:
+        return None
+    try:
+        number = float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:  # of an integer with hundreds of digits
+        number = math.inf
+    if not math.isfinite(number) or number < least:
+        bound = f"a number from {least:g} on" if math.isfinite(least) else "a finite number"
+        raise RowError(f"{name} is {_shown(value)}; it must be {bound}")
+    return number
 
 
 def _tools(value: Any) -> list[Any] | None:
@@ -308,13 +312,13 @@ def _tools(value: Any) -> list[Any] | None:
             raise RowError(f"tools is not JSON: {error}") from None
     if value is not None and not isinstance(value, list):
         raise RowError(f"tools is {_described(value)}, not a list of schemas")
-    return cast(list[Any], without_nones(value)) or None if value is not None else None
+    return cast(list[Any], value) or None if value is not None else None
 
 
 def _template_kwargs(value: Any) -> Mapping[str, Any]:
     if value is not None and not isinstance(value, dict):
         raise RowError(f"chat_template_kwargs is {_described(value)}, not a mapping")
-    return cast(dict[str, Any], without_nones(value)) if value is not None else {}
+    return cast(dict[str, Any], value) if value is not None else {}
 
 
 def _same_shape(first_name: str, first: Content, second_name: str, second: Content) -> None:
@@ -325,6 +329,12 @@ def _same_shape(first_name: str, first: Content, second_name: str, second: Conte
 def _apart(chosen: Content, rejected: Content) -> None:
     if chosen == rejected:
         raise RowError("chosen and rejected are the same: nothing is preferred")
+
+
+def _shown(value: Any) -> str:
+    """A value itself where it is short, else what it is."""
+    shown = repr(value)
+    return shown if value is not None and len(shown) <= 40 else _described(value)
 
 
 def _described(value: Any) -> str:

@@ -1,105 +1,122 @@
 """JSON lines, read so that a broken line or broken UTF-8 is a bad row with its line number, not the end of the run."""
 
-# pyright: basic
-# (pyarrow is typed in part only)
-
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple, cast
 
 from actors.errors import DataError
 from orchestrator.data.report import BadRows
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 JSON_SUFFIXES = (".jsonl", ".json")
-LINES_AT_ONCE = 10_000
+BOM = b"\xef\xbb\xbf"  # that some editors begin a file with
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a pair, or one of two halves
 
 
-def json_rows(file: Path, bad: BadRows) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, row) of every line that holds a JSON object; the other lines go to `bad`."""
+class JsonRow(NamedTuple):
+    """`number`: its line, or its place in the list that a file holds; `text`: the JSON of `row` alone."""
+
+    number: int
+    row: dict[str, Any]
+    text: bytes
+
+
+class _TwiceError(ValueError):
+    """A key that a JSON object has twice: whichever value were taken, the other would be lost."""
+
+
+def json_rows(file: Path, bad: BadRows) -> Iterator[JsonRow]:
+    """Every line that holds a JSON object which can be taken as it is; the other lines go to `bad`."""
     if file.suffix == ".json" and (rows := _json_list(file)) is not None:
-        yield from enumerate(rows, start=1)
+        for number, row in enumerate(rows, start=1):
+            text = json.dumps(row).encode()
+            if reason := _broken_text(row, text):
+                bad.add(str(file), number, reason)
+            else:
+                yield JsonRow(number, row, text)
         return
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
+            text = line.removeprefix(BOM).strip()
+            if not text:
                 continue
-            try:
-                row = json.loads(line.decode("utf-8-sig").strip())
-            except UnicodeDecodeError as error:
-                bad.add(str(file), number, f"not UTF-8: byte {line[error.start]:#04x} at position {error.start}")
-            except json.JSONDecodeError as error:
-                bad.add(str(file), number, f"not JSON: {error.msg} (character {error.pos + 1})")
+            row = _parsed(text)
+            if isinstance(row, str):
+                bad.add(str(file), number, row)
             else:
-                if isinstance(row, dict):
-                    yield number, row
-                else:
-                    bad.add(str(file), number, f"a JSON {type(row).__name__}, not an object")
+                yield JsonRow(number, row, text)
+
+
+def _parsed(text: bytes) -> dict[str, Any] | str:
+    """The row, or why it cannot be taken."""
+    try:
+        row = json.loads(text.decode(), object_pairs_hook=_once)
+    except UnicodeDecodeError as error:
+        return f"not UTF-8: byte {text[error.start]:#04x} at position {error.start}"
+    except json.JSONDecodeError as error:
+        return f"not JSON: {error.msg} (character {error.pos + 1})"
+    except _TwiceError as error:
+        return str(error)
+    except ValueError as error:  # of an integer with thousands of digits
+        return f"not JSON: {error}"
+    except RecursionError:
+        return "its lists or objects are nested too deeply"
+    if not isinstance(row, dict):
+        return f"a JSON {type(row).__name__}, not an object"
+    return _broken_text(row, text) or cast(dict[str, Any], row)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _TwiceError(f"the key {next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return row
+
+
+def _broken_text(row: Any, text: bytes) -> str | None:
+    """JSON can write half of a surrogate pair, but no tokenizer, file or message can hold it."""
+    if not _SURROGATE.search(text):
+        return None
+    where = _surrogate_in(row, "")
+    return where and f"{where} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character"
+
+
+def _surrogate_in(value: Any, path: str) -> str | None:
+    """The path of the first text, or the word for a key, that is no text."""
+    if isinstance(value, str):
+        return None if _encodes(value) else path
+    items: list[tuple[str, Any]] = []
+    if isinstance(value, dict):
+        items = list(cast(dict[str, Any], value).items())
+        if not all(_encodes(key) for key, _ in items):
+            return f"a key of {path}" if path else "a key"
+    elif isinstance(value, list):
+        items = [(str(index), each) for index, each in enumerate(cast(list[Any], value))]
+    found = (_surrogate_in(each, f"{path}.{key}" if path else key) for key, each in items)
+    return next((where for where in found if where), None)
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _json_list(file: Path) -> list[dict[str, Any]] | None:
     """The rows of a file that is one JSON list; None if it is not (then it may be JSON lines)."""
     with file.open("rb") as opened:
-        if opened.read(64).lstrip()[:1] != b"[":
+        if opened.read(64).removeprefix(BOM).lstrip()[:1] != b"[":
             return None
     try:
-        rows = json.loads(file.read_bytes())
-    except ValueError as error:
+        rows = json.loads(file.read_bytes(), object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not JSON: {error} (data.path)") from None
     if not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{file} must hold a list of objects (data.path)")
     return rows
-
-
-class JsonTable:
-    """Rows as they come, as an Arrow table in chunks; a row whose types do not go with those before it is a bad row."""
-
-    def __init__(self, bad: BadRows) -> None:
-        self.source_of: list[int] = []
-        self.numbers: list[int] = []
-        self._bad = bad
-        self._chunks: list[pa.Table] = []
-        self._pending: list[tuple[dict[str, Any], int, int, str]] = []
-        self._schema: pa.Schema | None = None
-
-    def add(self, row: dict[str, Any], source: int, number: int, name: str) -> None:
-        self._pending.append((row, source, number, name))
-        if len(self._pending) == LINES_AT_ONCE:
-            self._flush()
-
-    def table(self) -> pa.Table:
-        import pyarrow as pa
-
-        self._flush()
-        return pa.concat_tables(self._chunks, promote_options="permissive") if self._chunks else pa.table({})
-
-    def _flush(self) -> None:
-        import pyarrow as pa
-
-        if not self._pending:
-            return
-        try:
-            self._take(self._pending)
-        except (pa.ArrowInvalid, pa.ArrowTypeError):
-            for entry in self._pending:
-                try:
-                    self._take([entry])
-                except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-                    self._bad.add(entry[3], entry[2], f"its types differ from those of the rows before: {error}")
-        self._pending = []
-
-    def _take(self, entries: list[tuple[dict[str, Any], int, int, str]]) -> None:
-        import pyarrow as pa
-
-        names = dict.fromkeys(name for row, *_ in entries for name in row)
-        chunk = pa.table({name: [row.get(name) for row, *_ in entries] for name in names})
-        schemas = [chunk.schema] if self._schema is None else [self._schema, chunk.schema]
-        self._schema = pa.unify_schemas(schemas, promote_options="permissive")
-        self._chunks.append(chunk)
-        self.source_of += [source for _, source, _, _ in entries]
-        self.numbers += [number for _, _, number, _ in entries]

@@ -66,6 +66,9 @@ class BadRows:
         self._allowed = allowed
         self._rows: list[BadRow] = []
 
+    def __len__(self) -> int:
+        return len(self._rows)
+
     def add(self, where: str, row: int, reason: str) -> None:
         self._rows.append(BadRow(where, row, reason))
 

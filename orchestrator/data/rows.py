@@ -1,43 +1,42 @@
 """The rows of a data set or of a mixture, under our column names, each with where it came from."""
 
-# pyright: basic
-# (datasets and pyarrow are typed in part only)
-
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from actors.errors import DataError
 from orchestrator.config import DataConfig, MixtureEntry
-from orchestrator.data.files import json_files, table
+from orchestrator.data.files import json_files, streamed, table
 from orchestrator.data.formats import renamed
-from orchestrator.data.json_lines import JsonTable, json_rows
+from orchestrator.data.json_lines import json_rows
 from orchestrator.data.report import BadRows
+from orchestrator.data.tables import ROWS_AT_ONCE, JsonTable, Row, Table
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-Origin = tuple[str, int, dict[str, Any]]  # (source, number in it from 1, row)
-ROWS_AT_ONCE = 1_000
+Origin = tuple[str, int, Row]  # (source, number in it from 1, row)
+Indices = NDArray[np.int64]
+NO_DATA = "no data: set data.path to a file, a folder, a hub name or example:NAME, or set data.mixture"
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
-    """A table with our column names. `numbers[i]`: row i's number in its source, from 1 (in JSON lines: the line);
-    `sources[source_of[i]]`: that source's name."""
+class Part:
+    """The rows of one path. `names`: the table's names -> ours, of the columns that count. `numbers[i]`: row i's number
+    in its source, from 1 (in JSON lines: the line); `sources[source_of[i]]`: that source's name."""
 
-    table: Dataset
+    table: Table
+    names: dict[str, str]
     sources: tuple[str, ...]
-    source_of: np.ndarray
-    numbers: np.ndarray
+    source_of: Indices
+    numbers: Indices
 
     def __len__(self) -> int:
         return len(self.table)
@@ -46,56 +45,130 @@ class Rows:
     def name(self) -> str:
         return ", ".join(self.sources)
 
-    def origin(self, row: int) -> tuple[str, int]:
-        """(source, number) of a row, for messages."""
-        return self.sources[self.source_of[row]], int(self.numbers[row])
+    def rows(self, start: int, stop: int, wanted: Collection[str]) -> list[Row]:
+        """Rows [start, stop) with the columns `wanted`, our names, of which a row may lack some."""
+        names = {theirs: ours for theirs, ours in self.names.items() if ours in wanted}
+        return [
+            {names[name]: value for name, value in row.items() if name in names}
+            for row in self.table.rows(start, stop, names)
+        ]
+
+    def select(self, rows: Indices) -> Part:
+        return Part(self.table.select(rows), self.names, self.sources, self.source_of[rows], self.numbers[rows])
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """All rows of a data set, part after part. Parts keep their own types. `notes`: what was left out, and why."""
+
+    parts: tuple[Part, ...]
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """[P+1]"""
+        return list(accumulate(map(len, self.parts), initial=0))
+
+    @property
+    def name(self) -> str:
+        return ", ".join(part.name for part in self.parts)
+
+    @cached_property
+    def columns(self) -> tuple[str, ...]:
+        """Our names of every column that any row has."""
+        return tuple(dict.fromkeys(name for part in self.parts for name in part.names.values()))
 
     @cached_property
     def fingerprint(self) -> str:
-        """Equal where the same rows were read in the same order, whatever file they were in."""
+        """Equal where the same rows were read in the same order, whatever the file that they were in is called."""
         digest = xxhash.xxh3_128()
-        for start in range(0, len(self), ROWS_AT_ONCE):
-            digest.update(printed(self.table[start : start + ROWS_AT_ONCE]))
+        for part in self.parts:
+            digest.update(repr(part.names).encode())
+            part.table.write_to(digest)
         return digest.hexdigest()
 
-    def select(self, rows: np.ndarray) -> Rows:
-        return Rows(self.table.select(rows), self.sources, self.source_of[rows], self.numbers[rows])
+    def origin(self, row: int) -> tuple[str, int]:
+        """(source, number) of a row, for messages."""
+        part, local = self._at(row)
+        return part.sources[part.source_of[local]], int(part.numbers[local])
 
+    def row(self, row: int) -> Row:
+        """A row with all columns; those that it lacks are None."""
+        part, local = self._at(row)
+        (found,) = part.rows(local, local + 1, self.columns)
+        return {name: found.get(name) for name in self.columns}
 
-def printed(values: Any) -> bytes:
-    """Bytes that differ where values, their types or the order of keys do; half of a surrogate pair included."""
-    return repr(values).encode("utf-8", "surrogatepass")
+    def chunks(self, columns: Collection[str]) -> Iterator[list[tuple[int, Row]]]:
+        """All rows with their numbers from 0, some at a time; of the columns those, None where a row lacks one."""
+        for part, first in zip(self.parts, self._starts, strict=False):
+            for start in range(0, len(part), ROWS_AT_ONCE):
+                rows = part.rows(start, start + ROWS_AT_ONCE, columns)
+                yield [
+                    (first + start + index, {name: row.get(name) for name in columns}) for index, row in enumerate(rows)
+                ]
+
+    def _at(self, row: int) -> tuple[Part, int]:
+        part = bisect_right(self._starts, row) - 1
+        return self.parts[part], row - self._starts[part]
 
 
 def load(data: DataConfig, seed: int, bad: BadRows) -> Rows:
-    """All rows of a data set, or the first `data.limit` of them. Raises DataError."""
+    """All rows of a data set, or as many as `data.limit` says: the first ones; of a mixture in the shares of its
+    fractions. Raises DataError."""
     if data.mixture:
         rows = _mix(data, seed, bad)
     elif data.path is None:
-        raise DataError("no data: set data.path to a file, a folder, a hub name or example:NAME, or set data.mixture")
+        raise DataError(NO_DATA)
     else:
-        rows = _load_one(data, data.path, data.split, seed, bad)
+        rows = _limited(_load_one(data, data.path, data.split, seed, bad), data.limit)
     if not len(rows):
         raise DataError(f"{rows.name} has no rows (data.path, data.split)")
-    return rows.select(np.arange(min(data.limit, len(rows)))) if data.limit else rows
+    return rows
 
 
-def _load_one(data: DataConfig, path: str, split: str, seed: int, bad: BadRows) -> Rows:
-    if files := json_files(path, split):
-        rows = _read_json(files, bad)
-    else:
-        found = table(data, path, split, seed)
-        rows = Rows(found, (path,), np.zeros(len(found), dtype=np.int64), np.arange(1, len(found) + 1))
-    return _named(rows, data.columns)
+def _limited(part: Part, limit: int | None) -> Rows:
+    if limit is None or limit >= len(part):
+        return Rows((part,))
+    note = f"left out {len(part) - limit:,} of {len(part):,} rows of {part.name}: data.limit={limit}"
+    return Rows((part.select(np.arange(limit)),), (note,))
+
+
+def _load_one(data: DataConfig, path: str, split: str, seed: int, bad: BadRows) -> Part:
+    if files := json_files(data, path, split):
+        return _read_json(files, data.columns, bad)
+    found = table(data, path, split, seed)
+    rows = np.arange(len(found), dtype=np.int64)
+    return Part(found, renamed(found.columns, data.columns, path), (path,), np.zeros_like(rows), rows + 1)
+
+
+def _read_json(files: list[Path], columns: dict[str, str], bad: BadRows) -> Part:
+    """JSON-lines files, or JSON files that hold one list of rows."""
+    texts: list[bytes] = []
+    names: dict[str, None] = {}
+    source_of: list[int] = []
+    numbers: list[int] = []
+    for index, file in enumerate(files):
+        for number, row, text in json_rows(file, bad):
+            texts.append(text)
+            names.update(dict.fromkeys(row))
+            source_of.append(index)
+            numbers.append(number)
+    bad.check()
+    sources = tuple(map(str, files))
+    ours = renamed(list(names), columns, ", ".join(sources)) if texts else {}
+    return Part(
+        JsonTable(texts, list(names)), ours, sources, np.array(source_of, np.int64), np.array(numbers, np.int64)
+    )
 
 
 def stream(data: DataConfig, seed: int, bad: BadRows) -> Iterator[Origin]:
     """(source, number, row) one by one, under our column names; of a mixture, drawn by fraction until one part ends."""
     if not data.mixture:
         if data.path is None:
-            raise DataError(
-                "no data: set data.path to a file, a folder, a hub name or example:NAME, or set data.mixture"
-            )
+            raise DataError(NO_DATA)
         yield from islice(_stream_one(data, data.path, data.split, seed, bad), data.limit)
         return
     parts = [_stream_one(data, entry.path, entry.split, seed, bad) for entry in data.mixture]
@@ -113,75 +186,52 @@ def _interleaved(parts: list[Iterator[Any]], fractions: list[float], seed: int) 
 
 
 def _stream_one(data: DataConfig, path: str, split: str, seed: int, bad: BadRows) -> Iterator[Origin]:
+    """A column that `data.columns` names must be in one of the first rows: the others are not known yet."""
+    rows = _unnamed_stream(data, path, split, seed, bad)
+    if data.columns:
+        first = list(islice(rows, ROWS_AT_ONCE))
+        renamed(list(dict.fromkeys(name for *_, row in first for name in row)), data.columns, path)
+        rows = chain(first, rows)
     ours = {theirs: ours for ours, theirs in data.columns.items()}
-    checked = False
-    for source, number, row in _unnamed_stream(data, path, split, seed, bad):
-        if not checked:
-            renamed(list(row), data.columns, source)
-            checked = True
+    for source, number, row in rows:
         kept = {name: value for name, value in row.items() if name in ours or name not in data.columns}
         yield source, number, {ours.get(name, name): value for name, value in kept.items()}
 
 
 def _unnamed_stream(data: DataConfig, path: str, split: str, seed: int, bad: BadRows) -> Iterator[Origin]:
-    if files := json_files(path, split):
+    if files := json_files(data, path, split):
         for file in files:
-            yield from ((str(file), number, row) for number, row in json_rows(file, bad))
+            yield from ((str(file), number, row) for number, row, _ in json_rows(file, bad))
     else:
-        rows = table(data, path, split, seed, streaming=True)
+        rows = streamed(data, path, split, seed)
         yield from ((path, number, row) for number, row in enumerate(rows, start=1))
-
-
-def _named(rows: Rows, columns: dict[str, str]) -> Rows:
-    """Columns under our names; a column that `data.columns` replaces is left out."""
-    if not columns:
-        return rows
-    names = renamed(rows.table.column_names, columns, rows.name)
-    changed = {theirs: ours for theirs, ours in names.items() if theirs != ours}
-    table = rows.table.select_columns(list(names)).rename_columns(changed)
-    return Rows(table, rows.sources, rows.source_of, rows.numbers)
 
 
 def _mix(data: DataConfig, seed: int, bad: BadRows) -> Rows:
     """Rows of all entries in the shares of their fractions: as many as can be had without using a row twice."""
-    from datasets import concatenate_datasets
-
     parts = [_load_one(data, entry.path, entry.split, seed, bad) for entry in data.mixture]
-    counts = mixture_counts([len(part) for part in parts], data.mixture)
-    chosen = [
+    counts = mixture_counts([len(part) for part in parts], data.mixture, data.limit)
+    chosen = tuple(
         part.select(np.sort(np.random.default_rng([seed, index]).permutation(len(part))[:count]))
         for index, (part, count) in enumerate(zip(parts, counts, strict=True))
-    ]
-    try:
-        table = concatenate_datasets([part.table for part in chosen])
-    except Exception as error:
-        columns = "; ".join(f"{part.name}: {', '.join(part.table.column_names)}" for part in parts)
-        raise DataError(f"the parts of data.mixture do not fit together: {error}\n  columns of {columns}") from None
-    shifts = np.cumsum([0, *(len(part.sources) for part in chosen)])
-    return Rows(
-        table,
-        tuple(source for part in chosen for source in part.sources),
-        np.concatenate([part.source_of + shift for part, shift in zip(chosen, shifts, strict=False)]),
-        np.concatenate([part.numbers for part in chosen]),
     )
+    limited = f" and data.limit={data.limit}" if data.limit is not None else ""
+    notes = tuple(
+        f"left out {len(part) - count:,} of {len(part):,} rows of {part.name}: the fractions of data.mixture{limited}"
+        for part, count in zip(parts, counts, strict=True)
+        if count < len(part)
+    )
+    return Rows(chosen, notes)
 
 
-def mixture_counts(lengths: list[int], entries: tuple[MixtureEntry, ...]) -> list[int]:
-    """Rows to take of each part: the largest total in which every part has its share of the fractions."""
+def mixture_counts(lengths: list[int], entries: tuple[MixtureEntry, ...], limit: int | None) -> list[int]:
+    """Rows to take of each part: the largest total, up to `limit`, in which every part has its share of the
+    fractions. What rounding leaves goes to those that it took the most from."""
     shares = np.array([entry.fraction for entry in entries]) / sum(entry.fraction for entry in entries)
     total = min(length / share for length, share in zip(lengths, shares, strict=True))
-    return [min(length, round(total * share)) for length, share in zip(lengths, shares, strict=True)]
-
-
-def _read_json(files: list[Path], bad: BadRows) -> Rows:
-    """JSON-lines files, or JSON files that hold one list of rows."""
-    from datasets import Dataset
-
-    reader = JsonTable(bad)
-    for index, file in enumerate(files):
-        for number, row in json_rows(file, bad):
-            reader.add(row, index, number, str(file))
-    bad.check()
-    table = Dataset(reader.table())
-    sources = tuple(map(str, files))
-    return Rows(table, sources, np.array(reader.source_of, dtype=np.int64), np.array(reader.numbers, dtype=np.int64))
+    total = min(int(total + 1e-9), limit if limit is not None else sum(lengths))
+    exact = total * shares
+    counts = np.floor(exact + 1e-9).astype(int)
+    for part in np.argsort(counts - exact, kind="stable")[: total - counts.sum()]:
+        counts[part] += 1
+    return counts.tolist()

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, count, islice
 from threading import Lock
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import xxhash
@@ -28,11 +28,12 @@ from orchestrator.config import DataConfig
 from orchestrator.data import rows as raw
 from orchestrator.data import store as stored
 from orchestrator.data.fit import Limits
-from orchestrator.data.formats import Format, choose, without_nones
+from orchestrator.data.formats import Format, choose
 from orchestrator.data.items import Item, Items, Longest, Prompt, drawn_together, packed, render
 from orchestrator.data.prepare import Preparer, wanted_columns
 from orchestrator.data.report import BadRows, DataReport
 from orchestrator.data.store import Record
+from orchestrator.data.tables import Row, printed
 from orchestrator.data.tokenise import Tokeniser
 from orchestrator.pipeline import DataKind
 
@@ -83,7 +84,7 @@ class StreamSource:
         self._first_rows = ""  # their fingerprint
         self._lock = Lock()
         self._upcoming = enumerate(chain.from_iterable(map(self._epoch, count())))
-        self._window: dict[int, tuple[Items, int, dict[str, Any]]] = {}
+        self._window: dict[int, tuple[Items, int, Row]] = {}
         self._find(0)  # so that data that cannot be used at all is refused at once
 
     def __len__(self) -> int:
@@ -99,7 +100,7 @@ class StreamSource:
             dropped=dict(self._record.dropped.most_common()),
             truncated=dict(self._record.truncated.most_common()),
             bad=self._bad.check(),
-            **vars(self._counts),
+            **{**vars(self._counts), "rows": self._counts.rows + len(self._bad) - len(self._record.bad)},
         )
 
     @property
@@ -119,8 +120,8 @@ class StreamSource:
         if not self._kind.prompts_only:
             return Item(index, items.rows(local, group=index))
         tokens = items.prompt_tokens(local)
-        columns = dict(row)
-        prompt = without_nones(columns.pop("prompt", None))
+        columns = {name: row.get(name) for name in self._columns}
+        prompt = columns.pop("prompt", None)
         return Prompt(index, tokens, prompt or str(self._tokeniser.tokenizer.decode(list(tokens))), columns)
 
     def batch(self, positions: Sequence[int]) -> Batch:
@@ -133,7 +134,7 @@ class StreamSource:
         items, local, _ = self._find(position)
         return items.rows(local, group=position)
 
-    def _find(self, index: int) -> tuple[Items, int, dict[str, Any]]:
+    def _find(self, index: int) -> tuple[Items, int, Row]:
         with self._lock:
             while index not in self._window:
                 number, found = next(self._upcoming)
@@ -143,7 +144,7 @@ class StreamSource:
                 self._window.pop(number - WINDOW, None)
             return self._window[index]
 
-    def _epoch(self, epoch: int) -> Iterator[tuple[Items, int, dict[str, Any]]]:
+    def _epoch(self, epoch: int) -> Iterator[tuple[Items, int, Row]]:
         """All items of one pass over the data, which is shuffled differently in each. Only the first one is counted."""
         first = epoch == 0
         bad = self._bad if first else BadRows(sys.maxsize)
@@ -164,13 +165,18 @@ class StreamSource:
 
     def _prepare(self, chunk: list[raw.Origin], bad: BadRows, *, counted: bool) -> Items:
         form = self._format_of(chunk)
-        self._first_rows = self._first_rows or xxhash.xxh3_128(raw.printed([row for _, _, row in chunk])).hexdigest()
+        self._first_rows = self._first_rows or xxhash.xxh3_128(printed([row for _, _, row in chunk])).hexdigest()
         preparer = Preparer(form, self._limits, self._tokeniser, self._kind.prompts_only)
         wanted = wanted_columns(form, self._kind, self._data, self._columns)
         rows = [(index, {name: row.get(name) for name in wanted}) for index, (_, _, row) in enumerate(chunk)]
-        prepared = preparer.prepare(rows, lambda index, reason: bad.add(*chunk[index][:2], reason))
-        bad.check()
         record = self._record if counted else Record()
+
+        def refuse(index: int, reason: str) -> None:
+            record.bad.append((index, reason))
+            bad.add(*chunk[index][:2], reason)
+
+        prepared = preparer.prepare(rows, refuse)
+        bad.check()
         items, cut = packed(stored.build(prepared, record), self._data, self._kind, self._max_length)
         if counted:
             record.truncated += Counter({"longer than a pack (data.packing=bfd)": cut})

@@ -58,6 +58,7 @@ class Tokeniser:
     def _begin(self, example: Example, texts: _Texts) -> Encoded | RowError | _Pending:
         try:
             if example.input_ids is not None:
+                self._check_ids(example.input_ids)
                 return Encoded([example.input_ids], [_after_first(example.mask or [True] * len(example.input_ids))])
             if example.step_labels is not None:
                 return self._encode_steps(example)
@@ -66,6 +67,11 @@ class Tokeniser:
             return self._queue(example, texts)
         except RowError as error:
             return error
+
+    def _check_ids(self, ids: list[int]) -> None:
+        wrong = next((token for token in ids if not 0 <= token < self._size), None)
+        if wrong is not None:
+            raise RowError(f"input_ids holds {wrong}, and the tokenizer's ids are 0 to {self._size - 1}")
 
     def _queue(self, example: Example, texts: _Texts) -> _Pending:
         """Note the texts that this example needs tokenised."""
@@ -98,6 +104,10 @@ class Tokeniser:
     def _eos(self) -> Any:
         """Transformers looks a special token up by name at each access."""
         return self.tokenizer.eos_token_id
+
+    @cached_property
+    def _size(self) -> int:
+        return len(self.tokenizer)
 
     def _render_prompt(self, example: Example) -> str:
         """With the opening of the answer; a prompt that ends in the assistant's words is left open instead."""
@@ -191,6 +201,11 @@ class _Texts:
     results: dict[bool, list[list[int]]] = field(default_factory=dict)
 
     def add(self, text: str, *, special: bool) -> tuple[bool, int]:
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise RowError("its text holds half of a surrogate pair, which is no character") from None
         self.queues[special].append(text)
         return special, len(self.queues[special]) - 1
 
