@@ -3,7 +3,9 @@
     .tmp-* ─ ranks write, files are synced ─► MANIFEST.json (sizes, sha256) ─ synced ─► renamed to step-00000042
 
 The rename is the commit. A process that dies before it leaves a `.tmp-*` folder, which the next write removes; a folder
-whose files do not match its manifest (a disk's fault) is passed over, with a warning, for the one before it.
+whose files do not match its manifest (damaged, missing, or not named there at all) is passed over, with a warning, for
+the one before it. `model` and `bema` are for others to read, and nothing is resumed from them: a file that somebody put
+there is a warning.
 """
 
 from __future__ import annotations
@@ -21,15 +23,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from actors.errors import RunError
+from actors.errors import ConfigError, DiskError, RunError
 
 MANIFEST, STATE = "MANIFEST.json", "state.json"
+MODEL, AVERAGED = "model", "bema"  # Hugging Face folders: the weights of the step, and their average
 NAME = re.compile(r"step-(\d{8})")
 
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands. `step` counts in the phase, `total_step` in the run; `cursor` is at the training frontier."""
+    """Where a run stands, and what it was trained with. `step` counts in the phase, `total_step` in the run; `cursor`
+    is at the training frontier of the phase's data, whose rows have the fingerprint `data`."""
 
     phase: str
     phase_index: int
@@ -37,7 +41,8 @@ class RunState:
     total_step: int
     version: int
     cursor: dict[str, Any]
-    seed: int
+    config: dict[str, Any]  # a RunConfig as JSON
+    data: str
     scores: dict[str, float] = field(default_factory=dict[str, float])
 
 
@@ -55,16 +60,15 @@ class CheckpointStore:
 
     async def write(self, writer: Callable[[Path], Awaitable[None]], state: RunState) -> Checkpoint:
         """Let `writer` fill a folder, then make it a checkpoint. If that fails, nothing is left behind and those
-        before it are as they were. Raises RunError if the disk does not take it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._sweep()
+        before it are as they were. Raises DiskError if the disk does not take it."""
         temporary = self.folder / f".tmp-{state.total_step}-{uuid.uuid4().hex[:8]}"
-        temporary.mkdir()
         try:
+            await asyncio.to_thread(self._sweep)
+            temporary.mkdir(parents=True)
             await writer(temporary)
             return await _to_the_end(self._commit, temporary, state)
-        except OSError as error:
-            raise RunError(
+        except (OSError, DiskError) as error:
+            raise DiskError(
                 f"the checkpoint of step {state.total_step} could not be written below {self.folder}: {error}; the one "
                 f"before it is intact: make room, then `troupe resume`"
             ) from error
@@ -72,13 +76,25 @@ class CheckpointStore:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint whose files are what its manifest says; warns about every one that it passes over."""
+        """The newest checkpoint whose files are what its manifest says; warns about every one that it passes over.
+        Reads all of its files: not for an event loop."""
         for path in reversed(self._committed()):
             problem = verify(path)
             if problem is None:
-                return Checkpoint(path, _read_state(path))
+                return _opened(path)
             warnings.warn(f"checkpoint passed over: {problem}", stacklevel=2)
         return None
+
+    def at(self, step: int) -> Checkpoint:
+        """The checkpoint of that step of the run. Raises ConfigError if there is none, or if it is damaged. Reads all
+        of its files: not for an event loop."""
+        path = self.folder / f"step-{step:08d}"
+        if path not in self._committed():
+            steps = ", ".join(str(int(each.name.removeprefix("step-"))) for each in self._committed()) or "none"
+            raise ConfigError(f"{self.folder} holds no checkpoint of step {step}; there are: {steps}")
+        if problem := verify(path):
+            raise ConfigError(f"the checkpoint of step {step} cannot be used: {problem}")
+        return _opened(path)
 
     def _commit(self, temporary: Path, state: RunState) -> Checkpoint:
         (temporary / STATE).write_text(json.dumps(asdict(state), indent=2))
@@ -88,7 +104,7 @@ class CheckpointStore:
         for path in (temporary / MANIFEST, *(p for p in temporary.rglob("*") if p.is_dir()), temporary):
             _sync(path)
         final = self.folder / f"step-{state.total_step:08d}"
-        if final.exists():  # passed over when the run was resumed, or it would have been resumed from there
+        if final.exists():  # the run was resumed from one before it
             shutil.rmtree(final)
         temporary.rename(final)
         _sync(self.folder)
@@ -96,8 +112,8 @@ class CheckpointStore:
         return Checkpoint(final, state)
 
     def _prune(self, newest: Path) -> None:
-        """Only the newest `keep` are left. Later steps go too: they were passed over when the run was resumed, and must
-        neither count nor come up again."""
+        """Only the newest `keep` are left. Later steps go too: the run was resumed from one before them (they were
+        damaged, or `--step` said so), and they must neither count nor come up again."""
         committed = self._committed()
         upto = committed.index(newest) + 1
         for path in (*committed[: max(0, upto - self.keep)], *committed[upto:]):
@@ -109,12 +125,14 @@ class CheckpointStore:
         return sorted(path for path in self.folder.iterdir() if NAME.fullmatch(path.name))
 
     def _sweep(self) -> None:
+        """Remove what a process left behind that died: the run's lock says that none is writing now."""
         for left in self.folder.glob(".tmp-*"):
             shutil.rmtree(left, ignore_errors=True)
 
 
 def verify(path: Path) -> str | None:
-    """What is wrong with a checkpoint; None if every file is there with the size and hash of the manifest."""
+    """What is wrong with a checkpoint; None if every file is there with the size and hash of the manifest, and no other
+    file stands where something is resumed from."""
     try:
         manifest: dict[str, dict[str, Any]] = json.loads((path / MANIFEST).read_text())
         for name, sealed in manifest.items():
@@ -123,9 +141,33 @@ def verify(path: Path) -> str | None:
                 return f"{path}: the manifest names a file outside of it: {name}"
             if file.stat().st_size != sealed["bytes"] or _sha256(file) != sealed["sha256"]:
                 return f"{file} is not what the manifest says"
+        foreign = [name for name in _unnamed(path, manifest) if Path(name).parts[0] not in (MODEL, AVERAGED)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{path}: {error}"
+    if foreign:
+        return f"{path} holds files that its manifest does not name: {_listed(foreign)}; take them away to use it"
     return None if STATE in manifest else f"{path}: the manifest has no {STATE}"
+
+
+def _opened(path: Path) -> Checkpoint:
+    """A checkpoint that was verified."""
+    foreign = _unnamed(path, json.loads((path / MANIFEST).read_text()))
+    if foreign:
+        warnings.warn(f"{path} holds files that the run did not write: {_listed(foreign)}", stacklevel=3)
+    return Checkpoint(path, _read_state(path))
+
+
+def _unnamed(path: Path, manifest: dict[str, Any]) -> list[str]:
+    """Files, and links of any kind, that the manifest does not name, relative to the folder."""
+    found: list[str] = []
+    for folder, folders, files in os.walk(path):
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        found += [os.path.relpath(os.path.join(folder, name), path) for name in (*files, *links)]
+    return sorted(set(found) - manifest.keys() - {MANIFEST})
+
+
+def _listed(names: list[str], shown: int = 5) -> str:
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def _read_state(path: Path) -> RunState:

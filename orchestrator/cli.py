@@ -56,14 +56,21 @@ def run(recipe: Recipe, overrides: Overrides = None, local: Local = False) -> No
 
 
 @app.command()
-def resume(folder: RunFolder, overrides: Overrides = None, local: Local = False) -> None:
-    """Continue a run from its newest checkpoint, exactly."""
+def resume(
+    folder: RunFolder,
+    overrides: Overrides = None,
+    step: Annotated[
+        int | None, typer.Option("--step", min=1, help="Go on from this step's checkpoint; later ones are given up.")
+    ] = None,
+    local: Local = False,
+) -> None:
+    """Continue a run from its newest checkpoint, exactly, or with other settings, which the run keeps from then on."""
     from orchestrator.loading import load_run
 
     config = load_run(folder, overrides or [])
     from orchestrator.run import run as run_config
 
-    run_config(config, local=local, resume=folder)
+    run_config(config, local=local, resume=folder, from_step=step)
 
 
 @app.command()

@@ -179,6 +179,16 @@ class Console:
     def warn(self, message: str) -> None:
         self._terminal.print(Text().append("! ", "bold yellow").append(message, "yellow"))
 
+    def note(self, line: str) -> None:
+        """Something to know that is no warning."""
+        self._terminal.print(Text(line, "dim", overflow="fold"), soft_wrap=True)
+
+    def nothing_to_do(self, folder: Path, phase: str) -> None:
+        """The run that was to be continued has made all of its steps."""
+        more = f"troupe resume {folder} phases.{phase}.train.steps=N"
+        line = Text("nothing to do: the run has made all of its steps. To train on: ").append(more, "cyan")
+        self._terminal.print(line, soft_wrap=True)
+
     def done(self, result: Finished) -> None:
         """Scores before and after each phase, where things are, and what to type next."""
         self._terminal.print(Rule(f"done in {duration(time.monotonic() - self._began)}", style="green"))

@@ -59,6 +59,14 @@ class Evaluations:
         if score is not None and (at_start or at_end):
             self.scores["before" if at_start else phase.name] = score
 
+    def missing(self, phase: PreparedPhase) -> bool:
+        """Whether the evaluation at the end of a phase is still to be made: its run ended before it, or it failed.
+        If it was made, its score is known from here on."""
+        recorded = self._recorded(phase.first_version + phase.steps, phase.name)
+        if "eval_reward" in recorded:
+            self.scores[phase.name] = recorded["eval_reward"]
+        return is_due(phase, phase.steps) and not recorded
+
     def _recorded(self, total_step: int, phase: str) -> dict[str, Any]:
         lines = [
             line for line in read(self.folder / METRICS_FILE) if (line["step"], line["phase"]) == (total_step, phase)

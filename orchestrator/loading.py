@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
@@ -97,13 +97,17 @@ class Draft:
         return draft
 
     def override(self, override: Override) -> None:
-        """Later ones win. Those of `phases...` wait until a single phase has its name."""
+        """Later ones win. Those of `phases...` wait until a single phase has its name; a key of a phase is that of the
+        only one, also if the file wrote `phases`."""
         head = override.path[0]
         if head == "phases" and "phases" not in self.tree:
             self._late.append(override)
             return
         if head in PHASE_KEYS and "phases" in self.tree:
             names = list(cast(dict[str, Any], self.tree["phases"] or {}))
+            if len(names) == 1:
+                self._apply(replace(override, path=("phases", names[0], *override.path)))
+                return
             example = f"phases.{names[0] if names else 'NAME'}.{override.text}"
             raise ConfigError(f"{override}: {self.name} has the phases {', '.join(names)}; say which: {example}")
         self._apply(override)

@@ -6,14 +6,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from actors.errors import ConfigError
-from orchestrator.checkpoint import Checkpoint
+from orchestrator.checkpoint import AVERAGED, MODEL, Checkpoint
 from orchestrator.config import RunConfig
 from orchestrator.launch import average_spec, optim_spec
 from orchestrator.prepare import PreparedPhase
 from orchestrator.roles import Roles
 
 SAVE_TIMEOUT_S = 1800.0
-AVERAGED = "bema"  # in a checkpoint, beside `model`
 
 
 def reference_folder(run: Path, phase: PreparedPhase) -> Path:
@@ -46,7 +45,7 @@ async def save_weights(phase: PreparedPhase, roles: Roles, folder: Path) -> None
         await roles.groups[role].call("save_state", str(folder / role), timeout_s=SAVE_TIMEOUT_S)
     for role in phase.pipeline.mixed:
         await roles.groups[role].call("save_model", str(folder / role), timeout_s=SAVE_TIMEOUT_S)
-    await roles.groups["policy"].call("save_model", str(folder / "model"), timeout_s=SAVE_TIMEOUT_S)
+    await roles.groups["policy"].call("save_model", str(folder / MODEL), timeout_s=SAVE_TIMEOUT_S)
     if phase.config.train.bema is not None:
         await roles.groups["policy"].call("save_model", str(folder / AVERAGED), True, timeout_s=SAVE_TIMEOUT_S)
 

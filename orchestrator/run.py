@@ -13,14 +13,14 @@ import json
 import os
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from actors.errors import ConfigError, Interrupted
 from orchestrator.beside import beside, board_of
-from orchestrator.checkpoint import Checkpoint, CheckpointStore, RunState
+from orchestrator.checkpoint import AVERAGED, MODEL, Checkpoint, CheckpointStore, RunState
 from orchestrator.cluster import Cluster, LocalCluster
 from orchestrator.collector import Collector, GroupCollector, RowCollector
 from orchestrator.config import RunConfig
@@ -31,14 +31,16 @@ from orchestrator.ending import Ending
 from orchestrator.evaluation import Evaluations
 from orchestrator.launch import launch
 from orchestrator.metrics import MetricsLog
-from orchestrator.phase_weights import AVERAGED, reference_folder, save_weights, set_optimizers, set_weights
+from orchestrator.phase_weights import reference_folder, save_weights, set_optimizers, set_weights
 from orchestrator.plan import Plan, make_plan
 from orchestrator.plot import draw
 from orchestrator.precompute import precompute
 from orchestrator.preconditions import refuse_surroundings
 from orchestrator.prepare import Prepared, PreparedPhase, prepare
+from orchestrator.resuming import Resumption, fingerprint, resume_point, save_config
 from orchestrator.roles import PhaseSettings, Roles
 from orchestrator.rollout_metrics import completion_rows, rollout_metrics
+from orchestrator.run_lock import driving
 from orchestrator.staleness import Contract
 from orchestrator.supervision import Ledger, Watchdog
 
@@ -55,15 +57,26 @@ class RunResult:
     picture: Path | None
 
 
-def run(config: RunConfig, *, local: bool = False, resume: Path | None = None) -> RunResult:
+def run(
+    config: RunConfig, *, local: bool = False, resume: Path | None = None, from_step: int | None = None
+) -> RunResult:
     """Train as configured. `local` keeps everything in this process. With `resume`, continue the run of that folder
-    from its newest valid checkpoint. Raises UserError before anything is launched, RunError afterwards."""
+    from its newest valid checkpoint, or that of `from_step`. Raises UserError before anything is launched, RunError
+    afterwards."""
     began = time.monotonic()
-    refuse_surroundings(config, local=local, resume=resume)
-    prepared = prepare(config)
-    plan = make_plan(config, {phase.name: phase.pipeline for phase in prepared.phases}, parameters=prepared.parameters)
-    folder = resume or _new_folder(config)
-    return asyncio.run(_Run(prepared, plan, folder, local=local, resuming=resume is not None, began=began).execute())
+    with ExitStack() as stack:
+        if resume is not None:  # first of all: what another process is writing must not be read either
+            stack.enter_context(driving(resume))
+        refuse_surroundings(config, local=local, resume=resume)
+        prepared = prepare(config)
+        pipelines = {phase.name: phase.pipeline for phase in prepared.phases}
+        plan = make_plan(config, pipelines, parameters=prepared.parameters)
+        if resume is None:
+            folder, resumed = _new_folder(config), None
+            stack.enter_context(driving(folder))
+        else:
+            folder, resumed = resume, resume_point(resume, prepared, from_step)
+        return _Run(prepared, plan, folder, local=local, resumed=resumed, began=began).run()
 
 
 def _new_folder(config: RunConfig) -> Path:
@@ -74,8 +87,8 @@ def _new_folder(config: RunConfig) -> Path:
         for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
             folder = config.output / f"{name}{suffix}"
             with contextlib.suppress(FileExistsError):
-                folder.mkdir()
-                (folder / "config.json").write_text(config.model_dump_json(indent=2))
+                folder.mkdir(mode=0o700)  # it says where the run is reached, and with which token
+                save_config(folder, config)
                 return folder
     except OSError as error:  # a full or read-only disk
         raise ConfigError(f"output={config.output}: no folder can be made there: {error}") from None
@@ -90,7 +103,7 @@ class _Run:
     plan: Plan
     folder: Path
     local: bool
-    resuming: bool
+    resumed: Resumption | None
     began: float
     last_checkpoint: Checkpoint | None = None
     dashboard: str | None = None  # Ray's
@@ -111,6 +124,23 @@ class _Run:
         self.evaluations = Evaluations(self.folder, self.log, self.console, self.watchdog, self.event)
         self.ledger = Ledger(allowed_in_a_row=max(64, 4 * max(p.config.train.batch_size for p in self.prepared.phases)))
 
+    def run(self) -> RunResult:
+        if self.resumed is not None:
+            self._go_on_from(self.resumed)
+            if self.resumed.nothing_to_train(self.prepared) and not self.evaluations.missing(self.prepared.phases[-1]):
+                self.console.nothing_to_do(self.folder, self.prepared.phases[-1].name)
+                return self._finish()
+        return asyncio.run(self.execute())
+
+    def _go_on_from(self, resumed: Resumption) -> None:
+        self.last_checkpoint = resumed.checkpoint
+        self.evaluations.scores.update(resumed.state.scores)
+        self.log.rewind(resumed.state.total_step)
+        save_config(self.folder, self.config)  # for the next resume
+        self.event("resumed", {"step": resumed.state.total_step, "changed": resumed.changed})
+        for line in resumed.lines():
+            self.console.note(line)
+
     async def execute(self) -> RunResult:
         """Raises Interrupted if a signal ended the run."""
         try:
@@ -124,13 +154,7 @@ class _Run:
 
     async def _execute(self) -> RunResult:
         self._since_start("prepared")
-        found = self.store.latest() if self.resuming else None
-        if self.resuming and found is None:
-            raise ConfigError(f"{self.folder} holds no valid checkpoint to resume from")
-        if found is not None:
-            self.last_checkpoint = found
-            self.evaluations.scores.update(found.state.scores)
-            self.log.rewind(found.state.total_step)
+        found = self.resumed.checkpoint if self.resumed is not None else None
         async with (
             self._cluster() as cluster,
             board_of(self.folder, cluster) as board,
@@ -252,7 +276,8 @@ class _Run:
             total_step=total,
             version=record.version,
             cursor=cursor.to_json(),
-            seed=self.config.seed,
+            config=self.config.model_dump(mode="json"),
+            data=await asyncio.to_thread(fingerprint, phase),
             scores=dict(self.evaluations.scores),
         )
         began = time.monotonic()
@@ -261,9 +286,11 @@ class _Run:
 
     def _finish(self) -> RunResult:
         self.log.close()
-        picture = draw(self.folder)
+        picture = None
+        with self._warned_of("curves"):
+            picture = draw(self.folder)
         checkpoint = self.last_checkpoint.path if self.last_checkpoint else None
-        model = checkpoint / "model" if checkpoint else None
+        model = checkpoint / MODEL if checkpoint else None
         averaged = checkpoint / AVERAGED if checkpoint and (checkpoint / AVERAGED).is_dir() else None
         result = RunResult(self.folder, dict(self.evaluations.scores), checkpoint, model, averaged, picture)
         self.event("finished", {})

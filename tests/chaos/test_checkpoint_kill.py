@@ -22,14 +22,29 @@ import asyncio, os, resource, signal, sys
 from pathlib import Path
 from orchestrator.checkpoint import CheckpointStore, RunState
 
-folder, keep, largest = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+folder, keep, largest, library = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 if largest:  # bytes that the disk takes
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
 
-async def fill(path):
+async def plainly(path):
     for rank in range(3):
         (path / f"rank{rank}.pt").write_bytes(os.urandom(150_000))
+
+async def with_torch(path):
+    import torch
+    from actors import saved_state
+    saved_state.save({"weights": torch.randn(40_000)}, path / "rank0.pt")
+
+async def with_transformers(path):
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from actors import saved_state
+    config = Qwen2Config(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=512)
+    with saved_state.writing(path):
+        Qwen2ForCausalLM(config).save_pretrained(path / "model")
+
+fill = {"plainly": plainly, "torch": with_torch, "transformers": with_transformers}[library]
 
 async def main():
     store = CheckpointStore(folder, keep=keep)
@@ -37,7 +52,7 @@ async def main():
     step = found.state.total_step if found else 0
     while True:
         step += 1
-        await store.write(fill, RunState("p", 0, step, step, step, {}, 0))
+        await store.write(fill, RunState("p", 0, step, step, step, {}, {}, ""))
         print(step, flush=True)
 
 asyncio.run(main())
@@ -47,8 +62,8 @@ asyncio.run(main())
 class Writer:
     """A process that goes on from the newest checkpoint and writes one after the other, as fast as it can."""
 
-    def __init__(self, folder: Path, largest_file: int = 0) -> None:
-        arguments = [sys.executable, "-c", WRITER, str(folder), str(KEEP), str(largest_file)]
+    def __init__(self, folder: Path, largest_file: int = 0, library: str = "plainly") -> None:
+        arguments = [sys.executable, "-c", WRITER, str(folder), str(KEEP), str(largest_file), library]
         self.process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def kill_after(self, seconds: float) -> list[int]:
@@ -102,14 +117,18 @@ def test_a_flipped_bit_costs_one_checkpoint_and_the_run_goes_on_from_the_one_bef
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("largest_file", [1, 50, 100_000])
+@pytest.mark.parametrize("library", ["plainly", "torch", "transformers"])
 def test_a_full_disk_ends_the_writer_with_a_message_and_the_checkpoint_before_is_intact(
-    tmp_path: Path, largest_file: int
+    tmp_path: Path, largest_file: int, library: str
 ):
+    """torch, safetensors and Python each fail in a way of their own: what is raised is the same."""
     Writer(tmp_path).kill_after(0.02)
     before = newest(tmp_path)
-    writer = Writer(tmp_path, largest_file)
-    _, complaint = writer.process.communicate(timeout=30)
+    writer = Writer(tmp_path, largest_file, library)
+    _, complaint = writer.process.communicate(timeout=120)
     assert writer.process.returncode == 1
-    assert "RunError: the checkpoint of step" in complaint and os.strerror(errno.EFBIG) in complaint
+    last = complaint.splitlines()[-1]
+    assert last.startswith("actors.errors.DiskError: the checkpoint of step") and "make room" in last, complaint
+    assert {"plainly": os.strerror(errno.EFBIG), "torch": "inline_container"}.get(library, "MiB free there") in last
     assert newest(tmp_path).state == before.state
     assert not list(tmp_path.glob(".tmp-*"))

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from actors.errors import RunError
+from actors.errors import ConfigError, DiskError, RunError
 from orchestrator.checkpoint import MANIFEST, STATE, CheckpointStore, RunState, verify
 
 
 def state(step: int) -> RunState:
-    return RunState("grpo", 1, step, step, step, {"epoch": 0, "position": 8 * step}, 7, {"before": 0.25})
+    cursor = {"epoch": 0, "position": 8 * step}
+    return RunState("grpo", 1, step, step, step, cursor, {"seed": 7}, "xxh", {"before": 0.25})
 
 
 async def write(store: CheckpointStore, step: int, content: bytes = b"weights") -> Path:
@@ -83,6 +84,8 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "a manifest that is a list": lambda path: (path / MANIFEST).write_text("[]"),
     "an empty manifest": lambda path: (path / MANIFEST).write_text("{}"),
     "a file outside of the folder": point_outside,
+    "a file that the manifest does not name": lambda path: (path / "policy" / "rank1.pt").write_bytes(b"x"),
+    "a link that the manifest does not name": lambda path: (path / "reference").symlink_to(path / "policy"),
 }
 
 
@@ -96,6 +99,43 @@ async def test_a_damaged_checkpoint_is_passed_over_with_a_warning_for_the_one_be
     with pytest.warns(UserWarning, match="passed over.*step-00000002"):
         found = store.latest()
     assert found is not None and found.state.step == 1
+
+
+@pytest.mark.parametrize("folder", ["model", "bema"])
+async def test_a_file_that_somebody_put_beside_a_model_is_noticed_and_the_checkpoint_still_used(
+    tmp_path: Path, folder: str
+):
+    store = CheckpointStore(tmp_path, keep=2)
+    path = await write(store, 1)
+    (path / folder).mkdir()
+    (path / folder / "modeling_evil.py").write_text("")
+    with pytest.warns(UserWarning, match=f"the run did not write: {folder}/modeling_evil.py"):
+        found = store.latest()
+    assert found is not None and found.state.step == 1
+
+
+async def test_the_checkpoint_of_a_step_is_chosen_and_those_after_it_go_when_the_next_is_written(tmp_path: Path):
+    store = CheckpointStore(tmp_path, keep=5)
+    for step in (2, 4, 6):
+        await write(store, step)
+    found = store.at(4)
+    assert found.state == state(4) and found.path.name == "step-00000004"
+    assert names(tmp_path) == ["step-00000002", "step-00000004", "step-00000006"], "choosing alone takes nothing away"
+    await write(store, 5)
+    assert names(tmp_path) == ["step-00000002", "step-00000004", "step-00000005"]
+
+
+async def test_a_step_without_a_usable_checkpoint_is_refused_with_those_that_there_are(tmp_path: Path):
+    store = CheckpointStore(tmp_path, keep=5)
+    with pytest.raises(ConfigError, match="no checkpoint of step 3; there are: none"):
+        store.at(3)
+    for step in (2, 4):
+        await write(store, step)
+    with pytest.raises(ConfigError, match="no checkpoint of step 3; there are: 2, 4"):
+        store.at(3)
+    flip(tmp_path / "step-00000004" / STATE)
+    with pytest.raises(ConfigError, match=r"step 4 cannot be used: .*state.json is not what the manifest says"):
+        store.at(4)
 
 
 async def test_what_was_passed_over_neither_counts_as_kept_nor_comes_up_again(tmp_path: Path):
@@ -138,7 +178,7 @@ async def test_a_disk_that_refuses_is_an_error_that_says_what_to_do(tmp_path: Pa
         with open("/dev/full", "wb", buffering=0) as stream:
             stream.write(b"x")
 
-    with pytest.raises(RunError, match=r"step 2 could not be written.*No space left.*make room"):
+    with pytest.raises(DiskError, match=r"step 2 could not be written.*No space left.*make room"):
         await store.write(full, state(2))
     assert names(tmp_path) == []
 

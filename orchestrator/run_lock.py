@@ -1,0 +1,106 @@
+"""One driver to a run's folder: two would sweep each other's half-written checkpoints and train into one curve.
+
+    driver.lock    host, pid and start of the process that drives the run; empty once that has ended in order
+
+A lock that a dead process left (`kill -9`) is taken over. That a process is dead can be told only on its own host: the
+kernel has let go of its `flock` there, and no process has its pid, or one has that started at another time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TextIO
+
+import psutil
+
+from actors.errors import ConfigError
+
+LOCK = "driver.lock"
+SAME_START_S = 2.0  # a clock that is set moves the start of every process a little
+
+
+@dataclass(frozen=True)
+class Driver:
+    """A process that drives a run."""
+
+    host: str
+    pid: int
+    started: float  # seconds since the epoch
+
+    @classmethod
+    def here(cls) -> Driver:
+        return cls(platform.node(), os.getpid(), psutil.Process().create_time())
+
+    @property
+    def may_live(self) -> bool:
+        """False only if it is certainly gone."""
+        if self.host != platform.node():
+            return True
+        try:
+            return abs(psutil.Process(self.pid).create_time() - self.started) < SAME_START_S
+        except psutil.NoSuchProcess:
+            return False
+
+    def __str__(self) -> str:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.started))
+        return f"process {self.pid} on {self.host}, which started at {since}"
+
+
+@contextmanager
+def driving(folder: Path) -> Generator[None]:
+    """For as long as the block lasts this process is the only one that drives the run of that folder. Raises
+    ConfigError at once if another one does."""
+    file = folder / LOCK
+    stream = os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT, 0o600), "r+")  # not inherited by what the process starts
+    try:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(_refusal(folder, _read(stream.read()))) from None
+        except OSError:  # a file system that has no such locks: what is written in the file decides
+            pass
+        other = _read(stream.read())
+        if other is not None and other.may_live:
+            raise ConfigError(_refusal(folder, other))
+        _sign(stream, Driver.here())
+        try:
+            yield
+        finally:
+            _sign(stream, None)  # the file stays: a process that waits to lock it must not hold one that is gone
+    finally:
+        stream.close()
+
+
+def _sign(stream: TextIO, driver: Driver | None) -> None:
+    stream.seek(0)
+    stream.truncate()
+    if driver is not None:
+        stream.write(json.dumps(asdict(driver)))
+    stream.flush()
+
+
+def _read(text: str) -> Driver | None:
+    """None if no process has signed it: it died between making the file and writing into it."""
+    try:
+        return Driver(**json.loads(text))
+    except (ValueError, TypeError):
+        return None
+
+
+def _refusal(folder: Path, other: Driver | None) -> str:
+    by = f"by {other}" if other else "by another process"
+    elsewhere = other is not None and other.host != platform.node()
+    advice = (
+        f"whether it still lives cannot be seen from {platform.node()}: if it is gone, delete {folder / LOCK}"
+        if elsewhere
+        else "stop it first (Ctrl-C, or kill it), or follow it with `troupe status`"
+    )
+    return f"the run in {folder} is driven {by}, and two drivers would spoil each other's checkpoints; {advice}"

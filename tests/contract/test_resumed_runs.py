@@ -1,0 +1,173 @@
+"""What a resume may change, what it refuses, and what it remembers: whole runs in this process, of a tiny model."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from actors.errors import ConfigError
+from orchestrator.checkpoint import CheckpointStore
+from orchestrator.loading import config_of, load_run
+from orchestrator.run import RunResult, run
+from orchestrator.run_lock import driving
+from tests.unit.tiny import tiny_model_folder
+
+STEPS, LEARNING_RATE = 4, 0.01
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    """Four steps of sft with a linear schedule, a checkpoint every two."""
+    folder = tmp_path_factory.mktemp("resuming")
+    rows = folder / "rows.jsonl"
+    answers = ({"prompt": f"a{i}", "completion": f"b{i}", "label": i % 2 == 0} for i in range(12))
+    rows.write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    tree: dict[str, Any] = {
+        "method": "sft",
+        "model": {"path": str(tiny_model_folder(folder))},
+        "data": {"path": str(rows)},
+        "train": {"steps": STEPS, "batch_size": 2, "learning_rate": LEARNING_RATE},
+        "output": str(folder / "runs"),
+        "logging": {"tensorboard": False},
+        "checkpoint": {"every": 2, "keep": 9},
+    }
+    return run(config_of(tree, [], "test"), local=True)
+
+
+@pytest.fixture
+def folder(finished: RunResult, tmp_path: Path) -> Path:
+    """A copy of the finished run."""
+    return Path(shutil.copytree(finished.folder, tmp_path / finished.folder.name))
+
+
+def resume(folder: Path, *overrides: str, step: int | None = None) -> RunResult:
+    return run(load_run(folder, overrides), local=True, resume=folder, from_step=step)
+
+
+def refusal(folder: Path, *overrides: str, step: int | None = None) -> str:
+    before = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    with pytest.raises(ConfigError) as caught:
+        resume(folder, *overrides, step=step)
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == before
+    return str(caught.value)
+
+
+def lines(folder: Path, file: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / file).read_text().splitlines()]
+
+
+def rates(folder: Path) -> list[float]:
+    return [line["learning_rate"] for line in lines(folder, "metrics.jsonl")]
+
+
+def weights(result: RunResult) -> dict[str, np.ndarray]:
+    assert result.model is not None
+    return load_file(result.model / "model.safetensors")
+
+
+def differing(one: RunResult, other: RunResult) -> list[str]:
+    return [name for name, value in weights(one).items() if not np.array_equal(value, weights(other)[name])]
+
+
+def test_a_run_resumed_from_a_chosen_step_ends_with_the_same_bits(finished: RunResult, folder: Path):
+    half_way = finished.folder / "checkpoints" / "step-00000002" / "model" / "model.safetensors"
+    again = resume(folder, step=2)
+    assert [line["grad_norm"] > 0.1 for line in lines(folder, "metrics.jsonl")] == [True] * STEPS
+    assert rates(folder) == pytest.approx([LEARNING_RATE * (1 - step / STEPS) for step in range(STEPS)])
+    assert differing(again, finished) == []
+    moved = [name for name, value in load_file(half_way).items() if not np.array_equal(value, weights(again)[name])]
+    assert moved, "the resumed steps must move the weights, or nothing is compared"
+
+
+def test_a_longer_run_goes_on_at_the_rate_of_the_longer_schedule(finished: RunResult, folder: Path):
+    longer = resume(folder, "train.steps=8")
+    assert rates(folder)[STEPS:] == pytest.approx([LEARNING_RATE * (1 - step / 8) for step in range(4, 8)])
+    assert differing(longer, finished)
+    assert [line["step"] for line in lines(folder, "metrics.jsonl")] == list(range(1, 9))
+
+
+def test_changed_settings_act_and_are_remembered_by_the_next_resume(folder: Path):
+    resume(folder, "train.steps=6", "train.learning_rate=0.5", "phases.sft.train.scheduler=constant")
+    assert rates(folder)[STEPS:] == [0.5, 0.5]
+    resume(folder, "train.steps=7")
+    assert rates(folder)[STEPS:] == [0.5, 0.5, 0.5]
+    changed = [event["changed"] for event in lines(folder, "events.jsonl") if event["event"] == "resumed"]
+    phase = "phases.sft.train."
+    assert changed == [
+        {phase + "steps": [4, 6], phase + "learning_rate": [0.01, 0.5], phase + "scheduler": ["linear", "constant"]},
+        {phase + "steps": [6, 7]},
+    ]
+    train = load_run(folder).phases["sft"].train
+    assert (train.steps, train.learning_rate, train.scheduler) == (7, 0.5, "constant")
+    newest = CheckpointStore(folder / "checkpoints", keep=9).latest()
+    assert newest is not None and newest.state.config["phases"]["sft"]["train"]["learning_rate"] == 0.5
+
+
+def test_a_batch_size_may_change_and_the_items_go_on_where_they_were(folder: Path):
+    resume(folder, "train.batch_size=4", "train.steps=5", step=2)
+    newest = CheckpointStore(folder / "checkpoints", keep=9).latest()
+    assert newest is not None and newest.state.cursor == {"frontier": 2 * 2 + 3 * 4, "beyond": []}
+
+
+def test_a_finished_run_says_that_there_is_nothing_to_do(folder: Path, capsys: pytest.CaptureFixture[str]):
+    before = (folder / "metrics.jsonl").read_text()
+    result = resume(folder)
+    assert "nothing to do" in capsys.readouterr().out
+    assert result.model == folder / "checkpoints" / "step-00000004" / "model"
+    assert (folder / "metrics.jsonl").read_text() == before
+    assert [event["event"] for event in lines(folder, "events.jsonl")].count("started") == 1, "nothing was launched"
+
+
+REFUSED = {
+    "seed=1": r"seed is 1, and was 0: it decides.*leave it at 0",
+    "output=/elsewhere": "output is .*a run stays in its folder",
+    "model.dtype=bfloat16": 'model.dtype is "bfloat16", and was "float32"',
+    "model.lora={r: 4}": "model.lora.r is 4, and was not set",
+    "data.max_length=6": "data.max_length is 6, and was not set: .*positions.*leave it out",
+    "data.limit=8": "data.limit is 8, and was not set",
+    "data.shuffle=false": "data.shuffle is false, and was true",
+    "method=kto": 'phases.sft.method is "kto", and was "sft"',
+    "train.steps=3": "would have 3 steps, and 4 are done: raise .*--step",
+}
+
+
+@pytest.mark.parametrize("override", REFUSED)
+def test_a_setting_that_the_checkpoint_depends_on_is_refused_with_a_remedy(folder: Path, override: str):
+    config = (folder / "config.json").read_text()
+    said = refusal(folder, override)
+    assert "cannot go on from step 4" in said and f"model.path={folder}" in said
+    assert re.search(REFUSED[override], said), said
+    assert (folder / "config.json").read_text() == config, "what is refused is not recorded"
+
+
+def test_other_rows_are_refused_and_the_same_rows_may_have_moved(folder: Path, tmp_path: Path):
+    moved = tmp_path / "moved.jsonl"
+    rows = Path(load_run(folder).phases["sft"].data.path or "").read_text()
+    moved.write_text(rows.replace("b7", "b8"))
+    assert "rows of phases.sft.data" in refusal(folder, f"data.path={moved}", "train.steps=5")
+    moved.write_text(rows)
+    resume(folder, f"data.path={moved}", "train.steps=5")
+    assert len(rates(folder)) == 5
+
+
+def test_a_batch_size_under_epochs_would_count_other_steps_and_is_refused(folder: Path):
+    config = load_run(folder, ["train.steps=null", "train.epochs=1"])
+    again = run(config.model_copy(update={"output": folder / "more"}), local=True)
+    assert "set phases.sft.train.steps instead" in refusal(again.folder, "train.batch_size=3", step=2)
+
+
+def test_a_run_that_is_driven_is_refused_before_anything_of_it_is_read(folder: Path):
+    with driving(folder):
+        said = refusal(folder, "seed=1")
+    assert "is driven by process" in said and "seed" not in said
+
+
+def test_a_new_run_is_its_owners_alone(finished: RunResult):
+    assert finished.folder.stat().st_mode & 0o777 == 0o700
