@@ -4,7 +4,7 @@ A *credit call* is what a credit stage executes: `call(batch, **options) -> {col
 for per-token columns. `credits(reads=..., writes=...)` names its columns for the check that a pipeline closes; a call
 without it reads `reward`, `group` and `mask`, and writes `advantages`.
 
-A reward of NaN says that the sample could not be scored: it takes no part in any mean and gets advantage 0.
+A reward of NaN says that the sample could not be scored: it takes no part in any mean, and is not learned from at all.
 """
 
 from __future__ import annotations
@@ -30,10 +30,17 @@ def credits(*, reads: set[str], writes: set[str]) -> Callable[[CreditCall], Cred
     return declare
 
 
-@credits(reads={"reward", "group"}, writes={"advantages"})
+@credits(reads={"reward", "group", "mask"}, writes={"advantages", "mask"})
 def group_zscore(batch: Batch, *, scale: Scale = "group") -> dict[str, Array]:
-    """Each row's `zscore_by_group`, at each of its tokens."""
-    return {"advantages": per_token(batch, zscore_by_group(batch["reward"], batch["group"], scale=scale))}
+    """Each row's `zscore_by_group`, at each of its tokens. Rows that could not be scored are masked: with advantage 0
+    alone they would be in every denominator, and learn from KL and entropy."""
+    advantages = zscore_by_group(batch["reward"], batch["group"], scale=scale)
+    return {"advantages": per_token(batch, advantages), "mask": batch["mask"] & scored_tokens(batch)}
+
+
+def scored_tokens(batch: Batch) -> Array:
+    """[T] bool: the tokens of rows that a reward could score."""
+    return per_token(batch, ~np.isnan(batch["reward"]))
 
 
 @credits(reads={"mask", "truncated"}, writes={"mask"})

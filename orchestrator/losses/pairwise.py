@@ -18,7 +18,7 @@ from torch import Tensor
 
 from actors.objective import Stat
 from orchestrator.losses.declare import Loss, is_on, reads
-from orchestrator.losses.divergences import Divergence, reverse_kl
+from orchestrator.losses.divergences import LARGEST_EXPONENT, Divergence, reverse_kl
 from orchestrator.losses.views import Pairs, RefPairs, Triples, given
 
 
@@ -118,7 +118,8 @@ def discopop(scores: PairScores, beta: float, *, discopop_tau: float = 0.05) -> 
     """`(1-κ)(-log σ(z)) + κ e^{-z}`, `z = βd`, `κ = σ(z/τ)`. Source: arXiv:2406.08414 (log-ratio modulated)."""
     z = beta * scores.difference
     gate = torch.sigmoid(z / discopop_tau)
-    return -(1 - gate) * F.logsigmoid(z) + gate * torch.exp(-z)
+    log_product = F.logsigmoid(z / discopop_tau) - z  # the gate vanishes where e^{-z} overflows: together they do not
+    return -(1 - gate) * F.logsigmoid(z) + log_product.clamp(max=LARGEST_EXPONENT).exp()
 
 
 def margin_sigmoid(
@@ -224,12 +225,13 @@ def smoothed_logistic(z: Tensor, label_smoothing: float) -> Tensor:
 
 def shaped(scores: Tensor, alpha: float) -> Tensor:
     """`(1 - e^{-α s}) / α`, and `s` itself for `α = 0`."""
-    return -torch.expm1(-alpha * scores) / alpha if alpha else scores
+    return -torch.expm1((-alpha * scores).clamp(max=LARGEST_EXPONENT)) / alpha if alpha else scores
 
 
 def log_odds(logps: Tensor) -> Tensor:
-    """`log(p / (1 - p))` of `p = e^logps`."""
-    return logps - _log1mexp(logps)
+    """`log(p / (1 - p))` of `p = e^logps`; of a probability of 1, which has none, those of the one before it."""
+    below_one = logps.clamp(max=-torch.finfo(logps.dtype).eps)
+    return below_one - _log1mexp(below_one)
 
 
 def policy_likelihood(pairs: Pairs) -> Tensor:

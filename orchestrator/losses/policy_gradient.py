@@ -13,7 +13,7 @@ from torch import Tensor
 
 from actors.objective import Stat, World
 from orchestrator.losses.declare import Loss, couples, is_on, reads
-from orchestrator.losses.surrogates import Surrogate
+from orchestrator.losses.surrogates import LARGEST_LOG, Surrogate
 from orchestrator.losses.views import PolicyTokens, Tokens, given, joined
 
 Level = Literal["token", "sequence", "sequence_token"]
@@ -30,14 +30,16 @@ def _is_set(value: float | None) -> bool:
 
 
 def threshold_of_entropy(
-    views: list[PolicyTokens], world: World, state: dict[str, Any], *, top_entropy_quantile: float
+    views: list[Tokens], world: World, state: dict[str, Any], *, top_entropy_quantile: float
 ) -> dict[str, Tensor]:
-    """The entropy that the share `top_entropy_quantile` of all masked tokens reaches, over micro-batches and ranks."""
+    """`entropy_threshold`: what the share `top_entropy_quantile` of all masked tokens reaches, over micro-batches and
+    ranks. `entropy_share`: the share that does, which is larger where several tokens have that entropy."""
     local = joined([given(view.entropy)[view.mask] for view in views])
     everywhere = world.gather(local)
     if not len(everywhere):
-        return {"entropy_threshold": torch.zeros((), dtype=local.dtype, device=local.device)}
-    return {"entropy_threshold": _quantile(everywhere, 1 - top_entropy_quantile)}
+        return {name: local.new_zeros(()) for name in ("entropy_threshold", "entropy_share")}
+    threshold = _quantile(everywhere, 1 - top_entropy_quantile)
+    return {"entropy_threshold": threshold, "entropy_share": (everywhere >= threshold).to(local.dtype).mean()}
 
 
 @reads("old_logps", old="recorded")
@@ -75,9 +77,9 @@ def policy_gradient(
     values, clips = surrogate(tokens, log_ratio)
     metrics = {f"clip_ratio/{name}_mean": tokens.token_stat(flag) for name, flag in clips.items()}
     if off_policy_mask_threshold is not None:
-        values = values * _near_sampler(tokens, off_policy_mask_threshold)
+        values = torch.where(_near_sampler(tokens, off_policy_mask_threshold), values, 0)
     if top_entropy_quantile < 1:
-        values = values * (given(tokens.entropy) >= tokens.shared["entropy_threshold"])
+        values = torch.where(_uncertain(tokens), values, 0)
     if correction != "none":
         weight, found = engine_correction(tokens, old_logps, correction, correction_min, correction_max)
         values, metrics = values * weight, metrics | found
@@ -91,19 +93,27 @@ def policy_gradient(
 
 
 @reads("entropy", "entropy_grad")
-def entropy_bonus(tokens: Tokens) -> Loss:
-    """[T]: minus the entropy of each token's distribution, with gradient. Source: arXiv:2505.22312."""
+@couples(threshold_of_entropy, top_entropy_quantile=_below_one)
+def entropy_bonus(tokens: Tokens, *, top_entropy_quantile: float = 1.0) -> Loss:
+    """[T]: minus the entropy of each token's distribution, with gradient. Source: arXiv:2505.22312.
+
+    With `top_entropy_quantile`, of those tokens alone whose policy loss is kept, divided by the share that they are of
+    all masked tokens: the mean over all is then the mean over these."""
     entropy = given(tokens.entropy)
-    return -entropy, {"entropy": tokens.token_stat(entropy)}
+    values = -entropy
+    if top_entropy_quantile < 1:
+        values = torch.where(_uncertain(tokens), values / tokens.shared["entropy_share"], 0)
+    return values, {"entropy": tokens.token_stat(entropy)}
 
 
 def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
     """[T]: `e^(ref - lp) - (ref - lp) - 1`, an estimate of KL(π‖ref) from samples of π, unbiased and never negative.
+    A token that is further than `LARGEST_LOG` nats away counts as that far, and has no gradient.
 
     Multiplied by the ratio, its gradient is unbiased, too (arXiv:2512.02556, section 3.1).
     Source: arXiv:2402.03300, eq. 4.
     """
-    difference = ref_logps - logps
+    difference = (ref_logps - logps).clamp(-LARGEST_LOG, LARGEST_LOG)
     return torch.expm1(difference) - difference
 
 
@@ -118,9 +128,10 @@ def engine_correction(
     known = tokens.mask & given(tokens.sample_logps).isfinite()
     difference = torch.where(known, old_logps.detach() - given(tokens.sample_logps), 0)
     per_row = tokens.micro.per_token(tokens.row_sums(difference))
-    ratio = (difference if mode.startswith("token") else per_row).exp()
+    ratio = (difference if mode.startswith("token") else per_row).clamp(max=LARGEST_LOG).exp()
     low = 0.0 if lowest is None else lowest
-    weight = ratio.clamp(low, highest) if mode.endswith("truncate") else ratio * ((ratio >= low) & (ratio <= highest))
+    within = (ratio >= low) & (ratio <= highest)
+    weight = ratio.clamp(low, highest) if mode.endswith("truncate") else torch.where(within, ratio, 0)
     largest = torch.where(tokens.mask, difference.abs(), 0).amax() if len(difference) else 0.0
     return weight, {
         "sampling/sampling_logp_difference/mean": tokens.token_stat(difference.abs()),
@@ -130,21 +141,32 @@ def engine_correction(
 
 
 def _old_logps(tokens: PolicyTokens, old: Old) -> Tensor:
+    """[T]; where the sampler reported none, the current ones: the ratio is 1, and carries the gradient."""
+    current = tokens.logps.detach()
     if old == "current":
-        return tokens.logps.detach()
-    return given(tokens.old_logps if old == "recorded" else tokens.sample_logps)
+        return current
+    recorded = given(tokens.old_logps if old == "recorded" else tokens.sample_logps)
+    return torch.where(recorded.isfinite(), recorded, current)
 
 
 def _log_ratio(tokens: PolicyTokens, old_logps: Tensor, level: Level) -> Tensor:
-    log_ratio = torch.where(tokens.mask, tokens.logps - old_logps, 0)
+    """[T]. Bounded, because `e^89` overflows and an infinite ratio times an advantage or gradient of 0 is not a number;
+    beyond the bounds, which every clip and cap is far inside, there is no gradient."""
+    difference = (tokens.logps - old_logps).clamp(-LARGEST_LOG, LARGEST_LOG)
+    log_ratio = torch.where(tokens.mask, difference, 0)
     if level == "token":
         return log_ratio
     of_row = tokens.micro.per_token(tokens.row_means(log_ratio))
     return of_row if level == "sequence" else of_row.detach() + log_ratio - log_ratio.detach()
 
 
+def _uncertain(tokens: Tokens) -> Tensor:
+    """[T] bool: the tokens whose entropy reaches the step's threshold."""
+    return given(tokens.entropy) >= tokens.shared["entropy_threshold"]
+
+
 def _near_sampler(tokens: PolicyTokens, threshold: float) -> Tensor:
-    """[T]: 0 on rows with a negative advantage that the policy has left by more than `threshold` nats a token.
+    """[T] bool: false on rows with a negative advantage that the policy has left by more than `threshold` nats a token.
 
     Source: arXiv:2512.02556, section 3.1."""
     drift = torch.nan_to_num(given(tokens.sample_logps) - tokens.logps.detach(), nan=0.0)

@@ -2,7 +2,8 @@
 
 Each reduction is a local sum over a *global* count: the count is summed over all micro-batches and ranks of an
 optimizer step before the first gradient, so neither the micro-batching nor the number of ranks changes the result.
-Rows whose mask is empty count as rows: masking changes what is learned, never the weight of the rest.
+A row whose mask is empty (a sample that was cut, or that no reward could score) is in no count: the rest is learned
+from as if it were not there, whichever reduction a loss has.
 """
 
 from __future__ import annotations
@@ -46,17 +47,22 @@ def _count_tokens(view: type[Tokens], micro: MicroBatch) -> float:
     return float(view.mask_of(micro).sum())
 
 
-def _count_items(view: type[Tokens], micro: MicroBatch, each: float = 1.0) -> float:
-    return each * view.count_items(micro)
+def _count_rows(view: type[Tokens], micro: MicroBatch, each: float = 1.0) -> float:
+    """`each` for every row with a token to learn from."""
+    return each * float((micro.sum_by_row(view.mask_of(micro).long()) > 0).sum())
+
+
+def _count_items(view: type[Tokens], micro: MicroBatch) -> float:
+    return float(view.count_items(micro))
 
 
 token_mean = Reduction(_masked_sum, _count_tokens)
 """[T]: sum over masked tokens / number of masked tokens. Every token weighs the same (SFT, DAPO)."""
 
-row_mean_of_token_means = Reduction(_sum_of_row_means, _count_items)
+row_mean_of_token_means = Reduction(_sum_of_row_means, _count_rows)
 """[T]: mean over rows of each row's token mean. Every row weighs the same (GRPO)."""
 
-row_mean_of_token_sums = Reduction(_masked_sum, _count_items)
+row_mean_of_token_sums = Reduction(_masked_sum, _count_rows)
 """[T]: mean over rows of each row's token sum. A row weighs as much as it is long (LUSPO)."""
 
 item_mean = Reduction(_sum, _count_items)
@@ -65,4 +71,4 @@ item_mean = Reduction(_sum, _count_items)
 
 def token_sum_over(max_tokens: int) -> Reduction:
     """[T]: sum over masked tokens / (rows x `max_tokens`): a constant, so that length has no influence (Dr. GRPO)."""
-    return Reduction(_masked_sum, partial(_count_items, each=float(max_tokens)))
+    return Reduction(_masked_sum, partial(_count_rows, each=float(max_tokens)))

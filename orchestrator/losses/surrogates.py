@@ -1,8 +1,8 @@
 """Surrogates of policy-gradient losses: small functions of the log-ratio and the advantage of each token.
 
 `surrogate(tokens, log_ratio, **options) -> ([T] values, {name: [T] flags})`; `policy_gradient` averages the flags into
-`clip_ratio/<name>_mean`. `log_ratio` carries the gradient, at the level that the loss was asked for. Letters: ρ ratio,
-A advantage, lp log-probability, sg stop-gradient.
+`clip_ratio/<name>_mean`. `log_ratio` carries the gradient, at the level that the loss was asked for, and lies within
+`LARGEST_LOG` of 0. Letters: ρ ratio, A advantage, lp log-probability, sg stop-gradient.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Surrogate = Callable[[PolicyTokens, Tensor], tuple[Tensor, dict[str, Tensor]]]
 Distance = Literal["binary_tv", "binary_kl"]
 
 SMALLEST_LOG = -18.420680743952367  # log 1e-8
-LARGEST_LOG = 20.0
+LARGEST_LOG = 20.0  # of a ratio: far beyond every clip, and its exponential is finite in any sum over a batch
 
 
 def clipped(
@@ -102,10 +102,11 @@ def trust_region(
     """`-sg(min(ρ, cap)) A lp`, but 0 for tokens that are further than `threshold` from the sampler and that A would
     drive further (DPPO). `distance` is between the token's probabilities, as of coins: total variation or KL."""
     ratio = log_ratio.detach().exp()
-    probability = tokens.logps.detach().exp()
+    logps = tokens.logps.detach()
     leaves = ((tokens.advantages > 0) & (ratio > 1)) | ((tokens.advantages < 0) & (ratio < 1))
-    outside = leaves & (_coin_distance(distance, probability / ratio, probability) > threshold)
-    return -ratio.clamp(max=ratio_cap) * tokens.advantages * tokens.logps * ~outside, {"region": outside}
+    outside = leaves & (_coin_distance(distance, (logps - log_ratio.detach()).exp(), logps.exp()) > threshold)
+    values = -ratio.clamp(max=ratio_cap) * tokens.advantages * tokens.logps
+    return torch.where(outside, 0, values), {"region": outside}
 
 
 def _coin_distance(distance: Distance, sampler: Tensor, policy: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ def grpo(
     }
     loss = Sum(
         Term(policy_gradient, _reduction(loss_type, max_completion_length), options=learn),
-        Term(entropy_bonus, token_mean, entropy_coef),
+        Term(entropy_bonus, token_mean, entropy_coef, {"top_entropy_quantile": top_entropy_quantile}),
     )
     return Pipeline(
         Prompts,

@@ -65,11 +65,19 @@ def test_advantages_ignore_the_offset_of_rewards_and_only_their_scale_when_unsca
 
 
 def test_the_credit_stage_writes_the_row_s_advantage_at_each_of_its_tokens() -> None:
-    batch = Batch.build([2, 3], reward=[0.0, 2.0], group=[4, 4])
+    batch = Batch.build([2, 3], reward=[0.0, 2.0], group=[4, 4], mask=[False, True, False, True, True])
     written = batch.with_columns(**group_zscore(batch, scale="none"))
     assert written["advantages"].tolist() == [-1, -1, 1, 1, 1]
-    assert group_zscore.reads == {"reward", "group"}
-    assert group_zscore.writes == {"advantages"}
+    assert written["mask"].tolist() == batch["mask"].tolist()
+    assert group_zscore.reads == {"reward", "group", "mask"}
+    assert group_zscore.writes == {"advantages", "mask"}
+
+
+def test_a_row_that_no_reward_could_score_is_masked_and_one_of_advantage_zero_is_not() -> None:
+    batch = Batch.build([2, 2, 2], reward=[1.0, NAN, 1.0], group=[0, 0, 0], mask=[False, True] * 3)
+    written = batch.with_columns(**group_zscore(batch))
+    assert written["mask"].tolist() == [False, True, False, False, False, True]
+    assert written["advantages"].tolist() == [0] * 6
 
 
 def test_a_truncated_completion_loses_its_whole_mask_and_no_other() -> None:

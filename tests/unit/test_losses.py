@@ -324,6 +324,20 @@ def test_a_reduction_divides_by_what_it_says(reduce: Any, expected: float) -> No
     assert float(reduce(values, view, reduce.count(Tokens, micro))) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "luspo", "sapo", "gmpo", "bnpo"])
+def test_a_row_without_tokens_to_learn_from_weighs_nothing(loss_type: str) -> None:
+    options = {"loss_type": loss_type, "max_completion_length": 8, "updates_per_batch": 2}
+    rows = random_rows("grpo", options, seed=12)
+    left_out = rows.micro.per_token(torch.arange(len(rows)) % 4 == 1)
+    columns = {**rows.micro.columns, "mask": rows.micro["mask"] & ~left_out}
+    masked = Rows(MicroBatch(rows.micro.lengths, columns), rows.logps, rows.extra)
+    others = [row for row in range(len(rows)) if row % 4 != 1]
+    objective = objective_of("grpo", options)
+    found, without = optimise(objective, masked), optimise(objective, rows.select(others))
+    assert found.value == pytest.approx(without.value) and found.value != 0
+    torch.testing.assert_close(found.gradient[~left_out], without.gradient)
+
+
 def test_a_fully_masked_batch_has_loss_zero_and_gradient_zero() -> None:
     rows = random_rows("grpo", {}, seed=4)
     micro = MicroBatch(rows.micro.lengths, {**rows.micro.columns, "mask": torch.zeros_like(rows.micro["mask"])})
@@ -374,6 +388,22 @@ def test_clip_metrics_count_the_tokens_that_were_clipped() -> None:
     assert metrics["clip_ratio/high_mean"] == 0.25  # δ below 1 + ε hides none of them
     assert metrics["clip_ratio/low_mean"] == 0.25
     assert metrics["clip_ratio/region_mean"] == 0.5
+
+
+def test_the_entropy_bonus_is_the_mean_over_the_tokens_that_the_entropy_quantile_leaves() -> None:
+    lengths = torch.tensor([4, 3])
+    columns = {
+        "mask": torch.tensor([0, 1, 1, 1, 0, 1, 1]).bool(),
+        "advantages": torch.zeros(7, dtype=torch.float64),
+    }
+    entropy = torch.tensor([9.0, 0.1, 0.5, 2.0, 9.0, 0.2, 1.0], dtype=torch.float64)
+    rows = Rows(MicroBatch(lengths, columns), torch.zeros(7, dtype=torch.float64), {"entropy": entropy})
+    objective = objective_of("grpo", {"entropy_coef": 0.1, "top_entropy_quantile": 0.5})
+    whole = optimise(objective, rows)  # the quantile is 0.5: three of five reach it
+    assert whole.value == pytest.approx(-0.1 * (0.5 + 2.0 + 1.0) / 3)
+    expected = torch.tensor([0, 0, 1, 1, 0, 0, 1]) * (-0.1 / 3)
+    torch.testing.assert_close(whole.extra_gradients["entropy"], expected.double())
+    assert optimise(objective, rows, [[[0]], [[1]]]).value == pytest.approx(whole.value)
 
 
 # Statistics over the whole batch

@@ -44,7 +44,7 @@ def test_options_of_grpo_bring_the_stages_and_columns_that_they_need_and_no_othe
     assert "old_logps" in build("grpo", {"minibatches": 4}).updates[0].reads
     assert "driver.keep" in verbs(build("grpo", {"dynamic_sampling": True}))
     masked = build("grpo", {"mask_truncated_completions": True})
-    assert [stage.writes for stage in masked if stage.verb is Verb.CREDIT] == [{"mask"}, {"advantages"}]
+    assert [stage.writes for stage in masked if stage.verb is Verb.CREDIT] == [{"mask"}, {"advantages", "mask"}]
 
 
 @pytest.mark.parametrize(
