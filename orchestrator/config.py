@@ -12,10 +12,12 @@ mapping from phase name to the same keys.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from orchestrator import labels
 
@@ -35,10 +37,33 @@ FolderName = Annotated[str, AfterValidator(_names_a_folder)]
 DType = Literal["float32", "bfloat16", "float16"]
 
 
-class Section(BaseModel):
-    """Frozen; unknown keys are refused; the string below a key is its description."""
+def is_word_for_number(value: Any, annotation: Any) -> bool:
+    """Whether true or false (in YAML also yes, no, on, off) stands, alone or in a list, where only a number may:
+    pydantic would read 1.0 or 0.0."""
+    parts: list[Any] = list(cast(list[Any], value)) if isinstance(value, list | tuple) else [value]
+    return any(isinstance(part, bool) for part in parts) and not {bool, Any} & set(_types_in(annotation))
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
+
+def _types_in(annotation: Any) -> Iterator[Any]:
+    yield annotation
+    for part in get_args(annotation):
+        yield from _types_in(part)
+
+
+class Section(BaseModel):
+    """Frozen; unknown keys are refused, and so are numbers that are none; the string below a key is its description."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_word_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if {int, float} & set(_types_in(annotation)) and is_word_for_number(value, annotation):
+            raise PydanticCustomError("word_for_number", "a number: true, yes and on are none")
+        return value
 
 
 class LoraConfig(Section):

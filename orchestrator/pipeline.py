@@ -75,14 +75,16 @@ class Stage:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A data kind and its stages, checked when it is built."""
+    """A data kind and its stages, checked when it is built. `warnings`: what the user may not expect of the options."""
 
     data: DataKind
     stages: tuple[Stage, ...]
+    warnings: tuple[str, ...] = field(default=(), compare=False)
 
-    def __init__(self, data: DataKind, *stages: Stage) -> None:
+    def __init__(self, data: DataKind, *stages: Stage, warnings: tuple[str, ...] = ()) -> None:
         object.__setattr__(self, "data", data)
         object.__setattr__(self, "stages", stages)
+        object.__setattr__(self, "warnings", warnings)
         _check_closes(self)
         _check_precomputed(self)
 
@@ -138,7 +140,7 @@ class Pipeline:
     def given(self, stage: Stage) -> Pipeline:
         """The pipeline for data that brings what this stage writes."""
         data = replace(self.data, columns=self.data.columns | stage.writes)
-        return Pipeline(data, *(other for other in self.stages if other is not stage))
+        return Pipeline(data, *(other for other in self.stages if other is not stage), warnings=self.warnings)
 
     @property
     def generates(self) -> Stage | None:

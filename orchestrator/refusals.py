@@ -49,9 +49,10 @@ def warnings(config: RunConfig, pipelines: Mapping[str, Pipeline]) -> list[str]:
         for name in list(pipelines)[:-1]
         if config.phases[name].train.bema is not None
     ]
+    of_methods = [f"phases.{name}: {said}" for name, pipeline in pipelines.items() for said in pipeline.warnings]
     cluster = config.cluster
     idle = f"cluster.num_cpus={cluster.num_cpus} is for a Ray of our own; that at {cluster.address} has what it has"
-    return forgetful + biased + lost + ([idle] if cluster.address and cluster.num_cpus else [])
+    return forgetful + biased + lost + of_methods + ([idle] if cluster.address and cluster.num_cpus else [])
 
 
 def _of_phase(where: str, config: RunConfig, phase: PhaseConfig, pipeline: Pipeline) -> Iterator[str]:

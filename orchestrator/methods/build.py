@@ -1,4 +1,7 @@
-"""A method's name and options to its pipeline, validated against the method's own signature."""
+"""A method's name and options to its pipeline, validated against the method's own signature.
+
+No option is ever ignored: one that changes nothing under the others is refused (`orchestrator/methods/idle.py`).
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,11 @@ from difflib import get_close_matches
 from functools import cache
 from typing import Any
 
-from pydantic import ValidationError, validate_call
+from pydantic import ConfigDict, ValidationError, validate_call
 
 from actors.errors import ConfigError
+from orchestrator.config import is_word_for_number
+from orchestrator.methods.idle import annotations, refuse_idle
 from orchestrator.methods.table import METHODS
 from orchestrator.pipeline import Pipeline
 
@@ -31,23 +36,34 @@ def build(name: str, options: Mapping[str, Any], facts: Mapping[str, Any] | None
             near = _nearest(option, known)
             raise ConfigError(f"method {name} has no option {option!r}{near}; it has {', '.join(known)}")
     offered = {fact: value for fact, value in (facts or {}).items() if fact in known}
-    return _call(name, method, {**offered, **options})
+
+    def made(changed: Mapping[str, Any]) -> Pipeline:
+        return _call(name, method, {**offered, **changed})
+
+    pipeline = made(options)
+    refuse_idle(method, options, pipeline, made)
+    return pipeline
 
 
 def _call(name: str, method: Callable[..., Pipeline], options: Mapping[str, Any]) -> Pipeline:
+    found: dict[Any, str] = {}
+    for option, annotation in annotations(method).items():
+        if option in options and is_word_for_number(options[option], annotation):
+            found[option] = f"options.{option}={options[option]!r}: a number is needed, and true, yes and on are none"
     try:
-        return _validated(method)(**options)
+        if not found:
+            return _validated(method)(**options)
     except ValidationError as error:
         # A union reports each of its alternatives: the last one, the most general, says it all.
         found = {
             line["loc"][0]: f"options.{line['loc'][0]}={line['input']!r}: {line['msg']}" for line in error.errors()
         }
-        raise ConfigError(f"method {name}: {'; '.join(found.values())}") from None
+    raise ConfigError(f"method {name}: {'; '.join(found.values())}") from None
 
 
 @cache
 def _validated(method: Callable[..., Pipeline]) -> Callable[..., Pipeline]:
-    return validate_call(method)
+    return validate_call(method, config=ConfigDict(allow_inf_nan=False))
 
 
 def _nearest(name: str, known: Mapping[str, Any]) -> str:

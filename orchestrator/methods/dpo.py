@@ -16,9 +16,10 @@ from orchestrator.losses.pairwise import CONTRASTS, Contrast, against_reference
 from orchestrator.losses.reduce import item_mean, token_mean
 from orchestrator.losses.transport import aot, aot_unpaired
 from orchestrator.methods.reference_sync import MIXUP_ALPHA, SYNC_STEPS, Share, Steps, reference_sync
-from orchestrator.pipeline import Pairs, Pipeline, logps, update
+from orchestrator.pipeline import Pairs, Pipeline, logps, update, when
 
 Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
 LossName = Literal[
     "sigmoid",
@@ -40,13 +41,12 @@ LossName = Literal[
 
 TRANSPORT: dict[str, LossFunction] = {"aot": aot, "aot_unpaired": aot_unpaired}
 ONLY_REVERSE_KL = frozenset({"nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", *TRANSPORT})
-SMOOTHED = frozenset({"sigmoid", "sigmoid_norm", "exo_pair", "robust", *TRANSPORT})
 
 
 def dpo(
     *,
     loss_type: LossName | tuple[LossName, ...] = "sigmoid",
-    loss_weights: tuple[float, ...] | None = None,
+    loss_weights: tuple[NotNegative, ...] | None = None,
     beta: Positive = 0.1,
     label_smoothing: Smoothing = 0.0,
     f_divergence_type: DivergenceName = "reverse_kl",
@@ -64,6 +64,7 @@ def dpo(
     names = (loss_type,) if isinstance(loss_type, str) else loss_type
     weights = (1.0,) * len(names) if loss_weights is None else loss_weights
     _check(names, weights, label_smoothing, f_divergence_type, use_weighting)
+    against = {name for name, weight in zip(names, weights, strict=True) if weight} != {"sft"}
     shared: dict[str, Any] = {
         "beta": beta,
         "divergence": divergence(f_divergence_type, f_alpha_divergence_coef),
@@ -75,9 +76,9 @@ def dpo(
     terms = (_term(name, weight, shared, extra) for name, weight in zip(names, weights, strict=True))
     return Pipeline(
         Pairs,
-        logps("reference", into="ref_logps", precomputed=precompute_ref_log_probs),
+        *when(against, logps("reference", into="ref_logps", precomputed=precompute_ref_log_probs)),
         update("policy", Sum(*terms)),
-        *reference_sync(sync_ref_model, ref_model_mixup_alpha, ref_model_sync_steps),
+        *when(against, *reference_sync(sync_ref_model, ref_model_mixup_alpha, ref_model_sync_steps)),
     )
 
 
@@ -102,11 +103,11 @@ def _named(options: dict[str, Any], function: Any) -> dict[str, Any]:
 def _check(
     names: tuple[str, ...], weights: tuple[float, ...], smoothing: float, divergence_name: str, use_weighting: bool
 ) -> None:
-    """Raises ConfigError for options that do not go together; none is ever ignored."""
+    """Raises ConfigError for options that do not go together."""
     if len(names) != len(weights) or not names:
         raise ConfigError(f"options.loss_weights has {len(weights)} entries for {len(names)} entries of loss_type")
-    if smoothing and not SMOOTHED & set(names):
-        raise ConfigError(f"options.label_smoothing={smoothing} acts on {_some(SMOOTHED)}, not on {', '.join(names)}")
+    if not any(weights):
+        raise ConfigError("options.loss_weights are all 0: nothing is learned; give one loss a weight above 0")
     if not smoothing and "exo_pair" in names:
         raise ConfigError("options.loss_type=exo_pair needs options.label_smoothing > 0 (1e-3, say)")
     if divergence_name != "reverse_kl" and (wrong := ONLY_REVERSE_KL & set(names)):

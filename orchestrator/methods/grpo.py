@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -35,6 +35,14 @@ NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "gmpo", "vespo", "dppo"]
 
+EPSILON = 0.2
+LEVELS: dict[str, tuple[Level, ...]] = {  # of the importance ratio that a loss is defined for
+    **dict.fromkeys(("grpo", "bnpo", "dr_grpo", "dapo"), ("token", "sequence", "sequence_token")),
+    **dict.fromkeys(("gmpo", "vespo", "dppo"), ("token",)),  # means or sums over a row, or a mask per token, inside
+    "others": ("token", "sequence"),
+}
+OVER_TOKENS = frozenset({"bnpo", "dapo", "dr_grpo", "cispo"})
+UNCLIPPED = frozenset({"cispo", "sapo", "vespo", "dppo"})  # they take no epsilon, or need it in any case
 AGAINST_SAMPLER = frozenset({"vespo", "dppo"})  # their ratio is to the sampler already: nothing is left to correct
 
 
@@ -42,7 +50,7 @@ def grpo(
     *,
     num_generations: Annotated[int, Field(ge=2)] = 8,
     loss_type: LossType = "dapo",
-    epsilon: Positive = 0.2,
+    epsilon: Positive = EPSILON,
     epsilon_high: Positive | None = None,
     delta: Annotated[float, Field(gt=1)] | None = None,
     importance_sampling_level: Level = "token",
@@ -70,27 +78,27 @@ def grpo(
     several_updates = updates_per_batch * minibatches > 1  # with one, the ratio is 1 and no pass is spent on old_logps
     surrogates: dict[str, Surrogate] = {
         "clipped": partial(clipped, epsilon=epsilon, epsilon_high=epsilon_high, delta=delta),
-        "cispo": partial(capped, cap=epsilon_high or epsilon),
+        "cispo": partial(capped, cap=epsilon_high),
         "sapo": partial(soft_gated, temperature_pos=sapo_temperature_pos, temperature_neg=sapo_temperature_neg),
         "gmpo": partial(geometric, epsilon=epsilon, epsilon_high=epsilon_high),
         "vespo": smooth_weighted,
         "dppo": partial(trust_region, distance=dppo_distance, threshold=dppo_threshold),
     }
-    _check(loss_type, epsilon_high, correction)
+    _check(loss_type, epsilon_high, importance_sampling_level, correction, correction_min, correction_max)
     old = _old(loss_type, several_updates)
-    learn = {
+    clips = {"epsilon": epsilon != EPSILON, "epsilon_high": epsilon_high is not None, "delta": delta is not None}
+    learn: dict[str, Any] = {  # each where it acts: what is not passed on is refused if it is set
         "surrogate": surrogates.get(loss_type, surrogates["clipped"]),
         "level": importance_sampling_level,
         "old": old,
-        "correction": correction,
-        "correction_min": correction_min,
-        "correction_max": correction_max,
         "off_policy_mask_threshold": off_policy_mask_threshold,
         "top_entropy_quantile": top_entropy_quantile,
-        "beta": beta,
-        "use_bias_correction_kl": use_bias_correction_kl,
         "token_metrics": token_metrics,
     }
+    if correction != "none":
+        learn |= {"correction": correction, "correction_min": correction_min, "correction_max": correction_max}
+    if beta:
+        learn |= {"beta": beta, "use_bias_correction_kl": use_bias_correction_kl}
     loss = Sum(
         Term(policy_gradient, _reduction(loss_type, max_completion_length), options=learn),
         Term(entropy_bonus, token_mean, entropy_coef, {"top_entropy_quantile": top_entropy_quantile}),
@@ -105,6 +113,7 @@ def grpo(
         *when(mask_truncated_completions, credit(mask_truncated)),
         credit(group_zscore, scale=scale_rewards),
         update("policy", loss, epochs=updates_per_batch, minibatches=minibatches),
+        warnings=_warnings(loss_type, importance_sampling_level, old, clips=clips),
     )
 
 
@@ -134,9 +143,45 @@ def _reduction(loss_type: str, max_completion_length: int | None) -> Reduction:
     return token_sum_over(max_completion_length)
 
 
-def _check(loss_type: str, epsilon_high: float | None, correction: str) -> None:
+def _check(
+    loss_type: str, epsilon_high: float | None, level: Level, correction: str, lowest: float | None, highest: float
+) -> None:
     """Raises ConfigError for options that do not go together."""
     if loss_type == "cispo" and epsilon_high is None:
         raise ConfigError("options.loss_type=cispo caps the ratio at options.epsilon_high (5.0, say): set it")
     if loss_type in AGAINST_SAMPLER and correction != "none":
         raise ConfigError(f"options.loss_type={loss_type} takes its ratio to the sampler; set options.correction=none")
+    if level not in LEVELS.get(loss_type, LEVELS["others"]):
+        allowed = " or ".join(LEVELS.get(loss_type, LEVELS["others"]))
+        raise ConfigError(
+            f"options.importance_sampling_level={level} is not defined for options.loss_type={loss_type}, which has a "
+            f"level of its own; set options.importance_sampling_level={allowed}"
+        )
+    if lowest is not None and lowest > highest:
+        raise ConfigError(
+            f"options.correction_min={lowest:g} is above options.correction_max={highest:g}: no weight is "
+            "between them; lower the one, or raise the other"
+        )
+
+
+def _warnings(loss_type: str, level: Level, old: Old, *, clips: dict[str, bool]) -> tuple[str, ...]:
+    """Options that act, but perhaps not as one thinks."""
+    found: list[str] = []
+    idle = [name for name, is_set in clips.items() if is_set and loss_type not in UNCLIPPED]
+    idle += ["importance_sampling_level"] * (level == "sequence_token")
+    if old == "current" and idle:
+        found.append(
+            f"options.{', options.'.join(idle)}: with one update per batch the ratio is 1, and nothing is clipped; set "
+            "options.updates_per_batch or options.minibatches to more than 1 if that is not meant"
+        )
+    if level == "sequence" and loss_type in OVER_TOKENS:
+        found.append(
+            f"options.importance_sampling_level=sequence with options.loss_type={loss_type}, which sums over tokens: a "
+            "row's ratio counts as often as it has tokens; options.loss_type=grpo weighs every row the same"
+        )
+    if level != "sequence" and loss_type == "luspo":
+        found.append(
+            f"options.loss_type=luspo is meant for options.importance_sampling_level=sequence; with {level} it weighs "
+            "long completions more"
+        )
+    return tuple(found)

@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from actors.errors import ConfigError
 from orchestrator.losses.declare import Sum, Term
 from orchestrator.losses.likelihood import chosen_nll, chosen_sequence_nll, gold_nll
 from orchestrator.losses.pairwise import (
@@ -40,8 +39,6 @@ def cpo(
 
     Source: arXiv:2401.08417."""
     contrasts = _contrasts(label_smoothing)
-    if label_smoothing and loss_type != "sigmoid":
-        raise ConfigError(f"options.label_smoothing={label_smoothing} needs options.loss_type=sigmoid, not {loss_type}")
     options = _options(contrasts[loss_type], beta, token_metrics, length_normalised=loss_type == "ipo")
     return _pairs(options, Term(chosen_nll, token_mean, cpo_alpha))
 
@@ -96,8 +93,6 @@ def tpo(
     """Triple preference optimisation: a preference loss on two completions, likelihood of a third, the gold one.
 
     Source: arXiv:2405.16681."""
-    if label_smoothing and loss_type not in ("sigmoid", "tpo-l"):
-        raise ConfigError(f"options.label_smoothing={label_smoothing} needs options.loss_type sigmoid or tpo-l")
     with_margin = partial(margin_sigmoid, gamma=tpo_l_gamma, label_smoothing=label_smoothing)
     contrast = {**_contrasts(label_smoothing), "tpo-l": with_margin}[loss_type]
     options = _options(contrast, beta, token_metrics, length_normalised=loss_type in ("ipo", "tpo-l"))

@@ -6,7 +6,6 @@ from typing import Annotated
 
 from pydantic import Field
 
-from actors.errors import ConfigError
 from orchestrator.pipeline import Stage, mix
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -17,12 +16,5 @@ SYNC_STEPS = 512
 
 
 def reference_sync(sync: bool, alpha: float, steps: int) -> tuple[Stage, ...]:
-    """The stage that moves the reference, to stand after the policy's update; none without `sync`. Raises ConfigError
-    for settings that would then do nothing."""
-    if sync:
-        return (mix("reference", "policy", share=alpha, every=steps),)
-    if alpha != MIXUP_ALPHA:
-        raise ConfigError(f"options.ref_model_mixup_alpha={alpha} needs options.sync_ref_model=true")
-    if steps != SYNC_STEPS:
-        raise ConfigError(f"options.ref_model_sync_steps={steps} needs options.sync_ref_model=true")
-    return ()
+    """The stage that moves the reference, to stand after the policy's update; none without `sync`."""
+    return (mix("reference", "policy", share=alpha, every=steps),) if sync else ()

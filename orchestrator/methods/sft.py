@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from actors.errors import ConfigError
 from orchestrator.losses.likelihood import dft, nll
 from orchestrator.losses.reduce import token_mean
 from orchestrator.pipeline import Completions, Pipeline, update
@@ -19,8 +18,6 @@ def sft(
     token_metrics: bool = False,
 ) -> Pipeline:
     """Supervised fine-tuning: make the given completions likely. Every token of a batch weighs the same."""
-    if label_smoothing and loss_type != "nll":
-        raise ConfigError(f"options.label_smoothing={label_smoothing} needs options.loss_type=nll, not {loss_type}")
     learn = {
         "nll": update("policy", nll, reduce=token_mean, label_smoothing=label_smoothing, token_metrics=token_metrics),
         "dft": update("policy", dft, reduce=token_mean, token_metrics=token_metrics),

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from actors.errors import ConfigError
 from orchestrator.losses.reduce import item_mean
 from orchestrator.losses.unpaired import apo_zero_unpaired as apo_zero_loss
 from orchestrator.losses.unpaired import bco as bco_loss
@@ -32,6 +33,11 @@ def kto(
 
     `loss_type=kto` makes mismatched rows of each batch, which nobody can compute beforehand. Source: arXiv:2402.01306.
     """
+    if not desirable_weight and not undesirable_weight:
+        raise ConfigError(
+            "options.desirable_weight and options.undesirable_weight are both 0: nothing is learned; give one of them "
+            "a weight above 0"
+        )
     data, loss = {
         "kto": (MismatchedLabelled, kto_loss),
         "apo_zero_unpaired": (Labelled, apo_zero_loss),

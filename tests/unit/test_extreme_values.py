@@ -40,15 +40,15 @@ SURROGATES: dict[str, Surrogate] = {
 
 
 def far_apart(advantage: float, gap: float) -> Rows:
-    """Two rows of three tokens, the first of each a prompt; at one token of the first row the policy is `gap` nats above
-    what it is compared with."""
+    """Two rows of three tokens, the first of each a prompt. At one token of the first row the policy is `gap` nats
+    above what it is compared with."""
     logps = torch.tensor([0.0, -0.5, -1.0, 0.0, -0.7, -0.2])
     other = logps.clone()
     other[1] -= gap
     columns = {
         "mask": torch.tensor([0, 1, 1, 0, 1, 1]).bool(),
         "advantages": torch.full((6,), advantage),
-        **{name: other for name in ("old_logps", "sample_logps", "ref_logps")},
+        **dict.fromkeys(("old_logps", "sample_logps", "ref_logps"), other),
     }
     return Rows(MicroBatch(torch.tensor([3, 3]), columns), logps)
 

@@ -142,18 +142,87 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("grpo", {"loss_type": "dr_grpo"}, r"divides by options\.max_completion_length: set it"),
     ("grpo", {"loss_type": "cispo"}, r"caps the ratio at options\.epsilon_high"),
     ("grpo", {"loss_type": "vespo", "correction": "token_mask"}, r"set options\.correction=none"),
-    ("sft", {"loss_type": "dft", "label_smoothing": 0.1}, r"needs options\.loss_type=nll, not dft"),
+    (
+        "sft",
+        {"loss_type": "dft", "label_smoothing": 0.1},
+        r"options\.label_smoothing=0\.1 does nothing with options\.loss_type=dft: leave it out; it acts with "
+        r"options\.loss_type=nll",
+    ),
     ("dpo", {"loss_type": "exo_pair"}, r"needs options\.label_smoothing > 0"),
-    ("dpo", {"loss_type": "hinge", "label_smoothing": 0.1}, r"label_smoothing=0\.1 acts on .* not on hinge"),
+    (
+        "dpo",
+        {"loss_type": "hinge", "label_smoothing": 0.1},
+        r"label_smoothing=0\.1 does nothing with options\.loss_type=hinge.* with options\.loss_type=sigmoid, robust",
+    ),
+    ("dpo", {"loss_weights": [0]}, r"options\.loss_weights are all 0"),
+    ("dpo", {"loss_weights": [-1.0]}, r"options\.loss_weights=-1\.0: .*greater than or equal to 0"),
+    ("dpo", {"discopop_tau": 0.5}, r"discopop_tau=0\.5 does nothing .* acts with options\.loss_type=discopop$"),
+    (
+        "dpo",
+        {"f_alpha_divergence_coef": 0.9},
+        r"f_alpha_divergence_coef=0\.9 does nothing with options\.f_divergence_type=reverse_kl: leave it out; it acts "
+        r"with options\.f_divergence_type=alpha_divergence$",
+    ),
+    (
+        "dpo",
+        {"loss_type": "sft", "sync_ref_model": True},
+        r"sync_ref_model=True does nothing with options\.loss_type=sft",
+    ),
+    ("dpo", {"beta": True}, r"options\.beta=True: a number is needed, and true, yes and on are none"),
+    ("dpo", {"loss_weights": [True]}, r"options\.loss_weights=\[True\]: a number is needed"),
+    ("dpo", {"beta": float("inf")}, r"options\.beta=inf: .*finite"),
+    ("kto", {"desirable_weight": 0, "undesirable_weight": 0}, r"both 0: nothing is learned"),
+    (
+        "grpo",
+        {"dppo_threshold": 0.5},
+        r"does nothing with options\.loss_type=dapo: .* acts with options\.loss_type=dppo$",
+    ),
+    ("grpo", {"loss_type": "cispo", "epsilon_high": 5, "delta": 2}, r"options\.delta=2 does nothing .*loss_type=cispo"),
+    (
+        "grpo",
+        {"correction_max": 9},
+        r"does nothing with options\.correction=none: .* acts with .*token_truncate, token_mask",
+    ),
+    (
+        "grpo",
+        {"use_bias_correction_kl": False},
+        r"does nothing with options\.beta=0\.0: .* acts with options\.beta=0\.1$",
+    ),
+    (
+        "grpo",
+        {"correction": "token_mask", "correction_min": 4},
+        r"correction_min=4 is above options\.correction_max=3: no weight is between them",
+    ),
+    (
+        "grpo",
+        {"loss_type": "dppo", "importance_sampling_level": "sequence"},
+        r"not defined for options\.loss_type=dppo, .* set options\.importance_sampling_level=token$",
+    ),
     ("dpo", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, r"1 entries for 2 entries of loss_type"),
     ("dpo", {"loss_type": ["sigmoid", "hing"]}, r"options\.loss_type='hing'"),
     ("dpo", {"loss_type": "aot", "f_divergence_type": "forward_kl"}, r"not defined for loss_type aot"),
     ("dpo", {"loss_type": ["sigmoid", "sft"], "use_weighting": True}, r"use_weighting weighs pairs"),
-    ("dpo", {"ref_model_mixup_alpha": 0.3}, r"ref_model_mixup_alpha=0\.3 needs options\.sync_ref_model=true"),
-    ("kto", {"ref_model_sync_steps": 8}, r"ref_model_sync_steps=8 needs options\.sync_ref_model=true"),
+    (
+        "dpo",
+        {"ref_model_mixup_alpha": 0.3},
+        r"ref_model_mixup_alpha=0\.3 does .* acts with options\.sync_ref_model=true",
+    ),
+    (
+        "kto",
+        {"ref_model_sync_steps": 8},
+        r"ref_model_sync_steps=8 does nothing .* acts with options\.sync_ref_model=true",
+    ),
     ("bco", {"sync_ref_model": True, "ref_model_mixup_alpha": 0}, r"ref_model_mixup_alpha=0: .*greater than 0"),
-    ("cpo", {"loss_type": "ipo", "label_smoothing": 0.1}, r"needs options\.loss_type=sigmoid, not ipo"),
-    ("tpo", {"loss_type": "hinge", "label_smoothing": 0.1}, r"needs options\.loss_type sigmoid or tpo-l"),
+    (
+        "cpo",
+        {"loss_type": "ipo", "label_smoothing": 0.1},
+        r"does nothing .*loss_type=ipo: .* acts with .*loss_type=sigmoid$",
+    ),
+    (
+        "tpo",
+        {"loss_type": "hinge", "label_smoothing": 0.1},
+        r"does nothing .* acts with options\.loss_type=sigmoid, tpo-l$",
+    ),
 ]
 
 
