@@ -180,10 +180,12 @@ def against_reference(
 def reference_free(
     pairs: Pairs, *, contrast: Contrast, beta: float, length_normalised: bool = False, token_metrics: bool = False
 ) -> Loss:
-    """[P]: a contrast of the completions' own log-probabilities, summed over tokens or of the mean token."""
-    scores = pair_scores(pairs, pairs.logps)
-    scores = scores.per_token if length_normalised else scores
-    return contrast(scores, beta), pair_metrics(pairs, scores, beta, token_metrics)
+    """[P]: a contrast of the completions' own log-probabilities, summed over tokens or of the mean token. `nll_loss`
+    is reported also where nothing pulls on it: without a reference, it says how far the chosen ones have drifted."""
+    values, metrics = _contrasted(pairs, contrast, beta, length_normalised, token_metrics)
+    chosen = pairs.mask & pairs.micro.per_token(pairs.preferred)
+    likelihood = Stat(torch.where(chosen, -pairs.logps.detach(), 0).sum(), chosen.sum())
+    return values, {"nll_loss": likelihood, **metrics}
 
 
 @reads("entropy", "mean_logits", "is_top1", token_metrics=is_on)
@@ -191,9 +193,15 @@ def of_triples(
     pairs: Triples, *, contrast: Contrast, beta: float, length_normalised: bool = False, token_metrics: bool = False
 ) -> Loss:
     """[P]: `reference_free`, of the chosen and the rejected completion of each triple."""
-    return reference_free(
-        pairs, contrast=contrast, beta=beta, length_normalised=length_normalised, token_metrics=token_metrics
-    )
+    return _contrasted(pairs, contrast, beta, length_normalised, token_metrics)
+
+
+def _contrasted(
+    pairs: Pairs, contrast: Contrast, beta: float, length_normalised: bool, token_metrics: bool
+) -> tuple[Tensor, dict[str, Stat]]:
+    scores = pair_scores(pairs, pairs.logps)
+    scores = scores.per_token if length_normalised else scores
+    return contrast(scores, beta), pair_metrics(pairs, scores, beta, token_metrics)
 
 
 @reads("entropy", "mean_logits", "is_top1", token_metrics=is_on)

@@ -80,7 +80,7 @@ def _where_it_acts(method: Callable[..., Pipeline], name: str, options: Options,
     def acts_with(other: str, value: Any) -> bool:
         changed = {**options, other: value}
         try:
-            return _differs(make(changed), _without(name, changed), make, if_refused=False)
+            return _differs(make(changed), _without(name, changed), make, if_refused=True)
         except ConfigError:
             return False
 

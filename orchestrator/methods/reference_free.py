@@ -65,11 +65,15 @@ def alphapo(
     beta: Positive = 2.5,
     simpo_gamma: NotNegative = 0.1,
     label_smoothing: Smoothing = 0.0,
+    cpo_alpha: NotNegative = 0.0,
     token_metrics: bool = False,
 ) -> Pipeline:
-    """SimPO with a reward whose shape `alpha` sets. Source: arXiv:2501.03884; defaults of its table 3."""
+    """SimPO with a reward whose shape `alpha` sets.
+
+    `cpo_alpha` adds CPO's likelihood term. Source: arXiv:2501.03884; defaults of its table 3."""
     contrast = partial(margin_sigmoid, gamma=simpo_gamma, alpha=alpha, label_smoothing=label_smoothing)
-    return _pairs(_options(contrast, beta, token_metrics, length_normalised=True))
+    options = _options(contrast, beta, token_metrics, length_normalised=True)
+    return _pairs(options, Term(chosen_nll, token_mean, cpo_alpha))
 
 
 def orpo(*, beta: Positive = 0.1, token_metrics: bool = False) -> Pipeline:

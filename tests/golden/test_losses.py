@@ -1,13 +1,15 @@
 """Our losses against the numbers of `losses.json`: what another implementation computed on fixed inputs (its `source`).
 
 The inputs are padded; here every padded row becomes a ragged row of the same width whose mask leaves the padding out,
-after one token that nothing predicts. Cases in which we differ on purpose are in `DEPARTURES`, with the reason.
+after one token that nothing predicts. Which method and options a case is in ours is said by `peer.py`. Cases in which
+we differ on purpose are in `DEPARTURES`, with the reason.
 """
 
 from __future__ import annotations
 
 import json
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from torch import Tensor, nn
 from actors.averaging import Average, AverageSpec
 from actors.backends.single import SoloWorld
 from actors.batch import Batch
+from actors.errors import ConfigError
 from actors.exchange import mix_in
+from actors.heads import LogitScaling, TokenHead
 from actors.lora import resident
 from actors.objective import MicroBatch
 from orchestrator.advantages import mask_truncated, zscore_by_group
@@ -30,19 +34,57 @@ from orchestrator.losses.policy_gradient import engine_correction, policy_gradie
 from orchestrator.losses.reduce import item_mean, token_mean
 from orchestrator.losses.surrogates import clipped
 from orchestrator.losses.views import PolicyTokens
-from orchestrator.methods import build
+from orchestrator.methods import METHODS, build
 from orchestrator.mismatches import with_mismatches
+from tests.golden.peer import (
+    CASES_NOT_BUILT,
+    ELSEWHERE,
+    GRPO_NAMES,
+    MAPPINGS,
+    NOT_BUILT,
+    NOT_COMPARABLE,
+    Inexpressible,
+    ours,
+)
 from tests.unit.trainer_stub import Result, Rows, optimise
 
 FILE = json.loads((Path(__file__).parent / "losses.json").read_text())
 CASES: dict[str, dict[str, Any]] = {case["id"]: case for case in FILE["cases"]}
 
 DEPARTURES = {"dpo/sigmoid_ls0.1_IGNORED": "the peer ignores label smoothing here; ours applies it"}
+COMPARED: set[str] = set()  # cases that a test of this file computes
 
 
-def cases(prefix: str, *, without: tuple[str, ...] = ()) -> Any:
-    names = [name for name in CASES if name.startswith(prefix) and name not in DEPARTURES and name not in without]
-    return pytest.mark.parametrize("case", [CASES[name] for name in names], ids=names)
+def the(name: str) -> dict[str, Any]:
+    """A case that a test compares."""
+    COMPARED.add(name)
+    return CASES[name]
+
+
+def cases(*prefixes: str, without: tuple[str, ...] = ()) -> Any:
+    left_out = {*DEPARTURES, *CASES_NOT_BUILT, *NOT_COMPARABLE, *without}
+    names = [name for name in CASES if name.startswith(prefixes) and not name.startswith(tuple(left_out))]
+    return pytest.mark.parametrize("case", [the(name) for name in names], ids=names)
+
+
+def test_every_case_is_compared_or_listed_with_the_reason_why_it_is_not() -> None:
+    listed = {*CASES_NOT_BUILT, *ELSEWHERE, *NOT_COMPARABLE, *DEPARTURES}
+    families = {name for name in CASES if name.partition("/")[0] in NOT_BUILT}
+    assert CASES.keys() - COMPARED - listed - families == set(), "neither compared nor listed"
+    assert not COMPARED & (listed | families), "compared, and listed as not"
+    assert listed <= CASES.keys() and {name.partition("/")[0] for name in families} == set(NOT_BUILT)
+    root = Path(__file__).parents[2]
+    assert all((root / file).is_file() for file in ELSEWHERE.values())
+
+
+@pytest.mark.parametrize("family", MAPPINGS)
+def test_a_key_or_a_family_of_the_peer_that_nobody_knows_is_an_error(family: str) -> None:
+    case = next(CASES[name] for name in COMPARED if name.startswith(f"{family}/") and CASES[name]["config"])
+    assert ours(case)[1]
+    with pytest.raises(Inexpressible, match="'a_new_key'"):
+        ours({**case, "config": {**case["config"], "a_new_key": 1}})
+    with pytest.raises(Inexpressible, match="which method of ours"):
+        ours({**case, "id": "newer/method"})
 
 
 def padded(values: list[list[float]]) -> Tensor:
@@ -100,28 +142,60 @@ def preference_rows(case: dict[str, Any]) -> tuple[Rows, list[list[int]]]:
     return rows, mask
 
 
-def dpo_options(config: dict[str, Any]) -> dict[str, Any]:
-    options = dict(config)
-    if not {"exo_pair", "aot", "aot_unpaired"} & set(config["loss_type"]):
-        options["label_smoothing"] = 0.0
-    return options
+def objective_for(case: dict[str, Any]) -> LossObjective:
+    return objective_of(*ours(case))
 
 
-@cases("dpo/")
+@cases("dpo/", without=("dpo/wpo_backward",))
 def test_dpo_equals_the_peer(case: dict[str, Any]) -> None:
     rows, mask = preference_rows(case)
-    result = optimise(objective_of("dpo", dpo_options(case["config"])), rows)
-    assert_equal(result, case, "grad_per_token_logps", mask)
+    assert_equal(optimise(objective_for(case), rows), case, "grad_per_token_logps", mask)
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.3])
+def test_a_robust_loss_of_the_peer_keeps_its_label_smoothing(smoothing: float) -> None:
+    """Unbiased: the smoothed value of the same pairs, were a share of them turned round, is the plain one."""
+    case = CASES["dpo/sigmoid"]
+    robust = {**case, "config": {**case["config"], "loss_type": ["robust"], "label_smoothing": smoothing}}
+    rows, _ = preference_rows(case)
+    objective = objective_for(robust)
+    right, turned = (optimise(objective, each).value for each in (rows, _swapped(rows)))
+    assert right != pytest.approx(case["outputs"]["loss"], abs=1e-4)
+    assert (1 - smoothing) * right + smoothing * turned == pytest.approx(case["outputs"]["loss"], abs=1e-6)
+
+
+@cases("dpo/wpo_backward")
+def test_weighted_pairs_have_a_gradient_or_are_refused_where_the_peer_has_none(case: dict[str, Any]) -> None:
+    weighted = CASES["dpo/sigmoid_WPO"]
+    loss = case["config"]["loss_type"]
+    smoothing = 1e-3 if loss == "exo_pair" else 0.0
+    config = {**weighted["config"], "loss_type": [loss], "label_smoothing": smoothing}
+    rows, mask = preference_rows(weighted)
+    if case["outputs"]["status"] != "ok":
+        with pytest.raises(ConfigError, match="use_weighting"):
+            build("dpo", {"loss_type": loss, "use_weighting": True})
+        return
+    plain, found = (
+        optimise(objective_for({**weighted, "config": {**config, "use_weighting": on}}), rows) for on in (False, True)
+    )
+    gradient, unweighted = (unpadded(each.gradient, len(mask)) for each in (found, plain))
+    pairs = len(mask) // 2
+    share = (gradient / unweighted)[torch.tensor(mask).bool()]
+    assert torch.isfinite(share).all() and (share > 0).all()
+    first_of_row = (gradient / unweighted).nan_to_num(0).amax(1)  # one weight for both sides of a pair
+    torch.testing.assert_close(first_of_row[:pairs], first_of_row[pairs:])
 
 
 def test_label_smoothing_of_dpo_acts_where_the_peer_ignores_it() -> None:
     case = CASES["dpo/sigmoid_ls0.1_IGNORED"]
     rows, _ = preference_rows(case)
     assert case["outputs"]["loss"] == CASES["dpo/sigmoid"]["outputs"]["loss"]
-    smoothed = optimise(objective_of("dpo", case["config"]), rows).value
+    method, options = ours(case)
+    assert "label_smoothing" not in options
+    smoothed = optimise(objective_of(method, {**options, "label_smoothing": 0.1}), rows).value
     plain = case["outputs"]["loss"]
     assert smoothed != pytest.approx(plain, abs=1e-4)
-    flipped = optimise(objective_of("dpo", case["config"] | {"label_smoothing": 0.0}), _swapped(rows)).value
+    flipped = optimise(objective_of(method, options), _swapped(rows)).value
     assert smoothed == pytest.approx(0.9 * plain + 0.1 * flipped, abs=1e-9)
 
 
@@ -137,7 +211,7 @@ def _swapped(rows: Rows) -> Rows:
 def test_sft_equals_the_peer(case: dict[str, Any]) -> None:
     inputs = case["inputs"]
     rows = rows_of(inputs["per_token_logps"], inputs["label_mask"])
-    result = optimise(objective_of("sft", case["config"]), rows)
+    result = optimise(objective_for(case), rows)
     tokens = float(rows.micro["mask"].sum())
     share = tokens / (inputs["num_items_in_batch"] or tokens)  # the peer's count spans micro-batches that are not here
     assert result.value * share == pytest.approx(case["outputs"]["loss"], abs=1e-6)
@@ -169,7 +243,7 @@ def test_kto_equals_the_peer(case: dict[str, Any]) -> None:
     )
     if case["config"]["loss_type"] != "kto":  # the other loss takes no mismatched rows
         rows = rows.select(range(len(real)))
-    result = optimise(objective_of("kto", case["config"]), rows)
+    result = optimise(objective_for(case), rows)
     assert result.value == pytest.approx(case["outputs"]["loss"], abs=1e-6)
     gradient = unpadded(result.gradient, len(rows))
     expected = (
@@ -180,8 +254,8 @@ def test_kto_equals_the_peer(case: dict[str, Any]) -> None:
     assert result.metrics.get("kl", 0.0) == pytest.approx(case["outputs"]["kl"], abs=1e-6)
 
 
-def test_mismatched_rows_pair_prompts_with_the_completions_that_the_peer_pairs_them_with() -> None:
-    case = CASES["kto/kl_pairs"]
+@cases("kto/kl_pairs")
+def test_mismatched_rows_pair_prompts_with_the_completions_that_the_peer_pairs_them_with(case: dict[str, Any]) -> None:
     completions = case["outputs"]["completion_ids"]
     rows = [[20 + row, *completion] for row, completion in enumerate(completions)]
     batch = Batch.build(
@@ -195,8 +269,8 @@ def test_mismatched_rows_pair_prompts_with_the_completions_that_the_peer_pairs_t
     assert found == [[20 + row, *other] for row, other in enumerate(case["outputs"]["KL_completion_ids"])]
 
 
-def test_the_deviation_equals_the_peer_where_rewards_are_missing() -> None:
-    case = CASES["data/nanstd"]
+@cases("data/nanstd")
+def test_the_deviation_equals_the_peer_where_rewards_are_missing(case: dict[str, Any]) -> None:
     rewards = np.array(case["inputs"]["x"], dtype=np.float64)
     group = np.repeat(np.arange(2), rewards.shape[1])
     centred = zscore_by_group(rewards.flatten(), group, scale="none").reshape(rewards.shape)
@@ -206,10 +280,13 @@ def test_the_deviation_equals_the_peer_where_rewards_are_missing() -> None:
     assert not scaled[1].any()
 
 
+BCO = [the(name) for name in ("bco/step0", "bco/step1")]
+
+
 def test_bco_equals_the_peer_over_two_steps_with_one_running_mean() -> None:
-    objective, states = objective_of("bco", CASES["bco/step0"]["config"]), [{}]
-    for name in ("bco/step0", "bco/step1"):
-        inputs, outputs = CASES[name]["inputs"], CASES[name]["outputs"]
+    objective, states = objective_for(BCO[0]), [{}]
+    for case in BCO:
+        inputs, outputs = case["inputs"], case["outputs"]
         logps = [*inputs["policy_chosen_logps"], *inputs["policy_rejected_logps"]]
         ref = [*inputs["ref_chosen"], *inputs["ref_rejected"]]
         rows = rows_of(
@@ -227,8 +304,8 @@ def test_bco_equals_the_peer_over_two_steps_with_one_running_mean() -> None:
         torch.testing.assert_close(unpadded(result.gradient, len(logps)), expected, atol=1e-6, rtol=1e-6)
 
 
-def test_density_ratio_weights_equal_the_peer() -> None:
-    case = CASES["bco/udm_weight"]
+@cases("bco/udm_weight")
+def test_density_ratio_weights_equal_the_peer(case: dict[str, Any]) -> None:
     weights = density_ratio_weights(np.array(case["inputs"]["prob_desirable"]))
     np.testing.assert_allclose(weights, case["outputs"]["weight"], atol=1e-6)
 
@@ -236,18 +313,28 @@ def test_density_ratio_weights_equal_the_peer() -> None:
 # Pairs without a reference
 
 
-@pytest.mark.parametrize(
-    "case", [c for n, c in CASES.items() if n.startswith("cpo/") and "full" not in n], ids=lambda c: c["id"]
-)
+@cases("cpo/", without=("cpo/full",))
 def test_a_contrast_without_reference_equals_the_peer(case: dict[str, Any]) -> None:
-    config, inputs = case["config"], case["inputs"]
-    method = "simpo" if config["loss_type"] == "simpo" else "cpo"
-    options = {"beta": config["beta"], "label_smoothing": config["label_smoothing"], "cpo_alpha": 0.0}
-    options |= {"simpo_gamma": config["simpo_gamma"]} if method == "simpo" else {"loss_type": config["loss_type"]}
-    result = optimise(objective_of(method, options), single_token_pairs(inputs))
+    result = optimise(objective_for(case), single_token_pairs(case["inputs"]))
     assert result.value == pytest.approx(np.mean(case["outputs"]["losses"]), abs=1e-6)
     gradients = torch.tensor([*case["outputs"]["grad_chosen"], *case["outputs"]["grad_rejected"]], dtype=torch.float64)
     torch.testing.assert_close(unpadded(result.gradient, len(gradients)).flatten(), gradients, atol=1e-6, rtol=1e-6)
+
+
+def test_the_peers_shape_of_a_reward_is_alphapo_and_nothing_else_of_ours() -> None:
+    case = CASES["cpo/simpo_b2.5_g1.375_a0_ls0"]
+    shaped = {**case, "config": {**case["config"], "alpha": 0.3}}
+    assert ours(shaped) == (
+        "alphapo",
+        {"beta": 2.5, "cpo_alpha": 0.0, "simpo_gamma": 1.375, "alpha": 0.3},
+    )
+    scores = torch.tensor([case["inputs"]["policy_chosen_logps"], case["inputs"]["policy_rejected_logps"]]).double()
+    chosen, rejected = (1 - (-0.3 * scores).exp()) / 0.3
+    expected = -torch.nn.functional.logsigmoid(2.5 * (chosen - rejected) - 1.375).mean()
+    found = optimise(objective_for(shaped), single_token_pairs(case["inputs"]))
+    assert found.value == pytest.approx(float(expected), abs=1e-6)
+    with pytest.raises(Inexpressible, match=r"alpha=0\.3 with loss_type=hinge"):
+        ours({**case, "config": {**case["config"], "alpha": 0.3, "loss_type": "hinge"}})
 
 
 def single_token_pairs(inputs: dict[str, Any]) -> Rows:
@@ -260,8 +347,8 @@ def single_token_pairs(inputs: dict[str, Any]) -> Rows:
     )
 
 
-def test_the_odds_ratio_equals_the_peer() -> None:
-    case = CASES["orpo/odds_b0.1"]
+@cases("orpo/odds_b0.1")
+def test_the_odds_ratio_equals_the_peer(case: dict[str, Any]) -> None:
     rows = single_token_pairs(case["inputs"])
     result = optimise(LossObjective(odds_ratio, item_mean, {"beta": case["config"]["beta"]}), rows)
     assert result.value == pytest.approx(-np.mean(case["outputs"]["losses"]), abs=1e-6)
@@ -290,17 +377,15 @@ def through_logits(
     return result.value, float(logits.grad.norm()), result.metrics
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("cpo/full", "orpo/full"))])
-def test_a_whole_reference_free_loss_equals_the_peer(name: str) -> None:
-    config, inputs, outputs = (CASES[name][part] for part in ("config", "inputs", "outputs"))
-    method = "orpo" if name.startswith("orpo") else {"sigmoid": "cpo", "simpo": "simpo"}[config["loss_type"]]
-    options = {key: value for key, value in config.items() if key != "loss_type" and (value or key == "beta")}
+@cases("cpo/full", "orpo/full")
+def test_a_whole_reference_free_loss_equals_the_peer(case: dict[str, Any]) -> None:
+    inputs, outputs = case["inputs"], case["outputs"]
     tokens = torch.tensor([*inputs["chosen_input_ids"], *inputs["rejected_input_ids"]])
     labels = torch.tensor([*inputs["chosen_labels"], *inputs["rejected_labels"]])
     attended = torch.tensor([*inputs["chosen_attention_mask"], *inputs["rejected_attention_mask"]]).bool()
     pairs = len(tokens) // 2
     value, norm, metrics = through_logits(
-        objective_of(method, options),
+        objective_for(case),
         torch.tensor(inputs["logits"], dtype=torch.float64),
         tokens,
         attended,
@@ -316,13 +401,13 @@ def test_a_whole_reference_free_loss_equals_the_peer(name: str) -> None:
 
 @cases("tpo/")
 def test_tpo_equals_the_peer(case: dict[str, Any]) -> None:
-    inputs, config = case["inputs"], case["config"]
+    inputs = case["inputs"]
     tokens = torch.tensor(inputs["input_ids"])
     mask = torch.tensor(inputs["completion_mask"]).bool()
     triples = len(tokens) // 3
     side = torch.arange(len(tokens)) // triples
     value, norm, _ = through_logits(
-        objective_of("tpo", {**config, "loss_type": case["id"].removeprefix("tpo/")}),
+        objective_for(case),
         torch.tensor(inputs["logits"], dtype=torch.float64),
         tokens,
         torch.ones_like(mask),
@@ -340,24 +425,6 @@ def test_tpo_equals_the_peer(case: dict[str, Any]) -> None:
 # Policy gradient
 
 
-def grpo_options(config: dict[str, Any]) -> dict[str, Any]:
-    """The quantile of these entropies is one of them, and whether a token equals it is a matter of rounding: the peer's
-    float32 says that it does not reach it."""
-    return {
-        "loss_type": config["loss_type"],
-        "importance_sampling_level": config["level"],
-        "epsilon": config["eps"],
-        "epsilon_high": config["epsh"],
-        "delta": config["delta"],
-        "beta": config["beta"],
-        "use_bias_correction_kl": config["bias"],
-        "top_entropy_quantile": config["tq"] - 1e-6 if config["tq"] < 1 else 1.0,
-        "off_policy_mask_threshold": config["opm"],
-        "entropy_coef": config["ecoef"],
-        "updates_per_batch": 2,  # the old log-probabilities are given
-    }
-
-
 def sampled_rows(inputs: dict[str, Any]) -> tuple[Rows, list[list[int]]]:
     mask = torch.tensor(inputs["completion_mask"])
     mask = mask * torch.tensor(inputs["tool_mask"]) if inputs["tool_mask"] is not None else mask
@@ -366,42 +433,114 @@ def sampled_rows(inputs: dict[str, Any]) -> tuple[Rows, list[list[int]]]:
         "old_logps": padded(inputs["old_per_token_logps"]),
         "ref_logps": padded(inputs["ref_per_token_logps"]),
         "advantages": torch.tensor(inputs["advantages"], dtype=torch.float64).repeat_interleave(mask.shape[1] + 1),
+        "sample_logps": padded((old - _log_of_ratio(inputs, mask)).tolist()),
     }
-    if inputs["importance_sampling_ratio"] is not None:
-        # The peer takes rows' sums, padding included (its trainer has zeros there): put them on the first token.
-        sums = torch.tensor(inputs["importance_sampling_ratio"], dtype=torch.float64).log().sum(1)
-        difference = torch.zeros_like(old)
-        difference[:, 0] = sums
-        columns["sample_logps"] = padded((old - difference).tolist())
-    else:
-        columns["sample_logps"] = columns["old_logps"]
     return rows_of(inputs["per_token_logps"], mask.tolist(), {"entropy": inputs["entropies"]}, **columns), mask.tolist()
+
+
+def _log_of_ratio(inputs: dict[str, Any], mask: Tensor) -> Tensor:
+    """By how much each token's old log-probability exceeds the sampler's: as given, or a row's one number on its first
+    token."""
+    if inputs["importance_sampling_ratio"] is None:
+        return torch.zeros(mask.shape, dtype=torch.float64)
+    given = torch.tensor(inputs["importance_sampling_ratio"], dtype=torch.float64).log()
+    if given.shape == mask.shape:
+        return given
+    spread = torch.zeros(mask.shape, dtype=torch.float64)
+    spread[torch.arange(len(mask)), mask.argmax(1)] = given[:, 0]
+    return spread
 
 
 @cases("grpo/", without=("grpo/mask_truncated",))
 def test_grpo_equals_the_peer(case: dict[str, Any]) -> None:
-    config, inputs = case["config"], case["inputs"]
-    options = grpo_options(config)
-    if inputs["importance_sampling_ratio"] is not None and config["loss_type"] != "vespo":
-        options |= {"correction": "sequence_truncate", "correction_max": 1e6}  # the given ratios are clamped already
+    assert_policy_gradient_equals(case, *policy_gradient_of(case))
+
+
+def policy_gradient_of(case: dict[str, Any]) -> tuple[Result, Result]:
+    """The whole loss, and without its entropy bonus."""
+    (method, options), inputs = ours(case), case["inputs"]
     rows, mask = sampled_rows(inputs)
-    result = optimise(objective_of("grpo", options), rows)
-    factor = _denominator(config, inputs)
-    assert_equal(result, {"outputs": _times(case["outputs"], factor)}, "grad_per_token_logps", mask)
-    if case["outputs"]["grad_entropies"] is not None:
-        expected = torch.tensor(case["outputs"]["grad_entropies"], dtype=torch.float64) * config["ga"]
-        torch.testing.assert_close(
-            unpadded(result.extra_gradients["entropy"], len(mask)), expected, atol=1e-6, rtol=1e-6
-        )
+    if options["loss_type"] == "vespo" and inputs["importance_sampling_ratio"] is not None:
+        rows = _summed_over_padding(rows, inputs, mask)
+    without = {**options, "entropy_coef": 0.0}
+    whole, plain = (optimise(objective_of(method, each), rows) for each in (options, without))
+    return whole, plain
 
 
-def _denominator(config: dict[str, Any], inputs: dict[str, Any]) -> float:
-    """By how much the peer's denominator exceeds ours: it counts micro-batches, or tokens, of a batch that is not
-    here."""
-    if config["loss_type"] not in ("dapo", "cispo", "vespo"):
-        return config["ga"]
-    expected = inputs["num_items_in_batch"] * config["ga"] / config.get("spg", config["ga"])
-    return expected / np.sum(inputs["completion_mask"])
+def assert_policy_gradient_equals(case: dict[str, Any], whole: Result, plain: Result) -> None:
+    """The peer divides the bonus by its number of micro-batches, and the rest by something else for some losses."""
+    config, outputs, (_, mask) = case["config"], case["outputs"], sampled_rows(case["inputs"])
+    factor, bonus = _denominator(config, case["inputs"], mask), whole.value - plain.value
+    assert plain.value / factor + bonus / config["ga"] == pytest.approx(outputs["loss"], abs=1e-6)
+    found = unpadded(whole.gradient, len(mask)) / factor
+    expected = torch.tensor(outputs["grad_per_token_logps"]).double() * torch.tensor(mask)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    if outputs["grad_entropies"] is not None:
+        of_entropies = unpadded(whole.extra_gradients["entropy"], len(mask)) / config["ga"]
+        expected = torch.tensor(outputs["grad_entropies"], dtype=torch.float64)
+        torch.testing.assert_close(of_entropies, expected, atol=1e-6, rtol=1e-6)
+
+
+def _summed_over_padding(rows: Rows, inputs: dict[str, Any], mask: list[list[int]]) -> Rows:
+    """The peer sums a row's ratios over its padding, too (where its trainer has zeros): on the first token, here."""
+    moved = dict(inputs, importance_sampling_ratio=None)
+    total = torch.tensor(inputs["importance_sampling_ratio"], dtype=torch.float64).log().sum(1)
+    moved["importance_sampling_ratio"] = total.exp()[:, None].tolist()
+    return sampled_rows(moved)[0]
+
+
+def _denominator(config: dict[str, Any], inputs: dict[str, Any], mask: list[list[int]]) -> float:
+    """By how much the peer's denominator exceeds ours: it counts micro-batches, or tokens of a batch that is not here;
+    and rows without a token, which are in no count of ours."""
+    learned = [sum(row) for row in mask]
+    match config["loss_type"]:
+        case "dapo" | "cispo" | "vespo":
+            return inputs["num_items_in_batch"] * config["ga"] / config.get("spg", config["ga"]) / sum(learned)
+        case "bnpo":
+            return config["ga"]
+        case _:
+            return config["ga"] * len(mask) / sum(map(bool, learned))
+
+
+def variant(name: str, inputs: dict[str, Any] | None = None, **config: Any) -> dict[str, Any]:
+    """A case with other settings: its numbers are not the peer's."""
+    case = CASES[name]
+    return {**case, "config": {**case["config"], **config}, "inputs": {**case["inputs"], **(inputs or {})}}
+
+
+def test_the_constant_that_dr_grpo_divides_by_is_the_peers() -> None:
+    rows, mask = sampled_rows(CASES["grpo/bnpo"]["inputs"])
+    found, tokens = (policy_gradient_of(variant("grpo/bnpo", loss_type=name))[0].value for name in ("dr_grpo", "bnpo"))
+    longest = CASES["grpo/bnpo"]["inputs"]["max_completion_length"]
+    assert longest == 10
+    assert found * len(rows) * longest == pytest.approx(tokens * np.sum(mask), abs=1e-9)
+
+
+def test_a_correction_per_token_is_told_from_one_per_row() -> None:
+    per_token = CASES["grpo/vespo_isr"]["inputs"]["importance_sampling_ratio"]
+    case = variant("grpo/dapo", {"importance_sampling_ratio": per_token})
+    assert ours(case)[1]["correction"] == "token_truncate"
+    assert ours(CASES["grpo/dapo_tis_seq"])[1]["correction"] == "sequence_truncate"
+    corrected, plain = (policy_gradient_of(each)[0].gradient for each in (case, CASES["grpo/dapo"]))
+    rows = len(per_token)
+    torch.testing.assert_close(
+        unpadded(corrected, rows), unpadded(plain, rows) * torch.tensor(per_token, dtype=torch.float64)
+    )
+
+
+def test_tokens_of_a_tool_are_in_no_sum_and_in_no_count() -> None:
+    """The peer's number of items leaves them out; the same rows without a tool's tokens are the same batch."""
+    tools = CASES["grpo/grpo_toolmask_seq"]["inputs"]["tool_mask"]
+    both = np.array(tools) * np.array(CASES["grpo/dapo"]["inputs"]["completion_mask"])
+    assert both.sum() < np.sum(CASES["grpo/dapo"]["inputs"]["completion_mask"])
+    masked = policy_gradient_of(variant("grpo/dapo", {"tool_mask": tools}))[0]
+    absent = policy_gradient_of(variant("grpo/dapo", {"completion_mask": both.tolist()}))[0]
+    assert masked.value == pytest.approx(absent.value, abs=1e-12) and masked.value != 0
+    torch.testing.assert_close(masked.gradient, absent.gradient)
+
+
+def test_every_key_of_the_peers_policy_gradient_has_a_name_of_ours() -> None:
+    assert set(GRPO_NAMES.values()) <= signature(METHODS["grpo"]).parameters.keys()
 
 
 def _times(outputs: dict[str, Any], factor: float) -> dict[str, Any]:
@@ -411,24 +550,9 @@ def _times(outputs: dict[str, Any], factor: float) -> dict[str, Any]:
     }
 
 
-def test_gmpo_equals_the_peer() -> None:
-    for name in ("gmpo/eps0.2_beta0.0", "gmpo/eps0.4_beta0.04"):
-        case = CASES[name]
-        result = optimise(
-            objective_of("grpo", _plain(case, loss_type="gmpo", use_bias_correction_kl=False)), _simple(case)
-        )
-        assert_equal(result, case, "grad", case["inputs"]["mask"])
-
-
-@cases("gspo_token/")
-def test_token_level_gspo_equals_the_peer(case: dict[str, Any]) -> None:
-    loss_type = case["id"].removeprefix("gspo_token/")
-    objective = objective_of("grpo", _plain(case, loss_type=loss_type, importance_sampling_level="sequence_token"))
-    assert_equal(optimise(objective, _simple(case)), case, "grad", case["inputs"]["mask"])
-
-
-def _plain(case: dict[str, Any], **options: Any) -> dict[str, Any]:
-    return {**case["config"], "updates_per_batch": 2, **options}
+@cases("gmpo/", "gspo_token/")
+def test_its_relatives_equal_the_peer(case: dict[str, Any]) -> None:
+    assert_equal(optimise(objective_for(case), _simple(case)), case, "grad", case["inputs"]["mask"])
 
 
 def _simple(case: dict[str, Any]) -> Rows:
@@ -452,18 +576,13 @@ def test_dppo_masks_the_tokens_that_the_peer_masks(case: dict[str, Any]) -> None
         sample_logps=padded(inputs["sampling_logps"]),
         advantages=padded([row * width for row in inputs["advantages"]]),
     )
-    options = {
-        "loss_type": "dppo",
-        "dppo_distance": case["id"].removeprefix("dppo/mask_"),
-        "dppo_threshold": case["config"]["delta"],
-    }
-    learned = unpadded(optimise(objective_of("grpo", options), rows).gradient, len(mask)) != 0
+    learned = unpadded(optimise(objective_for(case), rows).gradient, len(mask)) != 0
     assert learned.double().tolist() == case["outputs"]["mask"]
 
 
-def test_the_ratio_against_the_sampler_equals_the_peer() -> None:
+@cases("async_grpo/loss")
+def test_the_ratio_against_the_sampler_equals_the_peer(case: dict[str, Any]) -> None:
     """Its asynchronous trainer clips against the sampler's log-probabilities and divides by global tokens."""
-    case = CASES["async_grpo/loss"]
     inputs, config = case["inputs"], case["config"]
     mask = [[1] * len(inputs["log_probs"])]
     rows = rows_of(
@@ -501,8 +620,8 @@ def test_the_engine_correction_equals_the_peer(case: dict[str, Any]) -> None:
     torch.testing.assert_close(weight, flat, atol=1e-6, rtol=1e-6)
 
 
-def test_truncated_completions_are_masked_as_the_peer_masks_them() -> None:
-    case = CASES["grpo/mask_truncated"]
+@cases("grpo/mask_truncated")
+def test_truncated_completions_are_masked_as_the_peer_masks_them(case: dict[str, Any]) -> None:
     completions = case["inputs"]["completion_ids"]
     lengths = [len(completion) for completion in completions]
     batch = Batch.build(lengths, mask=np.ones(sum(lengths), bool), truncated=[c[-1] != 1 for c in completions])
@@ -523,11 +642,27 @@ def test_advantages_equal_the_peer(case: dict[str, Any]) -> None:
     np.testing.assert_allclose(found, case["outputs"]["advantages"], atol=1e-4)
 
 
+@cases("utils/entropy_logsoftmax")
+def test_log_probabilities_and_entropies_of_a_head_equal_the_peer(case: dict[str, Any]) -> None:
+    """The head's input are the logits: its projection is the identity. Entropies are at temperature 1 in the peer."""
+    logits = torch.tensor(case["inputs"]["logits"]).flatten(0, 1)
+    expected = {name: torch.tensor(values).flatten() for name, values in case["outputs"].items()}
+    projection = nn.Linear(logits.shape[1], logits.shape[1], bias=False)
+    projection.weight = nn.Parameter(torch.eye(logits.shape[1]))
+    head = TokenHead(projection, LogitScaling())
+    wanted = (logits / 0.7).log_softmax(-1)
+    tokens = (wanted - expected["logp"][:, None]).abs().argmin(1)  # which ones the peer took
+    found = head(logits, tokens, 0.7, frozenset(), None)["logps"]
+    torch.testing.assert_close(found, expected["logp"], atol=1e-6, rtol=1e-6)
+    entropies = head(logits, tokens, 1.0, frozenset({"entropy"}), None)["entropy"]
+    torch.testing.assert_close(entropies, expected["entropy"], atol=1e-6, rtol=1e-6)
+
+
 # Weights that move besides training
 
 
-def test_an_average_of_weights_equals_the_peer() -> None:
-    case = CASES["callback/bema"]
+@cases("callback/bema")
+def test_an_average_of_weights_equals_the_peer(case: dict[str, Any]) -> None:
     spec = AverageSpec(update_freq=1, update_after=0, min_ema_multiplier=0.0, **case["config"])
     theta = torch.tensor(case["inputs"]["theta0"])
     average = Average(spec, SoloWorld())
@@ -538,8 +673,8 @@ def test_an_average_of_weights_equals_the_peer() -> None:
         torch.testing.assert_close(average.whole("weight").view(1, -1), torch.tensor(expected), atol=1e-6, rtol=1e-6)
 
 
-def test_a_reference_that_follows_equals_the_peer() -> None:
-    case = CASES["callback/sync_ref"]
+@cases("callback/sync_ref")
+def test_a_reference_that_follows_equals_the_peer(case: dict[str, Any]) -> None:
     reference = nn.Linear(2, 1, bias=False).requires_grad_(False)
     reference.weight.copy_(torch.tensor(case["inputs"]["ref"]))
     policy = iter([("weight", torch.tensor(case["inputs"]["policy"]))])

@@ -86,7 +86,7 @@ BESIDE: dict[str, list[dict[str, Any]]] = {  # what else is set: the first besid
 
 def with_each_loss(method: str) -> list[dict[str, Any]]:
     first = BESIDE.get(method, [{}])[0]
-    names = _names_in(get_type_hints(METHODS[method]).get("loss_type"))
+    names = dict.fromkeys(_names_in(get_type_hints(METHODS[method]).get("loss_type")))
     return [{**NEEDED.get(name, {}), **first, "loss_type": name} for name in names] or [first]
 
 
