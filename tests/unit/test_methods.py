@@ -152,7 +152,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (
         "dpo",
         {"loss_type": "hinge", "label_smoothing": 0.1},
-        r"label_smoothing=0\.1 does nothing with options\.loss_type=hinge.* with options\.loss_type=sigmoid, robust",
+        r"label_smoothing=0\.1 does nothing with options\.loss_type=hinge.* with options\.loss_type=sigmoid, exo_pair",
     ),
     ("dpo", {"loss_weights": [0]}, r"options\.loss_weights are all 0"),
     ("dpo", {"loss_weights": [-1.0]}, r"options\.loss_weights=-1\.0: .*greater than or equal to 0"),
