@@ -15,7 +15,7 @@ from pydantic import ConfigDict, ValidationError, validate_call
 
 from actors.errors import ConfigError
 from orchestrator.config import is_word_for_number
-from orchestrator.methods.idle import annotations, refuse_idle
+from orchestrator.methods.idle import refuse_idle, types_of
 from orchestrator.methods.table import METHODS
 from orchestrator.pipeline import Pipeline
 
@@ -47,7 +47,7 @@ def build(name: str, options: Mapping[str, Any], facts: Mapping[str, Any] | None
 
 def _call(name: str, method: Callable[..., Pipeline], options: Mapping[str, Any]) -> Pipeline:
     found: dict[Any, str] = {}
-    for option, annotation in annotations(method).items():
+    for option, annotation in types_of(method).items():
         if option in options and is_word_for_number(options[option], annotation):
             found[option] = f"options.{option}={options[option]!r}: a number is needed, and true, yes and on are none"
     try:
@@ -63,7 +63,7 @@ def _call(name: str, method: Callable[..., Pipeline], options: Mapping[str, Any]
 
 @cache
 def _validated(method: Callable[..., Pipeline]) -> Callable[..., Pipeline]:
-    return validate_call(method, config=ConfigDict(allow_inf_nan=False))
+    return validate_call(config=ConfigDict(allow_inf_nan=False))(method)
 
 
 def _nearest(name: str, known: Mapping[str, Any]) -> str:

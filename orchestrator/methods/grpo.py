@@ -78,7 +78,7 @@ def grpo(
     several_updates = updates_per_batch * minibatches > 1  # with one, the ratio is 1 and no pass is spent on old_logps
     surrogates: dict[str, Surrogate] = {
         "clipped": partial(clipped, epsilon=epsilon, epsilon_high=epsilon_high, delta=delta),
-        "cispo": partial(capped, cap=epsilon_high),
+        "cispo": partial(capped, cap=epsilon_high or epsilon),
         "sapo": partial(soft_gated, temperature_pos=sapo_temperature_pos, temperature_neg=sapo_temperature_neg),
         "gmpo": partial(geometric, epsilon=epsilon, epsilon_high=epsilon_high),
         "vespo": smooth_weighted,

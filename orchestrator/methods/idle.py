@@ -23,14 +23,14 @@ HINTS = 6  # values that a refusal names
 
 def refuse_idle(method: Callable[..., Pipeline], options: Options, pipeline: Pipeline, make: Make) -> None:
     """Raises ConfigError for an option that is set to something else than its default, and acts in no way."""
-    parameters, hints = inspect.signature(method).parameters, annotations(method)
+    parameters, hints = inspect.signature(method).parameters, types_of(method)
     for name, value in options.items():
         if value != parameters[name].default and not _acts(name, hints[name], options, pipeline, make):
             raise ConfigError(f"options.{name}={value!r} {_where_it_acts(method, name, options, make)}")
 
 
 @cache
-def annotations(method: Callable[..., Pipeline]) -> dict[str, Any]:
+def types_of(method: Callable[..., Pipeline]) -> dict[str, Any]:
     """The types of a method's options."""
     return get_type_hints(method)
 
@@ -75,7 +75,7 @@ def _without(name: str, options: Options) -> Options:
 
 def _where_it_acts(method: Callable[..., Pipeline], name: str, options: Options, make: Make) -> str:
     """`does nothing with options.loss_type=dapo: leave it out; it acts with options.loss_type=dppo`."""
-    hints = annotations(method)
+    hints = types_of(method)
 
     def acts_with(other: str, value: Any) -> bool:
         changed = {**options, other: value}
