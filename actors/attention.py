@@ -13,9 +13,9 @@ cheap beside the rest, spreads its rows out to whole documents and collects one 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from actors.errors import ModelError
 from actors.prefixes import SharedPrefixes
+from actors.scored_attention import scored_attention
 
 VARLEN = "troupe_varlen"  # the name under which transformers knows this attention
 HALF = (torch.float16, torch.bfloat16)
@@ -159,20 +160,29 @@ def varlen_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each document -> [1, T, heads, head_dim], as transformers wants it."""
-    unsupported = sorted(name for name in ("softcap", "s_aux") if options.get(name) is not None)
-    if unsupported:
+    """Causal attention within each document -> [1, T, heads, head_dim], as transformers wants it. `s_aux` [heads] are
+    sinks."""
+    if unknown := sorted(name for name in ("head_mask", "position_bias") if options.get(name) is not None):
         raise ModelError(
-            f"{type(module).__name__} uses {', '.join(unsupported)}, which the packed attention does not compute; "
-            "set the model's attn_implementation to 'eager' (or a flash attention that supports it)"
+            f"{type(module).__name__} gives its attention {', '.join(unknown)}, which the packed attention does not "
+            "compute; use a model of another architecture"
         )
     window = sliding_window if sliding_window is not None and sliding_window < documents.longest else None
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-    if query.is_cuda and query.dtype in HALF and dropout == 0:
+    by_kernel = softcap is None and s_aux is None
+    if by_kernel and query.is_cuda and query.dtype in HALF and dropout == 0:
         return _flat_attention(q, k, v, documents, scaling, window)[None], None
-    return _bucket_attention(q, k, v, documents, dropout, scaling, window)[None], None
+    if by_kernel:
+        attend = partial(_kernel_of_a_bucket, dropout=dropout, scaling=scaling, window=window)
+    else:
+        attend = partial(
+            scored_attention, scaling=scaling, softcap=softcap, sinks=s_aux, window=window, dropout=dropout
+        )
+    return _bucket_attention(q, k, v, documents, attend)[None], None
 
 
 def _flat_attention(
@@ -200,14 +210,9 @@ def _kernel_attention(
 
 
 def _bucket_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    documents: Documents,
-    dropout: float,
-    scaling: float | None,
-    window: int | None,
+    query: Tensor, key: Tensor, value: Tensor, documents: Documents, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
 ) -> Tensor:
+    """`attend` is called for each bucket, with [count, heads, length, head_dim]."""
     dtype = query.dtype
     if dtype in HALF and not query.is_cuda:  # whose kernel takes several times as long for a gradient in half precision
         query, key, value = (rows.float() for rows in (query, key, value))
@@ -215,13 +220,18 @@ def _bucket_attention(
         query, key, value = (_pad(rows, documents) for rows in (query, key, value))
     outputs = []
     for bucket in documents.buckets:
-        q, k, v = (_documents_of(rows, bucket) for rows in (query, key, value))
-        mask = _window_mask(bucket.length, window, q.device)
-        gqa = q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, mask, dropout, mask is None, scale=scaling, enable_gqa=gqa)
+        out = attend(*(_documents_of(rows, bucket) for rows in (query, key, value)))
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     whole = outputs[0] if documents.already_padded else _Unpad.apply(torch.cat(outputs), documents.slot_of_row)
     return whole.to(dtype)
+
+
+def _kernel_of_a_bucket(
+    query: Tensor, key: Tensor, value: Tensor, *, dropout: float, scaling: float | None, window: int | None
+) -> Tensor:
+    mask = _window_mask(query.shape[2], window, query.device)
+    gqa = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, mask, dropout, mask is None, scale=scaling, enable_gqa=gqa)
 
 
 def _pad(rows: Tensor, documents: Documents) -> Tensor:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from actors.errors import ModelError
+from actors.pretrained import skeleton
 
 ADAPTER = "default"
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
@@ -33,27 +36,54 @@ class LoraSpec:
 
 
 def attach(causal: Any, spec: LoraSpec) -> None:
-    """Inject adapters into `causal` in place and freeze everything else. Draws from torch's random state."""
+    """Inject adapters into `causal` in place and freeze everything else. Draws from torch's random state. Raises
+    ModelError for targets that do not exist, or that cannot have an adapter."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    targets = spec.target_modules if isinstance(spec.target_modules, str) else list(spec.target_modules)
-    if isinstance(targets, list) and "lm_head" in targets:
-        raise ModelError(
-            "model.lora.target_modules: lm_head cannot have an adapter; name other layers, or 'all-linear'"
-        )
+    path = causal.config._name_or_path
     config = LoraConfig(
         r=spec.r,
         lora_alpha=spec.alpha,  # pyright: ignore[reportArgumentType]  # PEFT divides by it; fractions work
         lora_dropout=spec.dropout,
-        target_modules=targets,
+        target_modules=spec.target_modules if isinstance(spec.target_modules, str) else list(spec.target_modules),
         use_rslora=spec.use_rslora,
         use_dora=spec.use_dora,
         task_type="CAUSAL_LM",
+        base_model_name_or_path=str(Path(path).absolute()) if Path(path).is_dir() else path,
     )
     try:
         inject_adapter_in_model(config, causal, ADAPTER)
     except ValueError as error:
         raise ModelError(f"model.lora: {error}") from error
+    _refuse_unread(causal, spec)
+
+
+def check(path: str, spec: LoraSpec, trust_remote_code: bool) -> None:
+    """What `attach` would refuse, from the model's configuration alone. Raises ModelError."""
+    with torch.random.fork_rng(devices=[]):
+        attach(skeleton(path, trust_remote_code), spec)
+
+
+def _refuse_unread(causal: Any, spec: LoraSpec) -> None:
+    """Raises ModelError for an adapter that somebody who reads the same weight would not see: the vocabulary's
+    projection, whose weight `TokenHead` reads, and a weight that two modules share. What has an adapter is looked at,
+    not what was named: names may be patterns."""
+    where = f"model.lora.target_modules={spec.target_modules!r}"
+    advice = "name other layers, or use 'all-linear', which leaves embeddings and output head out"
+    head = causal.get_output_embeddings()
+    readers: dict[int, list[str]] = {}
+    for name, module in causal.named_modules():
+        for parameter in module.parameters(recurse=False):
+            readers.setdefault(id(parameter), []).append(name.removesuffix(".base_layer"))
+    for name, layer in adapter_layers(causal).items():
+        if layer is head:
+            raise ModelError(f"{where}: {name} cannot have an adapter, because it is the output head; {advice}")
+        others = [reader for reader in readers[id(layer.base_layer.weight)] if reader != name]
+        if others:
+            raise ModelError(
+                f"{where}: {name} cannot have an adapter, because its weight is also that of {', '.join(others)}, "
+                f"which would not see it (tied embeddings); {advice}"
+            )
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -145,6 +175,28 @@ def full_tensors(causal: Any, bucket_bytes: int, gather: Gather = resident) -> I
             yield from revert_weight_conversion(causal, {name: tensor}).items()
         else:
             yield name, tensor
+
+
+def adapter_weights(causal: Any, gather: Gather = resident) -> dict[str, Tensor]:
+    """The adapters' own tensors under the names of a PEFT folder, copied to the host."""
+    from peft import get_peft_model_state_dict
+
+    named = {name: parameter for name, parameter in causal.named_parameters() if ".lora_" in name}
+    with gather(list(named.values())):
+        whole = {name: parameter.detach().to("cpu", copy=True) for name, parameter in named.items()}
+    found = get_peft_model_state_dict(causal, whole, ADAPTER, save_embedding_layers=False)
+    return {f"base_model.model.{name}": tensor.contiguous() for name, tensor in found.items()}
+
+
+def write_adapter(causal: Any, folder: Path, weights: dict[str, Tensor]) -> None:
+    """A PEFT folder, which `PeftModel.from_pretrained(base, folder)` opens. `weights` are `adapter_weights`."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy(causal.peft_config[ADAPTER])
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def entries(causal: Any) -> list[Entry]:

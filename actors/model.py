@@ -17,6 +17,8 @@ from actors.lora import LoraSpec, attach
 from actors.prefixes import shared_prefixes
 from actors.pretrained import load_causal, load_tokenizer
 
+PACKABLE = frozenset({"full_attention", "sliding_attention"})  # kinds of layers, as transformers names them
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -111,6 +113,22 @@ class LanguageModel(nn.Module):
         config = self.causal.config
         experts = getattr(config, "num_experts", None) or config.num_local_experts
         return formula(tuple(router_logits), experts, config.num_experts_per_tok)
+
+
+def check_architecture(config: Any, path: str) -> None:
+    """Raises ModelError for a model whose layers carry something from token to token other than by an attention that
+    can be packed: the documents of a micro-batch would see one another. `config` is that of the model at `path`."""
+    text = config.get_text_config()
+    kinds = {str(kind) for kind in getattr(text, "layer_types", None) or ()} - PACKABLE
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)  # None: code of its own
+    if kinds or getattr(model_class, "_is_stateful", False):
+        what = ", ".join(sorted(kinds)) or "a state that goes from token to token"
+        raise ModelError(
+            f"{path} has layers of a kind that cannot be trained on packed documents: {what} (known: "
+            f"{', '.join(sorted(PACKABLE))}); use a model of another architecture"
+        )
 
 
 def load_model(spec: ModelSpec, device: torch.device | str = "cpu", *, trainable: bool) -> LanguageModel:

@@ -211,6 +211,13 @@ class Trainable:
             if self._placement.rank == 0:
                 tokenizer_of(self._model_spec).save_pretrained(folder)
 
+    def save_adapter(self, folder: str, averaged: bool = False) -> None:
+        """The LoRA adapters that `save_model` merges, alone, as a PEFT folder. Raises RunError if there are none."""
+        with self._doing("save_adapter"), saved_state.writing(Path(folder)):
+            if self._model_spec.lora is None:
+                raise RunError(f"{self.name} has no LoRA adapters to save")
+            self.backend.save_adapter(Path(folder), self._taken().whole if averaged else None)
+
     def load_model(self, folder: str) -> None:
         """Hold the weights of that Hugging Face folder from now on. Raises RunError if this role is trained."""
         with self._doing("load_model"):

@@ -18,7 +18,6 @@ from actors.averaging import AverageSpec
 from actors.backends import BackendSpec
 from actors.backends.optimizer import OptimSpec
 from actors.errors import ConfigError
-from actors.lora import LoraSpec
 from actors.model import ModelSpec
 from actors.trainable import Trainable
 from actors.worker import Group, Worker
@@ -111,13 +110,12 @@ def _model_spec(prepared: Prepared, role: str) -> ModelSpec:
     """The policy's model, or for a frozen role that model without adapters, or another one if the role names it."""
     model, own = prepared.config.model, getattr(prepared.config.roles, role)
     frozen = isinstance(own, FrozenRole)
-    lora = LoraSpec(**model.lora.model_dump()) if model.lora is not None and not frozen else None
     return ModelSpec(
         path=prepared.models.get(role, prepared.model),
         tokenizer=prepared.tokenizer_path,
         chat_template=prepared.tokenizer.chat_template if model.chat_template is not None else None,
         dtype=(own.dtype if frozen and own.dtype else model.dtype),
-        lora=lora,
+        lora=None if frozen else prepared.lora,
         gradient_checkpointing=model.gradient_checkpointing and not frozen,
         neftune_noise_alpha=0.0 if frozen else model.neftune_noise_alpha,
         router_aux_loss_coef=model.router_aux_loss_coef,

@@ -13,6 +13,7 @@ from orchestrator.prepare import PreparedPhase
 from orchestrator.roles import Roles
 
 SAVE_TIMEOUT_S = 1800.0
+ADAPTER = "adapter"  # in a checkpoint, beside the model; of the average, `bema-adapter`
 
 
 def reference_folder(run: Path, phase: PreparedPhase) -> Path:
@@ -37,17 +38,22 @@ async def set_optimizers(phase: PreparedPhase, roles: Roles, found: Checkpoint |
             await roles.groups[role].call("load_state", str(found.path / role), timeout_s=SAVE_TIMEOUT_S)
 
 
-async def save_weights(phase: PreparedPhase, roles: Roles, folder: Path) -> None:
+async def save_weights(config: RunConfig, phase: PreparedPhase, roles: Roles, folder: Path) -> None:
     """Every trained role's state, the weights of those that follow them, a model folder, and one with the average if
-    that is taken."""
+    that is taken; with LoRA also the adapters that are merged in them, alone."""
+    policy = roles.groups["policy"]
     for role in phase.pipeline.trained:
         (folder / role).mkdir()
         await roles.groups[role].call("save_state", str(folder / role), timeout_s=SAVE_TIMEOUT_S)
     for role in phase.pipeline.mixed:
         await roles.groups[role].call("save_model", str(folder / role), timeout_s=SAVE_TIMEOUT_S)
-    await roles.groups["policy"].call("save_model", str(folder / MODEL), timeout_s=SAVE_TIMEOUT_S)
+    taken = {MODEL: (ADAPTER, False)}
     if phase.config.train.bema is not None:
-        await roles.groups["policy"].call("save_model", str(folder / AVERAGED), True, timeout_s=SAVE_TIMEOUT_S)
+        taken[AVERAGED] = (f"{AVERAGED}-{ADAPTER}", True)
+    for model, (adapter, averaged) in taken.items():
+        await policy.call("save_model", str(folder / model), averaged, timeout_s=SAVE_TIMEOUT_S)
+        if config.model.lora is not None:
+            await policy.call("save_adapter", str(folder / adapter), averaged, timeout_s=SAVE_TIMEOUT_S)
 
 
 async def _set_reference(config: RunConfig, folder: Path, phase: PreparedPhase, roles: Roles, *, resumed: bool) -> None:

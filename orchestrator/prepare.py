@@ -16,8 +16,10 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from actors import pretrained
+from actors import lora, pretrained
 from actors.errors import ConfigError
+from actors.lora import LoraSpec
+from actors.model import check_architecture
 from actors.pretrained import check_folder
 from orchestrator.config import DataConfig, EvaluationConfig, FrozenRole, PhaseConfig, RunConfig
 from orchestrator.examples import PREFIX, is_example, model_folder
@@ -27,7 +29,9 @@ from orchestrator.pipeline import DataKind, Pipeline, Prompts, Stage
 from orchestrator.precompute import recall
 from orchestrator.source import RowSource, Source, open_source
 from rewards.loading import RewardSpec, check_columns, check_names, check_reward
+from rollout.engine import ENGINES
 from rollout.sampling import Sampling
+from rollout.vllm_engine import cpu_refusal
 
 UNBOUNDED = 2**31  # of a model that does not say how far its positions reach
 
@@ -84,6 +88,12 @@ class Prepared:
     parameters: int | None
 
     @property
+    def lora(self) -> LoraSpec | None:
+        """Of the policy."""
+        settings = self.config.model.lora
+        return None if settings is None else LoraSpec(**settings.model_dump())
+
+    @property
     def generates(self) -> bool:
         return any(phase.pipeline.generates or phase.evaluation for phase in self.phases)
 
@@ -125,6 +135,7 @@ def prepare(config: RunConfig, *, output: Path | None = None) -> Prepared:
         config, model, models, tokenizer_path, tokenizer, tuple(phases), rewards, count_parameters(model)
     )
     _check_rewards(prepared)
+    _check_models(prepared)
     return prepared
 
 
@@ -297,3 +308,16 @@ def _check_rewards(prepared: Prepared) -> None:
             )
         for what, source in scored.items():
             check_columns(prepared.rewards, source.report.columns, f"phase {phase.name}, {what}")
+
+
+def _check_models(prepared: Prepared) -> None:
+    """What only the first step, or the first sample, would find in a model's configuration."""
+    trusted, rollout = prepared.config.model.trust_remote_code, prepared.config.roles.rollout
+    configs = {path: pretrained.load_config(path, trusted) for path in {prepared.model, *prepared.models.values()}}
+    for path, found in configs.items():
+        check_architecture(found, path)
+    if prepared.lora is not None:
+        lora.check(prepared.model, prepared.lora, trusted)
+    sampled_by_vllm = prepared.generates and ENGINES.get(rollout.engine) == ENGINES["vllm"]
+    if sampled_by_vllm and rollout.gpus == 0 and (refusal := cpu_refusal(configs[prepared.model])):
+        raise ConfigError(f"roles.rollout.engine={rollout.engine}: {refusal}")

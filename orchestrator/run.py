@@ -281,7 +281,9 @@ class _Run:
             scores=dict(self.evaluations.scores),
         )
         began = time.monotonic()
-        self.last_checkpoint = await self.store.write(lambda folder: save_weights(phase, roles, folder), state)
+        self.last_checkpoint = await self.store.write(
+            lambda folder: save_weights(self.config, phase, roles, folder), state
+        )
         self.event("checkpoint", {"step": total, "seconds": round(time.monotonic() - began, 3)})
 
     def _finish(self) -> RunResult:

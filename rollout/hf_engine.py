@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from actors.errors import ConfigError, DataFailure, InfraFailure
-from actors.pretrained import load_causal
+from actors.pretrained import load_causal, load_config
 from rollout.engine import EngineSpec, Finished
 from rollout.sampling import Completion, Finish, Request, Sampling, sample_seed
 from rollout.stopping import StopRule, end_token_ids, token_budget
@@ -199,7 +199,11 @@ def _generator(request: Request, index: int, device: torch.device) -> torch.Gene
 
 
 def _read_model(spec: EngineSpec) -> Any:
-    options = {"dtype": getattr(torch, spec.dtype), **spec.options}
+    config = load_config(spec.model, spec.trust_remote_code).get_text_config()
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    # transformers would choose sdpa, which leaves the cap out and says nothing: another policy than the trainer's
+    attention = {"attn_implementation": "eager"} if capped else {}
+    options = {"dtype": getattr(torch, spec.dtype), **attention, **spec.options}
     return load_causal(spec.model, spec.trust_remote_code, **options)
 
 

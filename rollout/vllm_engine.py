@@ -38,6 +38,9 @@ ENVIRONMENT = {  # vLLM and torch read these when they are imported
 }
 
 
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # that vLLM's attention on a CPU computes
+
+
 @dataclass
 class _Running:
     """A request whose samples are not all finished."""
@@ -143,6 +146,21 @@ class VllmEngine:
         )
         prompt: Any = {"prompt_token_ids": list(request.prompt)}
         self._llm.add_request(_sample_id(request.id, index), prompt, params)
+
+
+def cpu_refusal(config: Any) -> str | None:
+    """Why a model of that configuration cannot be sampled from on a CPU; None if nothing is known against it."""
+    text = config.get_text_config()
+    if getattr(text, "kv_lora_rank", None):  # latent attention has sizes of its own
+        return None
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if size in CPU_HEAD_SIZES:
+        return None
+    return (
+        f"the model has attention heads of {size} values, and vLLM computes on a CPU heads of "
+        f"{', '.join(map(str, CPU_HEAD_SIZES))}; set roles.rollout.engine=hf, or give the workers GPUs "
+        "(roles.rollout.gpus)"
+    )
 
 
 def _start(spec: EngineSpec) -> LLMEngine:

@@ -32,7 +32,7 @@ from actors.backends.optimizer import OptimSpec, build_optimizer, build_schedule
 from actors.backends.protocol import StepInfo
 from actors.errors import ConfigError
 from actors.exchange import Instead, mix_in, replaced
-from actors.lora import adapters_off, full_tensors, has_adapters, merged_tensors
+from actors.lora import adapter_weights, adapters_off, full_tensors, has_adapters, merged_tensors, write_adapter
 from actors.model import LanguageModel, ModelSpec, load_model
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # of one collective: then the ranks that wait raise instead of hanging
@@ -220,6 +220,14 @@ class DeepSpeedBackend:
                 weights[name] = tensor.to("cpu", copy=True)
         if self.world.rank == 0:
             causal.save_pretrained(folder, state_dict=weights)
+        dist.barrier()
+
+    def save_adapter(self, folder: Path, instead: Instead | None = None) -> None:
+        causal = self._module.causal
+        gather = self._gathered if instead is None else replaced(self._gathered, causal, instead)
+        weights = adapter_weights(causal, gather)
+        if self.world.rank == 0:
+            write_adapter(causal, folder, weights)
         dist.barrier()
 
     def sleep(self) -> None:

@@ -90,6 +90,10 @@ class Backend(Protocol):
         weights in it are what that gives for their names in `trained_weights`."""
         ...
 
+    def save_adapter(self, folder: Path, instead: Instead | None = None) -> None:
+        """The LoRA adapters alone as a PEFT folder, written by rank 0; `instead` as in `save_model`."""
+        ...
+
     def sleep(self) -> None:
         """Give the accelerator's memory back, keeping the state; nothing to do on a CPU."""
         ...

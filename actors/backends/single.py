@@ -21,7 +21,7 @@ from actors.backends.optimizer import OptimSpec, Stepper
 from actors.backends.protocol import StepInfo
 from actors.errors import ConfigError
 from actors.exchange import Instead, mix_in, replaced
-from actors.lora import adapters_off, full_tensors, merged_tensors, resident
+from actors.lora import Gather, adapter_weights, adapters_off, full_tensors, merged_tensors, resident, write_adapter
 from actors.model import ModelSpec, load_model
 
 STATE_FILE = "single.pt"
@@ -106,8 +106,11 @@ class SingleBackend:
 
     def save_model(self, folder: Path, instead: Instead | None = None) -> None:
         causal = self.model.causal
-        gather = resident if instead is None else replaced(resident, causal, instead)
-        causal.save_pretrained(folder, state_dict=dict(merged_tensors(causal, 0, gather)))
+        causal.save_pretrained(folder, state_dict=dict(merged_tensors(causal, 0, _gathering(causal, instead))))
+
+    def save_adapter(self, folder: Path, instead: Instead | None = None) -> None:
+        causal = self.model.causal
+        write_adapter(causal, folder, adapter_weights(causal, _gathering(causal, instead)))
 
     def sleep(self) -> None:
         self._move(torch.device("cpu"))
@@ -125,6 +128,10 @@ class SingleBackend:
     def _round_weights(self) -> None:
         for weight in self._weights.values():
             weight.round()
+
+
+def _gathering(causal: nn.Module, instead: Instead | None) -> Gather:
+    return resident if instead is None else replaced(resident, causal, instead)
 
 
 class Weight:

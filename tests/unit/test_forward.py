@@ -5,9 +5,19 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import MixtralConfig, MixtralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from actors.attention import VARLEN, Documents, register, varlen_attention
 from actors.batch import Batch
@@ -16,6 +26,7 @@ from actors.forward import forward
 from actors.heads import LogitScaling, TokenHead
 from actors.model import LanguageModel, ModelSpec, load_model, prepare
 from actors.objective import MicroBatch
+from actors.scored_attention import scored_attention
 from tests.unit.tiny import tiny_model, tiny_model_folder
 
 LENGTHS = [7, 1, 12, 7, 30, 2]
@@ -221,11 +232,77 @@ def test_a_sliding_window_hides_what_is_further_back() -> None:
     assert not torch.allclose(found, forward(language_model(causal), micro).logps, atol=1e-2)
 
 
-def test_an_attention_that_cannot_be_computed_packed_is_refused() -> None:
+SMALL: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.5, "sliding_window": 5,
+}  # fmt: skip
+
+
+def tiny_gemma2(**settings: Any) -> Any:
+    """Its scores are far beyond the cap."""
+    torch.manual_seed(0)
+    config: dict[str, Any] = {**SMALL, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8, **settings}
+    return Gemma2ForCausalLM(Gemma2Config(**{"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, **config}))
+
+
+def tiny_gpt_oss() -> Any:
+    torch.manual_seed(0)
+    causal = GptOssForCausalLM(GptOssConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2, eos_token_id=1))
+    for layer in causal.model.layers:
+        torch.nn.init.normal_(layer.self_attn.sinks, mean=2.0)
+    return causal
+
+
+@pytest.mark.parametrize("make", [tiny_gemma2, tiny_gpt_oss])
+def test_capped_scores_and_sinks_are_computed_packed_as_transformers_does_row_by_row(make: Callable[[], Any]) -> None:
+    causal = make()
+    micro = rows([3, 20, 9, 1])
+    model = language_model(causal, router_aux_loss_coef=0.0)
+    found, expected = forward(model, micro).logps, plain_logps(causal, micro)
+    torch.testing.assert_close(found, expected, **FLOAT32)
+    ours, theirs = (gradients(model, logps.sum()) for logps in (found, expected))
+    assert_same_gradients(theirs, ours)
+    for layer in causal.model.layers:
+        layer.self_attn.attn_logit_softcapping = None
+        layer.self_attn.sinks = None
+    assert not torch.allclose(found, forward(model, micro).logps, atol=1e-2)
+
+
+def test_rows_that_begin_alike_share_their_computation_under_capped_scores_too() -> None:
+    causal = tiny_gemma2()
+    prompt = torch.randint(2, 64, (1, 9), generator=torch.Generator().manual_seed(0)).expand(3, 9)
+    micro = rows([14, 14, 14])
+    micro["tokens"].view(3, 14)[:, :9] = prompt
+    found = forward(language_model(causal), micro)
+    assert found.rows < 3 * 14
+    torch.testing.assert_close(found.logps, plain_logps(causal, micro), **FLOAT32)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 50])
+@pytest.mark.parametrize("block_scores", [1, 100, 2**24])
+def test_scored_attention_without_cap_and_sinks_is_the_kernel_s_whatever_the_blocks(
+    window: int | None, block_scores: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, heads, 13, 8) for heads in (4, 2, 2)]
+    inputs = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
+    distance = torch.arange(13)[:, None] - torch.arange(13)
+    mask = (distance >= 0) & (distance < (window or 13))
+    expected = F.scaled_dot_product_attention(*inputs, mask, scale=0.3, enable_gqa=True)
+    options: dict[str, Any] = {"scaling": 0.3, "softcap": None, "sinks": None, "window": window}
+    found = scored_attention(*inputs, **options, block_scores=block_scores)
+    torch.testing.assert_close(found, expected, **FLOAT32)
+    ours, theirs = (torch.autograd.grad(out.square().sum(), inputs) for out in (found, expected))
+    torch.testing.assert_close(ours, theirs, **FLOAT32)
+
+
+@pytest.mark.parametrize("option", ["position_bias", "head_mask"])
+def test_what_the_packed_attention_does_not_compute_is_refused_and_not_left_out(option: str) -> None:
     states = torch.zeros(1, 2, 4, 8)
-    with pytest.raises(ModelError, match=r"softcap.*attn_implementation"):
-        documents = Documents([4], states.device)
-        varlen_attention(torch.nn.Identity(), states, states, states, None, documents=documents, softcap=50.0)
+    documents = Documents([4], states.device)
+    options: dict[str, Any] = {option: torch.zeros(1)}
+    with pytest.raises(ModelError, match=option):
+        varlen_attention(torch.nn.Identity(), states, states, states, None, documents=documents, **options)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

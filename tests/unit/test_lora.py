@@ -7,13 +7,25 @@ from typing import Any
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
 from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from actors.errors import ModelError
 from actors.forward import forward
-from actors.lora import LoraSpec, adapters_off, full_tensors, has_adapters, merged_tensors
+from actors.lora import (
+    LoraSpec,
+    adapter_weights,
+    adapters_off,
+    attach,
+    full_tensors,
+    has_adapters,
+    merged_tensors,
+    write_adapter,
+)
 from actors.model import LanguageModel, ModelSpec, load_model
 from actors.objective import MicroBatch
+from actors.pretrained import skeleton
 from tests.unit.test_forward import rows
 from tests.unit.tiny import tiny_model_folder
 
@@ -106,3 +118,51 @@ def test_experts_leave_under_the_names_they_are_saved_under(tmp_path: Path) -> N
     assert any("experts.3" in name for name in found)
     assert found.keys() == saved.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in saved.items())
+
+
+@pytest.mark.parametrize(
+    ("targets", "tied", "message"),
+    [
+        (("q_proj", "embed_tokens"), True, r"model\.embed_tokens cannot.*also that of lm_head"),
+        ((".*embed.*"), True, r"model\.embed_tokens cannot.*also that of lm_head"),
+        (("lm_head",), False, r"lm_head cannot.*output head"),
+        (".*(q_proj|lm_head)", False, r"lm_head cannot.*output head"),
+        (".*lm_head", True, r"lm_head cannot.*output head"),
+    ],
+)
+def test_an_adapter_that_a_reader_of_its_weight_would_not_see_is_refused_however_it_is_named(
+    tmp_path: Path, targets: Any, tied: bool, message: str
+) -> None:
+    spec = ModelSpec(str(tiny_model_folder(tmp_path, tied=tied)), lora=LoraSpec(r=4, target_modules=targets))
+    with pytest.raises(ModelError, match=rf"model\.lora\.target_modules=.*{message}.*all-linear"):
+        load_model(spec, trainable=True)
+    with pytest.raises(ModelError, match=message):  # what a plan asks, before any weights are read
+        attach(skeleton(spec.path, trust_remote_code=False), spec.lora or LoraSpec())
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_embedding_with_a_weight_of_its_own_may_have_an_adapter(tmp_path: Path, dora: bool) -> None:
+    folder = tiny_model_folder(tmp_path, tied=False)
+    model = adapted(folder, LoraSpec(r=4, target_modules=("q_proj", "embed_tokens"), use_dora=dora))
+    with torch.no_grad():
+        model.causal.model.embed_tokens.lora_embedding_B["default"].normal_(std=0.1)
+    plain = load_model(ModelSpec(str(folder)), trainable=False)
+    base = logps(plain, rows())
+    plain.causal.load_state_dict({name: tensor.clone() for name, tensor in full_tensors(model.causal, 1 << 20)})
+    torch.testing.assert_close(logps(plain, rows()), logps(model, rows()), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logps(plain, rows()), base, atol=1e-2)
+
+
+@pytest.mark.parametrize("lora", [*VARIANTS, LoraSpec(4, target_modules=("k_proj", "embed_tokens"))], ids=str)
+def test_saved_adapters_open_with_peft_on_the_base_model_and_compute_the_same(tmp_path: Path, lora: LoraSpec) -> None:
+    folder = tiny_model_folder(tmp_path, tied=False)
+    model = adapted(folder, lora)
+    write_adapter(model.causal, tmp_path / "adapter", adapter_weights(model.causal))
+    tokens = torch.arange(2, 30)[None]
+    with torch.no_grad():
+        opened = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()  # finds the base by itself
+        expected = AutoModelForCausalLM.from_pretrained(folder)
+        base = expected(tokens).logits
+        expected.load_state_dict({name: tensor.clone() for name, tensor in full_tensors(model.causal, 1 << 20)})
+        torch.testing.assert_close(opened(tokens).logits, expected(tokens).logits, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(opened(tokens).logits, base, atol=1e-2)

@@ -7,13 +7,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GptOssConfig,
+    Lfm2Config,
+    Llama4TextConfig,
+    MambaConfig,
+    Qwen2Config,
+    RwkvConfig,
+)
 
 from actors.backends import BackendSpec
-from actors.errors import ModelError
-from actors.model import ModelSpec
+from actors.batch import Batch
+from actors.errors import ConfigError, ModelError
+from actors.forward import forward
+from actors.lora import LoraSpec
+from actors.model import ModelSpec, check_architecture, load_model
+from actors.objective import MicroBatch
 from actors.pretrained import check_folder, load_causal, load_config, load_tokenizer, skeleton
 from actors.trainable import Trainable
 from orchestrator.config import RunConfig
@@ -22,6 +36,7 @@ from rewards.actor import RewardWorker
 from rollout.engine import EngineSpec, build_engine
 from rollout.sampling import Request, Sampling
 from rollout.stopping import StopRule, end_token_ids
+from tests.unit.test_forward import tiny_gemma2
 from tests.unit.tiny import tiny_model, tiny_model_folder
 
 CONFIGURATION = """
@@ -174,3 +189,79 @@ def test_a_model_folder_and_a_name_of_the_hub_pass(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"model\.path: there is no folder .*absent"):
         resolve_model(str(tmp_path / "absent"), 0)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"]), "packed documents: conv"),
+        (Llama4TextConfig(num_hidden_layers=2), "packed documents: chunked_attention"),
+        (MambaConfig(num_hidden_layers=2), "packed documents: linear_attention"),
+        (RwkvConfig(num_hidden_layers=2), "packed documents: a state that goes from token to token"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_layers_through_which_packed_documents_would_see_each_other_are_refused_by_the_plan(
+    tmp_path: Path, config: Any, message: str
+) -> None:
+    folder = tiny_model_folder(tmp_path, hidden=32)
+    config.save_pretrained(folder)
+    with pytest.raises(ModelError, match=message):
+        prepare(_config(folder))
+
+
+def test_full_and_sliding_attention_pass() -> None:
+    for config in (Gemma2Config(), GptOssConfig(num_hidden_layers=2), Qwen2Config()):
+        check_architecture(config, "a model")
+
+
+def test_adapters_that_cannot_be_attached_are_refused_by_the_plan(tmp_path: Path) -> None:
+    folder = tiny_model_folder(tmp_path, hidden=32)
+    for targets, message in {
+        ".*lm_head": "output head",
+        "embed_tokens": "also that of lm_head",
+        "x": "model.lora",
+    }.items():
+        with pytest.raises(ModelError, match=message):
+            prepare(_config(folder, lora={"r": 4, "target_modules": [targets] if "." not in targets else targets}))
+    assert prepare(_config(folder, lora={"r": 4})).lora == LoraSpec(r=4)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "rollout", "refused"),
+    [(64, {}, True), (128, {}, False), (64, {"engine": "hf"}, False), (64, {"gpus": 1.0}, False)],
+)
+def test_head_sizes_that_vllm_does_not_compute_on_a_cpu_are_refused_by_the_plan(
+    tmp_path: Path, hidden: int, rollout: dict[str, Any], refused: bool
+) -> None:
+    folder = tiny_model_folder(tmp_path, hidden=hidden)  # of four heads
+    sampling = {"data": {"path": str(tmp_path / "rows.jsonl")}, "max_tokens": 4}
+    config = _config(folder).model_dump()
+    config["phases"]["sft"]["evaluation"] = sampling
+    config |= {"roles": {"rollout": rollout}, "rewards": [{"fn": "tests.unit.test_pretrained:nothing"}]}
+    settings = RunConfig.model_validate(config)
+    if refused:
+        with pytest.raises(ConfigError, match=r"engine=vllm: .*heads of 16 values.*32, 64.*roles\.rollout\.engine=hf"):
+            prepare(settings)
+    else:
+        assert prepare(settings).generates
+
+
+def nothing(completions: list[str], **columns: Any) -> list[float]:
+    return [0.0] * len(completions)
+
+
+def test_the_hf_engine_samples_from_the_capped_model_that_is_trained(tmp_path: Path) -> None:
+    folder = tiny_model_folder(tmp_path)
+    tiny_gemma2().save_pretrained(folder)
+    (folder / "generation_config.json").unlink()
+    engine = build_engine(spec_of(folder, trusted=False))
+    engine.add(Request("r", (5, 6, 7), 1, Sampling(8), seed=0))
+    while not (finished := engine.step()):
+        pass
+    (completion,) = finished[0].completions
+    tokens = np.concatenate([[5, 6, 7], completion.tokens]).astype(np.int32)
+    micro = MicroBatch.of(Batch.build([len(tokens)], tokens=tokens))
+    with torch.no_grad():
+        trained = forward(load_model(ModelSpec(str(folder)), trainable=False), micro).logps[3:]
+    np.testing.assert_allclose(completion.logps, trained, atol=1e-4)
