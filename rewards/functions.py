@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rewards.mathematics import accuracy
+from rewards.verification import verifier
 
 Completion = str | list[dict[str, str]]
 Scores = list[float | None]
@@ -34,7 +34,9 @@ def exact_match(completions: Sequence[Completion], answer: Sequence[Any], *, str
 
 def accuracy_reward(completions: Sequence[Completion], solution: Sequence[str]) -> Scores:
     """1 where the answer is mathematically equal to the column `solution`, else 0; None where the solution is not
-    something that can be compared (see `rewards.mathematics` for what can)."""
+    something that can be compared (see `rewards.mathematics` for what can). An answer that takes longer to compare than
+    `rewards.verification` allows is wrong."""
+    accuracy = verifier().accuracy
     return [accuracy(text_of(completion), gold) for completion, gold in zip(completions, solution, strict=True)]
 
 
@@ -45,7 +47,7 @@ def reasoning_accuracy_reward(
 
     def judged(completion: Completion, gold: str) -> float | None:
         answer = _after_last(text_of(completion), reasoning_delimiters)
-        return 0.0 if answer is None else accuracy(answer, gold)
+        return 0.0 if answer is None else verifier().accuracy(answer, gold)
 
     return [judged(completion, gold) for completion, gold in zip(completions, solution, strict=True)]
 

@@ -6,6 +6,10 @@ Text that a model wrote is never evaluated as Python, neither directly nor throu
 a small grammar that knows numbers, letters, + - * / ^, fractions, roots, |x|, factorials, percent, the usual functions,
 lists, intervals, sets, and the right-hand side of an equation. Two expressions are equal if their values agree to 25
 digits at a few points; where a decimal point was written, to six digits after it.
+
+A model may write anything, so the work is bounded: reading is linear in the text, an answer has at most
+`MAX_CHARACTERS`, and no value on the way to its value is larger than `MAX_BITS` allows. `rewards.verification` bounds
+what is left.
 """
 
 from __future__ import annotations
@@ -24,6 +28,8 @@ EXACT_TOLERANCE = mpmath.mpf(10) ** -25  # relative
 DECIMAL_TOLERANCE = mpmath.mpf(5) * mpmath.mpf(10) ** -7  # absolute
 MAX_CHARACTERS = 1_000  # of an answer; nothing longer is one
 MAX_EXPONENT = 1e15  # towers of powers would compute for ever
+MAX_BITS = 1_000_000  # of a value's binary exponent, either way: functions of larger values compute with all its digits
+MAX_ARGUMENT = 1e15  # of periodic functions and exp: beyond it, PRECISION_DIGITS say little of the angle
 MAX_FACTORIAL = 1e4
 # Where letters are set: irrational, unrelated points, so that equal values mean equal expressions.
 POINTS = tuple(mpmath.mpf(point) for point in ("0.739085133215161", "1.202056903159594", "2.240176739178235"))
@@ -52,17 +58,28 @@ class Expression:
         with mpmath.workdps(PRECISION_DIGITS):
             try:
                 return [[part(letters) for part in self.parts] for letters in _assignments(self.letters)]
-            except (ArithmeticError, ValueError) as error:
+            except (ArithmeticError, ValueError, RecursionError) as error:
                 raise NotMathematics(str(error)) from None
 
 
 def accuracy(text: str, solution: str) -> float | None:
     """1 if the answer in `text` equals `solution`, else 0; None if the solution cannot be compared with anything."""
+    gold = comparable(solution)
+    return None if gold is None else agreement(text, gold)
+
+
+def comparable(solution: str) -> Expression | None:
+    """What a solution says, if it has a value."""
     try:
         gold = parse(marked(solution) or solution)
         gold.values()
     except NotMathematics:
         return None
+    return gold
+
+
+def agreement(text: str, gold: Expression) -> float:
+    """1 if the answer in `text` equals `gold`, else 0."""
     try:
         return float(equal(answer(text), gold))
     except NotMathematics:
@@ -86,8 +103,7 @@ def marked(text: str) -> str | None:
     boxed = _last_boxed(text)
     if boxed is not None:
         return boxed
-    formulas = re.findall(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", text, flags=re.DOTALL)
-    return next(filter(None, formulas[-1])) if formulas else None
+    return _last_formula(text)
 
 
 def parse(text: str) -> Expression:
@@ -148,6 +164,27 @@ def _last_boxed(text: str) -> str | None:
     return None
 
 
+_MARKS = re.compile(r"\$\$?|\\[()\[\]]")
+_CLOSED_BY = {"$": "$", "$$": "$", "\\(": "\\)", "\\[": "\\]"}
+
+
+def _last_formula(text: str) -> str | None:
+    """In one pass: a search for the closing mark from every opening one would be quadratic."""
+    last = {closer: text.rfind(closer) for closer in _CLOSED_BY.values()}
+    found, closer, start = None, None, 0
+    for mark in _MARKS.finditer(text):
+        if closer is None:
+            wanted = _CLOSED_BY.get(mark[0])
+            if wanted is not None and last[wanted] >= mark.end():
+                closer, start = wanted, mark.end()
+        elif mark[0] in (closer, closer * 2):
+            if mark.start() > start:
+                found, closer = text[start : mark.start()], None
+            else:  # nothing between the two: it began here
+                start = mark.end()
+    return found
+
+
 # Spellings of the same thing, brought to one: (pattern, replacement), applied in order.
 _SPELLINGS: Sequence[tuple[str, str]] = (
     (r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}", " "),  # units
@@ -178,6 +215,7 @@ _FUNCTIONS: Mapping[str, Callable[[Value], Value]] = {
     "log": mpmath.log10,
     "exp": mpmath.exp,
 }
+_OF_BOUNDED = ("sin", "cos", "tan", "exp")
 _CONSTANTS: Mapping[str, Callable[[], Value]] = {
     "pi": lambda: +mpmath.pi,
     "e": lambda: +mpmath.e,
@@ -311,7 +349,7 @@ class _Parser:
     def _atom(self) -> Node:
         kind, text = self._tokens[self._next].kind if self._next < len(self._tokens) else "end", self._take()
         if kind == "number":
-            return lambda _: mpmath.mpf(text.replace(",", ""))
+            return lambda _: _within_reach(mpmath.mpf(text.replace(",", "")))
         if text in _CONSTANTS:
             return lambda _: _CONSTANTS[text]()
         if kind == "letter":
@@ -332,11 +370,10 @@ class _Parser:
             return _binary(self._atom(), "/", self._atom())
         if name == "sqrt" and self._peek() == "[":
             degree, radicand = self._atom(), self._atom()
-            return lambda letters: mpmath.root(radicand(letters), int(degree(letters)))
+            return _binary(radicand, "^", _binary(lambda _: mpmath.mpf(1), "/", degree))
         if name not in _FUNCTIONS:
             raise NotMathematics(f"unknown name {name!r}")
-        function, argument = _FUNCTIONS[name], self._power()
-        return lambda letters: function(argument(letters))
+        return _function(name, self._power())
 
     def _peek(self) -> str:
         return self._tokens[self._next].text if self._next < len(self._tokens) else ""
@@ -364,7 +401,26 @@ _OPERATIONS: Mapping[str, Callable[[Value, Value], Value]] = {
 
 def _binary(left: Node, sign: str, right: Node) -> Node:
     operation = _OPERATIONS[sign]
-    return lambda letters: operation(left(letters), right(letters))
+    return lambda letters: _within_reach(operation(left(letters), right(letters)))
+
+
+def _function(name: str, argument: Node) -> Node:
+    function = _FUNCTIONS[name]
+
+    def value(letters: Letters) -> Value:
+        given = argument(letters)
+        if name in _OF_BOUNDED and abs(given) > MAX_ARGUMENT:
+            raise NotMathematics(f"the argument of {name} is out of reach")
+        return _within_reach(function(given))
+
+    return value
+
+
+def _within_reach(value: Value) -> Value:
+    for part in (value.real, value.imag):
+        if part and not mpmath.isinf(part) and not mpmath.isnan(part) and abs(mpmath.mag(part)) > MAX_BITS:
+            raise NotMathematics("the value is out of reach")
+    return value
 
 
 def _bounded_power(base: Value, exponent: Value) -> Value:
@@ -378,6 +434,6 @@ def _factorial(node: Node) -> Node:
         argument = node(letters)
         if abs(argument) > MAX_FACTORIAL:
             raise NotMathematics("the factorial is out of reach")
-        return mpmath.factorial(argument)
+        return _within_reach(mpmath.factorial(argument))
 
     return value

@@ -247,6 +247,15 @@ def test_reasoning_accuracy_looks_only_at_what_follows_the_last_thought() -> Non
         (r"\boxed{12\text{ cm}}", "12", 1.0),
         (r"2\sin(\pi/6)", "1", 1.0),
         ("$|x-1|$", "|1-x|", 1.0),
+        (r"\boxed{\sqrt[3]{8}}", "2", 1.0),
+        (r"\boxed{\sqrt[n]{x}}", "x^{1/n}", 1.0),
+        (r"\boxed{\sqrt[2.5]{8}}", r"\sqrt{8}", 0.0),
+        (r"\boxed{2^{1000}}", r"4^{500}", 1.0),
+        (r"\boxed{1000!}", r"1000 \cdot 999!", 1.0),
+        (r"either $4$ or \(5\)", "5", 1.0),
+        (r"\( never closed, but $5$", "5", 1.0),
+        (r"first \[4\] then \[5", "4", 1.0),
+        ("$$5$$", "5", 1.0),
         ("1/0", "1", 0.0),
         ("3", "no idea", None),
         ("no idea", "3", 0.0),
@@ -254,6 +263,36 @@ def test_reasoning_accuracy_looks_only_at_what_follows_the_last_thought() -> Non
 )
 def test_accuracy_compares_values_and_not_spellings(text: str, solution: str, expected: float | None) -> None:
     assert accuracy(text, solution) == expected
+
+
+HOSTILE = [
+    r"\boxed{\cos{9^{9^{9}}}}",
+    r"\boxed{\sin(10^{10^{7}})}",
+    r"\boxed{\tan(10^{10^{7}})}",
+    r"\boxed{\exp(10^{10^{8}})}",
+    r"\boxed{\sqrt[10^{10^{9}}]{2}}",
+    r"\boxed{\sqrt[i]{2}}",
+    r"\boxed{(((10^{10^{15}})^{10^{15}})^{10^{15}})^{10^{15}}}",
+    r"\boxed{\arcsin(10^{-10^{9}}) + 1.5}",
+    r"\boxed{" + "1+" * 480 + "1}",
+    r"\boxed{9999" + "!" * 900 + "}",
+    "\\(" * 100_000,
+    "\\[" * 100_000,
+    "$" * 100_001,
+    "\\boxed{" * 30_000,
+    "9" * 100_000,
+    "1/" * 50_000,
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_what_would_compute_for_ever_is_a_wrong_answer(text: str) -> None:
+    assert accuracy(text, "2") == 0.0
+
+
+@pytest.mark.parametrize("solution", [text for text in HOSTILE if "exp" in text or "sqrt[10" in text])
+def test_a_solution_out_of_reach_is_no_solution(solution: str) -> None:
+    assert accuracy("2", solution) is None
 
 
 @pytest.mark.parametrize("text", ["9^9^9^9^9", "(" * 900, "__import__('os').abort()", "99999999!", "^", "\\frac", ""])
