@@ -11,6 +11,7 @@ TroupeError
     ├── DiskError          a disk did not take what was written
     ├── InfraFailure       an actor, an engine or a wait died: retry elsewhere, bounded
     │   └── NoAnswer           a worker died, is out of reach, or passed its deadline
+    │       └── WorkerDied         it died
     ├── DataFailure        this sample always fails: drop it and count it
     ├── WeightSyncError    an engine did not confirm (version, fingerprint)
     ├── StalenessError     a batch was older than the contract allows
@@ -70,6 +71,10 @@ class InfraFailure(RunError):
 class NoAnswer(InfraFailure):
     """A worker did not answer a call: it died, is out of reach, or passed the call's deadline. An `InfraFailure` that
     a method raises itself is an answer."""
+
+
+class WorkerDied(NoAnswer):
+    """The worker's process is gone, and will answer nothing any more."""
 
 
 class DataFailure(RunError):

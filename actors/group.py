@@ -21,10 +21,10 @@ from typing import Any
 import ray
 from ray import ObjectRef
 from ray.actor import ActorClass
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from actors.errors import InfraFailure, NoAnswer
+from actors.errors import InfraFailure, NoAnswer, WorkerDied
 from actors.worker import Ref, WorkerInfo
 
 NAMESPACE = "troupe"
@@ -78,19 +78,24 @@ class RayWorker:
             if not future.done():
                 ray.cancel(ref)
         if not future.done():
-            raise self._failure(method, started, f"no answer within {timeout_s:g} s")
+            raise NoAnswer(self._failure(method, started, f"no answer within {timeout_s:g} s"))
         try:
             return future.result()
         except RayTaskError as error:
             raise error.cause from error
+        except ActorDiedError as error:
+            raise WorkerDied(self._failure(method, started, _death(error))) from error
         except RayError as error:
-            raise self._failure(method, started, f"{type(error).__name__}: {_first_lines(error)}") from error
+            raise NoAnswer(self._failure(method, started, f"{type(error).__name__}: {_first_lines(error)}")) from error
 
-    def _failure(self, method: str, started: float, why: str) -> NoAnswer:
+    @property
+    def where(self) -> str:
+        return f"pid {self.info.pid} on node {self.info.node}" if self.info else "not ready yet"
+
+    def _failure(self, method: str, started: float, why: str) -> str:
         now = time.monotonic()
-        where = f"pid {self.info.pid} on node {self.info.node}" if self.info else "not ready yet"
         ages = f"{now - started:.1f} s into the call, worker started {now - self._born:.1f} s ago"
-        return NoAnswer(f"{self.name}.{method}: {why} ({where}; {ages})")
+        return f"{self.name}.{method}: {why} ({self.where}; {ages})"
 
 
 class RayGroup:
@@ -245,6 +250,15 @@ def _retrieve(future: asyncio.Future) -> None:
     """Mark the outcome as seen: a call that was given up may still fail, and that is no news."""
     if not future.cancelled():
         future.exception()
+
+
+def _death(error: ActorDiedError) -> str:
+    """Why an actor died, without the paragraphs in which Ray guesses."""
+    text = str(error)
+    if "exits with a connection error code" in text:
+        return "the worker died: its process was killed (by hand, or for want of memory) or crashed"
+    known = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("\t")]
+    return f"the worker died: {' '.join(known[1:3]) or text}"
 
 
 def _first_lines(error: BaseException, count: int = 3) -> str:

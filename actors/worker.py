@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from actors.errors import NoAnswer
+from actors.errors import NoAnswer, WorkerDied
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ class Worker(Protocol):
     """A handle on one actor."""
 
     name: str
+
+    @property
+    def where(self) -> str:
+        """Node and process, for messages."""
+        ...
 
     async def call(self, method: str, *args: Any, timeout_s: float, task_name: str | None = None, **kwargs: Any) -> Any:
         """The method's result. `Ref` arguments arrive as values. `task_name` is what a dashboard shows."""
@@ -96,9 +102,13 @@ class LocalWorker:
         self._one_at_a_time = asyncio.Lock()
         self._dead = asyncio.Event()
 
+    @property
+    def where(self) -> str:
+        return f"pid {os.getpid()}, the driver's own"
+
     async def call(self, method: str, *args: Any, timeout_s: float, task_name: str | None = None, **kwargs: Any) -> Any:
         if self._dead.is_set():
-            raise NoAnswer(f"{self.name}.{method}: the worker was killed")
+            raise WorkerDied(f"{self.name}.{method}: the worker was killed")
         args = tuple(arg.target if isinstance(arg, Ref) else arg for arg in args)
         work = asyncio.ensure_future(self._run(getattr(self.target, method), args, kwargs))
         death = asyncio.ensure_future(self._dead.wait())
@@ -106,8 +116,9 @@ class LocalWorker:
             done, _ = await asyncio.wait({work, death}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
             if work in done:
                 return work.result()
-            why = "was killed" if death in done else f"did not answer within {timeout_s:g} s"
-            raise NoAnswer(f"{self.name}.{method}: the worker {why}")
+            if death in done:
+                raise WorkerDied(f"{self.name}.{method}: the worker was killed")
+            raise NoAnswer(f"{self.name}.{method}: the worker did not answer within {timeout_s:g} s")
         finally:
             work.cancel()
             death.cancel()

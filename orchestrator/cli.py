@@ -25,6 +25,9 @@ app = typer.Typer(
 Recipe = Annotated[str, typer.Argument(help="Name of a shipped recipe (see `troupe recipes`), or a YAML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.key=value, for example train.steps=100.")]
 RunFolder = Annotated[Path, typer.Argument(help="The run's folder, as `troupe run` printed it.")]
+Restarts = Annotated[
+    int, typer.Option("--restarts", min=0, help="After a failure, go on from the last checkpoint, up to N times.")
+]
 Local = Annotated[bool, typer.Option("--local", help="Everything in this process, without Ray: for debugging.")]
 
 
@@ -45,11 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 @app.command()
-def run(recipe: Recipe, overrides: Overrides = None, local: Local = False) -> None:
+def run(recipe: Recipe, overrides: Overrides = None, local: Local = False, restarts: Restarts = 0) -> None:
     """Train as a recipe says."""
     from orchestrator.loading import load_config
 
     config = load_config(recipe, overrides or [])
+    if restarts:
+        from orchestrator.restarts import supervise_run
+
+        flags = ["--local"] if local else []
+        raise typer.Exit(supervise_run(config.output, [recipe, *(overrides or []), *flags], flags, restarts))
     from orchestrator.run import run as run_config
 
     run_config(config, local=local)
@@ -167,7 +175,8 @@ def doctor() -> None:
 
 
 def _complain(what: str, error: Exception) -> None:
-    print(f"troupe: {what}: {error}", file=sys.stderr)
+    for line in (f"{what}: {error}", *getattr(error, "__notes__", [])):
+        print(f"troupe: {line}", file=sys.stderr)
 
 
 if __name__ == "__main__":

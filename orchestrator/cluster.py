@@ -55,8 +55,9 @@ class Cluster(Protocol):
         """One row per process that is ready: role, name, node, pid, cpus, gpus, threads."""
         ...
 
-    def alive(self) -> bool:
-        """False once the machinery under this cluster is gone, and every process with it. From any thread."""
+    def lost(self) -> str | None:
+        """What of the machinery under this cluster is gone, and every process with it; None if nothing. From any
+        thread."""
         ...
 
     async def close(self) -> None:
@@ -103,8 +104,8 @@ class LocalCluster:
         here = {"node": platform.node(), "pid": os.getpid()}
         return [{"role": role.name, "name": name, **here, "threads": role.threads} for role, name in planned]
 
-    def alive(self) -> bool:
-        return True
+    def lost(self) -> str | None:
+        return None
 
     async def close(self) -> None:
         workers, self._workers = list(self._workers.values()), {}

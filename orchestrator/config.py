@@ -295,7 +295,10 @@ class TrainedRole(Section):
     colocate: str | None = None
     """Share that role's bundles; `gpus` may be a fraction."""
     call_timeout_s: Seconds = 3600.0
-    """Deadline of one verb: a step, a pass of log-probabilities, a save."""
+    """Deadline of one verb: a step, a pass of log-probabilities, a save. A rank that is inside one for longer hangs:
+    the run ends."""
+    ping_timeout_s: Seconds = 60.0
+    """A rank that answers no ping for that long hangs, and the run ends."""
     resources: dict[str, float] = Field(default_factory=dict)
     """Custom Ray resources reserved per rank."""
     label_selector: LabelSelector = Field(default_factory=dict)
@@ -419,6 +422,8 @@ class CheckpointConfig(Section):
     """Steps between two checkpoints. None: only at the end of a phase."""
     keep: Positive = 2
     """How many of the newest checkpoints are kept."""
+    grace_s: Seconds = 15.0
+    """After SIGTERM, SIGHUP or Ctrl-C: time for the step under way and a checkpoint, before the run is ended."""
 
 
 class LoggingConfig(Section):

@@ -5,6 +5,7 @@ The same lines on a terminal (coloured) and in a file (plain); nothing is redraw
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import deque
@@ -92,10 +93,13 @@ class Pace:
 
 
 class Console:
-    """`phases`: name -> its steps."""
+    """`phases`: name -> its steps. `closed` is called once if nobody reads the output any more: what is printed after
+    that goes nowhere."""
 
-    def __init__(self, phases: Mapping[str, int], terminal: Terminal | None = None) -> None:
-        self._terminal = terminal or _terminal()
+    def __init__(
+        self, phases: Mapping[str, int], terminal: Terminal | None = None, closed: Callable[[], None] = lambda: None
+    ) -> None:
+        self._terminal = terminal or _terminal(closed)
         self._pace = {phase: Pace() for phase in phases}
         self._name_width = max((len(phase) for phase in phases), default=0)
         self._twentieths: dict[tuple[str, str], int] = {}
@@ -226,11 +230,32 @@ def duration(seconds: float) -> str:
     return f"{f'{hours}:' if hours else ''}{minutes}:{rest % 60:02d}"
 
 
-def _terminal() -> Terminal:
+class _Output(Terminal):
+    """Standard output, which may close at any time: a pipe to `head`, a terminal that is gone."""
+
+    def __init__(self, closed: Callable[[], None], width: int | None = None) -> None:
+        super().__init__(highlight=False, width=width)
+        self._closed = closed
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        try:
+            super().print(*objects, **options)
+        except OSError:
+            self.on_broken_pipe()
+
+    def on_broken_pipe(self) -> None:
+        """Rich's own would end the process."""
+        if not self.quiet:
+            self.quiet = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered must not fail at exit
+            self._closed()
+
+
+def _terminal(closed: Callable[[], None]) -> Terminal:
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a sampled character that the terminal lacks must not end a run
-    terminal = Terminal(highlight=False)
-    return terminal if terminal.is_terminal else Terminal(highlight=False, width=PLAIN_WIDTH)
+    terminal = _Output(closed)
+    return terminal if terminal.is_terminal else _Output(closed, PLAIN_WIDTH)
 
 
 def _table(title: str | None) -> Table:

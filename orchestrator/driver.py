@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from orchestrator.collector import Collected, Collector
+from orchestrator.ending import Stop
 from orchestrator.pipeline import Pipeline
 from orchestrator.roles import Roles
 
@@ -58,13 +59,14 @@ async def train(
     collector: Collector,
     progress: Progress,
     after_step: Callable[[StepRecord], Awaitable[None]],
+    stop: Stop,
 ) -> None:
     """Run a phase from `progress.step` to `steps`. `after_step` logs, evaluates and saves; the weights do not move in
-    it."""
+    it. Raises Stopped, between two steps, if it is asked to."""
     while progress.step < steps:
         clock = StepClock()
         with clock("collect"):
-            collected = await collector.next(progress.version)
+            collected = await stop.before(collector.next(progress.version))
         batch, metrics = collected.batch, dict(collected.metrics)
         async with roles.changing_weights():
             for stage in pipeline.learn:

@@ -1,11 +1,15 @@
-"""How a signal ends a run: in order, within seconds, and with a line that says where it can be continued.
+"""How a signal ends a run: in order, within a deadline, and with a line that says where it can be continued.
 
-    SIGINT, SIGTERM ──► cancel the run's task ──► collector, pools, actors, placement groups go, one after the other
-                    └─► a thread that watches that: whatever hangs, the process is gone at the deadline
+    SIGINT, SIGTERM, SIGHUP, ──► while steps are trained: `stop` is set; the loop ends its step and saves a checkpoint,
+    a closed standard output     within `checkpoint.grace_s`; a second signal ends that
+                             ──► then, and anywhere else at once: cancel the run's task; collector, pools, actors,
+                                 placement groups go, one after the other
+                             ──► a thread that watches all of it: whatever hangs, the process is gone at the deadline
 
 Ctrl-C in a terminal and SIGTERM to a process group also reach the daemons of a Ray of our own. They ignore the first
 and obey the second, and then Ray's client waits a minute for them, or ends this process in its own way. So as soon as
-one of them is gone the deadline has come: no order can be kept any more, and the processes that are left are killed.
+one of them is gone, told to or not, the deadline has come: no order can be kept any more, and the processes that are
+left are killed. Those daemons ignore SIGHUP, because they are started by a process that does (`hangups_ignored`).
 """
 
 from __future__ import annotations
@@ -17,58 +21,169 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
+from typing import TypeVar
 
 import psutil
 
-GRACE_S = 10.0
+GRACE_S = 10.0  # for putting things in order
 LOOK_EVERY_S = 0.02
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+FAILED = 1  # exit code
+
+T = TypeVar("T")
+
+
+class Stopped(Exception):
+    """The loop was asked to end; everything is as the last whole step left it."""
+
+
+class Stop:
+    """Whether the loop was asked to end before its last step."""
+
+    def __init__(self) -> None:
+        self._asked = asyncio.Event()
+
+    def ask(self) -> None:
+        self._asked.set()
+
+    async def before(self, work: Awaitable[T]) -> T:
+        """The result of `work`. Raises Stopped, `work` cancelled, if the loop is asked to end first."""
+        doing = asyncio.ensure_future(work)
+        asked = asyncio.ensure_future(self._asked.wait())
+        try:
+            await asyncio.wait({doing, asked}, return_when=asyncio.FIRST_COMPLETED)
+            if doing.done() and not self._asked.is_set():
+                return doing.result()
+            raise Stopped
+        finally:
+            for each in (doing, asked):
+                each.cancel()
+            await asyncio.gather(doing, asked, return_exceptions=True)
 
 
 class Ending:
     """Of one run, in the process' main thread. `alive`: whether there is still something to put in order. `where`: the
-    line for the user. `note` is told the signal when it comes."""
+    line for the user. `note` is told the signal when it comes. `stop` is what the loop looks at."""
 
     def __init__(
-        self, alive: Callable[[], bool], where: Callable[[], str], note: Callable[[signal.Signals], None]
+        self,
+        alive: Callable[[], bool],
+        where: Callable[[], str],
+        note: Callable[[signal.Signals], None],
+        *,
+        save_within_s: float = 0.0,
     ) -> None:
         self.signal: signal.Signals | None = None  # the first that came
+        self.stop = Stop()
         self._alive, self._where, self._note = alive, where, note
+        self._save_within_s = save_within_s
+        self._saves = self._in_order = False
+        self._deadline = 0.0
+        self._failure: str | None = None
         self._said = threading.Lock()
+        self._task: asyncio.Task[object] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def obey_signals(self) -> None:
-        """From here on the first signal cancels the task that calls this; later ones change nothing. To be called after
-        `ray.init`, which installs a handler of its own. A signal that this process was told to ignore stays so."""
-        task, loop = asyncio.current_task(), asyncio.get_running_loop()
-        assert task is not None
+        """From here on the first signal ends the task that calls this. To be called after `ray.init`, which installs a
+        handler of its own. A signal that this process was told to ignore stays so. Outside the main thread signals are
+        somebody else's."""
+        self._task, self._loop = asyncio.current_task(), asyncio.get_running_loop()
+        if threading.current_thread() is not threading.main_thread():
+            return
         for each in SIGNALS:
             if signal.getsignal(each) is not signal.SIG_IGN:
-                loop.add_signal_handler(each, self._end, each, task)
+                self._loop.add_signal_handler(each, self._end, each)
+
+    def output_closed(self) -> None:
+        """Nobody reads what the run prints: it ends as by a signal. From any thread."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._end, signal.SIGPIPE)
+
+    def failed(self, what: str) -> None:
+        """There is nothing left to put in order: the process ends at once, and says what failed."""
+        if self.signal is None and self._failure is None:
+            self._failure = what
+            self._begin_to_watch(0.0)
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Within this block the first signal sets `stop`, and the block has `save_within_s` to end by itself."""
+        self._saves = True
+        try:
+            yield
+        finally:
+            self._saves = False
+            if self.signal is not None:
+                self._put_in_order()
 
     def say(self) -> None:
-        """The line for the user, once."""
-        if self.signal is not None and self._said.acquire(blocking=False):
-            print(f"troupe: stopped by {self.signal.name}: {self._where()}", file=sys.stderr, flush=True)
+        """The last line for the user, once."""
+        if (self.signal is None and self._failure is None) or not self._said.acquire(blocking=False):
+            return
+        what = f"stopped by {self.signal.name}" if self.signal else f"the run failed: {self._failure}"
+        _print(f"troupe: {what}: {self._where()}")
 
-    def _end(self, received: signal.Signals, task: asyncio.Task[object]) -> None:
-        if self.signal is None:  # a second cancellation would interrupt what puts things in order
+    def _end(self, received: signal.Signals) -> None:
+        if self.signal is None:
             self.signal = received
-            threading.Thread(target=self._watch, name="ending", daemon=True).start()
-            task.cancel()
+            self.stop.ask()
             self._note(received)
+            if self._saves and self._alive():
+                _print(
+                    f"troupe: {received.name}: ends its step and saves a checkpoint first, within "
+                    f"checkpoint.grace_s={self._save_within_s:g}; a second signal stops it at once"
+                )
+                self._begin_to_watch(self._save_within_s + GRACE_S)
+                asyncio.get_running_loop().call_later(self._save_within_s, self._cancel)
+                return
+            self._begin_to_watch(GRACE_S)
+        self._cancel()
+
+    def _cancel(self) -> None:
+        if not self._in_order and self._task is not None:
+            self._put_in_order()
+            self._task.cancel()
+
+    def _put_in_order(self) -> None:
+        """From here on nothing is cancelled any more: it would interrupt what puts things in order."""
+        self._in_order = True
+        self._deadline = min(self._deadline, time.monotonic() + GRACE_S)
+
+    def _begin_to_watch(self, within_s: float) -> None:
+        self._deadline = time.monotonic() + within_s
+        threading.Thread(target=self._watch, name="ending", daemon=True).start()
 
     def _watch(self) -> None:
         """Ends the process and those below it at the deadline. In good time all of them have ended by themselves, and
         this thread with them."""
-        assert self.signal is not None
         family = psutil.Process().children(recursive=True)  # now: those whose parent dies first are found no more
-        deadline = time.monotonic() + GRACE_S
-        while time.monotonic() < deadline and self._alive():
+        while time.monotonic() < self._deadline and self._alive():
             time.sleep(LOOK_EVERY_S)
         self.say()
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        os._exit(128 + self.signal)
+        os._exit(128 + self.signal if self.signal else FAILED)
+
+
+@contextlib.contextmanager
+def hangups_ignored() -> Iterator[None]:
+    """What is started in this block ignores SIGHUP, and so outlives a terminal for as long as its parent wants."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def _print(line: str) -> None:
+    """To a terminal that may be gone."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)

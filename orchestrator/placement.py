@@ -14,30 +14,37 @@ import asyncio
 import logging
 import math
 import os
+import re
+import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.errors import InfraFailure, PlacementError
+from actors.errors import InfraFailure, PlacementError, RunError
 from actors.group import NAMESPACE, RayGroup, RayObjects, RayWorker, start_ranks, start_worker
 from actors.worker import Group, Objects, Worker, WorkerInfo
 from orchestrator.bundles import Bundle, ClusterView, Node, describe, shortages
 from orchestrator.cluster import START_TIMEOUT_S, refuse_foreign
 from orchestrator.config import ClusterConfig, RunConfig
 from orchestrator.imports import worker_setup
+from orchestrator.leftovers import Leftovers
 from orchestrator.plan import Machine, Plan, RolePlan
 from orchestrator.ray_address import LOCAL, chosen_address, refuse_unreachable, set_by
+
+T = TypeVar("T")
 
 POLL_S = 0.05
 HEADROOM_CPUS = 64  # for workers that join later
 BOARD_TIMEOUT_S = 30.0
+START_ATTEMPTS = 3  # of a Ray of our own
+DAEMONS = ("gcs_server", "raylet")
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,7 @@ class RayCluster:
         self._workers: dict[str, PlacedWorker] = {}
         self._board: RayWorker | None = None
         self._daemons = _own_daemons()
+        self._leftovers = Leftovers(_session(self._daemons)) if self._daemons else None
 
     async def reserve(self, plan: Plan) -> None:
         self._plan = plan
@@ -159,11 +167,12 @@ class RayCluster:
         rows = [worker.row() for worker in (*ranks, *self._workers.values())]
         return [row for row in rows if row is not None]
 
-    def alive(self) -> bool:
-        return all(_is_running(daemon) for daemon in self._daemons)
+    def lost(self) -> str | None:
+        gone = [(name, process.pid) for name, process in self._daemons if not _is_running(process)]
+        return f"Ray's {gone[0][0]} (pid {gone[0][1]}) is gone, and every process of the run with it" if gone else None
 
     async def close(self) -> None:
-        if not ray.is_initialized() or not self.alive():
+        if not ray.is_initialized() or self.lost() is not None:
             return
         workers, self._workers = list(self._workers.values()), {}
         groups, self._groups = self._groups, []
@@ -176,6 +185,8 @@ class RayCluster:
         if self._disconnect:
             self._daemons = ()  # they go now, and nobody is to miss them
             await asyncio.to_thread(ray.shutdown)
+            if self._leftovers is not None:
+                self._leftovers.end()
 
     def _planned(self, role: str) -> RolePlan:
         assert self._plan is not None, "reserve a plan first"
@@ -276,18 +287,51 @@ def connect(cluster: ClusterConfig, plan: Plan, *, debug: bool = False) -> str |
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     else:
         refuse_unreachable(address, set_by(cluster))
-    try:
-        context = ray.init(
+
+    def start() -> Any:
+        return ray.init(
             address=address,
             namespace=NAMESPACE,
             log_to_driver=debug,
-            logging_level=logging.INFO if debug else logging.ERROR,
+            logging_level=logging.INFO if debug else logging.CRITICAL,
             runtime_env={"worker_process_setup_hook": worker_setup()},
             **own,
         )
+
+    try:
+        context = started(start, _end_half_started, _warn) if address == LOCAL else start()
     except (ConnectionError, RuntimeError) as error:
         raise PlacementError(f"cannot connect to the Ray at {address}: {str(error).splitlines()[0]}") from None
     return f"http://{context.dashboard_url}" if context.dashboard_url else None
+
+
+def started(start: Callable[[], T], clean_up: Callable[[], None], warn: Callable[[str], None]) -> T:
+    """What `start` returns. Where Ray does not come up within its own limit, which it may miss on a busy machine, it is
+    tried again. Raises RunError when all attempts are used up; other errors of `start` as they are."""
+    for attempt in range(2, START_ATTEMPTS + 2):
+        try:
+            return start()
+        except Exception as error:  # Ray has no class for it
+            if "timed out during startup" not in str(error):
+                raise
+        clean_up()
+        if attempt <= START_ATTEMPTS:
+            load = f"load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores"
+            warn(f"Ray did not start within its 30 s ({load}); attempt {attempt} of {START_ATTEMPTS}")
+    raise RunError(
+        f"Ray did not start within its 30 s, {START_ATTEMPTS} times: let the machine come to rest, or give "
+        "cluster.address of a Ray that runs; its logs are in /tmp/ray/session_latest/logs"
+    )
+
+
+def _end_half_started() -> None:
+    ray.shutdown()
+    for _, daemon in _own_daemons():
+        daemon.kill()
+
+
+def _warn(message: str) -> None:
+    print(f"troupe: {message}", file=sys.stderr, flush=True)
 
 
 def cluster_at_hand(cluster: ClusterConfig, plan: Plan) -> ClusterView:
@@ -333,10 +377,19 @@ def _choices(bundles: Sequence[Bundle]) -> int:
     return max(1, *(len(bundle.selectors) for bundle in bundles))
 
 
-def _own_daemons() -> tuple[psutil.Process, ...]:
-    """Of a Ray that this process started: its children. None if it connected to a Ray that was there."""
-    children = psutil.Process().children()
-    return tuple(child for child in children if any("/ray/" in part for part in child.cmdline()))
+def _own_daemons() -> tuple[tuple[str, psutil.Process], ...]:
+    """Of a Ray that this process started: those of its children without which there is no Ray. Empty if it connected to
+    a Ray that was there."""
+    named = [(os.path.basename((child.cmdline() or [""])[0]), child) for child in psutil.Process().children()]
+    return tuple((name, child) for name, child in named if name in DAEMONS)
+
+
+def _session(daemons: Iterable[tuple[str, psutil.Process]]) -> str:
+    """The name of their Ray's session folder, which the command lines of all its daemons and agents hold."""
+    found = re.search(r"session_\d[\d_-]+\d", " ".join(part for _, daemon in daemons for part in daemon.cmdline()))
+    if found is None:
+        raise RunError("the command lines of Ray's daemons name no session: this version of Ray is not known")
+    return found[0]
 
 
 def _is_running(process: psutil.Process) -> bool:

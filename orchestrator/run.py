@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.errors import ConfigError, Interrupted
-from orchestrator.beside import beside, board_of
+from actors.errors import ConfigError, Interrupted, RunError, UserError
+from orchestrator.beside import beside, board_of, watching
 from orchestrator.checkpoint import AVERAGED, MODEL, Checkpoint, CheckpointStore, RunState
 from orchestrator.cluster import Cluster, LocalCluster
 from orchestrator.collector import Collector, GroupCollector, RowCollector
@@ -27,7 +27,7 @@ from orchestrator.config import RunConfig
 from orchestrator.console import Console
 from orchestrator.cursor import Cursor
 from orchestrator.driver import Progress, StepRecord, train
-from orchestrator.ending import Ending
+from orchestrator.ending import Ending, Stopped, hangups_ignored
 from orchestrator.evaluation import Evaluations
 from orchestrator.launch import launch
 from orchestrator.metrics import MetricsLog
@@ -108,11 +108,13 @@ class _Run:
     last_checkpoint: Checkpoint | None = None
     dashboard: str | None = None  # Ray's
     ending: Ending | None = None  # once there is something to put in order
+    output_closed: bool = False  # nobody reads what is printed
 
     def __post_init__(self) -> None:
         config = self.prepared.config
         self.config = config
-        self.console = Console({phase.name: phase.steps for phase in self.prepared.phases})
+        steps = {phase.name: phase.steps for phase in self.prepared.phases}
+        self.console = Console(steps, closed=self._output_closed)
         self.store = CheckpointStore(self.folder / "checkpoints", keep=config.checkpoint.keep)
         self.watchdog = Watchdog(report_after_s=config.cluster.watchdog_s)
         self.log = MetricsLog(
@@ -142,11 +144,13 @@ class _Run:
             self.console.note(line)
 
     async def execute(self) -> RunResult:
-        """Raises Interrupted if a signal ended the run."""
+        """Raises Interrupted if a signal ended the run. An error says where the run can be continued."""
         try:
             return await self._execute()
-        except (asyncio.CancelledError, Exception):  # after a signal an error is a consequence: Ray may be gone
+        except (asyncio.CancelledError, Exception) as error:  # after a signal it is a consequence: Ray may be gone
             if self.ending is None or self.ending.signal is None:
+                if not isinstance(error, UserError):
+                    error.add_note(self._where_it_stands())
                 raise
             self.log.close()
             self.ending.say()
@@ -157,9 +161,10 @@ class _Run:
         found = self.resumed.checkpoint if self.resumed is not None else None
         async with (
             self._cluster() as cluster,
+            watching(cluster, self.watchdog, self.console.warn, self._ray_is_gone),
             board_of(self.folder, cluster) as board,
             launch(self.prepared, self.plan, cluster, self.folder, self.event, self.watchdog) as roles,
-            beside(roles, await board, self.watchdog, self.console.warn),
+            beside(self.config, roles, await board, self.console.warn),
         ):
             self.console.placed(cluster.describe())
             self.console.at(self.folder, self.dashboard)
@@ -185,10 +190,16 @@ class _Run:
             self.event("published", {"version": report.version, "seconds": round(report.seconds, 3)})
         await self.evaluations.at(phase, roles, progress)
         collector = self._collector(phase, roles, cursor, progress)
-        try:
-            await train(phase.pipeline, phase.steps, roles, collector, progress, self._after_step(phase, roles, cursor))
-        finally:
-            await collector.close()
+        after_step, stop = self._after_step(phase, roles, cursor), self._ending.stop
+        with self._ending.saving():
+            try:
+                await train(phase.pipeline, phase.steps, roles, collector, progress, after_step, stop)
+            except Stopped:
+                await collector.close()
+                await self._save_last_step(phase, roles, cursor, progress)
+                raise
+            finally:
+                await collector.close()
 
     def _enter(self, phase: PreparedPhase, roles: Roles) -> None:
         roles.enter(PhaseSettings(phase.pipeline, phase.config.train.token_budget, phase.temperature, self.config.seed))
@@ -251,8 +262,8 @@ class _Run:
             with self._warned_of(f"completions of step {total}"):
                 self._show_completions(phase, record, last)
             if last or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
-                await self._save(phase, roles, cursor, record)
-            await self.evaluations.at(phase, roles, Progress(step, record.version))
+                await self._save(phase, roles, cursor, Progress(step, record.version))
+            await self._ending.stop.before(self.evaluations.at(phase, roles, Progress(step, record.version)))
 
         return after_step
 
@@ -266,15 +277,24 @@ class _Run:
             shown = rows[:: max(1, len(rows) // self.config.logging.completions_shown)]
             self.console.completions(shown[: self.config.logging.completions_shown])
 
-    async def _save(self, phase: PreparedPhase, roles: Roles, cursor: Cursor, record: StepRecord) -> None:
+    async def _save_last_step(self, phase: PreparedPhase, roles: Roles, cursor: Cursor, progress: Progress) -> None:
+        """Of a run that is told to stop, unless a checkpoint has it already."""
+        saved = self.last_checkpoint.state.total_step if self.last_checkpoint else 0
+        if phase.first_version + progress.step > saved:
+            try:
+                await self._save(phase, roles, cursor, progress)
+            except RunError as error:
+                self.console.warn(str(error))
+
+    async def _save(self, phase: PreparedPhase, roles: Roles, cursor: Cursor, progress: Progress) -> None:
         """A checkpoint: the weights of the phase, and where the run stands."""
-        total = phase.first_version + record.step
+        total = phase.first_version + progress.step
         state = RunState(
             phase=phase.name,
             phase_index=phase.index,
-            step=record.step,
+            step=progress.step,
             total_step=total,
-            version=record.version,
+            version=progress.version,
             cursor=cursor.to_json(),
             config=self.config.model_dump(mode="json"),
             data=await asyncio.to_thread(fingerprint, phase),
@@ -288,9 +308,7 @@ class _Run:
 
     def _finish(self) -> RunResult:
         self.log.close()
-        picture = None
-        with self._warned_of("curves"):
-            picture = draw(self.folder)
+        picture = self._drawn()
         checkpoint = self.last_checkpoint.path if self.last_checkpoint else None
         model = checkpoint / MODEL if checkpoint else None
         averaged = checkpoint / AVERAGED if checkpoint and (checkpoint / AVERAGED).is_dir() else None
@@ -298,6 +316,27 @@ class _Run:
         self.event("finished", {})
         self.console.done(result)
         return result
+
+    def _drawn(self) -> Path | None:
+        try:
+            return draw(self.folder)
+        except Exception as error:  # the run is done: what is drawn of it must not make it a failure
+            self.console.warn(f"the curves could not be drawn: {type(error).__name__}: {error}")
+            return None
+
+    @property
+    def _ending(self) -> Ending:
+        assert self.ending is not None, "there is a cluster"
+        return self.ending
+
+    def _output_closed(self) -> None:
+        self.output_closed = True
+        if self.ending is not None:
+            self.ending.output_closed()
+
+    def _ray_is_gone(self, what: str) -> None:
+        self.event("ray_is_gone", {"what": what})
+        self._ending.failed(what)
 
     def _since_start(self, kind: str) -> None:
         """A stage of starting is over: seconds since the run was asked for, imports of its own rooms not included."""
@@ -327,13 +366,19 @@ class _Run:
         else:
             from orchestrator.placement import RayCluster, connect
 
-            self.dashboard = connect(self.config.cluster, self.plan, debug=self.config.debug)
+            with hangups_ignored():
+                self.dashboard = connect(self.config.cluster, self.plan, debug=self.config.debug)
             self._since_start("connected")
             cluster = RayCluster(self.config, run=self.folder.name)
         self.ending = Ending(
-            cluster.alive, self._where_it_stands, lambda sent: self.event("interrupted", {"signal": sent.name})
+            lambda: cluster.lost() is None,
+            self._where_it_stands,
+            lambda sent: self.event("interrupted", {"signal": sent.name}),
+            save_within_s=self.config.checkpoint.grace_s,
         )
         self.ending.obey_signals()
+        if self.output_closed:
+            self.ending.output_closed()
         try:
             await cluster.reserve(self.plan)
             self._since_start("reserved")

@@ -14,17 +14,31 @@ from orchestrator.imports import ROOT
 
 RUN = """
 import asyncio, signal, subprocess, sys, time
-from orchestrator.ending import Ending
+from orchestrator.ending import Ending, Stopped
 
 alive, hang = "alive" in sys.argv, "hang" in sys.argv
 if "deaf" in sys.argv:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
+async def train(stop):
+    try:
+        await stop.before(asyncio.sleep(60))
+    except Stopped:
+        await asyncio.sleep(60 if "patient" in sys.argv or "slow" in sys.argv else 0)
+        print("saved", flush=True)
+        raise
+
 async def run():
-    ending = Ending(lambda: alive, lambda: "continue there", lambda sent: print(sent.name, flush=True))
+    within = 60.0 if "patient" in sys.argv else 0.3
+    ending = Ending(
+        lambda: alive, lambda: "continue there", lambda sent: print(sent.name, flush=True), save_within_s=within
+    )
     ending.obey_signals()
     print(subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL).pid if hang else "up", flush=True)
     try:
+        if "saves" in sys.argv:
+            with ending.saving():
+                await train(ending.stop)
         await asyncio.sleep(1 if "deaf" in sys.argv else 60)
         print("done", flush=True)
     finally:
@@ -36,7 +50,7 @@ async def run():
 
 try:
     asyncio.run(run())
-except asyncio.CancelledError:
+except (asyncio.CancelledError, Stopped) as error:
     sys.exit(3)
 """
 
@@ -81,3 +95,84 @@ def test_a_process_that_was_told_to_ignore_ctrl_c_goes_on(started: subprocess.Po
     assert next_line(started) == "up"
     started.send_signal(signal.SIGINT)
     assert next_line(started) == "done"
+
+
+SAVES_FIRST = "troupe: {}: ends its step and saves a checkpoint first, within checkpoint.grace_s={}; a second signal"
+
+
+@pytest.mark.parametrize("started", [["alive", "saves"]], indirect=True)
+@pytest.mark.parametrize("received", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_where_steps_are_trained_a_signal_lets_a_checkpoint_be_saved_first(
+    started: subprocess.Popen[str], received: signal.Signals
+):
+    assert next_line(started) == "up"
+    started.send_signal(received)
+    out, err = started.communicate(timeout=30)
+    assert (started.returncode, out.split()) == (3, [received.name, "saved", "ending", "in", "order"])
+    said, last = err.splitlines()
+    assert said.startswith(SAVES_FIRST.format(received.name, "0.3"))
+    assert last == f"troupe: stopped by {received.name}: continue there"
+
+
+@pytest.mark.parametrize("started", [["alive", "saves", "slow"]], indirect=True)
+def test_a_checkpoint_that_takes_longer_than_the_grace_is_given_up_in_order(started: subprocess.Popen[str]):
+    assert next_line(started) == "up"
+    started.send_signal(signal.SIGTERM)
+    out, _ = started.communicate(timeout=30)
+    assert (started.returncode, out.split()) == (3, ["SIGTERM", "ending", "in", "order"])
+
+
+@pytest.mark.parametrize("started", [["alive", "saves", "patient"]], indirect=True)
+def test_a_second_signal_gives_up_the_checkpoint_at_once_and_a_third_changes_nothing(started: subprocess.Popen[str]):
+    assert next_line(started) == "up"
+    started.send_signal(signal.SIGINT)
+    assert next_line(started) == "SIGINT"
+    started.send_signal(signal.SIGINT)
+    assert next_line(started) == "ending"
+    started.send_signal(signal.SIGINT)
+    out, _ = started.communicate(timeout=30)
+    assert (started.returncode, out.split()) == (3, ["in", "order"])
+
+
+@pytest.mark.parametrize("started", [["saves"]], indirect=True)
+def test_where_ray_is_gone_nothing_is_waited_for(started: subprocess.Popen[str]):
+    assert next_line(started) == "up"
+    started.send_signal(signal.SIGTERM)
+    _, err = started.communicate(timeout=30)
+    assert (started.returncode, err) == (143, "troupe: stopped by SIGTERM: continue there\n")
+
+
+FAILED = """
+import asyncio
+from orchestrator.ending import Ending
+
+async def run():
+    ending = Ending(lambda: False, lambda: "continue there", lambda sent: None)
+    ending.obey_signals()
+    ending.failed("Ray's raylet (pid 7) is gone")
+    await asyncio.sleep(60)
+
+asyncio.run(run())
+"""
+
+
+def test_a_run_whose_ray_is_gone_ends_at_once_and_says_what_was_lost_and_where_to_continue():
+    done = subprocess.run([sys.executable, "-c", FAILED], capture_output=True, text=True, timeout=30, cwd=Path(ROOT))
+    assert done.returncode == 1
+    assert done.stderr == "troupe: the run failed: Ray's raylet (pid 7) is gone: continue there\n"
+
+
+HANGS_UP = """
+import os, signal, subprocess, sys
+from orchestrator.ending import hangups_ignored
+
+child = [sys.executable, "-c", "import signal; print(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)"]
+with hangups_ignored():
+    print(subprocess.check_output(child, text=True).strip())
+print(signal.getsignal(signal.SIGHUP) == signal.SIG_DFL)
+"""
+
+
+def test_what_is_started_while_hangups_are_ignored_ignores_them_and_its_parent_does_not_go_on_to():
+    done = subprocess.run([sys.executable, "-c", HANGS_UP], capture_output=True, text=True, timeout=30, cwd=Path(ROOT))
+    assert done.stdout.split() == ["True", "True"], done.stderr

@@ -1,0 +1,52 @@
+"""Nothing of a Ray of our own outlives the process that started it, however that ends.
+
+driver ── pipe ──► a small process in a session of its own: sleeps until the pipe closes, which is when the driver
+                   is gone, `kill -9` included; then ends what still runs in Ray's session, first of all its agents,
+                   which would take a minute to notice
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+WATCHER = """
+import os, signal, sys, time
+
+def left():
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and int(entry) != os.getpid():
+            try:
+                with open(f"/proc/{entry}/cmdline", "rb") as stream:
+                    if sys.argv[1].encode() in stream.read():
+                        yield int(entry)
+            except OSError:
+                pass
+
+sys.stdin.buffer.read()
+began = time.monotonic()
+while (found := list(left())) and time.monotonic() - began < 60:
+    if time.monotonic() - began > float(sys.argv[2]):  # what ends by itself has ended
+        for pid in found:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except OSError:
+                pass
+    time.sleep(0.2)
+"""
+GRACE_S = 3.0
+
+
+class Leftovers:
+    """From now on, processes whose command line names `session` end soon after this process does."""
+
+    def __init__(self, session: str) -> None:
+        command = [sys.executable, "-I", "-S", "-c", WATCHER, session, str(GRACE_S)]
+        self._watcher = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+
+    def end(self) -> None:
+        """This process goes on, but that Ray was shut down: end what is left of it now. Returns at once."""
+        assert self._watcher.stdin is not None
+        self._watcher.stdin.close()

@@ -1,0 +1,88 @@
+"""Which rank hangs, in what, since when, and when that ends a run."""
+
+from orchestrator.rank_health import Rank, RankHealth, RankLimits
+
+NODE = "pid 7 on node a"
+POLICY = [Rank("policy", index, NODE) for index in range(3)]
+REFERENCE = Rank("reference", 0, "pid 9 on node b")
+
+
+def health() -> RankHealth:
+    limits = {"policy": RankLimits(60, 3600), "reference": RankLimits(20, 100)}
+    found = RankHealth(limits, report_after_s=30)
+    for rank in (*POLICY, REFERENCE):
+        found.expect(rank, 0.0)
+    return found
+
+
+def all_seen(found: RankHealth, now: float, *, verb: str | None = None, busy_s: float = 0.0) -> None:
+    for rank in (*POLICY, REFERENCE):
+        found.seen(rank, verb, busy_s, now)
+
+
+def test_ranks_that_answer_and_work_are_neither_named_nor_do_they_end_a_run():
+    found = health()
+    all_seen(found, 19.0, verb="update", busy_s=15.0)
+    assert found.failure(20.0) is None
+    assert found.overdue(20.0) == []
+
+
+def test_a_rank_that_answers_no_ping_is_named_with_what_it_did_and_ends_the_run_at_its_deadline():
+    found = health()
+    all_seen(found, 1.0, verb="update", busy_s=0.5)
+    for rank in (*POLICY[:2], REFERENCE):
+        found.seen(rank, "update", 39.5, 40.0)
+    assert found.overdue(40.0) == [
+        "policy rank 2 (pid 7 on node a) has not answered for 39 s, in `update` when it last answered",
+        "policy is in `update` for 40 s (rank 0, 1)",
+        "reference is in `update` for 40 s (rank 0)",
+    ]
+    assert found.failure(60.0) is None
+    for rank in (*POLICY[:2], REFERENCE):
+        found.seen(rank, "update", 61.5, 62.0)
+    assert found.failure(62.0) == (
+        "policy rank 2 (pid 7 on node a) hangs: no answer to a ping for 61 s, in `update` when it last answered "
+        "(roles.policy.ping_timeout_s=60)"
+    )
+
+
+def test_a_rank_that_answers_but_does_not_get_on_ends_the_run_at_the_deadline_of_its_role():
+    found = health()
+    found.seen(REFERENCE, "logps", 101.0, 200.0)
+    for rank in POLICY:
+        found.seen(rank, "update", 3000.0, 200.0)
+    assert found.failure(200.0) == (
+        "reference rank 0 (pid 9 on node b) hangs: in `logps` for 101 s (roles.reference.call_timeout_s=100)"
+    )
+
+
+def test_an_idle_rank_may_be_idle_for_ever():
+    found = health()
+    all_seen(found, 100_000.0)
+    assert found.failure(100_001.0) is None
+    assert found.overdue(100_001.0) == []
+
+
+def test_a_rank_that_died_is_named_before_those_that_wait_for_it():
+    found = health()
+    all_seen(found, 10_000.0, verb="update", busy_s=5000.0)
+    found.died(POLICY[1], "its process is gone")
+    assert found.failure(10_000.0) == (
+        "policy rank 1 (pid 7 on node a) died, in `update` when it last answered: its process is gone"
+    )
+
+
+def test_a_long_verb_is_reported_once_per_interval():
+    found = health()
+    for now in range(2, 100, 2):
+        for rank in POLICY:
+            found.seen(rank, "save_state", now, float(now))
+        found.seen(REFERENCE, None, 0.0, float(now))
+        assert (found.overdue(float(now)) != []) is (now in (30, 60, 90))
+
+
+def test_a_role_whose_processes_were_ended_on_purpose_is_missed_by_nobody():
+    found = health()
+    found.forget("reference")
+    all_policy = [found.seen(rank, None, 0.0, 50.0) for rank in POLICY]
+    assert len(all_policy) == 3 and found.failure(50.0) is None
