@@ -52,7 +52,8 @@ async def launch(
         async def start_group(role: str) -> None:
             began = time.monotonic()
             groups[role] = await _start_group(role, prepared, plan, cluster)
-            event("up", {"role": role, "seconds": round(time.monotonic() - began, 3)})
+            ranks = [worker.where for worker in groups[role].workers]
+            event("up", {"role": role, "seconds": round(time.monotonic() - began, 3), "ranks": ranks})
 
         opening = [pool.open() for pool in (rollout, reward) if pool is not None]
         await _all_or_none(*opening, *(start_group(role) for role in trained))

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import yaml
 
@@ -63,7 +64,10 @@ class Run:
         *arguments: str,
         environment: Any = None,
         base: dict[str, Any] = ARITHMETIC,
+        into: str | None = None,
     ) -> None:
+        """`into`: a shell command that standard output is piped to; else it goes to `output`, with standard error."""
+        self.into = into
         where.mkdir(parents=True, exist_ok=True)
         self.environment: dict[str, str] = environment or {}
         recipe = where / "recipe.yaml"
@@ -74,15 +78,29 @@ class Run:
     def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
         environment = {**plain_environment(), "COLUMNS": "160", **self.environment}
         with self.output.open("ab") as stream:
+            reader = subprocess.Popen(["sh", "-c", self.into], stdin=subprocess.PIPE) if self.into else None
             return subprocess.Popen(
                 [TROUPE, *arguments],
-                stdout=stream,
+                stdout=reader.stdin if reader else stream,
                 stderr=stream,
                 cwd=self.where,
                 env=environment,
                 process_group=0 if self.in_foreground else None,
                 preexec_fn=_hear_ctrl_c if self.in_foreground else None,
             )
+
+    def rank(self, role: str) -> psutil.Process:
+        """The process of a role's first rank, once it is up."""
+        up = self.until(lambda: [up for up in self.events("up") if up["role"] == role], f"{role} to be up")
+        return psutil.Process(int(up[-1]["ranks"][0].split()[1]))  # "pid 12 on node a"
+
+    def ended(self, timeout_s: float = 180.0) -> tuple[int, str]:
+        """(exit code, output) of a run that is to fail."""
+        try:
+            code = self.process.wait(timeout_s)
+        finally:
+            self.process.kill()
+        return code, self.output.read_text()
 
     def resume(self) -> None:
         self.process = self._start("resume", str(self.folder))

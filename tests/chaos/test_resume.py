@@ -34,13 +34,23 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(tmp_path: Path, uninte
     run = Run(tmp_path, CHANGES)
     run.until(lambda: run.steps() >= at_step, f"step {at_step}")
     family = psutil.Process(run.process.pid).children(recursive=True)
-    actors = [process for process in family if "Agent" not in process.name()]  # Ray's agents take a minute to notice
     run.process.send_signal(signal.SIGKILL)
     run.process.wait(30)
-    assert not psutil.wait_procs(actors, timeout=30)[1], "no process outlives its driver"
+    assert not psutil.wait_procs(family, timeout=30)[1], "no process outlives its driver, Ray's agents neither"
     assert run.steps() < 10, "it was over before it was killed"
     run.resume()
     run.wait()
+    assert weights(run) == uninterrupted
+    steps = [line["step"] for line in run.lines("metrics.jsonl") if "step_time" in line]
+    assert steps == list(range(1, 11)), "the curve has every step once"
+
+
+def test_a_run_that_may_restart_goes_on_by_itself_to_the_same_bits(tmp_path: Path, uninterrupted: bytes):
+    run = Run(tmp_path, CHANGES, "--restarts", "2")
+    run.until(lambda: run.steps() >= 3, "step 3")
+    run.rank("policy").send_signal(signal.SIGKILL)
+    run.wait()
+    assert "troupe: restart 1 of 2, from the last checkpoint of" in run.output.read_text()
     assert weights(run) == uninterrupted
     steps = [line["step"] for line in run.lines("metrics.jsonl") if "step_time" in line]
     assert steps == list(range(1, 11)), "the curve has every step once"

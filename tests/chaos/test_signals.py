@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -15,7 +15,6 @@ pytestmark = pytest.mark.timeout(900)  # whole runs, several processes each; a b
 CHANGES = {
     "train": {"steps": 1000, "batch_size": 8},
     "roles": {"rollout": {"engine": "hf"}},
-    "checkpoint": {"every": 2},
 }
 
 
@@ -25,6 +24,17 @@ class Foreground(Run):
     in_foreground = True
 
 
+def end(run: Foreground, send: Callable[[], None]) -> tuple[int, list[str]]:
+    """(exit code, Troupe's own lines) of a run that was told to stop; nothing of it is left."""
+    family = psutil.Process(run.process.pid).children(recursive=True)
+    send()
+    code = run.process.wait(40)  # less than the minute for which Ray's client would wait
+    output = run.output.read_text()
+    assert not psutil.wait_procs(family, timeout=20)[1]
+    assert "Traceback" not in output, output[-4000:]
+    return code, [line for line in output.splitlines() if line.startswith("troupe: ")]
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Foreground]:
     started = Foreground(tmp_path, CHANGES)
@@ -32,19 +42,26 @@ def run(tmp_path: Path) -> Iterator[Foreground]:
     started.process.kill()
 
 
-@pytest.mark.parametrize("received", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_the_whole_process_group_ends_a_run_and_says_where_it_can_be_continued(
-    run: Foreground, received: signal.Signals
+@pytest.mark.parametrize(
+    ("received", "to_all"), [(signal.SIGINT, True), (signal.SIGHUP, True), (signal.SIGTERM, False)]
+)
+def test_a_signal_ends_a_run_with_a_checkpoint_of_its_last_step_from_which_it_goes_on(
+    run: Foreground, received: signal.Signals, to_all: bool
 ):
-    run.until(lambda: run.events("checkpoint"), "a checkpoint")
-    family = psutil.Process(run.process.pid).children(recursive=True)
-    os.killpg(run.process.pid, received)
-    code = run.process.wait(40)  # less than the minute for which Ray's client would wait
-    output = run.output.read_text()
-    assert code == 128 + received, output[-4000:]
-    assert not psutil.wait_procs(family, timeout=20)[1]
-    assert [event["signal"] for event in run.events("interrupted")] == [received.name]
-    assert "Traceback" not in output
-    [said] = [line for line in output.splitlines() if line.startswith("troupe: ")]
-    assert f"stopped by {received.name}: last checkpoint {run.folder}/checkpoints/step-" in said
-    assert f"troupe resume {run.folder}" in said
+    run.until(lambda: run.steps() >= 3, "step 3")
+    assert not run.events("checkpoint")
+    code, (first, last) = end(run, lambda: (os.killpg if to_all else os.kill)(run.process.pid, received))
+    assert code == 128 + received
+    [saved] = run.events("checkpoint")
+    assert saved["step"] == run.steps()
+    assert first.startswith(f"troupe: {received.name}: ends its step and saves a checkpoint first")
+    assert f"stopped by {received.name}: last checkpoint {run.folder}/checkpoints/step-{saved['step']:08d};" in last
+    assert f"troupe resume {run.folder}" in last
+
+
+def test_sigterm_to_the_whole_process_group_takes_ray_with_it_and_the_run_ends_at_once(run: Foreground):
+    run.until(lambda: run.steps() >= 3, "step 3")
+    code, said = end(run, lambda: os.killpg(run.process.pid, signal.SIGTERM))
+    assert code == 128 + signal.SIGTERM
+    assert [event["signal"] for event in run.events("interrupted")] == ["SIGTERM"]
+    assert "stopped by SIGTERM: no checkpoint yet" in said[-1]
