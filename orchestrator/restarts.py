@@ -47,7 +47,8 @@ def supervise(
     attempt that left no checkpoint is followed by `first` again. `folder_of`: the folder of the attempt with this pid,
     if it has one."""
     folder: Path | None = None
-    for attempt in range(restarts + 1):
+    attempt = 0
+    while True:
         resumed = folder is not None and any(folder.glob("checkpoints/step-*"))
         command = [*resume, str(folder)] if resumed else [*first]
         if attempt:
@@ -58,7 +59,9 @@ def supervise(
         if not may_restart(code):
             return code
         _say(f"the run ended with exit code {code}")
-    return code if code > 0 else 128 - code
+        if attempt == restarts:
+            return code if code > 0 else 128 - code
+        attempt += 1
 
 
 def folder_of(output: Path, pid: int) -> Path | None:

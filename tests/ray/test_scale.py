@@ -1,6 +1,7 @@
 """`troupe scale RUN rollout=N` on a running job."""
 
 import subprocess
+import time
 
 import pytest
 
@@ -38,6 +39,29 @@ def test_a_running_job_is_scaled_up_and_down_and_new_workers_take_part(tmp_path)
     workers = {row["worker"] for row in run.completions()}
     assert len(workers) == 3, "every worker that joined was given prompts"
     assert not run.events("evicted"), "scaling down drains, it does not kill"
+
+
+def test_a_job_that_is_scaled_to_nothing_waits_says_so_once_and_goes_on_when_it_is_scaled_up_again(tmp_path):
+    changes = {"train": {"steps": 400, "batch_size": 8}, "roles": {"rollout": {"engine": "hf"}}}
+    run = Run(tmp_path, {**changes, "cluster": {"num_cpus": 6, "watchdog_s": 1}, "weights": {"transport": "disk"}})
+    run.until(lambda: run.steps() >= 2, "step 2")
+    scale(run, 0)
+    run.until(lambda: serving(run) == 0, "no rollout worker")
+    printed = len(run.output.read_text())
+    stands = run.steps()
+    time.sleep(12)  # twice as long as the console needs to complain of a wait
+    assert run.steps() <= stands + 1 and run.process.poll() is None
+    assert "waiting" not in run.output.read_text()[printed:]
+    assert run.output.read_text().count("paused=whatever needs a rollout worker") == 1
+    for _ in range(2):  # a worker that comes late catches up each time
+        scale(run, 1)
+        reached = run.steps()
+        run.until(lambda reached=reached: run.steps() >= reached + 3, "three more steps")
+        scale(run, 0)
+        run.until(lambda: serving(run) == 0, "no rollout worker")
+    run.process.terminate()
+    assert run.process.wait(60) == 143
+    assert not run.events("evicted")
 
 
 def test_an_unknown_role_is_refused_with_what_is_allowed(tmp_path):
