@@ -146,7 +146,7 @@ def test_a_killed_actors_call_raises_infra_failure_quickly() -> None:
         began = time.monotonic()
         await worker.kill()
         await worker.kill()  # killing twice is fine
-        with pytest.raises(InfraFailure, match=r"troupe/test/killed/0\.block: ActorDiedError.*pid \d+ on node"):
+        with pytest.raises(InfraFailure, match=r"troupe/test/killed/0\.block: the worker died: .*pid \d+ on node"):
             await call
         return time.monotonic() - began
 
