@@ -91,22 +91,34 @@ class RowCollector:
     """Batches of rows that are complete from the start: supervised, paired and unpaired data. The next batch is read
     ahead; with `overlaps`, the stages that it passes before learning run ahead, too."""
 
-    def __init__(self, source: Any, company: Company, cursor: Cursor, items: int, *, overlaps: bool = True) -> None:
+    def __init__(
+        self,
+        source: Any,
+        company: Company,
+        cursor: Cursor,
+        items: int,
+        *,
+        overlaps: bool = True,
+        last: tuple[int, int] | None = None,
+    ) -> None:
+        """`last`: the version that the last batch is trained at, and its items; without, batches have no end."""
         self._source, self._company, self._cursor, self._items = source, company, cursor, items
-        self._overlaps = overlaps
+        self._overlaps, self._last = overlaps, last
         self._drawing = cursor.unsettled()
         self._ahead: asyncio.Task[Collected] | None = None
 
     async def next(self, version: int) -> Collected:
-        ahead = self._ahead or asyncio.ensure_future(self._assemble())
+        ahead = self._ahead or asyncio.ensure_future(self._assemble(version))
         collected = await ahead
         if not self._overlaps:
             collected = await self._pass_stages(collected)
-        self._ahead = asyncio.ensure_future(self._assemble())
+        ended = self._last is not None and version >= self._last[0]
+        self._ahead = None if ended else asyncio.ensure_future(self._assemble(version + 1))
         return collected
 
-    async def _assemble(self) -> Collected:
-        positions = [next(self._drawing) for _ in range(self._items)]
+    async def _assemble(self, version: int) -> Collected:
+        items = self._last[1] if self._last is not None and version == self._last[0] else self._items
+        positions = [next(self._drawing) for _ in range(items)]
         read = Collected(await asyncio.to_thread(self._source.batch, positions), tuple(positions))
         return await self._pass_stages(read) if self._overlaps else read
 
@@ -284,7 +296,7 @@ class GroupCollector:
     async def _assemble(self, version: int) -> Collected:
         """A batch that may be trained at `version`: the oldest groups first, then in the order of their prompts."""
         await self._until_enough(version)
-        positions = sorted(self._usable(version)[: self._contract.batch])
+        positions = sorted(self._usable(version)[: self._contract.size(version)])
         groups = tuple(self._ready.pop(position) for position in positions)
         parts = await self._company.fetch([group.tokens for group in groups])
         scored = [part.with_columns(reward=group.score.total) for part, group in zip(parts, groups, strict=True)]
@@ -302,13 +314,13 @@ class GroupCollector:
         """Until a batch may be trained at `version`. Ended by `_ended` of the groups under way; each of those has
         deadlines of its own, which count while it is worked on. So this one has none: it lasts as long as a step, or as
         long as nobody wants workers."""
-        while len(self._usable(version)) < self._contract.batch:
+        while len(self._usable(version)) < self._contract.size(version):
             if self._failure is not None:
                 raise self._failure
             if self._version == version and not self._running:  # all was admitted that may be
                 raise RunError(
-                    f"{len(self._usable(version))} of {self._contract.batch} prompt groups are ready for version "
-                    f"{version}, none is under way, and none may be admitted ({self._accepted} accepted)"
+                    f"{len(self._usable(version))} of {self._contract.size(version)} prompt groups are ready for "
+                    f"version {version}, none is under way, and none may be admitted ({self._accepted} accepted)"
                 )
             self._changed.clear()
             await self._changed.wait()

@@ -182,7 +182,7 @@ class TrainConfig(Section):
 
     steps: Positive | None = None
     """Optimizer steps of the phase; this or `epochs`."""
-    epochs: Annotated[float, Field(gt=0)] | None = None
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Passes over the data; this or `steps`."""
     batch_size: Positive = 32
     """Items of the data set per optimizer step: prompts, examples, pairs."""

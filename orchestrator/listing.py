@@ -157,7 +157,7 @@ def show_plan(config: RunConfig) -> bool:
     _print(render(plan, cluster))
     for phase in prepared.phases:
         _print(Text(f"\ndata of {phase.name}", "bold"))
-        _print(Text("\n".join(phase.source.report.lines())))
+        _print(Text("\n".join([*phase.source.report.lines(), phase.drawn])))
         _print(coloured(phase.source.preview()))
     return not problems(plan, cluster)
 

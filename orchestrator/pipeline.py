@@ -38,6 +38,11 @@ class DataKind:
     prompts_only: bool = False
 
 
+def items_of(kind: DataKind) -> str:
+    """What the items of a data set are called in messages."""
+    return kind.name if kind.name in ("prompts", "pairs") else "examples"
+
+
 _ROWS = frozenset({"tokens", "mask", "group"})
 
 Completions = DataKind("completions", _ROWS)

@@ -11,6 +11,7 @@ from rich.text import Text
 from actors.columns import COLUMNS
 from orchestrator.bundles import ClusterView, describe, fit
 from orchestrator.memory import Memory
+from orchestrator.pipeline import items_of
 from orchestrator.plan import PhasePlan, Plan, RolePlan, problems
 from orchestrator.tables import Rows
 
@@ -43,7 +44,7 @@ def _parts(plan: Plan, cluster: ClusterView) -> Iterator[RenderableType]:
 
 def arithmetic(phase: PhasePlan) -> str:
     """`32 prompts x 8 samples = 256 rows a step, ...`."""
-    items = {"prompts": "prompts", "pairs": "pairs"}.get(phase.pipeline.data.name, "examples")
+    items = items_of(phase.pipeline.data)
     each = "samples" if phase.groups_in_flight else "rows"
     product = f"{phase.items_per_step} {items}"
     if phase.rows_per_item > 1:

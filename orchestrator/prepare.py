@@ -21,12 +21,13 @@ from actors.errors import ConfigError
 from actors.lora import LoraSpec
 from actors.model import check_architecture
 from actors.pretrained import check_folder
-from orchestrator.config import DataConfig, EvaluationConfig, FrozenRole, PhaseConfig, RunConfig
+from orchestrator.config import DataConfig, EvaluationConfig, FrozenRole, PhaseConfig, RunConfig, TrainedRole
 from orchestrator.examples import PREFIX, is_example, model_folder
 from orchestrator.losses.objective import LossObjective
 from orchestrator.methods import build
-from orchestrator.pipeline import DataKind, Pipeline, Prompts, Stage
+from orchestrator.pipeline import DataKind, Pipeline, Prompts, Stage, items_of
 from orchestrator.precompute import recall
+from orchestrator.schedule import Schedule
 from orchestrator.source import RowSource, Source, open_source
 from rewards.loading import RewardSpec, check_columns, check_names, check_reward
 from rollout.engine import ENGINES
@@ -47,10 +48,20 @@ class PreparedPhase:
     source: Source
     evaluation: Source | None  # held-out prompts
     held_out: Source | None  # held-out rows
-    steps: int
+    schedule: Schedule
     sampling: Sampling
     first_version: int  # of the policy's weights when the phase begins
     kept: tuple[Path, ...] = ()  # folders of columns that were computed for the whole data set
+
+    @property
+    def steps(self) -> int:
+        return self.schedule.steps
+
+    @property
+    def drawn(self) -> str:
+        """How much of the data the phase learns from, in a line."""
+        length = None if self.config.data.streaming else len(self.source)
+        return self.schedule.describe(items_of(self.pipeline.data), length)
 
     @property
     def temperature(self) -> float:
@@ -185,8 +196,8 @@ def _prepare_phase(
 ) -> PreparedPhase:
     phase = config.phases[name]
     source = open_source(phase.data, pipeline.data, tokenizer, seed=config.seed, model_max_length=room)
-    steps = phase_steps(phase, name, source)
-    _check_something_happens(phase, name, pipeline, steps)
+    schedule = phase_schedule(phase, name, source, _least_batch(config, pipeline))
+    _check_something_happens(phase, name, pipeline, schedule.steps)
     evaluation, held_out = _open_evaluation(phase, name, pipeline.data, tokenizer, config.seed, room)
     first_version = sum(earlier.steps for earlier in before)
     sampling = Sampling(**phase.sampling.model_dump())
@@ -194,7 +205,7 @@ def _prepare_phase(
         if each is not None:
             _refuse_too_long(each, pipeline, phase, where, f"phases.{name}.train.token_budget")
     return PreparedPhase(
-        name, len(before), phase, pipeline, source, evaluation, held_out, steps, sampling, first_version
+        name, len(before), phase, pipeline, source, evaluation, held_out, schedule, sampling, first_version
     )
 
 
@@ -214,8 +225,16 @@ def _refuse_too_long(source: Source, pipeline: Pipeline, phase: PhaseConfig, whe
         )
 
 
-def phase_steps(phase: PhaseConfig, name: str, source: Source) -> int:
-    """Optimizer steps of a phase: `train.steps`, or as many as `train.epochs` passes over the data take."""
+def _least_batch(config: RunConfig, pipeline: Pipeline) -> int:
+    """Items that a batch must have: some for each rank in each minibatch, and another one to swap with."""
+    roles = (getattr(config.roles, role, None) for role in pipeline.roles)
+    ranks = max((role.ranks for role in roles if isinstance(role, TrainedRole)), default=1)
+    minibatches = max((int(update.options.get("minibatches", 1)) for update in pipeline.updates), default=1)
+    return max(ranks * minibatches, 2 if "mismatched" in pipeline.data.columns else 1)
+
+
+def phase_schedule(phase: PhaseConfig, name: str, source: Source, least: int) -> Schedule:
+    """`train.steps` whole batches; or `train.epochs` passes over the data, which end where the last one ends."""
     where, train = f"phases.{name}.train", phase.train
     items = None if phase.data.streaming else len(source)  # a stream does not know its length
     if items is not None and train.batch_size > items:
@@ -226,12 +245,12 @@ def phase_steps(phase: PhaseConfig, name: str, source: Source) -> int:
     if train.steps is not None:
         if train.epochs is not None:
             raise ConfigError(f"{where} sets both steps={train.steps} and epochs={train.epochs:g}; keep one")
-        return train.steps
+        return Schedule.of_steps(train.steps, train.batch_size)
     if train.epochs is None:
         raise ConfigError(f"{where} sets neither steps nor epochs; set one, e.g. {where}.steps=100")
     if items is None:
         raise ConfigError(f"{where}.epochs={train.epochs:g} of a stream cannot be counted; set {where}.steps")
-    return max(1, int(items * train.epochs) // train.batch_size)
+    return Schedule.of_items(round(items * train.epochs), train.batch_size, least=least)
 
 
 def _check_something_happens(phase: PhaseConfig, name: str, pipeline: Pipeline, steps: int) -> None:

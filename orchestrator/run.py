@@ -178,7 +178,7 @@ class _Run:
     async def _phase(self, phase: PreparedPhase, roles: Roles, found: Checkpoint | None) -> None:
         """One phase, from its start or from a checkpoint inside it."""
         self._enter(phase, roles)
-        self.console.data(phase.name, phase.source.report.lines())
+        self.console.data(phase.name, [*phase.source.report.lines(), phase.drawn])
         await set_weights(self.config, self.folder, phase, roles, found)
         phase = await self._precompute(phase, roles)
         await set_optimizers(phase, roles, found)
@@ -233,13 +233,21 @@ class _Run:
     def _collector(self, phase: PreparedPhase, roles: Roles, cursor: Cursor, progress: Progress) -> Collector:
         train_config = phase.config.train
         if not phase.pipeline.generates:
-            return RowCollector(phase.source, roles, cursor, train_config.batch_size, overlaps=self.plan.overlaps)
+            last = (phase.first_version + phase.steps - 1, phase.schedule.last)
+            items, overlaps = train_config.batch_size, self.plan.overlaps
+            return RowCollector(phase.source, roles, cursor, items, overlaps=overlaps, last=last)
         return GroupCollector(
             phase.source,
             roles,
             phase.pipeline,
             cursor,
-            Contract(train_config.max_staleness, train_config.batch_size, phase.first_version, phase.steps),
+            Contract(
+                train_config.max_staleness,
+                train_config.batch_size,
+                phase.first_version,
+                phase.steps,
+                phase.schedule.last,
+            ),
             phase.sampling,
             run=phase.name,
             seed=self.config.seed + phase.index,

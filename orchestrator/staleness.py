@@ -17,18 +17,26 @@ from actors.errors import StalenessError
 
 @dataclass(frozen=True)
 class Contract:
-    """`batch`: prompt groups per training step. `first_version`: the policy's when the phase began."""
+    """`batch`: prompt groups per training step; `last`: in the last one, if that has other than that. `first_version`:
+    the policy's when the phase began."""
 
     max_staleness: int
     batch: int
     first_version: int = 0
     batches: int | None = None  # of the whole phase: nothing is admitted that no step would train
+    last: int | None = None
 
     def may_admit(self, *, accepted: int, running: int, version: int) -> bool:
         """Whether one more group may start. `accepted`: groups taken into batches or waiting for one since the phase
         began; `running`: groups being generated or scored. Source: arXiv:2505.24298 (AReaL), eq. 3."""
         ahead = self.max_staleness + version - self.first_version + 1
-        return accepted + running < (ahead if self.batches is None else min(ahead, self.batches)) * self.batch
+        if self.batches is None or ahead < self.batches:
+            return accepted + running < ahead * self.batch
+        return accepted + running < (self.batches - 1) * self.batch + (self.last or self.batch)
+
+    def size(self, version: int) -> int:
+        """Groups in the batch that is trained at `version`."""
+        return self.last or self.batch if version - self.first_version + 1 == self.batches else self.batch
 
     def oldest_allowed(self, version: int) -> int:
         """The oldest token version in a batch that is trained at `version`."""

@@ -329,6 +329,15 @@ async def test_rows_come_in_batches_in_order_and_are_settled_after_training():
     await feed.close()
 
 
+async def test_the_last_batch_of_rows_has_its_own_size_and_none_is_read_ahead_of_it():
+    company = Company()
+    feed = RowCollector(Endless(), company, Cursor(), items=2, last=(6, 1))
+    assert [(await feed.next(version)).positions for version in (5, 6)] == [(0, 1), (2,)]
+    await asyncio.sleep(0.05)
+    assert company.staged == 2
+    await feed.close()
+
+
 @pytest.mark.parametrize(("overlaps", "ahead"), [(True, 2), (False, 1)])
 async def test_stages_before_learning_run_ahead_only_where_roles_overlap(overlaps: bool, ahead: int):
     company = Company()
