@@ -117,12 +117,14 @@ def answer(name: str) -> None:
 def _try_ray() -> str:
     import ray
 
+    from orchestrator.private_temp import private_temp
     from orchestrator.ray_address import refuse_unreachable
 
     address = os.environ.get("RAY_ADDRESS") or "local"
     if address not in ("local", "auto"):
         refuse_unreachable(address, "RAY_ADDRESS")
-    options: dict[str, Any] = {"num_cpus": 1, "include_dashboard": False} if address == "local" else {}
+    ours = {"num_cpus": 1, "include_dashboard": False, "_temp_dir": str(private_temp())}
+    options: dict[str, Any] = ours if address == "local" else {}
     ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
     nodes = ray.get(ray.remote(num_cpus=0)(lambda: len(ray.nodes())).remote(), timeout=60)
     ray.shutdown()

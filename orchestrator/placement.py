@@ -36,6 +36,7 @@ from orchestrator.config import ClusterConfig, RunConfig
 from orchestrator.imports import worker_setup
 from orchestrator.leftovers import Leftovers
 from orchestrator.plan import Machine, Plan, RolePlan
+from orchestrator.private_temp import private_temp
 from orchestrator.ray_address import LOCAL, chosen_address, refuse_unreachable, set_by
 
 T = TypeVar("T")
@@ -282,6 +283,7 @@ def connect(cluster: ClusterConfig, plan: Plan, *, debug: bool = False) -> str |
             "num_cpus": _own_cpus(cluster, plan),
             "object_store_memory": cluster.object_store_mib * 2**20,
             "include_dashboard": cluster.dashboard,
+            "_temp_dir": str(private_temp()),
         }
         # Our actors have environments of their own, so none would be taken from Ray's stock of idle workers.
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")

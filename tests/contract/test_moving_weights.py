@@ -141,6 +141,7 @@ def test_a_resumed_run_ends_with_the_same_bits(model: Path, tmp_path: Path, phas
     assert whole.checkpoint is not None
     kept = whole.checkpoint.rename(tmp_path / "kept")
     before = STEPS * (len(config.phases) - 1)
+    left_at = weights(whole.folder / "checkpoints" / f"step-{before + left:08d}" / "model")
     for step in range(before + left + 1, before + STEPS):
         shutil.rmtree(whole.folder / "checkpoints" / f"step-{step:08d}")
     resumed = run(config, local=True, resume=whole.folder)
@@ -151,6 +152,8 @@ def test_a_resumed_run_ends_with_the_same_bits(model: Path, tmp_path: Path, phas
     assert {str(path) for path in models} == expected
     for name in models:
         assert_equal_bits(resumed.checkpoint / name, kept / name)
+    moved = [name for name, weight in weights(kept / "model").items() if not torch.equal(weight, left_at[name])]
+    assert moved, "what was trained after the resume must move the weights, or nothing is compared"
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["full", "adapters"])
