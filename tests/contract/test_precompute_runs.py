@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from orchestrator.config import RunConfig
+from orchestrator.loading import load_run
 from orchestrator.prepare import prepare
 from orchestrator.run import RunResult, run
 from tests.unit.source_stub import write_rows
@@ -134,7 +135,7 @@ def test_a_later_phases_reference_is_the_policy_as_it_began_and_a_resumed_run_ta
     expected_metrics, expected = metrics(result), weights(result)
     assert all(line["grad_norm"] > 1e-3 for line in expected_metrics), "nothing was learned, so nothing is compared"
     shutil.rmtree(result.folder / "checkpoints" / f"step-{2 * STEPS:08d}")
-    resumed = run(once, local=True, resume=result.folder)
+    resumed = run(load_run(result.folder), local=True, resume=result.folder)
     assert origins(resumed) == ["reference", "cache"]
     assert metrics(resumed) == expected_metrics
     assert [name for name, tensor in weights(resumed).items() if not torch.equal(tensor, expected[name])] == []
