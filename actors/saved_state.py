@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from actors.errors import DiskError, RunError
+from actors.errors import DiskError, RunError, TroupeError
 
 DATA_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch's own switch: it holds for every `torch.load` of the process
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -69,7 +69,7 @@ def writing(folder: Path) -> Generator[None]:
     try:
         yield
     except Exception as error:
-        if not refused_by_disk(error):
+        if isinstance(error, TroupeError) or not refused_by_disk(error):
             raise
         raise DiskError(f"{folder}: {error} ({free_space(folder)})") from error
 

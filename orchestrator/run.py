@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.errors import ConfigError, Interrupted, RunError, UserError
+from actors.saved_state import writing
 from orchestrator.beside import beside, board_of, watching
 from orchestrator.checkpoint import AVERAGED, MODEL, Checkpoint, CheckpointStore, RunState
 from orchestrator.cluster import Cluster, LocalCluster
@@ -64,7 +65,7 @@ def run(
     from its newest valid checkpoint, or that of `from_step`. Raises UserError before anything is launched, RunError
     afterwards."""
     began = time.monotonic()
-    with ExitStack() as stack:
+    with writing(resume or config.output), ExitStack() as stack:
         if resume is not None:  # first of all: what another process is writing must not be read either
             stack.enter_context(driving(resume))
         refuse_surroundings(config, local=local, resume=resume)

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from actors.errors import ConfigError
+from actors.errors import ConfigError, DiskError
 from orchestrator.checkpoint import CheckpointStore
 from orchestrator.loading import config_of, load_run
 from orchestrator.run import RunResult, run
 from orchestrator.run_lock import driving
+from tests.unit.test_saved_state import disk_of
 from tests.unit.tiny import tiny_model_folder
 
 STEPS, LEARNING_RATE = 4, 0.01
@@ -167,6 +168,17 @@ def test_a_run_that_is_driven_is_refused_before_anything_of_it_is_read(folder: P
     with driving(folder):
         said = refusal(folder, "seed=1")
     assert "is driven by process" in said and "seed" not in said
+
+
+@pytest.mark.parametrize("largest_file", [0, 200])
+def test_a_full_disk_ends_a_resume_with_an_error_of_its_own_and_leaves_what_there_was(folder: Path, largest_file: int):
+    kept = ("config.json", "metrics.jsonl")
+    before = [(folder / file).read_text() for file in kept]
+    with disk_of(largest_file), pytest.raises(DiskError, match=f"{folder}.*MiB free there"):
+        resume(folder, "train.steps=5")
+    assert [(folder / file).read_text() for file in kept] == before
+    resume(folder, "train.steps=5")
+    assert len(rates(folder)) == 5
 
 
 def test_a_new_run_is_its_owners_alone(finished: RunResult):
