@@ -77,6 +77,7 @@ class Trainable:
         self._objective_states: dict[str, dict[str, Any]] = {}
         self._average: Average | None = None
         self._steps_done = 0
+        self._asleep = False
         self._busy: tuple[str, float] | None = None
 
     def ready(self) -> WorkerInfo:
@@ -228,13 +229,15 @@ class Trainable:
             self._backend = build_backend(self._model_spec, self._backend_spec, self._placement)
 
     def sleep(self) -> None:
-        """Give the accelerator's memory back, keeping the state."""
+        """Give the accelerator's memory back, keeping the state. Until `wake`, every other verb is a RunError."""
         with self._doing("sleep"):
             self.backend.sleep()
+            self._asleep = True
 
     def wake(self) -> None:
         with self._doing("wake"):
             self.backend.wake()
+            self._asleep = False
 
     def close(self) -> None:
         """Let go of the model. Closing twice is fine."""
@@ -282,6 +285,8 @@ class Trainable:
 
     @contextlib.contextmanager
     def _doing(self, verb: str) -> Generator[None]:
+        if self._asleep and verb not in ("sleep", "wake"):
+            raise RunError(f"{self.name} sleeps, and its weights are not on its device: `wake` comes before `{verb}`")
         self._busy = (verb, time.monotonic())
         try:
             yield

@@ -133,12 +133,15 @@ def _try_ray() -> str:
 
 def _try_backend(kind: str) -> Callable[[], str]:
     def probe() -> str:
+        import torch
+
         from actors.backends import BackendSpec
         from actors.backends.optimizer import OptimSpec
         from actors.model import ModelSpec
         from actors.trainable import Trainable
 
-        model, backend = ModelSpec(_example_model()), BackendSpec(kind, OptimSpec(learning_rate=1e-3, total_steps=1))
+        optim, gpus = OptimSpec(learning_rate=1e-3, total_steps=1), float(torch.cuda.is_available())
+        model, backend = ModelSpec(_example_model()), BackendSpec(kind, optim, gpus=gpus)
         held = Trainable("doctor", model, backend, threads=1).ready().detail
         return f"holds {held['parameters']:,} parameters on {held['device']}"
 

@@ -87,7 +87,11 @@ async def _start_group(role: str, prepared: Prepared, plan: Plan, cluster: Clust
     frozen = isinstance(config, FrozenRole)
     optim = None if frozen else optim_spec(prepared.phases[0])
     backend = BackendSpec(
-        kind=config.backend, optim=optim, deepspeed=_deepspeed_config(role, config), zero_stage=config.zero_stage
+        kind=config.backend,
+        gpus=config.gpus,
+        optim=optim,
+        deepspeed=_deepspeed_config(role, config),
+        zero_stage=config.zero_stage,
     )
     spec = _model_spec(prepared, role)
     common = {"model": spec, "backend": backend, "threads": plan.roles[role].threads, "seed": prepared.config.seed}

@@ -118,6 +118,8 @@ class HfEngine:
 
     def sleep(self) -> None:
         self._model.to("cpu")
+        if self.device.type != "cpu":
+            torch.cuda.empty_cache()  # or the allocator keeps it for this process
 
     def wake(self) -> None:
         self._model.to(self.device)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from actors.backends.optimizer import OptimSpec
 from actors.backends.protocol import Backend
 from actors.errors import ConfigError
@@ -29,6 +31,18 @@ class BackendSpec:
     optim: OptimSpec | None = None
     deepspeed: dict[str, Any] | None = None
     zero_stage: int = 2  # used where `deepspeed` does not say
+    gpus: float = 0.0  # of this rank; 0: it computes on the CPU, whatever the machine has
+
+
+def device_of(gpus: float, *, available: bool) -> torch.device:
+    """Where a rank computes: on a GPU if it was given one, and on none that it was not. Raises ConfigError for a GPU
+    that is not `available` to torch."""
+    if gpus > 0 and not available:
+        raise ConfigError(
+            f"a role has gpus={gpus:g}, and torch sees no GPU in its process; install a torch with CUDA, or set "
+            "roles.<role>.gpus=0 to compute on the CPU"
+        )
+    return torch.device("cuda" if gpus > 0 else "cpu")
 
 
 def _single(model: ModelSpec, spec: BackendSpec, placement: Placement) -> Backend:

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from actors import saved_state
-from actors.backends import BackendSpec, Placement, deepspeed_config
+from actors.backends import BackendSpec, Placement, deepspeed_config, device_of
 from actors.backends.optimizer import OptimSpec, build_optimizer, build_schedule, set_hyperparameters
+from actors.backends.parking import Sleeper
 from actors.backends.protocol import StepInfo
 from actors.errors import ConfigError
 from actors.exchange import Instead, mix_in, replaced
@@ -67,7 +68,8 @@ class DeepSpeedBackend:
     """See `actors.backends.protocol.Backend`. Resumption is exact to the bit at the same number of ranks."""
 
     def __init__(self, model: ModelSpec, spec: BackendSpec, placement: Placement) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device_of(spec.gpus, available=torch.cuda.is_available())
+        self._sleeper = Sleeper(self.device)
         self._deepspeed = _import_deepspeed(self.device)
         _join(placement, self.device)
         self._deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
@@ -231,21 +233,15 @@ class DeepSpeedBackend:
         dist.barrier()
 
     def sleep(self) -> None:
-        if self.device.type == "cpu":
-            return
-        if self._engine is None:
-            self._module.to("cpu")
-        else:
-            self._engine.offload_states()
-        torch.cuda.empty_cache()
+        self._sleeper.sleep(*self.held)
 
     def wake(self) -> None:
-        if self.device.type == "cpu":
-            return
-        if self._engine is None:
-            self._module.to(self.device)
-        else:
-            self._engine.reload_states()
+        self._sleeper.wake()
+
+    @property
+    def held(self) -> tuple[Any, ...]:
+        """Whatever has tensors: the model, and DeepSpeed's flat buffers, partitions and moments."""
+        return self._module, self._engine
 
 
 def _import_deepspeed(device: torch.device) -> Any:
@@ -258,6 +254,12 @@ def _import_deepspeed(device: torch.device) -> Any:
         raise ConfigError(
             f"backend 'deepspeed' needs the package deepspeed ({error}); install it or use 'single'"
         ) from None
+    computing = deepspeed.accelerator.get_accelerator().device_name()
+    if computing != device.type:
+        raise ConfigError(
+            f"DeepSpeed computes on {computing} in this process, and a role of it wants {device.type} (by its gpus); "
+            "unset DS_ACCELERATOR, and with --local give all its DeepSpeed roles a GPU, or none"
+        )
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else half a minute of g++; gloo does the same
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # It calls collectives by names that torch has renamed: no news for whoever reads a run's output.

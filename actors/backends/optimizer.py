@@ -119,11 +119,6 @@ class Stepper:
         self.optimizer.load_state_dict({"state": state["moments"], "param_groups": configured})
         self.schedule = build_schedule(self.optimizer, self.spec, state["steps"])
 
-    def move_state(self, device: torch.device) -> None:
-        """Take the moments to another device; the tensors themselves are the caller's to move."""
-        for state in self.optimizer.state.values():
-            state.update({name: value.to(device) for name, value in state.items() if isinstance(value, Tensor)})
-
 
 _SHAPES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,

@@ -11,13 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from actors import saved_state
-from actors.backends import BackendSpec, Placement
+from actors.backends import BackendSpec, Placement, device_of
 from actors.backends.optimizer import OptimSpec, Stepper
+from actors.backends.parking import Sleeper
 from actors.backends.protocol import StepInfo
 from actors.errors import ConfigError
 from actors.exchange import Instead, mix_in, replaced
@@ -52,7 +54,8 @@ class SingleBackend:
             raise ConfigError(
                 "backend 'single' does not train in float16, which needs loss scaling; use bfloat16 or float32"
             )
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device_of(spec.gpus, available=torch.cuda.is_available())
+        self._sleeper = Sleeper(self.device)
         self.world = SoloWorld()
         self.model = load_model(model, self.device, trainable=spec.optim is not None)
         trained = ((name, p) for name, p in self.model.causal.named_parameters() if p.requires_grad)
@@ -113,17 +116,15 @@ class SingleBackend:
         write_adapter(causal, folder, adapter_weights(causal, _gathering(causal, instead)))
 
     def sleep(self) -> None:
-        self._move(torch.device("cpu"))
+        self._sleeper.sleep(*self.held)
 
     def wake(self) -> None:
-        self._move(self.device)
+        self._sleeper.wake()
 
-    def _move(self, device: torch.device) -> None:
-        self.model.to(device)
-        for weight in self._weights.values():
-            weight.master.data = weight.master.data.to(device)
-        if self._stepper is not None:
-            self._stepper.move_state(device)
+    @property
+    def held(self) -> tuple[Any, ...]:
+        """Whatever has tensors: model, float32 weights, moments."""
+        return self.model, self._weights, self._stepper
 
     def _round_weights(self) -> None:
         for weight in self._weights.values():

@@ -22,12 +22,14 @@ import numpy as np
 import pytest
 import ray
 import torch
+from peft import AutoPeftModelForCausalLM
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from actors.averaging import AverageSpec
 from actors.backends import BackendSpec
 from actors.backends.optimizer import OptimSpec
+from actors.backends.parking import Parked, tensors_below
 from actors.batch import Batch
 from actors.errors import ConfigError, InfraFailure, RunError
 from actors.group import start_ranks
@@ -128,6 +130,18 @@ class Rank:
 
     def mix(self, *args: Any) -> None:
         self.act("mix", *args)
+
+    def park_and_take_back(self) -> int:
+        """What `sleep` and `wake` do on a GPU, done to the memory that this rank has on the CPU; how many bytes."""
+        assert self.trainable is not None
+        held = self.trainable.backend.held  # type: ignore[attr-defined]
+        for tensor in tensors_below(*held):
+            if not tensor.untyped_storage().resizable():  # a file's memory, which no GPU computes from
+                tensor.data = tensor.data.clone()
+        parked = Parked(torch.device("cpu"), *held)
+        nbytes = parked.nbytes
+        parked.take_back()
+        return nbytes
 
     def combine(self, values: list[float]) -> tuple[list[float], list[float]]:
         assert self.trainable is not None
@@ -558,6 +572,31 @@ def test_a_frozen_role_takes_in_a_share_of_the_trained_ones_weights(
     kept = reference.weights()
     reference.act("load_model", str(tmp_path / "mixed"))
     assert_same_weights(reference.weights(), kept)  # what a checkpoint does
+
+
+@every_backend
+def test_what_is_parked_between_two_steps_comes_back_to_the_bit(start: Start, train: Train, case: Case) -> None:
+    role = start(case)
+    reports = role.update(2)
+    held = sum(role.call("park_and_take_back"))
+    reports += role.update(2)
+    run = train(case)
+    assert [report.metrics["loss"] for report in reports] == run.losses
+    assert_same_weights(role.weights(), run.weights)
+    numel = sum(weight.size for weight in run.weights.values())
+    assert held > 0.99 * numel * (4 + 8), "weights and Adam's two moments, of all ranks together"
+
+
+@pytest.mark.parametrize("case", [SINGLE, Case("deepspeed", 2, 1), ZERO3], ids=str)
+def test_adapters_are_saved_alone_and_open_with_peft(start: Start, tmp_path: Path, case: Case) -> None:
+    role = start(case, lora=LORA)
+    base = role.logps()
+    role.update(2)
+    role.act("save_adapter", str(tmp_path / "adapter"))
+    opened: Any = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    opened.merge_and_unload().save_pretrained(tmp_path / "merged")
+    np.testing.assert_allclose(plain_logps(str(tmp_path / "merged"), role.batch), role.logps(), atol=1e-4)
+    assert np.abs(role.logps() - base).max() > 1e-2
 
 
 @pytest.mark.parametrize("case", [SINGLE, Case("deepspeed", 0, 1), ZERO3], ids=str)

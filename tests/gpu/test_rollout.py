@@ -75,7 +75,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start_trainer(folder: Path, gpus: float) -> RayWorker:
-    kwargs = {"name": "policy", "model": ModelSpec(str(folder), dtype="bfloat16"), "backend": BackendSpec()}
+    kwargs = {"name": "policy", "model": ModelSpec(str(folder), dtype="bfloat16"), "backend": BackendSpec(gpus=1.0)}
     options = {"num_gpus": gpus}
     return start_worker(f"troupe/gpu/policy/{next(_numbers)}", Shaken, {**kwargs, "threads": 1}, ray_options=options)
 

@@ -99,7 +99,7 @@ def batch() -> Batch:
 
 
 def trainer(folder: Path, dtype: str) -> Trainable:
-    spec = BackendSpec(optim=OPTIM)
+    spec = BackendSpec(gpus=1.0, optim=OPTIM)
     trainable = Trainable("policy", ModelSpec(str(folder), dtype=dtype), spec, threads=2)
     assert trainable.ready().detail["device"] == "cuda"
     return trainable

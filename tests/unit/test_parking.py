@@ -1,0 +1,72 @@
+"""Sleep and wake without an accelerator: the same way on the CPU's memory, which every backend holds alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from actors.backends import BackendSpec, Placement, build_backend, device_of
+from actors.backends.optimizer import OptimSpec
+from actors.backends.parking import Parked, tensors_below
+from actors.errors import ConfigError, RunError
+from actors.model import ModelSpec
+from actors.trainable import Trainable
+from tests.unit.tiny import tiny_model_folder
+
+CPU = torch.device("cpu")
+OPTIM = OptimSpec(learning_rate=1e-2, total_steps=4)
+
+
+def test_what_is_parked_takes_no_memory_and_comes_back_into_the_same_tensors() -> None:
+    flat = torch.arange(12.0)
+    weight = torch.nn.Parameter(flat.view(3, 4))
+    weight.grad = torch.ones(3, 4)
+    moments = {"state": {weight: {"exp_avg": torch.full((3, 4), 2.0), "step": 7}}}
+    parked = Parked(CPU, [moments])
+    assert parked.nbytes == 3 * 12 * 4, "the weight that a dictionary is keyed by, its gradient, and its moment"
+    assert flat.untyped_storage().nbytes() == 0 and weight.grad.untyped_storage().nbytes() == 0
+    parked.take_back()
+    assert torch.equal(weight, torch.arange(12.0).view(3, 4)) and torch.equal(weight.grad, torch.ones(3, 4))
+    assert torch.equal(moments["state"][weight]["exp_avg"], torch.full((3, 4), 2.0))
+    flat[0] = 5.0
+    assert weight[0, 0] == 5.0, "a view goes on being one"
+
+
+def test_tensors_of_another_kind_of_device_are_left_alone() -> None:
+    assert Parked(torch.device("cuda"), [torch.ones(3)]).nbytes == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_trainer_holds_weights_masters_and_moments_where_sleep_finds_them(tmp_path: Path, dtype: str) -> None:
+    model = ModelSpec(str(tiny_model_folder(tmp_path, hidden=32)), dtype=dtype)
+    backend = build_backend(model, BackendSpec("single", OPTIM), Placement())
+    tokens = torch.arange(2, 30)
+    logps = backend.model(tokens, (28,), torch.arange(1, 28))["logps"]
+    backend.backward(-logps.sum(), last=True)
+    backend.step()
+    numel = sum(parameter.numel() for parameter in backend.model.parameters())
+    per_weight = sum(tensor.nbytes for tensor in tensors_below(*backend.held)) / numel
+    expected = 4 + 8 if dtype == "float32" else 2 + 4 + 8
+    assert per_weight == pytest.approx(expected, rel=0.05), "and buffers, which are small"
+
+
+def test_a_role_computes_where_its_gpus_say_and_not_where_there_is_one() -> None:
+    assert device_of(0, available=True) == CPU
+    assert device_of(0, available=False) == CPU
+    assert device_of(0.5, available=True) == torch.device("cuda")
+    with pytest.raises(ConfigError, match=r"gpus=1, and torch sees no GPU.*gpus=0"):
+        device_of(1, available=False)
+
+
+def test_a_sleeping_role_refuses_everything_until_it_is_woken(tmp_path: Path) -> None:
+    folder = str(tiny_model_folder(tmp_path, hidden=32))
+    role = Trainable("policy", ModelSpec(folder), BackendSpec("single", OPTIM), threads=1)
+    role.ready()
+    role.sleep()
+    with pytest.raises(RunError, match=r"policy sleeps.*`wake` comes before `save_model`"):
+        role.save_model(str(tmp_path / "saved"))
+    role.wake()
+    role.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "model.safetensors").exists()
