@@ -18,6 +18,7 @@ import torch
 from actors.errors import DataFailure, InfraFailure
 from rollout.engine import Engine, EngineSpec, build_engine
 from rollout.sampling import Completion, Finish, Request, Sampling
+from rollout.vllm_engine import CPU_HEAD_SIZES
 from tests.unit.tiny import tiny_model_folder, tiny_tokenizer
 
 EOS = 1
@@ -348,3 +349,9 @@ def test_weights_that_lack_a_parameter_are_refused_and_a_whole_set_is_taken_agai
     subject.load(subject.original, 4)
     completion = subject.one(Request("a", PROMPT, 1, Sampling(16), seed=16))
     assert subject.error(PROMPT, completion).max() < 1e-4
+
+
+def test_the_head_sizes_that_a_plan_allows_on_a_cpu_are_vllm_s_own() -> None:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    assert list(CPU_HEAD_SIZES) == CPUAttentionBackend.get_supported_head_sizes()
