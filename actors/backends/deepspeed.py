@@ -254,7 +254,8 @@ def _import_deepspeed(device: torch.device) -> Any:
         raise ConfigError(
             f"backend 'deepspeed' needs the package deepspeed ({error}); install it or use 'single'"
         ) from None
-    computing = deepspeed.accelerator.get_accelerator().device_name()
+    accelerator: Any = deepspeed.accelerator.get_accelerator()
+    computing = accelerator.device_name()
     if computing != device.type:
         raise ConfigError(
             f"DeepSpeed computes on {computing} in this process, and a role of it wants {device.type} (by its gpus); "
