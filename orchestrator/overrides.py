@@ -1,32 +1,63 @@
 """`a.b=c` on the command line: a path into the configuration and a YAML value.
 
-Reading YAML stands here too, because a value must mean the same in a file and in an override: `1e-3` is a number in
-both (plain YAML 1.1 takes it for a string), and a key given twice is refused instead of the last one winning unseen.
+Reading YAML stands here too, because a value must mean the same in a file and in an override: numbers are those of YAML
+1.2 (YAML 1.1 takes `1e-3` for a text and `1:30` for 90), and a key given twice is refused instead of the last one
+winning unseen.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from actors.errors import ConfigError
 
+Number = TypeVar("Number", int, float)
 Keys = tuple[str | int, ...]  # of keys; an int is a position in a list
+
+# Tag, form and first characters. YAML 1.2's core schema for numbers; of YAML 1.1 the booleans, nothing and `<<`.
+PLAIN_SCALARS = (
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
+    ("bool", r"(y|Y)es|YES|(n|N)o|NO|(t|T)rue|TRUE|(f|F)alse|FALSE|(o|O)n|ON|(o|O)ff|OFF", "yYnNtTfFoO"),
+    ("null", r"~|null|Null|NULL|", "~nN"),
+    ("merge", r"<<", "<"),
+)
 
 
 class Loader(yaml.SafeLoader):
-    """Safe YAML in which `1e-3` is a number."""
+    """Safe YAML with the numbers of YAML 1.2: `1e-3` and `.5` are some, and `010` is ten. `1:30`, a date, `1_000` and
+    `=` are texts."""
 
 
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
+def _integer(loader: Loader, node: yaml.ScalarNode) -> int:
+    text = str(loader.construct_scalar(node))
+    return _number(node, lambda: int(text, 0) if text.startswith(("0o", "0x")) else int(text))
+
+
+def _float(loader: Loader, node: yaml.ScalarNode) -> float:
+    text = str(loader.construct_scalar(node)).lower()
+    return _number(node, lambda: float(re.sub(r"\.(inf|nan)", r"\1", text)))
+
+
+def _number(node: yaml.ScalarNode, read: Callable[[], Number]) -> Number:
+    """Raises ConstructorError for what Python cannot read: thousands of digits, or a word marked as a number."""
+    try:
+        return read()
+    except ValueError as error:
+        raise yaml.constructor.ConstructorError(None, None, f"no number: {error}", node.start_mark) from None
+
+
+Loader.yaml_implicit_resolvers = {}
+for _tag, _form, _first in PLAIN_SCALARS:  # "": a value that is not there has no first character
+    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_form})$"), [*_first, ""])
+Loader.add_constructor("tag:yaml.org,2002:int", _integer)
+Loader.add_constructor("tag:yaml.org,2002:float", _float)
 
 
 @dataclass(frozen=True)
@@ -51,7 +82,7 @@ def parse(text: str) -> Override:
         parsed = yaml.load(value, Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {text!r}: the value is not YAML ({_first_line(error)})") from None
-    return Override(tuple(int(part) if part.isdigit() else part for part in parts), parsed, text)
+    return Override(tuple(int(part) if part.isdecimal() else part for part in parts), parsed, text)
 
 
 def apply(tree: dict[str, Any], override: Override) -> None:

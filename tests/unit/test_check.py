@@ -27,7 +27,12 @@ def write(tmp_path: Path, *lines: bytes) -> Path:
 
 MALFORMED = {
     "a column that this row lacks": ("dpo", PAIR, b'{"prompt": "1+1=", "chosen": "2"}', "rejected is missing"),
-    "a value of another type": ("dpo", PAIR, b'{"prompt": "1+1=", "chosen": 2, "rejected": "3"}', "types differ"),
+    "a value of another type": (
+        "dpo",
+        PAIR,
+        b'{"prompt": "1+1=", "chosen": 2, "rejected": "3"}',
+        "chosen is of type int, not a text",
+    ),
     "an empty completion": ("dpo", PAIR, b'{"prompt": "1+1=", "chosen": "", "rejected": "3"}', "chosen is empty"),
     "chosen equal to rejected": (
         "dpo",
@@ -42,13 +47,13 @@ MALFORMED = {
         "kto",
         LABELLED.replace(b"true", b"1"),
         LABELLED.replace(b"true", b"2"),
-        "label is of type int, not true or false",
+        "label is 2, not true or false",
     ),
     "a label in words": (
         "bco",
         LABELLED.replace(b"true", b'"good"'),
         LABELLED.replace(b"true", b'"bad"'),
-        "label is of type str, not true or false",
+        "label is 'bad', not true or false",
     ),
 }
 
@@ -97,7 +102,7 @@ def test_bad_rows_within_the_bound_are_listed_and_the_rest_is_counted(
 ) -> None:
     code, said = check(capsys, write(tmp_path, PAIR, b"{", PAIR), "dpo", "--bad-rows", "1")
     assert code == 0
-    assert "2 rows read as prompt + chosen + rejected; 2 items" in said
+    assert "3 rows read as prompt + chosen + rejected; 2 items" in said
     assert "row 2: not JSON" in said
 
 
@@ -105,7 +110,7 @@ def test_what_a_refusal_says_to_set_can_be_set(tmp_path: Path, capsys: pytest.Ca
     file = write(tmp_path, PAIR.replace(b"chosen", b"better"), b"{")
     code, said = check(capsys, file, "dpo", "data.columns.chosen=better", "data.max_bad_rows=1")
     assert code == 0, said
-    assert "1 rows read as prompt + chosen + rejected" in said
+    assert "2 rows read as prompt + chosen + rejected; 1 items" in said
     code, said = check(capsys, file, "dpo", "data.column.chosen=better")
     assert code == 2
     assert "did you mean data.columns?" in said
