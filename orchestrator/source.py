@@ -11,7 +11,6 @@ knows its position draws exactly what the uninterrupted one would have drawn.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import date
@@ -30,7 +29,7 @@ from orchestrator.config import DataConfig
 from orchestrator.data import rows as raw
 from orchestrator.data import store as stored
 from orchestrator.data.formats import choose
-from orchestrator.data.items import Item, Items, Longest, Prompt, drawn_together, packed, render
+from orchestrator.data.items import Item, Items, Longest, Prompt, counted, drawn_together, packed, render
 from orchestrator.data.order import Order
 from orchestrator.data.prepare import Preparer, limits_of, wanted_columns
 from orchestrator.data.report import BadRows, DataReport
@@ -44,7 +43,7 @@ from orchestrator.pipeline import DataKind
 
 WORTH_CACHING = 20_000  # rows; fewer are tokenised within a second or two
 UNBOUNDED = 2**31  # a model's length where no model is known
-VERSION = 3  # of what stands in the cache: raise it when rows come out differently
+VERSION = 4  # of what stands in the cache: raise it when rows come out differently
 
 
 class Source(Protocol):
@@ -101,7 +100,7 @@ def open_source(
     rows = raw.load(data, seed, bad)
     unread = len(bad)
     form = choose(kind, rows.columns, data, rows.name)
-    preparer = Preparer(form, limits, tokeniser, kind.prompts_only)
+    preparer = Preparer(form, limits, tokeniser, kind.prompts_only, data.assistant_only)
     store, record = _tokenised(data, kind, rows, preparer)
     for row, reason in record.bad:
         bad.add(*rows.origin(row), reason)
@@ -109,10 +108,10 @@ def open_source(
     max_length = data.max_length or model_max_length
     if "weight" in kind.columns and not len(store.weight):
         store = weighted(store)
-    items, cut = packed(store, data, kind, max_length)
+    items = packed(store, data, kind, max_length)
     if not len(items):
         raise DataError(_nothing_left(rows.name, record))
-    report = _report(rows, unread, preparer, record, items, cut, bad)
+    report = _report(rows, unread, preparer, record, items, bad)
     order = Order(seed, len(items), data.shuffle)
     if kind.prompts_only:
         return PromptSource(items, rows, report, order, tokenizer)
@@ -127,7 +126,7 @@ def validate(data: DataConfig, kind: DataKind, *, seed: int = 0) -> DataReport:
     rows = raw.load(data, seed, bad)
     read = len(rows) + len(bad)
     form = choose(kind, rows.columns, data, rows.name)
-    preparer = Preparer(form, limits_of(data, kind, UNBOUNDED), None, kind.prompts_only)
+    preparer = Preparer(form, limits_of(data, kind, UNBOUNDED), None, kind.prompts_only, data.assistant_only)
     refused: list[tuple[int, str]] = []
     items = 0
     for chunk in rows.chunks(wanted_columns(form, kind, data, rows.columns)):
@@ -258,9 +257,11 @@ def cache_root(data: DataConfig) -> Path:
 
 def _tokenise(rows: raw.Rows, columns: list[str], preparer: Preparer) -> tuple[Store, Record]:
     record = Record(len(rows))
-    items = (
-        item for chunk in rows.chunks(columns) for item in preparer.prepare(chunk, lambda *bad: record.bad.append(bad))
-    )
+
+    def refuse(row: int, reason: str) -> None:
+        record.bad.append((row, reason))
+
+    items = (item for chunk in rows.chunks(columns) for item in preparer.prepare(chunk, refuse, rows.origin))
     return stored.build(items, record), record
 
 
@@ -297,30 +298,22 @@ def tokenizer_parts(tokenizer: Any, today: date) -> list[Any]:
     ]
 
 
-def _report(
-    rows: raw.Rows, unread: int, preparer: Preparer, record: Record, items: Items, cut: int, bad: BadRows
-) -> DataReport:
+def _report(rows: raw.Rows, unread: int, preparer: Preparer, record: Record, items: Items, bad: BadRows) -> DataReport:
     """`unread`: rows that could not even be read."""
-    lengths = items.store.lengths
-    truncated = record.truncated + Counter({"longer than a pack (data.packing=bfd)": cut})
-    notes = list(rows.notes)
-    if record.straddling:
-        notes.append(
-            f"{record.straddling:,} rows have a token that straddles prompt and completion: it is the completion's"
-        )
+    counts = counted(items)
     return DataReport(
         source=rows.name,
         format=str(preparer.format),
         columns=rows.columns,
         rows=record.rows + unread,
-        items=len(items),
-        tokens=int(lengths.sum()),
-        learned_tokens=int(items.store.mask.sum()),
-        longest=int(lengths.max()),
-        dropped=dict(record.dropped.most_common()),
-        truncated=dict(truncated.most_common()),
+        items=counts.items,
+        tokens=counts.tokens,
+        learned_tokens=counts.learned_tokens,
+        longest=counts.longest,
+        dropped=dict(record.dropped.most_common()) | counts.dropped,
+        truncated=dict(record.truncated.most_common()),
         bad=bad.check(),
-        notes=tuple(notes),
+        notes=(*rows.notes, *counts.notes(record.remarks)),
     )
 
 

@@ -78,7 +78,7 @@ def _cut_rows(encoded: Encoded, limit: int, *, keep_end: bool) -> Encoded:
 
     labels = None if encoded.step_labels is None else [cut(row) for row in encoded.step_labels]
     rows, masks = [cut(row) for row in encoded.rows], [cut_mask(mask) for mask in encoded.masks]
-    return Encoded(rows, masks, min(encoded.boundary, limit), encoded.straddles, labels)
+    return Encoded(rows, masks, min(encoded.boundary, limit), encoded.remarks, labels)
 
 
 def _cut_prompt(encoded: Encoded, limit: int, *, keep_end: bool) -> Encoded:
@@ -88,4 +88,4 @@ def _cut_prompt(encoded: Encoded, limit: int, *, keep_end: bool) -> Encoded:
     rows = [[*row[:start], *row[stop:]] for row in encoded.rows]
     masks = [[False, *[*mask[:start], *mask[stop:]][1:]] for mask in encoded.masks]
     labels = None if encoded.step_labels is None else [[*row[:start], *row[stop:]] for row in encoded.step_labels]
-    return Encoded(rows, masks, limit, encoded.straddles, labels)
+    return Encoded(rows, masks, limit, encoded.remarks, labels)

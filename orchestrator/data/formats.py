@@ -15,16 +15,27 @@ from typing import Any, cast
 
 from actors.errors import DataError
 from orchestrator.config import DataConfig
+from orchestrator.data.conversation import (
+    ASSISTANT,
+    Content,
+    Message,
+    RowError,
+    refuse_no_answer,
+    refuse_other_beginning,
+)
 from orchestrator.pipeline import DataKind
 
-Message = dict[str, Any]
-Content = str | list[Message]
 Row = Mapping[str, Any]
-ROLES = {"human": "user", "gpt": "assistant"}  # of `conversations`; others are kept
-
-
-class RowError(Exception):
-    """Why one row cannot be used."""
+ROLES = {"human": "user", "gpt": ASSISTANT}  # of `conversations`; others are kept
+HOW_A_TEMPLATE_IS_CALLED = """
+    conversation conversations messages tools chat_template tokenize padding truncation max_length return_tensors
+    return_dict return_assistant_tokens_mask tokenizer_kwargs add_generation_prompt continue_final_message
+    compiled_template
+"""
+TOKENS_OF_A_TOKENIZER = """
+    bos_token eos_token pad_token unk_token sep_token cls_token mask_token additional_special_tokens
+"""
+NOT_FOR_ROWS = frozenset(f"{HOW_A_TEMPLATE_IS_CALLED} {TOKENS_OF_A_TOKENIZER}".split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +59,13 @@ Reader = Callable[[Row], list[Example]]
 
 @dataclass(frozen=True)
 class Format:
-    """Columns that a row must have, and how it is read."""
+    """Columns that a row must have, and how it is read. `completion_only`: what `data.completion_only` may say of it;
+    `talks`: whether a row may be a conversation."""
 
     columns: tuple[str, ...]
     read: Reader
+    completion_only: tuple[bool, ...] = (True, False)
+    talks: bool = True
 
     def __str__(self) -> str:
         return " + ".join(self.columns)
@@ -62,6 +76,7 @@ def choose(kind: DataKind, found: Sequence[str], data: DataConfig, source: str) 
     formats = FORMATS[kind.name]
     for candidate in formats:
         if set(candidate.columns) <= set(found):
+            _refuse_dead_choice(candidate, data, source)
             return candidate
     nearest = min(formats, key=lambda candidate: _distance(candidate, found))
     missing = next(name for name in nearest.columns if name not in found)
@@ -70,6 +85,18 @@ def choose(kind: DataKind, found: Sequence[str], data: DataConfig, source: str) 
         f"{kind.name} need {' or '.join(map(str, formats))}.\n"
         f"  If the column has another name, say which: data.columns.{missing}=ITS_NAME"
     )
+
+
+def _refuse_dead_choice(chosen: Format, data: DataConfig, source: str) -> None:
+    """Raises DataError for a setting that would change nothing for this format."""
+    if data.completion_only is not None and data.completion_only not in chosen.completion_only:
+        raise DataError(
+            f"data.completion_only={str(data.completion_only).lower()} needs a prompt apart from what follows it, and "
+            f"{source} is read as {chosen}; leave it out"
+            + (", or set data.assistant_only=true" if chosen.talks and chosen.completion_only else "")
+        )
+    if data.assistant_only and not chosen.talks:
+        raise DataError(f"data.assistant_only=true needs conversations, and {source} is read as {chosen}; leave it out")
 
 
 def _distance(candidate: Format, found: Sequence[str]) -> tuple[int, int]:
@@ -88,13 +115,14 @@ def renamed(names: Sequence[str], columns: Mapping[str, str], source: str) -> di
 
 
 def read_completion(row: Row) -> list[Example]:
-    prompt, completion = _content(row, "prompt"), _content(row, "completion")
-    _same_shape("prompt", prompt, "completion", completion)
-    return [_example(row, prompt, (completion,))]
+    prompt = _content(row, "prompt")
+    return [_example(row, prompt, (_answer_to(prompt, row, "completion"),))]
 
 
 def read_messages(row: Row) -> list[Example]:
-    return [_example(row, None, (_messages(row, "messages"),))]
+    messages = _messages(row, "messages")
+    refuse_no_answer(messages, "messages")
+    return [_example(row, None, (messages,))]
 
 
 def read_conversations(row: Row) -> list[Example]:
@@ -102,7 +130,8 @@ def read_conversations(row: Row) -> list[Example]:
     if not all(isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str) for turn in turns):
         raise RowError("conversations: every turn needs `from` and `value`, both texts")
     messages = [{"role": ROLES.get(turn["from"], turn["from"]), "content": turn["value"]} for turn in turns]
-    return [_example(row, None, (_saying_something(messages, "conversations"),))]
+    refuse_no_answer(_saying_something(messages, "conversations"), "conversations")
+    return [_example(row, None, (messages,))]
 
 
 def read_text(row: Row) -> list[Example]:
@@ -130,17 +159,16 @@ def read_prompt(row: Row) -> list[Example]:
 
 
 def read_pair(row: Row) -> list[Example]:
-    prompt, chosen, rejected = (_content(row, name) for name in ("prompt", "chosen", "rejected"))
-    _same_shape("prompt", prompt, "chosen", chosen)
-    _same_shape("prompt", prompt, "rejected", rejected)
+    prompt = _content(row, "prompt")
+    chosen, rejected = (_answer_to(prompt, row, name) for name in ("chosen", "rejected"))
     _apart(chosen, rejected)
     return [_example(row, prompt, (chosen, rejected))]
 
 
 def read_triple(row: Row) -> list[Example]:
     """A pair, and the gold completion as its third."""
-    pair, gold = read_pair(row)[0], _content(row, "reference")
-    _same_shape("prompt", cast(Content, pair.prompt), "reference", gold)
+    pair = read_pair(row)[0]
+    gold = _answer_to(cast(Content, pair.prompt), row, "reference")
     return [replace(pair, completions=(*pair.completions, gold))]
 
 
@@ -150,12 +178,16 @@ def read_pair_without_prompt(row: Row) -> list[Example]:
     _same_shape("chosen", chosen, "rejected", rejected)
     _apart(chosen, rejected)
     prompt, chosen, rejected = extract_prompt(chosen, rejected)
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        refuse_no_answer(side, name)
+        if prompt:
+            refuse_other_beginning(side, name)
     return [_example(row, prompt or None, (chosen, rejected))]
 
 
 def read_labelled(row: Row) -> list[Example]:
-    prompt, completion = _content(row, "prompt"), _content(row, "completion")
-    _same_shape("prompt", prompt, "completion", completion)
+    prompt = _content(row, "prompt")
+    completion = _answer_to(prompt, row, "completion")
     return [_example(row, prompt, (completion,), label=_boolean(row["label"], "label"))]
 
 
@@ -170,6 +202,8 @@ def read_steps(row: Row) -> list[Example]:
     prompt, steps, labels = _text(row, "prompt"), row["completions"], row["labels"]
     if not isinstance(steps, list) or not steps or not all(isinstance(step, str) for step in cast(list[Any], steps)):
         raise RowError("completions must be a list of texts, one per step")
+    if not all(step.strip() for step in cast(list[str], steps)):
+        raise RowError("completions: a step is blank")
     if not isinstance(labels, list) or len(cast(list[Any], labels)) != len(cast(list[Any], steps)):
         raise RowError("labels must be a list with one entry per step")
     step_labels = tuple(_boolean(label, "labels") for label in cast(list[Any], labels))
@@ -183,13 +217,16 @@ LABELLED = (
 )
 FORMATS: dict[str, tuple[Format, ...]] = {
     "completions": (
-        Format(("input_ids",), read_input_ids),
+        Format(("input_ids",), read_input_ids, completion_only=(), talks=False),
         Format(("prompt", "completion"), read_completion),
-        Format(("messages",), read_messages),
-        Format(("conversations",), read_conversations),
-        Format(("text",), read_text),
+        Format(("messages",), read_messages, completion_only=(False,)),
+        Format(("conversations",), read_conversations, completion_only=(False,)),
+        Format(("text",), read_text, completion_only=(False,), talks=False),
     ),
-    "prompts": (Format(("prompt",), read_prompt), Format(("input_ids",), read_input_ids)),
+    "prompts": (
+        Format(("prompt",), read_prompt, completion_only=(), talks=False),  # nothing of them is learned from
+        Format(("input_ids",), read_input_ids, completion_only=(), talks=False),
+    ),
     "pairs": (
         Format(("prompt", "chosen", "rejected"), read_pair),
         Format(("chosen", "rejected"), read_pair_without_prompt),
@@ -198,7 +235,7 @@ FORMATS: dict[str, tuple[Format, ...]] = {
     "labelled": LABELLED,
     "mismatched_labelled": LABELLED,
     "weighted_labelled": LABELLED,
-    "step_labels": (Format(("prompt", "completions", "labels"), read_steps),),
+    "step_labels": (Format(("prompt", "completions", "labels"), read_steps, completion_only=(True,), talks=False),),
 }
 
 
@@ -227,6 +264,14 @@ def _example(
         margin=_number(row, "margin"),
         weight=_number(row, "weight", least=0.0),
     )
+
+
+def _answer_to(prompt: Content, row: Row, name: str) -> Content:
+    answer = _content(row, name)
+    _same_shape("prompt", prompt, name, answer)
+    refuse_no_answer(answer, name)
+    refuse_other_beginning(answer, name)
+    return answer
 
 
 def _content(row: Row, name: str) -> Content:
@@ -318,7 +363,14 @@ def _tools(value: Any) -> list[Any] | None:
 def _template_kwargs(value: Any) -> Mapping[str, Any]:
     if value is not None and not isinstance(value, dict):
         raise RowError(f"chat_template_kwargs is {_described(value)}, not a mapping")
-    return cast(dict[str, Any], value) if value is not None else {}
+    variables = cast(dict[str, Any], value) if value is not None else {}
+    for name in variables:
+        if name in NOT_FOR_ROWS:
+            raise RowError(
+                f"chat_template_kwargs.{name} is not a variable of the template's own, and only those may be given "
+                "(tools have a column of their own)"
+            )
+    return variables
 
 
 def _same_shape(first_name: str, first: Content, second_name: str, second: Content) -> None:

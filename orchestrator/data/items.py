@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from actors.batch import Batch
 from orchestrator.config import DataConfig
-from orchestrator.data.formats import Content
-from orchestrator.data.packing import Bin, best_fit_decreasing, wrapped
-from orchestrator.data.report import LEARNED
+from orchestrator.data.conversation import Content
+from orchestrator.data.packing import Bin, Piece, best_fit_decreasing, wrapped
+from orchestrator.data.report import LEARNED, Counts
 from orchestrator.data.store import Store
 from orchestrator.mismatches import with_mismatches
 from orchestrator.pipeline import DataKind
@@ -115,19 +115,52 @@ class Items:
         return _batch(lengths, group, columns)
 
 
-def packed(store: Store, data: DataConfig, kind: DataKind, max_length: int) -> tuple[Items, int]:
-    """(items as `data.packing` says, number of documents of which packing cut something off)."""
+def packed(store: Store, data: DataConfig, kind: DataKind, max_length: int) -> Items:
+    """Items as `data.packing` says. A piece with nothing to learn from stands in none of them."""
     lengths = store.lengths.tolist()
     match data.packing:
         case "none":
-            return Items(store, kind), 0
+            return Items(store, kind)
         case "wrapped":
-            return Items(store, kind, wrapped(lengths, max_length)), 0
+            bins = wrapped(lengths, max_length)
         case "bfd_split":
-            return Items(store, kind, best_fit_decreasing(lengths, max_length, split=True)), 0
+            bins = best_fit_decreasing(lengths, max_length, split=True)
         case "bfd":
-            cut = sum(length > max_length for length in lengths)
-            return Items(store, kind, best_fit_decreasing(lengths, max_length)), cut
+            bins = best_fit_decreasing(lengths, max_length)  # no row is longer: `Limits` saw to that
+    learned = _learned_before(store)
+    kept = ([piece for piece in pieces if _learned_in(piece, store, learned)] for pieces in bins)
+    return Items(store, kind, [pieces for pieces in kept if pieces])
+
+
+def counted(items: Items) -> Counts:
+    """What is in the items, which after packing is not all that is in their store."""
+    store = items.store
+    if items.bins is None:
+        return Counts(len(items), sum(store.lengths.tolist()), int(store.mask.sum()), int(store.lengths.max(initial=0)))
+    learned = _learned_before(store)
+    pieces = [piece for pieces in items.bins for piece in pieces]
+    whole = store.lengths.tolist()
+    tokens = sum(map(len, pieces))
+    return Counts(
+        len(items),
+        tokens,
+        sum(_learned_in(piece, store, learned) for piece in pieces),
+        max(map(len, pieces), default=0),
+        split_rows=len({piece.document for piece in pieces if len(piece) < whole[piece.document]}),
+        unused_rows=len(store) - len({piece.document for piece in pieces}),
+        unused_tokens=sum(whole) - tokens,
+    )
+
+
+def _learned_before(store: Store) -> NDArray[np.int64]:
+    """[T+1]: how many tokens before each one are learned from."""
+    return np.concatenate([[0], np.cumsum(store.mask)])
+
+
+def _learned_in(piece: Piece, store: Store, learned_before: NDArray[np.int64]) -> int:
+    """Tokens of a piece that are learned from; its first one has nothing before it to be predicted from."""
+    start = store.offsets[piece.document]
+    return int(learned_before[start + piece.stop] - learned_before[start + piece.start + 1])
 
 
 def drawn_together(kind: DataKind, items: Iterable[Batch], max_length: int) -> Batch:

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 
 from actors.errors import DataError
 from orchestrator.config import DataConfig
+from orchestrator.data.conversation import RowError, refuse_other_ending
 from orchestrator.data.fit import Fit, Limits
-from orchestrator.data.formats import Example, Format, Row, RowError
+from orchestrator.data.formats import Example, Format, Row
+from orchestrator.data.template import EndlessTemplate
 from orchestrator.data.tokenise import Encoded, Tokeniser
 from orchestrator.pipeline import DataKind
 
 OPTIONAL = ("tools", "chat_template_kwargs", "labels", "completion_mask", "assistant_masks")
 Refuse = Callable[[int, str], None]  # (row, reason)
+Origin = Callable[[int], tuple[str, int]]  # row -> (source, number in it)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,25 +36,35 @@ class Preparer:
     limits: Limits
     tokeniser: Tokeniser | None
     prompts_only: bool
+    assistant_only: bool
 
     def read(self, rows: Iterable[tuple[int, Row]], refuse: Refuse) -> list[tuple[int, Example]]:
         """(row, example); several of one row where the format makes them so."""
         read: list[tuple[int, Example]] = []
         for number, row in rows:
             try:
-                read += [(number, example) for example in self.format.read(row)]
+                read += [(number, self._ending_well(example)) for example in self.format.read(row)]
             except RowError as error:
                 refuse(number, str(error))
         return read
 
-    def prepare(self, rows: Iterable[tuple[int, Row]], refuse: Refuse) -> list[Prepared]:
-        """Items in the order of their rows. Rows that cannot be used go to `refuse`."""
+    def _ending_well(self, example: Example) -> Example:
+        for completion in () if self.assistant_only else example.completions:
+            refuse_other_ending(completion)
+        return example
+
+    def prepare(self, rows: Iterable[tuple[int, Row]], refuse: Refuse, origin: Origin) -> list[Prepared]:
+        """Items in the order of their rows. Rows that cannot be used go to `refuse`. Raises DataError for a row whose
+        chat template does not end: it is not tried on more of them."""
         read = self.read(rows, refuse)
         if self.tokeniser is None:
             return []
         prepared: list[Prepared] = []
         fit = self.limits.fit_prompt if self.prompts_only else self.limits.fit_rows
-        for (number, example), encoded in zip(read, self.tokeniser.encode([e for _, e in read]), strict=True):
+        for (number, example), encoded in zip(read, self.tokeniser.encode([e for _, e in read]), strict=False):
+            if isinstance(encoded, EndlessTemplate):
+                source, line = origin(number)
+                raise DataError(f"{source}, row {line}: {encoded}")
             try:
                 prepared.append(Prepared(number, example, fit(_given(encoded))))
             except RowError as error:
@@ -66,7 +79,7 @@ def _given(encoded: Encoded | RowError) -> Encoded:
 
 
 def limits_of(data: DataConfig, kind: DataKind, model_max_length: int) -> Limits:
-    """The limits that apply. A limit that the model cannot hold is a DataError; packing treats long rows itself."""
+    """The limits that apply. A limit that the model cannot hold is a DataError. Packing that splits rows has none."""
     for name in ("max_length", "max_prompt_length"):
         given = getattr(data, name)
         if given is not None and given > model_max_length:
@@ -76,7 +89,13 @@ def limits_of(data: DataConfig, kind: DataKind, model_max_length: int) -> Limits
     if kind.prompts_only:
         longest = data.max_prompt_length or data.max_length or model_max_length - 1
         return Limits(None, longest, data.truncation)
-    longest = None if data.packing != "none" else data.max_length or model_max_length
+    splits = data.packing in ("bfd_split", "wrapped")
+    if splits and data.truncation != "keep_start" and data.max_prompt_length is None:
+        raise DataError(
+            f"data.truncation={data.truncation} is for what is cut, and data.packing={data.packing} cuts nothing off: "
+            "leave one of them out, or set data.packing=bfd"
+        )
+    longest = None if splits else data.max_length or model_max_length
     return Limits(longest, data.max_prompt_length, data.truncation)
 
 

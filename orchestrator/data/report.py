@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from actors.errors import DataError
@@ -20,6 +21,47 @@ class BadRow:
 
     def __str__(self) -> str:
         return f"{self.where}, row {self.row}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of the items made of a data set, or of a part of one: they add up. `longest`: of a row, in tokens. Of packing:
+    `split_rows` became several pieces; `unused` is what stood only in pieces with nothing to learn from."""
+
+    items: int = 0
+    tokens: int = 0
+    learned_tokens: int = 0
+    longest: int = 0
+    split_rows: int = 0
+    unused_rows: int = 0
+    unused_tokens: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            self.items + other.items,
+            self.tokens + other.tokens,
+            self.learned_tokens + other.learned_tokens,
+            max(self.longest, other.longest),
+            self.split_rows + other.split_rows,
+            self.unused_rows + other.unused_rows,
+            self.unused_tokens + other.unused_tokens,
+        )
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """A reason with its number of rows, as in a report."""
+        return {"nothing to learn from in any piece of it (data.packing)": self.unused_rows} if self.unused_rows else {}
+
+    def notes(self, remarks: Mapping[str, int]) -> tuple[str, ...]:
+        """Lines for a report. `remarks`: what rows have, and how many of them."""
+        notes = [f"{count:,} rows have {remark}" for remark, count in remarks.items()]
+        if self.split_rows:
+            notes.append(f"{self.split_rows:,} rows are split into pieces, which do not see one another (data.packing)")
+        if self.unused_tokens:
+            notes.append(
+                f"{self.unused_tokens:,} tokens are left out, in pieces with nothing to learn from (data.packing)"
+            )
+        return tuple(notes)
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,13 @@ NO_LABEL = -1
 
 @dataclass
 class Record:
-    """What became of the raw rows, for `DataReport`: reasons with their counts, bad rows as (row, reason)."""
+    """What became of the raw rows, for `DataReport`: reasons with their counts, remarks with the number of
+    items that they are true of, bad rows as (row, reason)."""
 
     rows: int = 0
     dropped: Counter[str] = field(default_factory=Counter[str])
     truncated: Counter[str] = field(default_factory=Counter[str])
-    straddling: int = 0
+    remarks: Counter[str] = field(default_factory=Counter[str])
     bad: list[tuple[int, str]] = field(default_factory=list[tuple[int, str]])
 
     def add(self, fit: Fit) -> None:
@@ -43,7 +44,8 @@ class Record:
             self.dropped[fit.dropped] += 1
         elif fit.truncated:
             self.truncated[fit.truncated] += 1
-        self.straddling += fit.encoded.straddles and not fit.dropped
+        if not fit.dropped:
+            self.remarks.update(fit.encoded.remarks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +158,7 @@ def load(folder: Path) -> tuple[Store, Record] | None:
         return None
     kept = json.loads((folder / "record.json").read_text())
     bad = [(row, reason) for row, reason in kept["bad"]]
-    record = Record(kept["rows"], Counter(kept["dropped"]), Counter(kept["truncated"]), kept["straddling"], bad)
+    record = Record(kept["rows"], Counter(kept["dropped"]), Counter(kept["truncated"]), Counter(kept["remarks"]), bad)
     return Store(**{entry.name: _mapped(folder / f"{entry.name}.npy") for entry in fields(Store)}), record
 
 

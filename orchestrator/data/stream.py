@@ -12,7 +12,6 @@ before the first one asked for is read and passed over.
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, count, islice
@@ -29,9 +28,9 @@ from orchestrator.data import rows as raw
 from orchestrator.data import store as stored
 from orchestrator.data.fit import Limits
 from orchestrator.data.formats import Format, choose
-from orchestrator.data.items import Item, Items, Longest, Prompt, drawn_together, packed, render
+from orchestrator.data.items import Item, Items, Longest, Prompt, counted, drawn_together, packed, render
 from orchestrator.data.prepare import Preparer, wanted_columns
-from orchestrator.data.report import BadRows, DataReport
+from orchestrator.data.report import BadRows, Counts, DataReport
 from orchestrator.data.store import Record
 from orchestrator.data.tables import Row, printed
 from orchestrator.data.tokenise import Tokeniser
@@ -52,15 +51,6 @@ class InStreamOrder:
         return 0, position
 
 
-@dataclass
-class _Counts:
-    rows: int = 0
-    items: int = 0
-    tokens: int = 0
-    learned_tokens: int = 0
-    longest: int = 0
-
-
 class StreamSource:
     """Items of a stream. Safe to call from several threads; only the latest `WINDOW` items can be read again."""
 
@@ -78,7 +68,7 @@ class StreamSource:
         self._data, self._kind, self._tokeniser, self._limits = data, kind, tokeniser, limits
         self._seed, self._max_length = seed, data.max_length or model_max_length
         self._bad = BadRows(data.max_bad_rows)
-        self._counts, self._record = _Counts(), Record()
+        self._counts, self._record = Counts(), Record()
         self._format: Format | None = None
         self._columns: tuple[str, ...] = ()
         self._first_rows = ""  # their fingerprint
@@ -97,10 +87,15 @@ class StreamSource:
             source=f"{self._data.path or 'mixture'} (stream, so far)",
             format=str(self._format),
             columns=self._columns,
-            dropped=dict(self._record.dropped.most_common()),
+            rows=self._record.rows + len(self._bad) - len(self._record.bad),
+            items=self._counts.items,
+            tokens=self._counts.tokens,
+            learned_tokens=self._counts.learned_tokens,
+            longest=self._counts.longest,
+            dropped=dict(self._record.dropped.most_common()) | self._counts.dropped,
             truncated=dict(self._record.truncated.most_common()),
             bad=self._bad.check(),
-            **{**vars(self._counts), "rows": self._counts.rows + len(self._bad) - len(self._record.bad)},
+            notes=self._counts.notes(self._record.remarks),
         )
 
     @property
@@ -153,7 +148,7 @@ class StreamSource:
             rows = shuffled(rows, SHUFFLE_BUFFER, np.random.default_rng([self._seed, epoch]))
         empty = True
         while chunk := list(islice(rows, ROWS_AT_ONCE)):
-            items = self._prepare(chunk, bad, counted=first)
+            items = self._prepare(chunk, bad, first=first)
             for local in range(len(items)):
                 empty = False
                 yield items, local, chunk[int(items.store.source_row[local])][2] if items.bins is None else {}
@@ -163,24 +158,27 @@ class StreamSource:
                 f"{self.report.source}: no row of it can be used ({dict(self._record.dropped) or 'it is empty'})"
             )
 
-    def _prepare(self, chunk: list[raw.Origin], bad: BadRows, *, counted: bool) -> Items:
+    def _prepare(self, chunk: list[raw.Origin], bad: BadRows, *, first: bool) -> Items:
         form = self._format_of(chunk)
         self._first_rows = self._first_rows or xxhash.xxh3_128(printed([row for _, _, row in chunk])).hexdigest()
-        preparer = Preparer(form, self._limits, self._tokeniser, self._kind.prompts_only)
+        preparer = Preparer(form, self._limits, self._tokeniser, self._kind.prompts_only, self._data.assistant_only)
         wanted = wanted_columns(form, self._kind, self._data, self._columns)
         rows = [(index, {name: row.get(name) for name in wanted}) for index, (_, _, row) in enumerate(chunk)]
-        record = self._record if counted else Record()
+        record = self._record if first else Record()
+
+        def origin(index: int) -> tuple[str, int]:
+            return chunk[index][:2]
 
         def refuse(index: int, reason: str) -> None:
             record.bad.append((index, reason))
-            bad.add(*chunk[index][:2], reason)
+            bad.add(*origin(index), reason)
 
-        prepared = preparer.prepare(rows, refuse)
+        prepared = preparer.prepare(rows, refuse, origin)
         bad.check()
-        items, cut = packed(stored.build(prepared, record), self._data, self._kind, self._max_length)
-        if counted:
-            record.truncated += Counter({"longer than a pack (data.packing=bfd)": cut})
-            self._count(len(chunk), items)
+        items = packed(stored.build(prepared, record), self._data, self._kind, self._max_length)
+        if first:
+            record.rows += len(chunk)
+            self._counts += counted(items)
         return items
 
     def _format_of(self, chunk: Iterable[raw.Origin]) -> Format:
@@ -189,13 +187,6 @@ class StreamSource:
             self._columns = tuple(dict.fromkeys(name for _, _, row in chunk for name in row))
             self._format = choose(self._kind, self._columns, self._data, self._data.path or "the mixture")
         return self._format
-
-    def _count(self, rows: int, items: Items) -> None:
-        self._counts.rows += rows
-        self._counts.items += len(items)
-        self._counts.tokens += int(items.store.lengths.sum())
-        self._counts.learned_tokens += int(items.store.mask.sum())
-        self._counts.longest = max(self._counts.longest, *items.store.lengths.tolist(), 0)
 
 
 def shuffled(items: Iterator[T], size: int, rng: np.random.Generator) -> Iterator[T]:

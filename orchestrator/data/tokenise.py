@@ -10,19 +10,32 @@ belongs to the completion.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from actors.errors import DataError
-from orchestrator.data.formats import Content, Example, Message, RowError
+from orchestrator.data.conversation import Content, Message, RowError, answers, joined
+from orchestrator.data.formats import Example
+from orchestrator.data.template import (
+    RENDER_LIMIT_S,
+    ChatTemplate,
+    EndlessTemplate,
+    Rendered,
+    Span,
+    refuse_other_prompt,
+)
+from orchestrator.data.time_limit import TimeLimit
 
-GENERATION_MARKER = re.compile(r"\{%-?\s*generation\b")
 STEP_SEPARATOR = "\n"  # after each step of an answer with process labels; the label stands at its last token
+
+
+STRADDLES = "a token that straddles prompt and completion: it is the completion's"
+UNMARKED = "a turn of the assistant's that the chat template does not mark: it is not learned from"
+PROBES = ("a", "1", " ", "\n", "<")  # texts of which every vocabulary knows one
 
 
 @dataclass(slots=True)
@@ -32,7 +45,7 @@ class Encoded:
     rows: list[list[int]]
     masks: list[list[bool]]
     boundary: int = 0
-    straddles: bool = False  # prompt and completion, tokenised together, share a token
+    remarks: tuple[str, ...] = ()  # what the item has that should be said
     step_labels: list[list[int]] | None = None
 
 
@@ -44,27 +57,35 @@ class Tokeniser:
     completion_only: bool | None = None
     assistant_only: bool = False
     append_eos: bool = True
+    render_limit_s: float = RENDER_LIMIT_S
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded | RowError]:
-        """One result per example, in order. All texts go through the tokenizer in two batched calls."""
+        """One result per example, in order, up to the first whose chat template does not end (an EndlessTemplate, and
+        the last result). All texts go through the tokenizer in one batched call."""
         texts = _Texts()
-        pending = [self._begin(example, texts) for example in examples]
-        texts.tokenise(self.tokenizer)
+        pending: list[Encoded | RowError | _Pending] = []
+        with TimeLimit(self.render_limit_s) as limit:
+            template = ChatTemplate(self.tokenizer, limit)
+            for example in examples:
+                pending.append(self._begin(example, texts, template))
+                if isinstance(pending[-1], EndlessTemplate):
+                    break
+        texts.tokenise(self.tokenizer, offsets=self.assistant_only)
         return [
-            result if isinstance(result, Encoded | RowError) else self._finish(example, result, texts)
-            for example, result in zip(examples, pending, strict=True)
+            self._finish(example, result, texts) if isinstance(result, _Pending) else result
+            for example, result in zip(examples, pending, strict=False)
         ]
 
-    def _begin(self, example: Example, texts: _Texts) -> Encoded | RowError | _Pending:
+    def _begin(self, example: Example, texts: _Texts, template: ChatTemplate) -> Encoded | RowError | _Pending:
         try:
             if example.input_ids is not None:
                 self._check_ids(example.input_ids)
                 return Encoded([example.input_ids], [_after_first(example.mask or [True] * len(example.input_ids))])
             if example.step_labels is not None:
                 return self._encode_steps(example)
-            if self.assistant_only and example.completions:
-                return self._encode_assistant(example)
-            return self._queue(example, texts)
+            if all(isinstance(part, str) for part in (example.prompt or "", *example.completions)):
+                return self._queue_text(example, texts)
+            return self._queue_conversation(example, texts, template)
         except RowError as error:
             return error
 
@@ -73,32 +94,79 @@ class Tokeniser:
         if wrong is not None:
             raise RowError(f"input_ids holds {wrong}, and the tokenizer's ids are 0 to {self._size - 1}")
 
-    def _queue(self, example: Example, texts: _Texts) -> _Pending:
-        """Note the texts that this example needs tokenised."""
-        text = all(isinstance(part, str) for part in (example.prompt or "", *example.completions))
-        prompt = self._render_prompt(example) if example.prompt else None
-        wholes = [self._render_whole(example, completion) for completion in example.completions]
+    def _queue_text(self, example: Example, texts: _Texts) -> _Pending:
+        if self.assistant_only and example.completions:
+            raise RowError("data.assistant_only needs conversations, and this is text")
+        prompt = None if example.prompt is None else texts.add(str(example.prompt))
+        return _Pending(prompt, [texts.add(f"{example.prompt or ''}{end}") for end in example.completions], text=True)
+
+    def _queue_conversation(self, example: Example, texts: _Texts, template: ChatTemplate) -> _Pending:
+        """Raises RowError where an answer would not be learned as it would be sampled."""
+        begun = _as_list(example.prompt)
+        prompt = template.prompt(example, begun) if begun else None
+        after = len(prompt) if prompt is not None and self._only_completion(example) else 0
+        remarks, wholes = template.unread(example), list[Rendered]()
+        for completion in map(_as_list, example.completions):
+            messages = joined(begun, completion)
+            whole = template.whole(example, messages, mark=self.assistant_only)
+            before = prompt if prompt is not None else template.before_last_answer(example, messages)
+            if before is not None:
+                refuse_other_prompt(before, whole.text)
+            learned = answers(completion if after else messages)
+            template.refuse_lost_words(example, learned, whole.text[after:])
+            if self.assistant_only and not whole.marks_all(learned, after):
+                remarks = (*remarks, UNMARKED)
+            wholes.append(whole)
         return _Pending(
-            None if prompt is None else texts.add(prompt, special=text),
-            [texts.add(whole, special=text) for whole in wholes],
-            ends=self.append_eos and text,
+            None if prompt is None else texts.add(prompt),
+            [texts.add(whole.text) for whole in wholes],
+            marked=[whole.marked for whole in wholes] if self.assistant_only else None,
+            remarks=tuple(dict.fromkeys(remarks)),
         )
 
     def _finish(self, example: Example, pending: _Pending, texts: _Texts) -> Encoded | RowError:
         prompt = [] if pending.prompt is None else texts.ids(pending.prompt)
-        if not example.completions:
-            return Encoded([prompt], [[False] * len(prompt)], len(prompt)) if prompt else RowError("no token in it")
-        rows = [self._ended(texts.ids(whole)) if pending.ends else texts.ids(whole) for whole in pending.wholes]
+        if not example.completions and not prompt:
+            return RowError("no token in it")
+        rows = [texts.ids(whole) for whole in pending.wholes]
+        if pending.text:
+            prompt, rows = self._opened(prompt), [self._ended(self._opened(row)) for row in rows]
+        if not rows:
+            return Encoded([prompt], [[False] * len(prompt)], len(prompt))
         boundary = min(_common(prompt, row) for row in rows)
-        learned_from = boundary if self._only_completion(example) else 0
-        masks = [[position >= max(1, learned_from) for position in range(len(row))] for row in rows]
-        return Encoded(rows, masks, boundary, straddles=boundary < len(prompt))
+        learned_from = max(1, boundary if self._only_completion(example) else 0)
+        masks = [[position >= learned_from for position in range(len(row))] for row in rows]
+        if pending.marked is not None:
+            marked = map(texts.covered, pending.wholes, pending.marked)
+            masks = [[a and b for a, b in zip(*both, strict=True)] for both in zip(masks, marked, strict=True)]
+            if not all(map(any, masks)):
+                return RowError("no token of it is the assistant's (data.assistant_only)")
+        straddles = (STRADDLES,) if boundary < len(prompt) else ()
+        return Encoded(rows, masks, boundary, (*straddles, *pending.remarks))
 
     def _only_completion(self, example: Example) -> bool:
         return example.prompt is not None if self.completion_only is None else self.completion_only
 
+    def _opened(self, ids: list[int]) -> list[int]:
+        """With what the tokenizer puts before a text, unless the text has it itself. (What it would put behind one, an
+        end, is not for prompts; rows get it by `append_eos`.)"""
+        opening = self._opening
+        return ids if ids[: len(opening)] == opening else [*opening, *ids]
+
     def _ended(self, ids: list[int]) -> list[int]:
-        return ids if self._eos is None or ids[-1:] == [self._eos] else [*ids, self._eos]
+        if not self.append_eos or self._eos is None or ids[-1:] == [self._eos]:
+            return ids
+        return [*ids, self._eos]
+
+    @cached_property
+    def _opening(self) -> list[int]:
+        for probe in PROBES:
+            bare = list(self.tokenizer(probe, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+            if bare:
+                dressed = list(self.tokenizer(probe)["input_ids"])  # type: ignore[arg-type]
+                starts = range(len(dressed) - len(bare) + 1)
+                return dressed[: next(at for at in starts if dressed[at : at + len(bare)] == bare)]
+        raise DataError(f"the tokenizer knows none of the texts {PROBES}: set model.tokenizer to the model's own")
 
     @cached_property
     def _eos(self) -> Any:
@@ -109,70 +177,9 @@ class Tokeniser:
     def _size(self) -> int:
         return len(self.tokenizer)
 
-    def _render_prompt(self, example: Example) -> str:
-        """With the opening of the answer; a prompt that ends in the assistant's words is left open instead."""
-        if isinstance(example.prompt, str):
-            return example.prompt
-        messages = _as_list(example.prompt)
-        continues = messages[-1]["role"] == "assistant"
-        return self._render(example, messages, add_generation_prompt=not continues, continue_final_message=continues)
-
-    def _render_whole(self, example: Example, completion: Content) -> str:
-        if isinstance(completion, str):
-            return f"{example.prompt or ''}{completion}"
-        return self._render(example, [*_as_list(example.prompt), *_as_list(completion)])
-
-    def _render(self, example: Example, messages: list[Message], **options: Any) -> str:
-        return str(self._apply_template(example, messages, tokenize=False, **options))
-
-    def _apply_template(self, example: Example, messages: list[Message], **options: Any) -> Any:
-        if not self.tokenizer.chat_template:
-            raise DataError(
-                "the data holds conversations, and the tokenizer has no chat template: set model.chat_template to a "
-                "file that holds one, or use text columns"
-            )
-        options = {**options, "tools": example.tools, **example.template_kwargs}
-        try:
-            return self.tokenizer.apply_chat_template(messages, **options)
-        except Exception as error:  # a template is a program of the model's author: it raises what it likes
-            raise RowError(f"the chat template refuses it: {error}") from error
-
-    def _encode_assistant(self, example: Example) -> Encoded:
-        """Only the assistant's tokens, as the template's generation markers say."""
-        if any(isinstance(part, str) for part in (example.prompt, *example.completions)):
-            raise RowError("data.assistant_only needs conversations, and this is text")
-        if self.tokenizer.chat_template and not GENERATION_MARKER.search(str(self.tokenizer.chat_template)):
-            raise DataError(
-                "data.assistant_only needs a chat template that marks the assistant's words with "
-                "{% generation %} ... {% endgeneration %}, and the tokenizer's does not: set model.chat_template to one"
-            )
-        encoded = Encoded([], [])
-        for completion in example.completions:
-            messages = [*_as_list(example.prompt), *_as_list(completion)]
-            options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-            rendered = self._apply_template(example, messages, **options)
-            mask = [bool(flag) for flag in rendered["assistant_masks"]]
-            if not any(mask):
-                raise RowError("no token of it is the assistant's (data.assistant_only)")
-            encoded.rows.append(list(rendered["input_ids"]))
-            encoded.masks.append(_after_first(mask))
-        if example.prompt is not None:
-            self._limit_to_completion(example, encoded)
-        return encoded
-
-    def _limit_to_completion(self, example: Example, encoded: Encoded) -> None:
-        prompt = self.tokenizer(self._render_prompt(example), add_special_tokens=False)["input_ids"]
-        encoded.boundary = min(_common(prompt, row) for row in encoded.rows)
-        encoded.straddles = encoded.boundary < len(prompt)
-        if self._only_completion(example):
-            encoded.masks = [
-                [learned and position >= encoded.boundary for position, learned in enumerate(mask)]
-                for mask in encoded.masks
-            ]
-
     def _encode_steps(self, example: Example) -> Encoded:
         """Prompt, then each step with a separator; -1 except at a step's last token."""
-        tokens = list(self.tokenizer(str(example.prompt))["input_ids"])
+        tokens = self._opened(list(self.tokenizer(str(example.prompt), add_special_tokens=False)["input_ids"]))
         boundary = len(tokens)
         separator = self.tokenizer(STEP_SEPARATOR, add_special_tokens=False)["input_ids"]
         labels = [-1] * boundary
@@ -186,37 +193,57 @@ class Tokeniser:
 
 @dataclass(frozen=True, slots=True)
 class _Pending:
-    """Handles of one example's texts, until all texts of the batch are tokenised."""
+    """Handles of one example's texts, until all texts of the batch are tokenised. `marked`: spans of each whole."""
 
-    prompt: tuple[bool, int] | None
-    wholes: list[tuple[bool, int]]
-    ends: bool
+    prompt: int | None
+    wholes: list[int]
+    text: bool = False
+    marked: list[tuple[Span, ...]] | None = None
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass
 class _Texts:
-    """Texts to be tokenised together; those with the tokenizer's special tokens apart from those without."""
+    """Texts to be tokenised together, without special tokens of the tokenizer's own."""
 
-    queues: dict[bool, list[str]] = field(default_factory=lambda: {True: [], False: []})
-    results: dict[bool, list[list[int]]] = field(default_factory=dict)
+    queue: list[str] = field(default_factory=list)
+    encoding: BatchEncoding | None = None
 
-    def add(self, text: str, *, special: bool) -> tuple[bool, int]:
+    def add(self, text: str) -> int:
         if not text.isascii():
             try:
                 text.encode()
             except UnicodeEncodeError:
                 raise RowError("its text holds half of a surrogate pair, which is no character") from None
-        self.queues[special].append(text)
-        return special, len(self.queues[special]) - 1
+        self.queue.append(text)
+        return len(self.queue) - 1
 
-    def tokenise(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        for special, queue in self.queues.items():
-            options = {"add_special_tokens": special, "return_attention_mask": False, "verbose": False}
-            self.results[special] = tokenizer(queue, **options)["input_ids"] if queue else []  # type: ignore
+    def tokenise(self, tokenizer: PreTrainedTokenizerBase, *, offsets: bool) -> None:
+        if offsets and not tokenizer.is_fast:
+            raise DataError("data.assistant_only needs a fast tokenizer, which knows where in a text a token stands")
+        if self.queue:
+            self.encoding = tokenizer(self.queue, add_special_tokens=False, return_attention_mask=False, verbose=False)
 
-    def ids(self, handle: tuple[bool, int]) -> list[int]:
-        special, index = handle
-        return self.results[special][index]
+    def ids(self, handle: int) -> list[int]:
+        assert self.encoding is not None
+        return self.encoding["input_ids"][handle]  # type: ignore[return-value]
+
+    def covered(self, handle: int, spans: Iterable[Span]) -> list[bool]:
+        """For each token of a text whether it has a character of one of the spans."""
+        assert self.encoding is not None
+        mask = [False] * len(self.ids(handle))
+        for start, stop in spans:
+            first = self._token(handle, range(start, stop))
+            last = self._token(handle, range(stop - 1, start - 1, -1))
+            if first is not None and last is not None:
+                mask[first : last + 1] = [True] * (last + 1 - first)
+        return mask
+
+    def _token(self, handle: int, characters: Iterable[int]) -> int | None:
+        """Of the first of the characters that is in a token: white space may be in none."""
+        assert self.encoding is not None
+        tokens = (self.encoding.char_to_token(handle, character) for character in characters)
+        return next((token for token in tokens if token is not None), None)
 
 
 def _as_list(content: Content | None) -> list[Message]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from actors.errors import DataError
+from orchestrator.config import DataConfig
 from orchestrator.data.formats import extract_prompt
 from orchestrator.pipeline import (
     Completions,
@@ -22,7 +23,7 @@ from orchestrator.pipeline import (
     Triples,
     WeightedLabelled,
 )
-from orchestrator.source import Prompt
+from orchestrator.source import Prompt, validate
 from tests.unit.source_stub import (
     MARKED_TEMPLATE,
     PLAIN_TEMPLATE,
@@ -35,6 +36,10 @@ from tests.unit.source_stub import (
 
 def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
+
+
+def system(text: str) -> dict[str, str]:
+    return {"role": "system", "content": text}
 
 
 def assistant(text: str) -> dict[str, str]:
@@ -83,20 +88,26 @@ def test_assistant_only_refuses_a_template_without_generation_markers(tmp_path: 
 
 
 def test_assistant_only_refuses_a_row_without_an_assistant(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"row 1: messages has no turn of the assistant's, only of: system, user"):
+        previews(tmp_path, {"messages": [system("s"), user("q")]}, Completions, MARKED_TEMPLATE, assistant_only=True)
+
+
+def test_assistant_only_refuses_a_row_whose_assistant_the_template_never_marks(tmp_path: Path) -> None:
+    template = MARKED_TEMPLATE.replace("m.role == 'assistant'", "m.role == 'model'")
     with pytest.raises(DataError, match=r"row 1: no token of it is the assistant's"):
-        previews(tmp_path, {"messages": [user("q")]}, Completions, MARKED_TEMPLATE, assistant_only=True)
+        previews(tmp_path, {"messages": [user("q"), assistant("r")]}, Completions, template, assistant_only=True)
 
 
 def test_conversations_without_a_chat_template_are_told_what_to_set(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"model\.chat_template"):
-        previews(tmp_path, {"messages": [user("q")]}, Completions)
+        previews(tmp_path, {"messages": [user("q"), assistant("r")]}, Completions)
 
 
 def test_tools_as_a_list_or_as_json_text_and_template_arguments_reach_the_template(tmp_path: Path) -> None:
     tools = [{"type": "function", "function": {"name": "add"}}]
-    row = {"messages": [user("q")], "chat_template_kwargs": {"shout": True}}
+    row = {"messages": [user("q"), assistant("r")], "chat_template_kwargs": {"shout": True}}
     shown = previews(tmp_path, {**row, "tools": tools}, Completions, PLAIN_TEMPLATE)
-    assert '"add"' in shown and "]!u:q;" in shown
+    assert '"add"' in shown and "]!u:q;a:r;" in shown
     assert previews(tmp_path, {**row, "tools": str(tools).replace("'", '"')}, Completions, PLAIN_TEMPLATE) == shown
 
 
@@ -285,7 +296,39 @@ def test_a_conversational_prompt_opens_the_answer_and_one_that_began_the_answer_
         (Pairs, {"chosen": [assistant("b")], "rejected": [assistant("b")]}, "chosen and rejected are the same"),
         (Triples, {"prompt": "a", "chosen": "b", "rejected": "c", "reference": [assistant("b")]}, "both be texts"),
         (StepLabels, {"prompt": "a", "completions": ["b"], "labels": [True, True]}, "one entry per step"),
-        (Completions, {"messages": [user("q")], "tools": "{"}, "tools is not JSON"),
+        (Completions, {"messages": [user("q"), assistant("r")], "tools": "{"}, "tools is not JSON"),
+        (Completions, {"prompt": "a", "completion": " \n"}, "completion is blank"),
+        (Completions, {"messages": [user("q")]}, "messages has no turn of the assistant's, only of: user"),
+        (Completions, {"messages": [system("s")]}, "messages has no turn of the assistant's, only of: system"),
+        (Completions, {"messages": [user("q"), assistant("")]}, "message 2 is the assistant's and says nothing"),
+        (Completions, {"messages": [user("q"), assistant(" "), user("s"), assistant("t")]}, "message 2 is the assis"),
+        (
+            Completions,
+            {"messages": [user("q"), {"role": "assistant", "content": "", "tool_calls": []}]},
+            "says nothing",
+        ),
+        (Completions, {"messages": [user("q"), assistant("r"), user("s")]}, "ends in a turn of user"),
+        (
+            Completions,
+            {"conversations": [{"from": "gpt", "value": "r"}, {"from": "human", "value": "s"}]},
+            "ends in a turn of user.*data\\.assistant_only=true",
+        ),
+        (Completions, {"conversations": [{"from": "human", "value": "s"}]}, "conversations has no turn of the assista"),
+        (Completions, {"prompt": [user("q")], "completion": [user("s")]}, "completion has no turn of the assistant's"),
+        (Completions, {"prompt": [user("q")], "completion": [user("s"), assistant("r")]}, "begins with a turn of user"),
+        (Completions, {"prompt": [user("q")], "completion": [assistant("r"), user("s")]}, "ends in a turn of user"),
+        (
+            Pairs,
+            {"prompt": [user("q")], "chosen": [assistant("r"), user("s")], "rejected": [assistant("t")]},
+            "ends in",
+        ),
+        (Pairs, {"chosen": [user("q"), assistant("r")], "rejected": [user("q"), assistant("")]}, "rejected: message 1"),
+        (Pairs, {"chosen": [user("q"), assistant("r")], "rejected": [user("q"), user("s")]}, "rejected has no turn"),
+        (Pairs, {"chosen": "a \n", "rejected": "a b"}, "chosen is blank"),
+        (Labelled, {"chosen": "a ", "rejected": "a\n"}, "chosen is blank"),
+        (Labelled, {"prompt": [user("q")], "completion": [assistant("")], "label": True}, "completion is empty"),
+        (Triples, {"prompt": "a", "chosen": "b", "rejected": "c", "reference": " "}, "reference is blank"),
+        (StepLabels, {"prompt": "a", "completions": ["b", " "], "labels": [True, True]}, "a step is blank"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_refused_with_its_reason(
@@ -294,6 +337,45 @@ def test_a_row_that_cannot_be_used_is_refused_with_its_reason(
     with pytest.raises(DataError, match=reason) as refusal:
         previews(tmp_path, row, kind, PLAIN_TEMPLATE)
     assert "d.jsonl, row 1" in str(refusal.value)
+
+
+def test_turns_after_the_last_answer_are_no_fault_where_answers_alone_are_learned(tmp_path: Path) -> None:
+    row = {"messages": [user("q"), assistant("r"), user("s")]}
+    assert previews(tmp_path, row, Completions, MARKED_TEMPLATE, assistant_only=True) == "u:q;a:⟦r;⟧u:s;"
+
+
+def test_a_check_without_a_tokenizer_refuses_the_same_turns(tmp_path: Path) -> None:
+    for messages in ([user("q")], [user("q"), assistant("")], [user("q"), assistant("r"), user("s")]):
+        config = DataConfig(path=str(write_rows(tmp_path / "d.jsonl", [{"messages": messages}])))
+        with pytest.raises(DataError, match=r"d\.jsonl, row 1"):
+            validate(config, Completions)
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "setting", "refusal"),
+    [
+        (Completions, {"messages": [user("q"), assistant("r")]}, {"completion_only": True}, "assistant_only=true"),
+        (Completions, {"text": "abc"}, {"completion_only": True}, "is read as text; leave it out"),
+        (Completions, {"input_ids": [20, 21]}, {"completion_only": True}, "is read as input_ids; leave it out"),
+        (Completions, {"input_ids": [20, 21]}, {"completion_only": False}, "is read as input_ids; leave it out"),
+        (Completions, {"input_ids": [20, 21]}, {"assistant_only": True}, "needs conversations"),
+        (Completions, {"text": "abc"}, {"assistant_only": True}, "needs conversations"),
+        (Prompts, {"prompt": "abc"}, {"completion_only": True}, "is read as prompt; leave it out"),
+        (Prompts, {"prompt": [user("q")]}, {"assistant_only": True}, "is read as prompt; leave it out"),
+        (
+            StepLabels,
+            {"prompt": "a", "completions": ["b"], "labels": [True]},
+            {"completion_only": False},
+            "leave it out",
+        ),
+    ],
+)
+def test_a_choice_of_what_is_learned_that_the_data_does_not_offer_is_refused(
+    tmp_path: Path, kind: DataKind, row: dict, setting: dict[str, Any], refusal: str
+) -> None:
+    (name,) = setting
+    with pytest.raises(DataError, match=rf"data\.{name}={str(setting[name]).lower()} .*{refusal}"):
+        previews(tmp_path, row, kind, MARKED_TEMPLATE, **setting)
 
 
 def test_a_missing_column_names_those_found_the_sets_allowed_and_how_to_rename(tmp_path: Path) -> None:

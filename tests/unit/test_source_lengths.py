@@ -87,7 +87,7 @@ def test_packed_items_hold_several_documents_as_rows_of_their_own(tmp_path: Path
     rows = [{"text": "a" * n} for n in (4, 2, 1, 9)]  # with the end: 5, 3, 2, 10
     source = source_of(tmp_path, rows, max_length=6, packing="bfd")
     assert [source.item(index).batch.lengths.tolist() for index in range(len(source))] == [[6], [5], [3, 2]]
-    assert source.report.truncated == {"longer than a pack (data.packing=bfd)": 1}
+    assert source.report.truncated == {"longer than max_length=6": 1}
     batch = source.batch([2])
     assert batch["group"].tolist() == [2, 2]
     assert batch["mask"].tolist() == [False, True, True, False, True]
@@ -103,6 +103,54 @@ def test_wrapped_documents_share_packs_of_the_full_length(tmp_path: Path) -> Non
     source = source_of(tmp_path, [{"text": "abc"}, {"text": "defg"}], max_length=6, packing="wrapped")
     previews = [source.preview(index) for index in range(len(source))]
     assert previews == ["a⟦bc<eos>⟧\nd⟦e⟧", "f⟦g<eos>⟧"]
+
+
+UNEVEN = [{"prompt": "abcdef", "completion": "12"}, {"prompt": "a", "completion": "1"}] * 3
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("packing", "tokens", "learned", "longest"), [("bfd", 6, 3, 2), ("bfd_split", 18, 9, 4), ("wrapped", 16, 8, 4)]
+)
+def test_every_pack_teaches_something_and_the_report_counts_what_is_in_the_packs(
+    tmp_path: Path, packing: str, tokens: int, learned: int, longest: int, streaming: bool
+) -> None:
+    source = source_of(tmp_path, UNEVEN, packing=packing, max_length=4, append_eos=False, streaming=streaming)
+    report = source.report
+    batches = [source.item(index).batch for index in range(report.items)]
+    assert all(row.any() for batch in batches for row in (batch.row("mask", i) for i in range(len(batch))))
+    assert sum(batch.num_tokens for batch in batches) == report.tokens == tokens
+    assert sum(int(batch["mask"].sum()) for batch in batches) == report.learned_tokens == learned
+    assert max(int(batch.lengths.max()) for batch in batches) == report.longest == longest
+
+
+def test_rows_that_packing_splits_and_tokens_that_it_leaves_out_are_said(tmp_path: Path) -> None:
+    source = source_of(tmp_path, UNEVEN, packing="bfd_split", max_length=4, append_eos=False)
+    assert source.report.notes == (
+        "3 rows are split into pieces, which do not see one another (data.packing)",
+        "12 tokens are left out, in pieces with nothing to learn from (data.packing)",
+    )
+    rows = [{"prompt": "abcd", "completion": "1"}, {"prompt": "ab", "completion": "12"}]
+    source = source_of(tmp_path, rows, packing="bfd_split", max_length=4, append_eos=False)
+    assert source.report.dropped == {"nothing to learn from in any piece of it (data.packing)": 1}
+    assert [source.preview(index) for index in range(len(source))] == ["ab⟦12⟧"]
+
+
+@pytest.mark.parametrize(
+    ("truncation", "shown"), [("keep_start", ["abcd⟦ef⟧"]), ("keep_end", ["e⟦fghi<eos>⟧"]), ("drop", [])]
+)
+def test_a_row_longer_than_a_pack_is_treated_as_truncation_says(
+    tmp_path: Path, truncation: str, shown: list[str]
+) -> None:
+    source = source_of(tmp_path, [LONG, SHORT], max_length=6, packing="bfd", truncation=truncation)
+    assert [source.preview(index) for index in range(len(source))] == [*shown, "a⟦b<eos>⟧"]
+    with pytest.raises(DataError, match=r"data\.truncation=error"):
+        source_of(tmp_path, [LONG], max_length=6, packing="bfd", truncation="error")
+
+
+def test_truncation_is_refused_beside_packing_that_cuts_nothing_off(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.truncation=drop .*data\.packing=wrapped cuts nothing off"):
+        source_of(tmp_path, [LONG], max_length=6, packing="wrapped", truncation="drop")
 
 
 def test_packing_is_refused_for_anything_but_completions(tmp_path: Path) -> None:
@@ -126,7 +174,7 @@ LABELLED = [{**row, "label": True} for row in ROWS]  # mismatched: 8 tokens of o
     ("method", "rows", "longest", "data"),
     [
         ("sft", ROWS, 10, {}),
-        ("sft", ROWS, 8, {"max_length": 8, "packing": "bfd_split"}),
+        ("sft", ROWS[:1] * 3, 4, {"max_length": 4, "packing": "bfd_split"}),
         ("sft", ROWS, 10, {"packing": "wrapped"}),
         ("sft", ROWS, 9, {"max_length": 9, "streaming": True}),
         ("dpo", PAIRS, 11, {}),

@@ -160,7 +160,11 @@ def test_a_whole_surrogate_pair_is_a_character(tmp_path: Path) -> None:
 def test_half_of_a_surrogate_pair_inside_json_text_is_a_bad_row(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "d.jsonl", [chat({}), chat({}, tools=r'[{"name": "\ud83d"}]')])
     with pytest.raises(DataError, match=r"row 2: .*half of a surrogate pair"):
-        opened(file, Completions, tokenizer("{{ tools[0].name if tools else 'none' }}{{ messages | length }}"))
+        opened(
+            file,
+            Completions,
+            tokenizer("{{ tools[0].name if tools }}" + TEMPLATE),
+        )
 
 
 @pytest.mark.parametrize("token", [-1, 10**6, 2**40, 10**30, True])
@@ -285,7 +289,7 @@ def mixed(*entries: tuple[Path, float], kind: Any = Completions, **data: Any) ->
 
 
 def test_parts_of_a_mixture_keep_their_own_types(tmp_path: Path) -> None:
-    plain = write_rows(tmp_path / "plain.jsonl", [{"messages": [user("q"), user("r")]}] * 2)
+    plain = write_rows(tmp_path / "plain.jsonl", [{"messages": [user("q"), {"role": "assistant", "content": "r"}]}] * 2)
     tools = write_rows(tmp_path / "tools.jsonl", [chat({"x": 1})] * 2)
     source = mixed((plain, 1), (tools, 1))
     assert [text_of(source, index) for index in range(4)] == [
