@@ -29,9 +29,18 @@ def _names_a_folder(text: str) -> str:
     return text
 
 
+def _not_zero(count: int) -> int:
+    """The number, or ValueError for 0, which some engines take for none and some for all."""
+    if count == 0:
+        raise ValueError("-1 keeps all tokens, and a number above 0 the likeliest; 0 would keep none")
+    return count
+
+
 Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every library that is seeded takes
 LabelSelector = Annotated[dict[str, str], AfterValidator(labels.check)]  # see orchestrator/labels.py
 FolderName = Annotated[str, AfterValidator(_names_a_folder)]
 DType = Literal["float32", "bfloat16", "float16"]
@@ -192,7 +201,7 @@ class TrainConfig(Section):
     """Learning rate of AdamW when the warm-up is over."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay of AdamW."""
-    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    adam_betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     """Decay rates of AdamW's first and second moment."""
     adam_eps: Annotated[float, Field(gt=0)] = 1e-8
     """Added to AdamW's denominator."""
@@ -219,13 +228,13 @@ class SamplingConfig(Section):
     """0 is greedy; 1 samples from the model's distribution."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Sample from the fewest likeliest tokens that hold this probability together; 1: from all."""
-    top_k: int = -1
+    top_k: Annotated[int, Field(ge=-1), AfterValidator(_not_zero)] = -1
     """Sample from that many likeliest tokens; -1: from all."""
     min_p: Fraction = 0.0
     """Sample from tokens at least this likely, relative to the likeliest; 0: from all."""
-    stop: tuple[str, ...] = ()
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Texts that end a completion."""
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Tokens that end a completion, besides the end-of-sequence token."""
 
 
@@ -463,7 +472,7 @@ class RunConfig(Section):
 
     name: FolderName = "run"
     """The run's folder begins with it."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides everything that is drawn: order of data, samples, weights of example models."""
     output: Path = Path("runs")
     """The folder in which the run's folder is made."""

@@ -67,7 +67,7 @@ async def launch(
             rollout=rollout,
             reward=reward,
             publisher=publisher,
-            call_timeout_s=config.roles.policy.call_timeout_s,
+            call_timeouts_s={role: getattr(config.roles, role).call_timeout_s for role in groups},
             implicit_reference=plan.implicit_reference,
         )
 

@@ -159,7 +159,7 @@ def draft_plan(
         for role in sized
     }
     phases = tuple(_phase_plan(name, config, pipeline) for name, pipeline in pipelines.items())
-    found = tuple(refused), tuple(warnings(config, pipelines))
+    found = tuple(refused), tuple(warnings(config, pipelines, launched))
     return Plan(config.name, phases, roles, gang, implicit, _overlaps(config, sized), *found)
 
 

@@ -32,6 +32,7 @@ from orchestrator.source import RowSource, Source, open_source
 from rewards.loading import RewardSpec, check_columns, check_names, check_reward
 from rollout.engine import ENGINES
 from rollout.sampling import Sampling
+from rollout.stopping import resolved_stops
 from rollout.vllm_engine import cpu_refusal
 
 UNBOUNDED = 2**31  # of a model that does not say how far its positions reach
@@ -138,15 +139,17 @@ def prepare(config: RunConfig, *, output: Path | None = None) -> Prepared:
     tokenizer_path = config.model.tokenizer or model
     tokenizer = load_tokenizer(tokenizer_path, config.model.chat_template, config.model.trust_remote_code)
     room = model_length(model, config.model.trust_remote_code)
+    vocab = vocabulary_size(model, config.model.trust_remote_code)
     phases: list[PreparedPhase] = []
     for name, pipeline in pipelines.items():
-        phase = _prepare_phase(config, name, pipeline, tokenizer, room, phases)
+        phase = _prepare_phase(config, name, pipeline, tokenizer, room, vocab, phases)
         phases.append(recall(config, model, phase))
     prepared = Prepared(
         config, model, models, tokenizer_path, tokenizer, tuple(phases), rewards, count_parameters(model)
     )
     _check_rewards(prepared)
     _check_models(prepared)
+    _refuse_no_room(prepared, room)
     return prepared
 
 
@@ -191,8 +194,36 @@ def model_length(model: str, trust_remote_code: bool) -> int:
     return int(getattr(config.get_text_config(), "max_position_embeddings", UNBOUNDED))
 
 
+def vocabulary_size(model: str, trust_remote_code: bool) -> int:
+    """Tokens that the model can tell apart."""
+    return int(pretrained.load_config(model, trust_remote_code).get_text_config().vocab_size)
+
+
+def _refuse_no_room(prepared: Prepared, room: int) -> None:
+    """Raises ConfigError for a context of the engine that does not hold what will be sampled, or that the model does
+    not reach."""
+    given = prepared.config.roles.rollout.max_model_len
+    if given is None or not prepared.generates:
+        return
+    if given > room:
+        raise ConfigError(
+            f"roles.rollout.max_model_len={given}, but the model holds {room} tokens; set it to {room} at most"
+        )
+    if given < prepared.longest:
+        raise ConfigError(
+            f"roles.rollout.max_model_len={given} is less than the {prepared.longest} tokens of the longest prompt "
+            "with its completion; raise it or leave it out, or lower data.max_prompt_length or sampling.max_tokens"
+        )
+
+
 def _prepare_phase(
-    config: RunConfig, name: str, pipeline: Pipeline, tokenizer: Any, room: int, before: list[PreparedPhase]
+    config: RunConfig,
+    name: str,
+    pipeline: Pipeline,
+    tokenizer: Any,
+    room: int,
+    vocab: int,
+    before: list[PreparedPhase],
 ) -> PreparedPhase:
     phase = config.phases[name]
     source = open_source(phase.data, pipeline.data, tokenizer, seed=config.seed, model_max_length=room)
@@ -200,7 +231,7 @@ def _prepare_phase(
     _check_something_happens(phase, name, pipeline, schedule.steps)
     evaluation, held_out = _open_evaluation(phase, name, pipeline.data, tokenizer, config.seed, room)
     first_version = sum(earlier.steps for earlier in before)
-    sampling = Sampling(**phase.sampling.model_dump())
+    sampling = resolved_stops(Sampling(**phase.sampling.model_dump()), tokenizer, vocab, f"phases.{name}.sampling")
     for where, each in ((f"phases.{name}.data", source), (f"phases.{name}.evaluation.rows", held_out)):
         if each is not None:
             _refuse_too_long(each, pipeline, phase, where, f"phases.{name}.train.token_budget")

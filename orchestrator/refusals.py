@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from orchestrator.config import FrozenRole, PhaseConfig, RewardRole, RolesConfig, RolloutRole, RunConfig, TrainedRole
+from orchestrator.idle_keys import idle_keys
 from orchestrator.pipeline import Pipeline
 
 ELASTIC = ("rollout", "reward")  # pools of workers that come and go; every other role is a gang of ranks
@@ -27,7 +28,7 @@ def refusals(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Seq
     return [*found, *_of_weights(config, launched)]
 
 
-def warnings(config: RunConfig, pipelines: Mapping[str, Pipeline]) -> list[str]:
+def warnings(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Sequence[str]) -> list[str]:
     """What works, but not as one may think."""
     forgetful = [
         f"phases.{name}: with model.lora the reference is the model without adapters, which knows nothing of what "
@@ -50,9 +51,7 @@ def warnings(config: RunConfig, pipelines: Mapping[str, Pipeline]) -> list[str]:
         if config.phases[name].train.bema is not None
     ]
     of_methods = [f"phases.{name}: {said}" for name, pipeline in pipelines.items() for said in pipeline.warnings]
-    cluster = config.cluster
-    idle = f"cluster.num_cpus={cluster.num_cpus} is for a Ray of our own; that at {cluster.address} has what it has"
-    return forgetful + biased + lost + of_methods + ([idle] if cluster.address and cluster.num_cpus else [])
+    return [*forgetful, *biased, *lost, *of_methods, *idle_keys(config, pipelines, launched)]
 
 
 def _of_phase(where: str, config: RunConfig, phase: PhaseConfig, pipeline: Pipeline) -> Iterator[str]:
@@ -73,6 +72,16 @@ def _of_phase(where: str, config: RunConfig, phase: PhaseConfig, pipeline: Pipel
             f"{where}.options.precompute_ref_log_probs: a stream has no end to compute to before the first step; leave "
             f"it out, or set {where}.data.streaming=false"
         )
+    if (generated := pipeline.generates) and generated.options["n"] > 1 and phase.sampling.temperature == 0:
+        yield (
+            f"{where}.sampling.temperature=0: the {generated.options['n']} samples of a prompt are the same one, and "
+            "nothing is learned from comparing them; set it above 0"
+        )
+    scored = bool(config.rewards) and any(stage.role == "reward" for stage in pipeline)
+    if scored and not any(reward.weight for reward in config.rewards):
+        yield f"rewards: all weights are 0, so {phase.method} learns nothing; give one reward a weight"
+    if phase.data.path is not None and phase.data.mixture:
+        yield f"{where}.data.path={phase.data.path} beside {where}.data.mixture, which has paths of its own; keep one"
     if "mismatched" in pipeline.data.columns and train.batch_size < 2:
         yield f"{where}.train.batch_size=1: {phase.method} swaps completions between a batch's examples; use 2 or more"
     for role in pipeline.mixed:
@@ -126,6 +135,8 @@ def _of_role(where: str, role: str, settings: Role, roles: RolesConfig, launched
             f"{where}.gpus={settings.gpus:g} with tensor_parallel={settings.tensor_parallel}: a worker holds "
             f"all of its engine's GPUs; set {where}.gpus={settings.tensor_parallel}"
         )
+    if isinstance(settings, RolloutRole) and settings.tensor_parallel > 1 and settings.engine == "hf":
+        yield f"{where}.tensor_parallel={settings.tensor_parallel}: the hf engine runs on one device; use vllm, or 1"
     if isinstance(settings, RolloutRole) and settings.fallback_strategy and not settings.label_selector:
         yield f"{where}.fallback_strategy is for when {where}.label_selector finds no room, and there is none; set one"
     if settings.colocate is not None and getattr(settings, "label_selector", None):

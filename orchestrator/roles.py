@@ -9,7 +9,7 @@ loop ─────── publish(version) ──► publisher: policy ──�
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +43,8 @@ class PhaseSettings:
 
 
 class Roles:
-    """Groups of ranks by role, the two pools, and the publisher between them."""
+    """Groups of ranks by role, the two pools, and the publisher between them. `call_timeouts_s`: of one verb of each
+    group."""
 
     def __init__(
         self,
@@ -53,12 +54,12 @@ class Roles:
         rollout: Pool | None,
         reward: Pool | None,
         publisher: Publisher | None,
-        call_timeout_s: float,
+        call_timeouts_s: Mapping[str, float],
         implicit_reference: bool,
     ) -> None:
         self.groups, self.objects = groups, objects
         self.rollout, self.reward, self.publisher = rollout, reward, publisher
-        self._call_timeout_s, self._implicit_reference = call_timeout_s, implicit_reference
+        self._call_timeouts_s, self._implicit_reference = call_timeouts_s, implicit_reference
         self._phase: PhaseSettings | None = None
         self._verbs: dict[Verb, Callable[[Stage, Batch, int], Awaitable[tuple[Batch, dict[str, float]]]]] = {
             Verb.LOGPS: self._logps,
@@ -167,7 +168,7 @@ class Roles:
             self.phase.temperature,
             adapters,
             per_rank=chunks,
-            timeout_s=self._call_timeout_s,
+            timeout_s=self._call_timeouts_s[role],
             task_name=_label(stage, step),
         )
         column = np.zeros(batch.num_tokens, COLUMNS[into].dtype)
@@ -221,7 +222,7 @@ class Roles:
             self.phase.temperature,
             stage.name,
             per_rank=chunks,
-            timeout_s=self._call_timeout_s,
+            timeout_s=self._call_timeouts_s[stage.role],
             task_name=_label(stage, step),
         )
 
@@ -232,7 +233,7 @@ class Roles:
                 self.groups[stage.options["source"]],
                 self.groups[stage.role],
                 stage.options["share"],
-                timeout_s=self._call_timeout_s,
+                timeout_s=max(self._call_timeouts_s[stage.role], self._call_timeouts_s[stage.options["source"]]),
                 task_name=_label(stage, step),
             )
         return batch, {}

@@ -169,6 +169,8 @@ class _Run:
         ):
             self.console.placed(cluster.describe())
             self.console.at(self.folder, self.dashboard)
+            for said in self.plan.warnings:
+                self.console.warn(said)
             self._since_start("started")
             for phase in self.prepared.phases:
                 if found is None or phase.index >= found.state.phase_index:

@@ -4,10 +4,11 @@ not."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from actors.errors import DataFailure
+from actors.errors import ConfigError, DataFailure
 from actors.pretrained import load_config, load_tokenizer
 from rollout.sampling import Finish, Request, Sampling
 
@@ -40,6 +41,37 @@ def end_token_ids(model: str, trust_remote_code: bool = False) -> tuple[int, ...
     if ids is None:
         return ()
     return tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
+
+
+def resolved_stops(sampling: Sampling, tokenizer: Any, vocab: int, key: str = "sampling") -> Sampling:
+    """The same stop conditions as every engine can see them: a stop string that is a special token is that token's id,
+    because special tokens are not part of the text that is searched for strings.
+
+    Raises ConfigError for a string that can never be met, or that is met at once, and for an id of no token of a model
+    with `vocab` of them. `key` is where the sampling was set."""
+    special = {str(token): int(index) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    texts: list[str] = []
+    ids = list(sampling.stop_token_ids)
+    for stop in sampling.stop:
+        if not stop:
+            raise ConfigError(f"{key}.stop holds an empty text, which ends every completion at once; leave it out")
+        if stop in special:
+            ids.append(special[stop])
+            continue
+        inside = [token for token in special if token in stop]
+        if inside:
+            raise ConfigError(
+                f"{key}.stop={stop!r} holds the special token {inside[0]!r} beside other text: special tokens are no "
+                f"text, so it would never be met; give {inside[0]!r} by itself"
+            )
+        texts.append(stop)
+    for index in ids:
+        if not 0 <= index < vocab:
+            raise ConfigError(
+                f"{key}.stop_token_ids: {index} is no token of the model, whose ids are 0 to {vocab - 1}; "
+                "correct it, or leave it out"
+            )
+    return replace(sampling, stop=tuple(texts), stop_token_ids=tuple(dict.fromkeys(ids)))
 
 
 class StopRule:

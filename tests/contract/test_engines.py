@@ -18,6 +18,7 @@ import torch
 from actors.errors import DataFailure, InfraFailure
 from rollout.engine import Engine, EngineSpec, build_engine
 from rollout.sampling import Completion, Finish, Request, Sampling
+from rollout.stopping import resolved_stops
 from rollout.vllm_engine import CPU_HEAD_SIZES
 from tests.unit.tiny import tiny_model_folder, tiny_tokenizer
 
@@ -238,6 +239,16 @@ def test_a_sample_ends_with_the_token_that_completes_a_stop_string(subject: Subj
     assert len(stop) == 2
     assert ended.tokens.tolist() == free[:6]
     assert ended.finish is Finish.STOP
+
+
+@on(*ENGINES)
+def test_a_sample_ends_with_a_stop_string_that_is_a_special_token(subject: Subject) -> None:
+    """As the plan resolves it: the model's own padding token, which no engine has among the text that it searches."""
+    wanted = Sampling(48, stop=("<pad>",))
+    samples = subject.run(Request("a", PROMPT, 32, resolved_stops(wanted, tiny_tokenizer(), 64), seed=9))["a"]
+    stopped = [completion for completion in samples if completion.tokens[-1] == 0]
+    assert stopped and all(completion.finish is Finish.STOP for completion in stopped)
+    assert all(0 not in completion.tokens[:-1] for completion in samples)
 
 
 @on(*ENGINES)

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GenerationConfig
 
-from actors.errors import DataFailure
+from actors.errors import ConfigError, DataFailure
 from rollout.hf_engine import draw, truncate
 from rollout.sampling import Completion, Finish, Request, Sampling, sample_seed, to_batch
-from rollout.stopping import StopRule, end_token_ids, token_budget
+from rollout.stopping import StopRule, end_token_ids, resolved_stops, token_budget
 from tests.unit.tiny import tiny_model_folder, tiny_tokenizer
 
 REQUEST = Request("step 3, prompt 7", (4, 5, 6), n=2, sampling=Sampling(max_tokens=8), seed=11, group=42)
@@ -92,6 +92,27 @@ def test_a_stop_string_is_found_across_tokens_and_only_at_the_end(tmp_path: Path
     sampling = Sampling(50, stop=("=4",))
     finishes = [rule.finish(tokens[:count], sampling, budget=50) for count in range(1, len(tokens))]
     assert finishes == [None] * 6 + [Finish.STOP]
+
+
+def test_a_stop_string_that_is_a_special_token_is_that_tokens_id_and_the_others_stay_strings() -> None:
+    sampling = Sampling(8, stop=("<eos>", "=4"), stop_token_ids=(7,))
+    found = resolved_stops(sampling, tiny_tokenizer(), 64)
+    assert (found.stop, found.stop_token_ids) == (("=4",), (7, 1))
+
+
+@pytest.mark.parametrize(
+    ("sampling", "said"),
+    [
+        (Sampling(8, stop=("",)), "phases.a.sampling.stop holds an empty text"),
+        (Sampling(8, stop=("4<eos>",)), "holds the special token '<eos>' beside other text"),
+        (Sampling(8, stop_token_ids=(64,)), "64 is no token of the model, whose ids are 0 to 63"),
+        (Sampling(8, stop_token_ids=(-1,)), "-1 is no token of the model"),
+    ],
+    ids=["empty", "beside text", "beyond the vocabulary", "negative"],
+)
+def test_a_stop_condition_that_cannot_be_met_is_refused(sampling: Sampling, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        resolved_stops(sampling, tiny_tokenizer(), 64, "phases.a.sampling")
 
 
 def test_a_stop_token_at_the_limit_is_a_stop_and_not_a_cut(tmp_path: Path) -> None:

@@ -1,0 +1,88 @@
+"""Keys that are set where they cannot act. Pure.
+
+A recipe may size roles that one of its variants does not launch, so most of these are warnings: one line for each
+section, which names the keys. What makes a run learn nothing is refused in `refusals.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+from pydantic import BaseModel
+
+from orchestrator.config import RolesConfig, RolloutRole, RunConfig, TrainedRole
+from orchestrator.pipeline import Pipeline, Verb
+
+OF_VLLM = ("kv_cache_gib",)  # keys of the rollout role that an engine of ours reads alone
+RANDOM = ("temperature", "top_p", "top_k", "min_p")
+
+
+def idle_keys(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Sequence[str]) -> list[str]:
+    """A line for each section of the configuration that has such keys."""
+    found = [
+        f"{', '.join(f'{where}.{name}={getattr(section, name)}' for name in names)}: {why}"
+        for where, section, keys, why in _idle(config, pipelines, launched)
+        if (names := changed(section, keys))
+    ]
+    if config.rewards and "reward" not in launched:
+        found.append("rewards: nothing is scored in this run: no phase samples, and none has evaluation.data")
+    return found
+
+
+def changed(section: BaseModel, keys: Collection[str]) -> list[str]:
+    """Those of the keys that are set to something else than their default."""
+    fields = type(section).model_fields
+    return [key for key in keys if getattr(section, key) != fields[key].get_default(call_default_factory=True)]
+
+
+Idle = tuple[str, BaseModel, Collection[str], str]  # where, what stands there, which of its keys, why they do nothing
+
+
+def _idle(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Sequence[str]) -> Iterator[Idle]:
+    for name, pipeline in pipelines.items():
+        yield from _of_phase(f"phases.{name}", config, name, pipeline)
+    for role in RolesConfig.model_fields:
+        settings = getattr(config.roles, role)
+        if role not in launched:
+            keys = set(type(settings).model_fields) - {"model"}  # of a reference, it decides whether it is launched
+            yield f"roles.{role}", settings, sorted(keys), f"nothing in this run launches the role {role}"
+        elif isinstance(settings, TrainedRole) and settings.backend == "single":
+            keys, why = ("deepspeed", "zero_stage"), f"roles.{role}.backend=single does not read them"
+            yield f"roles.{role}", settings, keys, f"{why}; set roles.{role}.backend=deepspeed, or leave them out"
+        elif isinstance(settings, RolloutRole) and settings.engine in ("hf", "scripted"):
+            yield f"roles.{role}", settings, OF_VLLM, f"the engine {settings.engine} has no such cache"
+    if "rollout" not in launched:
+        keys = tuple(type(config.weights).model_fields)
+        yield "weights", config.weights, keys, "no rollout worker is launched that weights could be sent to"
+        yield "logging", config.logging, ("completions_every", "completions_shown"), "nothing is sampled in this run"
+    elif config.weights.transport != "collective":
+        why = f"only weights.transport=collective has a topology, not {config.weights.transport}"
+        yield "weights", config.weights, ("topology",), why
+    if config.cluster.address:
+        keys, why = ("num_cpus", "object_store_mib", "dashboard"), f"that at {config.cluster.address} has what it has"
+        yield "cluster", config.cluster, keys, f"they are for a Ray of our own; {why}"
+
+
+def _of_phase(where: str, config: RunConfig, name: str, pipeline: Pipeline) -> Iterator[Idle]:
+    phase = config.phases[name]
+    evaluated = phase.evaluation is not None and phase.evaluation.data is not None
+    sampling = tuple(type(phase.sampling).model_fields)
+    samples = any(stage.verb is Verb.GENERATE for stage in pipeline)
+    if not samples and not evaluated:
+        yield f"{where}.sampling", phase.sampling, sampling, f"{phase.method} samples nothing, and nothing is evaluated"
+    elif not samples:
+        yield f"{where}.sampling", phase.sampling, RANDOM, "only evaluation samples in this phase, and it is greedy"
+        if phase.evaluation is not None and phase.evaluation.max_tokens is not None:
+            why = f"{where}.evaluation.max_tokens={phase.evaluation.max_tokens} holds instead"
+            yield f"{where}.sampling", phase.sampling, ("max_tokens",), why
+    if phase.evaluation is not None and not evaluated:
+        why = "held-out rows are not answered; it is for evaluation.data"
+        yield f"{where}.evaluation", phase.evaluation, ("max_tokens",), why
+    if phase.train.scheduler == "constant":
+        yield f"{where}.train", phase.train, ("min_lr_ratio",), "with scheduler=constant the rate does not fall"
+    if phase.data.mixture:
+        yield f"{where}.data", phase.data, ("split",), "each entry of data.mixture has a split of its own"
+    total = (phase.train.steps or 0) * pipeline.optimizer_steps_per_batch
+    if 0 < total <= phase.train.warmup_steps:
+        why = f"the phase has {total} optimizer steps, so the learning rate never reaches {phase.train.learning_rate:g}"
+        yield f"{where}.train", phase.train, ("warmup_steps",), why
