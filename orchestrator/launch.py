@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ async def launch(
             rollout=rollout,
             reward=reward,
             publisher=publisher,
-            call_timeouts_s={role: getattr(config.roles, role).call_timeout_s for role in groups},
+            call_timeouts_s=call_timeouts(config, groups),
             implicit_reference=plan.implicit_reference,
         )
 
@@ -134,6 +134,11 @@ def optim_spec(phase: PreparedPhase) -> OptimSpec:
     total = phase.steps * phase.pipeline.optimizer_steps_per_batch
     shared = set(OptimSpec.__dataclass_fields__) & set(TrainConfig.model_fields)
     return OptimSpec(**{name: getattr(train, name) for name in shared}, total_steps=total)
+
+
+def call_timeouts(config: RunConfig, roles: Iterable[str]) -> dict[str, float]:
+    """Seconds that one verb of each group of ranks may take."""
+    return {role: getattr(config.roles, role).call_timeout_s for role in roles}
 
 
 def average_spec(phase: PreparedPhase) -> AverageSpec | None:

@@ -1,0 +1,542 @@
+"""Every key of the configuration: set to another value it changes what a run is made of, or a named test shows what it
+does; and where it cannot act, setting it is refused or warned of.
+
+What a run is made of: the plan, what the workers of each role are started with, the deadlines of calls, the schedule,
+how completions are drawn, and the items of the data.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from actors.batch import Batch
+from actors.errors import UserError
+from orchestrator.config import (
+    BemaConfig,
+    DataConfig,
+    PhaseConfig,
+    RewardConfig,
+    RolloutRole,
+    RunConfig,
+    SamplingConfig,
+    TrainConfig,
+    _types_in,
+)
+from orchestrator.explain import schema_keys
+from orchestrator.launch import (
+    _reward_pool,
+    _rollout_pool,
+    _start_group,
+    average_spec,
+    call_timeouts,
+    optim_spec,
+)
+from orchestrator.methods import build
+from orchestrator.overrides import dotted
+from orchestrator.pipeline import Completions, Verb
+from orchestrator.plan import Machine, draft_plan
+from orchestrator.prepare import Prepared, PreparedPhase, build_pipeline
+from orchestrator.roles import PhaseSettings, Roles
+from orchestrator.source import open_source
+from orchestrator.supervision import Watchdog
+from rewards.loading import RewardSpec
+from rollout.sampling import Sampling
+from tests.unit.tiny import tiny_tokenizer
+
+ROOT = Path(__file__).parents[2]
+GRPO: dict[str, Any] = {
+    "phases": {"a": {"method": "grpo", "options": {"beta": 0.1}, "train": {"steps": 50}}},
+    "rewards": [{"fn": "exact_match"}],
+}
+SFT: dict[str, Any] = {"phases": {"a": {"method": "sft", "train": {"steps": 50}}}}
+DEEPSPEED = {"roles": {"policy": {"backend": "deepspeed"}, "reference": {"backend": "deepspeed"}}}
+LORA = {"model": {"lora": {}}}
+BEMA = {"phases": {"a": {"train": {"bema": {}}}}}
+
+# key -> another value, and what else is set for it to act. `roles.*`: of each role that has the key.
+PLANNED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "name": ("other", {}),
+    "seed": (7, {}),
+    "model.tokenizer": ("elsewhere", {}),
+    "model.dtype": ("bfloat16", {}),
+    "model.lora": ({}, {}),
+    "model.lora.r": (4, LORA),
+    "model.lora.alpha": (3.0, LORA),
+    "model.lora.dropout": (0.5, LORA),
+    "model.lora.target_modules": ("q_proj", LORA),
+    "model.lora.use_rslora": (True, LORA),
+    "model.lora.use_dora": (True, LORA),
+    "model.gradient_checkpointing": (True, {}),
+    "model.neftune_noise_alpha": (5.0, {}),
+    "model.router_aux_loss_coef": (0.1, {}),
+    "model.trust_remote_code": (True, {}),
+    "phases.NAME.method": ("dpo", {}),
+    "phases.NAME.options": ({"beta": 0.0}, {}),
+    "phases.NAME.train.batch_size": (8, {}),
+    "phases.NAME.train.steps": (9, {}),
+    "phases.NAME.train.learning_rate": (1e-3, {}),
+    "phases.NAME.train.weight_decay": (0.1, {}),
+    "phases.NAME.train.adam_betas": ((0.8, 0.9), {}),
+    "phases.NAME.train.adam_eps": (1e-6, {}),
+    "phases.NAME.train.scheduler": ("cosine", {}),
+    "phases.NAME.train.warmup_steps": (5, {}),
+    "phases.NAME.train.min_lr_ratio": (0.1, {}),
+    "phases.NAME.train.max_grad_norm": (0.5, {}),
+    "phases.NAME.train.max_staleness": (1, {"phases": {"a": {"options": {"correction": "token_mask"}}}}),
+    "phases.NAME.train.token_budget": (999, {"phases": {"a": {"data": {"max_prompt_length": 8}}}}),
+    "phases.NAME.train.bema": ({}, {}),
+    **{
+        f"phases.NAME.train.bema.{key}": (value, BEMA)
+        for key, value in {
+            "update_freq": 3,
+            "ema_power": 0.1,
+            "bias_power": 0.1,
+            "lag": 2.0,
+            "multiplier": 2.0,
+            "update_after": 2,
+            "min_ema_multiplier": 0.3,
+        }.items()
+    },
+    **{
+        f"phases.NAME.sampling.{key}": (value, {})
+        for key, value in {
+            "max_tokens": 9,
+            "temperature": 0.5,
+            "top_p": 0.5,
+            "top_k": 4,
+            "min_p": 0.1,
+            "stop": ("x",),
+            "stop_token_ids": (5,),
+        }.items()
+    },
+    "phases.NAME.evaluation.data": ({"path": "x"}, {}),
+    "phases.NAME.evaluation.max_tokens": (999, {"phases": {"a": {"evaluation": {"data": {"path": "x"}}}}}),
+    "rewards.N.fn": ("completion_length", {}),
+    "rewards.N.weight": (0.5, {}),
+    "rewards.N.name": ("right", {}),
+    "rewards.N.options": ({"column": "x"}, {}),
+    "roles.*.backend": ("deepspeed", {}),
+    "roles.*.ranks": (2, DEEPSPEED),
+    "roles.*.workers": (3, {}),
+    "roles.*.gpus": (1.0, {}),
+    "roles.*.cpus": (3.0, {}),
+    "roles.*.threads": (3, {}),
+    "roles.*.memory_gib": (3.0, {}),
+    "roles.*.resources": ({"disk": 1.0}, {}),
+    "roles.*.label_selector": ({"zone": "a"}, {}),
+    "roles.*.fallback_strategy": (
+        [{"label_selector": {"zone": "b"}}],
+        {"roles": {"rollout": {"label_selector": {"zone": "a"}}}},
+    ),
+    "roles.*.fallback_strategy.N.label_selector": (
+        {"zone": "c"},
+        {"roles": {"rollout": {"label_selector": {"zone": "a"}, "fallback_strategy": [{"label_selector": {}}]}}},
+    ),
+    "roles.*.deepspeed": ({"zero_optimization": {"stage": 1}}, DEEPSPEED),
+    "roles.*.zero_stage": (3, DEEPSPEED),
+    "roles.*.colocate": ("policy", {}),
+    "roles.*.call_timeout_s": (7.0, {}),
+    "roles.*.model": ("another", {}),
+    "roles.*.dtype": ("float16", {}),
+    "roles.*.concurrency": (9, {}),
+    "roles.*.timeout_s": (9.0, {}),
+    "roles.*.max_attempts": (9, {}),
+    "roles.*.engine": ("hf", {}),
+    "roles.*.tensor_parallel": (2, {}),
+    "roles.*.kv_cache_gib": (2.0, {}),
+    "roles.*.max_concurrency": (9, {}),
+    "roles.*.max_model_len": (999, {}),
+    "roles.*.engine_options": ({"x": 1}, {}),
+    "roles.*.start_timeout_s": (9.0, {}),
+    "roles.*.request_timeout_s": (9.0, {}),
+    "roles.*.max_restarts": (9, {}),
+}
+READ: dict[str, tuple[Any, dict[str, Any]]] = {  # of `phases.NAME.data`: another value, and what else is set
+    "columns": ({"prompt": "completion", "completion": "prompt"}, {}),
+    "max_length": (5, {}),
+    "max_prompt_length": (2, {}),
+    "truncation": ("drop", {"max_length": 9}),
+    "packing": ("bfd", {"max_length": 30}),
+    "completion_only": (False, {}),
+    "append_eos": (False, {}),
+    "shuffle": (False, {}),
+    "streaming": (True, {}),
+    "limit": (2, {}),
+    "split": ("test", {}),
+    "path": ("missing.jsonl", {}),
+    "mixture": ([{"path": "SAME", "fraction": 1.0}], {"path": None}),
+}
+SHOWN_BY: dict[str, str] = {  # what happens while a run goes on, or needs other data: the test that shows it
+    "model.path": "tests/unit/test_pretrained.py",
+    "model.chat_template": "tests/unit/test_trainable.py",
+    "output": "tests/unit/test_preconditions.py",
+    "phases.NAME.data.assistant_only": "tests/unit/test_source_formats.py",
+    "phases.NAME.data.cache_dir": "tests/unit/test_source_cache.py",
+    "phases.NAME.data.max_bad_rows": "tests/unit/test_source_files.py",
+    "phases.NAME.data.options": "tests/unit/test_source_values.py",
+    "phases.NAME.data.mixture.N.path": "tests/unit/test_source_files.py",
+    "phases.NAME.data.mixture.N.fraction": "tests/unit/test_source_files.py",
+    "phases.NAME.data.mixture.N.split": "tests/unit/test_source_files.py",
+    "phases.NAME.train.epochs": "tests/contract/test_resumed_runs.py",
+    "phases.NAME.evaluation.rows": "tests/unit/test_evaluation.py",
+    "phases.NAME.evaluation.every": "tests/unit/test_evaluation.py",
+    "phases.NAME.evaluation.at_start": "tests/unit/test_evaluation.py",
+    "roles.reward.on_failure": "tests/unit/test_collector.py",
+    "weights.transport": "tests/unit/test_weights.py",
+    "weights.topology": "tests/unit/test_weights.py",
+    "weights.timeout_s": "tests/unit/test_weights.py",
+    "weights.dtype": "tests/unit/test_weights.py",
+    "checkpoint.every": "tests/contract/test_resumed_runs.py",
+    "checkpoint.keep": "tests/unit/test_checkpoint.py",
+    "logging.tensorboard": "tests/unit/test_metrics.py",
+    "logging.ray_metrics": "tests/unit/test_metrics.py",
+    "logging.completions_every": "tests/runs.py",
+    "cluster.address": "tests/unit/test_cluster.py",
+    "cluster.num_cpus": "tests/ray/test_placement.py",
+    "cluster.object_store_mib": "tests/ray/test_precompute.py",
+    "cluster.dashboard": "tests/ray/test_private_head.py",
+    "cluster.placement_timeout_s": "tests/ray/test_placement.py",
+}
+READ_WHILE_RUNNING: dict[str, str] = {  # no test sees them: the line that reads them
+    "weights.bucket_mib": "orchestrator/publisher.py: config.bucket_mib",
+    "logging.every": "orchestrator/run.py: logging.every",
+    "logging.completions_shown": "orchestrator/run.py: logging.completions_shown",
+    "cluster.watchdog_s": "orchestrator/run.py: cluster.watchdog_s",
+    "debug": "orchestrator/run.py: config.debug",
+}
+NO_MATTER = {"phases.NAME.evaluation.data.shuffle": "all of it is evaluated, in any order"}
+
+
+def merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    found = dict(base)
+    for key, value in extra.items():
+        found[key] = (
+            merged(found[key], value) if isinstance(value, dict) and isinstance(found.get(key), dict) else value
+        )
+    return found
+
+
+def at(path: list[str], value: Any, tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree with a value at a path; `NAME` is the phase, `N` the first of a list."""
+    head, *rest = path
+    if head == "NAME":
+        head = "a"
+    if head == "N":
+        return [at(rest, value, tree[0] if tree else {})]  # pyright: ignore[reportReturnType]
+    below = (tree or {}).get(head)
+    return {**(tree or {}), head: at(rest, value, below if below is not None else {}) if rest else value}
+
+
+@cache
+def all_keys() -> list[str]:
+    return [dotted(keys) for keys in schema_keys(RunConfig)]
+
+
+class Recorder:
+    """A cluster that starts nothing and keeps what it was asked to start."""
+
+    def __init__(self) -> None:
+        self.started: list[Any] = []
+
+    async def start_group(self, role: str, kind: type, ranks: list[dict[str, Any]]) -> Any:
+        self.started.append((role, kind.__name__, ranks))
+
+    async def start_worker(self, role: str, index: int, kind: type, kwargs: dict[str, Any]) -> Any:
+        self.started.append((role, index, kind.__name__, kwargs))
+
+    async def stop_worker(self, *_: Any) -> None: ...
+
+
+class Report:
+    longest = 20
+
+
+class Data:
+    """In the place of a data set: as much of it as a plan asks for."""
+
+    report = Report()
+
+
+def made_of(tree: dict[str, Any]) -> str:
+    """What a run of this configuration is made of."""
+    config = RunConfig.model_validate(tree)
+    pipelines = {name: build_pipeline(phase) for name, phase in config.phases.items()}
+    plan = draft_plan(config, pipelines, parameters=1_000_000, machine=Machine(4))
+    (name, phase), *_ = config.phases.items()
+    sampling, data = Sampling(**phase.sampling.model_dump()), Data()
+    evaluation: Any = data if phase.evaluation and phase.evaluation.data else None
+    one: Any = PreparedPhase(
+        name,
+        0,
+        phase,
+        pipelines[name],
+        data,
+        evaluation,
+        None,
+        phase.train.steps or 1,
+        sampling,
+        0,  # pyright: ignore[reportArgumentType]
+    )
+    rewards = tuple(
+        RewardSpec(reward.fn, reward.weight, reward.name, dict(reward.options)) for reward in config.rewards
+    )
+    models = {"reference": config.roles.reference.model} if config.roles.reference.model else {}
+    tokenizer = config.model.tokenizer or "m"
+    prepared = Prepared(config, "m", models, tokenizer, None, (one,), rewards, 1_000_000)
+    recorder: Any = Recorder()
+    return repr(
+        [
+            (replace(plan, phases=()), [replace(each, pipeline=None) for each in plan.phases]),  # pyright: ignore[reportArgumentType]
+            [(stage.name, sorted(stage.options)) for stage in pipelines[name]],
+            (optim_spec(one), average_spec(one), sampling),
+            asyncio.run(_started(prepared, plan, recorder)),
+        ]
+    )
+
+
+async def _started(prepared: Prepared, plan: Any, recorder: Any) -> list[Any]:
+    policies: list[Any] = []
+    groups = [role for role in plan.roles if role not in ("rollout", "reward")]
+    for role in groups:
+        await _start_group(role, prepared, plan, recorder)
+    for role in plan.roles.keys() - set(groups):
+        watchdog = Watchdog(report_after_s=9.0)
+        pool: Any = (
+            _rollout_pool(prepared, plan, recorder, lambda *_: None, watchdog)
+            if role == "rollout"
+            else _reward_pool(prepared, recorder, lambda *_: None, watchdog)
+        )
+        policies.append((role, pool.policy))
+        await pool._start(0)
+    recorder.started.sort(key=str)
+    return [recorder.started, sorted(policies, key=str), call_timeouts(prepared.config, groups)]
+
+
+def roles_with(key: str) -> list[str]:
+    return [name for name in all_keys() if name.startswith("roles.") and name.split(".", 2)[2:] == [key]]
+
+
+def planned_keys() -> dict[str, tuple[Any, dict[str, Any]]]:
+    found: dict[str, tuple[Any, dict[str, Any]]] = {}
+    for key, entry in PLANNED.items():
+        names = roles_with(key.removeprefix("roles.*.")) if key.startswith("roles.*.") else [key]
+        found |= dict.fromkeys(names, entry)
+    return found
+
+
+def data_key(key: str) -> str:
+    """Held-out data is opened as the phase's own is."""
+    for place in ("data", "rows"):
+        key = key.replace(f".evaluation.{place}.", ".data.")
+    return key
+
+
+def test_every_key_of_the_schema_is_in_one_of_the_tables() -> None:
+    keys = {data_key(key) for key in all_keys() if not any(other.startswith(f"{key}.") for other in all_keys())}
+    sections = {key for key in planned_keys() if key in all_keys()}
+    read = {f"phases.NAME.data.{key}" for key in READ}
+    assert keys - planned_keys().keys() - read - SHOWN_BY.keys() - READ_WHILE_RUNNING.keys() == set()
+    assert sections == planned_keys().keys(), "a key that does not exist"
+    assert SHOWN_BY.keys() | READ_WHILE_RUNNING.keys() <= set(all_keys())
+    assert set(NO_MATTER) <= set(all_keys())
+
+
+@pytest.mark.parametrize("key", planned_keys())
+def test_another_value_of_a_key_makes_another_run(key: str) -> None:
+    value, extra = planned_keys()[key]
+    base = merged(SFT if key == "phases.NAME.evaluation.data" else GRPO, extra)  # the other samples in any case
+    assert made_of(at(key.split("."), value, base)) != made_of(base)
+
+
+@pytest.mark.parametrize("key", SHOWN_BY)
+def test_the_test_that_shows_a_key_names_it(key: str) -> None:
+    assert re.search(rf"\b{key.split('.')[-1]}\b", (ROOT / SHOWN_BY[key]).read_text())
+
+
+@pytest.mark.parametrize("key", READ_WHILE_RUNNING)
+def test_what_only_a_run_reads_is_read_there(key: str) -> None:
+    file, line = READ_WHILE_RUNNING[key].split(": ")
+    assert line in (ROOT / file).read_text()
+
+
+@pytest.mark.parametrize("key", READ)
+def test_another_value_of_a_key_of_the_data_makes_other_items_or_is_refused(key: str, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"{n}+{n}=", "completion": "9" * n} for n in range(1, 9)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    value, extra = READ[key]
+    if key == "mixture":
+        value = [{"path": str(file), "fraction": 0.5}, {"path": str(file), "fraction": 0.5}]
+
+    def items(**data: Any) -> list[Any]:
+        tree = {"path": str(file), **extra, **data}
+        config = DataConfig.model_validate({**tree, "path": None} if data.get("mixture") else tree)
+        source = open_source(config, Completions, tiny_tokenizer(), seed=1, model_max_length=64)
+        batch = source.batch(range(4))
+        return [type(source).__name__, source.report.lines(), batch["tokens"].tolist(), batch["mask"].tolist()]
+
+    extra = {name: each for name, each in extra.items() if name != "path"}
+    before = items()
+    if key in ("path", "split"):  # of which there is no other
+        with pytest.raises(UserError, match=str(value)):
+            items(**{key: value})
+    else:
+        assert items(**{key: value}) != before
+
+
+# What cannot act
+
+IDLE: list[tuple[dict[str, Any], str]] = [  # a configuration, and the key that its warnings name
+    (merged(SFT, {"phases": {"a": {"sampling": {"top_k": 4}}}}), "phases.a.sampling.top_k=4"),
+    (
+        merged(SFT, {"phases": {"a": {"sampling": {"temperature": 0.5}, "evaluation": {"data": {"path": "x"}}}}}),
+        "phases.a.sampling.temperature=0.5",
+    ),
+    (
+        merged(SFT, {"phases": {"a": {"evaluation": {"rows": {"path": "x"}, "max_tokens": 4}}}}),
+        "phases.a.evaluation.max_tokens=4",
+    ),
+    (merged(SFT, {"rewards": [{"fn": "exact_match"}]}), "rewards: nothing is scored"),
+    (merged(SFT, {"weights": {"bucket_mib": 9.0}}), "weights.bucket_mib=9.0"),
+    (merged(SFT, {"logging": {"completions_shown": 9}}), "logging.completions_shown=9"),
+    (merged(SFT, {"roles": {"rollout": {"max_model_len": 9}}}), "roles.rollout.max_model_len=9"),
+    (merged(SFT, {"roles": {"reference": {"call_timeout_s": 9}}}), "roles.reference.call_timeout_s=9.0"),
+    (merged(GRPO, {"model": {"lora": {}}, "roles": {"reference": {"threads": 2}}}), "roles.reference.threads=2"),
+    (merged(GRPO, {"roles": {"policy": {"zero_stage": 3}}}), "roles.policy.zero_stage=3"),
+    (merged(GRPO, {"roles": {"rollout": {"engine": "hf", "kv_cache_gib": 2}}}), "roles.rollout.kv_cache_gib=2.0"),
+    (
+        merged(GRPO, {"weights": {"transport": "disk", "topology": "all"}}),
+        "weights.topology=all",
+    ),
+    (merged(GRPO, {"cluster": {"address": "a:1", "dashboard": True}}), "cluster.dashboard=True"),
+    (
+        merged(GRPO, {"phases": {"a": {"train": {"scheduler": "constant", "min_lr_ratio": 0.5}}}}),
+        "phases.a.train.min_lr_ratio=0.5",
+    ),
+    (merged(GRPO, {"phases": {"a": {"train": {"warmup_steps": 50}}}}), "phases.a.train.warmup_steps=50"),
+    (merged(GRPO, {"phases": {"a": {"options": {"epsilon": 0.1}}}}), "phases.a: options.epsilon"),
+]
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    (merged(GRPO, {"phases": {"a": {"sampling": {"temperature": 0}}}}), "phases.a.sampling.temperature=0"),
+    (merged(GRPO, {"rewards": [{"fn": "exact_match", "weight": 0}]}), "rewards: all weights are 0"),
+    (
+        merged(GRPO, {"phases": {"a": {"data": {"path": "x", "mixture": [{"path": "y", "fraction": 1}]}}}}),
+        "phases.a.data.path=x beside phases.a.data.mixture",
+    ),
+    (
+        merged(GRPO, {"roles": {"rollout": {"engine": "hf", "tensor_parallel": 2}}}),
+        "roles.rollout.tensor_parallel=2",
+    ),
+]
+
+
+def drafted(tree: dict[str, Any]) -> Any:
+    config = RunConfig.model_validate(tree)
+    pipelines = {name: build_pipeline(phase) for name, phase in config.phases.items()}
+    return draft_plan(config, pipelines, machine=Machine(4))
+
+
+@pytest.mark.parametrize(("tree", "said"), IDLE, ids=[said for _, said in IDLE])
+def test_a_key_that_cannot_act_is_warned_of_once(tree: dict[str, Any], said: str) -> None:
+    (warning,) = drafted(tree).warnings
+    assert said in warning
+
+
+@pytest.mark.parametrize(("tree", "said"), REFUSED, ids=[said for _, said in REFUSED])
+def test_what_leaves_nothing_to_learn_is_refused(tree: dict[str, Any], said: str) -> None:
+    (refusal,) = drafted(tree).refusals
+    assert said in refusal
+
+
+def test_a_plain_configuration_is_not_warned_about() -> None:
+    for tree in (GRPO, SFT):
+        assert drafted(tree).warnings == () and drafted(tree).refusals == ()
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        ("seed", -1),
+        ("seed", 2**32),
+        ("phases.NAME.train.learning_rate", True),
+        ("phases.NAME.train.learning_rate", float("inf")),
+        ("phases.NAME.train.steps", True),
+        ("phases.NAME.train.adam_betas", [0.9, 1.0]),
+        ("phases.NAME.sampling.stop_token_ids", [True]),
+        ("phases.NAME.sampling.stop_token_ids", [-1]),
+        ("phases.NAME.sampling.stop", [""]),
+        ("phases.NAME.sampling.top_k", 0),
+    ],
+    ids=str,
+)
+def test_a_number_that_is_none_or_is_out_of_range_is_refused(keys: str, value: Any) -> None:
+    RunConfig.model_validate(SFT)
+    with pytest.raises(ValidationError) as caught:
+        RunConfig.model_validate(at(keys.split("."), value, SFT))
+    assert keys.split(".")[-1] in str(caught.value)
+
+
+def numbers(schema: type[BaseModel]) -> list[str]:
+    return [
+        name
+        for name, field in schema.model_fields.items()
+        if {int, float} & set(_types_in(field.annotation)) and not {bool, Any} & set(_types_in(field.annotation))
+    ]
+
+
+@pytest.mark.parametrize("section", [TrainConfig, SamplingConfig, RewardConfig, PhaseConfig, RolloutRole, BemaConfig])
+def test_true_is_no_number_anywhere(section: type[BaseModel]) -> None:
+    for name in numbers(section):
+        with pytest.raises(ValidationError, match=f"(?s){name}.*a number: true, yes and on are none"):
+            section.model_validate({name: True})
+
+
+def test_each_role_s_calls_have_the_deadline_of_that_role() -> None:
+    config = RunConfig.model_validate(
+        merged(GRPO, {"roles": {"policy": {"call_timeout_s": 11}, "reference": {"call_timeout_s": 22}}})
+    )
+    found: dict[str, float] = {}
+
+    class Group:
+        workers = ("only",)
+
+        def __init__(self, role: str) -> None:
+            self.role = role
+
+        async def call(self, verb: str, *arguments: Any, timeout_s: float, **_: Any) -> list[Any]:
+            found[f"{self.role}.{verb}"] = timeout_s
+            return [{"ref_logps": np.zeros(3, np.float32), "old_logps": np.zeros(3, np.float32)}]
+
+    class Objects:
+        async def put(self, value: Any) -> Any:
+            return value
+
+    groups: Any = {role: Group(role) for role in ("policy", "reference")}
+    objects: Any = Objects()
+    timeouts = call_timeouts(config, groups)
+    roles = Roles(
+        groups,
+        objects,
+        rollout=None,
+        reward=None,
+        publisher=None,
+        call_timeouts_s=timeouts,
+        implicit_reference=False,
+    )
+    pipeline = build("grpo", {"beta": 0.1, "updates_per_batch": 2})
+    roles.enter(PhaseSettings(pipeline, 64, 1.0, 0))
+    batch = Batch.build([3], tokens=[1, 2, 3], mask=[False, True, True], group=[0])
+    for stage in pipeline:
+        if stage.verb is Verb.LOGPS:
+            asyncio.run(roles.run(stage, batch, 0))
+    assert found == {"reference.logps": 22.0, "policy.logps": 11.0}
