@@ -241,7 +241,7 @@ def test_a_sample_ends_with_the_token_that_completes_a_stop_string(subject: Subj
     assert ended.finish is Finish.STOP
 
 
-@on(*ENGINES)
+@on("vllm-tied", "hf-tied")
 def test_a_sample_ends_with_a_stop_string_that_is_a_special_token(subject: Subject) -> None:
     """As the plan resolves it: the model's own padding token, which no engine has among the text that it searches."""
     wanted = Sampling(48, stop=("<pad>",))
