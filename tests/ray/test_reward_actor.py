@@ -159,7 +159,7 @@ async def test_a_reward_that_hangs_is_killed_at_its_deadline_and_a_replacement_s
     try:
         result = await pool.call("prompt 0", lambda worker: worker.call("score", samples("a"), "q", {}, timeout_s=1.0))
         assert result.total.tolist() == [1.0]
-        assert [kind for kind, _ in events if kind in ("retry", "evicted")] == ["retry", "evicted"]
+        assert [kind for kind, _ in events if kind in ("retry", "evicted")] == ["evicted", "retry"]
         assert len(started_workers) == 2
         with pytest.raises(InfraFailure):
             await started_workers[0].call("ping", timeout_s=5)
