@@ -47,6 +47,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(ended.exit_code)
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib import metadata
+
+        typer.echo(f"troupe {metadata.version('troupe')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
 @app.command()
 def run(recipe: Recipe, overrides: Overrides = None, local: Local = False, restarts: Restarts = 0) -> None:
     """Train as a recipe says."""

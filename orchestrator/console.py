@@ -5,6 +5,7 @@ The same lines on a terminal (coloured) and in a file (plain); nothing is redraw
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -13,16 +14,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, Protocol
+from shlex import quote
+from typing import Any, Protocol, cast
 
 from rich.console import Console as Terminal
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.tables import Rows
+from orchestrator.worth import Worth
+
 BAR_WIDTH = 16
 PLAIN_WIDTH = 140  # columns where the output is not a terminal
+BAR_FROM_WIDTH = 100  # columns of a terminal; a narrower one shows numbers instead
 RECENT_STEPS = 20  # that the time left is estimated from
+ASKED = "12+34="  # of a model that has been trained, as an example
 CELL_LIMIT = 240  # characters of a prompt or completion
 
 
@@ -54,6 +61,7 @@ STEP_LINE = (
     Shown("tok/s", _tokens_per_second, "6.0f"),
     Shown("s/step", _metric("step_time"), "5.2f"),
 )
+LEFT_OUT_FIRST = ("entropy", "stale", "kl", "length", "tok/s", "loss", "s/step", "reward")
 HELD_OUT_LINE = (
     Shown("loss", _metric("eval_loss"), ".4f"),
     Shown("margin", _metric("eval_rewards/margins"), ".4f"),
@@ -76,6 +84,10 @@ class Finished(Protocol):
     def averaged(self) -> Path | None: ...
     @property
     def picture(self) -> Path | None: ...
+    @property
+    def worth(self) -> Sequence[Worth]: ...
+    @property
+    def seconds(self) -> Mapping[str, float]: ...
 
 
 @dataclass
@@ -130,14 +142,23 @@ class Console:
     def step(self, phase: str, step: int, steps: int, metrics: Mapping[str, float]) -> None:
         """One line: how far, how well, how long still."""
         left = self._pace[phase].seconds_left(step, steps)
-        line = Text().append(f"{phase:<{self._name_width}} ", "bold").append(self._bar(step / steps), "green")
-        line.append(f" {step:>{len(str(steps))}}/{steps}", "bold")
+        line = Text().append(f"{phase:<{self._name_width}} ", "bold")
+        if self._terminal.width >= BAR_FROM_WIDTH:
+            line.append(f"{self._bar(step / steps)} ", "green")
+        line.append(f"{step:>{len(str(steps))}}/{steps}", "bold")
         line.append(f" {'' if left is None or step == steps else duration(left) + ' left':>12}", "cyan")
-        for shown in STEP_LINE:
-            value = shown.value(metrics)
-            if value is not None:
-                line.append(f"  {shown.label} ", "dim").append(format(value, shown.form))
+        for label, value in self._fitting(metrics, self._terminal.width - len(line)):
+            line.append(f"  {label} ", "dim").append(value)
         self._terminal.print(line, no_wrap=True, overflow="ellipsis", crop=True)
+
+    def _fitting(self, metrics: Mapping[str, float], room: int) -> list[tuple[str, str]]:
+        """The numbers of a step that there is room for: the least important are left out, and none is cut."""
+        found = [(shown, value) for shown in STEP_LINE if (value := shown.value(metrics)) is not None]
+        cells = {shown.label: format(value, shown.form) for shown, value in found}
+        for label in LEFT_OUT_FIRST:
+            if sum(len(f"  {name} {value}") for name, value in cells.items()) > room:
+                cells.pop(label, None)
+        return list(cells.items())
 
     def progress(self, phase: str, column: str, share: float) -> None:
         """How much of a column that is computed before the first step is there: a line for every twentieth of it."""
@@ -164,7 +185,7 @@ class Console:
         table.add_column("reward", justify="right")
         table.add_column("version", justify="right")
         for row in rows:
-            texts = (Text(_cell(str(row[name]))) for name in ("prompt", "completion"))
+            texts = (Text(_cell(text)) for text in (_conversation(str(row["prompt"])), str(row["completion"])))
             table.add_row(*texts, f"{row['reward']:.3f}", str(row["version"]))
         self._terminal.print(table)
 
@@ -196,8 +217,11 @@ class Console:
     def done(self, result: Finished) -> None:
         """Scores before and after each phase, where things are, and what to type next."""
         self._terminal.print(Rule(f"done in {duration(time.monotonic() - self._began)}", style="green"))
-        if result.scores:
-            self._terminal.print(_scores(result.scores))
+        if result.worth:
+            self._terminal.print(_worth(result.worth))
+        if result.seconds:
+            spent = [f"{on} {duration(seconds)}" for on, seconds in result.seconds.items() if seconds >= 0.5]
+            self._terminal.print(Text("time  ", "dim").append(", ".join(spent) or "less than a second"))
         where = _table(None)
         places = {
             "model": result.model,
@@ -269,6 +293,20 @@ def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def _conversation(prompt: str) -> str:
+    """The turns of a prompt that is a conversation (JSON in the table of completions); another prompt as it is."""
+    try:
+        turns = json.loads(prompt)
+    except ValueError:
+        return prompt
+    if not isinstance(turns, list) or not turns:
+        return prompt
+    said = [cast(dict[str, Any], turn) for turn in cast(list[Any], turns) if isinstance(turn, dict)]
+    if len(said) < len(cast(list[Any], turns)) or not all("role" in turn and "content" in turn for turn in said):
+        return prompt
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in said)
+
+
 def _cell(text: str) -> str:
     """One line of a text: line ends made visible, the middle of a long one left out. What a model wrote may hold escape
     sequences; none of them reaches the terminal."""
@@ -277,28 +315,39 @@ def _cell(text: str) -> str:
     return text if len(text) <= CELL_LIMIT else f"{text[:half]} … {text[-half:]}"
 
 
-def _scores(scores: Mapping[str, float]) -> Table:
-    """Held-out scores in order, each with what it gained; in per cent where all of them are shares."""
-    share = all(0 <= score <= 1 for score in scores.values())
-    table = _table("held-out score")
-    table.add_column("")
-    table.add_column("score", justify="right")
-    table.add_column("gain", justify="right")
-    previous: float | None = None
-    for label, score in scores.items():
-        gain = 0.0 if previous is None else score - previous
-        shown = f"{100 * gain:+.1f} points" if share else f"{gain:+.4f}"
-        name = label if label == "before" else f"after {label}"
-        table.add_row(name, f"{score:.1%}" if share else f"{score:.4f}", "" if previous is None else shown)
-        previous = score
-    return table
+def _worth(phases: Sequence[Worth]) -> Rows:
+    """A row for each phase; scores in per cent where all of them are shares."""
+    values = [each for phase in phases if "score" in phase.measure for each in (phase.before, phase.after) if each]
+    shares = all(0 <= value <= 1 for value in values)
+    rows = Rows("phase", "steps", "tokens", "", "before", "after", "gain", numbers=("steps", "tokens"))
+    for phase in phases:
+        share = shares and "score" in phase.measure
+        before, after = (_measured(each, share) for each in (phase.before, phase.after))
+        gain = ""
+        if phase.before is not None and phase.after is not None:
+            by = phase.after - phase.before
+            gain = f"{100 * by:+.1f} points" if share else f"{by:+.4f}"
+        rows.add(phase.phase, str(phase.steps), f"{phase.tokens:,}", phase.measure, before, after, gain)
+    return rows
+
+
+def _measured(value: float | None, share: bool) -> str:
+    return "" if value is None else f"{value:.1%}" if share else f"{value:.4f}"
 
 
 def _next_commands(result: Finished) -> list[tuple[str, str]]:
-    board = result.folder / "tensorboard"
-    commands = [(f"tensorboard --logdir {board}", "every curve of this run")] if board.is_dir() else []
-    if result.model is not None:
-        opened = f"from transformers import AutoModelForCausalLM as M; print(M.from_pretrained('{result.model}'))"
-        commands.append((f'python -c "{opened}"', "the model is a Hugging Face folder"))
-        commands.append((f"troupe run RECIPE model.path={result.model}", "train it further"))
+    """What can be pasted into a shell as it stands."""
+    board, model = result.folder.absolute() / "tensorboard", result.model
+    commands = [(f"tensorboard --logdir {quote(str(board))}", "every curve of this run")] if board.is_dir() else []
+    if model is not None:
+        ask = quote(
+            "from transformers import pipeline\n"
+            f"generate = pipeline('text-generation', {str(model.absolute())!r})\n"
+            f"print(generate({ASKED!r}, max_new_tokens=32)[0]['generated_text'])"
+        )
+        commands.append((f"python -c {ask}", "ask the model; it is a Hugging Face folder"))
+        changed = f"model.path={quote(str(model.absolute()))}"
+        commands.append(
+            (f"troupe run {quote(str(result.folder.absolute() / 'config.json'))} {changed}", "train it further")
+        )
     return commands

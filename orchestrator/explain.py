@@ -37,12 +37,14 @@ def explain(
     schema: type[BaseModel],
     where: Callable[[Keys], str],
     shown_as: Callable[[Keys], str] = dotted,
+    top_level: Sequence[Keys] = (),
 ) -> ConfigError:
-    """The ConfigError for a pydantic error. `where` says where a path was set, `shown_as` how its author writes it."""
+    """The ConfigError for a pydantic error. `where` says where a path was set, `shown_as` how its author writes it.
+    `top_level`: keys that its author may write at the top level, although the schema has them elsewhere."""
     lines: list[str] = []
     problems = _by_path(error.errors(include_url=False), tree)
     for path, details in list(problems.items())[:SHOWN]:
-        lines.append(f"{shown_as(path)}: {_reason(path, details, schema, shown_as)}")
+        lines.append(f"{shown_as(path)}: {_reason(path, details, schema, shown_as, top_level)}")
         lines.append(f"  set in {where(path)}")
     if len(problems) > SHOWN:
         lines.append(f"and {len(problems) - SHOWN} more")
@@ -81,11 +83,15 @@ def _real_path(details: ErrorDetails, tree: dict[str, Any]) -> Keys:
 
 
 def _reason(
-    path: Keys, errors: Sequence[ErrorDetails], schema: type[BaseModel], shown_as: Callable[[Keys], str]
+    path: Keys,
+    errors: Sequence[ErrorDetails],
+    schema: type[BaseModel],
+    shown_as: Callable[[Keys], str],
+    top_level: Sequence[Keys],
 ) -> str:
     first = errors[0]
     if first["type"] == "extra_forbidden":
-        return _unknown_key(path, schema, shown_as)
+        return _unknown_key(path, schema, shown_as, top_level)
     if first["type"] == "missing":
         return "is required, and is not there"
     if first["type"] == "value_error":
@@ -94,13 +100,17 @@ def _reason(
     return f"{_short(first['input'])} is not allowed: it must be {demands}"
 
 
-def _unknown_key(path: Keys, schema: type[BaseModel], shown_as: Callable[[Keys], str]) -> str:
+def _unknown_key(
+    path: Keys, schema: type[BaseModel], shown_as: Callable[[Keys], str], top_level: Sequence[Keys]
+) -> str:
     given = str(path[-1])
     section = _section_at(schema, path[:-1])
-    siblings = list(section.model_fields) if section else []
+    siblings = {name: (*path[:-1], name) for name in section.model_fields} if section else {}
+    if len(path) == 1:
+        siblings |= {str(keys[-1]): keys for keys in top_level}
     meant = nearest(given, siblings)
     if meant:
-        return f"no such key; did you mean {shown_as((*path[:-1], meant))}?"
+        return f"no such key; did you mean {shown_as(siblings[meant])}?"
     elsewhere = [keys for keys in schema_keys(schema) if keys[-1] == given]
     if elsewhere:
         places = ", ".join(shown_as(keys) for keys in elsewhere)

@@ -123,7 +123,10 @@ class Draft:
             self._apply(override)
 
     def where(self, path: Keys) -> str:
-        """Where a path, or the nearest thing around it, was set."""
+        """Where a path, or what is in it, or the nearest thing around it, was set."""
+        inside = [origin for set_at, origin in self.origins.items() if set_at[: len(path)] == path]
+        if inside and path not in self.origins:
+            return inside[0]
         while path:
             if path in self.origins:
                 return self.origins[path]
@@ -168,7 +171,8 @@ def _validated(draft: Draft) -> RunConfig:
     try:
         return RunConfig.model_validate(draft.tree)
     except ValidationError as error:
-        raise explain(error, draft.tree, RunConfig, draft.where, draft.shown_as) from None
+        top_level = [("phases", draft.single or "NAME", key) for key in PHASE_KEYS]
+        raise explain(error, draft.tree, RunConfig, draft.where, draft.shown_as, top_level) from None
 
 
 def _check_methods(config: RunConfig, draft: Draft) -> None:

@@ -12,14 +12,15 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from actors.errors import ConfigError, Interrupted, RunError, UserError
 from actors.saved_state import writing
+from orchestrator.account import Account
 from orchestrator.beside import beside, board_of, watching
 from orchestrator.checkpoint import AVERAGED, MODEL, Checkpoint, CheckpointStore, RunState
 from orchestrator.cluster import Cluster, LocalCluster
@@ -30,8 +31,9 @@ from orchestrator.cursor import Cursor
 from orchestrator.driver import Progress, StepRecord, train
 from orchestrator.ending import Ending, Stopped, hangups_ignored
 from orchestrator.evaluation import Evaluations
+from orchestrator.event_loop import run_to_end
 from orchestrator.launch import launch
-from orchestrator.metrics import MetricsLog
+from orchestrator.metrics import METRICS_FILE, MetricsLog, read
 from orchestrator.phase_weights import reference_folder, save_weights, set_optimizers, set_weights
 from orchestrator.plan import Plan, make_plan
 from orchestrator.plot import draw
@@ -44,6 +46,7 @@ from orchestrator.rollout_metrics import completion_rows, rollout_metrics
 from orchestrator.run_lock import driving
 from orchestrator.staleness import Contract
 from orchestrator.supervision import Ledger, Watchdog
+from orchestrator.worth import Worth, phases_worth
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class RunResult:
     model: Path | None
     averaged: Path | None  # the model with the average of the weights that the last phase went through
     picture: Path | None
+    worth: tuple[Worth, ...] = ()  # what each phase gained
+    seconds: Mapping[str, float] = field(default_factory=dict[str, float])  # by what this process spent them on
 
 
 def run(
@@ -120,10 +125,11 @@ class _Run:
         self.watchdog = Watchdog(report_after_s=config.cluster.watchdog_s)
         self.log = MetricsLog(
             self.folder,
-            run=config.name,
+            run=self.folder.name,
             tensorboard=config.logging.tensorboard,
             ray_metrics=config.logging.ray_metrics and not self.local,
         )
+        self.account = Account()
         self.evaluations = Evaluations(self.folder, self.log, self.console, self.watchdog, self.event)
         self.ledger = Ledger(allowed_in_a_row=max(64, 4 * max(p.config.train.batch_size for p in self.prepared.phases)))
 
@@ -133,7 +139,7 @@ class _Run:
             if self.resumed.nothing_to_train(self.prepared) and not self.evaluations.missing(self.prepared.phases[-1]):
                 self.console.nothing_to_do(self.folder, self.prepared.phases[-1].name)
                 return self._finish()
-        return asyncio.run(self.execute())
+        return run_to_end(self.execute)
 
     def _go_on_from(self, resumed: Resumption) -> None:
         self.last_checkpoint = resumed.checkpoint
@@ -172,6 +178,7 @@ class _Run:
             for said in self.plan.warnings:
                 self.console.warn(said)
             self._since_start("started")
+            self.account.spend("start", time.monotonic() - self.began)
             for phase in self.prepared.phases:
                 if found is None or phase.index >= found.state.phase_index:
                     mine = found if found is not None and phase.index == found.state.phase_index else None
@@ -183,15 +190,18 @@ class _Run:
         self._enter(phase, roles)
         self.console.data(phase.name, [*phase.source.report.lines(), phase.drawn])
         await set_weights(self.config, self.folder, phase, roles, found)
-        phase = await self._precompute(phase, roles)
+        with self.account.spending("log-probabilities"):
+            phase = await self._precompute(phase, roles)
         await set_optimizers(phase, roles, found)
         progress = Progress(found.state.step, found.state.version) if found else Progress(0, phase.first_version)
         cursor = Cursor.from_json(found.state.cursor) if found else Cursor()
-        async with roles.changing_weights():
-            report = await roles.publish(progress.version)
+        with self.account.spending("publish"):
+            async with roles.changing_weights():
+                report = await roles.publish(progress.version)
         if report is not None:
             self.event("published", {"version": report.version, "seconds": round(report.seconds, 3)})
-        await self.evaluations.at(phase, roles, progress)
+        with self.account.spending("evaluation"):
+            await self.evaluations.at(phase, roles, progress)
         collector = self._collector(phase, roles, cursor, progress)
         after_step, stop = self._after_step(phase, roles, cursor), self._ending.stop
         with self._ending.saving():
@@ -266,15 +276,18 @@ class _Run:
             sampled = rollout_metrics(record.collected, record.version - 1)
             metrics = {**sampled, **record.metrics, **phase.source.report.metrics()}
             total = phase.first_version + step
+            self.account.step(phase.name, phase.pipeline, metrics)
             with self._warned_of(f"metrics of step {total}"):
                 if last or step % self.config.logging.every == 0:
+                    self.console.step(phase.name, step, phase.steps, metrics)
                     self.log.write(total, phase.name, metrics)
-            self.console.step(phase.name, step, phase.steps, metrics)
             with self._warned_of(f"completions of step {total}"):
                 self._show_completions(phase, record, last)
             if last or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
-                await self._save(phase, roles, cursor, Progress(step, record.version))
-            await self._ending.stop.before(self.evaluations.at(phase, roles, Progress(step, record.version)))
+                with self.account.spending("save"):
+                    await self._save(phase, roles, cursor, Progress(step, record.version))
+            with self.account.spending("evaluation"):
+                await self._ending.stop.before(self.evaluations.at(phase, roles, Progress(step, record.version)))
 
         return after_step
 
@@ -323,8 +336,12 @@ class _Run:
         checkpoint = self.last_checkpoint.path if self.last_checkpoint else None
         model = checkpoint / MODEL if checkpoint else None
         averaged = checkpoint / AVERAGED if checkpoint and (checkpoint / AVERAGED).is_dir() else None
-        result = RunResult(self.folder, dict(self.evaluations.scores), checkpoint, model, averaged, picture)
-        self.event("finished", {})
+        worth = phases_worth(read(self.folder / METRICS_FILE), self.account.phases)
+        seconds = self.account.shares(time.monotonic() - self.began)
+        result = RunResult(
+            self.folder, dict(self.evaluations.scores), checkpoint, model, averaged, picture, worth, seconds
+        )
+        self.event("finished", {"seconds": {on: round(spent, 3) for on, spent in seconds.items()}})
         self.console.done(result)
         return result
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,10 @@ def test_a_plan_that_the_machine_cannot_hold_says_which_role_lacks_what_and_exit
     done = troupe("plan", "grpo_arithmetic", "roles.policy.gpus=80", "weights.transport=object_store")
     assert done.returncode == 2
     assert "policy: no place for 1 of 1, each needs 80 GPU" in done.stdout
+
+
+def test_the_version_is_that_of_the_distribution(troupe: Troupe):
+    assert troupe("--version").stdout == f"troupe {metadata.version('troupe')}\n"
 
 
 def test_a_command_that_does_not_exist_is_a_usage_error(troupe: Troupe):

@@ -107,6 +107,14 @@ def test_a_misspelt_key_is_answered_with_the_nearest_and_the_line(tmp_path: Path
     assert "a.yaml, line 8" in message
 
 
+def test_a_misspelt_key_of_the_top_level_is_answered_with_the_nearest_and_the_override(single: Path, several: Path):
+    assert refusal(single, "trian.steps=3").splitlines() == [
+        "trian: no such key; did you mean train?",
+        "  set in override 'trian.steps=3'",
+    ]
+    assert "did you mean phases.NAME.train?" in refusal(several, "trian.steps=3")
+
+
 def test_a_key_of_another_section_is_answered_with_its_place(single: Path):
     assert "there is train.batch_size" in refusal(single, "batch_size=3")
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
+import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ import pytest
 from pyarrow import parquet
 from rich.console import Console as Terminal
 
+from orchestrator.account import Account, PhaseCost
 from orchestrator.console import Console, Pace, duration
+from orchestrator.methods import build
 from orchestrator.metrics import METRICS_FILE, MetricsLog, read
 from orchestrator.plot import draw
+from orchestrator.worth import Worth, phases_worth
 
 
 @dataclass(frozen=True)
@@ -24,11 +28,13 @@ class Ended:
     """A run that has ended, as the console sees it."""
 
     folder: Path
-    scores: dict[str, float]
     checkpoint: Path | None = None
     model: Path | None = None
     averaged: Path | None = None
     picture: Path | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+    worth: tuple[Worth, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 @pytest.fixture
@@ -202,16 +208,82 @@ def test_sampled_text_is_shown_as_it_is_but_never_controls_the_terminal():
     assert "nan" in text
 
 
-def test_the_end_shows_each_phases_gain_and_the_places(tmp_path: Path):
-    model = tmp_path / "model"
-    result = Ended(tmp_path, {"before": 0.0, "sft": 0.53, "grpo": 0.91}, tmp_path, model, tmp_path / "curves.png")
-    text = shown("done", result, width=400)
-    assert "+53.0 points" in text
-    assert "+38.0 points" in text
-    assert f"troupe run RECIPE model.path={model}" in text
+def test_the_end_shows_each_phases_gain_its_steps_and_tokens_and_where_the_time_went(tmp_path: Path):
+    worth = (
+        Worth("sft", 320, 69_750, "held-out score", 0.0, 0.53),
+        Worth("grpo", 80, 180_000, "held-out score", 0.53, 0.91),
+    )
+    seconds = {"start": 15.0, "generation": 31.0, "update": 80.2, "rest": 0.1}
+    text = shown("done", Ended(tmp_path, worth=worth, seconds=seconds), width=80)
+    for part in ("sft 320 69,750 held-out score 0.0% 53.0% +53.0 points", "53.0% 91.0% +38.0 points"):
+        assert part in " ".join(text.split())
+    assert "time  start 15 s, generation 31 s, update 1:20\n" in text
 
 
-def test_scores_that_are_no_shares_are_not_shown_in_per_cent(tmp_path: Path):
-    text = shown("done", Ended(tmp_path, {"before": -2.0, "grpo": 3.5}))
-    assert "+5.5000" in text
+def test_scores_that_are_no_shares_and_losses_are_not_shown_in_per_cent(tmp_path: Path):
+    worth = (Worth("grpo", 1, 1, "held-out score", -2.0, 3.5), Worth("dpo", 1, 1, "held-out loss", 0.7, 0.5))
+    text = shown("done", Ended(tmp_path, worth=worth))
+    assert "+5.5000" in text and "-0.2000" in text
     assert "%" not in text
+
+
+def test_what_stands_below_next_can_be_pasted_although_a_folder_has_spaces_and_quotes(tmp_path: Path):
+    model = tmp_path / "it's a run" / "model"
+    text = shown("done", Ended(tmp_path / "it's a run", model=model), width=80)
+    commands = text[text.index("next") :]
+    assert f"model.path={shlex.quote(str(model))}" in commands
+    words = shlex.split(commands[commands.index("python -c") : commands.index("ask the model")])
+    compile(words[2], "next", "exec")
+    assert f"pipeline('text-generation', {str(model)!r})" in words[2]
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 140])
+def test_no_figure_of_a_step_is_cut_on_a_terminal_of_any_width(width: int):
+    metrics = dict.fromkeys(("reward", "loss", "kl", "entropy", "completions/mean_length", "step_time"), 1.25)
+    line = shown("step", "grpo", 150, 200, {**metrics, "num_tokens": 900.0, "staleness/mean": 1.0}, width=width)
+    assert "…" not in line and len(line.rstrip()) <= width
+    label, value = line.split()[-2:]
+    assert (label, value) in {("s/step", "1.25"), ("reward", "1.250")}
+    assert ("reward  1.250" in line) and ("loss" in line) == (width >= 80)
+
+
+def test_a_conversation_is_shown_as_its_turns_and_json_that_is_none_as_it_is():
+    turns = json.dumps([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}])
+    row = {"prompt": turns, "completion": "4", "reward": 1.0, "version": 3}
+    assert "system: Be brief.↵ user: 2+2?" in " ".join(shown("completions", [row]).split())
+    assert "[1, 2]" in shown("completions", [{**row, "prompt": "[1, 2]"}])
+
+
+def test_the_worth_of_a_phase_is_what_says_most_and_goes_on_from_the_phase_before():
+    lines: list[dict[str, object]] = [
+        {"step": 0, "phase": "sft", "eval_reward": 0.0},
+        {"step": 1, "phase": "sft", "loss": 9.0},
+        {"step": 1, "phase": "sft", "eval_reward": 0.5},
+        {"step": 2, "phase": "grpo", "reward": 0.6},
+        {"step": 2, "phase": "grpo", "eval_reward": 0.75},
+        {"step": 3, "phase": "dpo", "loss": 0.7},
+        {"step": 4, "phase": "dpo", "loss": 0.25},
+    ]
+    assert phases_worth(lines, {"sft": PhaseCost(1, 30)}) == (
+        Worth("sft", 1, 30, "held-out score", 0.0, 0.5),
+        Worth("grpo", 0, 0, "held-out score", 0.5, 0.75),
+        Worth("dpo", 0, 0, "loss in training", 0.7, 0.25),
+    )
+
+
+def test_a_steps_seconds_are_spent_once_and_what_nothing_names_is_the_rest():
+    account, pipeline = Account(), build("grpo", {"beta": 0.1})
+    account.spend("start", 2.0)
+    times = {"time/collect": 4.0, "time/generate": 6.0, "time/score": 1.0, "time/batch_stages": 1.0}
+    account.step("grpo", pipeline, {**times, "time/policy.update": 3.0, "time/publish": 0.5, "num_tokens": 70.0})
+    assert account.shares(12.0) == {
+        "start": 2.0, "generation": 3.0, "scoring": 0.5, "log-probabilities": 0.5, "update": 3.0, "publish": 0.5,
+        "rest": 2.5,
+    }  # fmt: skip
+    assert account.phases == {"grpo": PhaseCost(1, 70)}
+
+
+def test_waiting_for_rows_is_time_for_data():
+    account = Account()
+    account.step("sft", build("sft", {}), {"time/collect": 1.5, "time/policy.update": 2.0})
+    assert account.shares(3.5) == {"data": 1.5, "update": 2.0, "rest": 0.0}

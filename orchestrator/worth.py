@@ -1,0 +1,55 @@
+"""What each phase of a run was worth, from its metrics: held-out scores before and after, or what training measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.account import PhaseCost
+
+MEASURES = {  # metric -> what it is called, the one that says most first
+    "eval_reward": "held-out score",
+    "eval_rewards/accuracies": "held-out accuracy",
+    "eval_loss": "held-out loss",
+    "reward": "reward in training",
+    "loss": "loss in training",
+}
+
+
+@dataclass(frozen=True)
+class Worth:
+    """`before` is None where it was not measured. Steps and tokens: of the process that ended the run."""
+
+    phase: str
+    steps: int
+    tokens: int
+    measure: str
+    before: float | None
+    after: float | None
+
+
+def phases_worth(lines: Sequence[Mapping[str, Any]], costs: Mapping[str, PhaseCost]) -> tuple[Worth, ...]:
+    """`lines`: of the metrics file. A phase whose prompts were not answered when it began starts at the score
+    that the phase before it ended with."""
+    found: list[Worth] = []
+    score: float | None = None
+    for phase in dict.fromkeys(str(line["phase"]) for line in lines):
+        own = [line for line in lines if line["phase"] == phase]
+        name, values = _measured(own)
+        first = score if name == "eval_reward" and score is not None else values[0] if len(values) > 1 else None
+        if name == "eval_reward":
+            score = values[-1]
+        cost = costs.get(phase, PhaseCost())
+        found.append(
+            Worth(phase, cost.steps, cost.tokens, MEASURES.get(name, ""), first, values[-1] if values else None)
+        )
+    return tuple(found)
+
+
+def _measured(lines: Sequence[Mapping[str, Any]]) -> tuple[str, list[float]]:
+    for name in MEASURES:
+        values = [float(line[name]) for line in lines if line.get(name) is not None]
+        if values:
+            return name, values
+    return "", []
