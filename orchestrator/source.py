@@ -32,7 +32,7 @@ from orchestrator.data.formats import choose
 from orchestrator.data.items import Item, Items, Longest, Prompt, counted, drawn_together, packed, render
 from orchestrator.data.order import Order
 from orchestrator.data.prepare import Preparer, limits_of, wanted_columns
-from orchestrator.data.report import BadRows, DataReport
+from orchestrator.data.report import BadRows, Counts, DataReport
 from orchestrator.data.store import Record, Store
 from orchestrator.data.stream import InStreamOrder, StreamSource
 from orchestrator.data.tables import printed
@@ -43,7 +43,7 @@ from orchestrator.pipeline import DataKind
 
 WORTH_CACHING = 20_000  # rows; fewer are tokenised within a second or two
 UNBOUNDED = 2**31  # a model's length where no model is known
-VERSION = 4  # of what stands in the cache: raise it when rows come out differently
+VERSION = 5  # of what stands in the cache: raise it when rows come out differently
 
 
 class Source(Protocol):
@@ -128,12 +128,16 @@ def validate(data: DataConfig, kind: DataKind, *, seed: int = 0) -> DataReport:
     form = choose(kind, rows.columns, data, rows.name)
     preparer = Preparer(form, limits_of(data, kind, UNBOUNDED), None, kind.prompts_only, data.assistant_only)
     refused: list[tuple[int, str]] = []
-    items = 0
+    counts = Counts()
     for chunk in rows.chunks(wanted_columns(form, kind, data, rows.columns)):
-        items += len(preparer.read(chunk, lambda row, reason: refused.append((row, reason))))
+        read_now = preparer.read(chunk, lambda row, reason: refused.append((row, reason)))
+        labels = [label for _, example in read_now for label in example.step_labels or (example.label,)]
+        counts += Counts(len(read_now), true_labels=labels.count(True), false_labels=labels.count(False))
     for row, reason in refused:
         bad.add(*rows.origin(row), reason)
-    return DataReport(rows.name, str(form), rows.columns, read, items, bad=bad.check(), notes=rows.notes)
+    return DataReport(
+        rows.name, str(form), rows.columns, read, counts.items, bad=bad.check(), notes=(*rows.notes, *counts.notes({}))
+    )
 
 
 class RowSource:

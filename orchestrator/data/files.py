@@ -18,7 +18,7 @@ from orchestrator.data.tables import ArrowTable, Read, Row, without_added_nulls
 
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}  # as tables of text write them
-NUMBERS = ("weight", "margin")  # our columns that hold numbers
+NUMBERS = ("weight", "margin")  # our columns that hold numbers, where data.columns names them
 SUFFIXES = (*JSON_SUFFIXES, *BUILDERS)
 
 
@@ -127,7 +127,7 @@ def _checked_header(file: Path, options: dict[str, Any]) -> int:
 def _cells_read(data: DataConfig) -> Read:
     """Our columns that hold no texts, from their texts; what cannot be read stays as it is, and is refused as a row."""
     label = data.columns.get("label", "label")
-    numbers = [data.columns.get(name, name) for name in NUMBERS]
+    numbers = [data.columns[name] for name in NUMBERS if name in data.columns]
 
     def read(row: Row) -> Row:
         changed: Row = {}

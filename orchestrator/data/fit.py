@@ -29,7 +29,8 @@ class Limits:
     truncation: Truncation
 
     def fit_rows(self, encoded: Encoded) -> Fit:
-        """Prompt with completion. What has nothing left to learn from is dropped. Raises RowError if it is refused."""
+        """Prompt with completion. What has nothing left to learn from is dropped, and so is a pair whose sides
+        are the same tokens. Raises RowError if it is refused."""
         cut = None
         if self.max_prompt_length is not None and encoded.boundary > self.max_prompt_length:
             cut = f"its prompt is longer than data.max_prompt_length={self.max_prompt_length}"
@@ -44,6 +45,9 @@ class Limits:
             encoded = _cut_rows(encoded, self.max_length, keep_end=self.truncation == "keep_end")
         if not all(map(any, encoded.masks)):
             return Fit(encoded, dropped=f"nothing to learn from is left: {cut}" if cut else "nothing to learn from")
+        if encoded.rows[1:] and encoded.rows[0] == encoded.rows[1]:
+            same = "chosen and rejected are the same tokens: nothing is preferred"
+            return Fit(encoded, dropped=f"{same} (cut: {cut})" if cut else same)
         return Fit(encoded, truncated=cut)
 
     def fit_prompt(self, encoded: Encoded) -> Fit:

@@ -115,8 +115,7 @@ def renamed(names: Sequence[str], columns: Mapping[str, str], source: str) -> di
 
 
 def read_completion(row: Row) -> list[Example]:
-    prompt = _content(row, "prompt")
-    return [_example(row, prompt, (_answer_to(prompt, row, "completion"),))]
+    return [_example(row, *_answered(row, "completion"))]
 
 
 def read_messages(row: Row) -> list[Example]:
@@ -159,17 +158,12 @@ def read_prompt(row: Row) -> list[Example]:
 
 
 def read_pair(row: Row) -> list[Example]:
-    prompt = _content(row, "prompt")
-    chosen, rejected = (_answer_to(prompt, row, name) for name in ("chosen", "rejected"))
-    _apart(chosen, rejected)
-    return [_example(row, prompt, (chosen, rejected))]
+    return [_example(row, *_answered(row, "chosen", "rejected"))]
 
 
 def read_triple(row: Row) -> list[Example]:
     """A pair, and the gold completion as its third."""
-    pair = read_pair(row)[0]
-    gold = _answer_to(cast(Content, pair.prompt), row, "reference")
-    return [replace(pair, completions=(*pair.completions, gold))]
+    return [_example(row, *_answered(row, "chosen", "rejected", "reference"))]
 
 
 def read_pair_without_prompt(row: Row) -> list[Example]:
@@ -179,6 +173,10 @@ def read_pair_without_prompt(row: Row) -> list[Example]:
     _apart(chosen, rejected)
     prompt, chosen, rejected = extract_prompt(chosen, rejected)
     for name, side in (("chosen", chosen), ("rejected", rejected)):
+        if not side:
+            raise RowError(
+                f"{name} is the start of the other one, so no answer is left of it: give the prompt as a column"
+            )
         refuse_no_answer(side, name)
         if prompt:
             refuse_other_beginning(side, name)
@@ -186,9 +184,7 @@ def read_pair_without_prompt(row: Row) -> list[Example]:
 
 
 def read_labelled(row: Row) -> list[Example]:
-    prompt = _content(row, "prompt")
-    completion = _answer_to(prompt, row, "completion")
-    return [_example(row, prompt, (completion,), label=_boolean(row["label"], "label"))]
+    return [_example(row, *_answered(row, "completion"), label=_boolean(row["label"], "label"))]
 
 
 def read_pair_as_labelled(row: Row) -> list[Example]:
@@ -242,14 +238,20 @@ FORMATS: dict[str, tuple[Format, ...]] = {
 def extract_prompt(chosen: Content, rejected: Content) -> tuple[Content, Content, Content]:
     """(prompt, chosen, rejected): the longest common start, of characters or of messages.
 
-    A space at the end of a text prompt goes to the completions. If one is the start of the other, the last common
-    element stays in the completions, so that neither is empty."""
-    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
-    if shared == min(len(chosen), len(rejected)):
+    A space at the end of a text prompt goes to the completions. If one text is the start of the other, it is the
+    prompt. If one conversation is the start of the other, its last message stays in the completions: it is the answer
+    that the other goes on from."""
+    shared = _shared(chosen, rejected)
+    if isinstance(chosen, str):
+        shared -= chosen[:shared].endswith(" ")
+    elif shared == min(len(chosen), len(rejected)):
         shared = max(0, shared - 1)
-    if isinstance(chosen, str) and shared and chosen[shared - 1] == " ":
-        shared -= 1
     return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _shared(first: Content, second: Content) -> int:
+    """Length of the common start."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def _example(
@@ -266,12 +268,43 @@ def _example(
     )
 
 
-def _answer_to(prompt: Content, row: Row, name: str) -> Content:
-    answer = _content(row, name)
-    _same_shape("prompt", prompt, name, answer)
-    refuse_no_answer(answer, name)
-    refuse_other_beginning(answer, name)
-    return answer
+def _answered(row: Row, *names: str) -> tuple[Content, tuple[Content, ...]]:
+    """The prompt, and what follows it in each of the columns, of which `rejected` differs from `chosen`."""
+    prompt, answers = _content(row, "prompt"), [_content(row, name) for name in names]
+    conversations = [answer for answer in answers if isinstance(answer, list)]
+    if len(conversations) == len(answers) and (begun := _begun(prompt, conversations)):
+        prompt, answers = begun, [answer[len(begun) :] for answer in answers]
+    for name, answer in zip(names, answers, strict=True):
+        _same_shape("prompt", prompt, name, answer)
+        refuse_no_answer(answer, name)
+        refuse_other_beginning(answer, name)
+    if "rejected" in names:
+        _apart(*answers[:2])
+    return prompt, tuple(answers)
+
+
+def _begun(prompt: Content, conversations: Sequence[list[Message]]) -> list[Message]:
+    """The messages of a prompt that whole conversations repeat at their start; none if they do not.
+
+    A text is a prompt of theirs if one of the messages says it: then several share their prompt, as without the column,
+    and one alone is answered after that message. Raises RowError if none says it."""
+    first = conversations[0]
+    if isinstance(prompt, list):
+        repeated = all(len(each) > len(prompt) and each[: len(prompt)] == prompt for each in conversations)
+        return prompt if repeated and prompt[0]["role"] != ASSISTANT else []
+    shared = min(min(_shared(first, each), len(each) - 1) for each in conversations)
+    said = [at for at, message in enumerate(first[:shared], start=1) if _is_asked(message, prompt)]
+    if not said:
+        raise RowError(
+            "prompt is a text, and no message that its answers begin with says it: make it a list of messages, or say "
+            "it in all of them"
+        )
+    return first[: shared if len(conversations) > 1 else said[-1]]
+
+
+def _is_asked(message: Message, text: str) -> bool:
+    content = message.get("content")
+    return message["role"] != ASSISTANT and isinstance(content, str) and content.strip() == text.strip()
 
 
 def _content(row: Row, name: str) -> Content:

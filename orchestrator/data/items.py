@@ -136,7 +136,15 @@ def counted(items: Items) -> Counts:
     """What is in the items, which after packing is not all that is in their store."""
     store = items.store
     if items.bins is None:
-        return Counts(len(items), sum(store.lengths.tolist()), int(store.mask.sum()), int(store.lengths.max(initial=0)))
+        labels = store.step_label if "step_label" in items.kind.columns else store.label
+        return Counts(
+            len(items),
+            sum(store.lengths.tolist()),
+            int(store.mask.sum()),
+            int(store.lengths.max(initial=0)),
+            true_labels=int((labels == 1).sum()),
+            false_labels=int((labels == 0).sum()),
+        )
     learned = _learned_before(store)
     pieces = [piece for pieces in items.bins for piece in pieces]
     whole = store.lengths.tolist()

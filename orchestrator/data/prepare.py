@@ -100,8 +100,9 @@ def limits_of(data: DataConfig, kind: DataKind, model_max_length: int) -> Limits
 
 
 def wanted_columns(form: Format, kind: DataKind, data: DataConfig, found: Sequence[str]) -> list[str]:
-    """Columns that reading needs. A column that happens to be called `weight` counts only if data.columns says so."""
+    """Columns that reading needs. A column that happens to be called `weight` or `margin` counts only if data.columns
+    says so."""
     names = [*form.columns, *OPTIONAL]
-    names += ["prompt"] * ("label" in kind.columns) + ["margin"] * ("preferred" in kind.columns)
-    names += ["weight"] * ("weight" in data.columns)
+    names += ["prompt"] * ("label" in kind.columns) + ["weight"] * ("weight" in data.columns)
+    names += ["margin"] * ("margin" in data.columns and "preferred" in kind.columns)
     return [name for name in dict.fromkeys(names) if name in found]

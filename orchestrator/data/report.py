@@ -26,7 +26,8 @@ class BadRow:
 @dataclass(frozen=True)
 class Counts:
     """Of the items made of a data set, or of a part of one: they add up. `longest`: of a row, in tokens. Of packing:
-    `split_rows` became several pieces; `unused` is what stood only in pieces with nothing to learn from."""
+    `split_rows` became several pieces; `unused` is what stood only in pieces with nothing to learn from. `true_labels`
+    and `false_labels`: of items, or of steps."""
 
     items: int = 0
     tokens: int = 0
@@ -35,6 +36,8 @@ class Counts:
     split_rows: int = 0
     unused_rows: int = 0
     unused_tokens: int = 0
+    true_labels: int = 0
+    false_labels: int = 0
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(
@@ -45,6 +48,8 @@ class Counts:
             self.split_rows + other.split_rows,
             self.unused_rows + other.unused_rows,
             self.unused_tokens + other.unused_tokens,
+            self.true_labels + other.true_labels,
+            self.false_labels + other.false_labels,
         )
 
     @property
@@ -61,6 +66,9 @@ class Counts:
             notes.append(
                 f"{self.unused_tokens:,} tokens are left out, in pieces with nothing to learn from (data.packing)"
             )
+        if bool(self.true_labels) != bool(self.false_labels):
+            labels, only = (self.true_labels, "true") if self.true_labels else (self.false_labels, "false")
+            notes.append(f"one class only: {labels:,} of {labels:,} labels are {only}")
         return tuple(notes)
 
 

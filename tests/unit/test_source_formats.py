@@ -173,15 +173,17 @@ def test_preferences_over_conversations_are_rendered_by_the_template(
 
 def test_a_margin_goes_with_both_rows_of_its_pair(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "chosen": "b", "rejected": "c", "margin": margin} for margin in (0.5, 2)]
-    assert opened(write_rows(tmp_path / "d.jsonl", rows), Pairs).batch([1, 0])["margin"].tolist() == [2, 2, 0.5, 0.5]
+    file = write_rows(tmp_path / "d.jsonl", rows)
+    assert opened(file, Pairs, columns={"margin": "margin"}).batch([1, 0])["margin"].tolist() == [2, 2, 0.5, 0.5]
 
 
 @pytest.mark.parametrize(
     ("chosen", "rejected", "expected"),
     [
         ("The sky is blue.", "The sky is green.", ("The sky is", " blue.", " green.")),
-        ("abc", "abcd", ("ab", "c", "cd")),
-        ("same", "same", ("sam", "e", "e")),
+        ("abc", "abcd", ("abc", "", "d")),
+        ("The sky is blue", "The sky is blue and vast", ("The sky is blue", "", " and vast")),
+        ("ab ", "ab c", ("ab", " ", " c")),
         ("x ", "y", ("", "x ", "y")),
         ([user("q"), assistant("a")], [user("q"), assistant("b")], ([user("q")], [assistant("a")], [assistant("b")])),
     ],
@@ -279,7 +281,11 @@ def test_a_conversational_prompt_opens_the_answer_and_one_that_began_the_answer_
         (Completions, {"prompt": "a", "completion": ""}, "completion is empty"),
         (Completions, {"prompt": "a", "completion": 3}, "completion is of type int"),
         (Completions, {"prompt": "a", "completion": None}, "completion is missing"),
-        (Completions, {"prompt": "a", "completion": [assistant("b")]}, "both be texts or both be lists"),
+        (
+            Completions,
+            {"prompt": "a", "completion": [assistant("b")]},
+            "no message that its answers begin with says it",
+        ),
         (Completions, {"messages": [{"content": "q"}]}, "no `role`"),
         (Completions, {"messages": []}, "messages is empty"),
         (Completions, {"conversations": [{"from": "human"}]}, "every turn needs `from` and `value`"),
