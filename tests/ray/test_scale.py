@@ -16,15 +16,23 @@ def serving(run: Run) -> int:
     return len(joined - gone)
 
 
+def ask_to_scale(run: Run, target: str) -> subprocess.CompletedProcess[str]:
+    command = [TROUPE, "scale", str(run.folder), target]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=plain_environment())
+
+
 def scale(run: Run, count: int) -> None:
-    command = [TROUPE, "scale", str(run.folder), f"rollout={count}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=plain_environment())
+    done = ask_to_scale(run, f"rollout={count}")
     assert done.returncode == 0, done.stderr
 
 
-def test_a_running_job_is_scaled_up_and_down_and_new_workers_take_part(tmp_path):
+def test_a_running_job_is_scaled_up_and_down_new_workers_take_part_and_a_trainer_cannot_be_scaled(tmp_path):
     run = Run(tmp_path, {"train": {"steps": 400, "batch_size": 8}, "cluster": {"num_cpus": 6}})
     run.until(lambda: run.steps() >= 2, "step 2")
+    refused = ask_to_scale(run, "policy=2")
+    assert refused.returncode == 2
+    assert "no role policy whose workers come and go" in refused.stderr and "rollout" in refused.stderr
+    assert "Traceback" not in refused.stderr
     scale(run, 3)
     run.until(lambda: serving(run) == 3, "three rollout workers")
     reached = run.steps()
@@ -62,10 +70,3 @@ def test_a_job_that_is_scaled_to_nothing_waits_says_so_once_and_goes_on_when_it_
     run.process.terminate()
     assert run.process.wait(60) == 143
     assert not run.events("evicted")
-
-
-def test_an_unknown_role_is_refused_with_what_is_allowed(tmp_path):
-    done = subprocess.run([TROUPE, "scale", str(tmp_path), "policy=2"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert "rollout" in done.stderr
-    assert "Traceback" not in done.stderr
