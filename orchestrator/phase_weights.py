@@ -16,7 +16,8 @@ from pathlib import Path
 from actors.errors import ConfigError
 from orchestrator.checkpoint import AVERAGED, MODEL, Checkpoint
 from orchestrator.cluster.launch import average_spec, model_spec, optim_spec
-from orchestrator.config.schema import FrozenRole, RunConfig
+from orchestrator.config.roles import FrozenRole
+from orchestrator.config.schema import RunConfig
 from orchestrator.executor import Executor
 from orchestrator.planning.handover import kept_folder, phase_of
 from orchestrator.planning.prepared import Prepared, PreparedPhase

@@ -26,15 +26,8 @@ from actors.worker import Group, Worker
 from orchestrator.cluster.base import Cluster
 from orchestrator.cluster.failures import Watchdog
 from orchestrator.cluster.pool import Event, Pool, PoolPolicy
-from orchestrator.config.schema import (
-    EngineRole,
-    FrozenRole,
-    RanksRole,
-    RunConfig,
-    ScorersRole,
-    TrainConfig,
-    TrainerRole,
-)
+from orchestrator.config.roles import EngineRole, FrozenRole, RanksRole, ScorersRole, TrainerRole
+from orchestrator.config.schema import RunConfig, TrainConfig
 from orchestrator.executor import Executor
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.prepared import Prepared, PreparedPhase

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from actors.errors import ModelError
-from orchestrator.config.schema import FrozenRole, RunConfig
+from orchestrator.config.roles import FrozenRole
+from orchestrator.config.schema import RunConfig
 from orchestrator.data import caches as kept
 from orchestrator.data.caches import Origin
 from orchestrator.data.source import RowSource, cache_root

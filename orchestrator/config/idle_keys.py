@@ -10,16 +10,16 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from pydantic import BaseModel
 
-from orchestrator.config.schema import (
+from orchestrator.config.roles import (
     EngineRole,
     FrozenRole,
     OptimizerConfig,
     RanksRole,
     RolesConfig,
-    RunConfig,
     ScorersRole,
     TrainerRole,
 )
+from orchestrator.config.schema import RunConfig
 from orchestrator.pipeline import Pipeline, Verb
 
 OF_VLLM = ("kv_cache_gib",)  # keys of the rollout role that an engine of ours reads alone

@@ -1,5 +1,5 @@
 """Every key of the configuration as a reader wants it: what may be written there, what stands there if nothing is
-written, and one line of help. All of it comes from `orchestrator/config/schema.py`."""
+written, and one line of help. All of it comes from `schema.py` and `roles.py`."""
 
 from __future__ import annotations
 

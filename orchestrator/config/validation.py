@@ -9,17 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from actors.columns import Head
 from orchestrator.config.idle_keys import idle_keys
-from orchestrator.config.schema import (
-    EngineRole,
-    FrozenRole,
-    PhaseConfig,
-    RanksRole,
-    RolesConfig,
-    RunConfig,
-    ScorersRole,
-    Section,
-    TrainerRole,
-)
+from orchestrator.config.roles import EngineRole, FrozenRole, RanksRole, RolesConfig, ScorersRole, TrainerRole
+from orchestrator.config.schema import PhaseConfig, RunConfig
+from orchestrator.config.section import Section
 from orchestrator.pipeline import Pipeline, Verb
 from orchestrator.planning.handover import is_handed_over, phase_of
 

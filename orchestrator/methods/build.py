@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ConfigDict, ValidationError, validate_call
 
 from actors.errors import ConfigError, nearest
-from orchestrator.config.schema import is_word_for_number
+from orchestrator.config.section import is_word_for_number
 from orchestrator.methods.idle import refuse_idle, types_of
 from orchestrator.methods.table import METHODS
 from orchestrator.pipeline import Pipeline

@@ -15,16 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from actors.errors import ConfigError
-from orchestrator.config.schema import (
-    BemaConfig,
-    EngineRole,
-    Fallback,
-    FrozenRole,
-    PhaseConfig,
-    RanksRole,
-    RunConfig,
-    ScorersRole,
-)
+from orchestrator.config.roles import EngineRole, Fallback, FrozenRole, RanksRole, ScorersRole
+from orchestrator.config.schema import BemaConfig, PhaseConfig, RunConfig
 from orchestrator.config.validation import Role, count, refusals, warnings
 from orchestrator.pipeline import Pipeline, Verb, generate, score
 from orchestrator.planning.bundles import GIB, Bundle, ClusterView, Resources, shortages

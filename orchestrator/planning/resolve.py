@@ -20,7 +20,8 @@ from actors.errors import ConfigError, ModelError
 from actors.model import check_architecture
 from actors.pretrained import check_folder
 from orchestrator.collection.precompute import recall
-from orchestrator.config.schema import DataConfig, EngineRole, EvaluationConfig, PhaseConfig, RanksRole, RunConfig
+from orchestrator.config.roles import EngineRole, RanksRole
+from orchestrator.config.schema import DataConfig, EvaluationConfig, PhaseConfig, RunConfig
 from orchestrator.data.source import Source, open_source
 from orchestrator.data.synthetic_examples import PREFIX, is_example, model_folder
 from orchestrator.losses.objective import LossObjective

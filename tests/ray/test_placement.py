@@ -22,7 +22,8 @@ import actors
 from actors.errors import ConfigError, InfraFailure, PlacementError, RunError
 from actors.worker import WorkerInfo
 from orchestrator.cluster.ray_cluster import RayCluster, connect, view_cluster
-from orchestrator.config.schema import ClusterConfig, PhaseConfig, RolesConfig, RunConfig, TrainConfig
+from orchestrator.config.roles import RolesConfig
+from orchestrator.config.schema import ClusterConfig, PhaseConfig, RunConfig, TrainConfig
 from orchestrator.methods import build
 from orchestrator.planning.plan import Plan, make_plan, problems
 

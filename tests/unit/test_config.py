@@ -12,7 +12,8 @@ from actors.errors import ConfigError
 from orchestrator.config.error_messages import schema_keys
 from orchestrator.config.loading import Draft, load_config, load_run, recipes
 from orchestrator.config.overrides import apply, dotted, load_yaml, parse
-from orchestrator.config.schema import RunConfig, TrainerRole
+from orchestrator.config.roles import TrainerRole
+from orchestrator.config.schema import RunConfig
 
 SINGLE = """\
 # A phase at the top level. More about it.

@@ -26,19 +26,17 @@ from orchestrator.cluster.failures import Watchdog
 from orchestrator.cluster.launch import _Starting, average_spec, model_spec, optim_spec
 from orchestrator.config.error_messages import schema_keys
 from orchestrator.config.overrides import dotted
+from orchestrator.config.roles import EngineRole, RanksRole, RolesConfig
 from orchestrator.config.schema import (
     BemaConfig,
     DataConfig,
-    EngineRole,
     PhaseConfig,
-    RanksRole,
     RewardConfig,
-    RolesConfig,
     RunConfig,
     SamplingConfig,
     TrainConfig,
-    _types_in,
 )
+from orchestrator.config.section import types_in
 from orchestrator.data.source import open_source
 from orchestrator.executor import Executor, PhaseSettings
 from orchestrator.methods import build
@@ -606,7 +604,7 @@ def numbers(schema: type[BaseModel]) -> list[str]:
     return [
         name
         for name, field in schema.model_fields.items()
-        if {int, float} & set(_types_in(field.annotation)) and not {bool, Any} & set(_types_in(field.annotation))
+        if {int, float} & set(types_in(field.annotation)) and not {bool, Any} & set(types_in(field.annotation))
     ]
 
 
