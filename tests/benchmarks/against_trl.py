@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import site
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,21 +24,17 @@ import venv
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import yaml
-from processes import Ran, computes_bfloat16, processor, run
+from processes import computes_bfloat16, processor, run
 from rich.console import Console
 from rich.table import Table
+from troupe_run import PHASES, TIMEOUT_S, Figures, around, median, run_troupe
 from workload import BATCHING, METHODS, SIZES, Job
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent.parent
 TRL = "trl==1.16.0"
-TIMEOUT_S = 1800.0
-PHASES = ("generate", "score", "logps", "update", "publish", "rest")
 QUIET = 0.1  # cores that other programs may use without spoiling a comparison
-Figures = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -80,7 +75,7 @@ def compare(job: Job, python: Path, options: argparse.Namespace) -> Iterator[Fig
             theirs[batching].append(run_trl(replace(job, batching=batching), python, passive=options.passive))
         ours.append(run_troupe(job))
     for batching in batchings:
-        trl, troupe = _median(theirs[batching]), _median(ours)
+        trl, troupe = median(theirs[batching]), median(ours)
         if batching == "plain":
             _same_tokens(job, trl, troupe)
         ratios = {"step": trl["step_s"] / troupe["step_s"], "token": _rate(troupe) / _rate(trl)}
@@ -103,70 +98,7 @@ def run_trl(job: Job, python: Path, *, passive: bool) -> Figures:
         environment = {"OMP_NUM_THREADS": str(job.threads), "HF_DATASETS_CACHE": folder}
         environment |= {"OMP_WAIT_POLICY": "PASSIVE"} if passive else {}
         ran = run(command, environment, TIMEOUT_S)
-    return {**json.loads(ran.output.strip().splitlines()[-1]), **_around(ran)}
-
-
-def run_troupe(job: Job) -> Figures:
-    with tempfile.TemporaryDirectory() as folder:
-        data, recipe = Path(folder) / "data.jsonl", Path(folder) / "recipe.yaml"
-        job.write(data)
-        recipe.write_text(yaml.safe_dump(_recipe(job, data, folder)))
-        ran = run([Path(sys.executable).parent / "troupe", "run", recipe], {}, TIMEOUT_S)
-        (metrics,) = Path(folder).glob("bench-*/metrics.jsonl")
-        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    steps = [line for line in lines if "step_time" in line][job.warmup :]
-
-    def mean(name: str) -> float:
-        return sum(line.get(name, 0.0) for line in steps) / len(steps)
-
-    given = job.tokens()
-    update = {name: mean(f"time/{name}") for name in ("statistics", "forward", "backward", "step")}
-    phases = {
-        "generate": mean("time/generate"),
-        "score": mean("time/score"),
-        "logps": mean("time/batch_stages" if job.method == "grpo" else "time/collect"),
-        "update": sum(update.values()),
-        "publish": mean("time/publish"),
-    }
-    return {
-        "step_s": mean("step_time"),
-        "tokens": mean("num_tokens") if given is None else sum(given) / len(given),
-        "phases": {**phases, "rest": mean("step_time") - sum(phases.values())},
-        "update": update,
-        "padding": mean("padding_share"),
-        "mean_length": mean("completions/mean_length") or None,
-        **_around(ran),
-    }
-
-
-def _around(ran: Ran) -> Figures:
-    return {"peak_gib": ran.peak_gib, "others_cores": ran.others_cores}
-
-
-def _recipe(job: Job, data: Path, folder: str) -> Figures:
-    recipe: Figures = {
-        "name": "bench",
-        "output": folder,
-        "model": {"path": f"example:skewed-{job.size}", "dtype": job.dtype},
-        "method": job.method,
-        "data": {"path": str(data), "max_length": job.max_length, "shuffle": False},
-        "train": {
-            "steps": job.warmup + job.steps,
-            "batch_size": job.items,
-            "learning_rate": 1e-6,
-            "token_budget": 4096,
-        },
-        "logging": {"completions_every": None, "tensorboard": False, "ray_metrics": False},
-        "cluster": {"num_cpus": 8},
-    }
-    if job.method == "grpo":
-        recipe["options"] = {"num_generations": job.samples, "beta": job.beta}
-        recipe["sampling"] = {"max_tokens": job.max_tokens}
-        recipe["rewards"] = [{"fn": f"{HERE / 'length_reward.py'}:length_reward"}]
-        recipe["roles"] = {"rollout": {"workers": job.threads, "threads": 1, "kv_cache_gib": 0.25}}
-    elif job.method != "sft":
-        recipe["options"] = {"beta": job.beta}
-    return recipe
+    return {**json.loads(ran.output.strip().splitlines()[-1]), **around(ran)}
 
 
 def trl_environment(folder: Path) -> Path:
@@ -181,18 +113,6 @@ def trl_environment(folder: Path) -> Path:
         subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", TRL], check=True)
         (folder / "ready").touch()
     return python
-
-
-def _median(runs: list[Figures]) -> Figures:
-    """Key by key; nested dictionaries too; None where a side has no such figure."""
-    merged: Figures = {}
-    for key in runs[0]:
-        values = [figures[key] for figures in runs]
-        if isinstance(values[0], dict):
-            merged[key] = _median(values)
-        else:
-            merged[key] = None if values[0] is None else statistics.median(values)
-    return merged
 
 
 def _rate(side: Figures) -> float:
