@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from orchestrator.pipeline import Pipeline, Verb
+from orchestrator.reporting.metrics import of_first_role
 
 WORK = ("start", "data", "generation", "scoring", "log-probabilities", "update", "publish", "evaluation", "save")
 OF_VERB = {Verb.INFER: "log-probabilities", Verb.UPDATE: "update"}
@@ -44,7 +45,7 @@ class Account:
         """`metrics`: of a step, with its parts as `time/...`. Collecting is what the driver waited for: it is
         shared out as the times of generation, scoring and what follows them, which may lie in an earlier step."""
         cost = self.phases.get(phase, PhaseCost())
-        self.phases[phase] = PhaseCost(cost.steps + 1, cost.tokens + int(metrics.get("num_tokens", 0)))
+        self.phases[phase] = PhaseCost(cost.steps + 1, cost.tokens + int(of_first_role(metrics, "num_tokens") or 0))
         waited = metrics.get("time/collect", 0.0)
         parts = {
             "generation": metrics.get("time/generate", 0.0),

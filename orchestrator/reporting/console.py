@@ -22,6 +22,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.reporting.metrics import of_first_role
 from orchestrator.reporting.terminal_tables import Rows
 from orchestrator.reporting.worth import Worth
 
@@ -43,11 +44,11 @@ class Shown:
 
 
 def _metric(name: str) -> Callable[[Mapping[str, float]], float | None]:
-    return lambda metrics: metrics.get(name)
+    return lambda metrics: of_first_role(metrics, name)
 
 
 def _tokens_per_second(metrics: Mapping[str, float]) -> float | None:
-    tokens, seconds = metrics.get("num_tokens"), metrics.get("step_time")
+    tokens, seconds = of_first_role(metrics, "num_tokens"), metrics.get("step_time")
     return tokens / seconds if tokens and seconds else None
 
 
@@ -55,13 +56,15 @@ STEP_LINE = (
     Shown("reward", _metric("reward"), "6.3f"),
     Shown("loss", _metric("loss"), "7.4f"),
     Shown("kl", _metric("kl"), "6.4f"),
+    Shown("kl/row", _metric("objective/kl"), "6.3f"),  # summed over the tokens of a completion
+    Shown("explained", _metric("val/explained_variance"), "6.3f"),  # of the returns' variance, by the critic
     Shown("entropy", _metric("entropy"), "5.3f"),
     Shown("length", _metric("completions/mean_length"), "5.1f"),
     Shown("stale", _metric("staleness/mean"), "3.1f"),
     Shown("tok/s", _tokens_per_second, "6.0f"),
     Shown("s/step", _metric("step_time"), "5.2f"),
 )
-LEFT_OUT_FIRST = ("entropy", "stale", "kl", "length", "tok/s", "loss", "s/step", "reward")
+LEFT_OUT_FIRST = ("entropy", "stale", "kl", "kl/row", "length", "tok/s", "loss", "s/step", "explained", "reward")
 HELD_OUT_LINE = (
     Shown("loss", _metric("eval_loss"), ".4f"),
     Shown("margin", _metric("eval_rewards/margins"), ".4f"),

@@ -23,6 +23,15 @@ COMPLETIONS_FOLDER = "completions"
 FIELDS = ("step", "phase", "time")  # of a line, beside the metrics
 
 
+def of_first_role(metrics: Mapping[str, Any], name: str) -> Any:
+    """The metric of that name; where several roles report it, as `ROLE/NAME`, that of the first of them. None if there
+    is none."""
+    if name in metrics:
+        return metrics[name]
+    named = (full for full in metrics if full.partition("/")[2] == name and not full.startswith("eval_"))
+    return next((metrics[full] for full in named), None)
+
+
 class Sink(Protocol):
     """Somewhere that metrics also go."""
 

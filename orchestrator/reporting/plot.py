@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any
 
-from orchestrator.reporting.metrics import METRICS_FILE, read
+from orchestrator.reporting.metrics import METRICS_FILE, of_first_role, read
 
 Line = dict[str, Any]
 Points = list[tuple[int, float]]  # (step, value)
@@ -46,8 +46,12 @@ def draw(
     dpi: int = 130,
 ) -> Path | None:
     """Draw `folder/curves.png` (or another file) from `folder/metrics.jsonl`; None if nothing was measured yet. With
-    `phase`, that one alone; `panels`: default, all for which there is something to draw."""
-    lines = [line for line in read(folder / METRICS_FILE) if phase in (None, line["phase"])]
+    `phase`, that one alone, from where the one before it ended; `panels`: default, all for which there is something to
+    draw."""
+    found = read(folder / METRICS_FILE)
+    lines = [line for line in found if phase in (None, line["phase"])]
+    before = list(takewhile(lambda line: line["phase"] != phase, found)) if phase is not None else []
+    at_start = [line for line in before if line["step"] == before[-1]["step"]]
     panels = [panel for panel in panels or PANELS if any(panel.value(line) is not None for line in lines)]
     if not panels:
         return None
@@ -61,7 +65,7 @@ def draw(
     figure.suptitle(title or folder.name, fontsize=11, color=INK, x=0.01, ha="left", fontweight="bold")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for index, (axis, panel) in enumerate(zip(axes, panels, strict=False)):
-        _draw_panel(axis, panel, lines, named=index == 0)
+        _draw_panel(axis, panel, lines, at_start, named=index == 0)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     file = file or folder / PICTURE
@@ -69,10 +73,11 @@ def draw(
     return file
 
 
-def _draw_panel(axis: Any, panel: Panel, lines: Sequence[Line], *, named: bool) -> None:
+def _draw_panel(axis: Any, panel: Panel, lines: Sequence[Line], at_start: Sequence[Line], *, named: bool) -> None:
+    """`at_start`: lines of an earlier phase, at the step where the first one of `lines` begins."""
     _style(axis, panel, share=panel.share and all(0 <= y <= 1 for _, y in _points(panel, lines)))
-    previous: Points = []
-    spans = _spans(lines)
+    previous = _points(panel, at_start)
+    spans = _spans(lines, at_start)
     for index, (phase, first, last) in enumerate(spans):
         axis.axvspan(first, last, color=SHADES[index % len(SHADES)], lw=0)
         if named:
@@ -116,12 +121,13 @@ def _style(axis: Any, panel: Panel, *, share: bool) -> None:
         axis.set_ylim(0, 1.08)
 
 
-def _spans(lines: Sequence[Line]) -> list[tuple[str, int, int]]:
+def _spans(lines: Sequence[Line], at_start: Sequence[Line]) -> list[tuple[str, int, int]]:
     """(phase, first step, last step) in the order in which they ran; each begins where the one before ended."""
     spans: list[tuple[str, int, int]] = []
     for phase, group in groupby(lines, key=lambda line: line["phase"]):
         steps = [line["step"] for line in group]
-        spans.append((phase, spans[-1][2] if spans else min(steps), max(steps)))
+        first = spans[-1][2] if spans else min(line["step"] for line in [*at_start, *lines])
+        spans.append((phase, first, max(steps)))
     return spans
 
 
@@ -133,7 +139,7 @@ def _smoothed(values: Sequence[float]) -> list[float]:
 
 
 def _metric(name: str) -> Callable[[Line], float | None]:
-    return lambda line: line.get(name)
+    return lambda line: of_first_role(line, name)
 
 
 def _likelier(line: Line) -> float | None:
@@ -143,12 +149,15 @@ def _likelier(line: Line) -> float | None:
 
 
 def _tokens_per_second(line: Line) -> float | None:
-    tokens, seconds = line.get("num_tokens"), line.get("step_time")
+    tokens, seconds = of_first_role(line, "num_tokens"), line.get("step_time")
     return tokens / seconds if tokens and seconds else None
 
 
 _LABEL: dict[str, Any] = {"ha": "center", "va": "top", "fontsize": 8, "color": FAINT}
 _VALUE: dict[str, Any] = {"ha": "center", "fontsize": 8, "color": INK}
+REWARD = Panel("reward", _metric("reward"))
+EXPLAINED = Panel("critic: share of the returns' variance that it explains", _metric("val/explained_variance"))
+KL = Panel("KL to the reference, nats a completion", _metric("objective/kl"))
 PANELS = (
     Panel("evaluation: reward on held-out prompts", _metric("eval_reward"), sparse=True, goes_on=True, share=True),
     Panel("held-out rows: loss", _metric("eval_loss"), sparse=True),
@@ -157,8 +166,10 @@ PANELS = (
     Panel("held-out rows: share with the right order", _metric("eval_rewards/accuracies"), sparse=True, share=True),
     Panel("held-out rows: score, chosen above rejected", _metric("eval_margin"), sparse=True),
     Panel("held-out rows: share scored in the right order", _metric("eval_accuracy"), sparse=True, share=True),
-    Panel("reward", _metric("reward")),
+    REWARD,
     Panel("loss", _metric("loss")),
+    EXPLAINED,
+    KL,
     Panel("completion length, tokens", _metric("completions/mean_length")),
     Panel("tokens trained on, per second", _tokens_per_second),
     Panel("gradient norm", _metric("grad_norm")),

@@ -11,6 +11,7 @@ from orchestrator.reporting.account import PhaseCost
 MEASURES = {  # metric -> what it is called, the one that says most first
     "eval_reward": "held-out score",
     "eval_rewards/accuracies": "held-out accuracy",
+    "eval_accuracy": "held-out accuracy",
     "eval_loss": "held-out loss",
     "reward": "reward in training",
     "loss": "loss in training",

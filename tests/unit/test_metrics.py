@@ -18,7 +18,7 @@ from rich.console import Console as Terminal
 from orchestrator.methods import build
 from orchestrator.reporting.account import Account, PhaseCost
 from orchestrator.reporting.console import Console, Pace, duration
-from orchestrator.reporting.metrics import METRICS_FILE, MetricsLog, read
+from orchestrator.reporting.metrics import METRICS_FILE, MetricsLog, of_first_role, read
 from orchestrator.reporting.plot import draw
 from orchestrator.reporting.worth import Worth, phases_worth
 
@@ -184,6 +184,15 @@ def test_a_step_is_one_line_with_what_was_measured():
     assert "kl" not in line
 
 
+def test_of_what_two_roles_report_a_steps_line_says_the_first_ones():
+    metrics = {"policy/loss": -0.25, "policy/num_tokens": 900.0, "value/loss": 4.0, "value/num_tokens": 700.0}
+    metrics |= {"reward": 0.5, "objective/kl": 0.125, "val/explained_variance": 0.75, "step_time": 0.5}
+    line = shown("step", "grpo", 50, 200, metrics, width=180)
+    for part in ("loss -0.2500", "kl/row  0.125", "explained  0.750", "tok/s   1800"):
+        assert part in line
+    assert of_first_role({"eval_policy/loss": 1.0}, "loss") is None, "an evaluation is no step"
+
+
 def test_a_step_stays_one_line_on_a_narrow_terminal():
     metrics = dict.fromkeys(("reward", "loss", "kl", "entropy", "completions/mean_length", "step_time"), 1.0)
     assert shown("step", "grpo", 50, 200, metrics, width=60).count("\n") == 1
@@ -291,7 +300,8 @@ def test_a_steps_seconds_are_spent_once_and_what_nothing_names_is_the_rest():
         "start": 2.0, "generation": 3.0, "scoring": 0.5, "log-probabilities": 0.5, "update": 3.0, "publish": 0.5,
         "rest": 2.5,
     }  # fmt: skip
-    assert account.phases == {"grpo": PhaseCost(1, 70)}
+    account.step("ppo", build("ppo", {}), {"policy/num_tokens": 60.0, "value/num_tokens": 50.0})
+    assert account.phases == {"grpo": PhaseCost(1, 70), "ppo": PhaseCost(1, 60)}
 
 
 def test_waiting_for_rows_is_time_for_data():
