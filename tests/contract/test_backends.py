@@ -240,14 +240,14 @@ def batch() -> Batch:
 
 
 @contextmanager
-def start_gangs() -> Iterator[Callable[[int], Any]]:
-    """Gangs by their number of ranks, each started once."""
+def start_gangs() -> Iterator[Callable[..., Any]]:
+    """Gangs by their number of ranks and, where several are needed at once, their place; each started once."""
     ray.init(address="local", num_cpus=8, include_dashboard=False, object_store_memory=100 * 2**20)
 
     @cache
-    def gang(ranks: int) -> Any:
+    def gang(ranks: int, place: int = 0) -> Any:
         env = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "DS_ACCELERATOR": "cpu"}
-        group = start_ranks(f"troupe/backends/policy-{ranks}", Rank, [{}] * ranks, env=env)
+        group = start_ranks(f"troupe/backends/gang{place}-{ranks}", Rank, [{}] * ranks, env=env)
         asyncio.run(group.call("ready", timeout_s=VERB_S))
         return group
 

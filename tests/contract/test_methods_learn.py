@@ -49,6 +49,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("bco", {"density_ratio": True}, "margin"),
     ("online_dpo", {}, "margin"),
     ("online_dpo", {"loss_type": "ipo", "missing_eos_penalty": 1.0, "token_metrics": True}, "margin"),
+    ("reward_model", {}, "order"),
     ("grpo", {}, "advantage"),
     ("grpo", {"loss_type": "grpo", "beta": 0.01, "updates_per_batch": 2, "minibatches": 2}, "advantage"),
     ("grpo", {"loss_type": "cispo", "epsilon_high": 5.0, "correction": "token_truncate"}, "advantage"),
@@ -80,7 +81,7 @@ def made_up(pipeline: Pipeline, policy: ModelWorker) -> Batch:
         "mismatched": rows % size == 1,
         "label": rows // size % 2 == 0,
         "weight": rng.uniform(0.5, 2.0, len(rows)),
-        "reward": (rows % size < size // 2).astype(np.float32),
+        "reward": (rows % size < size // 2 if size > 1 else rows % 2).astype(np.float32),
         "truncated": rows % 7 == 0,
     }
     samples = any(stage.head is Head.VOCABULARY for stage in pipeline.updates)
@@ -124,7 +125,13 @@ def advantage(policy: ModelWorker, batch: Batch) -> float:
     return float(of_row[batch["reward"] > 0].mean() - of_row[batch["reward"] == 0].mean())
 
 
-MEASURES = {"likelihood": likelihood, "margin": margin, "advantage": advantage}
+def order(reward_model: ModelWorker, batch: Batch) -> float:
+    """By how much chosen rows score higher than rejected ones."""
+    scores = said_of(reward_model, batch, Head.ROW_SCALAR)
+    return float(scores[batch["preferred"]].mean() - scores[~batch["preferred"]].mean())
+
+
+MEASURES = {"likelihood": likelihood, "margin": margin, "advantage": advantage, "order": order}
 
 
 @pytest.mark.parametrize(("method", "options", "aim"), CASES, ids=[f"{m} {o}" for m, o, _ in CASES])
@@ -141,3 +148,14 @@ def test_a_few_steps_move_what_the_method_exists_to_move(
     metrics = steps(executor, RowTable(batch), STEPS)[-1]
     assert measure(policy, batch) > before + 0.01
     assert all(np.isfinite(value) for value in metrics.values()), metrics
+
+
+def test_ppo_makes_rewarded_samples_likelier_and_its_critic_explains_more_of_the_returns(folder: Path) -> None:
+    pipeline = build("ppo", {"num_ppo_epochs": 2, "lam": 1.0})
+    workers = learners(pipeline, ModelSpec(str(folder)))
+    batch = made_up(pipeline, workers["policy"])
+    before = advantage(workers["policy"], batch)
+    first, *_, last = steps(executor_of(pipeline, workers, token_budget=TOKEN_BUDGET), RowTable(batch), STEPS)
+    assert advantage(workers["policy"], batch) > before + 0.01
+    assert last["val/explained_variance"] > max(first["val/explained_variance"], 0) + 0.3
+    assert last["val/error"] < first["val/error"]

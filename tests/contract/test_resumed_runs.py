@@ -21,6 +21,7 @@ from tests.unit.test_saved_state import disk_of
 from tests.unit.tiny import tiny_model_folder
 
 STEPS, LEARNING_RATE = 4, 0.01
+VALUE = "checkpoints/step-00000004/models/value/model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -183,3 +184,33 @@ def test_a_full_disk_ends_a_resume_with_an_error_of_its_own_and_leaves_what_ther
 
 def test_a_new_run_is_its_owners_alone(finished: RunResult):
     assert finished.folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_ppo_goes_on_with_the_kl_coefficient_that_it_had_adapted_and_with_both_its_models(tmp_path: Path):
+    rows = tmp_path / "prompts.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"a{i}"}) + "\n" for i in range(12)))
+    (tmp_path / "digits.py").write_text(
+        "def digits(completions, **columns):\n    return [sum(map(str.isdigit, text)) for text in completions]\n"
+    )
+    tree: dict[str, Any] = {
+        "method": "ppo",
+        "options": {"kl_coef": 0.2, "kl_target": 0.01, "kl_horizon": 40},
+        "model": {"path": str(tiny_model_folder(tmp_path))},
+        "rewards": [{"fn": f"{tmp_path / 'digits.py'}:digits"}],
+        "data": {"path": str(rows)},
+        "train": {"steps": STEPS, "batch_size": 4, "learning_rate": LEARNING_RATE},
+        "sampling": {"max_tokens": 6},
+        "roles": {"rollout": {"engine": "hf"}},
+        "output": str(tmp_path / "runs"),
+        "logging": {"tensorboard": False},
+        "checkpoint": {"every": 2, "keep": 9},
+    }
+    whole = run(config_of(tree, [], "test"), local=True)
+    coefficients = [line["objective/kl_coef"] for line in lines(whole.folder, "metrics.jsonl")]
+    assert coefficients[0] == 0.2 and len(set(coefficients)) == STEPS, "the coefficient must move at every step"
+    again = resume(Path(shutil.copytree(whole.folder, tmp_path / whole.folder.name)), step=2)
+    assert [line["objective/kl_coef"] for line in lines(again.folder, "metrics.jsonl")] == coefficients
+    assert differing(again, whole) == []
+    values = [load_file(found.folder / VALUE) for found in (again, whole)]
+    assert values[0].keys() == values[1].keys()
+    assert all(np.array_equal(value, values[1][name]) for name, value in values[0].items())
