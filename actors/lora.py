@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from actors.columns import Head
 from actors.errors import ModelError
 from actors.pretrained import SCORE, skeleton
+from actors.specs import LoraSpec
 
 ADAPTER = "default"
 TASKS = {  # PEFT's names of what a model with that head is for
@@ -27,18 +28,6 @@ TASKS = {  # PEFT's names of what a model with that head is for
     Head.ROW_SCALAR: "SEQ_CLS",
 }
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
-
-
-@dataclass(frozen=True)
-class LoraSpec:
-    """Settings of the adapters; only they are trained."""
-
-    r: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    target_modules: str | tuple[str, ...] = "all-linear"
-    use_rslora: bool = False
-    use_dora: bool = False
 
 
 def attach(causal: Any, spec: LoraSpec, head: Head = Head.VOCABULARY) -> None:

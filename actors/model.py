@@ -16,9 +16,10 @@ from actors.distributions import Asked
 from actors.errors import ModelError
 from actors.heads import ScalarHead, VocabularyHead
 from actors.logits import LogitScaling, Vocabulary
-from actors.lora import LoraSpec, attach
+from actors.lora import attach
 from actors.prefixes import shared_prefixes
 from actors.pretrained import load_config, load_pretrained, load_tokenizer, padding_token
+from actors.specs import LoraSpec
 
 PACKABLE = frozenset({"full_attention", "sliding_attention"})  # kinds of layers, as transformers names them
 

@@ -26,8 +26,7 @@ from torch import Tensor
 
 import actors
 from actors import saved_state
-from actors.backends import BackendSpec, Placement, build_backend
-from actors.backends.optimizer import OptimSpec
+from actors.backends import Placement, build_backend
 from actors.backends.protocol import Backend
 from actors.batch import Batch
 from actors.columns import Head
@@ -36,6 +35,7 @@ from actors.metrics import combine
 from actors.model import LanguageModel, ModelSpec, load_model, tokenizer_of
 from actors.objective import Objective, Stat
 from actors.sharding import Shard
+from actors.specs import BackendSpec, OptimSpec
 from actors.train_step import Pass, infer
 from actors.weight_averaging import Average, AverageSpec
 from actors.worker import WorkerInfo

@@ -445,7 +445,8 @@ class _Run:
         if self.local:
             cluster: Cluster = LocalCluster()
         else:
-            from orchestrator.cluster.ray_cluster import RayCluster, connect
+            from orchestrator.cluster.ray_cluster import RayCluster
+            from orchestrator.cluster.ray_connection import connect
 
             with hangups_ignored():
                 self.dashboard = connect(self.config.cluster, self.plan, debug=self.config.debug)

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol
 
 from actors.errors import ConfigError
 from rollout.sampling import Completion, Request
+
+if TYPE_CHECKING:  # the configuration reads `EngineSpec` without importing torch
+    import torch
+    from torch import Tensor
 
 ENGINES: dict[str, str] = {  # kind -> class, imported when it is built: an engine costs seconds of imports
     "vllm": "rollout.vllm_engine:VllmEngine",

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from actors.backends import BackendSpec
-from actors.backends.optimizer import OptimSpec
 from actors.model import ModelSpec
 from actors.model_worker import ModelWorker
+from actors.specs import BackendSpec, OptimSpec
 from actors.worker import Group, LocalGroup, LocalObjects, LocalWorker
 from orchestrator.executor import Executor, PhaseSettings
 from orchestrator.pipeline import GROUPWISE, Pipeline, Stage

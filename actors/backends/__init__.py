@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from actors.backends.placement import Placement
 from actors.backends.protocol import Backend
-from actors.backends.spec import BackendSpec, Placement
 from actors.errors import ConfigError
 from actors.model import ModelSpec
+from actors.specs import BackendSpec
 
 
 def _single(model: ModelSpec, spec: BackendSpec, placement: Placement) -> Backend:

@@ -28,12 +28,13 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 from actors import saved_state
 from actors.backends import deepspeed_config
-from actors.backends.optimizer import OptimSpec, StepInfo, build_optimizer, build_schedule, set_hyperparameters
+from actors.backends.optimizer import StepInfo, build_optimizer, build_schedule, set_hyperparameters
 from actors.backends.parking import Sleeper
-from actors.backends.spec import BackendSpec, Placement, device_of
+from actors.backends.placement import Placement, device_of
 from actors.errors import ConfigError
 from actors.lora import adapter_weights, adapters_off, full_tensors, has_adapters, merged_tensors, write_adapter
 from actors.model import LanguageModel, ModelSpec, load_model
+from actors.specs import BackendSpec, OptimSpec
 from actors.weight_swap import Instead, mix_in, replaced
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # of one collective: then the ranks that wait raise instead of hanging

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from actors.backends.optimizer import OptimSpec
 from actors.errors import ConfigError
+from actors.specs import OptimSpec
 
 AUTO = "auto"
 Json = dict[str, Any]

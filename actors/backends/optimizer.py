@@ -10,20 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class OptimSpec:
-    """A phase's optimizer and schedule. `total_steps` is where a linear or cosine schedule ends."""
-
-    learning_rate: float
-    total_steps: int | None = None
-    weight_decay: float = 0.0
-    adam_betas: tuple[float, float] = (0.9, 0.999)
-    adam_eps: float = 1e-8
-    scheduler: str = "linear"  # constant | linear | cosine
-    warmup_steps: int = 0
-    min_lr_ratio: float = 0.0
-    max_grad_norm: float | None = 1.0
+from actors.specs import OptimSpec
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from actors.backends.optimizer import OptimSpec, StepInfo
+from actors.backends.optimizer import StepInfo
 from actors.objective import World
+from actors.specs import OptimSpec
 from actors.weight_swap import Instead
 
 

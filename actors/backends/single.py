@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from actors import saved_state
-from actors.backends.optimizer import OptimSpec, StepInfo, Stepper
+from actors.backends.optimizer import StepInfo, Stepper
 from actors.backends.parking import Sleeper
-from actors.backends.spec import BackendSpec, Placement, device_of
+from actors.backends.placement import Placement, device_of
 from actors.errors import ConfigError
 from actors.lora import Gather, adapter_weights, adapters_off, full_tensors, merged_tensors, resident, write_adapter
 from actors.model import ModelSpec, load_model
+from actors.specs import BackendSpec, OptimSpec
 from actors.weight_swap import Instead, mix_in, replaced
 
 STATE_FILE = "single.pt"

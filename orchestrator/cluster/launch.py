@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.backends import BackendSpec
-from actors.backends.optimizer import OptimSpec
 from actors.columns import Head
 from actors.errors import ConfigError
 from actors.model import ModelSpec
 from actors.model_worker import ModelWorker
+from actors.specs import BackendSpec, OptimSpec
 from actors.weight_averaging import AverageSpec
 from actors.worker import Group, Worker
 from orchestrator.cluster.base import Cluster

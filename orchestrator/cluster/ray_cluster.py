@@ -11,42 +11,28 @@ group is removed: a call to an actor whose group is gone may never return.
 from __future__ import annotations
 
 import asyncio
-import logging
-import math
-import os
-import re
-import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
-import psutil
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.errors import InfraFailure, PlacementError, RunError, first_lines
+from actors.errors import InfraFailure, PlacementError
 from actors.group import RayGroup, RayObjects, RayWorker, start_ranks, start_worker
-from actors.worker import NAMESPACE, Group, Objects, Worker, WorkerInfo
+from actors.worker import Group, Objects, Worker, WorkerInfo
 from orchestrator.cluster.base import START_TIMEOUT_S, refuse_foreign
 from orchestrator.cluster.leftovers import Leftovers
-from orchestrator.cluster.private_temp import private_temp
-from orchestrator.cluster.ray_address import LOCAL, chosen_address, refuse_unreachable, set_by
-from orchestrator.config.schema import ClusterConfig, RunConfig
-from orchestrator.import_pin import worker_setup
-from orchestrator.planning.bundles import Bundle, ClusterView, Node, describe, shortages
-from orchestrator.planning.plan import Machine, Plan, RolePlan
-from orchestrator.plugins import carried
-
-T = TypeVar("T")
+from orchestrator.cluster.ray_connection import is_running, own_daemons, session, view_cluster
+from orchestrator.config.schema import RunConfig
+from orchestrator.planning.bundles import Bundle, describe, shortages
+from orchestrator.planning.plan import Plan, RolePlan
 
 POLL_S = 0.05
-HEADROOM_CPUS = 64  # for workers that join later
 BOARD_TIMEOUT_S = 30.0
-START_ATTEMPTS = 3  # of a Ray of our own
-DAEMONS = ("gcs_server", "raylet")
 
 
 @dataclass(frozen=True)
@@ -113,8 +99,8 @@ class RayCluster:
         self._groups: list[RayGroup] = []
         self._workers: dict[str, PlacedWorker] = {}
         self._board: RayWorker | None = None
-        self._daemons = _own_daemons()
-        self._leftovers = Leftovers(_session(self._daemons)) if self._daemons else None
+        self._daemons = own_daemons()
+        self._leftovers = Leftovers(session(self._daemons)) if self._daemons else None
 
     async def reserve(self, plan: Plan) -> None:
         self._plan = plan
@@ -170,7 +156,7 @@ class RayCluster:
         return [row for row in rows if row is not None]
 
     def lost(self) -> str | None:
-        gone = [(name, process.pid) for name, process in self._daemons if not _is_running(process)]
+        gone = [(name, process.pid) for name, process in self._daemons if not is_running(process)]
         return f"Ray's {gone[0][0]} (pid {gone[0][1]}) is gone, and every process of the run with it" if gone else None
 
     async def close(self) -> None:
@@ -272,102 +258,6 @@ class RayCluster:
         )
 
 
-def connect(cluster: ClusterConfig, plan: Plan, *, debug: bool = False) -> str | None:
-    """Connect to the Ray at `cluster.address`, else at RAY_ADDRESS, else start one of our own. Returns the URL of
-    its dashboard, if it has one.
-
-    An address that has to be guessed (`auto`) is refused: it may be somebody else's Ray."""
-    address = chosen_address(cluster)
-    own: dict[str, Any] = {}
-    if address == LOCAL:
-        own = {
-            "num_cpus": _own_cpus(cluster, plan),
-            "object_store_memory": cluster.object_store_mib * 2**20,
-            "include_dashboard": cluster.dashboard,
-            "_temp_dir": str(private_temp()),
-        }
-        # Our actors have environments of their own, so none would be taken from Ray's stock of idle workers.
-        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-    else:
-        refuse_unreachable(address, set_by(cluster))
-
-    def start() -> Any:
-        return ray.init(
-            address=address,
-            namespace=NAMESPACE,
-            log_to_driver=debug,
-            logging_level=logging.INFO if debug else logging.CRITICAL,
-            runtime_env={"worker_process_setup_hook": worker_setup(carried())},
-            **own,
-        )
-
-    try:
-        context = started(start, _end_half_started, _warn) if address == LOCAL else start()
-    except (ConnectionError, RuntimeError) as error:
-        raise PlacementError(f"cannot connect to the Ray at {address}: {first_lines(error)}") from None
-    return f"http://{context.dashboard_url}" if context.dashboard_url else None
-
-
-def started(start: Callable[[], T], clean_up: Callable[[], None], warn: Callable[[str], None]) -> T:
-    """The result of `start`, tried again if Ray does not start within its own time limit, as happens on a busy machine.
-    Raises RunError when all attempts are used up; other errors of `start` are raised as they are."""
-    for attempt in range(2, START_ATTEMPTS + 2):
-        try:
-            return start()
-        except Exception as error:  # Ray has no class for it
-            if "timed out during startup" not in str(error):
-                raise
-        clean_up()
-        if attempt <= START_ATTEMPTS:
-            load = f"load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores"
-            warn(f"Ray did not start within its 30 s ({load}); attempt {attempt} of {START_ATTEMPTS}")
-    raise RunError(
-        f"Ray did not start within its 30 s, {START_ATTEMPTS} times: let the machine come to rest, or give "
-        "cluster.address of a Ray that runs; its logs are in /tmp/ray/session_latest/logs"
-    )
-
-
-def _end_half_started() -> None:
-    ray.shutdown()
-    for _, daemon in _own_daemons():
-        daemon.kill()
-
-
-def _warn(message: str) -> None:
-    print(f"troupe: {message}", file=sys.stderr, flush=True)
-
-
-def cluster_at_hand(cluster: ClusterConfig, plan: Plan) -> ClusterView:
-    """What `connect` would find: the nodes of a running Ray, or this machine as our own Ray would offer it. Starts
-    nothing, and leaves no connection behind."""
-    if chosen_address(cluster) == LOCAL:
-        import torch
-
-        return ClusterView.of_machine(cpus=_own_cpus(cluster, plan), gpus=torch.cuda.device_count())
-    connect(cluster, plan)
-    try:
-        return view_cluster()
-    finally:
-        ray.shutdown()
-
-
-def _own_cpus(cluster: ClusterConfig, plan: Plan) -> int:
-    """CPUs of a Ray of our own: the plan's, and room for workers that join later. They are book-keeping: what is really
-    shared are the cores, by the plan's threads."""
-    return cluster.num_cpus or max(Machine.here().cores, math.ceil(plan.total("CPU"))) + HEADROOM_CPUS
-
-
-def view_cluster() -> ClusterView:
-    """The living nodes of the Ray that this process is connected to."""
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    return ClusterView(
-        tuple(
-            Node(node["NodeManagerHostname"] + "/" + node["NodeID"][:6], node["Resources"], node["Labels"])
-            for node in nodes
-        )
-    )
-
-
 def _ask(bundles: Sequence[Bundle], choice: int) -> PlacementGroup:
     """A group for these bundles, on the nodes that they prefer, or their next choice."""
     selectors = [dict(bundle.selectors[choice]) if bundle.selectors else {} for bundle in bundles]
@@ -378,36 +268,6 @@ def _ask(bundles: Sequence[Bundle], choice: int) -> PlacementGroup:
 
 def _choices(bundles: Sequence[Bundle]) -> int:
     return max(1, *(len(bundle.selectors) for bundle in bundles))
-
-
-def _own_daemons() -> tuple[tuple[str, psutil.Process], ...]:
-    """Of a Ray that this process started: those of its children without which there is no Ray. Empty if it connected to
-    a Ray that was there."""
-    named = [(os.path.basename(_command_of(child)), child) for child in psutil.Process().children()]
-    return tuple((name, child) for name, child in named if name in DAEMONS)
-
-
-def _command_of(process: psutil.Process) -> str:
-    """Empty for a process that has ended, reaped or not: a daemon that did not come up, say."""
-    try:
-        return (process.cmdline() or [""])[0]
-    except psutil.NoSuchProcess:  # a zombie is one
-        return ""
-
-
-def _session(daemons: Iterable[tuple[str, psutil.Process]]) -> str:
-    """The name of their Ray's session folder, which the command lines of all its daemons and agents hold."""
-    found = re.search(r"session_\d[\d_-]+\d", " ".join(part for _, daemon in daemons for part in daemon.cmdline()))
-    if found is None:
-        raise RunError("the command lines of Ray's daemons name no session: this version of Ray is not known")
-    return found[0]
-
-
-def _is_running(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _is_created(group: PlacementGroup) -> bool:

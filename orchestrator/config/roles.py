@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import ConfigDict, Discriminator, Field, Tag
 
+from actors.specs import BackendKind, BackendSpec, Scheduler
 from orchestrator.config.section import DType, LabelSelector, Positive, Seconds, Section
+from rollout.engine import EngineSpec
 
 
 class OptimizerConfig(Section):
@@ -17,7 +19,7 @@ class OptimizerConfig(Section):
     """Peak of the schedule. None: train.learning_rate."""
     weight_decay: Annotated[float, Field(ge=0)] | None = None
     """Of matrices; never of biases and norms. None: train.weight_decay."""
-    scheduler: Literal["constant", "linear", "cosine"] | None = None
+    scheduler: Scheduler | None = None
     """Course of the learning rate after the warm-up. None: train.scheduler."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
     """Optimizer steps until the learning rate is reached. None: train.warmup_steps."""
@@ -33,7 +35,7 @@ class RanksRole(Section):
     dtype: DType | None = None
     """Type of its weights. Default: the model's."""
 
-    backend: Literal["single", "deepspeed"] = "single"
+    backend: BackendKind = BackendSpec.kind
     """What trains: plain torch or DeepSpeed."""
     ranks: Positive = 1
     """Processes that train together, each on its share of a batch."""
@@ -47,7 +49,7 @@ class RanksRole(Section):
     """Memory reserved per rank, in Ray's book-keeping. None: none."""
     deepspeed: dict[str, Any] | Path | None = None
     """A DeepSpeed configuration, inline or a JSON file, passed through."""
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = BackendSpec.zero_stage
     """ZeRO stage, used when `deepspeed` does not say."""
     colocate: str | None = None
     """Share that role's bundles; `gpus` may be a fraction."""
@@ -138,13 +140,13 @@ class EngineRole(Section):
     """Labels of the nodes that it may run on, e.g. {role: rollout}."""
     fallback_strategy: tuple[Fallback, ...] = ()
     """Other nodes, tried in turn if there is no room, each for cluster.placement_timeout_s."""
-    tensor_parallel: Positive = 1
+    tensor_parallel: Positive = EngineSpec.tensor_parallel
     """GPUs over which each worker's engine splits the model."""
     dtype: DType | None = None
     """Type in which the engine holds the weights. Default: the model's."""
-    kv_cache_gib: Annotated[float, Field(gt=0)] = 0.25
+    kv_cache_gib: Annotated[float, Field(gt=0)] = EngineSpec.kv_cache_gib
     """Memory of each worker's key-value cache."""
-    max_concurrency: Positive = 256
+    max_concurrency: Positive = EngineSpec.max_concurrency
     """Sequences decoded by one worker at a time."""
     max_model_len: Positive | None = None
     """Tokens of prompt and completion. Default: the longest prompt allowed plus sampling.max_tokens."""

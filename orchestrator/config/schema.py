@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from actors.specs import LoraSpec, OptimSpec, Scheduler
 from orchestrator.config.roles import RolesConfig
 from orchestrator.config.section import BelowOne, DType, FolderName, Fraction, Positive, Seconds, Section, Seed
 from rollout.sampling import Sampling
@@ -31,17 +32,17 @@ def _not_zero(count: int) -> int:
 class LoraConfig(Section):
     """PEFT adapters; only they are trained."""
 
-    r: Positive = 16
+    r: Positive = LoraSpec.r
     """Rank of the adapters."""
-    alpha: Annotated[float, Field(gt=0)] = 32.0
+    alpha: Annotated[float, Field(gt=0)] = LoraSpec.alpha
     """Scale of the adapters: their output is multiplied by alpha / r."""
-    dropout: Fraction = 0.0
+    dropout: Fraction = LoraSpec.dropout
     """Dropout on the adapters' input while training."""
-    target_modules: str | tuple[str, ...] = "all-linear"
+    target_modules: str | tuple[str, ...] = LoraSpec.target_modules
     """Names or suffixes of the linear layers that get an adapter, a pattern, or `all-linear`."""
-    use_rslora: bool = False
+    use_rslora: bool = LoraSpec.use_rslora
     """Scale by alpha / sqrt(r) instead of alpha / r."""
-    use_dora: bool = False
+    use_dora: bool = LoraSpec.use_dora
     """Weight-decomposed adapters (DoRA): direction and length of each weight apart."""
 
 
@@ -152,19 +153,19 @@ class TrainConfig(Section):
     """Tokens per micro-batch and rank; the batch is cut into as many as it takes."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
     """Learning rate of AdamW when the warm-up is over."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = OptimSpec.weight_decay
     """Decoupled weight decay of AdamW."""
-    adam_betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
+    adam_betas: tuple[BelowOne, BelowOne] = OptimSpec.adam_betas
     """Decay rates of AdamW's first and second moment."""
-    adam_eps: Annotated[float, Field(gt=0)] = 1e-8
+    adam_eps: Annotated[float, Field(gt=0)] = OptimSpec.adam_eps
     """Added to AdamW's denominator."""
-    scheduler: Literal["constant", "linear", "cosine"] = "linear"
+    scheduler: Scheduler = OptimSpec.scheduler
     """How the learning rate goes from the warm-up's end to the last step."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Annotated[int, Field(ge=0)] = OptimSpec.warmup_steps
     """Steps in which the learning rate rises from 0."""
-    min_lr_ratio: Fraction = 0.0
+    min_lr_ratio: Fraction = OptimSpec.min_lr_ratio
     """Where the schedule ends, as a share of `learning_rate`."""
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = OptimSpec.max_grad_norm
     """Longer gradients are scaled to this norm. None: no limit."""
     max_staleness: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps that a token may lag behind the weights it trains; 0 is synchronous training."""

@@ -6,8 +6,6 @@ Text and lists of messages are told apart row by row. Whatever is wrong with one
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
@@ -15,6 +13,8 @@ from typing import Any, cast
 
 from actors.errors import DataError
 from orchestrator.config.schema import DataConfig
+from orchestrator.data import cells
+from orchestrator.data.cells import Row
 from orchestrator.data.conversation import (
     ASSISTANT,
     Content,
@@ -25,17 +25,7 @@ from orchestrator.data.conversation import (
 )
 from orchestrator.pipeline import DataKind
 
-Row = Mapping[str, Any]
 ROLES = {"human": "user", "gpt": ASSISTANT}  # of `conversations`; others are kept
-HOW_A_TEMPLATE_IS_CALLED = """
-    conversation conversations messages tools chat_template tokenize padding truncation max_length return_tensors
-    return_dict return_assistant_tokens_mask tokenizer_kwargs add_generation_prompt continue_final_message
-    compiled_template
-"""
-TOKENS_OF_A_TOKENIZER = """
-    bos_token eos_token pad_token unk_token sep_token cls_token mask_token additional_special_tokens
-"""
-NOT_FOR_ROWS = frozenset(f"{HOW_A_TEMPLATE_IS_CALLED} {TOKENS_OF_A_TOKENIZER}".split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,33 +109,33 @@ def read_completion(row: Row) -> list[Example]:
 
 
 def read_messages(row: Row) -> list[Example]:
-    messages = _messages(row, "messages")
+    messages = cells.messages(row, "messages")
     refuse_no_answer(messages, "messages")
     return [_example(row, None, (messages,))]
 
 
 def read_conversations(row: Row) -> list[Example]:
-    turns = _dicts(row, "conversations")
+    turns = cells.message_dicts(row, "conversations")
     if not all(isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str) for turn in turns):
         raise RowError("conversations: every turn needs `from` and `value`, both texts")
     messages = [{"role": ROLES.get(turn["from"], turn["from"]), "content": turn["value"]} for turn in turns]
-    refuse_no_answer(_saying_something(messages, "conversations"), "conversations")
+    refuse_no_answer(cells.with_content(messages, "conversations"), "conversations")
     return [_example(row, None, (messages,))]
 
 
 def read_text(row: Row) -> list[Example]:
-    return [_example(row, None, (_text(row, "text"),))]
+    return [_example(row, None, (cells.text(row, "text"),))]
 
 
 def read_input_ids(row: Row) -> list[Example]:
     """Learned from: where `labels` are not -100 and every mask given (`completion_mask`, `assistant_masks`) is 1."""
-    tokens = _integers(row, "input_ids")
+    tokens = cells.integers(row, "input_ids")
     if not tokens:
         raise RowError("input_ids is empty")
     mask = [True] * len(tokens)
     for name in ("labels", "completion_mask", "assistant_masks"):
         if row.get(name) is not None:
-            values = _integers(row, name)
+            values = cells.integers(row, name)
             if len(values) != len(tokens):
                 raise RowError(f"{name} has {len(values)} entries for {len(tokens)} input_ids")
             unlearned = -100 if name == "labels" else 0
@@ -154,7 +144,7 @@ def read_input_ids(row: Row) -> list[Example]:
 
 
 def read_prompt(row: Row) -> list[Example]:
-    return [_example(row, _content(row, "prompt"), ())]
+    return [_example(row, cells.content(row, "prompt"), ())]
 
 
 def read_pair(row: Row) -> list[Example]:
@@ -168,7 +158,7 @@ def read_triple(row: Row) -> list[Example]:
 
 def read_pair_without_prompt(row: Row) -> list[Example]:
     """The prompt is what chosen and rejected share at their start."""
-    chosen, rejected = _content(row, "chosen"), _content(row, "rejected")
+    chosen, rejected = cells.content(row, "chosen"), cells.content(row, "rejected")
     _same_shape("chosen", chosen, "rejected", rejected)
     _apart(chosen, rejected)
     prompt, chosen, rejected = extract_prompt(chosen, rejected)
@@ -184,7 +174,7 @@ def read_pair_without_prompt(row: Row) -> list[Example]:
 
 
 def read_labelled(row: Row) -> list[Example]:
-    return [_example(row, *_answered(row, "completion"), label=_boolean(row["label"], "label"))]
+    return [_example(row, *_answered(row, "completion"), label=cells.boolean(row["label"], "label"))]
 
 
 def read_pair_as_labelled(row: Row) -> list[Example]:
@@ -195,14 +185,14 @@ def read_pair_as_labelled(row: Row) -> list[Example]:
 
 
 def read_steps(row: Row) -> list[Example]:
-    prompt, steps, labels = _text(row, "prompt"), row["completions"], row["labels"]
+    prompt, steps, labels = cells.text(row, "prompt"), row["completions"], row["labels"]
     if not isinstance(steps, list) or not steps or not all(isinstance(step, str) for step in cast(list[Any], steps)):
         raise RowError("completions must be a list of texts, one per step")
     if not all(step.strip() for step in cast(list[str], steps)):
         raise RowError("completions: a step is blank")
     if not isinstance(labels, list) or len(cast(list[Any], labels)) != len(cast(list[Any], steps)):
         raise RowError("labels must be a list with one entry per step")
-    step_labels = tuple(_boolean(label, "labels") for label in cast(list[Any], labels))
+    step_labels = tuple(cells.boolean(label, "labels") for label in cast(list[Any], labels))
     return [replace(_example(row, prompt, tuple(cast(list[str], steps))), step_labels=step_labels)]
 
 
@@ -262,17 +252,17 @@ def _example(
     return Example(
         prompt,
         completions,
-        tools=_tools(row.get("tools")),
-        template_kwargs=_template_kwargs(row.get("chat_template_kwargs")),
+        tools=cells.tools(row.get("tools")),
+        template_kwargs=cells.template_kwargs(row.get("chat_template_kwargs")),
         label=label,
-        margin=_number(row, "margin"),
-        weight=_number(row, "weight", least=0.0),
+        margin=cells.number(row, "margin"),
+        weight=cells.number(row, "weight", least=0.0),
     )
 
 
 def _answered(row: Row, *names: str) -> tuple[Content, tuple[Content, ...]]:
     """The prompt, and what follows it in each of the columns, of which `rejected` differs from `chosen`."""
-    prompt, answers = _content(row, "prompt"), [_content(row, name) for name in names]
+    prompt, answers = cells.content(row, "prompt"), [cells.content(row, name) for name in names]
     conversations = [answer for answer in answers if isinstance(answer, list)]
     if len(conversations) == len(answers) and (begun := _begun(prompt, conversations)):
         prompt, answers = begun, [answer[len(begun) :] for answer in answers]
@@ -309,105 +299,6 @@ def _is_asked(message: Message, text: str) -> bool:
     return message["role"] != ASSISTANT and isinstance(content, str) and content.strip() == text.strip()
 
 
-def _content(row: Row, name: str) -> Content:
-    return _messages(row, name) if isinstance(row[name], list) else _text(row, name)
-
-
-def _text(row: Row, name: str) -> str:
-    value = row[name]
-    if not isinstance(value, str):
-        raise RowError(f"{name} is {_described(value)}, not a text")
-    if not value:
-        raise RowError(f"{name} is empty")
-    return value
-
-
-def _messages(row: Row, name: str) -> list[Message]:
-    messages = _dicts(row, name)
-    for message in messages:
-        if not isinstance(message.get("role"), str):
-            raise RowError(f"{name}: a message has no `role`")
-        if "content" not in message and "tool_calls" not in message:
-            raise RowError(f"{name}: a message has neither `content` nor `tool_calls`")
-    return _saying_something(messages, name)
-
-
-def _saying_something(messages: list[Message], name: str) -> list[Message]:
-    if not any(message.get("content") or message.get("tool_calls") for message in messages):
-        raise RowError(f"{name} is empty: none of its messages says anything")
-    return messages
-
-
-def _dicts(row: Row, name: str) -> list[Message]:
-    value = row[name]
-    if not isinstance(value, list):
-        raise RowError(f"{name} is {_described(value)}, not a list of messages")
-    entries = cast(list[Any], value)
-    if not entries:
-        raise RowError(f"{name} is empty")
-    if not all(isinstance(entry, dict) for entry in entries):
-        raise RowError(f"{name} must be a list of messages, each with `role` and `content`")
-    return [_given_keys(message) for message in cast(list[Message], entries)]
-
-
-def _given_keys(message: Message) -> Message:
-    """A message's own key that is null counts as not given: whoever writes all keys of the schema writes those. Inside
-    of them, as in a tool call's arguments, a null is a value."""
-    return {key: value for key, value in message.items() if value is not None}
-
-
-def _integers(row: Row, name: str) -> list[int]:
-    value = row[name]
-    if not isinstance(value, list) or not all(type(entry) is int for entry in cast(list[Any], value)):
-        raise RowError(f"{name} must be a list of integers")
-    return cast(list[int], value)
-
-
-def _boolean(value: Any, name: str) -> bool:
-    if value not in (True, False):
-        raise RowError(f"{name} is {_shown(value)}, not true or false")
-    return bool(value)
-
-
-def _number(row: Row, name: str, *, least: float = -math.inf) -> float | None:
-    value = row.get(name)
-    if value is None:
-        return None
-    try:
-        number = float(value) if isinstance(value, int | float) else math.nan
-    except OverflowError:  # of an integer with hundreds of digits
-        number = math.inf
-    if not math.isfinite(number) or number < least:
-        bound = f"a number from {least:g} on" if math.isfinite(least) else "a finite number"
-        raise RowError(f"{name} is {_shown(value)}; it must be {bound}")
-    return number
-
-
-def _tools(value: Any) -> list[Any] | None:
-    """A list of schemas, or the JSON text of one."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise RowError(f"tools is not JSON: {error}") from None
-    if value is not None and not isinstance(value, list):
-        raise RowError(f"tools is {_described(value)}, not a list of schemas")
-    return cast(list[Any], value) or None if value is not None else None
-
-
-def _template_kwargs(value: Any) -> Mapping[str, Any]:
-    if value is not None and not isinstance(value, dict):
-        raise RowError(f"chat_template_kwargs is {_described(value)}, not a mapping")
-    variables = cast(dict[str, Any], value) if value is not None else {}
-    for name in variables:
-        if name in NOT_FOR_ROWS:
-            raise RowError(
-                f"chat_template_kwargs.{name} is not a variable of the template's own, and only those may be given "
-                "(tools have a column of their own)"
-            )
-    return variables
-
-
 def _same_shape(first_name: str, first: Content, second_name: str, second: Content) -> None:
     if isinstance(first, str) != isinstance(second, str):
         raise RowError(f"{first_name} and {second_name} must both be texts or both be lists of messages")
@@ -416,13 +307,3 @@ def _same_shape(first_name: str, first: Content, second_name: str, second: Conte
 def _apart(chosen: Content, rejected: Content) -> None:
     if chosen == rejected:
         raise RowError("chosen and rejected are the same: nothing is preferred")
-
-
-def _shown(value: Any) -> str:
-    """A value itself where it is short, else what it is."""
-    shown = repr(value)
-    return shown if value is not None and len(shown) <= 40 else _described(value)
-
-
-def _described(value: Any) -> str:
-    return "missing" if value is None else f"of type {type(value).__name__}"

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from actors.errors import DataError
 from orchestrator.config.schema import DataConfig
+from orchestrator.data.cells import Row
 from orchestrator.data.conversation import RowError, refuse_other_ending
-from orchestrator.data.formats import Example, Format, Row
+from orchestrator.data.formats import Example, Format
 from orchestrator.data.template import EndlessTemplate
 from orchestrator.data.tokenise import Encoded, Tokeniser
 from orchestrator.data.truncation import Fit, Limits, Truncation

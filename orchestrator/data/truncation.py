@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from orchestrator.data.formats import RowError
+from orchestrator.data.conversation import RowError
 from orchestrator.data.tokenise import Encoded
 
 Truncation = Literal["keep_start", "keep_end", "drop", "error"]

@@ -13,7 +13,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from actors.columns import Head
-from actors.lora import LoraSpec
+from actors.specs import LoraSpec
 from orchestrator.config.schema import PhaseConfig, RunConfig
 from orchestrator.data.source import RowSource, Source
 from orchestrator.pipeline import Pipeline, Stage, Verb, items_of

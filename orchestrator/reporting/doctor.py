@@ -136,10 +136,9 @@ def _try_backend(kind: str) -> Callable[[], str]:
     def probe() -> str:
         import torch
 
-        from actors.backends import BackendSpec
-        from actors.backends.optimizer import OptimSpec
         from actors.model import ModelSpec
         from actors.model_worker import ModelWorker
+        from actors.specs import BackendSpec, OptimSpec
 
         optim, gpus = OptimSpec(learning_rate=1e-3, total_steps=1), float(torch.cuda.is_available())
         model, backend = ModelSpec(_example_model()), BackendSpec(kind, optim, gpus=gpus)

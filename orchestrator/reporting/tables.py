@@ -142,7 +142,7 @@ def show_status(folder: Path) -> None:
 
 def show_plan(config: RunConfig) -> bool:
     """What a run would be; True if nothing would be refused. Opens the data and launches nothing."""
-    from orchestrator.cluster.ray_cluster import cluster_at_hand
+    from orchestrator.cluster.ray_connection import cluster_at_hand
     from orchestrator.planning.plan import draft_plan, problems
     from orchestrator.planning.preconditions import refuse_surroundings
     from orchestrator.planning.resolve import prepare

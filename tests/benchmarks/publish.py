@@ -31,10 +31,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from actors.backends import BackendSpec
 from actors.group import RayGroup, RayWorker, start_ranks, start_worker
 from actors.model import ModelSpec
 from actors.model_worker import ModelWorker
+from actors.specs import BackendSpec
 from actors.worker import WorkerInfo
 from rollout.engine import EngineSpec
 from rollout.weights import CollectiveSend, ManifestOf, OpenCollective

@@ -26,18 +26,16 @@ from peft import AutoPeftModelForCausalLM
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from actors.backends import BackendSpec
-from actors.backends.optimizer import OptimSpec
 from actors.backends.parking import Parked, tensors_below
 from actors.batch import Batch
 from actors.columns import Head
 from actors.errors import ConfigError, InfraFailure, RunError
 from actors.group import start_ranks
-from actors.lora import LoraSpec
 from actors.model import ModelSpec
 from actors.model_worker import ModelWorker, UpdateReport
 from actors.objective import Counts, MicroBatch, Objective, Outputs, Stat, World
 from actors.sharding import shard
+from actors.specs import BackendSpec, LoraSpec, OptimSpec
 from actors.weight_averaging import AverageSpec
 from actors.worker import WorkerInfo
 from orchestrator.losses.objective import LossObjective

@@ -11,14 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from actors.backends import BackendSpec
-from actors.backends.optimizer import OptimSpec
 from actors.batch import Batch
 from actors.errors import RunError
-from actors.lora import LoraSpec
 from actors.model import ModelSpec, load_model
 from actors.model_worker import ModelWorker
 from actors.sharding import shard
+from actors.specs import BackendSpec, LoraSpec, OptimSpec
 from orchestrator.losses.objective import LossObjective
 from orchestrator.methods import build
 from tests.contract.test_backends import Role, start_gangs

@@ -12,13 +12,11 @@ import numpy as np
 import pytest
 import ray
 
-from actors.backends import BackendSpec
-from actors.backends.optimizer import OptimSpec
 from actors.columns import Head
 from actors.group import RayGroup
-from actors.lora import LoraSpec
 from actors.model import ModelSpec
 from actors.model_worker import ModelWorker
+from actors.specs import BackendSpec, LoraSpec, OptimSpec
 from actors.worker import Group, Ref
 from orchestrator.methods import METHODS, build
 from orchestrator.pipeline import Pipeline

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.backends.optimizer import OptimSpec
 from actors.batch import Batch
 from actors.columns import Head
 from actors.model import ModelSpec
 from actors.model_worker import ModelWorker
 from actors.sharding import shard
+from actors.specs import OptimSpec
 from orchestrator.methods import build
 from orchestrator.pipeline import Pipeline
 from orchestrator.row_table import RowTable

@@ -15,13 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from actors.backends import BackendSpec
 from actors.batch import Batch
 from actors.columns import Head
 from actors.errors import ConfigError
 from actors.model import ModelSpec
 from actors.model_worker import ModelWorker
 from actors.sharding import shard
+from actors.specs import BackendSpec
 from orchestrator.cluster.launch import optim_spec
 from orchestrator.collection.cursor import Cursor
 from orchestrator.config.schema import RunConfig

@@ -11,12 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.backends import BackendSpec
-from actors.backends.optimizer import OptimSpec
 from actors.columns import Head
-from actors.lora import LoraSpec
 from actors.model import ModelSpec
 from actors.sharding import shard
+from actors.specs import BackendSpec, LoraSpec, OptimSpec
 from orchestrator.losses.objective import LossObjective
 from orchestrator.methods import build
 from tests.contract.test_backends import Role, start_gangs

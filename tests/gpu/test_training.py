@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from actors.attention import Documents, varlen_attention
-from actors.backends import BackendSpec
-from actors.backends.optimizer import OptimSpec
 from actors.batch import Batch
 from actors.columns import Head
 from actors.model import ModelSpec
 from actors.model_worker import ModelWorker, UpdateReport
 from actors.objective import Counts, MicroBatch, Outputs, Stat, World
 from actors.sharding import shard
+from actors.specs import BackendSpec, OptimSpec
 from tests.unit.tiny import tiny_model_folder
 
 pytestmark = pytest.mark.gpu

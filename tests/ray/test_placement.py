@@ -21,7 +21,8 @@ from ray.util.placement_group import placement_group_table
 import actors
 from actors.errors import ConfigError, InfraFailure, PlacementError, RunError
 from actors.worker import WorkerInfo
-from orchestrator.cluster.ray_cluster import RayCluster, connect, view_cluster
+from orchestrator.cluster.ray_cluster import RayCluster
+from orchestrator.cluster.ray_connection import connect, view_cluster
 from orchestrator.config.roles import RolesConfig
 from orchestrator.config.schema import ClusterConfig, PhaseConfig, RunConfig, TrainConfig
 from orchestrator.methods import build
@@ -315,7 +316,8 @@ OWN_RAY = """
 import asyncio, ray
 from orchestrator.config.schema import RunConfig
 from orchestrator.methods import build
-from orchestrator.cluster.ray_cluster import RayCluster, cluster_at_hand, connect
+from orchestrator.cluster.ray_cluster import RayCluster
+from orchestrator.cluster.ray_connection import cluster_at_hand, connect
 from orchestrator.planning.plan import make_plan, problems
 from rewards.worker import RewardWorker
 from rewards.loading import RewardSpec

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from actors.backends import BackendSpec
 from actors.errors import InfraFailure
 from actors.group import RayWorker, start_worker
 from actors.model import ModelSpec
 from actors.model_worker import ModelWorker
+from actors.specs import BackendSpec
 from actors.worker import WorkerInfo
 from rollout.engine import EngineSpec
 from rollout.sampling import Request, Sampling

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from actors.backends.deepspeed_config import resolve
-from actors.backends.optimizer import OptimSpec
 from actors.errors import ConfigError
+from actors.specs import OptimSpec
 
 OPTIM = OptimSpec(learning_rate=1e-4, scheduler="constant", max_grad_norm=0.5, weight_decay=0.1)
 SHIPPED = sorted((Path(__file__).parents[2] / "deploy" / "deepspeed").glob("*.json"))

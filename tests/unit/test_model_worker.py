@@ -14,16 +14,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
-from actors.backends import BackendSpec
-from actors.backends.optimizer import OptimSpec
 from actors.batch import Batch
 from actors.columns import Head
 from actors.errors import ConfigError, ModelError, RunError
-from actors.lora import LoraSpec
 from actors.model import ModelSpec
 from actors.model_worker import ModelWorker, UpdateReport
 from actors.objective import Counts, MicroBatch, Outputs, Stat, World
 from actors.sharding import Shard, shard
+from actors.specs import BackendSpec, LoraSpec, OptimSpec
 from tests.unit.tiny import tiny_model_folder
 
 OPTIM = OptimSpec(learning_rate=3e-3, total_steps=10, weight_decay=0.1)

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from actors.backends.optimizer import OptimSpec, Stepper, build_optimizer, learning_rate_factor
+from actors.backends.optimizer import Stepper, build_optimizer, learning_rate_factor
+from actors.specs import OptimSpec
 
 
 def rates(spec: OptimSpec, steps: int) -> list[float]:

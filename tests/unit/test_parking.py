@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from actors.backends import BackendSpec, Placement, build_backend
-from actors.backends.optimizer import OptimSpec
+from actors.backends import Placement, build_backend
 from actors.backends.parking import Parked, tensors_below
-from actors.backends.spec import device_of
+from actors.backends.placement import device_of
 from actors.errors import ConfigError, RunError
 from actors.model import ModelSpec
 from actors.model_worker import ModelWorker
+from actors.specs import BackendSpec, OptimSpec
 from tests.unit.tiny import tiny_model_folder
 
 CPU = torch.device("cpu")

@@ -21,15 +21,14 @@ from transformers import (
     RwkvConfig,
 )
 
-from actors.backends import BackendSpec
 from actors.batch import Batch
 from actors.errors import ConfigError, ModelError
 from actors.forward import forward
-from actors.lora import LoraSpec
 from actors.model import ModelSpec, check_architecture, load_model
 from actors.model_worker import ModelWorker
 from actors.objective import MicroBatch
 from actors.pretrained import check_folder, load_config, load_pretrained, load_tokenizer, skeleton
+from actors.specs import BackendSpec, LoraSpec
 from orchestrator.config.schema import RunConfig
 from orchestrator.planning.resolve import prepare, resolve_model
 from rewards.worker import RewardWorker

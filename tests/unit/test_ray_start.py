@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from actors.errors import RunError
-from orchestrator.cluster.ray_cluster import START_ATTEMPTS, _command_of, _own_daemons, started
+from orchestrator.cluster.ray_connection import START_ATTEMPTS, _command_of, own_daemons, started
 
 LATE = Exception("The current node timed out during startup. This could happen because some of the raylet failed ...")
 
@@ -57,5 +57,5 @@ def test_a_daemon_that_ended_while_one_looks_is_none():
         child = psutil.Process(ended.pid)
         while child.status() != psutil.STATUS_ZOMBIE:
             time.sleep(0.01)
-        assert _command_of(child) == "" and _own_daemons() == ()
+        assert _command_of(child) == "" and own_daemons() == ()
     assert _command_of(child) == ""

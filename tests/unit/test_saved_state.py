@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from actors.errors import ConfigError, DiskError, RunError
-from actors.lora import LoraSpec
 from actors.objective import MicroBatch, Outputs, World
+from actors.specs import LoraSpec
 from tests.unit.test_model_worker import (
     OPTIM,
     VARIANTS,

@@ -14,16 +14,14 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
 from actors import lora
-from actors.backends import BackendSpec
-from actors.backends.optimizer import OptimSpec
 from actors.batch import Batch
 from actors.columns import Head
 from actors.errors import ModelError
-from actors.lora import LoraSpec
 from actors.model import ModelSpec
 from actors.model_worker import ModelWorker
 from actors.pretrained import padding_token
 from actors.sharding import shard
+from actors.specs import BackendSpec, LoraSpec, OptimSpec
 from orchestrator.losses.objective import LossObjective
 from orchestrator.methods import build
 from tests.unit.tiny import tiny_model_folder

@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from actors.backends import BackendSpec
-from actors.backends.optimizer import OptimSpec
 from actors.backends.single import SoloWorld
 from actors.batch import Batch
 from actors.errors import ConfigError, RunError
-from actors.lora import LoraSpec
 from actors.model import ModelSpec
 from actors.model_worker import ModelWorker
 from actors.sharding import shard
+from actors.specs import BackendSpec, LoraSpec, OptimSpec
 from actors.weight_averaging import Average, AverageSpec
 from orchestrator.config.schema import TrainConfig
 from orchestrator.losses.likelihood import nll

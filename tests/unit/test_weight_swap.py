@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from actors.backends import BackendSpec
-from actors.backends.optimizer import OptimSpec
 from actors.errors import InfraFailure, RunError
 from actors.model import ModelSpec
 from actors.model_worker import ModelWorker
+from actors.specs import BackendSpec, OptimSpec
 from actors.worker import LocalGroup, LocalWorker
 from orchestrator.publishing.transfer import mix_towards
 from rollout.weights import ManifestOf, PackBuckets, UnpackBuckets

@@ -1,13 +1,11 @@
-"""Which backend a rank has, and which rank of its role it is."""
+"""Which rank of its role a process is, and on which device it computes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from actors.backends.optimizer import OptimSpec
 from actors.errors import ConfigError
 
 
@@ -18,17 +16,6 @@ class Placement:
     rank: int = 0
     world_size: int = 1
     master: tuple[str, int] | None = None
-
-
-@dataclass(frozen=True)
-class BackendSpec:
-    """Which backend, with what optimizer. `optim=None` is a frozen role; `deepspeed` is passed through to DeepSpeed."""
-
-    kind: str = "single"
-    optim: OptimSpec | None = None
-    deepspeed: dict[str, Any] | None = None
-    zero_stage: int = 2  # used where `deepspeed` does not say
-    gpus: float = 0.0  # of this rank; 0: it computes on the CPU, whatever the machine has
 
 
 def device_of(gpus: float, *, available: bool) -> torch.device:
