@@ -228,9 +228,9 @@ SHOWN_BY: dict[str, str] = {  # what happens while a run goes on, or needs other
 }
 READ_WHILE_RUNNING: dict[str, str] = {  # no test sees them: the line that reads them
     "weights.bucket_mib": "orchestrator/publishing/publisher.py: config.bucket_mib",
-    "logging.every": "orchestrator/run.py: logging.every",
-    "logging.completions_shown": "orchestrator/run.py: logging.completions_shown",
-    "cluster.watchdog_s": "orchestrator/run.py: cluster.watchdog_s",
+    "logging.every": "orchestrator/phase_run.py: logging.every",
+    "logging.completions_shown": "orchestrator/phase_run.py: logging.completions_shown",
+    "cluster.watchdog_s": "orchestrator/run_context.py: cluster.watchdog_s",
     "debug": "orchestrator/run.py: config.debug",
 }
 KINDS = {"trainer", "frozen", "engine", "scorers"}

@@ -1,0 +1,227 @@
+"""One phase of a run, from its start or from a checkpoint inside it, to its last step.
+
+set_weights ─► precompute ─► set_optimizers ─► publish ─► evaluate ─► train ─► keep the phase's model for later phases
+                                                                        │
+                                     between two steps: pause, checkpoint, metrics, completions, evaluation
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from actors.errors import RunError
+from orchestrator.checkpoint import Checkpoint, RunState
+from orchestrator.cluster.shutdown import Stopped
+from orchestrator.collection.collected import Collector
+from orchestrator.collection.cursor import Cursor
+from orchestrator.collection.group_collector import GroupCollector
+from orchestrator.collection.precompute import precompute
+from orchestrator.collection.row_collector import RowCollector
+from orchestrator.collection.staleness import Contract
+from orchestrator.driver import Progress, StepRecord, train
+from orchestrator.executor import Executor, PhaseSettings
+from orchestrator.phase_weights import keep_phase, reference_folder, save_weights, set_optimizers, set_weights
+from orchestrator.planning.prepared import PreparedPhase
+from orchestrator.reporting.rollout_metrics import completion_rows, rollout_metrics
+from orchestrator.resuming import fingerprint
+from orchestrator.run_context import RunContext
+
+
+@dataclass
+class PhaseRun:
+    """`found` is the checkpoint inside this phase from which the run continues, if there is one."""
+
+    context: RunContext
+    phase: PreparedPhase
+    roles: Executor
+    found: Checkpoint | None
+
+    def __post_init__(self) -> None:
+        state = self.found.state if self.found else None
+        self.progress = Progress(state.step, state.version) if state else Progress(0, self.phase.first_version)
+        self.cursor = Cursor.from_json(state.cursor) if state else Cursor()
+
+    async def run(self) -> None:
+        context, roles, progress = self.context, self.roles, self.progress
+        prepared, folder, account = context.prepared, context.folder, context.account
+        self._enter()
+        context.console.data(self.phase.name, [*self.phase.source.report.lines(), self.phase.drawn])
+        await set_weights(prepared, folder, self.phase, roles, self.found)
+        with account.spending("log-probabilities"):
+            await self._precompute()
+        await set_optimizers(context.config, self.phase, roles, self.found)
+        with account.spending("publish"):
+            async with roles.changing_weights():
+                report = await roles.publish(progress.version)
+        if report is not None:
+            context.event("published", {"version": report.version, "seconds": round(report.seconds, 3)})
+        with account.spending("evaluation"):
+            await context.evaluations.at(self.phase, roles, progress)
+        collector = self._collector()
+        phase, stop = self.phase, context.ending.stop
+        with context.ending.saving():
+            try:
+                await train(
+                    phase.pipeline, phase.steps, roles, collector, progress, self._before_step, self._after_step, stop
+                )
+            except Stopped:
+                await collector.close()
+                await self._save_last_step()
+                raise
+            finally:
+                await collector.close()
+        if phase.index + 1 < len(prepared.phases) and context.last_checkpoint is not None:
+            await asyncio.to_thread(keep_phase, folder, phase, context.last_checkpoint.path)
+
+    def _enter(self) -> None:
+        phase, budget = self.phase, self.phase.config.train.token_budget
+        self.roles.enter(
+            PhaseSettings(phase.pipeline, budget, phase.temperature, self.context.config.seed, phase.sampling)
+        )
+
+    async def _precompute(self) -> None:
+        """Columns that frozen roles compute of the whole data set, read from the cache or computed now. Roles that no
+        later stage needs are ended afterwards."""
+        context, phase, roles = self.context, self.phase, self.roles
+        passed = {stage.role for stage in phase.pipeline.precomputed}
+
+        def announce(column: str, detail: dict[str, Any]) -> None:
+            context.event("precomputed", {"phase": phase.name, "column": column, **detail})
+            context.console.precomputed(phase.name, column, detail)
+
+        with context.watchdog.waiting(f"the columns that {phase.name} computes before its first step"):
+            self.phase = await precompute(
+                context.config,
+                context.prepared.model,
+                phase,
+                roles,
+                began_with=str(reference_folder(context.folder, phase)),
+                announce=announce,
+                progress=lambda column, share: context.console.progress(phase.name, column, share),
+            )
+        self._enter()
+        later = (self.phase, *context.prepared.phases[phase.index + 1 :])
+        needed = {role for each in later for role in each.pipeline.roles}
+        for role in passed & roles.groups.keys() - needed:
+            await roles.release(role)
+            context.event("released", {"role": role})
+
+    def _collector(self) -> Collector:
+        context, phase, roles = self.context, self.phase, self.roles
+        train_config = phase.config.train
+        if not phase.pipeline.generates:
+            last = (phase.first_version + phase.steps - 1, phase.schedule.last)
+            items, overlaps = train_config.batch_size, context.plan.overlaps
+            return RowCollector(phase.source, roles, self.cursor, items, overlaps=overlaps, last=last)
+        return GroupCollector(
+            phase.source,
+            roles,
+            phase.pipeline,
+            self.cursor,
+            Contract(
+                train_config.max_staleness,
+                train_config.batch_size,
+                phase.first_version,
+                phase.steps,
+                phase.schedule.last,
+            ),
+            run=phase.name,
+            seed=context.config.seed + phase.index,
+            version=self.progress.version,
+            ledger=context.ledger,
+            watchdog=context.watchdog,
+        )
+
+    async def _before_step(self) -> None:
+        """Carries out requests from outside: saves a checkpoint, and waits while the run is paused. Generation goes on
+        during a pause, as far as it may run ahead. Before the first step of a run there is nothing to save; the
+        checkpoint is written after that step."""
+        context, progress = self.context, self.progress
+        paused = False
+        while True:
+            if (progress.step or self.phase.index) and context.requests.checkpoints:
+                await self._save()
+            if context.requests.paused is not paused:
+                paused = context.requests.paused
+                kind, step = "paused" if paused else "unpaused", self.phase.first_version + progress.step
+                context.event(kind, {"step": step})
+                context.console.note("paused" if paused else "going on")
+            if not paused:
+                return
+            await context.ending.stop.before(context.requests.changed())
+
+    async def _after_step(self, record: StepRecord) -> None:
+        """Logs the step, and saves and evaluates where it is due."""
+        context, phase = self.context, self.phase
+        config, account = context.config, context.account
+        step, last = record.step, record.step == phase.steps
+        sampled = rollout_metrics(record.collected, record.version - 1)
+        metrics = {**sampled, **record.metrics, **phase.source.report.metrics()}
+        total = phase.first_version + step
+        account.step(phase.name, phase.pipeline, metrics)
+        with context.write_errors_as_warnings(f"metrics of step {total}"):
+            if last or step % config.logging.every == 0:
+                context.console.step(phase.name, step, phase.steps, metrics)
+                context.log.write(total, phase.name, metrics)
+        with context.write_errors_as_warnings(f"completions of step {total}"):
+            await self._show_completions(record, last)
+        if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+            with account.spending("save"):
+                await self._save()
+        with account.spending("evaluation"):
+            await context.ending.stop.before(context.evaluations.at(phase, self.roles, self.progress))
+
+    async def _show_completions(self, record: StepRecord, last: bool) -> None:
+        logging = self.context.config.logging
+        groups = [group for group in record.collected.groups if group.texts is not None]
+        if not groups or logging.completions_every is None:
+            return
+        scored = await self.roles.fetch([group.texts for group in groups if group.texts is not None])
+        rows = [row for group, texts in zip(groups, scored, strict=True) for row in completion_rows(group, texts)]
+        self.context.log.write_completions(self.phase.first_version + record.step, rows)
+        if last or record.step % logging.completions_every == 0:
+            shown = rows[:: max(1, len(rows) // logging.completions_shown)]
+            self.context.console.completions(shown[: logging.completions_shown])
+
+    async def _save_last_step(self) -> None:
+        """Saves the last step of a run that was asked to stop, unless a checkpoint has it already."""
+        last = self.context.last_checkpoint
+        if self.phase.first_version + self.progress.step > (last.state.total_step if last else 0):
+            try:
+                await self._save()
+            except RunError as error:
+                self.context.console.warn(str(error))
+
+    async def _save(self) -> None:
+        """Writes a checkpoint of this step, unless there is one, and answers the requests for one."""
+        context, phase, progress = self.context, self.phase, self.progress
+        total = phase.first_version + progress.step
+        state = RunState(
+            phase=phase.name,
+            phase_index=phase.index,
+            step=progress.step,
+            total_step=total,
+            version=progress.version,
+            cursor=self.cursor.to_json(),
+            config=context.config.model_dump(mode="json"),
+            data=await asyncio.to_thread(fingerprint, phase),
+            scores=dict(context.evaluations.scores),
+        )
+        began, tickets = time.monotonic(), context.requests.checkpoints
+        if context.last_checkpoint is None or context.last_checkpoint.state.total_step != total:
+            context.last_checkpoint = await context.store.write(
+                lambda folder: save_weights(context.config, phase, self.roles, folder), state
+            )
+        context.requests.answered(tickets)
+        context.event(
+            "checkpoint",
+            {
+                "step": total,
+                "seconds": round(time.monotonic() - began, 3),
+                "path": str(context.last_checkpoint.path),
+                "asked": tickets,
+            },
+        )
