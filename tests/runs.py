@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import psutil
 import pyarrow.parquet as pq
 import yaml
 
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 TROUPE = str(Path(sys.executable).parent / "troupe")
 
 ARITHMETIC: dict[str, Any] = {
@@ -56,8 +58,15 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _hear_ctrl_c() -> None:
-    """What a shell starts in the background, the tests perhaps, ignores Ctrl-C, and so does what that starts."""
+def end_with_the_tests() -> None:
+    """In a child process before its program starts: SIGTERM when the thread that starts it ends. Tests that are killed
+    leave no run and no Ray behind."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _in_foreground() -> None:
+    """A shell that runs the tests in the background makes them, and so their children, ignore Ctrl-C."""
+    end_with_the_tests()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -95,7 +104,7 @@ class Run:
                 cwd=self.where,
                 env=environment,
                 process_group=0 if self.in_foreground else None,
-                preexec_fn=_hear_ctrl_c if self.in_foreground else None,
+                preexec_fn=_in_foreground if self.in_foreground else end_with_the_tests,
             )
 
     def rank(self, role: str) -> psutil.Process:

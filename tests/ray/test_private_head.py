@@ -24,7 +24,7 @@ import pytest
 import yaml
 
 from orchestrator.import_pin import ROOT
-from tests.runs import ARITHMETIC, TROUPE, Run, merged
+from tests.runs import ARITHMETIC, TROUPE, Run, end_with_the_tests, merged
 
 pytestmark = pytest.mark.timeout(900)  # whole runs, several processes each; a busy machine is slow to start them
 
@@ -115,7 +115,12 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     own = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
     with (home / "log.txt").open("wb") as log:
         process = subprocess.Popen(
-            command, env={**inherited, **environment, **own}, stdout=log, stderr=log, start_new_session=True
+            command,
+            env={**inherited, **environment, **own},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=end_with_the_tests,
         )
     started = Head(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", metrics, environment, process)
     try:
