@@ -6,9 +6,9 @@ reads `reward` and `group`, and writes `advantages`. What it reads decides where
     columns per row alone    in the driver: `call(table, **options) -> {column: [B]}`; a value of a column per token
                              holds at each of the row's tokens
     columns per token, too   where the tokens are, on every rank for its rows: `call(batch, world, state, **options) ->
-                             ({column: [T]}, {metric: Stat})`; `world` sums over all ranks (`actors.objective.World`),
-                             and what the call puts into the dictionary `state` it finds there in the next step, also
-                             after a resume (`orchestrator/returns.py` has such calls)
+                             ({column: [T]} or {column: [B]}, {metric: Stat})`; `world` sums over all ranks
+                             (`actors.objective.World`), and what the call puts into the dictionary `state` it finds
+                             there in the next step, also after a resume (`orchestrator/returns.py` has such calls)
 
 A reward of NaN says that the sample could not be scored: it takes no part in any mean, and is not learned from at all.
 """
@@ -45,6 +45,26 @@ def group_zscore(rows: RowTable, *, scale: Scale = "group") -> dict[str, Array]:
     return {"advantages": advantages, "learned": learned(rows, ~np.isnan(rows["reward"]))}
 
 
+@credits(reads={"reward", "group"}, writes={"advantages", "learned"})
+def leave_one_out(rows: RowTable, *, normalise: bool = False) -> dict[str, Array]:
+    """Each row's reward beyond the mean of its siblings', at each of its tokens; rows that could not be scored are not
+    learned from. `normalise`: then `(A - mean) / (std + 1e-4)` over the batch.
+
+    Source: arXiv:2402.14740, section 3.2."""
+    scored = ~np.isnan(rows["reward"])
+    advantages = beyond_siblings(rows["reward"], rows["group"])
+    if normalise:
+        advantages = np.where(scored, advantages, np.nan)
+        advantages = zscore_by_group(advantages, np.zeros(len(rows)), scale="batch")
+    return {"advantages": advantages, "learned": learned(rows, scored)}
+
+
+@credits(reads={"reward"}, writes={"reward"})
+def clipped_rewards(rows: RowTable, *, lowest: float, highest: float) -> dict[str, Array]:
+    """Rewards, brought within [lowest, highest]."""
+    return {"reward": rows["reward"].clip(lowest, highest)}
+
+
 def learned(rows: RowTable, wanted: Array) -> Array:
     """[B] bool: of the rows that are learned from so far, those that are `wanted`."""
     return wanted & rows["learned"] if "learned" in rows else wanted
@@ -74,6 +94,18 @@ def zscore_by_group(rewards: Array, group: Array, *, scale: Scale = "group", eps
     elif scale == "batch":
         centred = centred / (_std_by(np.zeros_like(member), rewards, scored)[0] + eps)
     return np.nan_to_num(centred, nan=0.0).astype(np.float32)
+
+
+def beyond_siblings(rewards: Array, group: Array) -> Array:
+    """[B] float32: `r_i - mean of r_j, j ≠ i` over its group; 0 without a scored sibling."""
+    rewards = np.asarray(rewards, np.float64)
+    _, member = np.unique(group, return_inverse=True)
+    scored = ~np.isnan(rewards)
+    count = np.bincount(member, weights=scored)[member]
+    centred = rewards - _mean_by(member, rewards, scored)[member]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = np.where(count > 1, centred * count / (count - 1), 0.0)  # the mean of all, without the row itself
+    return np.nan_to_num(found, nan=0.0).astype(np.float32)
 
 
 def has_signal(rewards: Array) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from actors.batch import Array
-from actors.columns import Head
+from actors.columns import COLUMNS, Axis, Head
 from actors.worker import Group, Objects, Ref
 from orchestrator.cluster.pool import Pool
 from orchestrator.collection.group_stages import GroupStages, PromptGroup
@@ -223,13 +223,7 @@ class Executor:
         shares = table.only({"tokens", "mask", "group", "learned"}).shard(len(group.workers), self.phase.token_budget)
         asked = (into,), head, self.phase.temperature, adapters
         found = await self._call_split(stage, role, group, "infer", shares, *asked, step=step)
-        if head.per_row:
-            scores = await self.fetch([ref for _, ref in found])
-            values = np.zeros(len(table), np.float32)
-            for share, block in zip(shares, scores, strict=True):
-                values[share.rows] = block[into]
-            return Written(values={into: values}), {}
-        return _in_blocks({into}, shares, found), {}
+        return await self._computed({into}, shares, found, per_row=head.per_row), {}
 
     async def _credit(self, stage: Stage, table: RowTable, step: int) -> tuple[Written, dict[str, float]]:
         assert stage.call is not None
@@ -241,7 +235,28 @@ class Executor:
         name = f"{stage.name} {getattr(stage.call, '__qualname__', type(stage.call).__name__)}"
         asked = stage.call, dict(stage.options), name, step >= 0
         found = await self._call_split(stage, role, group, "credit", shares, *asked, step=step)
-        return _in_blocks(stage.writes, shares, found), found[0][0]
+        per_row = all(COLUMNS[name].axis is Axis.ROW for name in stage.writes)
+        return await self._computed(stage.writes, shares, found, per_row=per_row), found[0][0]
+
+    async def _computed(
+        self,
+        names: set[str] | frozenset[str],
+        shares: Sequence[Share],
+        found: Sequence[tuple[Any, Ref]],
+        *,
+        per_row: bool,
+    ) -> Written:
+        """Columns that ranks computed of their shares. Values per token stay where they are, values per row come into
+        the driver's table."""
+        if not per_row:
+            parts = ((share.rows, ref) for share, (_, ref) in zip(shares, found, strict=True))
+            return Written(names=frozenset(names), parts=tuple(parts))
+        blocks = await self.fetch([ref for _, ref in found])
+        values = {name: np.zeros(sum(map(len, blocks)), COLUMNS[name].dtype) for name in names}
+        for share, block in zip(shares, blocks, strict=True):
+            for name in names:
+                values[name][share.rows] = block[name]
+        return Written(values=values)
 
     async def _update(self, stage: Stage, table: RowTable, step: int) -> tuple[Written, dict[str, float]]:
         """One optimizer step per minibatch and epoch; metrics are means over them, times sums."""
@@ -316,13 +331,6 @@ class Executor:
             timeout_s=self._call_timeout_s[role],
             task_name=_label(stage, step),
         )
-
-
-def _in_blocks(names: set[str] | frozenset[str], shares: Sequence[Share], found: Sequence[tuple[Any, Ref]]) -> Written:
-    """Columns that ranks computed of their shares, which stay where they are."""
-    return Written(
-        names=frozenset(names), parts=tuple((share.rows, ref) for share, (_, ref) in zip(shares, found, strict=True))
-    )
 
 
 def _over_minibatches(reports: Sequence[Mapping[str, float]]) -> dict[str, float]:

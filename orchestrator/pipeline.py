@@ -272,7 +272,7 @@ def infer(
 def credit(call: Callable[..., Any], **options: Any) -> Stage:
     """Turn rewards into advantages, by what `orchestrator/advantages.py` calls a credit call. `call.reads` and
     `call.writes` name its columns: one that reads columns per token runs where the tokens are, on the ranks of the
-    first trained role, any other in the driver."""
+    first trained role, any other in the driver. It writes columns per token or columns per row, not both."""
     reads = getattr(call, "reads", frozenset({"reward", "group"}))
     writes = getattr(call, "writes", frozenset({"advantages"}))
     return Stage(Verb.CREDIT, DRIVER, frozenset(reads), frozenset(writes), call, options)
@@ -325,6 +325,11 @@ def _check_closes(pipeline: Pipeline) -> None:
         unknown = sorted((stage.reads | stage.writes) - set(COLUMNS))
         if unknown:
             raise ConfigError(f"stage {stage.name} names unknown column(s) {', '.join(unknown)}")
+        if stage.verb is Verb.CREDIT and stage.reads_tokens and len({COLUMNS[name].axis for name in stage.writes}) > 1:
+            raise ConfigError(
+                f"stage {stage.name} runs where the tokens are and writes {', '.join(sorted(stage.writes))}, of which "
+                "some are per token and some per row; make it two credit calls"
+            )
         missing = sorted(stage.reads - written)
         if missing:
             raise ConfigError(

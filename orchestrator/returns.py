@@ -36,6 +36,17 @@ def without_eos(rows: RowTable, *, penalty: float) -> dict[str, Array]:
     return {"reward": rows["reward"] - np.float32(penalty) * rows["truncated"]}
 
 
+@credits(reads={"mask", "reward", "old_logps", "ref_logps"}, writes={"reward"})
+def reward_less_kl(batch: Batch, world: World, state: dict[str, Any], *, coefficient: float) -> Credited:
+    """[B]: `r - β Σ_t (lp_t - ref_t)` over the row's trained tokens, without gradient.
+
+    Source: arXiv:2402.14740, eq. 3."""
+    mask = batch["mask"]
+    log_ratio = np.where(mask, batch["old_logps"].astype(np.float64) - batch["ref_logps"], 0.0)
+    reward = batch["reward"] - coefficient * batch.sum_by_row(log_ratio)
+    return {"reward": reward.astype(np.float32)}, {"kl": _mean(log_ratio[mask])}
+
+
 @credits(reads={"mask", "reward"}, writes={"step_reward"})
 def reward_at_the_end(batch: Batch, world: World, state: dict[str, Any]) -> Credited:
     """[T]: each row's reward at its last trained token, and 0 elsewhere."""
@@ -107,6 +118,29 @@ def generalised_advantages(
     if explained is not None:
         metrics["val/explained_variance"] = Stat(explained)
     return {"advantages": advantages, "returns": returns}, metrics
+
+
+@credits(reads={"mask", "step_reward"}, writes={"advantages"})
+def returns_to_go(batch: Batch, world: World, state: dict[str, Any], *, gamma: float, whiten: bool = True) -> Credited:
+    """[T]: of each trained token what is still to be earned from it on, `Σ_k γ^k r_{t+k}`; 0 elsewhere. Whitened over
+    all ranks, which takes the place of a critic.
+
+    Source: arXiv:2501.03262 (REINFORCE++)."""
+    mask, found = batch["mask"], np.zeros(batch.num_tokens, np.float32)
+    nothing = np.zeros(int(mask.sum()))
+    earned = gae(batch["step_reward"][mask], nothing, batch.row_of_token[mask], gamma, 1.0)
+    found[mask] = whitened(earned, world) if whiten else earned
+    return {"advantages": found}, {"objective/returns": _mean(earned)}
+
+
+@credits(reads={"mask", "advantages"}, writes={"advantages"})
+def whitened_advantages(batch: Batch, world: World, state: dict[str, Any]) -> Credited:
+    """[T]: advantages of trained tokens with mean 0 and (unbiased) variance 1 over all ranks; 0 elsewhere.
+
+    Source: arXiv:2501.03262 (global advantage normalisation)."""
+    mask, found = batch["mask"], np.zeros(batch.num_tokens, np.float32)
+    found[mask] = whitened(batch["advantages"][mask].astype(np.float64), world)
+    return {"advantages": found}, {}
 
 
 def gae(rewards: Array, values: Array, rows: Array, gamma: float, lam: float) -> Array:

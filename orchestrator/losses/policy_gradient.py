@@ -17,6 +17,8 @@ from orchestrator.losses.surrogates import LARGEST_LOG, Surrogate
 from orchestrator.losses.views import PolicyTokens, Tokens, joined, require
 
 Level = Literal["token", "sequence", "sequence_token"]
+RatioLevel = Level | Literal["sequence_product"]
+KlEstimator = Literal["k1", "k2", "k3"]
 Old = Literal["current", "recorded", "sampler"]
 Correction = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
@@ -54,7 +56,7 @@ def policy_gradient(
     tokens: PolicyTokens,
     *,
     surrogate: Surrogate,
-    level: Level = "token",
+    level: RatioLevel = "token",
     old: Old = "current",
     correction: Correction = "none",
     correction_min: float | None = None,
@@ -62,14 +64,16 @@ def policy_gradient(
     off_policy_mask_threshold: float | None = None,
     top_entropy_quantile: float = 1.0,
     beta: float = 0.0,
+    kl_estimator: KlEstimator = "k3",
     use_bias_correction_kl: bool = True,
     token_metrics: bool = False,
 ) -> Loss:
     """[T]: `w_t surrogate(ρ_t, A_t) + β KL_t`, where `w` holds masks and corrections, all without gradient.
 
     `level`: one ratio per token, or the geometric mean over the row (arXiv:2507.18071, eq. 7), or that with each
-    token's own gradient (GSPO-token). `old`: what the ratio is taken against; `current` means that the batch is used
-    for one update, so that the ratio is 1 and carries only the gradient.
+    token's own gradient (GSPO-token), or the product over the row: the ratio of the whole completion. `old`: what the
+    ratio is taken against; `current` means that the batch is used for one update, so that the ratio is 1 and carries
+    only the gradient.
     Source: arXiv:2402.03300, eq. 3.
     """
     old_logps = _old_logps(tokens, old)
@@ -84,7 +88,7 @@ def policy_gradient(
         weight, found = engine_correction(tokens, old_logps, correction, correction_min, correction_max)
         values, metrics = values * weight, metrics | found
     if beta:
-        kl = k3(tokens.logps, require(tokens.ref_logps))
+        kl = kl_of_samples(tokens.logps, require(tokens.ref_logps), kl_estimator)
         values = values + beta * (kl * log_ratio.exp() if use_bias_correction_kl else kl)
         metrics["kl"] = tokens.token_stat(kl)
     if token_metrics:
@@ -106,14 +110,22 @@ def entropy_bonus(tokens: Tokens, *, top_entropy_quantile: float = 1.0) -> Loss:
     return values, {"entropy": tokens.token_stat(entropy)}
 
 
-def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """[T]: `e^(ref - lp) - (ref - lp) - 1`, an estimate of KL(π‖ref) from samples of π, unbiased and never negative.
-    A token that is further than `LARGEST_LOG` nats away counts as that far, and has no gradient.
+def kl_of_samples(logps: Tensor, ref_logps: Tensor, estimator: KlEstimator = "k3") -> Tensor:
+    """[T]: an estimate of KL(π‖ref) from samples of π. A token that is further than `LARGEST_LOG` nats away counts as
+    that far, and has no gradient.
 
-    Multiplied by the ratio, its gradient is unbiased, too (arXiv:2512.02556, section 3.1).
-    Source: arXiv:2402.03300, eq. 4.
+    `k1`: `lp - ref`, unbiased; its own gradient has mean 0, so it needs the ratio as a factor.
+    `k2`: `(lp - ref)² / 2`, never negative; on fresh samples its own gradient is that of the divergence
+    (arXiv:2510.01555).
+    `k3`: `e^(ref - lp) - (ref - lp) - 1`, unbiased and never negative; multiplied by the ratio, its gradient is
+    unbiased, too (arXiv:2512.02556, section 3.1).
+    Source: http://joschu.net/blog/kl-approx.html; k3: arXiv:2402.03300, eq. 4.
     """
     difference = (ref_logps - logps).clamp(-LARGEST_LOG, LARGEST_LOG)
+    if estimator == "k1":
+        return -difference
+    if estimator == "k2":
+        return difference.square() / 2
     return torch.expm1(difference) - difference
 
 
@@ -149,13 +161,15 @@ def _old_logps(tokens: PolicyTokens, old: Old) -> Tensor:
     return torch.where(recorded.isfinite(), recorded, current)
 
 
-def _log_ratio(tokens: PolicyTokens, old_logps: Tensor, level: Level) -> Tensor:
+def _log_ratio(tokens: PolicyTokens, old_logps: Tensor, level: RatioLevel) -> Tensor:
     """[T]. Bounded, because `e^89` overflows and an infinite ratio times an advantage or gradient of 0 is not a number;
     beyond the bounds, which every clip and cap is far inside, there is no gradient."""
     difference = (tokens.logps - old_logps).clamp(-LARGEST_LOG, LARGEST_LOG)
     log_ratio = torch.where(tokens.mask, difference, 0)
     if level == "token":
         return log_ratio
+    if level == "sequence_product":
+        return tokens.micro.per_token(tokens.row_sums(log_ratio).clamp(-LARGEST_LOG, LARGEST_LOG))
     of_row = tokens.micro.per_token(tokens.row_means(log_ratio))
     return of_row if level == "sequence" else of_row.detach() + log_ratio - log_ratio.detach()
 

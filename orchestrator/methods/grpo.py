@@ -10,7 +10,7 @@ from pydantic import Field
 from actors.errors import ConfigError
 from orchestrator.advantages import Scale, group_zscore, has_signal, mask_truncated
 from orchestrator.losses.declare import Sum, Term
-from orchestrator.losses.policy_gradient import Correction, Level, Old, entropy_bonus, policy_gradient
+from orchestrator.losses.policy_gradient import Correction, KlEstimator, Level, Old, entropy_bonus, policy_gradient
 from orchestrator.losses.reduce import (
     Reduction,
     row_mean_of_token_means,
@@ -28,6 +28,7 @@ from orchestrator.losses.surrogates import (
     soft_gated,
     trust_region,
 )
+from orchestrator.methods.importance_ratio import EPSILON, clips_nothing, correction_options, old_of
 from orchestrator.pipeline import Pipeline, Prompts, credit, generate, infer, keep, score, update, when
 
 Positive = Annotated[float, Field(gt=0)]
@@ -35,7 +36,6 @@ NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "gmpo", "vespo", "dppo"]
 
-EPSILON = 0.2
 LEVELS: dict[str, tuple[Level, ...]] = {  # of the importance ratio that a loss is defined for
     **dict.fromkeys(("grpo", "bnpo", "dr_grpo", "dapo"), ("token", "sequence", "sequence_token")),
     **dict.fromkeys(("gmpo", "vespo", "dppo"), ("token",)),  # means or sums over a row, or a mask per token, inside
@@ -55,6 +55,7 @@ def grpo(
     delta: Annotated[float, Field(gt=1)] | None = None,
     importance_sampling_level: Level = "token",
     beta: NotNegative = 0.0,
+    kl_estimator: KlEstimator = "k3",
     use_bias_correction_kl: bool = True,
     correction: Correction = "none",
     correction_min: Positive | None = None,
@@ -84,7 +85,7 @@ def grpo(
         "vespo": smooth_weighted,
         "dppo": partial(trust_region, distance=dppo_distance, threshold=dppo_threshold),
     }
-    _check(loss_type, epsilon_high, importance_sampling_level, correction, correction_min, correction_max)
+    _check(loss_type, epsilon_high, importance_sampling_level, correction, kl_estimator, use_bias_correction_kl)
     old = _old(loss_type, several_updates)
     clips = {"epsilon": epsilon != EPSILON, "epsilon_high": epsilon_high is not None, "delta": delta is not None}
     learn: dict[str, Any] = {  # each where it acts: what is not passed on is refused if it is set
@@ -94,11 +95,10 @@ def grpo(
         "off_policy_mask_threshold": off_policy_mask_threshold,
         "top_entropy_quantile": top_entropy_quantile,
         "token_metrics": token_metrics,
+        **correction_options(correction, correction_min, correction_max),
     }
-    if correction != "none":
-        learn |= {"correction": correction, "correction_min": correction_min, "correction_max": correction_max}
     if beta:
-        learn |= {"beta": beta, "use_bias_correction_kl": use_bias_correction_kl}
+        learn |= {"beta": beta, "kl_estimator": kl_estimator, "use_bias_correction_kl": use_bias_correction_kl}
     loss = Sum(
         Term(policy_gradient, _reduction(loss_type, max_completion_length), options=learn),
         Term(entropy_bonus, token_mean, entropy_coef, {"top_entropy_quantile": top_entropy_quantile}),
@@ -118,9 +118,7 @@ def grpo(
 
 
 def _old(loss_type: str, several_updates: bool) -> Old:
-    if loss_type in AGAINST_SAMPLER:
-        return "sampler"
-    return "recorded" if several_updates else "current"
+    return "sampler" if loss_type in AGAINST_SAMPLER else old_of(several_updates)
 
 
 def _reduction(loss_type: str, max_completion_length: int | None) -> Reduction:
@@ -144,7 +142,7 @@ def _reduction(loss_type: str, max_completion_length: int | None) -> Reduction:
 
 
 def _check(
-    loss_type: str, epsilon_high: float | None, level: Level, correction: str, lowest: float | None, highest: float
+    loss_type: str, epsilon_high: float | None, level: Level, correction: str, kl_estimator: str, unbiased: bool
 ) -> None:
     """Raises ConfigError for options that do not go together."""
     if loss_type == "cispo" and epsilon_high is None:
@@ -157,23 +155,17 @@ def _check(
             f"options.importance_sampling_level={level} is not defined for options.loss_type={loss_type}, which has a "
             f"level of its own; set options.importance_sampling_level={allowed}"
         )
-    if lowest is not None and lowest > highest:
+    if kl_estimator == "k1" and not unbiased:
         raise ConfigError(
-            f"options.correction_min={lowest:g} is above options.correction_max={highest:g}: no weight is "
-            "between them; lower the one, or raise the other"
+            "options.kl_estimator=k1 with options.use_bias_correction_kl=false: the gradient of lp - ref has mean 0 "
+            "and holds the policy near to nothing; leave out one of the two"
         )
 
 
 def _warnings(loss_type: str, level: Level, old: Old, *, clips: dict[str, bool]) -> tuple[str, ...]:
     """Options that act, but perhaps not as one thinks."""
-    found: list[str] = []
-    idle = [name for name, is_set in clips.items() if is_set and loss_type not in UNCLIPPED]
-    idle += ["importance_sampling_level"] * (level == "sequence_token")
-    if old == "current" and idle:
-        found.append(
-            f"options.{', options.'.join(idle)}: with one update per batch the ratio is 1, and nothing is clipped; set "
-            "options.updates_per_batch or options.minibatches to more than 1 if that is not meant"
-        )
+    set_options = {name: is_set and loss_type not in UNCLIPPED for name, is_set in clips.items()}
+    found = list(clips_nothing(old, {**set_options, "importance_sampling_level": level == "sequence_token"}))
     if level == "sequence" and loss_type in OVER_TOKENS:
         found.append(
             f"options.importance_sampling_level=sequence with options.loss_type={loss_type}, which sums over tokens: a "

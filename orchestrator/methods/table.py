@@ -10,6 +10,7 @@ from orchestrator.methods.grpo import grpo
 from orchestrator.methods.online_dpo import online_dpo
 from orchestrator.methods.ppo import ppo
 from orchestrator.methods.reference_free import alphapo, cpo, orpo, simpo, tpo
+from orchestrator.methods.reinforce import reinforce_pp, reinforce_pp_baseline, rloo
 from orchestrator.methods.reward_model import reward_model
 from orchestrator.methods.sft import sft
 from orchestrator.methods.unpaired import bco, kto
@@ -27,6 +28,9 @@ METHODS: dict[str, Callable[..., Pipeline]] = {
     "bco": bco,
     "reward_model": reward_model,
     "grpo": grpo,
+    "rloo": rloo,
+    "reinforce_pp": reinforce_pp,
+    "reinforce_pp_baseline": reinforce_pp_baseline,
     "ppo": ppo,
     "online_dpo": online_dpo,
     "gkd": gkd,

@@ -16,7 +16,7 @@ from actors.columns import Head
 from actors.model import ModelSpec
 from actors.model_worker import ModelWorker
 from actors.sharding import shard
-from actors.specs import OptimSpec
+from actors.specs import BackendSpec, OptimSpec
 from orchestrator.methods import build
 from orchestrator.pipeline import Pipeline
 from orchestrator.row_table import RowTable
@@ -54,6 +54,10 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("grpo", {"loss_type": "grpo", "beta": 0.01, "updates_per_batch": 2, "minibatches": 2}, "advantage"),
     ("grpo", {"loss_type": "cispo", "epsilon_high": 5.0, "correction": "token_truncate"}, "advantage"),
     ("grpo", {"top_entropy_quantile": 0.5, "entropy_coef": 0.001, "mask_truncated_completions": True}, "advantage"),
+    ("grpo", {"beta": 0.01, "kl_estimator": "k2", "use_bias_correction_kl": False}, "advantage"),
+    ("rloo", {"normalize_advantages": True, "correction": "sequence_truncate", "updates_per_batch": 2}, "advantage"),
+    ("reinforce_pp", {"gamma": 0.9, "minibatches": 2}, "advantage"),
+    ("reinforce_pp_baseline", {"mask_truncated_completions": True}, "advantage"),
     *[("grpo", {"loss_type": name}, "advantage") for name in ("bnpo", "luspo", "sapo", "gmpo", "vespo", "dppo")],
 ]
 
@@ -159,3 +163,32 @@ def test_ppo_makes_rewarded_samples_likelier_and_its_critic_explains_more_of_the
     assert advantage(workers["policy"], batch) > before + 0.01
     assert last["val/explained_variance"] > max(first["val/explained_variance"], 0) + 0.3
     assert last["val/error"] < first["val/error"]
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("grpo", {"beta": 0.1, "correction": "token_truncate"}),
+        ("rloo", {"correction": "sequence_truncate"}),
+        ("reinforce_pp", {"correction": "token_mask"}),
+        ("reinforce_pp_baseline", {"correction": "token_truncate"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_on_fresh_weights_the_ratio_to_the_sampler_is_1_and_the_kl_is_0(
+    folder: Path, tmp_path: Path, method: str, options: dict[str, Any]
+) -> None:
+    pipeline = build(method, options)
+    kl = "objective/kl" if method == "reinforce_pp" else "kl"
+    first: dict[str, dict[str, float]] = {}
+    others = {"same": folder, "other": tiny_model_folder(tmp_path, hidden=32, vocab=32, seed=1)}
+    for name, reference in others.items():
+        workers = learners(pipeline, ModelSpec(str(folder)))
+        workers["reference"] = ModelWorker("reference", ModelSpec(str(reference)), BackendSpec("single", None), 1)
+        workers["reference"].ready()
+        table = RowTable(made_up(pipeline, workers["policy"]))
+        first[name] = steps(executor_of(pipeline, workers, token_budget=TOKEN_BUDGET), table, 1)[0]
+        assert first[name]["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-5)
+        assert first[name]["clip_ratio/region_mean"] == 0
+    assert first["same"][kl] == pytest.approx(0, abs=1e-6)
+    assert abs(first["other"][kl]) > 1e-3

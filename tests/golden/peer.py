@@ -22,8 +22,6 @@ NOT_BUILT = {  # families of cases: what they belong to
     "papo": "papo, which sees images",
     "prm": "process_reward_model",
     "replay_buffer": "the replay of groups",
-    "rloo": "rloo",
-    "rloo_adv": "rloo",
     "sdft": "sdft and sdpo",
     "xpo": "xpo",
 }
@@ -210,6 +208,15 @@ def _gspo_token(keys: Keys, _: Any) -> tuple[str, Options]:
     return "grpo", {**fixed, "epsilon": keys.take("epsilon")}
 
 
+def _rloo(keys: Keys, _: Any) -> tuple[str, Options]:
+    """The old log-probabilities are given, as of a second update."""
+    return "rloo", {"epsilon": keys.take("epsilon"), "updates_per_batch": 2}
+
+
+def _rloo_adv(keys: Keys, _: Any) -> tuple[str, Options]:
+    return "rloo", {name: keys.take(name) for name in ("beta", "normalize_advantages", "reward_clip_range")}
+
+
 def _gkd(keys: Keys, _: Any) -> tuple[str, Options]:
     """`reduction` and `num_items_in_batch` say what the sum over tokens is divided by."""
     for name in ("reduction", "num_items_in_batch"):
@@ -244,6 +251,8 @@ MAPPINGS = {
     "orpo": _orpo,
     "ppo": _ppo,
     "reward": _reward,
+    "rloo": _rloo,
+    "rloo_adv": _rloo_adv,
     "sft": _sft,
     "tpo": _tpo,
 }

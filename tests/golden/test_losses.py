@@ -40,7 +40,7 @@ from orchestrator.losses.reduce import item_mean, token_mean
 from orchestrator.losses.surrogates import clipped
 from orchestrator.losses.views import PolicyTokens
 from orchestrator.methods import METHODS, build
-from orchestrator.pipeline import Verb
+from orchestrator.pipeline import Pipeline, Verb
 from orchestrator.returns import whitened
 from orchestrator.row_table import RowTable
 from tests.golden.peer import (
@@ -746,6 +746,49 @@ def test_advantages_equal_the_peer(case: dict[str, Any]) -> None:
     group = np.arange(len(total)) // inputs["num_generations"]
     found = zscore_by_group(total, group, scale=case["config"]["scale_rewards"])
     np.testing.assert_allclose(found, case["outputs"]["advantages"], atol=1e-4)
+
+
+@cases("rloo/")
+def test_the_ratio_of_whole_completions_equals_the_peer(case: dict[str, Any]) -> None:
+    """Its old log-probabilities are sums over a row: on the first token, here."""
+    inputs = case["inputs"]
+    mask = inputs["completion_mask"]
+    old = [[total, *([0.0] * (len(row) - 1))] for total, row in zip(inputs["old_logps"], mask, strict=True)]
+    advantages = padded([[value] * len(row) for value, row in zip(inputs["advantages"], mask, strict=True)])
+    rows = rows_of(inputs["per_token_logps"], mask, old_logps=padded(old), advantages=advantages)
+    assert_equal(optimise(objective_for(case), rows), case, "grad_per_token_logps", mask)
+
+
+@cases("rloo_adv/")
+def test_leave_one_out_advantages_equal_the_peer(case: dict[str, Any]) -> None:
+    inputs = case["inputs"]
+    old, ref = np.array(inputs["old_per_token_logps"]), np.array(inputs["ref_per_token_logps"])
+    rows, width = old.shape
+    rewards = np.array([np.nan if reward == "nan" else reward for reward in inputs["rewards"]])
+    batch = Batch.build(
+        [width] * rows,
+        mask=np.ones(old.size, bool),
+        reward=rewards,
+        group=np.arange(rows) // inputs["num_generations"],
+        old_logps=old.flatten(),
+        ref_logps=ref.flatten(),
+    )
+    found = credited(build(*ours(case)), RowTable(batch))
+    np.testing.assert_allclose(found["advantages"], case["outputs"]["advantages"], atol=1e-5)
+    assert found["learned"].tolist() == (~np.isnan(rewards)).tolist()
+
+
+def credited(pipeline: Pipeline, table: RowTable) -> RowTable:
+    """What the credit stages make of rows, all of which one rank has."""
+    for stage in pipeline:
+        if stage.verb is Verb.CREDIT:
+            assert stage.call is not None
+            if stage.reads_tokens:
+                columns, _ = stage.call(table.whole().shard.fetched([]).batch, SoloWorld(), {}, **stage.options)
+            else:
+                columns = stage.call(table, **stage.options)
+            table = table.with_values(**columns)
+    return table
 
 
 # PPO

@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.batch import Batch
-from orchestrator.advantages import group_zscore, has_signal, mask_truncated, zscore_by_group
+from orchestrator.advantages import (
+    clipped_rewards,
+    group_zscore,
+    has_signal,
+    leave_one_out,
+    mask_truncated,
+    zscore_by_group,
+)
 from orchestrator.data.density_ratio import density_ratio_weights, desirable_probability
 from orchestrator.row_table import RowTable
 
@@ -54,6 +61,23 @@ def test_an_unscorable_sample_gets_zero_and_does_not_touch_its_group() -> None:
 )
 def test_a_group_with_nothing_to_compare_gets_zeros(rewards: list[float]) -> None:
     assert zscore_by_group(np.array(rewards), np.zeros(2)).tolist() == [0, 0]
+
+
+def test_leave_one_out_compares_each_sample_with_the_mean_of_the_others() -> None:
+    rows = RowTable(Batch.build([2] * 6, reward=[1.0, 4.0, NAN, 2.0, 6.0, 6.0], group=[0, 1, 0, 0, 1, 2]))
+    found = leave_one_out(rows)
+    np.testing.assert_allclose(found["advantages"], [-1, -2, 0, 1, 2, 0])  # the last one has no sibling
+    assert found["learned"].tolist() == [True, True, False, True, True, True]
+    normalised = leave_one_out(rows, normalise=True)["advantages"]
+    scored = found["advantages"][found["learned"]]
+    expected = (scored - scored.mean()) / (scored.std(ddof=1) + 1e-4)
+    np.testing.assert_allclose(normalised[found["learned"]], expected, rtol=1e-5)
+    assert normalised[2] == 0
+
+
+def test_rewards_are_brought_within_their_range_and_what_has_none_stays_without() -> None:
+    rows = RowTable(Batch.build([1] * 4, reward=[-3.0, 0.5, 9.0, NAN]))
+    np.testing.assert_array_equal(clipped_rewards(rows, lowest=-1.0, highest=2.0)["reward"], [-1.0, 0.5, 2.0, NAN])
 
 
 def test_an_empty_batch_has_no_advantages() -> None:

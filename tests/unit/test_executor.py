@@ -132,6 +132,16 @@ def from_reference(
     return {"advantages": batch["ref_logps"] * scale}, {"scale": scale}
 
 
+@credits(reads={"ref_logps"}, writes={"reward"})
+def sum_of_reference(batch: Batch, world: Any, state: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    return {"reward": batch.sum_by_row(batch["ref_logps"]).astype(np.float32)}, {}
+
+
+@credits(reads={"reward"}, writes={"advantages"})
+def less_than_sum(rows: RowTable) -> dict[str, np.ndarray]:
+    return {"advantages": rows["reward"] - 1}
+
+
 ACTOR_CRITIC = Pipeline(
     Completions, update("policy", nll, reduce=token_mean), update("value", of_values, reduce=token_mean)
 )
@@ -247,6 +257,21 @@ async def test_a_score_per_row_comes_into_the_drivers_table(ranks: int) -> None:
     )
     after, _ = await step(executor(pipeline, Ranks("reward_model", [], ranks), Ranks("policy", [])))
     assert after["reward"].tolist() == [3.0, 12.0, 21.0, 30.0, 39.0, 48.0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+async def test_what_ranks_credit_to_rows_comes_into_the_drivers_table_for_later_stages(ranks: int) -> None:
+    pipeline = Pipeline(
+        Completions,
+        infer("reference", into="ref_logps"),
+        credit(sum_of_reference),
+        credit(less_than_sum),
+        update("policy", nll, reduce=token_mean),
+    )
+    after, _ = await step(executor(pipeline, Ranks("reference", [], ranks), Ranks("policy", [], ranks)))
+    sums = [-3.0, -12.0, -21.0, -30.0, -39.0, -48.0]
+    assert after["reward"].tolist() == sums
+    assert after["advantages"].tolist() == [value - 1 for value in sums]
 
 
 async def test_a_role_that_copies_the_policy_is_with_adapters_the_policy_without_them() -> None:

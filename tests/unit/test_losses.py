@@ -23,7 +23,7 @@ from actors.objective import MicroBatch, Outputs
 from orchestrator.losses.declare import Loss, Sum, Term, columns_of, is_on, needs_of, reads
 from orchestrator.losses.likelihood import nll
 from orchestrator.losses.objective import LossObjective
-from orchestrator.losses.policy_gradient import policy_gradient
+from orchestrator.losses.policy_gradient import kl_of_samples, policy_gradient
 from orchestrator.losses.reduce import item_mean, row_mean_of_token_means, token_mean, token_sum_over
 from orchestrator.losses.surrogates import clipped
 from orchestrator.losses.views import PolicyTokens, Tokens
@@ -73,6 +73,11 @@ METHOD_OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("grpo", {"loss_type": "dr_grpo", "max_completion_length": 16, "delta": 1.3, "minibatches": 2}),
     ("grpo", {"importance_sampling_level": "sequence", "updates_per_batch": 2, "correction": "sequence_mask"}),
     ("grpo", {"importance_sampling_level": "sequence_token", "updates_per_batch": 2, "entropy_coef": 0.1}),
+    *[("grpo", {"updates_per_batch": 2, "beta": 0.1, "kl_estimator": name}) for name in ("k1", "k2")],
+    ("rloo", {}),
+    ("rloo", {"updates_per_batch": 2, "epsilon": 0.9, "correction": "sequence_truncate", "token_metrics": True}),
+    ("reinforce_pp", {"updates_per_batch": 2}),
+    ("reinforce_pp_baseline", {"minibatches": 2, "beta": 0.3}),
     ("ppo", {"token_metrics": True}),  # of the policy; the value's: tests/unit/test_returns.py
 ]
 
@@ -202,8 +207,9 @@ def test_order_micro_batches_and_ranks_change_neither_value_nor_gradient(
 
 
 def _gradient_is_the_slope(method: str, options: dict[str, Any]) -> bool:
-    if method == "grpo" and options.get("updates_per_batch", 1) * options.get("minibatches", 1) == 1:
-        return False  # the ratio is 1 by a stop-gradient
+    has_ratio = "updates_per_batch" in inspect.signature(METHODS[method]).parameters
+    if has_ratio and options.get("updates_per_batch", 1) * options.get("minibatches", 1) == 1:
+        return False  # it is 1 by a stop-gradient
     return not any(name in (*options.values(), *options) for name in STOPS_GRADIENT)
 
 
@@ -395,6 +401,29 @@ def test_tokens_that_the_sampler_reports_as_nan_are_not_corrected() -> None:
     plain = -(rows.micro["advantages"] * rows.micro["mask"] / rows.micro["mask"].sum())
     assert torch.isfinite(result.gradient).all()
     torch.testing.assert_close(result.gradient[::2], plain[::2])
+
+
+def test_the_ratio_of_a_whole_completion_is_the_product_of_its_tokens_ratios() -> None:
+    rows = random_rows("rloo", {"updates_per_batch": 2}, seed=13)
+    mask, advantages = rows.micro["mask"], rows.micro["advantages"]
+    ratio = rows.micro.sum_by_row((rows.logps - rows.micro["old_logps"]) * mask).exp()
+    of_row = advantages[rows.micro.offsets[:-1]]
+    expected = -torch.minimum(ratio * of_row, ratio.clamp(0.8, 1.2) * of_row).mean()
+    assert optimise(objective_of("rloo", {"updates_per_batch": 2}), rows).value == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize(
+    ("estimator", "value", "slope"),
+    [("k1", 0.5, 1.0), ("k2", 0.125, 0.5), ("k3", np.exp(-0.5) - 0.5, 1 - np.exp(-0.5))],
+)
+def test_an_estimate_of_the_kl_and_its_slope_are_what_its_formula_says(
+    estimator: Any, value: float, slope: float
+) -> None:
+    logps = torch.tensor([-1.0], dtype=torch.float64, requires_grad=True)
+    found = kl_of_samples(logps, torch.tensor([-1.5], dtype=torch.float64), estimator)
+    found.sum().backward()
+    assert float(found.detach()) == pytest.approx(value)
+    assert logps.grad is not None and float(logps.grad) == pytest.approx(slope)
 
 
 def test_clip_metrics_count_the_tokens_that_were_clipped() -> None:

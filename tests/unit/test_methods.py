@@ -9,11 +9,12 @@ from typing import Any, get_args
 import pytest
 
 from actors.errors import ConfigError
+from orchestrator.advantages import credits
 from orchestrator.losses.objective import LossObjective
 from orchestrator.losses.pairwise import CONTRASTS
 from orchestrator.methods import METHODS, build
 from orchestrator.methods.dpo import TRANSPORT, LossName
-from orchestrator.pipeline import Completions, Pipeline, Verb, mix
+from orchestrator.pipeline import Completions, Pipeline, Verb, credit, mix
 
 DOCS = Path(__file__).parents[2] / "docs" / "methods"
 
@@ -45,6 +46,30 @@ def test_options_of_grpo_bring_the_stages_and_columns_that_they_need_and_no_othe
     assert "driver.keep" in verbs(build("grpo", {"dynamic_sampling": True}))
     masked = build("grpo", {"mask_truncated_completions": True})
     assert [stage.writes for stage in masked if stage.verb is Verb.CREDIT] == [{"learned"}, {"advantages", "learned"}]
+
+
+def test_leave_one_out_takes_the_kl_off_the_reward_before_siblings_are_compared() -> None:
+    pipeline = build("rloo", {})
+    credits = [stage for stage in pipeline if stage.verb is Verb.CREDIT]
+    assert [stage.writes for stage in credits] == [{"reward"}, {"advantages", "learned"}]
+    assert pipeline.updates[0].reads == {"advantages", "mask"}
+    without = build("rloo", {"beta": 0.0})
+    assert without.roles == ("policy", "rollout", "reward") and "policy.infer" not in verbs(without)
+
+
+def test_only_the_variant_with_a_baseline_has_its_kl_in_the_loss_and_needs_siblings() -> None:
+    plain, baseline = build("reinforce_pp", {}), build("reinforce_pp_baseline", {})
+    assert (plain.samples_per_prompt, baseline.samples_per_prompt) == (1, 8)
+    assert "ref_logps" in baseline.updates[0].reads and "ref_logps" not in plain.updates[0].reads
+    assert "policy.infer" in verbs(plain) and "policy.infer" not in verbs(baseline)
+
+
+def test_a_credit_call_where_the_tokens_are_writes_per_token_or_per_row() -> None:
+    @credits(reads={"mask"}, writes={"advantages", "reward"})
+    def both() -> None: ...
+
+    with pytest.raises(ConfigError, match="advantages, reward, of which some are per token and some per row"):
+        Pipeline(Completions, credit(both), *build("sft", {}))
 
 
 def test_online_dpo_makes_pairs_of_what_it_samples_and_asks_the_reference_of_those_alone() -> None:
@@ -159,6 +184,15 @@ def test_every_method_has_a_page_that_names_each_of_its_options(name: str) -> No
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("grop", {}, r"method 'grop' does not exist \(did you mean 'grpo'\?\); there are sft, "),
     ("grpo", {"epsilonhigh": 0.28}, r"no option 'epsilonhigh' \(did you mean 'epsilon_high'\?\)"),
+    ("rloo", {"num_generations": 1}, r"options\.num_generations=1: .*greater than or equal to 2"),
+    ("rloo", {"reward_clip_range": [1.0, 1.0]}, r"reward_clip_range=\[1, 1\]: every reward would be the same"),
+    ("rloo", {"correction_max": 9}, r"does nothing with options\.correction=none"),
+    ("grpo", {"kl_estimator": "k2"}, r"does nothing with options\.beta=0\.0"),
+    (
+        "grpo",
+        {"beta": 0.1, "kl_estimator": "k1", "use_bias_correction_kl": False},
+        r"gradient of lp - ref has mean 0 and holds the policy near to nothing",
+    ),
     ("online_dpo", {"num_generations": 1}, r"options\.num_generations=1: .*greater than or equal to 2"),
     ("online_dpo", {"loss_type": "hinge"}, r"options\.loss_type='hinge': .*'sigmoid' or 'ipo'"),
     ("online_dpo", {"missing_eos_penalty": 0.0}, r"options\.missing_eos_penalty=0\.0: .*greater than 0"),

@@ -65,6 +65,7 @@ OTHER_VALUE: dict[str, Any] = {  # of every option, besides `loss_type`, whose n
     "max_completion_length": 99,
     "minibatches": 3,
     "missing_eos_penalty": 0.6,
+    "normalize_advantages": True,
     "num_generations": 6,
     "num_mini_batches": 3,
     "num_ppo_epochs": 2,
@@ -72,6 +73,7 @@ OTHER_VALUE: dict[str, Any] = {  # of every option, besides `loss_type`, whose n
     "precompute_ref_log_probs": True,
     "ref_model_mixup_alpha": 0.2,
     "ref_model_sync_steps": 7,
+    "reward_clip_range": (-0.3, 0.8),
     "sapo_temperature_neg": 2.0,
     "sapo_temperature_pos": 2.0,
     "scale_rewards": "none",
@@ -92,6 +94,7 @@ OTHER_VALUE: dict[str, Any] = {  # of every option, besides `loss_type`, whose n
     "whiten_advantages": False,
     "whiten_rewards": True,
 }
+OTHER_VALUE_OF: dict[str, dict[str, Any]] = {"grpo": {"kl_estimator": "k2"}}  # where it is the default
 NEEDED: dict[str, dict[str, Any]] = {  # beside a loss: what it requires, or what tells it from another
     "cispo": {"epsilon_high": 1.5},
     "exo_pair": {"label_smoothing": 0.1},
@@ -104,6 +107,10 @@ BESIDE: dict[str, list[dict[str, Any]]] = {  # what else is set: the first besid
     "bco": [{}, {"sync_ref_model": True}],
     "grpo": [{"updates_per_batch": 2, "beta": 0.2}, {}, {"minibatches": 2, "correction": "token_mask"}],
     "gkd": [{}, {"lmbda": 0.0}],
+    **{
+        name: [{"updates_per_batch": 2}, {"correction": "token_mask"}]
+        for name in ("rloo", "reinforce_pp", "reinforce_pp_baseline")
+    },
     "ppo": [{}, {"kl_target": 0.1}, {"kl_coef": 0.0}],
 }
 
@@ -174,7 +181,7 @@ def regrouped(stage: Stage, group: int) -> Any:
 
 def sampled() -> Batch:
     """Three groups; a completion that was cut, one that could not be scored, and a group of equal rewards."""
-    of_tokens = ("old_logps", "ref_logps", "values", "step_reward")
+    of_tokens = ("old_logps", "ref_logps", "values", "step_reward", "advantages")
     lengths = [3, 4, 5, 3, 4, 5, 3, 4]
     noise = np.random.default_rng(5).normal(-1, 0.3, (len(of_tokens), sum(lengths)))
     return Batch.build(
@@ -207,17 +214,23 @@ def test_no_option_is_ignored_beside_any_loss_and_each_acts_beside_some(method: 
     acting: set[str] = set()
     for options in [*with_each_loss(method), *BESIDE.get(method, [{}])[1:]]:
         before = behaviour(build(method, options, FACTS))
-        for option in OTHER_VALUE.keys() & inspect.signature(METHODS[method]).parameters.keys():
-            if options.get(option) != OTHER_VALUE[option]:
-                effect = effect_of(method, options, option, before)
+        for option, value in other_values(method).items():
+            if options.get(option) != value:
+                effect = effect_of(method, {**options, option: value}, option, before)
                 assert effect != "nothing", f"options.{option} beside {options}"
                 acting |= {option} if effect == "acts" else set()
     assert acting == inspect.signature(METHODS[method]).parameters.keys() - {"loss_type"}
 
 
+def other_values(method: str) -> dict[str, Any]:
+    """Of each of its options."""
+    known = {**OTHER_VALUE, **OTHER_VALUE_OF.get(method, {})}
+    return {option: known[option] for option in inspect.signature(METHODS[method]).parameters if option in known}
+
+
 def effect_of(method: str, options: dict[str, Any], option: str, before: list[Any]) -> str:
-    """Of setting the option to another value: `acts`, `refused`, `warned of` or `nothing`."""
-    pipeline = made(method, {**options, option: OTHER_VALUE[option]})
+    """Of the option, set to another value than `before`: `acts`, `refused`, `warned of` or `nothing`."""
+    pipeline = made(method, options)
     if pipeline is None:
         return "refused"
     if behaviour(pipeline) != before:

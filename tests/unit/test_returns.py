@@ -20,8 +20,11 @@ from orchestrator.returns import (
     generalised_advantages,
     kl_in_reward,
     only_scored,
+    returns_to_go,
     reward_at_the_end,
+    reward_less_kl,
     whitened,
+    whitened_advantages,
     whitened_rewards,
     without_eos,
 )
@@ -103,6 +106,40 @@ def test_what_the_policy_says_beyond_its_reference_is_taken_off_at_its_token(est
     assert metric(metrics, "objective/rlhf_reward") == pytest.approx(2.0 - 0.1 * expected)
     assert metric(metrics, "objective/scores") == 2.0
     assert metric(metrics, "objective/entropy") == 2.5
+
+
+def test_a_whole_rows_kl_is_taken_off_its_reward() -> None:
+    old, ref = np.array([-9, -1, -0.5, -7, -1], np.float32), np.array([0, -1.5, -0.75, 0, -2], np.float32)
+    mask = [False, True, True, False, True]
+    batch = Batch.build([3, 2], mask=mask, old_logps=old, ref_logps=ref, reward=[2.0, np.nan])
+    columns, metrics = reward_less_kl(batch, ALONE, {}, coefficient=0.1)
+    np.testing.assert_allclose(columns["reward"], [2.0 - 0.1 * 0.75, np.nan], rtol=1e-6)
+    assert metric(metrics, "kl") == pytest.approx((0.5 + 0.25 + 1.0) / 3)
+
+
+def test_what_is_still_to_be_earned_is_discounted_over_trained_tokens_and_whitened_over_all_of_them() -> None:
+    mask = [False, True, False, True, False, True]
+    earned = np.array([9, 1, 9, 2, 9, 4], np.float32)
+    batch = Batch.build([4, 2], mask=mask, step_reward=earned)
+    plain, metrics = returns_to_go(batch, ALONE, {}, gamma=0.5, whiten=False)
+    np.testing.assert_allclose(plain["advantages"], [0, 2, 0, 2, 0, 4])
+    assert metric(metrics, "objective/returns") == pytest.approx(8 / 3)
+    found, _ = returns_to_go(batch, ALONE, {}, gamma=0.5)
+    np.testing.assert_allclose(found["advantages"][mask], whitened(np.array([2.0, 2.0, 4.0]), ALONE), rtol=1e-6)
+    assert not found["advantages"][~np.array(mask)].any()
+
+
+def test_advantages_are_whitened_over_the_trained_tokens_of_all_ranks() -> None:
+    batch = episodes()
+    batch = batch.with_columns(advantages=np.repeat(batch["reward"], batch.lengths).astype(np.float32))
+    (whole, _), parts = whitened_advantages(batch, ALONE, {}), [batch.select([0, 1, 2]), batch.select([3, 4, 5, 6, 7])]
+    mask = batch["mask"]
+    assert whole["advantages"][mask].mean() == pytest.approx(0, abs=1e-6)
+    assert whole["advantages"][mask].std(ddof=1) == pytest.approx(1, abs=1e-5)
+    found = on_ranks(whitened_advantages, parts, [{}, {}])
+    np.testing.assert_allclose(
+        np.concatenate([each[0]["advantages"] for each in found]), whole["advantages"], atol=1e-6
+    )
 
 
 def test_a_coefficient_with_a_target_follows_the_kl_and_is_remembered_in_the_state() -> None:
