@@ -19,6 +19,7 @@ import psutil
 from rich.console import Console
 from rich.text import Text
 
+from actors.specs import BackendKind
 from orchestrator.import_pin import ROOT
 
 PROBE_TIMEOUT_S = 180.0
@@ -132,7 +133,7 @@ def _try_ray() -> str:
     return f"a task ran on {address}, {nodes} node(s)"
 
 
-def _try_backend(kind: str) -> Callable[[], str]:
+def _try_backend(kind: BackendKind) -> Callable[[], str]:
     def probe() -> str:
         import torch
 
