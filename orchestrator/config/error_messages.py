@@ -1,5 +1,5 @@
-"""Why a configuration is refused, in lines that the user can act on: the key, what was given, what is allowed, where it
-was set, and the key that was probably meant."""
+"""Error messages for a configuration: the key, the value given, the values allowed, where it was set, and the nearest
+existing key."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 from actors.errors import ConfigError, nearest
 from orchestrator.config.overrides import Keys, dotted
 
-SHOWN = 8  # errors; a file of another program would otherwise fill the screen
+SHOWN = 8  # errors; another program's file would otherwise fill the screen
 
 
 def unknown(what: str, given: str, allowed: Sequence[str]) -> str:
@@ -32,8 +32,8 @@ def explain(
     shown_as: Callable[[Keys], str] = dotted,
     top_level: Sequence[Keys] = (),
 ) -> ConfigError:
-    """The ConfigError for a pydantic error. `where` says where a path was set, `shown_as` how its author writes it.
-    `top_level`: keys that its author may write at the top level, although the schema has them elsewhere."""
+    """The ConfigError for a pydantic error. `where` maps a path to the place where it was set, `shown_as` to the user's
+    notation. `top_level`: keys that may be written at the top level, although the schema has them elsewhere."""
     lines: list[str] = []
     problems = _by_path(error.errors(include_url=False), tree)
     for path, details in list(problems.items())[:SHOWN]:
@@ -45,7 +45,7 @@ def explain(
 
 
 def schema_keys(schema: type[BaseModel], below: Keys = ()) -> Iterator[Keys]:
-    """Every key of a configuration, as paths; names that the user chooses stand as `NAME`."""
+    """Every key of a configuration, as paths; `NAME` stands for names that the user chooses."""
     for name, field in schema.model_fields.items():
         yield (*below, name)
         for section, step in sections(field.annotation):
@@ -53,7 +53,7 @@ def schema_keys(schema: type[BaseModel], below: Keys = ()) -> Iterator[Keys]:
 
 
 def _by_path(errors: Sequence[ErrorDetails], tree: dict[str, Any]) -> dict[Keys, list[ErrorDetails]]:
-    """A union reports once per member: all of them stand for one wrong value."""
+    """Groups errors by path: pydantic reports a wrong value of a union once per member."""
     found: dict[Keys, list[ErrorDetails]] = {}
     for details in errors:
         found.setdefault(_real_path(details, tree), []).append(details)
@@ -86,7 +86,7 @@ def _reason(
     if first["type"] == "extra_forbidden":
         return _unknown_key(path, schema, shown_as, top_level)
     if first["type"] == "missing":
-        return "is required, and is not there"
+        return "is required and missing"
     if first["type"] == "role_kind":
         return first["msg"]
     if first["type"] == "value_error":
@@ -114,7 +114,7 @@ def _unknown_key(
 
 
 def _section_at(schema: type[BaseModel] | None, path: Keys) -> type[BaseModel] | None:
-    """The section that a path leads to, or None where it leads to something else."""
+    """The section at a path, or None if there is another value."""
     while schema is not None and path:
         field = schema.model_fields.get(str(path[0]))
         found = next(sections(field.annotation), None) if field else None

@@ -1,7 +1,7 @@
-"""Keys that are set where they cannot act. Pure.
+"""Keys that are set but have no effect. Pure.
 
-A recipe may size roles that one of its variants does not launch, so most of these are warnings: one line for each
-section, which names the keys. What makes a run learn nothing is refused in `validation.py`.
+A recipe may size roles that one of its variants does not launch, so most of these are warnings: one line per
+section, which names the keys. Settings with which a run would learn nothing are errors, in `validation.py`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from orchestrator.config.roles import (
 from orchestrator.config.schema import RunConfig
 from orchestrator.pipeline import Pipeline, Verb
 
-OF_VLLM = ("kv_cache_gib",)  # keys of the rollout role that an engine of ours reads alone
+OF_VLLM = ("kv_cache_gib",)  # keys of the rollout role that only the vllm engine reads
 OF_OPTIMIZER = tuple(OptimizerConfig.model_fields)
 RANDOM = ("temperature", "top_p", "top_k", "min_p")
 
 
 def idle_keys(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Sequence[str]) -> list[str]:
-    """A line for each section of the configuration that has such keys."""
+    """One line per section of the configuration that has such keys."""
     found = [
         f"{', '.join(f'{where}.{name}={getattr(section, name)}' for name in names)}: {why}"
         for where, section, keys, why in _idle(config, pipelines, launched)
@@ -36,17 +36,17 @@ def idle_keys(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Se
     ]
     kinds = {type(config.roles[role]) for role in launched if role in config.roles}
     if config.rewards and ScorersRole not in kinds:
-        found.append("rewards: nothing is scored in this run: no phase samples, and none has evaluation.data")
+        found.append("rewards: nothing is scored in this run: no phase generates, and none has evaluation.data")
     return found
 
 
 def changed(section: BaseModel, keys: Collection[str]) -> list[str]:
-    """Those of the keys that are set to something else than their default."""
+    """Those of the keys whose values differ from their defaults."""
     fields = type(section).model_fields
     return [key for key in keys if getattr(section, key) != fields[key].get_default(call_default_factory=True)]
 
 
-Idle = tuple[str, BaseModel, Collection[str], str]  # where, what stands there, which of its keys, why they do nothing
+Idle = tuple[str, BaseModel, Collection[str], str]  # its path, the section, which of its keys, why they have no effect
 
 
 def _idle(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Sequence[str]) -> Iterator[Idle]:
@@ -74,11 +74,11 @@ def _of_roles(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Se
         where = f"roles.{role}"
         if role not in launched:
             if role in companions:
-                continue  # its model lives in another role's ranks; what cannot act there is refused
+                continue  # a companion: `validation.py` refuses its other keys
             keys = set(type(settings).model_fields) - {"kind", "optimizer"}
             if role in named:
                 keys -= {"copies"}  # it decides which role stands in for it
-            if role in usual:  # which may have defaults that its kind has not
+            if role in usual:  # its defaults may differ from those of its kind
                 keys = {key for key in keys if getattr(settings, key) != getattr(usual[role], key)}
             yield where, settings, sorted(keys), f"nothing in this run launches the role {role}"
         elif isinstance(settings, RanksRole) and settings.backend == "single":

@@ -1,5 +1,5 @@
-"""Every key of the configuration as a reader wants it: what may be written there, what stands there if nothing is
-written, and one line of help. All of it comes from `schema.py` and `roles.py`."""
+"""A reference of all configuration keys: type, default and one line of help. All of it comes from `schema.py` and
+`roles.py`."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from orchestrator.config.error_messages import sections
 from orchestrator.config.overrides import Keys, dotted
 from orchestrator.config.schema import RunConfig
 
-FOLDED = ("phases", "NAME")  # left out in front of a phase's keys, as in a file with one phase
+FOLDED = ("phases", "NAME")  # omitted before a phase's keys, as in a file with one phase
 
 
 @dataclass(frozen=True)
 class Key:
-    """`default` is None for a key that has to be given, and for one that holds a section."""
+    """`default` is None for a required key, and for a key that holds a section."""
 
     path: Keys
     type: str
@@ -33,7 +33,7 @@ class Key:
 
     @property
     def name(self) -> str:
-        """As the author of a file with one phase writes it."""
+        """The key's notation in a file with one phase."""
         return dotted(self.path[2:] if self.path[:2] == FOLDED and len(self.path) > 2 else self.path)
 
 
@@ -49,8 +49,8 @@ def every_key(schema: type[BaseModel] = RunConfig, below: Keys = ()) -> Iterator
 
 
 def keys_below(prefix: str) -> list[Key]:
-    """The key called `prefix` and those that begin with it; what belongs to a phase is found with and without
-    `phases.NAME`. Raises ConfigError if there is none."""
+    """The key `prefix` and those below it; a phase's keys are found with and without `phases.NAME`. Raises ConfigError
+    if there is none."""
     everything = list(every_key())
     asked = re.sub(r"^phases\.[^.]+\.", "", prefix.removesuffix("."))
     below = [key for key in everything if key.name == asked or key.name.startswith(f"{asked}.")]
@@ -88,7 +88,7 @@ def type_name(annotation: Any) -> str:
 
 
 def as_yaml(value: Any) -> str:
-    """A plain value as it stands in a file."""
+    """A plain value in YAML."""
     if value is None:
         return "none"
     if isinstance(value, bool):

@@ -2,8 +2,8 @@
 
     recipe name or file ──► YAML tree ──► overrides ──► one shape (`phases`) ──► RunConfig ──► methods' options
 
-Each path of the tree remembers where it was set, so that a refusal can say so. Keys are checked before methods are
-imported (those bring the losses, and torch): a misspelt key is answered at once.
+The place where each path was set is recorded for error messages. Keys are checked before methods are imported (which
+import the losses, and torch), so that a misspelt key is reported at once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from orchestrator.config.overrides import Keys, Override, dotted
 from orchestrator.config.schema import PhaseConfig, RunConfig
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-PHASE_KEYS = tuple(PhaseConfig.model_fields)  # that a file with one phase writes at its top level
+PHASE_KEYS = tuple(PhaseConfig.model_fields)  # a file with one phase writes them at its top level
 SAVED = "config.json"  # in a run's folder; JSON is YAML
 
 
@@ -34,12 +34,12 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def config_of(tree: dict[str, Any], overrides: Sequence[str], name: str) -> RunConfig:
-    """As `load_config`, of a tree with one phase that a command makes; `name` is what it is called in refusals."""
+    """As `load_config`, for a tree with one phase that a command builds; `name` stands for it in error messages."""
     return _checked(Draft(name, tree, {}), overrides)
 
 
 def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration that a run was started with, as the run left it in its folder."""
+    """The configuration that a run saved in its folder when it started."""
     if not (folder / SAVED).is_file():
         raise ConfigError(f"{folder} is not a run's folder: it has no {SAVED}. Give the one that `troupe run` printed")
     return load_config(folder / SAVED, overrides)
@@ -51,7 +51,7 @@ def recipes() -> dict[str, str]:
 
 
 def recipe_name(file: Path) -> str:
-    """What a shipped recipe is called: `dpo_arithmetic`, `papers/dpo`."""
+    """The name of a shipped recipe: `dpo_arithmetic`, `papers/dpo`."""
     return file.relative_to(RECIPES).with_suffix("").as_posix()
 
 
@@ -97,8 +97,8 @@ class Draft:
         return draft
 
     def override(self, override: Override) -> None:
-        """Later ones win. Those of `phases...` wait until a single phase has its name; a key of a phase is that of the
-        only one, also if the file wrote `phases`."""
+        """The last one wins. Overrides of `phases...` are applied after a single phase has got its name. A key of a
+        phase without `phases.NAME` means the only phase, even if the file has `phases`."""
         head = override.path[0]
         if head == "phases" and "phases" not in self.tree:
             self._late.append(override)
@@ -113,10 +113,10 @@ class Draft:
         self._apply(override)
 
     def fold(self) -> None:
-        """Give a single phase its name (its method's), so that every configuration has `phases`."""
+        """Name a single phase after its method, so that every configuration has `phases`."""
         if "phases" not in self.tree:
             method = str(self.tree.get("method", PhaseConfig.model_fields["method"].default))
-            self.single = method.rpartition(":")[2]  # of a user's own, the name in its file
+            self.single = method.rpartition(":")[2]  # of a user's method, the name in its file
             phase = {key: self.tree.pop(key) for key in PHASE_KEYS if key in self.tree}
             self.tree["phases"] = {self.single: phase}
             self.origins = {self._folded(path): origin for path, origin in self.origins.items()}
@@ -124,7 +124,7 @@ class Draft:
             self._apply(override)
 
     def where(self, path: Keys) -> str:
-        """Where a path, or what is in it, or the nearest thing around it, was set."""
+        """Where a path was set, or a key inside it, or else the nearest section around it."""
         inside = [origin for set_at, origin in self.origins.items() if set_at[: len(path)] == path]
         if inside and path not in self.origins:
             return inside[0]
@@ -135,7 +135,7 @@ class Draft:
         return self.name
 
     def shown_as(self, path: Keys) -> str:
-        """A path as this file's author writes it."""
+        """A path in the notation of this file: without `phases.NAME` if it has one phase."""
         if self.single is not None and path[:1] == ("phases",) and path[1:2] in ((self.single,), ("NAME",)):
             path = path[2:]
         return dotted(path)
@@ -154,7 +154,7 @@ class Draft:
         if "phases" in self.tree and beside:
             key = beside[0]
             raise ConfigError(
-                f"`{key}` stands beside `phases` ({self.where((key,))}). A file has either one phase, with its keys at "
+                f"`{key}` is given beside `phases` ({self.where((key,))}). A file has one phase, with its keys at "
                 f"the top level, or `phases`: move it to phases.NAME.{key}"
             )
 
@@ -189,7 +189,7 @@ def _check_methods(config: RunConfig, draft: Draft) -> None:
 
 
 def _blamed(message: str, phase: PhaseConfig) -> Keys:
-    """The key of a phase that a method's refusal is about: the given option that it names first, else the method."""
+    """The key of a phase to which a method's error refers: the first option that the error names, else the method."""
     found = {option: re.search(rf"\b{re.escape(option)}\b", message) for option in phase.options}
     named = sorted((match.start(), option) for option, match in found.items() if match)
     return ("options", named[0][1]) if named else ("method",)

@@ -1,9 +1,8 @@
 """`a.b=c` on the command line: a path into the configuration and a YAML value.
 
-Reading YAML stands here too, because a value must mean the same in a file and in an override: numbers are those of YAML
-1.2 (YAML 1.1 takes `1e-3` for a text and `1:30` for 90), and a key given twice is refused instead of the last one
-winning unseen.
-"""
+YAML files are read here too, because a value must mean the same in a file and in an override: numbers are those of YAML
+1.2 (YAML 1.1 reads `1e-3` as a string and `1:30` as 90), and a duplicate key is an error; PyYAML would silently take
+the last one."""
 
 from __future__ import annotations
 
@@ -31,8 +30,8 @@ PLAIN_SCALARS = (
 
 
 class Loader(yaml.SafeLoader):
-    """Safe YAML with the numbers of YAML 1.2: `1e-3` and `.5` are some, and `010` is ten. `1:30`, a date, `1_000` and
-    `=` are texts."""
+    """Safe YAML with the numbers of YAML 1.2: `1e-3` and `.5` are numbers, and `010` is ten. `1:30`, a date, `1_000`
+    and `=` are texts."""
 
 
 def _integer(loader: Loader, node: yaml.ScalarNode) -> int:
@@ -62,7 +61,7 @@ Loader.add_constructor("tag:yaml.org,2002:float", _float)
 
 @dataclass(frozen=True)
 class Override:
-    """One `a.b=c`. `text` is what was typed."""
+    """One `a.b=c`; `text` is the argument as it was typed."""
 
     path: Keys
     value: Any
@@ -86,7 +85,8 @@ def parse(text: str) -> Override:
 
 
 def apply(tree: dict[str, Any], override: Override) -> None:
-    """Set the value in `tree`, making mappings on the way. Raises ConfigError where the path meets a plain value."""
+    """Set the value in `tree`, creating mappings where they are missing. Raises ConfigError if a plain value is in the
+    way."""
     node: Any = tree
     for depth, key in enumerate(override.path[:-1]):
         node = _child(node, _key_in(node, key, override), override, depth)
@@ -125,7 +125,7 @@ def _child(node: Any, key: Any, override: Override, depth: int) -> Any:
 
 
 def _key_in(node: Any, key: str | int, override: Override) -> Any:
-    """`key` as its container takes it: a string in a mapping, a position in a list."""
+    """`key` as an index of its container: a string in a mapping, an int in a list."""
     if isinstance(node, dict):
         return str(key)
     if not isinstance(key, int) or key >= len(node):

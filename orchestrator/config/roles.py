@@ -13,32 +13,32 @@ from rollout.engine import EngineSpec
 
 
 class OptimizerConfig(Section):
-    """Of one trained role, where it differs from its phase's `train`."""
+    """The optimizer of one trained role, where it differs from its phase's `train`."""
 
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak of the schedule. None: train.learning_rate."""
     weight_decay: Annotated[float, Field(ge=0)] | None = None
-    """Of matrices; never of biases and norms. None: train.weight_decay."""
+    """Applies to matrices, never to biases and norms. None: train.weight_decay."""
     scheduler: Scheduler | None = None
     """Course of the learning rate after the warm-up. None: train.scheduler."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
-    """Optimizer steps until the learning rate is reached. None: train.warmup_steps."""
+    """Optimizer steps until the learning rate reaches its peak. None: train.warmup_steps."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = None
     """Norm to which gradients are clipped. None: train.max_grad_norm."""
 
 
 class RanksRole(Section):
-    """A role whose processes hold a model together, as ranks of a gang."""
+    """A role whose processes hold one model together, as ranks of a gang."""
 
     model: str | None = None
-    """Folder or hub name of its model, or ${phases.NAME.model}: what that phase leaves. Default: the run's model."""
+    """Folder or hub name of its model, or ${phases.NAME.model}: the one that this phase saves. Default: the run's."""
     dtype: DType | None = None
     """Type of its weights. Default: the model's."""
 
     backend: BackendKind = BackendSpec.kind
-    """What trains: plain torch or DeepSpeed."""
+    """Plain torch or DeepSpeed."""
     ranks: Positive = 1
-    """Processes that train together, each on its share of a batch."""
+    """Number of processes; each computes a shard of every batch."""
     gpus: Annotated[float, Field(ge=0)] = 0.0
     """GPUs reserved per rank."""
     cpus: Annotated[float, Field(gt=0)] = 1.0
@@ -50,13 +50,13 @@ class RanksRole(Section):
     deepspeed: dict[str, Any] | Path | None = None
     """A DeepSpeed configuration, inline or a JSON file, passed through."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = BackendSpec.zero_stage
-    """ZeRO stage, used when `deepspeed` does not say."""
+    """ZeRO stage, unless `deepspeed` sets one."""
     colocate: str | None = None
     """Share that role's bundles; `gpus` may be a fraction."""
     call_timeout_s: Seconds = 3600.0
-    """Deadline of one verb (a step, a pass of log-probabilities, a save); a rank inside it for longer ends the run."""
+    """Deadline of one verb (a step, a pass of log-probabilities, a save); if a rank takes longer, the run ends."""
     ping_timeout_s: Seconds = 60.0
-    """A rank that answers no ping for that long hangs, and the run ends."""
+    """A rank that answers no ping for this long counts as hung, and the run ends."""
     resources: dict[str, float] = Field(default_factory=dict)
     """Custom Ray resources reserved per rank."""
     label_selector: LabelSelector = Field(default_factory=dict)
@@ -64,28 +64,28 @@ class RanksRole(Section):
 
 
 class TrainerRole(RanksRole):
-    """A role whose weights may be trained; which phases train it, their methods say."""
+    """A role whose weights may be trained; the methods of the phases decide which phases train it."""
 
     kind: Literal["trainer"] = "trainer"
-    """What the role is."""
+    """Kind of the role."""
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
-    """Its optimizer, where it is another than the phase's."""
+    """Settings of its optimizer that differ from the phase's."""
 
 
 class FrozenRole(RanksRole):
-    """A role whose weights stay while a phase lasts: the same machinery without an optimizer."""
+    """A role whose weights do not change during a phase: the same processes without an optimizer."""
 
     kind: Literal["frozen"] = "frozen"
-    """What the role is."""
+    """Kind of the role."""
     copies: str = "policy"
-    """The role whose weights it has, as a phase finds them, unless it has a `model` of its own."""
+    """The role whose weights it copies at the start of a phase, unless `model` is set."""
 
 
 class ScorersRole(Section):
     """A pool of reward actors."""
 
     kind: Literal["scorers"] = "scorers"
-    """What the role is."""
+    """Kind of the role."""
     workers: Positive = 1
     """Number of processes; `troupe scale RUN reward=N` changes the number of a running job."""
     cpus: Annotated[float, Field(ge=0)] = 0.5
@@ -95,13 +95,13 @@ class ScorersRole(Section):
     concurrency: Positive = 4
     """Groups scored by one worker at a time."""
     timeout_s: Seconds = 60.0
-    """Deadline of one call; then the worker is killed, replaced, and the group tried again."""
+    """Deadline of one call; after it the worker is killed and replaced, and the group is tried again."""
     max_attempts: Positive = 3
-    """How often a group is tried."""
+    """Attempts to score a group."""
     on_failure: Literal["drop", "abort"] = "drop"
-    """What becomes of a group that cannot be scored: dropped and counted, or the run ends. Never a reward of zero."""
+    """A group that cannot be scored is dropped and counted, or ends the run. It never gets a reward of zero."""
     start_timeout_s: Seconds = 120.0
-    """Deadline of a worker's start: its imports, and whatever reward classes load."""
+    """Deadline of a worker's start, including the imports and models of reward classes."""
     max_restarts: Annotated[int, Field(ge=0)] = 1000
     """Replacements of dead workers in a run."""
     colocate: str | None = None
@@ -109,7 +109,7 @@ class ScorersRole(Section):
 
 
 class Fallback(Section):
-    """Another choice of nodes, as Ray writes it. An empty selector takes every node."""
+    """An alternative choice of nodes, in Ray's notation. An empty selector matches every node."""
 
     label_selector: LabelSelector
     """Labels of the nodes; empty: every node."""
@@ -119,11 +119,11 @@ class EngineRole(Section):
     """A fleet of rollout workers; each has a placement group of its own and may join or leave at any time."""
 
     kind: Literal["engine"] = "engine"
-    """What the role is."""
+    """Kind of the role."""
     follows: str = "policy"
     """The trained role that it samples from: its weights are published to every worker."""
     engine: str = "vllm"
-    """What samples: vllm, hf or scripted."""
+    """Name of the engine: vllm, hf or scripted, or your own as path/to/file.py:Class."""
     workers: Positive = 1
     """Number of processes; `troupe scale RUN rollout=N` changes the number of a running job."""
     gpus: Annotated[float, Field(ge=0)] = 0.0
@@ -157,9 +157,9 @@ class EngineRole(Section):
     start_timeout_s: Seconds = 300.0
     """Deadline of a worker's start: process, engine, model."""
     request_timeout_s: Seconds = 600.0
-    """Deadline of one request; then it is tried on another worker."""
+    """Deadline of one request; after it the request is tried on another worker."""
     max_attempts: Positive = 5
-    """How often a request is tried, each time on another worker if there is one."""
+    """Attempts to complete a request, each on another worker if there is one."""
     max_restarts: Annotated[int, Field(ge=0)] = 100
     """Replacements of dead workers in a run."""
 
@@ -176,7 +176,7 @@ RoleConfig = Annotated[
     Discriminator(
         _kind_of,
         custom_error_type="role_kind",
-        custom_error_message="a role of a name of its own says its kind: trainer, frozen, engine or scorers",
+        custom_error_message="a role with a name of your own needs a kind: trainer, frozen, engine or scorers",
     ),
 ]
 
@@ -192,19 +192,19 @@ class RolesConfig(Section):
     policy: TrainerRole = Field(default_factory=TrainerRole)
     """The role that policies are trained in."""
     value: TrainerRole = Field(default_factory=TrainerRole)
-    """The critic of methods that train one beside the policy."""
+    """The critic of methods that train one in addition to the policy."""
     reward_model: TrainerRole = Field(default_factory=TrainerRole)
-    """A model that scores; methods of reward modelling train it."""
+    """A model that scores completions; reward modelling trains it."""
     reference: FrozenRole = Field(default_factory=FrozenRole)
-    """What the policy is held near to."""
+    """The model from which a KL term or a log-ratio measures the policy's distance."""
     teacher: FrozenRole = Field(default_factory=FrozenRole)
-    """What a student learns from."""
+    """The model whose distribution or completions a student learns."""
     reward: ScorersRole = Field(default_factory=ScorersRole)
     """The pool that calls reward functions."""
     rollout: EngineRole = Field(default_factory=EngineRole)
     """The fleet that samples completions."""
     teacher_rollout: EngineRole = Field(default_factory=lambda: EngineRole(follows="teacher"))
-    """A fleet that samples the teacher's completions."""
+    """The fleet that samples the teacher's completions."""
 
     def __contains__(self, name: str) -> bool:
         return name in type(self).model_fields or name in self.__pydantic_extra__

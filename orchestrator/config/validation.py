@@ -1,6 +1,6 @@
-"""Combinations that are wrong whatever the cluster offers, all of them at once. Pure.
+"""Invalid combinations of settings, all of them at once, whatever the cluster is. Pure.
 
-Each refusal says which key, what it holds, why that cannot work, and what to set instead.
+Each error names the key and its value, why that cannot work, and what to set instead.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ COMPANION_KEYS = frozenset({"kind", "model", "dtype"})  # of a role whose model 
 
 
 def refusals(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Sequence[str]) -> list[str]:
-    """Everything that would be refused, one line each; empty if the plan can be made."""
+    """One line per reason to refuse the configuration; empty if it can be planned."""
     found: list[str] = []
     for name, pipeline in pipelines.items():
         found += _of_phase(f"phases.{name}", config, config.phases[name], pipeline)
@@ -69,7 +69,7 @@ def _is_copy(config: RunConfig, role: str) -> bool:
 
 
 def _of_kinds(config: RunConfig, pipelines: Mapping[str, Pipeline]) -> Iterator[str]:
-    """What each verb asks of a role, the role must be: trained by an update, scoring by a reward ..."""
+    """A role must have a kind that its stages and rewards need: a trainer for an update, scorers for functions ..."""
     wanted: dict[Verb, tuple[type[Section], str, str]] = {
         Verb.GENERATE: (EngineRole, "samples from it", "engine"),
         Verb.SCORE: (ScorersRole, "scores with it", "scorers"),
@@ -137,7 +137,7 @@ def _of_phase(where: str, config: RunConfig, phase: PhaseConfig, pipeline: Pipel
         )
     scored = bool(config.rewards) and any(stage.verb is Verb.SCORE for stage in pipeline)
     if scored and not any(reward.weight for reward in config.rewards):
-        yield f"rewards: all weights are 0, so {phase.method} learns nothing; give one reward a weight"
+        yield f"rewards: all weights are 0, so {phase.method} has nothing to learn; give one reward a weight"
     if phase.data.path is not None and phase.data.mixture:
         yield f"{where}.data.path={phase.data.path} beside {where}.data.mixture, which has paths of its own; keep one"
     if "mismatched" in pipeline.data.columns and train.batch_size < 2:
@@ -153,7 +153,8 @@ def _of_phase(where: str, config: RunConfig, phase: PhaseConfig, pipeline: Pipel
 def _of_companion(
     where: str, config: RunConfig, phase: PhaseConfig, role: str, companion: str, launched: Sequence[str]
 ) -> Iterator[str]:
-    """A model that lives in another role's ranks is another model, and has no processes to be sized."""
+    """A companion, whose model is held by the ranks of another role, needs a model of its own; settings of processes
+    have no effect on it."""
     said, settings = (
         f"{where}: {phase.method} compares {role} with the model of {companion}",
         config.roles.get(companion),
@@ -181,7 +182,7 @@ def _is_set(settings: Section, name: str) -> bool:
 
 
 def _of_mixed(where: str, config: RunConfig, phase: PhaseConfig, role: str) -> Iterator[str]:
-    """A role whose weights follow the policy's must have weights of its own, and begin with the policy's."""
+    """A role whose weights are moved towards the policy's must have a copy of the policy's weights."""
     said = f"{where}: {phase.method} as configured moves the weights of the {role} (options.sync_ref_model)"
     settings = config.roles[role]
     if isinstance(settings, FrozenRole) and settings.model is not None:
@@ -227,7 +228,7 @@ def _of_role(where: str, role: str, settings: Role, roles: RolesConfig, launched
     if isinstance(settings, EngineRole) and settings.tensor_parallel > 1 and settings.engine == "hf":
         yield f"{where}.tensor_parallel={settings.tensor_parallel}: the hf engine runs on one device; use vllm, or 1"
     if isinstance(settings, EngineRole) and settings.fallback_strategy and not settings.label_selector:
-        yield f"{where}.fallback_strategy is for when {where}.label_selector finds no room, and there is none; set one"
+        yield f"{where}.fallback_strategy needs a {where}.label_selector to fall back from, and none is set; set one"
     if settings.colocate is not None and getattr(settings, "label_selector", None):
         yield (
             f"{where}.label_selector: a colocated role runs where {settings.colocate} runs; set "
@@ -251,7 +252,7 @@ def _of_colocation(where: str, role: str, settings: Role, roles: RolesConfig, la
     if count(settings) > count(beside):
         yield f"{where}: {count(settings)} processes cannot share the {count(beside)} bundle(s) of {host}, one in each"
     guests = [name for name in launched if name in roles and roles[name].colocate == host]
-    if role == guests[0]:  # the sum concerns all of them: say it once
+    if role == guests[0]:  # the sum is the same for all guests: report it once
         total = beside.gpus + sum(roles[name].gpus for name in guests)
         yield from _of_gpus(f"roles.{host} with {', '.join(guests)} beside it", total, count(beside))
 
@@ -283,7 +284,7 @@ def _of_weights(config: RunConfig, launched: Sequence[str]) -> Iterator[str]:
 
 
 def count(settings: Role) -> int:
-    """Processes of a role at the start."""
+    """Number of processes of a role at the start."""
     return settings.ranks if isinstance(settings, RanksRole) else settings.workers
 
 

@@ -1,1 +1,1 @@
-"""From a data set as a user has it to rows of token ids: loading, formats, tokenising, fitting, packing, order."""
+"""From a user's data set to rows of token ids: loading, formats, tokenising, truncation, packing, order."""

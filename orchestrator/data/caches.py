@@ -1,10 +1,10 @@
-"""Columns that were computed once for a whole data set, kept on disk between runs.
+"""Columns that are computed once for a whole data set and cached on disk for later runs.
 
-    ROOT/ref_logps/DATA/REST/     values.npy, opened memory-mapped, and origin.json, which says what they are of
+    ROOT/ref_logps/DATA/REST/     values.npy, opened memory-mapped, and origin.json, which says what they depend on
                    │    └── hash of everything else that the values depend on
                    └─────── fingerprint of the tokens and masks
 
-A folder is written whole or not at all.
+A folder is written completely or not at all.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from actors.errors import DataError
 
-VERSION = 1  # of the numbers themselves: raise it when the same weights give others
+VERSION = 1  # of the values: raise it when the same weights give other values
 VALUES, ORIGIN = "values.npy", "origin.json"
 
 
@@ -46,18 +46,19 @@ class Origin:
 
 
 def any_of(root: Path, column: str, data: str) -> bool:
-    """Whether that column is kept of that data, under whichever weights."""
+    """Whether that column is cached for that data, under any weights."""
     return (root / column / data).is_dir()
 
 
 def load(folder: Path, tokens: int) -> NDArray[np.float32] | None:
-    """[T] what `writing` left there, memory-mapped; None if there is nothing. Raises DataError for a damaged file."""
+    """[T] the values that `writing` stored, memory-mapped; None if there are none. Raises DataError for a damaged
+    file."""
     if not (folder / ORIGIN).is_file():
         return None
     try:
         values: NDArray[np.float32] = np.load(folder / VALUES, mmap_mode="r")
     except (OSError, EOFError, ValueError) as error:
-        raise DataError(f"{folder / VALUES} is damaged ({error}); delete {folder}, and it is computed again") from None
+        raise DataError(f"{folder / VALUES} is damaged ({error}); delete {folder}, to compute them again") from None
     if values.shape != (tokens,) or values.dtype != np.float32:
         raise DataError(f"{folder / VALUES} holds {values.dtype} {values.shape} for {tokens} tokens; delete {folder}")
     return values
@@ -65,8 +66,8 @@ def load(folder: Path, tokens: int) -> NDArray[np.float32] | None:
 
 @contextmanager
 def writing(folder: Path, origin: Origin, tokens: int) -> Iterator[NDArray[np.float32]]:
-    """[T] to be filled inside the block. If that fails, nothing is left behind; of two processes that write at once,
-    one wins, and both wrote the same."""
+    """[T] an array to be filled inside the block. If the block raises, nothing is stored. If two processes write at the
+    same time, either result is kept: they are equal."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:

@@ -64,8 +64,8 @@ def message_dicts(row: Row, name: str) -> list[Message]:
 
 
 def _given_keys(message: Message) -> Message:
-    """A message's own key that is null counts as not given: whoever writes all keys of the schema writes those. Inside
-    of them, as in a tool call's arguments, a null is a value."""
+    """Leaves out a message's keys that are null, which writers of a fixed schema use for missing keys. Nulls below
+    them, as in a tool call's arguments, are values."""
     return {key: value for key, value in message.items() if value is not None}
 
 
@@ -116,14 +116,14 @@ def template_kwargs(value: Any) -> Mapping[str, Any]:
     for name in variables:
         if name in RESERVED:
             raise RowError(
-                f"chat_template_kwargs.{name} is not a variable of the template's own, and only those may be given "
+                f"chat_template_kwargs.{name} is not one of the template's own variables, and only those may be given "
                 "(tools have a column of their own)"
             )
     return variables
 
 
 def _shown(value: Any) -> str:
-    """A value itself where it is short, else what it is."""
+    """The value if it is short, else its type."""
     shown = repr(value)
     return shown if value is not None and len(shown) <= 40 else _described(value)
 

@@ -1,4 +1,4 @@
-"""What a conversation says: who speaks, what counts as an answer, and whether a rendering of it still says the same."""
+"""Conversations: whose turn it is, what counts as an answer, and whether a rendering has the whole content."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any, cast
 Message = dict[str, Any]
 Content = str | list[Message]
 ASSISTANT = "assistant"
-WORDS = ("content", "reasoning_content", "reasoning", "thinking")  # fields of a message that hold what was said
+WORDS = ("content", "reasoning_content", "reasoning", "thinking")  # fields of a message that hold its content
 
 
 class RowError(Exception):
-    """Why one row cannot be used."""
+    """Raised for a row that cannot be used; the message is the reason."""
 
 
 def refuse_no_answer(content: Content, name: str) -> None:
-    """Raises RowError for what teaches no answer: a blank text, nobody of the assistant's, an answer without a word."""
+    """Raises RowError if there is no answer to train on: a blank text, no assistant turn, or an empty one."""
     if isinstance(content, str):
         if not content.strip():
             raise RowError(f"{name} is blank")
@@ -30,22 +30,23 @@ def refuse_no_answer(content: Content, name: str) -> None:
 
 
 def refuse_other_beginning(completion: Content, name: str) -> None:
-    """Raises RowError where somebody else speaks first: a prompt is followed by the assistant's words."""
+    """Raises RowError if the completion does not begin with an assistant turn."""
     if not isinstance(completion, str) and completion[0]["role"] != ASSISTANT:
         raise RowError(f"{name} begins with a turn of {completion[0]['role']}: what follows a prompt is an answer")
 
 
 def refuse_other_ending(completion: Content) -> None:
-    """Raises RowError where somebody else speaks last, for data whose every turn is learned from."""
+    """Raises RowError if the last turn is not the assistant's, for data whose turns are all trained on."""
     if not isinstance(completion, str) and completion[-1]["role"] != ASSISTANT:
         raise RowError(
-            f"it ends in a turn of {completion[-1]['role']}, which would be learned like an answer: end it with the "
-            "assistant's, or set data.assistant_only=true to learn from the assistant's turns alone"
+            f"it ends in a turn of {completion[-1]['role']}, which would be trained on like an answer: end it with an "
+            "assistant turn, or set data.assistant_only=true to train on the assistant's turns only"
         )
 
 
 def joined(prompt: Sequence[Message], completion: Sequence[Message]) -> list[Message]:
-    """The conversation of both. Where the prompt ends in the assistant's words, the completion goes on with them."""
+    """Prompt and completion as one conversation. If the prompt ends with an assistant turn, the completion continues
+    it."""
     if not prompt or prompt[-1]["role"] != ASSISTANT:
         return [*prompt, *completion]
     begun, rest = prompt[-1], completion[0]
@@ -60,7 +61,7 @@ def answers(content: Content | None) -> list[Message]:
 
 
 def lost(message: Message, text: str) -> str | None:
-    """Something that the message says and `text` does not; None where all is there. White space does not count."""
+    """A part of the message that is missing in `text`; None if there is none. White space is ignored."""
     squeezed = None
     for words in _texts(message):
         if words in text:

@@ -1,8 +1,8 @@
-"""Weights for undesirable examples whose prompts come from elsewhere than the desirable ones' (BCO's `weight` column).
+"""Weights for undesirable examples whose prompts have another distribution than those of desirable ones (BCO's `weight`
+column).
 
-A logistic regression tells the two sets of prompts apart; an undesirable prompt weighs as much as the odds that it is a
-desirable one. Pure numpy. Source: arXiv:2404.04656.
-"""
+A logistic regression separates the two sets of prompts; the weight of an undesirable prompt is the odds that it is a
+desirable one. Pure numpy. Source: arXiv:2404.04656."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ def desirable_probability(embeddings: Array, label: Array, *, penalty: float = 1
     """[B]: the fitted probability that a prompt is a desirable example's, from `embeddings` [B, D] of prompts.
 
     Newton's method on the logistic likelihood with a quadratic penalty on all weights but the intercept; both classes
-    count the same, however many there are of each, so that the odds are a ratio of densities.
-    """
+    have the same total weight, so that the odds are a ratio of densities."""
     features = np.column_stack([np.ones(len(embeddings)), embeddings]).astype(np.float64)
     target = np.asarray(label, np.float64)
     balance = np.where(label, 0.5 / max(target.mean(), 1e-12), 0.5 / max(1 - target.mean(), 1e-12))

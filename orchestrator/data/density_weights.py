@@ -1,4 +1,4 @@
-"""Weights of undesirable rows whose prompts are not like the desirable ones', for data that brings none of its own."""
+"""Estimates weights of undesirable rows for data without a column of weights."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ _SEED = 20_240_404  # of the projection: the same rows have the same weights in 
 
 
 def weighted(store: Store) -> Store:
-    """The same items, each undesirable one weighed by how likely its prompt is among the desirable ones."""
+    """The same items; the weight of an undesirable one is the odds that its prompt belongs to a desirable one."""
     label = store.label == 1
     ratios = density_ratio_weights(desirable_probability(_embeddings(store), label))
     return replace(store, weight=np.where(label, 1.0, ratios).astype(np.float32))
 
 
 def refuse_weights_of_stream(data: DataConfig, kind: DataKind) -> None:
-    """Raises DataError where weights would have to be estimated from rows that were not read yet."""
+    """Raises DataError for a stream, all rows of which would be needed for the estimate."""
     if "weight" in kind.columns and "weight" not in data.columns:
         raise DataError(
-            "options.density_ratio weighs rows by how all prompts are spread, and a stream is never read to its end: "
+            "options.density_ratio estimates weights from all prompts, and a stream is not read to its end: "
             "leave data.streaming out, or name a column of weights: data.columns.weight=ITS_NAME"
         )
 
 
 def _embeddings(store: Store) -> NDArray[np.float64]:
-    """[I, D]: the tokens of each prompt without their order, projected at random and of length 1.
+    """[I, D]: a random projection of each prompt's bag of tokens, normalised.
 
-    No embedding model is needed for it, and prompts of different sources differ in their words."""
+    It needs no embedding model, and prompts of different sources differ in their vocabulary."""
     vocabulary = int(store.tokens.max()) + 1
     signs = np.random.default_rng(_SEED).choice(np.array([-1, 1], np.int8), (vocabulary, DIMENSIONS))
     embedded = np.array([signs[_prompt(store, row)].sum(axis=0) for row in store.first_row[:-1].tolist()], np.float64)
@@ -44,6 +44,6 @@ def _embeddings(store: Store) -> NDArray[np.float64]:
 
 
 def _prompt(store: Store, row: int) -> NDArray[np.int32]:
-    """What stands before the first token that is learned from."""
+    """The tokens before the first trained one."""
     start, stop = store.offsets[row : row + 2].tolist()
     return store.tokens[start : start + int(np.argmax(store.mask[start:stop]))]

@@ -1,9 +1,8 @@
-"""Packing: which pieces of which documents share an item of `max_length` tokens. Pure functions of the lengths.
+"""Packing: which pieces of documents share an item of `max_length` tokens. Pure functions of the lengths.
 
-Micro-batches are free of padding anyway, so packing does not make a step quicker; it makes items equal in tokens, and
-it decides what becomes of a document that is too long: `bfd` cuts its end off, `bfd_split` and `wrapped` keep it all.
-No document sees another inside a pack: each piece is a row of its own.
-"""
+Micro-batches have no padding in any case, so packing does not make a step faster. It gives items about the same number
+of tokens, and decides how a document that is too long is handled: `bfd` truncates its end, `bfd_split` and `wrapped`
+keep all of it. Pieces do not attend to one another: each is a row of its own."""
 
 from __future__ import annotations
 
@@ -29,9 +28,9 @@ Bin = list[Piece]
 
 
 def best_fit_decreasing(lengths: Sequence[int], max_length: int, *, split: bool = False) -> list[Bin]:
-    """Longest piece first, each into the fullest bin that still has room for it, the earliest of several.
+    """Places the longest piece first, each into the fullest bin that has room for it; among equals, the earliest.
 
-    A document that is longer than a bin loses its end, or with `split` becomes several pieces."""
+    A document that is longer than a bin is truncated, or with `split` becomes several pieces."""
     pieces = [piece for document, length in enumerate(lengths) for piece in _cut(document, length, max_length, split)]
     bins: list[Bin] = []
     roomy: dict[int, list[int]] = {}  # room left -> heap of bins with that much
@@ -56,7 +55,7 @@ def best_fit_decreasing(lengths: Sequence[int], max_length: int, *, split: bool 
 
 
 def wrapped(lengths: Sequence[int], max_length: int) -> list[Bin]:
-    """All documents one after the other, cut every `max_length` tokens."""
+    """All documents concatenated, and cut every `max_length` tokens."""
     bins: list[Bin] = []
     room = 0
     for document, length in enumerate(lengths):

@@ -1,7 +1,7 @@
 """Files, folders and hub names as tables: which files a path means, and which builder of `datasets` reads them."""
 
 # pyright: basic
-# (datasets is typed in part only)
+# (datasets has incomplete types)
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from orchestrator.data.json_lines import JSON_SUFFIXES
 from orchestrator.data.tables import ArrowTable, Read, Row, without_added_nulls
 
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
-BOOLEANS = {"true": True, "1": True, "false": False, "0": False}  # as tables of text write them
-NUMBERS = ("weight", "margin")  # our columns that hold numbers, where data.columns names them
+BOOLEANS = {"true": True, "1": True, "false": False, "0": False}  # their spellings in CSV files
+NUMBERS = ("weight", "margin")  # columns that hold numbers, if data.columns names them
 SUFFIXES = (*JSON_SUFFIXES, *BUILDERS)
 
 
 def json_files(data: DataConfig, path: str, split: str) -> list[Path]:
-    """The JSON files that a path means; none if it means something else."""
+    """The JSON files at a path; empty if it has other files."""
     if examples.is_example(path) or not Path(path).exists():
         return []
     files = data_files(Path(path), split)
@@ -38,7 +38,7 @@ def json_files(data: DataConfig, path: str, split: str) -> list[Path]:
 
 
 def table(data: DataConfig, path: str, split: str, seed: int) -> ArrowTable:
-    """What is at a path that does not mean JSON files."""
+    """The table at a path without JSON files."""
     found, read = _opened(data, path, split, seed, streaming=False)
     return ArrowTable(found, read)
 
@@ -50,7 +50,8 @@ def streamed(data: DataConfig, path: str, split: str, seed: int) -> Iterator[Row
 
 
 def _opened(data: DataConfig, path: str, split: str, seed: int, *, streaming: bool) -> tuple[Any, Read]:
-    """(a data set, or with `streaming` an iterable of rows; what makes its rows those that were written)."""
+    """A data set, or with `streaming` an iterable of rows; and a function that restores its rows as they were
+    written."""
     if examples.is_example(path):
         name = path.removeprefix(examples.PREFIX)
         found = examples.dataset(name, split=split, **{"seed": seed, **data.options})
@@ -94,7 +95,7 @@ def data_files(path: Path, split: str) -> list[Path]:
 
 
 def _csv(files: list[Path], data: DataConfig, streaming: bool) -> Any:
-    """A table of text has no types: every cell is the text that stands there, `007` and `NA` and nothing as well."""
+    """A CSV file has no types: every cell is a string, including `007`, `NA` and an empty one."""
     given = {**({"sep": "\t"} if files[0].suffix == ".tsv" else {}), **data.options}
     columns = max(_checked_header(file, given) for file in files)
     as_text = {"converters": dict.fromkeys(range(columns), str), "keep_default_na": False, "na_filter": False}
@@ -108,8 +109,8 @@ def _files_table(files: list[Path], data: DataConfig, streaming: bool, options: 
 
 
 def _checked_header(file: Path, options: dict[str, Any]) -> int:
-    """Columns of a table of text. Raises DataError for a row of more or fewer cells: pandas takes the first cells of a
-    longer first row for its name and shifts the others, and fills a shorter row up."""
+    """Columns of a CSV file. Raises DataError for a row with more or fewer cells: pandas would use the first cells of a
+    longer first row as its name and shift the others, and would pad a shorter row."""
     separator = options.get("sep") or options.get("delimiter") or ","
     with file.open(newline="", errors="replace") as opened:
         rows = (row for row in csv.reader(opened, delimiter=separator) if row)
@@ -125,7 +126,8 @@ def _checked_header(file: Path, options: dict[str, Any]) -> int:
 
 
 def _cells_read(data: DataConfig) -> Read:
-    """Our columns that hold no texts, from their texts; what cannot be read stays as it is, and is refused as a row."""
+    """Parses our columns of numbers and booleans; a cell that cannot be parsed stays a string, and its row is refused
+    later."""
     label = data.columns.get("label", "label")
     numbers = [data.columns[name] for name in NUMBERS if name in data.columns]
 
@@ -155,9 +157,9 @@ def _loaded(what: str, builder: str, data: DataConfig, **options: Any) -> Any:
 
     try:
         return load_dataset(builder, cache_dir=str(data.cache_dir) if data.cache_dir else None, **options)
-    except Exception as error:  # whatever a builder, a parser or the network raises
+    except Exception as error:  # a builder, a parser or the network may raise anything
         cause = error
-        while cause.__cause__ is not None:  # a builder says that something went wrong; what it was, the first one knows
+        while cause.__cause__ is not None:  # a builder's own error is generic; the first cause has the reason
             cause = cause.__cause__
         raise DataError(f"cannot load {what}: {type(cause).__name__}: {cause} (data.path)") from error
 

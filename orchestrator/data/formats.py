@@ -1,8 +1,7 @@
-"""Which columns a row of each kind of data may have, and what they say: rows become `Example`s.
+"""The columns of each kind of data, and how they are read: rows become `Example`s.
 
-A column counts under our name after `data.columns` was applied. The first format whose columns are all there is taken.
-Text and lists of messages are told apart row by row. Whatever is wrong with one row is a `RowError`.
-"""
+Columns have our names, after `data.columns` was applied. The first format whose columns are all present is used. Each
+row may have texts or lists of messages. A row that cannot be used is a `RowError`."""
 
 from __future__ import annotations
 
@@ -25,12 +24,12 @@ from orchestrator.data.conversation import (
 )
 from orchestrator.pipeline import DataKind
 
-ROLES = {"human": "user", "gpt": ASSISTANT}  # of `conversations`; others are kept
+ROLES = {"human": "user", "gpt": ASSISTANT}  # of `conversations`; other roles are kept
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One item before it is tokenised: a prompt (or none) and what may follow it."""
+    """One item before it is tokenised: a prompt, or None, and its completions."""
 
     prompt: Content | None
     completions: tuple[Content, ...] = ()
@@ -39,8 +38,8 @@ class Example:
     label: bool | None = None
     margin: float | None = None
     weight: float | None = None
-    step_labels: tuple[bool, ...] | None = None  # one per completion, which are then the steps of one answer
-    input_ids: list[int] | None = None  # tokenised by the user; then `mask` says what is learned from
+    step_labels: tuple[bool, ...] | None = None  # one per completion; the completions are then the steps of one answer
+    input_ids: list[int] | None = None  # tokenised by the user; then `mask` marks the trained tokens
     mask: list[bool] | None = None
 
 
@@ -49,8 +48,8 @@ Reader = Callable[[Row], list[Example]]
 
 @dataclass(frozen=True)
 class Format:
-    """Columns that a row must have, and how it is read. `completion_only`: what `data.completion_only` may say of it;
-    `talks`: whether a row may be a conversation."""
+    """Columns that a row must have, and how it is read. `completion_only`: the values that `data.completion_only` may
+    have; `talks`: whether a row may be a conversation."""
 
     columns: tuple[str, ...]
     read: Reader
@@ -78,10 +77,10 @@ def choose(kind: DataKind, found: Sequence[str], data: DataConfig, source: str) 
 
 
 def _refuse_dead_choice(chosen: Format, data: DataConfig, source: str) -> None:
-    """Raises DataError for a setting that would change nothing for this format."""
+    """Raises DataError for a setting that has no effect on this format."""
     if data.completion_only is not None and data.completion_only not in chosen.completion_only:
         raise DataError(
-            f"data.completion_only={str(data.completion_only).lower()} needs a prompt apart from what follows it, and "
+            f"data.completion_only={str(data.completion_only).lower()} needs a prompt apart from the completion, and "
             f"{source} is read as {chosen}; leave it out"
             + (", or set data.assistant_only=true" if chosen.talks and chosen.completion_only else "")
         )
@@ -90,7 +89,7 @@ def _refuse_dead_choice(chosen: Format, data: DataConfig, source: str) -> None:
 
 
 def _distance(candidate: Format, found: Sequence[str]) -> tuple[int, int]:
-    """How far a data set is from a format: columns that it lacks, then columns that it has (more is nearer)."""
+    """Distance of a data set from a format: the number of columns that it lacks, then minus the number that it has."""
     missing = len(set(candidate.columns) - set(found))
     return missing, missing - len(candidate.columns)
 
@@ -128,7 +127,7 @@ def read_text(row: Row) -> list[Example]:
 
 
 def read_input_ids(row: Row) -> list[Example]:
-    """Learned from: where `labels` are not -100 and every mask given (`completion_mask`, `assistant_masks`) is 1."""
+    """Trained tokens: `labels` are not -100 and every given mask (`completion_mask`, `assistant_masks`) is 1."""
     tokens = cells.integers(row, "input_ids")
     if not tokens:
         raise RowError("input_ids is empty")
@@ -152,12 +151,12 @@ def read_pair(row: Row) -> list[Example]:
 
 
 def read_triple(row: Row) -> list[Example]:
-    """A pair, and the gold completion as its third."""
+    """A pair, and the gold completion as a third one."""
     return [_example(row, *_answered(row, "chosen", "rejected", "reference"))]
 
 
 def read_pair_without_prompt(row: Row) -> list[Example]:
-    """The prompt is what chosen and rejected share at their start."""
+    """The prompt is the common prefix of chosen and rejected."""
     chosen, rejected = cells.content(row, "chosen"), cells.content(row, "rejected")
     _same_shape("chosen", chosen, "rejected", rejected)
     _apart(chosen, rejected)
@@ -165,7 +164,7 @@ def read_pair_without_prompt(row: Row) -> list[Example]:
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         if not side:
             raise RowError(
-                f"{name} is the start of the other one, so no answer is left of it: give the prompt as a column"
+                f"{name} is a prefix of the other one, so its answer would be empty: give the prompt as a column"
             )
         refuse_no_answer(side, name)
         if prompt:
@@ -178,7 +177,7 @@ def read_labelled(row: Row) -> list[Example]:
 
 
 def read_pair_as_labelled(row: Row) -> list[Example]:
-    """Chosen and rejected become two examples that stand side by side, so that an unshuffled batch has both classes."""
+    """Chosen and rejected become two adjacent examples, so that an unshuffled batch has both classes."""
     pair = (read_pair if "prompt" in row else read_pair_without_prompt)(row)[0]
     labelled = zip(pair.completions, (True, False), strict=True)
     return [_example(row, pair.prompt, (completion,), label=label) for completion, label in labelled]
@@ -214,7 +213,7 @@ FORMATS: dict[str, tuple[Format, ...]] = {
         Format(("text",), read_text, completion_only=(False,), talks=False),
     ),
     "prompts": (
-        Format(("prompt",), read_prompt, completion_only=(), talks=False),  # nothing of them is learned from
+        Format(("prompt",), read_prompt, completion_only=(), talks=False),  # no token of them is trained on
         Format(("input_ids",), read_input_ids, completion_only=(), talks=False),
     ),
     "pairs": PAIRS,
@@ -228,11 +227,11 @@ FORMATS: dict[str, tuple[Format, ...]] = {
 
 
 def extract_prompt(chosen: Content, rejected: Content) -> tuple[Content, Content, Content]:
-    """(prompt, chosen, rejected): the longest common start, of characters or of messages.
+    """(prompt, chosen, rejected): the prompt is the longest common prefix, of characters or of messages.
 
-    A space at the end of a text prompt goes to the completions. If one text is the start of the other, it is the
-    prompt. If one conversation is the start of the other, its last message stays in the completions: it is the answer
-    that the other goes on from."""
+    A space at the end of a text prompt goes to the completions. If one text is a prefix of the other, it is the prompt.
+    If one conversation is a prefix of the other, its last message stays in the completions: it is an answer, which the
+    other one continues."""
     shared = _shared(chosen, rejected)
     if isinstance(chosen, str):
         shared -= chosen[:shared].endswith(" ")
@@ -242,7 +241,7 @@ def extract_prompt(chosen: Content, rejected: Content) -> tuple[Content, Content
 
 
 def _shared(first: Content, second: Content) -> int:
-    """Length of the common start."""
+    """Length of the common prefix."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
@@ -261,7 +260,7 @@ def _example(
 
 
 def _answered(row: Row, *names: str) -> tuple[Content, tuple[Content, ...]]:
-    """The prompt, and what follows it in each of the columns, of which `rejected` differs from `chosen`."""
+    """The prompt, and the completion in each of the columns. Raises RowError if `rejected` equals `chosen`."""
     prompt, answers = cells.content(row, "prompt"), [cells.content(row, name) for name in names]
     conversations = [answer for answer in answers if isinstance(answer, list)]
     if len(conversations) == len(answers) and (begun := _begun(prompt, conversations)):
@@ -276,10 +275,10 @@ def _answered(row: Row, *names: str) -> tuple[Content, tuple[Content, ...]]:
 
 
 def _begun(prompt: Content, conversations: Sequence[list[Message]]) -> list[Message]:
-    """The messages of a prompt that whole conversations repeat at their start; none if they do not.
+    """The messages of the prompt if the columns are whole conversations that repeat it; else none.
 
-    A text is a prompt of theirs if one of the messages says it: then several share their prompt, as without the column,
-    and one alone is answered after that message. Raises RowError if none says it."""
+    If the prompt is a text, one of the messages must contain it: the prompt is then the common prefix of several
+    conversations, or the messages of a single one up to that message. Raises RowError if no message contains it."""
     first = conversations[0]
     if isinstance(prompt, list):
         repeated = all(len(each) > len(prompt) and each[: len(prompt)] == prompt for each in conversations)
@@ -288,8 +287,8 @@ def _begun(prompt: Content, conversations: Sequence[list[Message]]) -> list[Mess
     said = [at for at, message in enumerate(first[:shared], start=1) if _is_asked(message, prompt)]
     if not said:
         raise RowError(
-            "prompt is a text, and no message that its answers begin with says it: make it a list of messages, or say "
-            "it in all of them"
+            "prompt is a text, and the answers are conversations that do not begin with it: make it a list of "
+            "messages, or repeat it in all of them"
         )
     return first[: shared if len(conversations) > 1 else said[-1]]
 

@@ -1,4 +1,4 @@
-"""Items cut from a store: the rows of one example, or the pieces that packing put together."""
+"""Items of a store: the rows of one example, or the pieces of one pack."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ class Longest:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt to be answered. `prompt` is as the data set has it; `columns` are all its other columns, for rewards."""
+    """A prompt to be completed. `prompt` is the data set's own value; `columns` are all its other columns, for
+    rewards."""
 
     id: int
     tokens: tuple[int, ...]
@@ -49,8 +50,8 @@ class Prompt:
 
 @dataclass(frozen=True, eq=False)
 class Items:
-    """`bins`: how packing groups the store's items (each of one row); None where every item stands alone. `beside`: [T]
-    columns of the store's tokens that were computed since."""
+    """`bins`: how packing groups the store's items (each of one row); None without packing. `beside`: [T]
+    columns that were computed later for the store's tokens."""
 
     store: Store
     kind: DataKind
@@ -98,7 +99,7 @@ class Items:
         if "label" in self.kind.columns:
             columns["label"] = np.full(rows, self.store.label[index] == 1)
         for name, values in (("margin", self.store.margin), ("weight", self.store.weight)):
-            if len(values) or name in self.kind.columns:  # a column may be there, and null in every row
+            if len(values) or name in self.kind.columns:  # a column may exist and be null in every row
                 columns[name] = np.full(rows, values[index] if len(values) else 0.0, np.float32)
         return columns
 
@@ -116,7 +117,7 @@ class Items:
 
 
 def packed(store: Store, data: DataConfig, kind: DataKind, max_length: int) -> Items:
-    """Items as `data.packing` says. A piece with nothing to learn from stands in none of them."""
+    """Items according to `data.packing`. Pieces without a trained token are left out."""
     lengths = store.lengths.tolist()
     match data.packing:
         case "none":
@@ -126,14 +127,14 @@ def packed(store: Store, data: DataConfig, kind: DataKind, max_length: int) -> I
         case "bfd_split":
             bins = best_fit_decreasing(lengths, max_length, split=True)
         case "bfd":
-            bins = best_fit_decreasing(lengths, max_length)  # no row is longer: `Limits` saw to that
+            bins = best_fit_decreasing(lengths, max_length)  # no row is longer, because of `Limits`
     learned = _learned_before(store)
     kept = ([piece for piece in pieces if _learned_in(piece, store, learned)] for pieces in bins)
     return Items(store, kind, [pieces for pieces in kept if pieces])
 
 
 def counted(items: Items) -> Counts:
-    """What is in the items, which after packing is not all that is in their store."""
+    """Counts of the items, which after packing may lack a part of their store."""
     store = items.store
     if items.bins is None:
         labels = store.step_label if "step_label" in items.kind.columns else store.label
@@ -161,12 +162,12 @@ def counted(items: Items) -> Counts:
 
 
 def _learned_before(store: Store) -> NDArray[np.int64]:
-    """[T+1]: how many tokens before each one are learned from."""
+    """[T+1]: how many of the tokens before each one are trained on."""
     return np.concatenate([[0], np.cumsum(store.mask)])
 
 
 def _learned_in(piece: Piece, store: Store, learned_before: NDArray[np.int64]) -> int:
-    """Tokens of a piece that are learned from; its first one has nothing before it to be predicted from."""
+    """Trained tokens of a piece; its first token is never one, because nothing precedes it."""
     start = store.offsets[piece.document]
     return int(learned_before[start + piece.stop] - learned_before[start + piece.start + 1])
 
@@ -178,7 +179,7 @@ def drawn_together(kind: DataKind, items: Iterable[Batch], max_length: int) -> B
 
 
 def render(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Rows as text, one below the other, with what is learned from between ⟦ and ⟧."""
+    """Rows as text, one per line, with trained tokens between ⟦ and ⟧."""
     return "\n".join(
         _render_row(batch.row("tokens", row), batch.row("mask", row), tokenizer) for row in range(len(batch))
     )

@@ -1,4 +1,4 @@
-"""JSON lines, read so that a broken line or broken UTF-8 is a bad row with its line number, not the end of the run."""
+"""JSON lines. A broken line or broken UTF-8 is a bad row with its line number and does not end the run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from actors.errors import DataError
 from orchestrator.data.report import BadRows
 
 JSON_SUFFIXES = (".jsonl", ".json")
-BOM = b"\xef\xbb\xbf"  # that some editors begin a file with
+BOM = b"\xef\xbb\xbf"  # some editors write it at the start of a file
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a pair, or one of two halves
 
 
@@ -25,11 +25,11 @@ class JsonRow(NamedTuple):
 
 
 class _TwiceError(ValueError):
-    """A key that a JSON object has twice: whichever value were taken, the other would be lost."""
+    """A duplicate key of a JSON object: one of its two values would be lost."""
 
 
 def json_rows(file: Path, bad: BadRows) -> Iterator[JsonRow]:
-    """Every line that holds a JSON object which can be taken as it is; the other lines go to `bad`."""
+    """Every line that holds a valid JSON object; the other lines go to `bad`."""
     if file.suffix == ".json" and (rows := _json_list(file)) is not None:
         for number, row in enumerate(rows, start=1):
             text = json.dumps(row).encode()
@@ -51,7 +51,7 @@ def json_rows(file: Path, bad: BadRows) -> Iterator[JsonRow]:
 
 
 def _parsed(text: bytes) -> dict[str, Any] | str:
-    """The row, or why it cannot be taken."""
+    """The row, or the reason why it is refused."""
     try:
         row = json.loads(text.decode(), object_pairs_hook=_once)
     except UnicodeDecodeError as error:
@@ -78,7 +78,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _broken_text(row: Any, text: bytes) -> str | None:
-    """JSON can write half of a surrogate pair, but no tokenizer, file or message can hold it."""
+    """JSON can encode half of a surrogate pair, which no tokenizer, file or message can represent."""
     if not _SURROGATE.search(text):
         return None
     where = _surrogate_in(row, "")
@@ -86,7 +86,7 @@ def _broken_text(row: Any, text: bytes) -> str | None:
 
 
 def _surrogate_in(value: Any, path: str) -> str | None:
-    """The path of the first text, or the word for a key, that is no text."""
+    """The path of the first string, or key, with half of a surrogate pair."""
     if isinstance(value, str):
         return None if _encodes(value) else path
     items: list[tuple[str, Any]] = []

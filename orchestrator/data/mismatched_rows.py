@@ -1,4 +1,5 @@
-"""Mismatched rows: prompts with other prompts' completions, from which KTO estimates how far the policy has moved."""
+"""Mismatched rows: prompts with completions of other prompts, from which KTO estimates the policy's KL from the
+reference."""
 
 from __future__ import annotations
 
@@ -9,13 +10,11 @@ from actors.columns import COLUMNS, Axis
 
 
 def with_mismatches(batch: Batch, max_length: int | None = None) -> Batch:
-    """Every row, followed by its prompt with a completion of another prompt, cut to `max_length` tokens.
+    """Every row, followed by its prompt with a completion of another prompt, truncated to `max_length` tokens.
 
     The completion is that of the nearest row before, cyclically, with another prompt; of the row before if all prompts
     are the same. The second row of each two is `mismatched` and has the first one's values in every other per-row
-    column. A prompt is what stands before the first masked token. Raises ValueError for a single row, which has nobody
-    to swap with.
-    """
+    column. A prompt consists of the tokens before the first trained one. Raises ValueError for a single row."""
     if len(batch) < 2:
         raise ValueError(f"mismatched rows need at least two examples in a batch, got {len(batch)}")
     prompts, completions = _split(batch)

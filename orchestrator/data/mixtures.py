@@ -1,4 +1,4 @@
-"""The rows of a data set or of a mixture, under our column names, each with where it came from."""
+"""The rows of a data set or of a mixture, with our column names, each with its origin."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """All rows of a data set, part after part. Parts keep their own types. `notes`: what was left out, and why."""
+    """All rows of a data set, part after part. Parts keep their own types. `notes`: how many rows were left out, and
+    why."""
 
     parts: tuple[Part, ...]
     notes: tuple[str, ...] = ()
@@ -78,7 +79,7 @@ class Rows:
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
-        """Our names of every column that any row has."""
+        """Our names of all columns that any row has."""
         return tuple(dict.fromkeys(name for part in self.parts for name in part.names.values()))
 
     @cached_property
@@ -102,7 +103,7 @@ class Rows:
         return {name: found.get(name) for name in self.columns}
 
     def chunks(self, columns: Collection[str]) -> Iterator[list[tuple[int, Row]]]:
-        """All rows with their numbers from 0, some at a time; of the columns those, None where a row lacks one."""
+        """Chunks of all rows with their numbers from 0 and the given columns; None where a row lacks one."""
         for part, first in zip(self.parts, self._starts, strict=False):
             for start in range(0, len(part), ROWS_AT_ONCE):
                 rows = part.rows(start, start + ROWS_AT_ONCE, columns)
@@ -116,8 +117,8 @@ class Rows:
 
 
 def load(data: DataConfig, seed: int, bad: BadRows) -> Rows:
-    """All rows of a data set, or as many as `data.limit` says: the first ones; of a mixture in the shares of its
-    fractions. Raises DataError."""
+    """All rows of a data set, or the first `data.limit` of them; of a mixture, in proportion to its fractions. Raises
+    DataError."""
     if data.mixture:
         rows = _mix(data, seed, bad)
     elif data.path is None:
@@ -165,7 +166,7 @@ def _read_json(files: list[Path], columns: dict[str, str], bad: BadRows) -> Part
 
 
 def stream(data: DataConfig, seed: int, bad: BadRows) -> Iterator[Origin]:
-    """(source, number, row) one by one, under our column names; of a mixture, drawn by fraction until one part ends."""
+    """(source, number, row) one by one, with our column names; of a mixture, drawn by fraction until one part ends."""
     if not data.mixture:
         if data.path is None:
             raise DataError(NO_DATA)
@@ -186,7 +187,7 @@ def _interleaved(parts: list[Iterator[Any]], fractions: list[float], seed: int) 
 
 
 def _stream_one(data: DataConfig, path: str, split: str, seed: int, bad: BadRows) -> Iterator[Origin]:
-    """A column that `data.columns` names must be in one of the first rows: the others are not known yet."""
+    """A column that `data.columns` names must be in one of the first rows, because the others are not read yet."""
     rows = _unnamed_stream(data, path, split, seed, bad)
     if data.columns:
         first = list(islice(rows, ROWS_AT_ONCE))
@@ -208,7 +209,7 @@ def _unnamed_stream(data: DataConfig, path: str, split: str, seed: int, bad: Bad
 
 
 def _mix(data: DataConfig, seed: int, bad: BadRows) -> Rows:
-    """Rows of all entries in the shares of their fractions: as many as can be had without using a row twice."""
+    """Rows of all entries in proportion to their fractions: as many as possible without using a row twice."""
     parts = [_load_one(data, entry.path, entry.split, seed, bad) for entry in data.mixture]
     counts = mixture_counts([len(part) for part in parts], data.mixture, data.limit)
     chosen = tuple(
@@ -226,7 +227,7 @@ def _mix(data: DataConfig, seed: int, bad: BadRows) -> Rows:
 
 def mixture_counts(lengths: list[int], entries: tuple[MixtureEntry, ...], limit: int | None) -> list[int]:
     """Rows to take of each part: the largest total, up to `limit`, in which every part has its share of the
-    fractions. What rounding leaves goes to those that it took the most from."""
+    fractions. The rounding remainder goes to the parts that lost most by rounding."""
     shares = np.array([entry.fraction for entry in entries]) / sum(entry.fraction for entry in entries)
     total = min(length / share for length, share in zip(lengths, shares, strict=True))
     total = min(int(total + 1e-9), limit if limit is not None else sum(lengths))

@@ -1,4 +1,4 @@
-"""In which order items are drawn: a pure function of the seed, so that a position is all that a resume needs."""
+"""The order in which items are drawn: a pure function of the seed, so that a resumed run needs only a position."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From raw rows to rows of tokens: read as a format says, tokenised, fitted; with a record of what became of each."""
+"""From raw rows to rows of tokens: read in their format, tokenised, truncated; with a record of each row's outcome."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Origin = Callable[[int], tuple[str, int]]  # row -> (source, number in it)
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """One item: the raw row that it came from, what that said, and its tokens."""
+    """One item: its raw row, the example read from that, and its tokens."""
 
     row: int
     example: Example
@@ -31,7 +31,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Preparer:
-    """How raw rows of one data set become items. `tokeniser=None`: rows are read and checked, and that is all."""
+    """How raw rows of one data set become items. `tokeniser=None`: rows are only read and checked."""
 
     format: Format
     limits: Limits
@@ -40,7 +40,7 @@ class Preparer:
     assistant_only: bool
 
     def read(self, rows: Iterable[tuple[int, Row]], refuse: Refuse) -> list[tuple[int, Example]]:
-        """(row, example); several of one row where the format makes them so."""
+        """(row, example); some formats make several examples of one row."""
         read: list[tuple[int, Example]] = []
         for number, row in rows:
             try:
@@ -56,7 +56,7 @@ class Preparer:
 
     def prepare(self, rows: Iterable[tuple[int, Row]], refuse: Refuse, origin: Origin) -> list[Prepared]:
         """Items in the order of their rows. Rows that cannot be used go to `refuse`. Raises DataError for a row whose
-        chat template does not end: it is not tried on more of them."""
+        chat template does not end: it is not tried on further rows."""
         read = self.read(rows, refuse)
         if self.tokeniser is None:
             return []
@@ -102,7 +102,7 @@ def limits_of(data: DataConfig, kind: DataKind, model_max_length: int) -> Limits
 
 
 def truncation_of(data: DataConfig, kind: DataKind) -> Truncation:
-    """What becomes of rows that are too long. Raises DataError if they were to be cut and must not be."""
+    """How rows that are too long are handled. Raises DataError if they would be truncated and must not be."""
     if data.truncation is None:
         return "drop" if kind.uncut else "keep_start"
     if kind.uncut and data.truncation in ("keep_start", "keep_end"):
@@ -114,8 +114,7 @@ def truncation_of(data: DataConfig, kind: DataKind) -> Truncation:
 
 
 def wanted_columns(form: Format, kind: DataKind, data: DataConfig, found: Sequence[str]) -> list[str]:
-    """Columns that reading needs. A column that happens to be called `weight` or `margin` counts only if data.columns
-    says so."""
+    """Columns that are read. A column called `weight` or `margin` is read only if data.columns names it."""
     names = [*form.columns, *OPTIONAL]
     names += ["prompt"] * ("label" in kind.columns) + ["weight"] * ("weight" in data.columns)
     names += ["margin"] * ("margin" in data.columns and "preferred" in kind.columns)

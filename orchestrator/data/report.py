@@ -1,4 +1,5 @@
-"""What became of a data set's rows, for `troupe check`, `troupe plan` and the log of a run."""
+"""How many rows of a data set are used, truncated, dropped or bad, for `troupe check`, `troupe plan` and the log of a
+run."""
 
 from __future__ import annotations
 
@@ -7,8 +8,8 @@ from dataclasses import dataclass, field
 
 from actors.errors import DataError
 
-LEARNED = ("⟦", "⟧")  # around what is learned from, in a row that is shown as text
-SHOWN = 3  # bad rows that an error spells out
+LEARNED = ("⟦", "⟧")  # around trained tokens, in a row that is shown as text
+SHOWN = 3  # bad rows that an error quotes
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,9 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Counts:
-    """Of the items made of a data set, or of a part of one: they add up. `longest`: of a row, in tokens. Of packing:
-    `split_rows` became several pieces; `unused` is what stood only in pieces with nothing to learn from. `true_labels`
-    and `false_labels`: of items, or of steps."""
+    """Counts of the items of a data set, or of a part of one; they can be summed. `longest`: of a row, in tokens. Of
+    packing: `split_rows` became several pieces; `unused` is the number of those all of whose pieces had no trained
+    token. `true_labels` and `false_labels`: of items, or of steps."""
 
     items: int = 0
     tokens: int = 0
@@ -91,7 +92,7 @@ class DataReport:
     notes: tuple[str, ...] = ()
 
     def metrics(self) -> dict[str, float]:
-        """Rows that are not, or not wholly, learned from: a data set that shrinks must not do so silently."""
+        """Rows that are not used, or not completely, so that no data set shrinks silently."""
         counts = {
             "dropped": sum(self.dropped.values()),
             "truncated": sum(self.truncated.values()),
@@ -100,7 +101,7 @@ class DataReport:
         return {f"data/{what}": float(count) for what, count in counts.items()}
 
     def lines(self) -> list[str]:
-        """For the console: one fact a line."""
+        """For the console: one fact per line."""
         size = f"{self.tokens:,} tokens, longest {self.longest:,}" if self.tokens else "not tokenised"
         lines = [f"{self.source}: {self.rows:,} rows read as {self.format}; {self.items:,} items, {size}"]
         lines += [f"dropped {count:,} rows: {reason}" for reason, count in self.dropped.items()]

@@ -1,5 +1,4 @@
-"""Data sets as a phase consumes them: items by index, an order of drawing, batches of rows, and a report of dropped
-rows.
+"""A phase's data set: items by index, the order in which they are drawn, batches of rows, and a report of dropped rows.
 
     path ─load─► rows ─format─► examples ──tokenise──► tokens ──fit, pack─► items ─► batches
 
@@ -8,7 +7,7 @@ knows its position draws exactly what the uninterrupted one would have drawn.
 """
 
 # pyright: basic
-# (datasets and transformers are typed in part only)
+# (datasets and transformers have incomplete types)
 
 from __future__ import annotations
 
@@ -43,30 +42,31 @@ from orchestrator.data.tokenise import Tokeniser
 from orchestrator.pipeline import DataKind
 
 WORTH_CACHING = 20_000  # rows; fewer are tokenised within a second or two
-UNBOUNDED = 2**31  # a model's length where no model is known
-VERSION = 5  # of what stands in the cache: raise it when rows come out differently
+UNBOUNDED = 2**31  # the maximum length if the model is unknown
+VERSION = 5  # of the cached data: raise it when the same rows give other tokens
 
 
 class Source(Protocol):
-    """What a phase asks of its data."""
+    """The interface of a phase's data."""
 
     @property
     def order(self) -> Order | InStreamOrder:
-        """Which item is drawn at a position."""
+        """The item that is drawn at a position."""
         ...
 
     @property
     def report(self) -> DataReport:
-        """What became of the rows; of a stream, so far."""
+        """How many rows were used or dropped; of a stream, so far."""
         ...
 
     def __len__(self) -> int:
-        """Items of one epoch. Raises DataError for a stream, which does not know."""
+        """Items of one epoch. Raises DataError for a stream, whose length is unknown."""
         ...
 
     @property
     def longest(self) -> Longest:
-        """What a micro-batch must have room for. Of a stream, what its limits allow."""
+        """The longest row and item, which must fit into a micro-batch; for a stream, the longest that its limits
+        allow."""
         ...
 
     @property
@@ -84,14 +84,14 @@ class Source(Protocol):
         ...
 
     def preview(self, index: int = 0) -> str:
-        """An item as text, what is learned from between ⟦ and ⟧."""
+        """An item as text, with trained tokens between ⟦ and ⟧."""
         ...
 
 
 def open_source(
     data: DataConfig, kind: DataKind, tokenizer: PreTrainedTokenizerBase, *, seed: int, model_max_length: int
 ) -> Source:
-    """The data of a phase, read, checked and tokenised. Raises DataError, and nothing else for what a user can mend."""
+    """The data of a phase, read, checked and tokenised. Raises DataError for everything that a user can correct."""
     bad = BadRows(data.max_bad_rows)
     tokeniser = Tokeniser(tokenizer, data.completion_only, data.assistant_only, data.append_eos)
     limits = limits_of(data, kind, model_max_length)
@@ -120,7 +120,7 @@ def open_source(
 
 
 def validate(data: DataConfig, kind: DataKind, *, seed: int = 0) -> DataReport:
-    """Read and check every row without a tokenizer. Raises DataError for what `open_source` would refuse about them."""
+    """Read and check every row without a tokenizer. Raises DataError for rows that `open_source` would refuse."""
     bad = BadRows(data.max_bad_rows)
     if data.streaming:
         raise DataError("a stream is checked while it is read: leave data.streaming out, or set data.limit with it off")
@@ -177,17 +177,17 @@ class RowSource:
 
     @property
     def fingerprint(self) -> str:
-        """Equal where the same tokens are learned from, in the same rows and items."""
+        """Equal if the same tokens are trained on, in the same rows and items."""
         return self._items.store.fingerprint
 
     @property
     def num_tokens(self) -> int:
-        """Of the whole data set."""
+        """Tokens of the whole data set."""
         return len(self._items.store.tokens)
 
     def parts(self, tokens: int) -> Iterator[tuple[slice, Batch]]:
-        """Every row once, in whole items of together `tokens` tokens (or a single item that is longer), with where the
-        part's tokens stand among those of the whole data set. For data that is not packed."""
+        """Every row once, in parts of whole items with at most `tokens` tokens (or a single longer item), each with the
+        position of its tokens in the whole data set. For data without packing."""
         store = self._items.store
         starts = store.offsets[store.first_row]  # [I+1] of items into tokens
         first = 0
@@ -199,14 +199,14 @@ class RowSource:
             first = last
 
     def with_column(self, name: str, values: NDArray[Any], note: str) -> RowSource:
-        """The same data, where each row has its part of `values`, one for each token of the data set."""
+        """The same data with a new column; `values` has one entry for each token of the data set."""
         items = replace(self._items, beside={**self._items.beside, name: values})
         report = replace(self.report, notes=(*self.report.notes, note))
         return RowSource(items, self.rows_fingerprint, report, self.order, self._tokenizer, self._max_length)
 
 
 class PromptSource:
-    """Prompts to be answered, with the columns that rewards see."""
+    """Prompts to be completed, with the columns that rewards read."""
 
     def __init__(
         self, items: Items, rows: raw.Rows, report: DataReport, order: Order, tokenizer: PreTrainedTokenizerBase
@@ -243,7 +243,7 @@ class PromptSource:
 
 
 def _tokenised(data: DataConfig, kind: DataKind, rows: raw.Rows, preparer: Preparer) -> tuple[Store, Record]:
-    """From the cache if it has them. Small data without a `data.cache_dir` of its own leaves no file behind."""
+    """Read from the cache if they are there. Small data is cached only if `data.cache_dir` is set."""
     columns = wanted_columns(preparer.format, kind, data, rows.columns)
     if data.cache_dir is None and len(rows) < WORTH_CACHING:
         return _tokenise(rows, columns, preparer)
@@ -256,7 +256,7 @@ def _tokenised(data: DataConfig, kind: DataKind, rows: raw.Rows, preparer: Prepa
 
 
 def cache_root(data: DataConfig) -> Path:
-    """Below it is what was made of a data set and may be made again."""
+    """The folder of everything that is computed from data sets and can be computed again."""
     return data.cache_dir or default_cache_dir().parent
 
 
@@ -271,7 +271,8 @@ def _tokenise(rows: raw.Rows, columns: list[str], preparer: Preparer) -> tuple[S
 
 
 def _cache_key(kind: DataKind, rows: raw.Rows, columns: list[str], preparer: Preparer) -> str:
-    """Whatever changes what is stored changes this: the rows and how they are read, the settings, the tokenizer.
+    """A hash of everything that the stored tokens depend on: the rows and how they are read, the settings, the
+    tokenizer.
 
     The same columns are read in several ways (a pair is one item of two rows, or two labelled items of one)."""
     tokeniser = preparer.tokeniser
@@ -290,7 +291,8 @@ def _cache_key(kind: DataKind, rows: raw.Rows, columns: list[str], preparer: Pre
 
 
 def tokenizer_parts(tokenizer: Any, today: date) -> list[Any]:
-    """What the tokens of a row depend on besides the row. A template that asks for the date gives others tomorrow."""
+    """Everything besides the row that its tokens depend on. A template that inserts the date gives other tokens
+    tomorrow."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     template = tokenizer.chat_template
     return [
@@ -304,7 +306,7 @@ def tokenizer_parts(tokenizer: Any, today: date) -> list[Any]:
 
 
 def _report(rows: raw.Rows, unread: int, preparer: Preparer, record: Record, items: Items, bad: BadRows) -> DataReport:
-    """`unread`: rows that could not even be read."""
+    """`unread`: rows that could not be read."""
     counts = counted(items)
     return DataReport(
         source=rows.name,

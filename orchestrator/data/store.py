@@ -1,7 +1,7 @@
-"""Tokenised rows as flat arrays: quick to cut batches from, and kept on disk between runs.
+"""Tokenised rows as flat arrays, from which batches are sliced quickly, cached on disk for later runs.
 
-A folder of `.npy` files and one JSON file, written whole or not at all, opened memory-mapped. Its name is a hash of all
-that it depends on: the rows, the tokenizer with its chat template, the settings, and the version of this code.
+A folder of `.npy` files and one JSON file, written completely or not at all, opened memory-mapped. Its name is a hash
+of all that it depends on: the rows, the tokenizer with its chat template, the settings, and the version of this code.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ NO_LABEL = -1
 
 @dataclass
 class Record:
-    """What became of the raw rows, for `DataReport`: reasons with their counts, remarks with the number of
-    items that they are true of, bad rows as (row, reason)."""
+    """Outcomes of the raw rows, for `DataReport`: reasons with their counts, remarks with the number of items to which
+    they apply, bad rows as (row, reason)."""
 
     rows: int = 0
     dropped: Counter[str] = field(default_factory=Counter[str])
@@ -50,7 +50,7 @@ class Record:
 
 @dataclass(frozen=True, eq=False)
 class Store:
-    """`I` items of `R` rows of `T` tokens. Optional values have their neutral one where a raw row did not say."""
+    """`I` items of `R` rows of `T` tokens. Optional values are neutral where a raw row has none."""
 
     tokens: NDArray[np.int32]  # [T]
     mask: NDArray[np.bool_]  # [T]
@@ -67,7 +67,7 @@ class Store:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of all tokens, which of them are learned from, and where rows and items begin."""
+        """A hash of all tokens, of the mask, and of the boundaries of rows and items."""
         digest = xxhash.xxh3_128()
         for values in (self.tokens, self.mask, self.offsets, self.first_row):
             digest.update(f"{values.dtype} {values.size}\n".encode())
@@ -81,14 +81,14 @@ class Store:
 
     @property
     def prompt_lengths(self) -> NDArray[np.int64]:
-        """[R] tokens before the first that is learned from."""
+        """[R] tokens before the first trained one."""
         learned = np.append(np.flatnonzero(self.mask), len(self.mask))
         first = learned[np.searchsorted(learned, self.offsets[:-1])]
         return np.minimum(first, self.offsets[1:]) - self.offsets[:-1]
 
 
 def build(items: Iterable[Prepared], record: Record) -> Store:
-    """A store of the items that were kept; `record` notes what became of each."""
+    """A store of the items that were kept; `record` has the outcome of each row."""
     writer = _Writer()
     for item in items:
         record.add(item.fit)
@@ -137,7 +137,7 @@ class _Writer:
 
 
 def save(folder: Path, store: Store, record: Record) -> None:
-    """Write both; of two processes that do so at once, one wins, and both wrote the same."""
+    """Writes both. If two processes write at the same time, either result is kept: they are equal."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -153,7 +153,7 @@ def save(folder: Path, store: Store, record: Record) -> None:
 
 
 def load(folder: Path) -> tuple[Store, Record] | None:
-    """What `save` wrote, memory-mapped; None if there is nothing."""
+    """The store that `save` wrote, memory-mapped; None if there is none."""
     if not (folder / "record.json").exists():
         return None
     kept = json.loads((folder / "record.json").read_text())

@@ -1,13 +1,12 @@
-"""Data that is read as it is needed: neither its length nor its end is known.
+"""Data that is read during training: its length is unknown.
 
     rows ──buffered shuffle──► chunks ──prepare, pack──► items from 0 ──► a window of the latest
 
-Position p is the p-th item of the stream, epoch after epoch, so positions mean the same after a resume: what lies
-before the first one asked for is read and passed over.
-"""
+Position p is the p-th item of the stream, epoch after epoch, so positions mean the same after a resume: the items
+before the first one requested are read and skipped."""
 
 # pyright: basic
-# (datasets is typed in part only)
+# (datasets has incomplete types)
 
 from __future__ import annotations
 
@@ -75,14 +74,14 @@ class StreamSource:
         self._lock = Lock()
         self._upcoming = enumerate(chain.from_iterable(map(self._epoch, count())))
         self._window: dict[int, tuple[Items, int, Row]] = {}
-        self._find(0)  # so that data that cannot be used at all is refused at once
+        self._find(0)  # so that data without a usable row is refused at once
 
     def __len__(self) -> int:
         raise DataError("data.streaming is on, so the length of the data is unknown: set train.steps")
 
     @property
     def report(self) -> DataReport:
-        """What became of the rows that were read so far."""
+        """How many of the rows read so far were used or dropped."""
         return DataReport(
             source=f"{self._data.path or 'mixture'} (stream, so far)",
             format=str(self._format),
@@ -100,14 +99,14 @@ class StreamSource:
 
     @property
     def longest(self) -> Longest:
-        """As long as the limits allow: the rows are not known."""
+        """The longest that the limits allow, because the rows are unknown."""
         row = self._limits.max_prompt_length if self._kind.prompts_only else self._max_length
         assert row is not None  # `limits_of` bounds prompts by the model's length
         return Longest(row, row * self._kind.rows_per_item)
 
     @property
     def rows_fingerprint(self) -> str:
-        """Of the first rows that were read; the others may not be known for long."""
+        """A hash of the first rows, because the others are read later."""
         return self._first_rows
 
     def item(self, index: int) -> Item | Prompt:
@@ -134,7 +133,7 @@ class StreamSource:
             while index not in self._window:
                 number, found = next(self._upcoming)
                 if number > index:
-                    raise DataError(f"item {index} of a stream was asked for after item {number}: it is gone")
+                    raise DataError(f"item {index} of a stream was requested after item {number}: it is no longer kept")
                 self._window[number] = found
                 self._window.pop(number - WINDOW, None)
             return self._window[index]
@@ -182,7 +181,7 @@ class StreamSource:
         return items
 
     def _format_of(self, chunk: Iterable[raw.Origin]) -> Format:
-        """Chosen once, by the first chunk: a row that lacks a column of it later is a bad row."""
+        """Chosen from the first chunk; a later row that lacks one of its columns is a bad row."""
         if self._format is None:
             self._columns = tuple(dict.fromkeys(name for _, _, row in chunk for name in row))
             self._format = choose(self._kind, self._columns, self._data, self._data.path or "the mixture")

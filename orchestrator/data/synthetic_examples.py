@@ -1,17 +1,17 @@
-"""The example models and data sets that Troupe makes itself: `example:NAME` in `model.path` and `data.path`.
+"""The example models and data sets that Troupe generates: `example:NAME` in `model.path` and `data.path`.
 
 Everything is generated from a seed, so that the same name and seed are the same bits everywhere, without a download.
 
-arithmetic   a model of 1.3M parameters that knows nothing; two-digit additions with their answers; as `arithmetic_sft`,
-             worked additions in which most carries of the ones are forgotten, so that supervised fine-tuning alone gets
-             stuck; and, as `arithmetic_pairs`, `_triples` and `_labelled`, right answers beside wrongly carried ones,
-             so that preference optimisation takes it on from there
+arithmetic   a model of 1.3M parameters with random weights; two-digit additions with answers; as `arithmetic_sft`,
+             worked additions that omit most carries of the ones, so that supervised fine-tuning alone stops improving;
+             and, as `arithmetic_pairs`, `_triples` and `_labelled`, right answers paired with wrongly carried ones,
+             with which preference optimisation continues
 skewed       models with random weights that end their completions at a constant rate, and random text whose lengths
              are as skewed as those of real data: a workload for measuring speed
 """
 
 # pyright: basic
-# (torch, transformers and datasets are typed in part only)
+# (torch, transformers and datasets have incomplete types)
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def arithmetic(*, seed: int, split: str, rows: int | None = None) -> dict[str, l
 
 
 def arithmetic_sft(*, seed: int, split: str, rows: int | None = None, forgotten: float = 0.7) -> dict[str, list[str]]:
-    """Worked additions: `prompt`, `completion`. In `train`, where the ones carry, the carry is forgotten with
-    probability `forgotten`: whoever gives the likeliest answer is wrong on every such problem, 45 % of them all."""
+    """Worked additions: `prompt`, `completion`. In `train`, a carry of the ones is omitted with probability
+    `forgotten`: the likeliest answer is then wrong on every problem with a carry, which are 45 % of all."""
     rng = np.random.default_rng([seed, 1])
     problems = _shuffled(_problems(split), seed, rows)
     forgets = rng.random(len(problems)) < (forgotten if split == "train" else 0.0)
@@ -64,8 +64,8 @@ def arithmetic_sft(*, seed: int, split: str, rows: int | None = None, forgotten:
 
 
 def arithmetic_pairs(*, seed: int, split: str, rows: int | None = None) -> dict[str, list[str]]:
-    """Additions: `prompt`, `chosen` (the sum), `rejected` (its carry is forgotten, or where there is none, made up:
-    else to carry always would be preferred)."""
+    """Additions: `prompt`, `chosen` (the sum), `rejected` (the carry is omitted, or added where there is none:
+    otherwise always carrying would be preferred)."""
     problems = _shuffled(_problems(split), seed, rows)
     return {
         "prompt": [f"{a}+{b}=" for a, b in problems],
@@ -75,8 +75,8 @@ def arithmetic_pairs(*, seed: int, split: str, rows: int | None = None) -> dict[
 
 
 def arithmetic_triples(*, seed: int, split: str, rows: int | None = None) -> dict[str, list[str]]:
-    """As `arithmetic_pairs`, but what is chosen is right in its carry only: in half of the rows its last digit is one
-    off; `reference` is the sum."""
+    """As `arithmetic_pairs`, but of the chosen answer only the carry is right: in half of the rows its last digit is
+    off by one; `reference` is the sum."""
     problems = _shuffled(_problems(split), seed, rows)
     sums = np.array([a + b for a, b in problems])
     slips = np.random.default_rng([seed, 2]).random(len(problems)) < 0.5
@@ -89,7 +89,7 @@ def arithmetic_labelled(
     *, seed: int, split: str, rows: int | None = None, desirable: float = 0.5
 ) -> dict[str, list[str] | list[bool]]:
     """Additions with one answer each: `prompt`, `completion`, `label`. With probability `desirable` the answer is the
-    sum and the label true; else it is what `arithmetic_pairs` rejects."""
+    sum and the label true; else it is the rejected answer of `arithmetic_pairs`."""
     problems = _shuffled(_problems(split), seed, rows)
     labels = (np.random.default_rng([seed, 3]).random(len(problems)) < desirable).tolist()
     answers = [str(a + b) if right else _with_wrong_carry(a, b) for (a, b), right in zip(problems, labels, strict=True)]
@@ -151,12 +151,12 @@ def _shuffled(problems: list[tuple[int, int]], seed: int, rows: int | None) -> l
 
 
 def _without_carry(a: int, b: int) -> str:
-    """The sum as it comes out if nothing is carried from the ones: 37+58 -> 85."""
+    """The sum without the carry from the ones: 37+58 -> 85."""
     return f"{a // 10 + b // 10}{(a + b) % 10}"
 
 
 def _with_wrong_carry(a: int, b: int) -> str:
-    """The sum as it comes out if a carry from the ones is forgotten, or if there is none, made up."""
+    """The sum with the carry from the ones omitted, or with one added if there is none."""
     return str(a + b - 10) if a % 10 + b % 10 >= 10 else str(a + b + 10)
 
 
@@ -184,7 +184,8 @@ MODELS: dict[str, ModelRecipe] = {
 
 
 def model_folder(name: str, seed: int, cache_dir: Path | None = None) -> Path:
-    """The Hugging Face folder of `example:NAME`, made if it is not there yet; two processes may ask at once."""
+    """The Hugging Face folder of `example:NAME`, generated if it does not exist; safe to call from two processes at
+    once."""
     if name not in MODELS:
         raise ModelError(f"there is no example model {name!r}; there are {', '.join(sorted(MODELS))} (model.path)")
     recipe = MODELS[name]
@@ -224,7 +225,7 @@ def _fingerprint(recipe: ModelRecipe) -> str:
 
 
 def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
-    """The folder appears complete or not at all; of two writers one wins, and both wrote the same."""
+    """The folder appears complete or not at all. If two processes write it, either result is kept: they are equal."""
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         write(staging)
@@ -238,8 +239,7 @@ def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def _save(recipe: ModelRecipe, seed: int, folder: Path) -> None:
-    """The files of `save_pretrained`, without what that loads and prints on the way: this is the first second of
-    somebody's first run."""
+    """The files of `save_pretrained`, without its imports and its output, which would slow down a user's first run."""
     from safetensors.torch import save_file
 
     words = tokenizer()
@@ -297,7 +297,7 @@ def rate_for(limit: int, mean: float = 0.3) -> float:
 
 def _end_at_constant_rate(model: Any, rate: float) -> None:
     """Give the hidden state one dimension that is the same at every token, and read the end-of-sequence logit from it
-    alone: then the chance to end hardly depends on the text. Padding is never sampled."""
+    alone: then the probability of ending hardly depends on the text. Padding is never sampled."""
     import torch
 
     head = model.lm_head.weight

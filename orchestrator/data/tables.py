@@ -1,12 +1,11 @@
-"""Rows as they were written: values, their types, the order of keys and nulls arrive unchanged, whatever others hold.
+"""Rows as they were written: values, types, key order and nulls are unchanged, whatever other rows hold.
 
 Rows of JSON are kept as their text and parsed at each access. In an Arrow table all rows of a column would share one
-type: 5 beside 2.5 would become 5.0, and a dict would get every key of the others. What is stored as Arrow is read from
-Arrow, without the nulls that its dicts got from other rows.
-"""
+type: 5 beside 2.5 would become 5.0, and a dict would get every key of the others. Arrow files are read as Arrow,
+without the nulls that were added to dicts for keys of other rows."""
 
 # pyright: basic
-# (datasets is typed in part only)
+# (datasets has incomplete types)
 
 from __future__ import annotations
 
@@ -27,11 +26,11 @@ Read = Callable[[Row], Row]
 
 
 class Table(Protocol):
-    """Rows of one data set under its own names."""
+    """Rows of one data set, with its own column names."""
 
     @property
     def columns(self) -> Sequence[str]:
-        """Every column that any row has."""
+        """All columns that any row has."""
         ...
 
     def __len__(self) -> int: ...
@@ -43,7 +42,7 @@ class Table(Protocol):
     def select(self, rows: np.ndarray) -> Table: ...
 
     def write_to(self, digest: xxhash.xxh3_128) -> None:
-        """All that the rows hold, in their order."""
+        """Feeds all rows, in order, to a hash."""
         ...
 
 
@@ -70,7 +69,7 @@ class JsonTable:
 
 @dataclass(frozen=True, eq=False)
 class ArrowTable:
-    """A data set of `datasets`; `read` undoes what its format did to each row."""
+    """A data set of `datasets`; `read` restores a row as it was written."""
 
     table: Dataset
     read: Read
@@ -96,13 +95,13 @@ class ArrowTable:
 
 
 def printed(values: Any) -> bytes:
-    """Bytes that differ where values, their types or the order of keys do."""
+    """Bytes that are equal only if values, types and key order are."""
     return repr(values).encode("utf-8", "surrogatepass")
 
 
 def without_added_nulls(features: Mapping[str, Any] | None) -> Read:
     """Arrow gives every dict of a column all keys that any of them has: those that a row did not have are null there.
-    `features`: the data set's types, None if they are not known; where they say JSON, nulls are the row's own."""
+    `features`: the data set's types, None if unknown; nulls of a JSON feature are the row's own."""
 
     def read(row: Row) -> Row:
         return {name: _trimmed(value, None if features is None else features.get(name)) for name, value in row.items()}

@@ -1,9 +1,9 @@
-"""Conversations become text. A chat template is a program of the model's author: what it is given, how long it may
-take, and that its rendering still says what the messages say is checked here, for training, rollouts and evaluation.
-"""
+"""Renders conversations as text, for training, rollouts and evaluation. A chat template is a program of the model's
+author, so this module checks its variables, limits its time, and checks that the rendering has the whole content of the
+messages."""
 
 # pyright: basic
-# (transformers' tokenizers are typed in part only)
+# (transformers' tokenizers have incomplete types)
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Span = tuple[int, int]  # of characters
 
 
 class EndlessTemplate(RowError):
-    """The template did not end for this row. There is no point in trying it on others."""
+    """The template did not end for this row; it is not tried on others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Rendered:
     marked: tuple[Span, ...] = ()
 
     def marks_all(self, messages: list[Message], after: int) -> bool:
-        """Whether all that these messages of the assistant say is marked, in the text after `after`."""
+        """Whether the whole content of these assistant messages is marked, in the text after `after`."""
         marked = [self.text[start:stop] for start, stop in self.marked if max(start, after) < stop]
         text = "\n".join(marked)
         return len(marked) >= len(messages) and not any(lost(message, text) for message in messages)
@@ -57,7 +57,7 @@ class ChatTemplate:
     limit: TimeLimit
 
     def prompt(self, example: Example, messages: list[Message]) -> str:
-        """With the opening of the answer; one that ends in the assistant's words is left open instead."""
+        """The prompt with the opening of the answer. A prompt that ends with an assistant turn is left open instead."""
         begun = messages[-1]["role"] == ASSISTANT
         return self._render(example, messages, add_generation_prompt=not begun, continue_final_message=begun).text
 
@@ -72,8 +72,8 @@ class ChatTemplate:
         return self._render(example, messages, return_assistant_tokens_mask=mark)
 
     def before_last_answer(self, example: Example, messages: list[Message]) -> str | None:
-        """The prompt that the last answer would be sampled after; None where nothing stands before it, or nothing that
-        the template takes as a prompt."""
+        """The prompt of the last answer; None if nothing precedes it, or nothing that the template accepts as a
+        prompt."""
         last = max(number for number, message in enumerate(messages) if message["role"] == ASSISTANT)
         try:
             return self.prompt(example, messages[:last]) if last else None
@@ -95,7 +95,7 @@ class ChatTemplate:
             texts, spans = cast(tuple[list[str], list[list[Span]]], self.limit.call(render))
         except OverTime as over:
             raise EndlessTemplate(self._endless(over.stopped_at, source)) from None
-        except Exception as error:  # it raises what it likes
+        except Exception as error:  # it may raise anything
             raise RowError(f"the chat template refuses it: {error}") from error
         return Rendered(texts[0], tuple(spans[0]) if spans else ())
 
@@ -108,7 +108,7 @@ class ChatTemplate:
         return self.tokenizer.get_chat_template(None, example.tools)  # type: ignore[arg-type]
 
     def refuse_lost_words(self, example: Example, messages: Iterable[Message], text: str) -> None:
-        """Raises RowError where the template left out something that the assistant says."""
+        """Raises RowError if the rendering lacks a part of an assistant message."""
         reads_calls = "tool_calls" in _code(self._source(example)).names
         for message in messages:
             words = "tool_calls" if message.get("tool_calls") and not reads_calls else lost(message, text)
@@ -119,7 +119,7 @@ class ChatTemplate:
                 )
 
     def unread(self, example: Example) -> tuple[str, ...]:
-        """What the row gives the template and it does not read, as remarks."""
+        """Remarks about variables of the row that the template does not read."""
         given = [*(["tools"] if example.tools else []), *example.template_kwargs]
         names = _code(self._source(example)).names if given else frozenset[str]()
         return tuple(f"{name!r} for the chat template, which does not read it" for name in given if name not in names)
@@ -135,7 +135,7 @@ class ChatTemplate:
 
 
 def refuse_other_prompt(prompt: str, whole: str) -> None:
-    """Raises RowError where an answer is learned after something else than it would be sampled after."""
+    """Raises RowError if the context of an answer differs between training and sampling."""
     if not whole.startswith(prompt):
         at = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
         at = max(0, at - SHOWN // 2)
@@ -148,7 +148,7 @@ def refuse_other_prompt(prompt: str, whole: str) -> None:
 
 @dataclass(frozen=True)
 class _Code:
-    """Of a template: every name in its code, and whether it has generation markers."""
+    """The code of a template: all names in it, and whether it has generation markers."""
 
     names: frozenset[str]
     marks: bool
@@ -159,13 +159,13 @@ def _code(source: str) -> _Code:
     try:
         tokens = [(kind, value) for _, kind, value in Environment().lex(source) if kind != "whitespace"]
     except Exception as error:
-        raise RowError(f"the chat template is no template: {error}") from error
+        raise RowError(f"the chat template is not valid: {error}") from error
     marks = any(a[0] == "block_begin" and b == ("name", "generation") for a, b in pairwise(tokens))
     return _Code(frozenset(value for kind, value in tokens if kind == "name"), marks)
 
 
 def _line_of_template(stopped_at: TracebackType | None) -> int | None:
-    """Where in the template the innermost frame of it stood (Jinja compiles templates to Python)."""
+    """The line of the template at which it stopped (Jinja compiles templates to Python)."""
     line = None
     while stopped_at is not None:
         template = stopped_at.tb_frame.f_globals.get("__jinja_template__")

@@ -1,4 +1,4 @@
-"""A time limit for work in this process that may never end, such as an endless loop in a chat template.
+"""A time limit for a call in this process, which may contain an endless loop: a chat template, for example.
 
     thread that works   begin ── work() ──────────── claim the attempt ── return
     thread that watches       └─ every poll: over the limit? claim the attempt, then raise Interrupt in the first
@@ -21,7 +21,7 @@ POLL_S = 0.1
 
 
 class OverTime(Exception):
-    """The work was stopped. `stopped_at`: the traceback of where it was."""
+    """The call was stopped. `stopped_at`: the traceback of the place where it was."""
 
     def __init__(self, stopped_at: TracebackType | None) -> None:
         super().__init__("stopped")
@@ -74,7 +74,7 @@ class TimeLimit:
         self._watcher.join()
 
     def call(self, work: Callable[[], T]) -> T:
-        """What `work` returns or raises. Raises OverTime when it was stopped."""
+        """Returns or raises what `work` does. Raises OverTime if it was stopped."""
         attempt = self._attempt = _Attempt(time.clock_gettime(self._clock))
         try:
             try:
@@ -90,10 +90,10 @@ class TimeLimit:
             raise OverTime(interrupt.__traceback__) from None
 
     def _settle(self, attempt: _Attempt) -> None:
-        """Returns only where no interrupt can come any more; one that is on its way is raised in here."""
+        """Returns once no interrupt can follow; a pending one is raised in here."""
         if not attempt.claim():
             while True:
-                time.sleep(0.01)  # the watching thread has the attempt, and its next step raises the interrupt here
+                time.sleep(0.01)  # the watching thread has claimed the attempt and raises the interrupt here next
 
     def _watch(self) -> None:
         while not self._ended.wait(min(POLL_S, self.seconds / 4)):

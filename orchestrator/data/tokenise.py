@@ -1,12 +1,11 @@
-"""Examples become token ids with a mask of what is learned from.
+"""Examples become token ids with a mask of the trained tokens.
 
-A prompt and a completion are tokenised *together*; the boundary is where the tokens of both and those of the prompt
-alone part. So the model sees the tokens that it would see in use, even where one straddles the boundary: such a token
-belongs to the completion.
-"""
+A prompt and a completion are tokenised *together*; the boundary is the first token that differs from those of the
+prompt alone. So the model is trained on the tokens that it would get in use, even if one of them crosses the boundary:
+such a token belongs to the completion."""
 
 # pyright: basic
-# (transformers' tokenizers are typed in part only)
+# (transformers' tokenizers have incomplete types)
 
 from __future__ import annotations
 
@@ -30,12 +29,12 @@ from orchestrator.data.template import (
 )
 from orchestrator.data.time_limit import TimeLimit
 
-STEP_SEPARATOR = "\n"  # after each step of an answer with process labels; the label stands at its last token
+STEP_SEPARATOR = "\n"  # after each step of an answer with process labels; the label is at its last token
 
 
 STRADDLES = "a token that straddles prompt and completion: it is the completion's"
 UNMARKED = "a turn of the assistant's that the chat template does not mark: it is not learned from"
-PROBES = ("a", "1", " ", "\n", "<")  # texts of which every vocabulary knows one
+PROBES = ("a", "1", " ", "\n", "<")  # every vocabulary has at least one of these texts
 
 
 @dataclass(slots=True)
@@ -45,13 +44,13 @@ class Encoded:
     rows: list[list[int]]
     masks: list[list[bool]]
     boundary: int = 0
-    remarks: tuple[str, ...] = ()  # what the item has that should be said
+    remarks: tuple[str, ...] = ()  # remarks about the item for the report
     step_labels: list[list[int]] | None = None
 
 
 @dataclass(frozen=True)
 class Tokeniser:
-    """How examples are tokenised. `completion_only=None`: learn from completions alone where there is a prompt."""
+    """How examples are tokenised. `completion_only=None`: train on completions only if there is a prompt."""
 
     tokenizer: PreTrainedTokenizerBase
     completion_only: bool | None = None
@@ -101,7 +100,7 @@ class Tokeniser:
         return _Pending(prompt, [texts.add(f"{example.prompt or ''}{end}") for end in example.completions], text=True)
 
     def _queue_conversation(self, example: Example, texts: _Texts, template: ChatTemplate) -> _Pending:
-        """Raises RowError where an answer would not be learned as it would be sampled."""
+        """Raises RowError if an answer would be tokenised differently from sampling."""
         begun = _as_list(example.prompt)
         prompt = template.prompt(example, begun) if begun else None
         after = len(prompt) if prompt is not None and self._only_completion(example) else 0
@@ -148,8 +147,8 @@ class Tokeniser:
         return example.prompt is not None if self.completion_only is None else self.completion_only
 
     def _opened(self, ids: list[int]) -> list[int]:
-        """With what the tokenizer puts before a text, unless the text has it itself. (What it would put behind one, an
-        end, is not for prompts; rows get it by `append_eos`.)"""
+        """Prepends the tokenizer's beginning-of-sequence token, unless the text has it already. (An end-of-sequence
+        token is not for prompts; `append_eos` adds it to rows.)"""
         opening = self._opening
         return ids if ids[: len(opening)] == opening else [*opening, *ids]
 
@@ -170,7 +169,7 @@ class Tokeniser:
 
     @cached_property
     def _eos(self) -> Any:
-        """Transformers looks a special token up by name at each access."""
+        """Cached, because transformers looks a special token up by name at each access."""
         return self.tokenizer.eos_token_id
 
     @cached_property
@@ -193,7 +192,8 @@ class Tokeniser:
 
 @dataclass(frozen=True, slots=True)
 class _Pending:
-    """Handles of one example's texts, until all texts of the batch are tokenised. `marked`: spans of each whole."""
+    """Handles of one example's texts until all texts of the batch are tokenised. `marked`: marked spans of each whole
+    conversation."""
 
     prompt: int | None
     wholes: list[int]
@@ -204,7 +204,7 @@ class _Pending:
 
 @dataclass
 class _Texts:
-    """Texts to be tokenised together, without special tokens of the tokenizer's own."""
+    """Texts to be tokenised together, without the tokenizer's special tokens."""
 
     queue: list[str] = field(default_factory=list)
     encoding: BatchEncoding | None = None
@@ -214,7 +214,7 @@ class _Texts:
             try:
                 text.encode()
             except UnicodeEncodeError:
-                raise RowError("its text holds half of a surrogate pair, which is no character") from None
+                raise RowError("its text holds half of a surrogate pair, which is not a character") from None
         self.queue.append(text)
         return len(self.queue) - 1
 
@@ -240,7 +240,7 @@ class _Texts:
         return mask
 
     def _token(self, handle: int, characters: Iterable[int]) -> int | None:
-        """Of the first of the characters that is in a token: white space may be in none."""
+        """The token of the first character that has one: white space may have none."""
         assert self.encoding is not None
         tokens = (self.encoding.char_to_token(handle, character) for character in characters)
         return next((token for token in tokens if token is not None), None)
@@ -251,12 +251,12 @@ def _as_list(content: Content | None) -> list[Message]:
 
 
 def _after_first(mask: Sequence[bool]) -> list[bool]:
-    """The first token has nothing before it to be predicted from."""
+    """Masks out the first token, because nothing precedes it."""
     return [False, *mask[1:]]
 
 
 def _common(first: list[int], second: list[int]) -> int:
-    """Length of the common start."""
+    """Length of the common prefix."""
     if second[: len(first)] == first:
         return len(first)
     return next(i for i, (a, b) in enumerate(zip([*first, None], [*second, None], strict=False)) if a != b)

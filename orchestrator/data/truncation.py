@@ -1,4 +1,4 @@
-"""What becomes of an item that is too long: cut, dropped or refused, as `data.truncation` says, and never silently."""
+"""Items that are too long: truncated, dropped or refused according to `data.truncation`, and always counted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Truncation = Literal["keep_start", "keep_end", "drop", "error"]
 
 @dataclass(frozen=True)
 class Fit:
-    """The outcome for one item: `dropped` or `truncated` says why, or neither."""
+    """The outcome for one item: `dropped` or `truncated` is the reason; both are None if it fits."""
 
     encoded: Encoded
     dropped: str | None = None
@@ -22,15 +22,15 @@ class Fit:
 
 @dataclass(frozen=True)
 class Limits:
-    """In tokens; None is no limit. `max_length` is of prompt and completion, and of a prompt that is all there is."""
+    """In tokens; None: no limit. `max_length` limits prompt and completion together, or a prompt without completion."""
 
     max_length: int | None
     max_prompt_length: int | None
     truncation: Truncation
 
     def fit_rows(self, encoded: Encoded) -> Fit:
-        """Prompt with completion. What has nothing left to learn from is dropped, and so is a pair whose sides
-        are the same tokens. Raises RowError if it is refused."""
+        """Prompt and completion. Items without a trained token are dropped, and so are pairs whose sides have the same
+        tokens. Raises RowError if it is refused."""
         cut = None
         if self.max_prompt_length is not None and encoded.boundary > self.max_prompt_length:
             cut = f"its prompt is longer than data.max_prompt_length={self.max_prompt_length}"
@@ -51,8 +51,8 @@ class Limits:
         return Fit(encoded, truncated=cut)
 
     def fit_prompt(self, encoded: Encoded) -> Fit:
-        """A prompt to be answered. Its start alone is no question: `keep_start` drops it, `keep_end` keeps its end.
-        Raises RowError if it is refused."""
+        """A prompt to be completed. Its beginning alone would be useless: `keep_start` drops it, `keep_end` keeps its
+        end. Raises RowError if it is refused."""
         limit = self.max_prompt_length
         if limit is None or len(encoded.rows[0]) <= limit:
             return Fit(encoded)
@@ -86,7 +86,7 @@ def _cut_rows(encoded: Encoded, limit: int, *, keep_end: bool) -> Encoded:
 
 
 def _cut_prompt(encoded: Encoded, limit: int, *, keep_end: bool) -> Encoded:
-    """Take tokens out of the prompt: from its start with `keep_end`, else from its end."""
+    """Remove tokens of the prompt: from its start with `keep_end`, else from its end."""
     excess = encoded.boundary - limit
     start, stop = (0, excess) if keep_end else (limit, encoded.boundary)
     rows = [[*row[:start], *row[stop:]] for row in encoded.rows]

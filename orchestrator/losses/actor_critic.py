@@ -18,7 +18,7 @@ from orchestrator.losses.views import PolicyTokens, Scalars, require
 
 @dataclass(frozen=True, kw_only=True)
 class Values(Scalars):
-    """Trained tokens with the value that their state has now, the one that it had, and the return from there on."""
+    """Trained tokens with the current and the old value of their state, and its return."""
 
     values: Tensor  # [T], before this batch's updates
     returns: Tensor  # [T]

@@ -1,15 +1,14 @@
-"""How a loss says what it reads, and how losses are added up.
+"""How a loss declares what it reads, and how losses are summed.
 
 A loss is `loss(view, *, option=..., ...) -> (values, metrics)`. The type of its view declares what it always reads: a
-field named like a column of the batch, or like an extra of the forward pass. What it reads only under some options is
-declared beside them:
+field named like a column of the batch, or like an extra of the forward pass. Fields that it reads only under some
+options are declared with these options:
 
     @reads("ref_logps", beta=is_on)
     def clipped(tokens: PolicyTokens, *, beta: float = 0.0) -> Loss: ...
 
-From these two, and from nothing else, follow the columns that a pipeline must provide, the roles that must be launched
-to write them, and what the forward pass computes.
-"""
+These two declarations determine the columns that a pipeline must provide, the roles that are launched to write them,
+and what the forward pass computes."""
 
 from __future__ import annotations
 
@@ -36,7 +35,7 @@ FORWARD_OPTIONS = frozenset({"all_tokens", "entropy_grad"})  # `all_tokens`: pro
 
 
 def is_on(value: Any) -> bool:
-    """The condition of most options: set to something that has an effect."""
+    """The condition of most options: the value has an effect."""
     return value not in (None, 0, False, "none")
 
 
@@ -55,8 +54,8 @@ class Read:
 
 
 def reads(*names: str, **conditions: Any) -> Callable[[Decorated], Decorated]:
-    """Declares that a loss reads columns or extras, or asks something of the forward pass, if its options satisfy the
-    conditions."""
+    """Declares that a loss reads columns or extras, or needs options of the forward pass, if its own options satisfy
+    the conditions."""
     if unknown := set(names) - COLUMNS.keys() - set(EXTRAS) - FORWARD_OPTIONS:
         raise ValueError(f"@reads names {sorted(unknown)}, which is neither a column nor an extra of the forward pass")
 
@@ -69,7 +68,7 @@ def reads(*names: str, **conditions: Any) -> Callable[[Decorated], Decorated]:
 
 @dataclass(frozen=True)
 class Coupling:
-    """Statistics over rows: of all of them, or of those that the column `over` marks."""
+    """Statistics over all rows, or over those that the column `over` marks."""
 
     statistics: Statistics
     over: str | None
@@ -77,11 +76,12 @@ class Coupling:
 
 
 def couples(statistics: Statistics, *, over: str | None = None, **conditions: Any) -> Callable[[Decorated], Decorated]:
-    """Declares that a loss looks across rows: `statistics(views, world, state, **options)` runs before any gradient, on
-    all micro-batches of all ranks, and what it returns is the view's `shared`. It takes the options that it names.
+    """Declares that a loss needs statistics over rows: `statistics(views, world, state, **options)` runs before any
+    gradient, on all micro-batches of all ranks, and its result is the view's `shared`. It is called with those options
+    of the loss that it has as parameters.
 
-    `over`: a boolean column. The statistics are then over the rows where it is true. Nothing else is made of those
-    rows: the loss sees the others."""
+    `over`: a boolean column. The statistics are then computed over the rows where it is true, and the loss over the
+    other rows only."""
 
     def declare(loss: Decorated) -> Decorated:
         names = frozenset({over}) if over is not None else frozenset[str]()
@@ -93,7 +93,7 @@ def couples(statistics: Statistics, *, over: str | None = None, **conditions: An
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a loss makes of whole distributions: `call`, with the columns of the batch that it takes."""
+    """How a loss compares whole distributions: `call`, with the columns of the batch that it takes."""
 
     call: Callable[..., Tensor]
     columns: tuple[str, ...]
@@ -101,9 +101,9 @@ class Comparison:
 
 
 def compares(call: Callable[..., Tensor], *columns: str, companion: bool = False) -> Callable[[Decorated], Decorated]:
-    """Declares what a loss's `divergence` is: `call(logits [n, V], *given, **options) -> [n]`, in float32, computed for
-    a chunk of tokens at a time. `given`: with `companion`, that model's logits [n, V], then the entries of `columns`.
-    It takes the options of the loss that it names."""
+    """Declares the function that computes a loss's `divergence`: `call(logits [n, V], *given, **options) -> [n]`, in
+    float32, computed for a chunk of tokens at a time. `given`: with `companion`, that model's logits [n, V], then the
+    entries of `columns`. It is called with those options of the loss that it has as parameters."""
 
     def declare(loss: Decorated) -> Decorated:
         loss.__dict__["compares"] = Comparison(call, columns, companion)
@@ -132,18 +132,18 @@ class Term:
 
     @property
     def coupling(self) -> Coupling | None:
-        """How the loss looks across rows under these options; None if it does not."""
+        """The loss's statistics over rows under these options; None if it has none."""
         coupling: Coupling | None = self.loss.__dict__.get("couples")
         return coupling if coupling and coupling.when.applies(_bound(self.loss, self.options)) else None
 
     @property
     def of_logits(self) -> OfLogits | None:
-        """What the loss makes of whole distributions under these options; None if it looks at none."""
+        """The loss's comparison of distributions under these options; None if it has none."""
         found: Comparison | None = self.loss.__dict__.get("compares")
         return found and OfLogits(found.call, self.named(found.call), found.columns, found.companion)
 
     def named(self, function: Callable[..., Any]) -> dict[str, Any]:
-        """Of this term's options, with their defaults, those that `function` names."""
+        """Those of this term's options, with defaults, that are parameters of `function`."""
         known = inspect.signature(function).parameters
         return {name: value for name, value in _bound(self.loss, self.options).items() if name in known}
 
@@ -159,10 +159,10 @@ class Sum:
 
 
 def terms_of(loss: LossFunction, reduce: Reduction | None, options: Mapping[str, Any]) -> tuple[Term, ...]:
-    """The terms of a sum, or the one term that a plain loss is."""
+    """The terms of a sum, or a plain loss as the only term."""
     if isinstance(loss, Sum):
         if reduce is not None or options:
-            raise ConfigError("the terms of a Sum have their own reductions and options; give none beside it")
+            raise ConfigError("the terms of a Sum have their own reductions and options; give none to the sum")
         return loss.terms
     if reduce is None:
         raise ConfigError(f"the loss {loss.__name__} needs a reduction: update(role, loss, reduce=...)")
@@ -175,17 +175,17 @@ def columns_of(loss: LossFunction, options: Mapping[str, Any]) -> frozenset[str]
 
 
 def needs_of(loss: LossFunction, options: Mapping[str, Any]) -> frozenset[str]:
-    """What the forward pass must compute for a loss under these options, besides log-probabilities."""
+    """What the forward pass must compute for a loss under these options, in addition to log-probabilities."""
     return _all_reads(loss, options) - frozenset(COLUMNS) - {DIVERGENCE}
 
 
 def head_of(loss: LossFunction) -> Head:
-    """Of the models that a loss is for; that of a sum is the one of its first term."""
+    """The head of the models that a loss is for; for a sum, that of its first term."""
     return (loss.terms[0].view if isinstance(loss, Sum) else view_of(loss)).head
 
 
 def has_companion(loss: LossFunction) -> bool:
-    """Whether a loss compares with a model that lives beside the trained one."""
+    """Whether a loss compares the trained model with a companion."""
     losses = [term.loss for term in loss.terms] if isinstance(loss, Sum) else [loss]
     found = [each.__dict__.get("compares") for each in losses]
     return any(each is not None and each.companion for each in found)

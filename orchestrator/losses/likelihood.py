@@ -22,9 +22,9 @@ def nll(tokens: Tokens, *, label_smoothing: float = 0.0, token_metrics: bool = F
 
 @reads("entropy", "is_top1", token_metrics=is_on)
 def dft(tokens: Tokens, *, token_metrics: bool = False) -> Loss:
-    """[T]: `-sg(π(y_t)) log π(y_t)`: each token's gradient weighted by how likely it already is.
+    """[T]: `-sg(π(y_t)) log π(y_t)`: each token's gradient is weighted by its probability.
 
-    Source: arXiv:2508.05629; there a sum over tokens, here reduced like any other supervised loss.
+    Source: arXiv:2508.05629; the paper sums over tokens, here it is reduced like any other supervised loss.
     """
     return -tokens.logps.detach().exp() * tokens.logps, _metrics(tokens, token_metrics)
 
@@ -38,12 +38,12 @@ def _metrics(tokens: Tokens, token_metrics: bool) -> dict[str, Stat]:
 
 
 def chosen_nll(tokens: ChosenTokens) -> Loss:
-    """[T]: `nll` of the completions that were chosen."""
+    """[T]: `nll` of the chosen completions."""
     return -tokens.logps, {"nll_loss": tokens.token_stat(-tokens.logps)}
 
 
 def chosen_sequence_nll(tokens: ChosenSequences) -> Loss:
-    """[T]: `nll` of what was chosen, its prompt included."""
+    """[T]: `nll` of the chosen completions and their prompts."""
     return -tokens.logps, {"nll_loss": tokens.token_stat(-tokens.logps)}
 
 

@@ -21,7 +21,7 @@ class LossObjective:
     """`actors.objective.Objective` from a loss (or a `Sum` of them), its reduction and its options.
 
     Pickles by reference: every function in it lives in a module. Terms are numbered in `counts`, in `statistics` and in
-    the state, so two terms with the same loss do not meet.
+    the state, so two terms with the same loss stay separate.
     """
 
     def __init__(self, loss: LossFunction, reduce: Reduction | None, options: Mapping[str, Any]) -> None:
@@ -38,7 +38,7 @@ class LossObjective:
 
     @classmethod
     def of(cls, stage: Stage) -> LossObjective:
-        """What an update stage optimises."""
+        """The objective of an update stage."""
         assert stage.call is not None, f"{stage.name} optimises nothing"
         return cls(stage.call, stage.options["reduce"], stage.options["loss_options"])
 
@@ -49,7 +49,7 @@ class LossObjective:
     def statistics(
         self, micros: list[MicroBatch], outputs: list[Outputs], world: World, state: dict[str, Any]
     ) -> dict[str, Any]:
-        """For each coupled term what its statistics function returns; each keeps a state of its own."""
+        """The result of each coupled term's statistics function; each has its own state."""
         found: dict[str, Any] = {}
         for index, term in enumerate(self.terms):
             if term.coupling is not None:
@@ -77,15 +77,15 @@ def _view(term: Term, micro: MicroBatch, outputs: Outputs, shared: Mapping[str, 
 
 
 def _the_only_head(terms: tuple[Term, ...]) -> Head:
-    """What the terms ask of a model; all of a sum look at the same forward pass."""
+    """The head that all terms of a sum need; they share one forward pass."""
     heads = {term.view.head for term in terms}
     if len(heads) != 1:
-        raise ConfigError(f"losses of one sum are for models with different heads ({', '.join(sorted(heads))})")
+        raise ConfigError(f"the losses of one sum need models with different heads ({', '.join(sorted(heads))})")
     return heads.pop()
 
 
 def _the_comparison(terms: tuple[Term, ...]) -> OfLogits | None:
-    """What is made of whole distributions; they are there once, for one of the terms."""
+    """The comparison of whole distributions; at most one term may have one, because it is computed once."""
     found = [(term, comparison) for term in terms if (comparison := term.of_logits) is not None]
     if len(found) > 1:
         named = ", ".join(term.loss.__name__ for term, _ in found)
@@ -94,8 +94,8 @@ def _the_comparison(terms: tuple[Term, ...]) -> OfLogits | None:
 
 
 def _the_one(columns: set[str | None]) -> str | None:
-    """The rows that all statistics of an objective are over; a row cannot be left out for one term alone."""
+    """The rows over which all statistics of an objective are computed; a row cannot be left out for one term only."""
     if len(columns) > 1:
         named = ", ".join(sorted(column or "all rows" for column in columns))
-        raise ConfigError(f"losses of one sum have statistics over different rows ({named}); use them one by one")
+        raise ConfigError(f"losses of one sum have statistics over different rows ({named}); use one of them at a time")
     return next(iter(columns), None)

@@ -1,7 +1,7 @@
-"""Preference losses over pairs: make the chosen completion win.
+"""Preference losses over pairs of a chosen and a rejected completion.
 
 A contrast is a small pure function of a pair's two scores and of beta; a new one is one function here and its row in
-`CONTRASTS`. What it contrasts is the loss's matter: `against_reference` scores a completion by its log-ratio to the
+`CONTRASTS`. The loss decides which scores it contrasts: `against_reference` scores a completion by its log-ratio to the
 reference, `reference_free` by its own log-probability.
 
 Letters: `d = chosen - rejected`, `n` tokens, `ε` label smoothing. Scores are sums over a completion's tokens, in nats.
@@ -37,7 +37,7 @@ class PairScores:
 
     @property
     def per_token(self) -> PairScores:
-        """Scores of the mean token; so is their own `per_token`."""
+        """Scores divided by their lengths; a second `per_token` has no effect."""
         ones = torch.ones_like(self.chosen_tokens)
         return PairScores(self.chosen / self.chosen_tokens, self.rejected / self.rejected_tokens, ones, ones)
 
@@ -90,7 +90,7 @@ def nca_pair(scores: PairScores, beta: float) -> Tensor:
 
 
 def robust(scores: PairScores, beta: float, *, label_smoothing: float = 0.0) -> Tensor:
-    """`[-(1-ε) log σ(βd) + ε log σ(-βd)] / (1-2ε)`: unbiased if a share ε of the labels is flipped.
+    """`[-(1-ε) log σ(βd) + ε log σ(-βd)] / (1-2ε)`: unbiased if a fraction ε of the labels is flipped.
 
     Source: arXiv:2403.00409."""
     z = beta * scores.difference
@@ -110,12 +110,12 @@ def sppo_hard(scores: PairScores, beta: float) -> Tensor:
 
 
 def apo_zero(scores: PairScores, beta: float) -> Tensor:
-    """`1 - σ(βu_w) + σ(βu_l)`: up with the chosen, down with the rejected. Source: arXiv:2408.06266."""
+    """`1 - σ(βu_w) + σ(βu_l)`: raises the chosen, lowers the rejected. Source: arXiv:2408.06266."""
     return torch.sigmoid(-beta * scores.chosen) + torch.sigmoid(beta * scores.rejected)
 
 
 def apo_down(scores: PairScores, beta: float) -> Tensor:
-    """`σ(βu_w) + 1 - σ(βd)`: down with both, further with the rejected. Source: arXiv:2408.06266."""
+    """`σ(βu_w) + 1 - σ(βd)`: lowers both, the rejected more. Source: arXiv:2408.06266."""
     return torch.sigmoid(beta * scores.chosen) + torch.sigmoid(-beta * scores.difference)
 
 
@@ -123,14 +123,17 @@ def discopop(scores: PairScores, beta: float, *, discopop_tau: float = 0.05) -> 
     """`(1-κ)(-log σ(z)) + κ e^{-z}`, `z = βd`, `κ = σ(z/τ)`. Source: arXiv:2406.08414 (log-ratio modulated)."""
     z = beta * scores.difference
     gate = torch.sigmoid(z / discopop_tau)
-    log_product = F.logsigmoid(z / discopop_tau) - z  # the gate vanishes where e^{-z} overflows: together they do not
+    log_product = (
+        F.logsigmoid(z / discopop_tau) - z
+    )  # the gate underflows where e^{-z} overflows, their product does neither
     return -(1 - gate) * F.logsigmoid(z) + log_product.clamp(max=LARGEST_EXPONENT).exp()
 
 
 def margin_sigmoid(
     scores: PairScores, beta: float, *, gamma: float, alpha: float = 0.0, label_smoothing: float = 0.0
 ) -> Tensor:
-    """`sigmoid` of `βd - γ`; with `alpha`, `d` is between `(1 - e^{-α s}) / α` of the scores. For scores per token.
+    """`sigmoid` of `βd - γ`; with `alpha`, `d` is the difference of `(1 - e^{-α s}) / α`, s the scores. For scores per
+    token.
 
     Source: arXiv:2405.14734, eq. 6; alpha: arXiv:2501.03884."""
     difference = shaped(scores.chosen, alpha) - shaped(scores.rejected, alpha)
@@ -170,9 +173,8 @@ def against_reference(
 ) -> Loss:
     """[P]: a contrast of `x(u)`, `u = log π(y) - log ref(y)` and `x` the divergence's derivative.
 
-    `ld_alpha` weighs the tokens by which a completion is longer than the other (arXiv:2409.06411); `use_weighting`
-    weighs pairs by how likely the policy itself would write them (arXiv:2406.11827).
-    """
+    `ld_alpha` weights the tokens of a completion beyond the length of the other one (arXiv:2409.06411); `use_weighting`
+    weights pairs by the policy's own likelihood of them (arXiv:2406.11827)."""
     ratios = pair_scores(pairs, pairs.logps - pairs.ref_logps, ld_alpha)
     scores = replace(ratios, chosen=divergence(ratios.chosen), rejected=divergence(ratios.rejected))
     values = contrast(scores, beta)
@@ -185,8 +187,8 @@ def against_reference(
 def reference_free(
     pairs: Pairs, *, contrast: Contrast, beta: float, length_normalised: bool = False, token_metrics: bool = False
 ) -> Loss:
-    """[P]: a contrast of the completions' own log-probabilities, summed over tokens or of the mean token. `nll_loss`
-    is reported also where nothing pulls on it: without a reference, it says how far the chosen ones have drifted."""
+    """[P]: a contrast of the completions' own log-probabilities, summed or averaged over tokens. `nll_loss` is reported
+    even if it has weight 0: without a reference, it shows how far the likelihood of chosen completions has drifted."""
     values, metrics = _contrasted(pairs, contrast, beta, length_normalised, token_metrics)
     chosen = pairs.mask & pairs.micro.per_token(pairs.preferred)
     likelihood = Stat(torch.where(chosen, -pairs.logps.detach(), 0).sum(), chosen.sum())
@@ -197,7 +199,7 @@ def reference_free(
 def of_triples(
     pairs: Triples, *, contrast: Contrast, beta: float, length_normalised: bool = False, token_metrics: bool = False
 ) -> Loss:
-    """[P]: `reference_free`, of the chosen and the rejected completion of each triple."""
+    """[P]: `reference_free` of the chosen and rejected completions of triples."""
     return _contrasted(pairs, contrast, beta, length_normalised, token_metrics)
 
 
@@ -242,7 +244,8 @@ def shaped(scores: Tensor, alpha: float) -> Tensor:
 
 
 def log_odds(logps: Tensor) -> Tensor:
-    """`log(p / (1 - p))` of `p = e^logps`; of a probability of 1, which has none, those of the one before it."""
+    """`log(p / (1 - p))` of `p = e^logps`; a probability of 1, whose odds are infinite, is replaced by the next smaller
+    number."""
     below_one = logps.clamp(max=-torch.finfo(logps.dtype).eps)
     return below_one - _log1mexp(below_one)
 
@@ -281,7 +284,7 @@ def _token_metrics(pairs: Pairs) -> dict[str, Stat]:
 
 
 def _beyond_shorter(pairs: Pairs) -> Tensor:
-    """[T] bool: the completion's tokens beyond the length of the shorter of its pair."""
+    """[T] bool: tokens of a completion beyond the length of the shorter one of its pair."""
     seen = pairs.mask.long().cumsum(0)
     before = (seen - pairs.mask.long())[pairs.micro.offsets[:-1].clamp(max=max(len(seen) - 1, 0))]
     position = seen - pairs.micro.per_token(before)

@@ -1,8 +1,7 @@
 """Policy-gradient losses: sampled tokens with advantages.
 
-One loss, `policy_gradient`, in four steps: the importance ratio, a surrogate of (ratio, advantage), the weights that
-correct or mask tokens, and the KL term, which none of those weights touches. Surrogates are in `surrogates.py`.
-"""
+One loss, `policy_gradient`, in four steps: the importance ratio, a surrogate of (ratio, advantage), weights that
+correct or mask tokens, and the KL term, to which these weights do not apply. Surrogates are in `surrogates.py`."""
 
 from __future__ import annotations
 
@@ -34,8 +33,9 @@ def _is_set(value: float | None) -> bool:
 def threshold_of_entropy(
     views: list[Tokens], world: World, state: dict[str, Any], *, top_entropy_quantile: float
 ) -> dict[str, Tensor]:
-    """`entropy_threshold`: what the share `top_entropy_quantile` of all masked tokens reaches, over micro-batches and
-    ranks. `entropy_share`: the share that does, which is larger where several tokens have that entropy."""
+    """`entropy_threshold`: the entropy that a fraction `top_entropy_quantile` of all masked tokens reaches, over
+    micro-batches and ranks. `entropy_share`: the fraction that does, which is larger if several tokens have exactly
+    that entropy."""
     local = joined([require(view.entropy)[view.mask] for view in views])
     everywhere = world.gather(local)
     if not len(everywhere):
@@ -101,8 +101,8 @@ def policy_gradient(
 def entropy_bonus(tokens: Tokens, *, top_entropy_quantile: float = 1.0) -> Loss:
     """[T]: minus the entropy of each token's distribution, with gradient. Source: arXiv:2505.22312.
 
-    With `top_entropy_quantile`, of those tokens alone whose policy loss is kept, divided by the share that they are of
-    all masked tokens: the mean over all is then the mean over these."""
+    With `top_entropy_quantile`, only for the tokens whose policy loss is kept, divided by their fraction of all masked
+    tokens: the mean over all tokens is then the mean over these."""
     entropy = require(tokens.entropy)
     values = -entropy
     if top_entropy_quantile < 1:
@@ -111,8 +111,8 @@ def entropy_bonus(tokens: Tokens, *, top_entropy_quantile: float = 1.0) -> Loss:
 
 
 def kl_of_samples(logps: Tensor, ref_logps: Tensor, estimator: KlEstimator = "k3") -> Tensor:
-    """[T]: an estimate of KL(π‖ref) from samples of π. A token that is further than `LARGEST_LOG` nats away counts as
-    that far, and has no gradient.
+    """[T]: an estimate of KL(π‖ref) from samples of π. Differences are clamped to ±`LARGEST_LOG` nats; beyond that
+    there is no gradient.
 
     `k1`: `lp - ref`, unbiased; its own gradient has mean 0, so it needs the ratio as a factor.
     `k2`: `(lp - ref)² / 2`, never negative; on fresh samples its own gradient is that of the divergence
@@ -153,7 +153,7 @@ def engine_correction(
 
 
 def _old_logps(tokens: PolicyTokens, old: Old) -> Tensor:
-    """[T]; where the sampler reported none, the current ones: the ratio is 1, and carries the gradient."""
+    """[T]; the current ones where the sampler reported none, so that the ratio is 1 there and has a gradient."""
     current = tokens.logps.detach()
     if old == "current":
         return current
@@ -163,7 +163,7 @@ def _old_logps(tokens: PolicyTokens, old: Old) -> Tensor:
 
 def _log_ratio(tokens: PolicyTokens, old_logps: Tensor, level: RatioLevel) -> Tensor:
     """[T]. Bounded, because `e^89` overflows and an infinite ratio times an advantage or gradient of 0 is not a number;
-    beyond the bounds, which every clip and cap is far inside, there is no gradient."""
+    beyond the bounds, which are far outside every clip and cap, there is no gradient."""
     difference = (tokens.logps - old_logps).clamp(-LARGEST_LOG, LARGEST_LOG)
     log_ratio = torch.where(tokens.mask, difference, 0)
     if level == "token":
@@ -180,7 +180,8 @@ def _uncertain(tokens: Tokens) -> Tensor:
 
 
 def _near_sampler(tokens: PolicyTokens, threshold: float) -> Tensor:
-    """[T] bool: false on rows with a negative advantage that the policy has left by more than `threshold` nats a token.
+    """[T] bool: false for rows with a negative advantage whose mean log-ratio of sampler to policy exceeds `threshold`
+    nats per token.
 
     Source: arXiv:2512.02556, section 3.1."""
     drift = torch.nan_to_num(require(tokens.sample_logps) - tokens.logps.detach(), nan=0.0)

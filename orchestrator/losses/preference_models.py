@@ -1,4 +1,4 @@
-"""Losses of models that judge: the score of what was preferred is to be the higher one."""
+"""Losses of reward models: the preferred completion should have the higher score."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from orchestrator.losses.views import ScoredPairs, require
 @reads("margin", use_margin=is_on)
 def bradley_terry(pairs: ScoredPairs, *, use_margin: bool = False, centering: float = 0.0) -> Loss:
     """[P]: `-log σ(r_w - r_l - m) + η (r_w + r_l)²`, m the pair's margin if `use_margin`, η the `centering`, which
-    keeps scores near 0: the first term does not say where they are.
+    keeps scores near 0: the first term is invariant to a constant added to all scores.
 
     Source: Bradley and Terry, 1952; arXiv:2203.02155, eq. 1; margin: arXiv:2307.09288, eq. 2; centering:
     arXiv:2312.09244, eq. 2.
@@ -25,7 +25,7 @@ def bradley_terry(pairs: ScoredPairs, *, use_margin: bool = False, centering: fl
 
 
 def _metrics(pairs: ScoredPairs, chosen: Tensor, rejected: Tensor) -> dict[str, Stat]:
-    """`accuracy` is the share of pairs in the right order; equal scores are none."""
+    """`accuracy` is the fraction of pairs in the right order; equal scores count as wrong."""
     scores = pairs.scores.detach()
     return {
         "accuracy": pairs.pair_stat((chosen > rejected).to(chosen.dtype)),

@@ -1,10 +1,9 @@
 """The only place where a loss becomes a scalar.
 
 Each reduction is a local sum over a *global* count: the count is summed over all micro-batches and ranks of an
-optimizer step before the first gradient, so neither the micro-batching nor the number of ranks changes the result.
-A row whose mask is empty (a sample that was cut, or that no reward could score) is in no count: the rest is learned
-from as if it were not there, whichever reduction a loss has.
-"""
+optimizer step before the first gradient, so neither the micro-batching nor the number of ranks changes the result. A
+row with an empty mask (a truncated sample, or one that no reward could score) is in no count: with any reduction, the
+result is the same as without that row."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ class Reduction:
     count: Callable[[type[View], MicroBatch], float]
 
     def __call__(self, values: Tensor, view: View, count: float) -> Tensor:
-        """This micro-batch's share of the scalar. `count` is the global count; a batch that has none gives 0."""
+        """This micro-batch's share of the scalar. `count` is the global count; 0 for a batch without any."""
         return self.total(values, view) / max(count, 1.0)
 
 

@@ -1,4 +1,4 @@
-"""The preference loss over pairs that the policy itself has just sampled: that of given pairs, with more to report."""
+"""The preference loss over pairs that the policy sampled: as for given pairs, with more metrics."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def against_reference_of_samples(
 
 
 def objective_metrics(pairs: SampledPairs, beta: float) -> dict[str, Stat]:
-    """Means over the rows of all pairs. KL and entropy are estimated by the sampled tokens, summed over a row, in
+    """Means over the rows of all pairs. KL and entropy are estimated from the sampled tokens and summed over a row, in
     nats."""
     rewards = pairs.reward.to(pairs.logps.dtype)
     kl = pairs.row_sums(pairs.logps - pairs.ref_logps).detach()

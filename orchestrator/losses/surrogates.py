@@ -1,9 +1,8 @@
 """Surrogates of policy-gradient losses: small functions of the log-ratio and the advantage of each token.
 
 `surrogate(tokens, log_ratio, **options) -> ([T] values, {name: [T] flags})`; `policy_gradient` averages the flags into
-`clip_ratio/<name>_mean`. `log_ratio` carries the gradient, at the level that the loss was asked for, and lies within
-`LARGEST_LOG` of 0. Letters: ρ ratio, A advantage, lp log-probability, sg stop-gradient.
-"""
+`clip_ratio/<name>_mean`. `log_ratio` carries the gradient, is per token or per sequence as the option `level` says, and
+lies within ±`LARGEST_LOG`. Letters: ρ ratio, A advantage, lp log-probability, sg stop-gradient."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ Surrogate = Callable[[PolicyTokens, Tensor], tuple[Tensor, dict[str, Tensor]]]
 Distance = Literal["binary_tv", "binary_kl"]
 
 SMALLEST_LOG = -18.420680743952367  # log 1e-8
-LARGEST_LOG = 20.0  # of a ratio: far beyond every clip, and its exponential is finite in any sum over a batch
+LARGEST_LOG = 20.0  # of a ratio: far beyond every clip, and sums of its exponential over a batch are finite
 
 
 def clipped(
@@ -33,7 +32,7 @@ def clipped(
     """`-min(min(ρ, δ) A, clip(ρ, 1-ε, 1+ε_high) A)`. `delta` bounds the unclipped branch, which A < 0 leaves unbounded.
 
     Source: arXiv:1707.06347, eq. 7; ε_high: arXiv:2503.14476, eq. 10; δ: arXiv:2505.07291.
-    Departure from TRL: clip metrics look at ρ before δ caps it, so that they count what was clipped.
+    Departure from TRL: clip metrics use ρ before δ caps it, so that they count all clipped tokens.
     """
     ratio, advantages = log_ratio.exp(), tokens.advantages
     low, high = 1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high)
@@ -86,7 +85,7 @@ def smooth_weighted(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`-φ A lp`, `φ = sg(Ω^k e^{λ(1-Ω)})` of the row's whole ratio Ω, k and λ by the sign of A (VESPO).
 
-    The ratio should be the one against the sampler: there is no other correction for its engine and its age.
+    The ratio should be taken against the sampler: nothing else corrects for the engine and for staleness.
     """
     summed = tokens.row_sums(log_ratio.detach().clamp(-LARGEST_LOG, LARGEST_LOG)).clamp(SMALLEST_LOG, LARGEST_LOG)
     log_omega = tokens.micro.per_token(summed)
@@ -99,8 +98,9 @@ def smooth_weighted(
 def trust_region(
     tokens: PolicyTokens, log_ratio: Tensor, *, distance: Distance, threshold: float, ratio_cap: float = 20.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`-sg(min(ρ, cap)) A lp`, but 0 for tokens that are further than `threshold` from the sampler and that A would
-    drive further (DPPO). `distance` is between the token's probabilities, as of coins: total variation or KL."""
+    """`-sg(min(ρ, cap)) A lp`, but 0 for tokens that differ from the sampler by more than `threshold` and that A would
+    move further away (DPPO). `distance` is that of two Bernoulli distributions with the token's probabilities: total
+    variation or KL."""
     ratio = log_ratio.detach().exp()
     logps = tokens.logps.detach()
     leaves = ((tokens.advantages > 0) & (ratio > 1)) | ((tokens.advantages < 0) & (ratio < 1))

@@ -1,8 +1,7 @@
 """Preference losses that compare whole distributions of pairs (AOT): they sort, so they couple all pairs of a batch.
 
 Sorting spans all micro-batches and ranks: a pass without gradient finds each value's partner, the value of equal rank
-on the other side. Departure from TRL, which sorts within a micro-batch: there, the split changes the result.
-"""
+on the other side. Departure from TRL, which sorts within each micro-batch, so that the result depends on the split."""
 
 from __future__ import annotations
 
@@ -53,8 +52,8 @@ def aot(pairs: RefPairs, *, beta: float, label_smoothing: float = 0.0, ld_alpha:
 def aot_unpaired(pairs: RefPairs, *, beta: float, label_smoothing: float = 0.0, ld_alpha: float | None = None) -> Loss:
     """[P]: smoothed logistic of `β z`, z between the sorted log-ratios of chosen and rejected completions.
 
-    A value's partner may belong to another micro-batch, so each side takes the other as a constant: the chosen side
-    gives the value and its own gradient, the rejected side only its gradient.
+    A value's partner may belong to another micro-batch, so each side treats the other as a constant: the chosen side
+    contributes the value and its gradient, the rejected side only its gradient.
     Source: arXiv:2406.05882 (unpaired)."""
     ratios = pair_scores(pairs, pairs.logps - pairs.ref_logps, ld_alpha)
     chosen_side = beta * (ratios.chosen - _partner(pairs, "partner_of_chosen"))
@@ -69,13 +68,13 @@ def _gathered(world: World, parts: list[Tensor], dtype: torch.dtype = torch.floa
 
 
 def _equal_rank(values: Tensor, others: Tensor) -> Tensor:
-    """[N]: for each value, the one of the same rank among `others`."""
+    """[N]: for each value, the element of `others` with the same rank."""
     ranks = values.argsort(stable=True).argsort(stable=True)
     return others.sort().values[ranks]
 
 
 def _by_pair(world: World, views: list[RefPairs], **columns: Tensor) -> dict[str, Tensor]:
-    """Columns in the order of the pairs' group numbers, with the numbers: how a micro-batch finds its own entries."""
+    """Columns sorted by the pairs' group numbers, with those numbers, so that a micro-batch finds its own entries."""
     groups = _gathered(world, [view.group[view.sides[0]] for view in views], torch.int64)
     order = groups.argsort()
     return {"groups": groups[order], **{name: values[order] for name, values in columns.items()}}

@@ -14,7 +14,7 @@ from orchestrator.losses.views import RefLabelled, joined, require
 
 
 def mean_kl(views: list[RefLabelled], world: World, state: dict[str, Any]) -> dict[str, Tensor]:
-    """`max(0, mean of u)` of the whole batch. Over mismatched rows: how far the policy has moved on any prompt."""
+    """`max(0, mean of u)` of the whole batch. Over mismatched rows it estimates the policy's KL from the reference."""
     ratios = joined([view.log_ratios for view in views])
     total, count = world.sum(torch.stack([ratios.sum(), ratios.new_tensor(float(len(ratios)))]))
     return {"kl": (total / count.clamp(min=1)).clamp(min=0)}
@@ -47,7 +47,8 @@ def apo_zero_unpaired(
 def running_mean_reward(
     views: list[RefLabelled], world: World, state: dict[str, Any], *, beta: float
 ) -> dict[str, Tensor]:
-    """The mean of `βu` over every row of every batch so far, this one included. `state` holds it between steps."""
+    """The running mean of `βu` over all rows of all batches, the current one included. `state` holds it between
+    steps."""
     rewards = beta * joined([view.log_ratios for view in views])
     total, count = world.sum(torch.stack([rewards.sum(), rewards.new_tensor(float(len(rewards)))]))
     seen = state.get("count", 0.0) + float(count)
@@ -59,9 +60,10 @@ def running_mean_reward(
 @reads("weight", density_ratio=is_on)
 @couples(running_mean_reward)
 def bco(rows: RefLabelled, *, beta: float, density_ratio: bool = False) -> Loss:
-    """[B]: `-log σ(±(βu - δ))`, plus for a desirable row, minus for another; δ is the running mean of all rewards.
+    """[B]: `-log σ(±(βu - δ))`, plus for a desirable row, minus for an undesirable one; δ is the running mean of all
+    rewards.
 
-    With `density_ratio`, each undesirable row counts as much as the column `weight` says. Source: arXiv:2404.04656."""
+    With `density_ratio`, each undesirable row is multiplied by the column `weight`. Source: arXiv:2404.04656."""
     delta = rows.shared["delta"]
     values = -F.logsigmoid(_signed(rows, beta * rows.log_ratios - delta))
     if density_ratio:

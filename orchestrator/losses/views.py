@@ -1,11 +1,11 @@
-"""What a loss may see: typed views of one micro-batch and its forward pass.
+"""Typed views of one micro-batch and its forward pass: the inputs of losses.
 
 The type of a loss's view declares what the loss reads. A field that is named like a column of the batch
 (`actors/columns.py`) or like an extra of the forward pass (`actors.objective.EXTRAS`) is filled from there. A field of
 type `Tensor` is always read; one of type `Tensor | None` is None unless the loss declares that it reads it under its
-options, so a loss cannot see by accident what its pipeline does not provide by design.
+options, so a loss cannot read a column that its pipeline does not provide.
 
-Axes: `T` tokens, `B` rows, `P` pairs. `mask` is what the loss is summed over.
+Axes: `T` tokens, `B` rows, `P` pairs. The loss is summed over `mask`.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from actors.objective import DIVERGENCE, EXTRAS, MicroBatch, Outputs, Stat
 def require(values: Tensor | None) -> Tensor:
     """A field that the loss declared to read under its options."""
     if values is None:
-        raise TypeError("a loss looked at a field that it does not declare with @reads under these options")
+        raise TypeError("a loss reads a field that it does not declare with @reads under these options")
     return values
 
 
 def joined(parts: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Values of all views of this rank, one after the other. A rank may have none: its micro-batches are all empty."""
+    """Values of all views of this rank, concatenated. A rank whose micro-batches are all empty has none."""
     return torch.cat(list(parts)) if parts else torch.zeros(0, dtype=dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """One micro-batch and what the model's head says of it."""
+    """One micro-batch with the output of the model's head."""
 
     head: ClassVar[Head]  # of the model
-    main: ClassVar[str]  # the field that holds what the head says
+    main: ClassVar[str]  # the field that holds the head's output
     keep_groups: ClassVar[bool] = False  # rows of a group must share a micro-batch
     forward: ClassVar[frozenset[str]] = frozenset()  # options of the forward pass (`declare.FORWARD_OPTIONS`)
 
@@ -69,12 +69,12 @@ class View:
 
     @staticmethod
     def count_items(micro: MicroBatch) -> int:
-        """Of what a mean over items counts: rows, or pairs."""
+        """The number of items in a mean over items: rows, or pairs."""
         return len(micro)
 
     @property
     def said(self) -> Tensor:
-        """What the head says."""
+        """The head's output."""
         return getattr(self, self.main)
 
     @cached_property
@@ -97,7 +97,7 @@ class View:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens(View):
-    """Every token with its log-probability under the weights that are trained."""
+    """Every token with its log-probability under the trained weights."""
 
     head: ClassVar[Head] = Head.VOCABULARY
     main: ClassVar[str] = "logps"
@@ -110,14 +110,15 @@ class Tokens(View):
 
 @dataclass(frozen=True, kw_only=True)
 class Distilled(Tokens):
-    """Every token with how far its whole distribution is from another one: what the loss `compares`."""
+    """Every token with the divergence of its distribution from another one, computed by the function that the loss
+    `compares`."""
 
     divergence: Tensor  # [T], carries the gradient
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scalars(View):
-    """Every token with a number of its own: a state's value, a step's reward."""
+    """One number per token: the value of a state, the reward of a step."""
 
     head: ClassVar[Head] = Head.TOKEN_SCALAR
     main: ClassVar[str] = "scalars"
@@ -127,7 +128,7 @@ class Scalars(View):
 
 @dataclass(frozen=True, kw_only=True)
 class Scores(View):
-    """Every row with one number, which its model says at its last token."""
+    """One number per row, which the model outputs at its last token."""
 
     head: ClassVar[Head] = Head.ROW_SCALAR
     main: ClassVar[str] = "scores"
@@ -196,7 +197,7 @@ class ScoredPairs(Paired, Scores):
 
 @dataclass(frozen=True, kw_only=True)
 class RefPairs(Pairs):
-    """Preference pairs that are measured against a reference."""
+    """Preference pairs with log-probabilities of a reference."""
 
     ref_logps: Tensor  # [T]
 
@@ -222,7 +223,7 @@ class Triples(Pairs):
 
 @dataclass(frozen=True, kw_only=True)
 class ChosenTokens(Tokens):
-    """The completions that were chosen, for a likelihood term beside a preference loss."""
+    """The chosen completions, for a likelihood term in addition to a preference loss."""
 
     preferred: Tensor  # [B] bool
 
@@ -233,7 +234,7 @@ class ChosenTokens(Tokens):
 
 @dataclass(frozen=True, kw_only=True)
 class ChosenSequences(Tokens):
-    """Prompt and completion of what was chosen: every token that has one before it."""
+    """Prompts and completions of chosen rows: all tokens but the first of each row."""
 
     forward: ClassVar[frozenset[str]] = frozenset({"all_tokens"})
 
@@ -259,7 +260,7 @@ class GoldTokens(Tokens):
 
 @dataclass(frozen=True, kw_only=True)
 class RefLabelled(Tokens):
-    """Completions that are desirable or not, measured against a reference."""
+    """Completions labelled desirable or not, with log-probabilities of a reference."""
 
     label: Tensor  # [B] bool
     ref_logps: Tensor  # [T]

@@ -72,7 +72,9 @@ def _call(name: str, method: Callable[..., Pipeline], options: Mapping[str, Any]
     found: dict[Any, str] = {}
     for option, annotation in types_of(method).items():
         if option in options and is_word_for_number(options[option], annotation):
-            found[option] = f"options.{option}={options[option]!r}: a number is needed, and true, yes and on are none"
+            found[option] = (
+                f"options.{option}={options[option]!r}: a number is needed; true, yes and on are not numbers"
+            )
     try:
         if not found:
             made: Any = _validated(method)(**options)  # what a user's function returns, whatever it says

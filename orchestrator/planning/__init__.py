@@ -1,1 +1,1 @@
-"""From a configuration to what is launched: pipelines and data opened, roles sized, processes placed on paper."""
+"""From a configuration to a plan: pipelines and data opened, roles sized, processes assigned to bundles."""

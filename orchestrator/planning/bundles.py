@@ -1,8 +1,7 @@
-"""Bundles and nodes: what a process asks of a machine, and whether a cluster can give it. Pure.
+"""Bundles and nodes: the resources that a process needs, and whether a cluster has them. Pure.
 
-A bundle is what one process reserves, or several that share it (colocation). `fit` says where each would go, and
-`shortages` which role lacks what. Both are an account of the cluster, not its scheduler: Ray decides in the end.
-"""
+A bundle is what one process reserves, or several that share it (colocation). `fit` computes where each would go, and
+`shortages` which role lacks which resource. Both only model the scheduler; Ray decides."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ Resources = Mapping[str, float]
 @dataclass(frozen=True)
 class Bundle:
     """What is reserved for one process of each of `roles`. Names of resources are Ray's: CPU, GPU, memory, ...
-    `selectors`: on which nodes, in the order of preference; none: anywhere."""
+    `selectors`: choices of nodes, in order of preference; empty: any node."""
 
     roles: tuple[str, ...]
     resources: Resources
@@ -63,7 +62,7 @@ class ClusterView:
 
     @classmethod
     def of_machine(cls, *, cpus: float, gpus: float = 0) -> ClusterView:
-        """This machine alone: what a local Ray would offer."""
+        """This machine only, as a local Ray would offer it."""
         return cls((Node("this machine", {"CPU": cpus, "GPU": gpus}),))
 
     def total(self, resource: str) -> float:
@@ -80,14 +79,14 @@ class ClusterView:
 
 @dataclass
 class Fit:
-    """Where bundles go: `nodes[i]` is the node of bundle i, or None. `left`: what each node keeps free."""
+    """The nodes of bundles: `nodes[i]` is that of bundle i, or None. `left`: what remains free on each node."""
 
     nodes: list[str | None]
     left: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
 
 
 def fit(bundles: Sequence[Bundle], cluster: ClusterView) -> Fit:
-    """Place the hungriest bundles first, each on the fullest node that can take it."""
+    """Places the largest bundles first, each on the fullest node that has room for it."""
     left = {node.name: dict(node.resources) for node in cluster.nodes}
     nodes = {node.name: node for node in cluster.nodes}
     found = Fit([None] * len(bundles), left)
@@ -104,7 +103,7 @@ def fit(bundles: Sequence[Bundle], cluster: ClusterView) -> Fit:
 
 
 def shortages(bundles: Sequence[Bundle], cluster: ClusterView) -> list[str]:
-    """One line for each role or group of roles of which a bundle finds no place: what it needs, and what is lacking."""
+    """One line for each role or group of roles with a bundle that does not fit: what it needs, and what is missing."""
     placed = fit(bundles, cluster).nodes
     homeless = dict.fromkeys(bundle.label for bundle, node in zip(bundles, placed, strict=True) if node is None)
     lines: list[str] = []
@@ -129,8 +128,8 @@ def amount(resource: str, value: float) -> str:
 
 
 def _lacking(bundle: Bundle, bundles: Sequence[Bundle], cluster: ClusterView) -> list[str]:
-    """Why: no node has the labels, or none that has them is that large, or all of them together are too small, or what
-    is free is scattered."""
+    """The reason: no node has the labels, or none with the labels is large enough, or all of them together are too
+    small, or the free resources are spread over several nodes."""
     able = ClusterView(tuple(node for node in cluster.nodes if bundle.takes(node)))
     if not able.nodes:
         found = [node.labels for node in cluster.nodes]
@@ -156,10 +155,10 @@ def _covers(free: Resources, needs: Resources) -> bool:
 
 
 def _appetite(bundle: Bundle) -> tuple[bool, float, float]:
-    """Who may go to a few nodes only comes first."""
+    """Sort key: bundles that fit on few nodes come first."""
     return bool(bundle.selectors), bundle.resources.get("GPU", 0.0), bundle.resources.get("CPU", 0.0)
 
 
 def _worth_telling(resource: str) -> bool:
-    """Ray's own markers (`node:10.0.0.1`, `object_store_memory`) are not what a plan lacks."""
+    """Ray's own markers (`node:10.0.0.1`, `object_store_memory`) are never missing in a plan."""
     return not resource.startswith("node:") and resource not in ("memory", "object_store_memory")

@@ -1,4 +1,4 @@
-"""How much memory a role will take, roughly: what `troupe plan` shows before anything is loaded. Pure."""
+"""A rough estimate of a role's memory, which `troupe plan` shows before anything is loaded. Pure."""
 
 from __future__ import annotations
 
@@ -32,24 +32,23 @@ class Memory:
 
 @dataclass(frozen=True)
 class Training:
-    """What decides on the memory of a trained role beyond its weights."""
+    """What a trained role's memory depends on, apart from its weights."""
 
     zero_stage: int  # 0 for a backend that shards nothing
     ranks: int
     lora_rank: int | None
     gradient_checkpointing: bool
-    companion_bytes: float = 0.0  # of the frozen model that lives in each rank, which nothing shards
+    companion_bytes: float = 0.0  # of the frozen model in each rank, which is not sharded
     averaged: bool = False  # the trained weights are averaged: three float32 copies, an equal part of them on each rank
 
 
 def estimate(
     parameters: int, dtype: str, *, tokens: int = 0, training: Training | None = None, kv_cache_gib: float = 0.0
 ) -> Memory:
-    """One process that holds a model. `tokens`: of the largest micro-batch that goes through it.
+    """One process that holds a model. `tokens`: of its largest micro-batch.
 
-    Gradients and Adam's two moments are float32, and so are the master weights beside a half-precision model. ZeRO
-    spreads optimizer states from stage 1 on, gradients from 2, weights from 3.
-    """
+    Gradients and Adam's two moments are float32, and so are the master weights of a half-precision model. ZeRO shards
+    optimizer states from stage 1 on, gradients from 2, weights from 3."""
     width = BYTES[dtype]
     if training is None:
         activations = _activation_bytes(parameters, width, tokens, layers_kept=1)

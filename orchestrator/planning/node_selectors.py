@@ -1,6 +1,6 @@
-"""Labels of nodes, and conditions on them in Ray's own words. Pure.
+"""Labels of nodes, and conditions on them in Ray's syntax. Pure.
 
-role: rollout        has the label with that value        role: "!rollout"       has it not
+role: rollout        has the label with that value        role: "!rollout"       does not have it
 zone: in(a, b)       has it with one of the values        zone: "!in(a, b)"      with none of them
 """
 
@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 Labels = Mapping[str, str]
-Selector = Mapping[str, str]  # label -> condition; a node must meet all of them, so an empty one takes every node
+Selector = Mapping[str, str]  # label -> condition; a node must meet all of them, so an empty one matches every node
 
 _NAME = r"[a-zA-Z0-9](?:[a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
 _CONDITION = re.compile(rf"(!?)(?:({_NAME})|in\(({_NAME}(?:, ?{_NAME})*)\))")
@@ -18,7 +18,7 @@ _KEY = re.compile(rf"(?:{_NAME}/)?{_NAME}")
 
 
 def check(selector: dict[str, str]) -> dict[str, str]:
-    """The selector, or ValueError for one that Ray would not take."""
+    """The selector; raises ValueError for one that Ray would refuse."""
     for label, condition in selector.items():
         if not _KEY.fullmatch(label):
             raise ValueError(
@@ -44,7 +44,7 @@ def describe(selector: Selector) -> str:
 
 
 def lacking(nodes: Iterable[Labels], selector: Selector) -> list[str]:
-    """Conditions that no node meets, with the values that the label has instead."""
+    """Conditions that no node meets, with the existing values of their labels."""
     known = list(nodes)
     reasons: list[str] = []
     for label, condition in selector.items():

@@ -1,11 +1,10 @@
-"""From configuration and pipelines to what is launched: which roles, how many processes, with what each. Pure.
+"""From configuration and pipelines to a plan: which roles, how many processes, and their resources. Pure.
 
     config + pipelines ──► roles ──► threads, environment, memory ──► one gang of bundles for the ranks of all roles
                                                                   └─► a bundle of its own for each elastic worker
 
-The roles follow from the pipelines, never from the configuration: it only sizes them. Neither Ray nor torch is needed
-to make a plan, so that `troupe plan` answers at once.
-"""
+Which roles there are follows from the pipelines; the configuration only sizes them. A plan needs neither Ray nor torch,
+so `troupe plan` is fast."""
 
 from __future__ import annotations
 
@@ -23,15 +22,15 @@ from orchestrator.planning.bundles import GIB, Bundle, ClusterView, Resources, s
 from orchestrator.planning.memory_estimate import BYTES, Memory, Training, estimate
 from orchestrator.planning.node_selectors import Selector
 
-# Of an idle OpenMP thread before it sleeps: enough from one operation to the next. Five times as many gained no more,
-# and made a step half as long again where another program wanted the core; these, a seventh.
+# Spins of an idle OpenMP thread before it sleeps: they bridge two operations. Five times as many were not faster,
+# and slowed a step down by half if another program used the core; this many, by a seventh.
 SPINS = 1_000
-SMALL_MODEL = 100_000_000  # parameters below which an engine on the CPU is quickest with one thread
+SMALL_MODEL = 100_000_000  # parameters; below, an engine on the CPU is fastest with one thread
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine whose cores the processes share where there are no GPUs."""
+    """The machine whose cores the processes share if there are no GPUs."""
 
     cores: int
 
@@ -42,7 +41,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class RolePlan:
-    """A role's processes: ranks of a gang, or workers of an elastic pool at its start. All alike."""
+    """A role's processes, which are all equal: ranks of a gang, or the first workers of an elastic pool."""
 
     name: str
     count: int
@@ -52,7 +51,7 @@ class RolePlan:
     memory: Memory | None  # an estimate of one process; None if the model's size is not known
     host: str | None  # the role whose bundles it shares
     bundles: tuple[int, ...]  # in the gang, one per rank; of an elastic role only if it shares them
-    pool: bool = False  # workers that come and go, not ranks of a gang
+    pool: bool = False  # elastic workers, not ranks of a gang
     selectors: tuple[Selector, ...] = ()  # of nodes, in the order of preference
 
     @property
@@ -61,7 +60,7 @@ class RolePlan:
 
     @property
     def own_bundle(self) -> Bundle:
-        """What an elastic worker reserves for itself."""
+        """The bundle of an elastic worker."""
         return Bundle((self.name,), self.resources, self.selectors)
 
 
@@ -75,9 +74,9 @@ class PhasePlan:
     items_per_step: int
     rows_per_item: int
     optimizer_steps_per_batch: int
-    longest_row: int | None  # tokens; None where the configuration sets no limit
+    longest_row: int | None  # tokens; None if the configuration sets no limit
     micro_batches: int | None
-    groups_in_flight: int  # prompt groups that may be collected ahead of what was trained
+    groups_in_flight: int  # prompt groups that may be collected ahead of training
     bema: BemaConfig | None = None  # how the policy's weights are averaged
 
     @property
@@ -87,7 +86,7 @@ class PhasePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run launches. `gang` is reserved at once, or not at all."""
+    """What a run launches. The bundles of `gang` are reserved together or not at all."""
 
     run: str
     phases: tuple[PhasePlan, ...]
@@ -110,7 +109,7 @@ class Plan:
 
     @property
     def precompute_only(self) -> tuple[str, ...]:
-        """Roles that do nothing in any step: all of their stages run before the first one of a phase."""
+        """Roles that no step uses: all of their stages run before the first step of a phase."""
         stages = [stage for phase in self.phases for stage in phase.pipeline]
         lasting = {stage.role for stage in stages if not stage.precomputed}
         return tuple(role for role in self.roles if role in {stage.role for stage in stages} - lasting)
@@ -128,7 +127,7 @@ def make_plan(
     machine: Machine | None = None,
 ) -> Plan:
     """The plan of a run, `pipelines` by phase. `parameters` of the run's model, `own_parameters` of the models of roles
-    that differ from it. Raises ConfigError with everything that would be refused."""
+    that differ from it. Raises ConfigError with all refusals."""
     plan = draft_plan(config, pipelines, parameters=parameters, own_parameters=own_parameters, machine=machine)
     if plan.refusals:
         raise ConfigError("\n".join(plan.refusals))
@@ -143,7 +142,7 @@ def draft_plan(
     own_parameters: Mapping[str, int | None] | None = None,
     machine: Machine | None = None,
 ) -> Plan:
-    """A plan that may have `refusals`: something to look at, not to launch."""
+    """A plan that may have `refusals`, for display and not for launching."""
     stand_ins = _stand_ins(config, pipelines)
     launched = _launched(config, pipelines, stand_ins)
     refused = refusals(config, pipelines, launched)
@@ -169,7 +168,7 @@ def problems(plan: Plan, cluster: ClusterView) -> list[str]:
 
 
 def _stand_ins(config: RunConfig, pipelines: Mapping[str, Pipeline]) -> dict[str, str]:
-    """With adapters, a frozen role that copies a trained one is that one without them."""
+    """With adapters, a frozen copy of a trained role is that role without its adapters."""
     if config.model.lora is None:
         return {}
     named = {role for pipeline in pipelines.values() for role in pipeline.roles if role in config.roles}
@@ -195,20 +194,20 @@ def _launched(config: RunConfig, pipelines: Mapping[str, Pipeline], stand_ins: M
 
 
 def _is_pool(config: RunConfig, role: str) -> bool:
-    """Whether a role's workers come and go; every other is a gang of ranks."""
+    """Whether a role is an elastic pool; the others are gangs of ranks."""
     return role in config.roles and not isinstance(config.roles[role], RanksRole)
 
 
 def _threads(
     config: RunConfig, pipelines: Mapping[str, Pipeline], roles: list[str], parameters: int | None, machine: Machine
 ) -> dict[str, int]:
-    """Threads of one process of each role. What the configuration says holds; a role with GPUs has its CPUs. The rest
-    share the cores so that those who work at the same time have no more threads than there are cores: oversubscribed,
-    all are many times slower.
+    """Threads of one process of each role: those of the configuration; for a role with GPUs, its CPUs. The others share
+    the cores such that processes that work at the same time have no more threads than there are cores: oversubscription
+    makes all of them many times slower.
 
     Engines take one thread each, or for a large model an equal share of the cores. If trainers and engines alternate, a
-    trained role has all cores while it works; if not, what the engines leave. Frozen roles work by turns with a trained
-    one (`_overlaps`), so each has all cores while it does."""
+    trained role has all cores while it works; if not, those that the engines do not use. Frozen roles and trained ones
+    take turns (`_overlaps`), so each has all cores while it works."""
     cores = machine.cores
     small = parameters is None or parameters < SMALL_MODEL
     ahead = any(config.phases[name].train.max_staleness for name in pipelines)
@@ -216,7 +215,9 @@ def _threads(
     ranks = sum(count(settings) for settings in settings_of.values() if isinstance(settings, RanksRole))
     fleets = [settings for settings in settings_of.values() if isinstance(settings, EngineRole)]
     workers = sum(fleet.workers for fleet in fleets)
-    share = 1 if small else max(1, cores // max(1, workers + (ranks if ahead else 0)))  # of who works at the same time
+    share = (
+        1 if small else max(1, cores // max(1, workers + (ranks if ahead else 0)))
+    )  # of processes that work at the same time
     taken = sum(fleet.workers * (fleet.threads or share) for fleet in fleets)
     left = cores - taken if ahead else cores
     sharing = ranks if ahead else 0
@@ -243,7 +244,8 @@ def _overlaps(config: RunConfig, roles: list[str]) -> bool:
 
 
 def _gang(config: RunConfig, roles: list[str]) -> tuple[tuple[Bundle, ...], dict[str, tuple[int, ...]]]:
-    """One bundle per rank of each gang role; guests are added to the bundles of their host. Where each role sits."""
+    """One bundle per rank of each gang role; guests are added to the bundles of their host. Also returns each role's
+    bundles."""
     bundles: list[Bundle] = []
     seats: dict[str, tuple[int, ...]] = {}
     guests = [role for role in roles if config.roles[role].colocate]
@@ -272,7 +274,7 @@ def _resources(settings: Role) -> dict[str, float]:
 
 
 def _selectors(settings: Role) -> tuple[Selector, ...]:
-    """Choices of nodes, the first one preferred; none if every node will do."""
+    """Choices of nodes in order of preference; empty if any node will do."""
     first: Selector = getattr(settings, "label_selector", {})
     others: tuple[Fallback, ...] = getattr(settings, "fallback_strategy", ())
     return (first, *(other.label_selector for other in others)) if first else ()
@@ -288,10 +290,10 @@ def _role_plan(role: str, config: RunConfig, threads: int, bundles: tuple[int, .
 
 
 def _environment(settings: Role, threads: int, *, alone: bool) -> dict[str, str]:
-    """What must be set before torch is imported. PASSIVE: idle OpenMP threads must not spin on other roles' cores. If
-    no other role computes at that time (`alone`), idle OpenMP threads spin briefly before they sleep, because waking
-    them takes a fifth of a small model's step or more. Ray hides the GPUs of others from an actor that has some, but
-    shows all of them to one that has none."""
+    """Environment variables that must be set before torch is imported. PASSIVE: idle OpenMP threads must not spin on
+    other roles' cores. If no other role computes at that time (`alone`), idle OpenMP threads spin briefly before they
+    sleep, because waking them takes a fifth of a small model's step or more. Ray hides the GPUs of others from an actor
+    that has some, but shows all of them to one that has none."""
     waiting = {"GOMP_SPINCOUNT": str(SPINS)} if alone and threads > 1 else {"OMP_WAIT_POLICY": "PASSIVE"}
     env = {"OMP_NUM_THREADS": str(threads), **waiting, "TOKENIZERS_PARALLELISM": "false"}
     if settings.gpus == 0:
@@ -370,7 +372,7 @@ def _longest_row(phase: PhaseConfig, *, sampled: bool) -> int | None:
 def _micro_batches(
     config: RunConfig, phase: PhaseConfig, pipeline: Pipeline, rows: int, minibatches: int, longest: int | None
 ) -> int | None:
-    """At most, per rank and optimizer step: if every row were as long as is allowed."""
+    """The maximum per rank and optimizer step, if all rows had the maximum length."""
     if longest is None or not pipeline.trained:
         return None
     ranks = count(config.roles[pipeline.trained[0]]) if pipeline.trained[0] in config.roles else 1

@@ -1,5 +1,5 @@
-"""What a run needs of its surroundings, asked before its data is read: a folder that can be written to, and a Ray that
-answers if it is told to use one."""
+"""What a run needs besides its configuration, checked before its data is read: a writable folder, and a Ray that
+answers if an address is given."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from orchestrator.config.schema import RunConfig
 
 
 def refuse_surroundings(config: RunConfig, *, local: bool = False, resume: Path | None = None) -> None:
-    """Raises UserError where a run would fail however good its configuration is. Makes nothing. `local`: without Ray;
-    `resume`: in this folder, wherever `output` was."""
+    """Raises UserError if a run would fail whatever its configuration is. Creates nothing. `local`: without Ray;
+    `resume`: in this folder, whatever `output` is."""
     if resume is None:
         _refuse_output(config.output)
     if not local and (address := chosen_address(config.cluster)) != LOCAL:
@@ -21,11 +21,13 @@ def refuse_surroundings(config: RunConfig, *, local: bool = False, resume: Path 
 
 
 def _refuse_output(output: Path) -> None:
-    """The nearest folder above that exists is where the others would be made."""
+    """Checks the nearest existing parent folder, in which the others would be created."""
     place = output.absolute()
     while not place.exists():
         place = place.parent
     if not place.is_dir():
-        raise ConfigError(f"output={output}: {place} is a file, not a folder; name a folder, it is made if need be")
+        raise ConfigError(
+            f"output={output}: {place} is a file, not a folder; name a folder; it is created if it does not exist"
+        )
     if not os.access(place, os.W_OK | os.X_OK):
         raise ConfigError(f"output={output}: {place} may not be written to by this user; name another folder")

@@ -1,4 +1,4 @@
-"""How many steps a phase takes, and how many items each learns from. Pure."""
+"""The number of steps of a phase, and of items per step. Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Schedule:
 
     @property
     def items(self) -> int:
-        """Drawn in the whole phase."""
+        """Items drawn in the whole phase."""
         return (self.steps - 1) * self.batch + self.last
 
     @classmethod
@@ -24,8 +24,8 @@ class Schedule:
 
     @classmethod
     def of_items(cls, items: int, batch: int, *, least: int = 1) -> Schedule:
-        """`items` are drawn, all of them and no more: what does not fill a batch is a smaller last one, or goes into
-        the one before if it is less than the `least` that a batch may have."""
+        """Exactly `items` items are drawn. A remainder that does not fill a batch is a smaller last batch, or joins the
+        one before if it has fewer than `least` items."""
         full, rest = divmod(max(items, least), batch)
         if rest == 0:
             return cls.of_steps(full, batch)

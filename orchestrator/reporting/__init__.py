@@ -1,1 +1,1 @@
-"""What a run shows and writes down, and what the command line prints."""
+"""The console and log files of a run, and the tables of the command line."""

@@ -1,4 +1,4 @@
-"""What a run has cost: steps and tokens by phase, seconds by what the driver spent them on. No second counts twice."""
+"""The costs of a run: steps and tokens by phase, the driver's seconds by activity. No second is counted twice."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OF_VERB = {Verb.INFER: "log-probabilities", Verb.UPDATE: "update"}
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """Of one phase, in the process that this is about."""
+    """Costs of one phase, in this process."""
 
     steps: int = 0
     tokens: int = 0
@@ -24,7 +24,7 @@ class PhaseCost:
 
 @dataclass
 class Account:
-    """Of one process. What was spent on nothing named is the `rest`."""
+    """Costs of one process. Time without a named activity is the `rest`."""
 
     phases: dict[str, PhaseCost] = field(default_factory=dict[str, PhaseCost])
     seconds: dict[str, float] = field(default_factory=dict[str, float])
@@ -42,8 +42,8 @@ class Account:
             self.spend(on, time.perf_counter() - began)
 
     def step(self, phase: str, pipeline: Pipeline, metrics: Mapping[str, float]) -> None:
-        """`metrics`: of a step, with its parts as `time/...`. Collecting is what the driver waited for: it is
-        shared out as the times of generation, scoring and what follows them, which may lie in an earlier step."""
+        """`metrics`: of a step, with its parts as `time/...`. Collecting is the driver's waiting time; it is divided in
+        proportion to the times of generation, scoring and the stages after them, which may lie in an earlier step."""
         cost = self.phases.get(phase, PhaseCost())
         self.phases[phase] = PhaseCost(cost.steps + 1, cost.tokens + int(of_first_role(metrics, "num_tokens") or 0))
         waited = metrics.get("time/collect", 0.0)
@@ -64,6 +64,6 @@ class Account:
         self.spend("publish", metrics.get("time/publish", 0.0))
 
     def shares(self, whole: float) -> dict[str, float]:
-        """Seconds by what they were spent on, in the order of a run; with the rest they are `whole`."""
+        """Seconds by activity, in the order of a run; with the rest they add up to `whole`."""
         named = {on: self.seconds[on] for on in WORK if self.seconds.get(on, 0.0) > 0}
         return {**named, "rest": max(0.0, whole - sum(named.values()))}

@@ -1,7 +1,7 @@
-"""What a run shows while it works: who is where, a line per step, samples with their rewards, and the result.
+"""The console of a run: placement, a line per step, samples with their rewards, and the result.
 
-The same lines on a terminal (coloured) and in a file (plain); nothing is redrawn, so a log reads like the screen did.
-"""
+The lines are the same on a terminal (coloured) and in a file (plain); nothing is redrawn, so a log looks like the
+screen."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from orchestrator.reporting.terminal_tables import Rows
 from orchestrator.reporting.worth import Worth
 
 BAR_WIDTH = 16
-PLAIN_WIDTH = 140  # columns where the output is not a terminal
+PLAIN_WIDTH = 140  # columns if the output is not a terminal
 BAR_FROM_WIDTH = 100  # columns of a terminal; a narrower one shows numbers instead
-RECENT_STEPS = 20  # that the time left is estimated from
-ASKED = "12+34="  # of a model that has been trained, as an example
+RECENT_STEPS = 20  # from which the remaining time is estimated
+ASKED = "12+34="  # example prompt for the trained model
 CELL_LIMIT = 240  # characters of a prompt or completion
 
 
@@ -75,7 +75,7 @@ HELD_OUT_LINE = (
 
 
 class Finished(Protocol):
-    """What is known of a run that has ended; `scores`: evaluation label -> score, in order."""
+    """The result of a run that has ended; `scores`: evaluation label -> score, in order."""
 
     @property
     def folder(self) -> Path: ...
@@ -97,21 +97,21 @@ class Finished(Protocol):
 
 @dataclass
 class Pace:
-    """How quickly a phase goes, by the clock: evaluations and checkpoints between its steps are part of it."""
+    """The speed of a phase in elapsed time, including evaluations and checkpoints between its steps."""
 
     clock: Callable[[], float] = time.monotonic
     _ends: deque[tuple[int, float]] = field(default_factory=lambda: deque[tuple[int, float]](maxlen=RECENT_STEPS))
 
     def seconds_left(self, step: int, steps: int) -> float | None:
-        """After this step; None until two steps were seen."""
+        """Estimated seconds after this step; None until two steps were seen."""
         self._ends.append((step, self.clock()))
         (first, began), (last, ended) = self._ends[0], self._ends[-1]
         return (ended - began) / (last - first) * (steps - step) if last > first else None
 
 
 class Console:
-    """`phases`: name -> its steps. `closed` is called once if nobody reads the output any more: what is printed after
-    that goes nowhere."""
+    """`phases`: name -> its steps. `closed` is called once, when standard output is closed; later output is
+    discarded."""
 
     def __init__(
         self, phases: Mapping[str, int], terminal: Terminal | None = None, closed: Callable[[], None] = lambda: None
@@ -123,7 +123,7 @@ class Console:
         self._began = time.monotonic()
 
     def placed(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Who runs where. A row per actor; its keys are the columns."""
+        """Prints the placement: one row per actor, whose keys are the columns."""
         if not rows:
             return
         table = _table("placement")
@@ -134,18 +134,18 @@ class Console:
         self._terminal.print(table)
 
     def at(self, folder: Path, dashboard: str | None) -> None:
-        """Where to look while the run goes on; `troupe status`, `scale` and `resume` take the folder."""
+        """Prints the run's folder, which `troupe status`, `scale` and `resume` take, and the dashboard."""
         for name, place in (("run", str(folder)), ("dashboard", dashboard)):
             if place is not None:
                 self._terminal.print(Text(f"{name:<10} ", "dim"), Text(place, overflow="fold"), sep="", soft_wrap=True)
 
     def data(self, phase: str, lines: Sequence[str]) -> None:
-        """What became of the rows of a phase's data set."""
+        """How many rows of a phase's data set are used."""
         for line in lines:
             self._terminal.print(Text().append(f"{phase:<{self._name_width}} ", "bold").append(line, "dim"))
 
     def step(self, phase: str, step: int, steps: int, metrics: Mapping[str, float]) -> None:
-        """One line: how far, how well, how long still."""
+        """One line: progress, metrics, remaining time."""
         left = self._pace[phase].seconds_left(step, steps)
         line = Text().append(f"{phase:<{self._name_width}} ", "bold")
         if self._terminal.width >= BAR_FROM_WIDTH:
@@ -157,7 +157,7 @@ class Console:
         self._terminal.print(line, no_wrap=True, overflow="ellipsis", crop=True)
 
     def _fitting(self, metrics: Mapping[str, float], room: int) -> list[tuple[str, str]]:
-        """The numbers of a step that there is room for: the least important are left out, and none is cut."""
+        """The numbers of a step that fit: the least important ones are left out, none is truncated."""
         found = [(shown, value) for shown in STEP_LINE if (value := shown.value(metrics)) is not None]
         cells = {shown.label: format(value, shown.form) for shown, value in found}
         for label in LEFT_OUT_FIRST:
@@ -166,7 +166,7 @@ class Console:
         return list(cells.items())
 
     def progress(self, phase: str, column: str, share: float) -> None:
-        """How much of a column that is computed before the first step is there: a line for every twentieth of it."""
+        """Progress of a column that is computed before the first step: one line per twentieth."""
         twentieth = int(20 * share)
         if self._twentieths.get((phase, column)) == twentieth:
             return
@@ -175,7 +175,7 @@ class Console:
         self._terminal.print(line.append(f" {column} {share:.0%}"))
 
     def precomputed(self, phase: str, column: str, detail: Mapping[str, Any]) -> None:
-        """Where a column of the whole data set is from."""
+        """Whether a column of the whole data set was computed or read from the cache."""
         where = (
             "from the cache" if detail["from"] == "cache" else f"by {detail['from']} in {duration(detail['seconds'])}"
         )
@@ -183,7 +183,7 @@ class Console:
         self._terminal.print(line.append(str(detail["folder"]), "dim"), soft_wrap=True)
 
     def completions(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Samples with the reward that each got and the version of the weights that wrote it."""
+        """Samples with their rewards and the versions of the weights that generated them."""
         table = _table("samples")
         table.add_column("prompt", ratio=3, overflow="fold")
         table.add_column("completion", ratio=4, overflow="fold")
@@ -198,7 +198,7 @@ class Console:
         self._terminal.print(Text().append(f"evaluation {label}: ", "bold").append(f"{score:.4f}", "bold magenta"))
 
     def held_out(self, label: str, metrics: Mapping[str, float]) -> None:
-        """One line of the numbers that say most about held-out rows."""
+        """One line with the most informative metrics of held-out rows."""
         line = Text().append(f"held-out rows {label}:", "bold")
         for shown in HELD_OUT_LINE:
             value = shown.value(metrics)
@@ -210,17 +210,17 @@ class Console:
         self._terminal.print(Text().append("! ", "bold yellow").append(message, "yellow"))
 
     def note(self, line: str) -> None:
-        """Something to know that is no warning."""
+        """A note that is not a warning."""
         self._terminal.print(Text(line, "dim", overflow="fold"), soft_wrap=True)
 
     def nothing_to_do(self, folder: Path, phase: str) -> None:
-        """The run that was to be continued has made all of its steps."""
+        """The run to be resumed has already finished all of its steps."""
         more = f"troupe resume {folder} phases.{phase}.train.steps=N"
         line = Text("nothing to do: the run has made all of its steps. To train on: ").append(more, "cyan")
         self._terminal.print(line, soft_wrap=True)
 
     def done(self, result: Finished) -> None:
-        """Scores before and after each phase, where things are, and what to type next."""
+        """Scores before and after each phase, the paths of the results, and commands to continue with."""
         self._terminal.print(Rule(f"done in {duration(time.monotonic() - self._began)}", style="green"))
         if result.worth:
             self._terminal.print(_worth(result.worth))
@@ -273,16 +273,18 @@ class _Output(Terminal):
             self.on_broken_pipe()
 
     def on_broken_pipe(self) -> None:
-        """Rich's own would end the process."""
+        """Rich's own implementation would end the process."""
         if not self.quiet:
             self.quiet = True
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered must not fail at exit
+            os.dup2(
+                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+            )  # so that flushing buffered output at exit does not fail
             self._closed()
 
 
 def _terminal(closed: Callable[[], None]) -> Terminal:
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a sampled character that the terminal lacks must not end a run
+        sys.stdout.reconfigure(errors="replace")  # a sampled character that the terminal cannot show must not end a run
     terminal = _Output(closed)
     return terminal if terminal.is_terminal else _Output(closed, PLAIN_WIDTH)
 
@@ -299,7 +301,7 @@ def _plain(value: Any) -> str:
 
 
 def _conversation(prompt: str) -> str:
-    """The turns of a prompt that is a conversation (JSON in the table of completions); another prompt as it is."""
+    """The turns of a prompt that is a conversation (JSON in the table of completions); other prompts unchanged."""
     try:
         turns = json.loads(prompt)
     except ValueError:
@@ -313,15 +315,15 @@ def _conversation(prompt: str) -> str:
 
 
 def _cell(text: str) -> str:
-    """One line of a text: line ends made visible, the middle of a long one left out. What a model wrote may hold escape
-    sequences; none of them reaches the terminal."""
+    """A text on one line: line breaks are made visible, the middle of a long text is left out, and escape sequences,
+    which a model may write, are removed."""
     text = "".join(mark if mark.isprintable() else "·" for mark in text.replace("\n", "↵ "))
     half = CELL_LIMIT // 2
     return text if len(text) <= CELL_LIMIT else f"{text[:half]} … {text[-half:]}"
 
 
 def _worth(phases: Sequence[Worth]) -> Rows:
-    """A row for each phase; scores in per cent where all of them are shares."""
+    """One row per phase; scores in per cent if all of them are fractions."""
     values = [each for phase in phases if "score" in phase.measure for each in (phase.before, phase.after) if each]
     shares = all(0 <= value <= 1 for value in values)
     rows = Rows("phase", "steps", "tokens", "", "before", "after", "gain", numbers=("steps", "tokens"))
@@ -348,7 +350,7 @@ def _gives_scores(model: Path) -> bool:
 
 
 def _next_commands(result: Finished) -> list[tuple[str, str]]:
-    """What can be pasted into a shell as it stands."""
+    """Commands that can be copied into a shell."""
     board, model = result.folder.absolute() / "tensorboard", result.model
     commands = [(f"tensorboard --logdir {quote(str(board))}", "every curve of this run")] if board.is_dir() else []
     if model is not None and _gives_scores(model):

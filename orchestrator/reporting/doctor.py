@@ -1,4 +1,4 @@
-"""What works on this machine, by trying it: every engine and backend is really started, in a process of its own."""
+"""Tests what works on this machine: starts every engine and backend in a process of its own."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. `works` is None for a plain fact."""
+    """One line of the report. `works` is None for information."""
 
     name: str
     works: bool | None
@@ -87,7 +87,7 @@ def _gpus() -> str:
 
 
 def _probe(name: str) -> Finding:
-    """Run one probe in a process of its own: what crashes or hangs there is a finding here."""
+    """Runs one probe in a process of its own: a crash or a hang becomes a finding."""
     start = f"import sys; sys.path.insert(0, {str(ROOT)!r})"
     code = f"{start}; from orchestrator.reporting.doctor import answer; answer({name!r})"
     began = time.monotonic()
@@ -108,12 +108,12 @@ def _probe(name: str) -> Finding:
 
 
 def answer(name: str) -> None:
-    """In the probe's process: pin our packages, try, and print what was found as the last line."""
+    """In the probe's process: pins our packages, runs the probe, and prints its result as the last line."""
     from orchestrator.import_pin import pin
 
     pin()
     print("\n" + json.dumps(PROBES[name]()), flush=True)
-    os._exit(0)  # engines leave threads behind that need not be waited for
+    os._exit(0)  # do not wait for threads that engines leave running
 
 
 def _try_ray() -> str:

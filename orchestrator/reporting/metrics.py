@@ -1,11 +1,11 @@
-"""What a run writes down while it runs.
+"""Metrics and completions that a run writes.
 
     RUN/metrics.jsonl             one line per write, flushed at once: `watch tail -n 3 RUN/metrics.jsonl` follows a run
     RUN/tensorboard/              the same numbers as PHASE/NAME
-    RUN/completions/step_N.parquet   what was sampled, with rewards
+    RUN/completions/step_N.parquet   samples with their rewards
     Ray's metrics                 gauges `ray_troupe_NAME`, tagged with run and phase
 
-A number that is not finite is `null` in the file, a gap in the curves, and is not given to Ray.
+A number that is not finite is `null` in the file, a gap in the curves, and is not exported to Ray.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 METRICS_FILE = "metrics.jsonl"
 COMPLETIONS_FOLDER = "completions"
-FIELDS = ("step", "phase", "time")  # of a line, beside the metrics
+FIELDS = ("step", "phase", "time")  # of a line, in addition to the metrics
 
 
 def of_first_role(metrics: Mapping[str, Any], name: str) -> Any:
@@ -33,12 +33,12 @@ def of_first_role(metrics: Mapping[str, Any], name: str) -> Any:
 
 
 class Sink(Protocol):
-    """Somewhere that metrics also go."""
+    """An additional destination of metrics."""
 
     def write(self, step: int, phase: str, metrics: Mapping[str, float]) -> None: ...
 
     def rewind(self, step: int) -> None:
-        """What was written for steps after `step` is void."""
+        """Discards what was written for steps after `step`."""
         ...
 
     def close(self) -> None: ...
@@ -57,12 +57,13 @@ class MetricsLog:
             self._sinks.append(RayGauges(run))
 
     def write(self, step: int, phase: str, metrics: Mapping[str, float]) -> None:
-        """Readable by others when this returns. The same step may be written more than once (training, evaluation)."""
+        """The line can be read by other processes when this returns. A step may have several lines (training,
+        evaluation)."""
         for sink in self._sinks:
             sink.write(step, phase, metrics)
 
     def write_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> Path:
-        """A Parquet file of one step's completions; whole, or absent."""
+        """A Parquet file of one step's completions, written completely or not at all."""
         import pyarrow as pa
         from pyarrow import parquet
 
@@ -76,7 +77,7 @@ class MetricsLog:
         return file
 
     def rewind(self, step: int) -> None:
-        """Forget what was written for steps after `step`: a resumed run writes them again."""
+        """Discards the lines of steps after `step`, which a resumed run writes again."""
         for sink in self._sinks:
             sink.rewind(step)
         for file in self._completions.glob("step_*.parquet"):
@@ -89,7 +90,7 @@ class MetricsLog:
 
 
 class JsonLines:
-    """`metrics.jsonl`. A line that a killed run left half-written is passed over by `read` and removed by `rewind`."""
+    """`metrics.jsonl`. An incomplete last line of a killed run is skipped by `read` and removed by `rewind`."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -113,13 +114,13 @@ class JsonLines:
 
 
 class TensorBoard:
-    """TensorBoard's event files, through its own writer: that of torch would cost the driver an import of torch."""
+    """TensorBoard's event files, with TensorBoard's own writer: torch's would import torch in the driver."""
 
     def __init__(self, folder: Path) -> None:
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self._events: Any = event_pb2  # generated modules: their names are made when they are imported
+        self._events: Any = event_pb2  # generated modules, whose names exist only at run time
         self._summaries: Any = summary_pb2
         self._writer = EventFileWriter(str(folder), flush_secs=5)
 
@@ -129,7 +130,7 @@ class TensorBoard:
         self._add(step, summary=self._summaries.Summary(value=values))
 
     def rewind(self, step: int) -> None:
-        """TensorBoard hides what it read for later steps when it meets a session's start."""
+        """At a session's start TensorBoard discards what it has read for later steps."""
         self._add(step + 1, session_log=self._events.SessionLog(status=self._events.SessionLog.START))
 
     def _add(self, step: int, **content: Any) -> None:
@@ -140,7 +141,7 @@ class TensorBoard:
 
 
 class RayGauges:
-    """Gauges on Ray's metrics port. That port has no authentication, so the tags are run and phase only."""
+    """Gauges on Ray's metrics port. That port has no authentication, so the only tags are run and phase."""
 
     def __init__(self, run: str) -> None:
         self._run = run
@@ -167,7 +168,7 @@ class RayGauges:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """The complete lines of a metrics file, in order; a last line that is cut off is left out."""
+    """The complete lines of a metrics file, in order; an incomplete last line is left out."""
     return list(_complete_lines(file.read_text().split("\n"))) if file.exists() else []
 
 
@@ -182,8 +183,8 @@ def _complete_lines(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
 
 
 def _column(values: list[Any]) -> Any:
-    """An Arrow array of values that are all texts, all numbers, or all of another plain kind. Of others, JSON text:
-    Arrow would refuse them, or change them (a mapping gets the keys of all the others)."""
+    """An Arrow array of values of one plain type: strings, numbers ... Other values become JSON strings: Arrow would
+    refuse them, or change them (a mapping gets the keys of all the others)."""
     import pyarrow as pa
 
     kinds = {_KINDS.get(type(value)) for value in values if value is not None}
@@ -199,5 +200,5 @@ _KINDS = {str: "text", bytes: "bytes", bool: "truth", int: "number", float: "num
 
 
 def _rounded(value: float) -> float:
-    """Seven significant digits: what float32 holds."""
+    """Seven significant digits, the precision of float32."""
     return float(f"{value:.7g}")

@@ -1,4 +1,5 @@
-"""The papers whose settings ship as recipes. A recipe's first line says which: `# TITLE, arXiv:NUMBER: what it is.`"""
+"""The papers whose settings ship as recipes. A recipe's first line names its paper: `# TITLE, arXiv:NUMBER: what it
+is.`"""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ FIRST_LINE = re.compile(r"# (?P<title>.+), arXiv:(?P<number>\d{4}\.\d{5}): ")
 
 @dataclass(frozen=True)
 class Paper:
-    """One recipe's paper, and what of ours reproduces it."""
+    """A paper, and the recipe that reproduces it."""
 
     title: str
     number: str
@@ -26,7 +27,7 @@ class Paper:
 
 
 def papers() -> Iterator[Paper]:
-    """In the order of their numbers, which is that of their months."""
+    """Sorted by arXiv number, that is, by date."""
     return iter(sorted(map(_read, (RECIPES / "papers").glob("*.yaml")), key=lambda paper: (paper.number, paper.recipe)))
 
 

@@ -1,4 +1,4 @@
-"""A plan as `troupe plan` prints it: stages, batch arithmetic, roles, memory, placement, and what is refused."""
+"""A plan as `troupe plan` prints it: stages, batch arithmetic, roles, memory, placement, and errors."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def arithmetic(phase: PhasePlan) -> str:
 
 
 def _movements(phase: PhasePlan) -> Iterator[str]:
-    """What happens to weights besides training."""
+    """Changes of weights other than by training."""
     for role, companion in phase.pipeline.companions.items():
         yield f"{companion}: a frozen model in each rank of {role}"
     for stage in phase.pipeline.mixes:
@@ -85,7 +85,7 @@ def _stages(phase: PhasePlan) -> Rows:
 
 
 def _data(phase: PhasePlan) -> str:
-    """The kind of data, with the columns that stages write and that are there already."""
+    """The kind of data, with precomputed columns."""
     data = phase.pipeline.data
     known = sorted(name for name in data.columns if "source" not in COLUMNS[name].writer)
     return f"{data.name} with {', '.join(known)}" if known else data.name
@@ -101,7 +101,7 @@ def _roles(plan: Plan) -> Rows:
 
 
 def _memory(memory: Memory) -> tuple[str, str]:
-    """The total, and its parts from one hundredth of a GiB on."""
+    """The total, and its parts of at least 0.01 GiB."""
     named = {
         "weights": memory.weights,
         "gradients": memory.gradients,

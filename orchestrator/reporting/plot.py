@@ -1,7 +1,7 @@
 """One picture of a run: evaluations, reward, loss, lengths, speed; phases shaded."""
 
 # pyright: basic
-# (matplotlib is typed in part only)
+# (matplotlib has incomplete types)
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ PICTURE = "curves.png"
 INK, FAINT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 SHADES = ("#f1f5fb", "#fdf4ec", "#eff8f1", "#f8f0f8")  # behind phases, in turn
 COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea")  # of phases, in turn
-RAW_ALPHA = 0.25  # of what a smoothed curve was made from
+RAW_ALPHA = 0.25  # of the points behind a smoothed curve
 SMOOTHED_FROM = 20  # points
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One curve: how a line of metrics becomes a value (None: not on this line). `sparse`: few points, each of which
-    matters. `goes_on`: a phase begins where the one before ended, so its curve does, too. `share`: between 0 and 1, if
-    all of its values are."""
+    """One curve: a function from a line of metrics to a value (None: not on this line). `sparse`: few points, which are
+    all marked. `goes_on`: the curve of a phase starts at the end of the previous one. `share`: the axis is from 0 to 1
+    if all values are."""
 
     title: str
     value: Callable[[Line], float | None]
@@ -45,9 +45,8 @@ def draw(
     panels: Sequence[Panel] | None = None,
     dpi: int = 130,
 ) -> Path | None:
-    """Draw `folder/curves.png` (or another file) from `folder/metrics.jsonl`; None if nothing was measured yet. With
-    `phase`, that one alone, from where the one before it ended; `panels`: default, all for which there is something to
-    draw."""
+    """Draw `folder/curves.png` (or another file) from `folder/metrics.jsonl`; None if there are no metrics yet. With
+    `phase`, only that one, from the end of the one before; `panels`: by default, all that have values."""
     found = read(folder / METRICS_FILE)
     lines = [line for line in found if phase in (None, line["phase"])]
     before = list(takewhile(lambda line: line["phase"] != phase, found)) if phase is not None else []
@@ -132,7 +131,7 @@ def _spans(lines: Sequence[Line], at_start: Sequence[Line]) -> list[tuple[str, i
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    """Means over a window that is centred, and narrower at the ends, so that nothing is shifted."""
+    """Centred moving averages; the window is narrower at the ends, so that the curve is not shifted."""
     reach = max(2, len(values) // 20)
     windows = (values[max(0, at - reach) : at + reach + 1] for at in range(len(values)))
     return [sum(window) / len(window) for window in windows]
@@ -143,7 +142,7 @@ def _metric(name: str) -> Callable[[Line], float | None]:
 
 
 def _likelier(line: Line) -> float | None:
-    """By how many nats held-out rows that are chosen are likelier than the others."""
+    """Log-probability of chosen minus rejected held-out rows, in nats."""
     chosen, rejected = (line.get(f"eval_logps/{side}") for side in ("chosen", "rejected"))
     return None if chosen is None or rejected is None else chosen - rejected
 

@@ -1,4 +1,4 @@
-"""What a batch of sampled groups looked like, under the names that users of this field know: numbers, and a table."""
+"""Metrics and the table of completions of a batch of sampled groups, with TRL's names."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ def rollout_metrics(collected: Collected, version: int) -> dict[str, float]:
 
 
 def completion_rows(group: PromptGroup, scored: ScoredTexts) -> list[dict[str, Any]]:
-    """One row per sample: the table's own columns, what rewards logged (`log_extra`), the data set's columns. Where two
-    of these have one name, the later one is called `extra/NAME` or `data/NAME`. None for samples that nobody scored."""
+    """One row per sample: the table's own columns, columns that rewards logged (`log_extra`), the data set's columns.
+    If two of these have the same name, the later one is called `extra/NAME` or `data/NAME`. No rows for samples that
+    were not scored."""
     score, prompt = group.score, group.prompt.prompt
     if score is None:
         return []
@@ -73,7 +74,7 @@ def _rewards(scores: Sequence[ScoreResult]) -> dict[str, float]:
 
 
 def _user_metrics(scores: Sequence[ScoreResult]) -> dict[str, float]:
-    """What reward functions logged themselves (`log_metric`), averaged over groups."""
+    """Metrics that reward functions logged (`log_metric`), averaged over groups."""
     names = dict.fromkeys(name for score in scores for name in score.metrics)
     return {
         name: _nanmean(np.array([score.metrics[name] for score in scores if name in score.metrics])) for name in names

@@ -23,7 +23,7 @@ from orchestrator.reporting.metrics import METRICS_FILE, read
 from orchestrator.reporting.terminal_tables import Rows, entry
 
 PREVIEW_LIMIT = 4_000  # characters of a rendered row
-PLAIN_WIDTH = 170  # columns where the output is not a terminal, and COLUMNS does not say
+PLAIN_WIDTH = 170  # columns if the output is not a terminal and COLUMNS is not set
 
 
 def show_methods(*, papers: bool) -> None:
@@ -42,7 +42,7 @@ def show_methods(*, papers: bool) -> None:
 
 
 def _papers() -> Rows:
-    """Which recipe holds which paper's settings."""
+    """The papers with their recipes."""
     from orchestrator.reporting.papers import papers
 
     rows = Rows("recipe", "paper", "arXiv", "method and options", prose=("paper", "method and options"))
@@ -88,8 +88,8 @@ def show_keys(prefix: str | None, *, everything: bool) -> None:
 
 
 def show_data(path: str, method: str, model: str | None, overrides: Sequence[str], **options: Any) -> None:
-    """Without a model rows are read and not tokenised, so none is too long. `options` are keys of `DataConfig`, and
-    `overrides` reach every key of a run. Raises DataError for data that the method cannot use."""
+    """Without a model rows are read and not tokenised, so that none is too long. `options` are keys of `DataConfig`;
+    `overrides` can set any key of a run. Raises DataError for data that the method cannot use."""
     from orchestrator.config.loading import config_of
 
     _method(method)
@@ -101,7 +101,7 @@ def show_data(path: str, method: str, model: str | None, overrides: Sequence[str
 
 
 def _examined(config: RunConfig, *, tokenised: bool) -> list[Text]:
-    """A report, and with a model a row as it is learned from."""
+    """A report, and with a model a row with its trained tokens marked."""
     from orchestrator.data.source import open_source, validate
     from orchestrator.planning.resolve import build_pipeline, load_tokenizer, model_length, resolve_model
 
@@ -125,7 +125,7 @@ def _refuse_limits_in_tokens(data: DataConfig) -> None:
 
 
 def show_status(folder: Path) -> None:
-    """How the run stands, its workers while it goes on, and what was measured last."""
+    """The state of the run, its workers while it runs, and its latest metrics."""
     from orchestrator.cluster.control_actor import standing
 
     seen = standing(folder)
@@ -141,7 +141,7 @@ def show_status(folder: Path) -> None:
 
 
 def show_plan(config: RunConfig) -> bool:
-    """What a run would be; True if nothing would be refused. Opens the data and launches nothing."""
+    """Prints the plan of a run; True if the run would be accepted. Opens the data and launches nothing."""
     from orchestrator.cluster.ray_connection import cluster_at_hand
     from orchestrator.planning.plan import draft_plan, problems
     from orchestrator.planning.preconditions import refuse_surroundings
@@ -162,7 +162,7 @@ def show_plan(config: RunConfig) -> bool:
 
 
 def coloured(preview: str) -> Text:
-    """A rendered row, what is learned from in colour; the middle of a long one is left out."""
+    """A rendered row with coloured trained tokens; the middle of a long row is left out."""
     if len(preview) > PREVIEW_LIMIT:
         half = PREVIEW_LIMIT // 2
         preview = f"{preview[:half]} … {len(preview) - 2 * half:,} characters … {preview[-half:]}"

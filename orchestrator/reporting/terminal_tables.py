@@ -1,4 +1,4 @@
-"""Rows of words for a terminal of any width."""
+"""Tables of text for a terminal of any width."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ BETWEEN = 2  # spaces between two columns
 
 
 class Rows:
-    """A table where the terminal is wide enough for all of its lines. Elsewhere each row is an entry: the first cell
-    and the others with their columns' names, then the `prose` columns in lines of their own. No cell is ever broken
-    into a narrow strip beside others."""
+    """A table if the terminal is wide enough for all of its lines. Otherwise each row becomes an entry: the first cell,
+    the others with their columns' names, then the `prose` columns in lines of their own. So no cell is wrapped into a
+    narrow column."""
 
     def __init__(self, *columns: str, prose: Collection[str] = (), numbers: Collection[str] = ()) -> None:
         self.columns, self._prose, self._numbers = columns, prose, numbers
         self._rows: list[tuple[str, ...]] = []
 
     def add(self, *cells: str) -> None:
-        """In the order of the columns."""
+        """Cells in the order of the columns."""
         assert len(cells) == len(self.columns), (cells, self.columns)
         self._rows.append(cells)
 
@@ -44,14 +44,14 @@ class Rows:
         return table
 
     def _entry(self, row: tuple[str, ...], width: int) -> Text:
-        """`name  column value; column value`, and below it what is prose."""
+        """`name  column value; column value`, followed by the prose columns."""
         named = list(zip(self.columns, row, strict=True))[1:]
         facts = "; ".join(f"{column} {cell}" for column, cell in named if cell and column not in self._prose)
         return entry(row[0], facts, *(cell for column, cell in named if cell and column in self._prose), width=width)
 
 
 def entry(name: str, facts: str, *paragraphs: str, width: int) -> Text:
-    """A name with facts behind it, and paragraphs below; whatever is longer than a line goes on indented."""
+    """A name with facts after it, and paragraphs below; long lines are wrapped with an indent."""
     head = Text(_filled(f"{name}  {facts}".rstrip(), width), "dim")
     head.stylize("not dim bold", 0, len(name))
     for text in paragraphs:

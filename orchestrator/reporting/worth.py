@@ -1,4 +1,4 @@
-"""What each phase of a run was worth, from its metrics: held-out scores before and after, or what training measured."""
+"""The gain of each phase of a run, from its metrics: held-out scores before and after, or else training metrics."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from orchestrator.reporting.account import PhaseCost
 
-MEASURES = {  # metric -> what it is called, the one that says most first
+MEASURES = {  # metric -> its label, the most informative one first
     "eval_reward": "held-out score",
     "eval_rewards/accuracies": "held-out accuracy",
     "eval_accuracy": "held-out accuracy",
@@ -20,7 +20,7 @@ MEASURES = {  # metric -> what it is called, the one that says most first
 
 @dataclass(frozen=True)
 class Worth:
-    """`before` is None where it was not measured. Steps and tokens: of the process that ended the run."""
+    """`before` is None if it was not measured. Steps and tokens: of the process that ended the run."""
 
     phase: str
     steps: int
@@ -31,8 +31,8 @@ class Worth:
 
 
 def phases_worth(lines: Sequence[Mapping[str, Any]], costs: Mapping[str, PhaseCost]) -> tuple[Worth, ...]:
-    """`lines`: of the metrics file. A phase whose prompts were not answered when it began starts at the score
-    that the phase before it ended with."""
+    """`lines`: of the metrics file. A phase that was not evaluated at its start begins with the final score of the
+    previous phase."""
     found: list[Worth] = []
     score: float | None = None
     for phase in dict.fromkeys(str(line["phase"]) for line in lines):

@@ -135,7 +135,7 @@ def test_a_role_of_another_name_is_what_its_kind_says(single: Path):
 
 def test_a_role_of_another_name_says_its_kind_and_has_the_keys_of_that(single: Path):
     message = refusal(single, "roles.critic.ranks=2")
-    assert message.startswith("roles.critic: a role of a name of its own says its kind: trainer, frozen, engine or sco")
+    assert message.startswith("roles.critic: a role with a name of your own needs a kind: trainer, frozen")
     assert "no such key" in refusal(single, "roles.judge.kind=scorers", "roles.judge.ranks=2")
     assert "roles.reference.optimizer" in refusal(single, "roles.reference.optimizer.learning_rate=1.0")
     assert "roles.policy.kind" in refusal(single, "roles.policy.kind=engine"), "the usual names keep their kind"
@@ -144,9 +144,9 @@ def test_a_role_of_another_name_says_its_kind_and_has_the_keys_of_that(single: P
 @pytest.mark.parametrize("name", ["a/b", "../b", ".", "", "a b", "x" * 101])
 def test_a_run_or_a_phase_whose_name_is_no_folders_is_refused_with_what_a_name_may_hold(name: str, single: Path):
     message = refusal(single, f"name='{name}'")
-    assert message.startswith(f"name: {name!r} is not allowed: it names a folder" if len(name) < 80 else "name: 'xxx")
+    assert message.startswith(f"name: {name!r} is not allowed: it must be a valid" if len(name) < 80 else "name: 'xxx")
     assert "set in override" in message
-    with pytest.raises(ValueError, match="it names a folder"):
+    with pytest.raises(ValueError, match="it must be a valid folder name"):
         RunConfig.model_validate({"phases": {name: {}}})
 
 

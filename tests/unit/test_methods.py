@@ -227,7 +227,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"loss_type": "sft", "sync_ref_model": True},
         r"sync_ref_model=True does nothing with options\.loss_type=sft",
     ),
-    ("dpo", {"beta": True}, r"options\.beta=True: a number is needed, and true, yes and on are none"),
+    ("dpo", {"beta": True}, r"options\.beta=True: a number is needed; true, yes and on are not numbers"),
     ("dpo", {"loss_weights": [True]}, r"options\.loss_weights=\[True\]: a number is needed"),
     ("dpo", {"beta": float("inf")}, r"options\.beta=inf: .*finite"),
     ("kto", {"desirable_weight": 0, "undesirable_weight": 0}, r"both 0: nothing is learned"),

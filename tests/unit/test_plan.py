@@ -538,7 +538,7 @@ def test_a_fallback_takes_what_the_preferred_nodes_cannot() -> None:
 @pytest.mark.parametrize(
     ("roles", "part"),
     [
-        ({"rollout": {"fallback_strategy": [{"label_selector": {}}]}}, "roles.rollout.fallback_strategy is for when"),
+        ({"rollout": {"fallback_strategy": [{"label_selector": {}}]}}, "roles.rollout.fallback_strategy needs a"),
         (
             {"rollout": {"colocate": "policy", "label_selector": {"role": "rollout"}}},
             "roles.rollout.label_selector: a colocated role runs where policy runs",

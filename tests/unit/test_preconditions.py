@@ -61,6 +61,6 @@ def test_the_command_refuses_such_an_output_in_one_line(
         main([command, "sft_arithmetic", f"output={tmp_path / 'file'}"])
     assert ended.value.code == 2
     assert capsys.readouterr().err.splitlines() == [
-        f"troupe: refused: output={tmp_path / 'file'}: {tmp_path / 'file'} is a file, not a folder; name a folder, "
-        "it is made if need be"
+        f"troupe: refused: output={tmp_path / 'file'}: {tmp_path / 'file'} is a file, not a folder; name a folder; "
+        "it is created if it does not exist"
     ]

@@ -284,7 +284,7 @@ def test_a_conversational_prompt_opens_the_answer_and_one_that_began_the_answer_
         (
             Completions,
             {"prompt": "a", "completion": [assistant("b")]},
-            "no message that its answers begin with says it",
+            "the answers are conversations that do not begin with it",
         ),
         (Completions, {"messages": [{"content": "q"}]}, "no `role`"),
         (Completions, {"messages": []}, "messages is empty"),

@@ -60,7 +60,7 @@ def test_one_conversation_is_answered_after_the_message_that_says_its_prompt(tmp
 @pytest.mark.parametrize("prompt", ["another", "r"])
 def test_a_text_that_nobody_asks_is_not_the_prompt_of_conversations(tmp_path: Path, prompt: str) -> None:
     row = {"prompt": prompt, "chosen": [user("q"), assistant("r")], "rejected": [user("q"), assistant("s")]}
-    with pytest.raises(DataError, match="row 1: prompt is a text, and no message that its answers begin with says it"):
+    with pytest.raises(DataError, match="row 1: prompt is a text, and the answers are conversations that do not"):
         previews(tmp_path, row, Pairs, PLAIN_TEMPLATE)
 
 
@@ -70,7 +70,7 @@ def test_a_text_that_is_the_start_of_the_other_is_refused(
     tmp_path: Path, kind: DataKind, sides: tuple[str, str]
 ) -> None:
     name = "chosen" if sides[0] == "ab" else "rejected"
-    with pytest.raises(DataError, match=f"row 1: {name} is the start of the other one"):
+    with pytest.raises(DataError, match=f"row 1: {name} is a prefix of the other one"):
         previews(tmp_path, {"chosen": sides[0], "rejected": sides[1]}, kind)
 
 

@@ -185,7 +185,7 @@ def test_a_row_may_not_say_how_the_template_is_called(tmp_path: Path, name: str)
         lambda: opened(file, Completions, tokenizer(PLAIN_TEMPLATE)),
         lambda: validate(DataConfig(path=str(file)), Completions),
     ):
-        with pytest.raises(DataError, match=rf"row 1: chat_template_kwargs\.{name} is not a variable"):
+        with pytest.raises(DataError, match=rf"row 1: chat_template_kwargs\.{name} is not one of the"):
             reading()
 
 
