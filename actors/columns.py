@@ -67,6 +67,7 @@ COLUMNS: dict[str, Column] = {
         _token(
             "teacher_topk_logps", np.float32, "log-probabilities of those under the teacher, nats", "infer", wide=True
         ),
+        _token("teacher_tail_logps", np.float32, "log-probability of all other tokens together; -inf if none", "infer"),
         _token("values", np.float32, "state value before the token, before this batch's updates", "infer"),
         _token("step_reward", np.float32, "reward of the token itself", "score, credit"),
         _token("advantages", np.float32, "advantage of the token", "credit"),

@@ -1,4 +1,4 @@
-"""A number per token made of its whole distribution, without ever holding the logits of all tokens.
+"""What is made of whole distributions, without ever holding the logits of all tokens.
 
     states [N, H] ──chunk──► logits [n, V] ─┐
                                             ├─ call(logits, *given) ──► [n]
@@ -6,6 +6,9 @@
 
 What is made of the logits is the caller's: any differentiable function, a divergence from another model's distribution,
 say. The gradient recomputes each chunk.
+
+For a model in other processes, what it finds most likely stands for its distribution (`TopK`): k tokens with their
+log-probabilities, and that of all others together.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from actors.logits import CHUNK_LOGITS, LogitScaling, Vocabulary, add_product
 
+TOP_K = ("topk_ids", "topk_logps", "tail_logps")  # what `most_likely` finds, in the order of the columns that take it
 HELD = 8  # tensors of a chunk's size that a call with its gradient may hold at a time
 
 
@@ -47,11 +51,48 @@ class Asked:
         return found
 
 
+@dataclass(frozen=True)
+class TopK:
+    """The `k` most likely tokens of each distribution at a temperature. The distribution is over the first `vocabulary`
+    tokens (None: over all that the model has): entries of a padded vocabulary beyond the tokenizer's stand for none."""
+
+    k: int
+    temperature: float = 1.0
+    vocabulary: int | None = None
+
+
+def most_likely(
+    projection: Vocabulary, hidden: Tensor, targets: Tensor, asked: TopK, chunk_rows: int | None
+) -> dict[str, Tensor]:
+    """Of the distributions of `hidden` [N, H], without gradient: `topk_ids` int32 [N, k], `topk_logps` [N, k] in
+    descending order, and `tail_logps` [N], the log-probability of all other tokens, -inf where k is all of them.
+    `main` [N]: the log-probabilities of the `targets`."""
+    known = min(asked.vocabulary or projection.weight.shape[0], projection.weight.shape[0])
+    found = {
+        "main": hidden.new_empty(len(hidden), dtype=torch.float32),
+        "topk_ids": hidden.new_empty((len(hidden), asked.k), dtype=torch.int32),
+        "topk_logps": hidden.new_empty((len(hidden), asked.k), dtype=torch.float32),
+        "tail_logps": hidden.new_empty(len(hidden), dtype=torch.float32),
+    }
+    for part in _chunks(len(hidden), _rows_at_once(projection, chunk_rows)):
+        log_probs = torch.log_softmax(projection.logits(hidden[part], known) / asked.temperature, dim=-1)
+        found["main"][part] = log_probs.gather(1, targets[part, None]).squeeze(1)
+        logps, ids = log_probs.topk(asked.k, dim=-1)
+        found["topk_ids"][part], found["topk_logps"][part] = ids.int(), logps
+        found["tail_logps"][part] = log_probs.scatter_(1, ids, -torch.inf).logsumexp(-1)
+        del log_probs  # or it would stand beside the next chunk's
+    return found
+
+
 def of_logits(projection: Vocabulary, hidden: Tensor, asked: Asked, chunk_rows: int | None) -> Tensor:
     """[N]: what `asked.call` makes of the logits of `hidden` [N, H], with the gradient that its own operations have.
     Temperature is the call's: it is given what the model itself would put out."""
-    rows = chunk_rows or max(1, CHUNK_LOGITS // (HELD * projection.weight.shape[0]))
+    rows = _rows_at_once(projection, chunk_rows)
     return _OfLogits.apply(hidden, projection.weight, projection.bias, asked, projection.scaling, rows)
+
+
+def _rows_at_once(projection: Vocabulary, chunk_rows: int | None) -> int:
+    return chunk_rows or max(1, CHUNK_LOGITS // (HELD * projection.weight.shape[0]))
 
 
 class _OfLogits(torch.autograd.Function):

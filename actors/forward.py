@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from actors.columns import Head
-from actors.distributions import Asked
+from actors.distributions import Asked, TopK
 from actors.errors import RunError
 from actors.model import LanguageModel
 from actors.objective import MicroBatch, OfLogits, Outputs
@@ -28,6 +28,7 @@ def forward(
     all_tokens: bool = False,
     of_logits: OfLogits | None = None,
     companion: LanguageModel | None = None,
+    top_k: TopK | None = None,
 ) -> Outputs:
     """Outputs by the convention of `actors/columns.py`: entry t of `T` tokens concerns predicting token t. A number per
     row [B] is said at the row's last token.
@@ -36,18 +37,19 @@ def forward(
     to the head, the others' entries are 0; `all_tokens`, or a batch without a mask, means every token but each row's
     first. `chunk_rows` bounds how many tokens' logits exist at a time (default: 2**24 logits' worth).
     `of_logits` says what is made of whole distributions, which may be those of a `companion`, too: a frozen model.
+    `top_k`, in a pass without gradient: the most likely tokens of each distribution; nothing else is computed.
     """
     tokens = micro["tokens"]
     if head is Head.ROW_SCALAR:
         predicted = micro.offsets[1:]  # the state after a row's last token
     else:
         predicted = predicted_tokens(micro, all_tokens=all_tokens or "all_tokens" in needs)
-    asked = None if of_logits is None else _asked(of_logits, micro, predicted, companion)
+    asked = top_k if of_logits is None else _asked(of_logits, micro, predicted, companion)
     lengths, needs = tuple(micro.lengths.tolist()), needs - {"all_tokens"}
     found = model(tokens, lengths, predicted, temperature, needs, chunk_rows, asked)
 
     def over_all_tokens(values: Tensor) -> Tensor:
-        return values.new_zeros(len(tokens)).index_copy(0, predicted, values)
+        return values.new_zeros(len(tokens), *values.shape[1:]).index_copy(0, predicted, values)
 
     extra = {name: over_all_tokens(values) for name, values in found.items() if name not in NOT_EXTRA}
     main = found["main"] if head is Head.ROW_SCALAR else over_all_tokens(found["main"])

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from actors.distributions import Asked, of_logits
+from actors.distributions import Asked, TopK, most_likely, of_logits
 from actors.logits import CHUNK_LOGITS, LogitScaling, Vocabulary, add_product
 from actors.objective import DIVERGENCE, EXTRAS
 
@@ -191,10 +191,12 @@ class VocabularyHead(nn.Module):
         temperature: float,
         needs: frozenset[str],
         chunk_rows: int | None,
-        asked: Asked | None = None,
+        asked: Asked | TopK | None = None,
     ) -> Mapping[str, Tensor]:
         """`hidden` [N, H] and the tokens [N] that they are to predict -> `main`, their log-probabilities, what `needs`
-        names, and as `divergence` what is `asked`, each [N]."""
+        names, and as `divergence` what is `asked`, each [N]. Asked for a `TopK`: what `most_likely` finds."""
+        if isinstance(asked, TopK):
+            return most_likely(self.projection, hidden, targets, asked, chunk_rows)
         rows = chunk_rows or max(1, CHUNK_LOGITS // self.weight.shape[0])
         projection = Projection(self.scaling, temperature, needs, rows)
         outputs = _TokenQuantities.apply(hidden, self.weight, self.bias, targets, projection)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from actors.attention import VARLEN, Documents, register
 from actors.columns import Head
-from actors.distributions import Asked
+from actors.distributions import Asked, TopK
 from actors.errors import ModelError
 from actors.heads import ScalarHead, VocabularyHead
 from actors.logits import LogitScaling, Vocabulary
@@ -76,12 +76,12 @@ class LanguageModel(nn.Module):
         temperature: float = 1.0,
         needs: frozenset[str] = frozenset(),
         chunk_rows: int | None = None,
-        asked: Asked | None = None,
+        asked: Asked | TopK | None = None,
     ) -> Mapping[str, Tensor]:
         """`tokens` [T], documents end to end, each of `lengths` tokens; `predicted` [N] are indices of tokens, none of
         them a document's first: the head is asked about the states before them. Returns `main` [N], what `needs` names
-        [N], as `divergence` [N] what is `asked` of whole distributions, `aux_loss` (scalar, its coefficient applied) if
-        the model has experts to balance, and `rows` (scalar), how many rows were computed."""
+        [N], what is `asked` of whole distributions (`actors/distributions.py`), `aux_loss` (scalar, its coefficient
+        applied) if the model has experts to balance, and `rows` (scalar), how many rows were computed."""
         decoded, documents = self._decode(tokens, lengths)
         hidden = documents.at_tokens(decoded.last_hidden_state[0], predicted - 1)
         if isinstance(self.head, ScalarHead):

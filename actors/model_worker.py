@@ -30,6 +30,7 @@ from actors.backends import Placement, build_backend
 from actors.backends.protocol import Backend
 from actors.batch import Batch
 from actors.columns import Head
+from actors.distributions import TopK
 from actors.errors import RunError
 from actors.metrics import combine
 from actors.model import LanguageModel, ModelSpec, load_model, tokenizer_of
@@ -124,15 +125,22 @@ class ModelWorker:
                 self._companion = load_model(model, self.backend.device, trainable=False)
 
     def infer(
-        self, shard: Shard, into: tuple[str, ...], head: Head, temperature: float, adapters: bool, *blocks: Batch
+        self,
+        shard: Shard,
+        into: tuple[str, ...],
+        head: Head,
+        temperature: float,
+        adapters: bool,
+        top_k: TopK | None = None,
+        *blocks: Batch,
     ) -> tuple[float, Batch]:
         """What the head says of the shard's rows, from a pass without gradient: (seconds, a block with the columns
         `into`, rows in the shard's order). 0 at tokens that the mask leaves out. `adapters=False` computes the base
-        model's."""
+        model's. `top_k`: `into` are three columns, for the most likely tokens (`actors.distributions.TOP_K`)."""
         with self._doing("infer"), contextlib.nullcontext() if adapters else self.backend.adapters_off():
             began = time.perf_counter()
             shard = shard.fetched(blocks)
-            block = infer(self.backend, shard, into, head, temperature)
+            block = infer(self.backend, shard, into, head, temperature, top_k)
             return time.perf_counter() - began, block
 
     def credit(

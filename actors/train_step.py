@@ -23,7 +23,8 @@ from torch import Tensor
 
 from actors.backends.protocol import Backend
 from actors.batch import Batch
-from actors.columns import Head
+from actors.columns import COLUMNS, Head
+from actors.distributions import TOP_K, TopK
 from actors.errors import RunError
 from actors.forward import forward
 from actors.metrics import combine, sum_counts
@@ -149,18 +150,34 @@ class Pass:
         return combine(stats, self._backend.world, self._backend.device)
 
 
-def infer(backend: Backend, shard: Shard, into: tuple[str, ...], head: Head, temperature: float) -> Batch:
-    """The columns `into`, in float32, of the shard's rows: what the head says, and of a vocabulary head the other
-    quantities that columns are named after."""
+def infer(
+    backend: Backend,
+    shard: Shard,
+    into: tuple[str, ...],
+    head: Head,
+    temperature: float,
+    top_k: TopK | None = None,
+) -> Batch:
+    """The columns `into` of the shard's rows: the one that takes what the head says; or those that take the most likely
+    tokens of each distribution, their log-probabilities and that of all others."""
     batch = shard.batch
     per_row = head is Head.ROW_SCALAR
-    values = np.zeros(len(batch) if per_row else batch.num_tokens, np.float32)
+    names = dict(zip(into, ("main",) if top_k is None else TOP_K, strict=True))
+    size = len(batch) if per_row else batch.num_tokens
+    columns = {name: np.zeros(_shape(name, size, top_k), COLUMNS[name].dtype) for name in names}
     micros = micro_batches(batch, shard.micro_batches, backend)
-    for rows, outputs in zip(shard.micro_batches, without_noise(backend, micros, temperature, head=head)):
+    passes = without_noise(backend, micros, temperature, head=head, top_k=top_k)
+    for rows, outputs in zip(shard.micro_batches, passes):
         if rows:
             chosen = np.asarray(rows, np.int64)
-            values[chosen if per_row else batch.token_index(chosen)] = outputs.main.cpu().numpy()
-    return Batch.build(batch.lengths, **{into[0]: values})
+            at = chosen if per_row else batch.token_index(chosen)
+            for name, found in names.items():
+                columns[name][at] = (outputs.main if found == "main" else outputs.extra[found]).cpu().numpy()
+    return Batch.build(batch.lengths, **columns)
+
+
+def _shape(name: str, size: int, top_k: TopK | None) -> tuple[int, ...]:
+    return (size, top_k.k) if COLUMNS[name].wide and top_k is not None else (size,)
 
 
 def micro_batches(batch: Batch, members: MicroBatches, backend: Backend) -> list[MicroBatch]:

@@ -21,6 +21,7 @@ import numpy as np
 
 from actors.batch import Array
 from actors.columns import COLUMNS, Axis, Head
+from actors.distributions import TopK
 from actors.worker import Group, Objects, Ref
 from orchestrator.cluster.pool import Pool
 from orchestrator.collection.group_stages import GroupStages, PromptGroup
@@ -46,6 +47,7 @@ class PhaseSettings:
     temperature: float  # at which log-probabilities are taken
     seed: int
     sampling: Sampling
+    vocabulary: int | None = None  # entries of a model's vocabulary that stand for tokens; None: all of them
 
 
 @dataclass(frozen=True)
@@ -218,12 +220,14 @@ class Executor:
 
     async def _infer(self, stage: Stage, table: RowTable, step: int) -> tuple[Written, dict[str, float]]:
         into, head = stage.options["into"], stage.options["head"]
+        temperature = stage.options.get("temperature", self.phase.temperature)
+        top_k = TopK(stage.top_k, temperature, self.phase.vocabulary) if stage.top_k is not None else None
         role, group = self._group_of(stage)
         adapters = role == stage.role and bool(stage.options["adapters"])
         shares = table.only({"tokens", "mask", "group", "learned"}).shard(len(group.workers), self.phase.token_budget)
-        asked = (into,), head, self.phase.temperature, adapters
+        asked = into, head, temperature, adapters, top_k
         found = await self._call_split(stage, role, group, "infer", shares, *asked, step=step)
-        return await self._computed({into}, shares, found, per_row=head.per_row), {}
+        return await self._computed(stage.writes, shares, found, per_row=head.per_row), {}
 
     async def _credit(self, stage: Stage, table: RowTable, step: int) -> tuple[Written, dict[str, float]]:
         assert stage.call is not None

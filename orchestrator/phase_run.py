@@ -78,8 +78,9 @@ class PhaseRun:
 
     def _enter(self) -> None:
         phase, budget = self.phase, self.phase.config.train.token_budget
+        seed, vocabulary = self.context.config.seed, self.context.prepared.vocabulary
         self.roles.enter(
-            PhaseSettings(phase.pipeline, budget, phase.temperature, self.context.config.seed, phase.sampling)
+            PhaseSettings(phase.pipeline, budget, phase.temperature, seed, phase.sampling, vocabulary)
         )
 
     async def _precompute(self) -> None:

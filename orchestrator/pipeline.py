@@ -91,6 +91,11 @@ class Stage:
         return any(COLUMNS[name].axis is Axis.TOKEN for name in self.reads)
 
     @property
+    def top_k(self) -> int | None:
+        """How many of its most likely tokens a model says at each position; None if the stage does not ask that."""
+        return self.options.get("top_k")
+
+    @property
     def precomputed(self) -> bool:
         """It runs over the whole data set before the first step, once."""
         return bool(self.options.get("precomputed"))
@@ -216,6 +221,12 @@ class Pipeline:
         return {role: companion for role, companion in named if companion is not None}
 
     @property
+    def teachers(self) -> tuple[str, ...]:
+        """Roles whose distributions over the vocabulary a loss compares with those of a trained role."""
+        asked = (stage.role for stage in self.stages if stage.top_k is not None)
+        return tuple(dict.fromkeys([*self.companions.values(), *asked]))
+
+    @property
     def updates(self) -> tuple[Stage, ...]:
         return tuple(stage for stage in self.stages if stage.verb is Verb.UPDATE)
 
@@ -265,8 +276,15 @@ def infer(
 ) -> Stage:
     """What a role's model says of each token or row, written to the column `into`: log-probabilities, values, scores.
     `precomputed`: of the whole data set, once before the first step."""
-    options = {"into": into, "head": head, "adapters": adapters, "precomputed": precomputed}
+    options = {"into": (into,), "head": head, "adapters": adapters, "precomputed": precomputed}
     return Stage(Verb.INFER, role, frozenset({"tokens"}), frozenset({into}), options=options)
+
+
+def infer_top_k(role: str, *, into: tuple[str, str, str], k: int, temperature: float = 1.0) -> Stage:
+    """The `k` tokens that a role's model finds most likely at each position, at a temperature, written to three
+    columns: their ids [T, k], their log-probabilities [T, k], and the log-probability of all other tokens [T]."""
+    options = {"into": into, "head": Head.VOCABULARY, "adapters": True, "top_k": k, "temperature": temperature}
+    return Stage(Verb.INFER, role, frozenset({"tokens"}), frozenset(into), options=options)
 
 
 def credit(call: Callable[..., Any], **options: Any) -> Stage:

@@ -48,7 +48,7 @@ def recall(config: RunConfig, model: str, phase: PreparedPhase, began_with: str 
     for stage in phase.pipeline.precomputed:
         weights = _model_of(config, model, phase, stage.role, began_with)
         sources, root = phase.row_sources, cache_root(phase.config.data)
-        known = sources and all(kept.any_of(root, stage.options["into"], s.fingerprint) for s in sources.values())
+        known = sources and all(kept.any_of(root, _column(stage), s.fingerprint) for s in sources.values())
         if weights is None or not known:  # else a large model would be read for nothing
             continue
         folders = {name: origin.folder(root) for name, origin in _origins(config, phase, stage, weights).items()}
@@ -92,6 +92,11 @@ async def precompute(
     return phase
 
 
+def _column(stage: Stage) -> str:
+    (column,) = stage.writes
+    return column
+
+
 def _written(folder: Path, source: RowSource) -> Any:
     values = kept.load(folder, source.num_tokens)
     assert values is not None, "it was written just now"
@@ -100,7 +105,7 @@ def _written(folder: Path, source: RowSource) -> Any:
 
 async def _pass(stage: Stage, source: RowSource, roles: Executor, values: Any, progress: Progress) -> None:
     """Every row through the role, in the order of the data set: neighbours in the file are written together."""
-    into = stage.options["into"]
+    into = _column(stage)
     at_once = MICRO_BATCHES_AT_ONCE * roles.ranks(stage) * roles.phase.token_budget
     progress(into, 0.0)
     for span, batch in source.parts(at_once):
@@ -131,7 +136,7 @@ def _origins(config: RunConfig, phase: PreparedPhase, stage: Stage, weights: str
     dtype = config.model.dtype if by_policy else settings.dtype or config.model.dtype
     model = weights_fingerprint(weights)
     return {
-        name: Origin(stage.options["into"], source.fingerprint, model, dtype, phase.temperature)
+        name: Origin(_column(stage), source.fingerprint, model, dtype, phase.temperature)
         for name, source in phase.row_sources.items()
     }
 

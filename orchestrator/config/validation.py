@@ -24,7 +24,7 @@ def refusals(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Seq
     """One line per reason to refuse the configuration; empty if it can be planned."""
     found: list[str] = []
     for name, pipeline in pipelines.items():
-        found += _of_phase(f"phases.{name}", config, config.phases[name], pipeline)
+        found += _of_phase(f"phases.{name}", config, config.phases[name], pipeline, launched)
     for role in launched:
         if role not in config.roles:
             found.append(
@@ -112,7 +112,9 @@ def _of_handovers(config: RunConfig) -> Iterator[str]:
                 )
 
 
-def _of_phase(where: str, config: RunConfig, phase: PhaseConfig, pipeline: Pipeline) -> Iterator[str]:
+def _of_phase(
+    where: str, config: RunConfig, phase: PhaseConfig, pipeline: Pipeline, launched: Sequence[str]
+) -> Iterator[str]:
     train = phase.train
     reads = frozenset[str]().union(*(stage.reads for stage in pipeline.updates))
     if train.max_staleness and not pipeline.generates:
@@ -142,37 +144,39 @@ def _of_phase(where: str, config: RunConfig, phase: PhaseConfig, pipeline: Pipel
         yield f"{where}.data.path={phase.data.path} beside {where}.data.mixture, which has paths of its own; keep one"
     if "mismatched" in pipeline.data.columns and train.batch_size < 2:
         yield f"{where}.train.batch_size=1: {phase.method} swaps completions between a batch's examples; use 2 or more"
+    for role in pipeline.teachers:
+        yield from _of_teacher(where, config, phase, role)
     for role, companion in pipeline.companions.items():
-        yield from _of_companion(where, config, phase, role, companion, pipeline.roles)
+        yield from _of_companion(where, config, role, companion, launched)
     for role in pipeline.mixed:
         yield from _of_mixed(where, config, phase, role)
     for update in pipeline.updates:
         yield from _of_update(where, config, phase, update.role, int(update.options.get("minibatches", 1)))
 
 
-def _of_companion(
-    where: str, config: RunConfig, phase: PhaseConfig, role: str, companion: str, launched: Sequence[str]
-) -> Iterator[str]:
-    """A companion, whose model is held by the ranks of another role, needs a model of its own; settings of processes
-    have no effect on it."""
-    said, settings = (
-        f"{where}: {phase.method} compares {role} with the model of {companion}",
-        config.roles.get(companion),
-    )
+def _of_teacher(where: str, config: RunConfig, phase: PhaseConfig, role: str) -> Iterator[str]:
+    """A model to learn from is another model."""
+    said, settings = f"{where}: {phase.method} learns from the distributions of {role}", config.roles.get(role)
     if not isinstance(settings, RanksRole):
-        yield f"{said}; describe it as roles.{companion} with kind frozen and its model"
-        return
-    if settings.model is None:
+        yield f"{said}; describe it as roles.{role} with kind frozen and its model"
+    elif settings.model is None:
         yield (
-            f"{said}, and roles.{companion}.model is not set: it would be {role} itself; set it to a folder, a hub "
-            "name or ${phases.NAME.model}"
+            f"{said}, and roles.{role}.model is not set: it would be the model that is trained; set it to a folder, a "
+            "hub name or ${phases.NAME.model}"
         )
+
+
+def _of_companion(where: str, config: RunConfig, role: str, companion: str, launched: Sequence[str]) -> Iterator[str]:
+    """A model that lives in another role's ranks has no processes to be sized."""
+    settings = config.roles.get(companion)
+    if not isinstance(settings, RanksRole) or companion in launched:
+        return
     fields = type(settings).model_fields
     idle = [name for name in fields if name not in COMPANION_KEYS and _is_set(settings, name)]
-    if idle and companion not in launched:
+    if idle:
         yield (
-            f"roles.{companion}.{idle[0]}: {said} in the processes of {role}, whole on each rank, and launches none "
-            f"for {companion}; leave it out"
+            f"roles.{companion}.{idle[0]}: in {where} the model of {companion} lives in the processes of {role}, whole "
+            "on each rank, and none are launched for it; leave it out"
         )
 
 

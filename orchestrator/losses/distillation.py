@@ -15,6 +15,8 @@ from actors.objective import Stat
 from orchestrator.losses.declare import Loss, compares
 from orchestrator.losses.views import Distilled
 
+TEACHER_TOP_K = ("teacher_topk_ids", "teacher_topk_logps", "teacher_tail_logps")
+
 
 def jensen_shannon(logits: Tensor, teacher_logits: Tensor, *, beta: float, temperature: float = 1.0) -> Tensor:
     """[n], nats: the generalised Jensen-Shannon divergence of softmaxes at a temperature.
@@ -26,6 +28,31 @@ def jensen_shannon(logits: Tensor, teacher_logits: Tensor, *, beta: float, tempe
     return _divergence(
         torch.log_softmax(logits * scale, dim=-1), torch.log_softmax(teacher_logits * scale, dim=-1), beta
     )
+
+
+def top_k_jensen_shannon(
+    logits: Tensor,
+    topk_ids: Tensor,
+    topk_logps: Tensor,
+    tail_logps: Tensor,
+    *,
+    beta: float,
+    temperature: float = 1.0,
+) -> Tensor:
+    """[n], nats: `jensen_shannon` where the teacher is known by its k most likely tokens: `topk_ids` [n, k], their
+    log-probabilities at that temperature [n, k], and the log-probability of all other tokens together [n].
+
+    Both distributions are over k + 1 outcomes, the last one being any other token, so the result is never negative, at
+    most the divergence of the whole distributions, and equal to it if k is all tokens. Leaving the tail out would make
+    it the difference of two sums that are not 1, which has no lower bound. The student's tokens that a teacher with a
+    tail of 0 does not have are in neither distribution.
+    """
+    ids, nothing = topk_ids.long(), torch.finfo(logits.dtype).min  # not -inf: 0 x -inf is no number
+    scaled = logits / temperature
+    tail = scaled.scatter(1, ids, nothing).logsumexp(-1).masked_fill(tail_logps.isneginf(), nothing)
+    student = torch.log_softmax(torch.cat([scaled.gather(1, ids), tail[:, None]], dim=1), dim=-1)
+    teacher = torch.cat([topk_logps, tail_logps[:, None]], dim=1).clamp(min=nothing)
+    return _divergence(student, teacher, beta)
 
 
 def _divergence(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
@@ -46,6 +73,16 @@ def distil(tokens: Distilled, *, beta: float = 0.5, temperature: float = 1.0) ->
     """[T]: `jensen_shannon` of the student and the teacher that lives beside it.
 
     Source: arXiv:2306.13649, eq. 2.
+    """
+    return tokens.divergence, _metrics(tokens)
+
+
+@compares(top_k_jensen_shannon, *TEACHER_TOP_K)
+def distil_top_k(tokens: Distilled, *, beta: float = 0.5, temperature: float = 1.0) -> Loss:
+    """[T]: `top_k_jensen_shannon` of the student and a teacher in other processes, which `infer` asked for its k most
+    likely tokens at that temperature.
+
+    Source: arXiv:2306.13649, eq. 2, of distributions over k + 1 outcomes.
     """
     return tokens.divergence, _metrics(tokens)
 

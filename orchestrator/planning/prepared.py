@@ -126,6 +126,11 @@ class Prepared:
         return {**scoring, **{role: head for phase in self.phases for role, head in phase.pipeline.heads.items()}}
 
     @property
+    def vocabulary(self) -> int:
+        """Entries of a model's vocabulary that stand for tokens: it may be padded beyond them."""
+        return max(self.tokenizer.get_vocab().values()) + 1
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest prompt and completion that a rollout worker may see."""
         longest = [0]

@@ -323,7 +323,14 @@ def _check_vocabularies(prepared: Prepared) -> None:
     """A loss that compares distributions needs the same tokens in both: of the same tokenizer. Padded rows beyond it
     may differ in number; they are compared as far as both models have them."""
     trusted, known = prepared.config.model.trust_remote_code, prepared.tokenizer.get_vocab()
-    teaching = {companion for phase in prepared.phases for companion in phase.pipeline.companions.values()}
+    teaching = {role for phase in prepared.phases for role in phase.pipeline.teachers}
+    for phase in prepared.phases:
+        for stage in phase.pipeline:
+            if stage.top_k is not None and stage.top_k > prepared.vocabulary:
+                raise ConfigError(
+                    f"phase {phase.name}: {stage.role} is asked for its {stage.top_k} most likely tokens, and the "
+                    f"tokenizer {prepared.tokenizer_path} has {prepared.vocabulary}; ask for as many at most"
+                )
     for role in sorted(teaching & prepared.models.keys()):
         path = prepared.models[role]
         try:

@@ -67,6 +67,9 @@ def _movements(phase: PhasePlan) -> Iterator[str]:
     """Changes of weights other than by training."""
     for role, companion in phase.pipeline.companions.items():
         yield f"{companion}: a frozen model in each rank of {role}"
+    for stage in phase.pipeline:
+        if stage.top_k is not None:
+            yield f"{stage.role}: {stage.top_k} most likely tokens a position, {8 * stage.top_k + 4} bytes a token"
     for stage in phase.pipeline.mixes:
         share, source, every = (stage.options[name] for name in ("share", "source", "every"))
         yield f"{stage.role}: after every {every} steps {share:g} {source} + {1 - share:g} {stage.role}"

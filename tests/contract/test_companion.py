@@ -19,7 +19,9 @@ from actors.sharding import shard
 from actors.specs import BackendSpec, LoraSpec, OptimSpec
 from orchestrator.losses.objective import LossObjective
 from orchestrator.methods import build
+from orchestrator.row_table import RowTable
 from tests.contract.test_backends import Role, start_gangs
+from tests.local_executor import executor_of, steps
 from tests.unit.tiny import tiny_model_folder
 
 BUDGET = 96  # several micro-batches
@@ -119,6 +121,21 @@ def test_adapters_learn_from_a_companion(student: ModelSpec, teacher: ModelSpec)
     steps = [update(policy, batch) for _ in range(3)]
     assert all(step["grad_norm"] > 0 for step in steps)
     assert steps[2]["divergence"] < steps[0]["divergence"]
+
+
+def test_all_tokens_over_the_wire_teach_what_a_companion_teaches(student: ModelSpec, teacher: ModelSpec) -> None:
+    batch = sampled(teacher, seed=1)
+    beside = worker(student, teacher)
+    expected = [update(beside, batch) for _ in range(3)]
+    pipeline = build("gkd", {"lmbda": 0.0, "teacher_top_k": VOCAB})
+    apart = ModelWorker("teacher", teacher, BackendSpec("single", None), threads=1)
+    apart.ready()
+    executor = executor_of(pipeline, {"policy": worker(student), "teacher": apart}, token_budget=BUDGET)
+    found = steps(executor, RowTable(batch), 3)
+    for one, wanted in zip(found, expected, strict=True):
+        assert one["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
+        assert one["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-3)
+    assert found[2]["loss"] < 0.99 * found[0]["loss"]
 
 
 @pytest.mark.parametrize("stage", [2, 3])

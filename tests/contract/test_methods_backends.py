@@ -39,6 +39,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("bco", {"density_ratio": True}),
     ("online_dpo", {"loss_type": "ipo", "token_metrics": True}),
     ("ppo", {"num_mini_batches": 2, "kl_target": 0.01, "missing_eos_penalty": 0.5, "whiten_rewards": True}),
+    ("gkd", {"teacher_top_k": 4}),
 ]
 every_method = pytest.mark.parametrize(("method", "options"), CASES, ids=[f"{m} {o}" for m, o in CASES])
 
@@ -71,10 +72,13 @@ def workers_of(pipeline: Pipeline, model: ModelSpec, other: ModelSpec) -> dict[s
     """Roles that are not trained hold another model, or at the first step there is nothing to learn from their
     difference."""
     workers = model_workers(pipeline, model, OPTIM)
-    for role in workers.keys() - set(pipeline.trained):
-        workers[role] = ModelWorker(role, replace(other, head=pipeline.heads[role]), BackendSpec("single", None), 1)
-        workers[role].ready()
-    return workers
+    return workers | {role: frozen(role, pipeline, other) for role in workers.keys() - set(pipeline.trained)}
+
+
+def frozen(role: str, pipeline: Pipeline, model: ModelSpec) -> ModelWorker:
+    worker = ModelWorker(role, replace(model, head=pipeline.heads[role]), BackendSpec("single", None), 1)
+    worker.ready()
+    return worker
 
 
 @every_method
@@ -111,7 +115,7 @@ def learned(pipeline: Pipeline, metrics: dict[str, float]) -> dict[str, float]:
 
 @every_method
 def test_adapters_learn_with_the_model_without_them_as_the_reference(
-    model: ModelSpec, method: str, options: dict[str, Any]
+    model: ModelSpec, tmp_path: Any, method: str, options: dict[str, Any]
 ) -> None:
     pipeline = build(method, options)
     workers = model_workers(pipeline, replace(model, lora=LoraSpec(r=4, alpha=8)), OPTIM)
@@ -119,11 +123,13 @@ def test_adapters_learn_with_the_model_without_them_as_the_reference(
     batch = made_up(pipeline, workers[pipeline.trained[0]])
 
     def said(*, adapters: bool) -> dict[str, np.ndarray]:
-        return {role: said_of(workers[role], batch, pipeline.heads[role], adapters=adapters) for role in workers}
+        return {role: said_of(workers[role], batch, pipeline.heads[role], adapters=adapters) for role in pipeline.trained}
 
     base, begun = said(adapters=False), said(adapters=True)
-    for role in workers:
+    for role in pipeline.trained:
         np.testing.assert_allclose(begun[role], base[role], atol=1e-6)
+    other = ModelSpec(str(tiny_model_folder(tmp_path, hidden=32, vocab=32, seed=1)))
+    workers |= {role: frozen(role, pipeline, other) for role in pipeline.teachers}
     reports = steps(executor_of(pipeline, workers, token_budget=TOKEN_BUDGET), RowTable(batch), STEPS)
     assert all(learned(pipeline, report) and np.isfinite(list(report.values())).all() for report in reports)
     for role, now in said(adapters=True).items():

@@ -118,6 +118,16 @@ def test_a_methods_recipe_trains_on_its_own_data(name: str, model: Path, tmp_pat
         assert any(abs(line["rewards/chosen"]) > 1e-9 for line in steps[STEPS + 1 :])
 
 
+def test_a_teacher_with_ranks_of_its_own_takes_the_model_of_the_phase_before(model: Path, tmp_path: Path) -> None:
+    overrides = ["phases.gkd.options.teacher_top_k=4", "phases.teach.train.learning_rate=0.1"]
+    config = load_config("gkd_arithmetic", overrides)
+    result, lines = started(config, model, tmp_path, {"limit": 64})
+    assert_trained(result, lines, config)
+    assert_evaluated(lines, config)
+    before, after = [line["eval_divergence"] for line in lines if "eval_divergence" in line]
+    assert 0 < after < 0.95 * before
+
+
 @pytest.mark.parametrize("name", PAPERS)
 def test_a_papers_recipe_trains_on_rows_of_its_kind(name: str, model: Path, tmp_path: Path) -> None:
     config = load_config(name)

@@ -34,6 +34,8 @@ from tests.unit.trainer_stub import Rows, Split, learned_from, optimise, seen_by
 
 WEIGHTED = {"correction": "token_truncate", "top_entropy_quantile": 0.5, "off_policy_mask_threshold": 0.1, "beta": 0.1}
 
+VOCABULARY = 5  # of logits that are made up
+
 METHOD_OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("sft", {}),
     ("sft", {"label_smoothing": 0.1, "token_metrics": True}),
@@ -67,6 +69,7 @@ METHOD_OPTIONS: list[tuple[str, dict[str, Any]]] = [
     *[("online_dpo", {"loss_type": name, "token_metrics": name == "ipo"}) for name in ("sigmoid", "ipo")],
     ("gkd", {}),
     ("gkd", {"lmbda": 0.0, "beta": 0.0, "temperature": 2.0}),
+    *[("gkd", {"teacher_top_k": 3, "beta": beta, "temperature": 0.7}) for beta in (0.0, 0.4, 1.0)],
     *[("grpo", {"loss_type": name}) for name in ("grpo", "dapo", "luspo", "sapo", "vespo", "dppo")],
     *[("grpo", {"loss_type": name, "updates_per_batch": 2, **WEIGHTED}) for name in ("grpo", "bnpo", "gmpo")],
     ("grpo", {"loss_type": "cispo", "epsilon_high": 1.2, "updates_per_batch": 2}),
@@ -132,7 +135,9 @@ def random_rows(method: str, options: dict[str, Any], seed: int, groups: int = 5
     logps = said if per_row else _masked_rows_start(lengths, -_positive(lengths, rng))
     extras = {name: _positive(lengths, rng) for name in objective.needs - {"all_tokens", "entropy_grad"}}
     if objective.of_logits is not None:
-        extras["divergence"] = _positive(lengths, rng)
+        extras["logits"] = _logits(lengths, rng)
+        if objective.of_logits.companion:
+            extras["companion_logits"] = _logits(lengths, rng)
     return Rows(MicroBatch(lengths, {name: everything[name] for name in objective.columns}), logps, extras, per_row)
 
 
@@ -163,7 +168,19 @@ def _columns(lengths: Tensor, size: int, rng: torch.Generator) -> dict[str, Tens
         "reward": torch.where(member == 0, 1.0, -0.5).double() + rows,
         "truncated": rows % 3 == 0,
         "weight": 0.5 + torch.rand(len(lengths), generator=rng, dtype=torch.float64),
+        **_top_k(_logits(lengths, rng).log_softmax(-1)),
     }
+
+
+def _logits(lengths: Tensor, rng: torch.Generator) -> Tensor:
+    return torch.randn(int(lengths.sum()), VOCABULARY, generator=rng, dtype=torch.float64)
+
+
+def _top_k(log_probs: Tensor) -> dict[str, Tensor]:
+    """What a teacher would say of its three most likely tokens."""
+    logps, ids = log_probs.topk(3)
+    tail = torch.log1p(-logps.exp().sum(-1))
+    return {"teacher_topk_ids": ids.int(), "teacher_topk_logps": logps, "teacher_tail_logps": tail}
 
 
 def _positive(lengths: Tensor, rng: torch.Generator) -> Tensor:
@@ -227,6 +244,22 @@ def test_the_gradient_is_the_slope_of_the_value(method: str, options: dict[str, 
         nudge[token] = 1e-6
         slope = (value(rows.logps + nudge) - value(rows.logps - nudge)) / 2e-6
         assert slope == pytest.approx(float(result.gradient[token]), rel=1e-4, abs=1e-7), f"token {token}"
+
+
+@pytest.mark.parametrize("options", [o for name, o in METHOD_OPTIONS if name == "gkd"], ids=str)
+def test_the_gradient_of_logits_is_the_slope_of_the_value(options: dict[str, Any]) -> None:
+    objective, rows = objective_of("gkd", options), random_rows("gkd", options, seed=11, groups=2)
+    gradient = optimise(objective, rows).extra_gradients["logits"]
+    assert gradient[rows.micro["mask"]].all() and not gradient[~rows.micro["mask"]].any()
+
+    def value(logits: Tensor) -> float:
+        return optimise(objective, replace(rows, extra={**rows.extra, "logits": logits})).value
+
+    for token, entry in np.ndindex(*gradient.shape):
+        nudge = torch.zeros_like(gradient)
+        nudge[token, entry] = 1e-6
+        slope = (value(rows.extra["logits"] + nudge) - value(rows.extra["logits"] - nudge)) / 2e-6
+        assert slope == pytest.approx(float(gradient[token, entry]), rel=1e-4, abs=1e-7), f"token {token} {entry}"
 
 
 def value_of(objective: LossObjective, rows: Rows, *, frozen: bool) -> Callable[[Tensor], float]:

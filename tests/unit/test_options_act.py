@@ -82,6 +82,7 @@ OTHER_VALUE: dict[str, Any] = {  # of every option, besides `loss_type`, whose n
     "sync_ref_model": True,
     "ties": "keep",
     "temperature": 0.7,
+    "teacher_top_k": 2,
     "token_metrics": True,
     "top_entropy_quantile": 0.4,
     "tpo_alpha": 0.2,

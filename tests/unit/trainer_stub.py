@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actors.objective import MicroBatch, Objective, Outputs, Stat
+from actors.objective import DIVERGENCE, MicroBatch, Objective, Outputs, Stat
 
 Split = Sequence[Sequence[Sequence[int]]]  # ranks -> micro-batches -> rows
 
@@ -21,7 +21,8 @@ Split = Sequence[Sequence[Sequence[int]]]  # ranks -> micro-batches -> rows
 @dataclass(frozen=True)
 class Rows:
     """A whole batch: its columns, and what a forward pass found. All per-token tensors are flat. `logps` is what the
-    head says, whichever that is: [T], or with `per_row` scores [B]."""
+    head says, whichever that is: [T], or with `per_row` scores [B]. For an objective that compares distributions,
+    `extra` may have `logits` [T, V], and the companion's, from which the divergence is made."""
 
     micro: MicroBatch
     logps: Tensor
@@ -94,7 +95,7 @@ def optimise(
     value, stats = torch.zeros((), dtype=rows.logps.dtype), list[dict[str, Stat]]()
     for rank, found in zip(parts, statistics, strict=True):
         for part in filter(len, rank):  # an empty micro-batch moves through the model, but has no loss
-            loss, metrics = objective.loss(part.micro, _outputs(part), counts, found)
+            loss, metrics = objective.loss(part.micro, _outputs(objective, part), counts, found)
             value = value + loss
             stats.append(metrics)
     value.backward()
@@ -153,7 +154,7 @@ def statistics_of(objective: Objective, parts: list[list[Rows]], states: list[di
         world = ThreadWorld(rank, len(parts), board, barrier)
         try:
             found[rank] = objective.statistics(
-                [p.micro for p in filled], [_outputs(p) for p in filled], world, states[rank]
+                [p.micro for p in filled], [_outputs(objective, p) for p in filled], world, states[rank]
             )
         except BaseException as error:
             failures.append(error)
@@ -170,8 +171,14 @@ def statistics_of(objective: Objective, parts: list[list[Rows]], states: list[di
     return found
 
 
-def _outputs(part: Rows) -> Outputs:
-    return Outputs(part.logps, part.extra)
+def _outputs(objective: Objective, part: Rows) -> Outputs:
+    asked = objective.of_logits
+    if asked is None or "logits" not in part.extra:
+        return Outputs(part.logps, part.extra)
+    given = [part.extra["companion_logits"]] if asked.companion else []
+    given += [part.micro[name] for name in asked.columns]
+    found = asked.call(part.extra["logits"], *given, **asked.options)
+    return Outputs(part.logps, {**part.extra, DIVERGENCE: found})
 
 
 def _leaf(values: Tensor) -> Tensor:
