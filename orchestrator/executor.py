@@ -112,6 +112,8 @@ class Executor:
     def enter(self, phase: PhaseSettings) -> None:
         """Stages run with these settings from now on."""
         self._phase = phase
+        changing = {*phase.pipeline.trained, *phase.pipeline.mixed}
+        self.group_stages.steady = frozenset(each.role for each in self.publishers if each.source not in changing)
 
     @property
     def phase(self) -> PhaseSettings:
@@ -209,12 +211,13 @@ class Executor:
                 await stack.enter_async_context(publisher.changing)
             yield
 
-    async def publish(self, version: int) -> SyncReport | None:
-        """Bring the engines to the weights of the roles that they sample from, unless they are there. The caller holds
-        them still (`changing_weights`). The last report; None if there was nothing to do."""
+    async def publish(self, version: int, *, begins: bool = False) -> SyncReport | None:
+        """Bring the engines to the weights of the roles that they sample from, unless they are there. Where those do
+        not change in the phase, that is once, when it `begins`. The caller holds them still (`changing_weights`). The
+        last report; None if there was nothing to do."""
         report = None
         for publisher in self.publishers:
-            if publisher.version != version:
+            if publisher.version != version and (begins or publisher.role not in self.group_stages.steady):
                 report = await publisher.publish(version)
         return report
 

@@ -55,7 +55,7 @@ class PhaseRun:
         await set_optimizers(context.config, self.phase, roles, self.found)
         with account.spending("publish"):
             async with roles.changing_weights():
-                report = await roles.publish(progress.version)
+                report = await roles.publish(progress.version, begins=True)
         if report is not None:
             context.event("published", {"version": report.version, "seconds": round(report.seconds, 3)})
         with account.spending("evaluation"):

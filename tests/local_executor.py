@@ -27,6 +27,7 @@ def local_executor(
     stand_ins: Mapping[str, str] | None = None,
     concurrent: bool = False,
     objects: Any = None,
+    publishers: Sequence[Any] = (),
 ) -> Executor:
     """Over these groups; nobody samples or scores."""
 
@@ -40,7 +41,7 @@ def local_executor(
         engines={},
         scorers={},
         model_rewards=(),
-        publishers=(),
+        publishers=publishers,
         call_timeout_s=dict.fromkeys(groups, TIMEOUT_S),
         stand_ins=stand_ins or {},
         concurrent=concurrent,

@@ -239,6 +239,9 @@ def _publisher(
     settings = config.roles.engine(role)
     dtype = config.weights.dtype or settings.dtype or config.model.dtype
     source, place = groups[settings.follows], str(folder / "weights")
-    publisher = Publisher(source, pool, cluster.objects, config.weights, dtype=dtype, folder=place, event=event)
+    names = {"role": role, "source": settings.follows}
+    publisher = Publisher(
+        source, pool, cluster.objects, config.weights, **names, dtype=dtype, folder=place, event=event
+    )
     pool.admit = publisher.admit
     return publisher

@@ -11,6 +11,7 @@ One batch is assembled ahead. What is trained on is settled in the cursor only a
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -63,8 +64,7 @@ class GroupCollector:
         self._admit()
         with self._watchdog.waiting(self._what_is_waited_for):
             collected = await (self._ahead or asyncio.ensure_future(self._assemble(version)))
-        oldest = [group.oldest_version for group in collected.groups]
-        self._contract.check(oldest, version=version)
+        self._contract.check((group.oldest_version for group in collected.groups), version=version)
         self._ahead = asyncio.ensure_future(self._assemble(version + 1))
         return collected
 
@@ -165,7 +165,7 @@ class GroupCollector:
     def _usable(self, version: int) -> list[int]:
         ages = {position: group.oldest_version for position, group in self._ready.items()}
         fresh = [position for position, age in ages.items() if not self._contract.too_old(age, next_version=version)]
-        return sorted(fresh, key=lambda position: (ages[position], position))
+        return sorted(fresh, key=lambda position: (_or_newest(ages[position]), position))
 
     async def _until_enough(self, version: int) -> None:
         """Until a batch may be trained at `version`. Ended by `_ended` of the groups under way; each of those has
@@ -190,6 +190,11 @@ class GroupCollector:
     def _metrics(self) -> dict[str, float]:
         counts = {f"dropped/{reason}": float(count) for reason, count in self._ledger.dropped.items()}
         return {**counts, "groups/filtered": float(self._filtered), "groups/expired": float(self._expired)}
+
+
+def _or_newest(version: int | None) -> int:
+    """Groups that do not grow old come after all that do."""
+    return sys.maxsize if version is None else version
 
 
 def _seconds(groups: Sequence[PromptGroup]) -> dict[str, float]:

@@ -39,22 +39,21 @@ class PromptGroup:
     admitted: float = field(default_factory=time.perf_counter)  # seconds on the driver's clock
     rows: RowTable = field(default_factory=lambda: RowTable(Batch.empty()))
     metas: tuple[GroupMeta, ...] = ()  # one per `generate` stage
+    oldest_version: int | None = None  # of the tokens that changing weights have sampled; None: there are none
     score: ScoreResult | None = None  # of all samples, whichever became rows
     texts: Ref | None = None  # their `ScoredTexts`, which stay where they were scored
     ended: Mapping[Verb, float] = field(default_factory=dict[Verb, float])  # seconds on the driver's clock
 
-    @property
-    def oldest_version(self) -> int:
-        return min(meta.oldest_version for meta in self.metas)
-
 
 class GroupStages:
-    """Group-wise stages on the pools of engines and scorers, by role."""
+    """Group-wise stages on the pools of engines and scorers, by role. `steady`: engine roles that follow a role whose
+    weights do not change in the current phase. What they sample does not grow old."""
 
     def __init__(
         self, engines: Mapping[str, Pool], scorers: Mapping[str, Pool], models: Mapping[ModelReward, ModelScorer]
     ) -> None:
         self.engines, self.scorers, self._models = engines, scorers, models
+        self.steady: frozenset[str] = frozenset()
         self._verbs: dict[Verb, Callable[[Stage, PromptGroup, Sampling], Awaitable[PromptGroup | None]]] = {
             Verb.GENERATE: self._generate,
             Verb.SCORE: self._score,
@@ -108,7 +107,11 @@ class GroupStages:
         meta, rows = await self.sample(stage.role, request, sampler)
         if not enough_survive(len(meta.lengths), wanted):
             raise Dropped("too few samples survived", "; ".join(meta.failures))
-        return replace(group, rows=RowTable.concat([group.rows, rows]), metas=(*group.metas, meta))
+        rows, metas = RowTable.concat([group.rows, rows]), (*group.metas, meta)
+        if stage.role in self.steady:
+            return replace(group, rows=rows, metas=metas)
+        versions = [version for version in (group.oldest_version, meta.oldest_version) if version is not None]
+        return replace(group, rows=rows, metas=metas, oldest_version=min(versions))
 
     async def _score(self, stage: Stage, group: PromptGroup, sampling: Sampling) -> PromptGroup:
         """Raises BudgetExhausted for a group that cannot be scored if the role's `on_failure` says so."""

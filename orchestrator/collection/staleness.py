@@ -42,14 +42,14 @@ class Contract:
         """The oldest token version in a batch that is trained at `version`."""
         return version - self.max_staleness
 
-    def too_old(self, oldest: int, *, next_version: int) -> bool:
-        """Whether a group whose oldest token has version `oldest` can no longer be trained once `next_version` is
-        out."""
-        return oldest < self.oldest_allowed(next_version)
+    def too_old(self, oldest: int | None, *, next_version: int) -> bool:
+        """Whether a group whose oldest token has version `oldest` can no longer be trained once `next_version` is out.
+        None: all of its tokens are of weights that do not change."""
+        return oldest is not None and oldest < self.oldest_allowed(next_version)
 
-    def check(self, oldest: Iterable[int], *, version: int) -> None:
+    def check(self, oldest: Iterable[int | None], *, version: int) -> None:
         """Raise StalenessError if a group of a batch about to be trained at `version` is too old."""
-        late = [value for value in oldest if value < self.oldest_allowed(version)]
+        late = [value for value in oldest if value is not None and self.too_old(value, next_version=version)]
         if late:
             raise StalenessError(
                 f"a batch for version {version} holds {len(late)} group(s) with tokens of version {min(late)}; "

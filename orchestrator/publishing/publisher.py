@@ -36,7 +36,7 @@ class SyncReport:
 
 
 class Publisher:
-    """Moves the policy's weights to the members of a pool. One sync at a time."""
+    """Moves the weights of the role `source` to the members of the engine role `role`. One sync at a time."""
 
     def __init__(
         self,
@@ -45,11 +45,14 @@ class Publisher:
         objects: Objects,
         config: WeightsConfig,
         *,
+        role: str,
+        source: str,
         dtype: str,
         folder: str,
         event: Event,
     ) -> None:
         self.version = -1
+        self.role, self.source = role, source
         self._policy, self._pool, self._objects, self._config = policy, pool, objects, config
         self._dtype, self._folder, self._event = dtype, folder, event
         self._bucket_bytes = int(config.bucket_mib * 2**20)

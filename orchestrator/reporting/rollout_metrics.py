@@ -39,7 +39,7 @@ def completion_rows(group: PromptGroup, scored: ScoredTexts) -> list[dict[str, A
             "reward": float(score.total[index]),
             **{f"rewards/{name}": float(score.rewards[index, column]) for column, name in enumerate(score.names)},
             "length": lengths[index],
-            "version": group.oldest_version,
+            "version": -1 if group.oldest_version is None else group.oldest_version,
             "worker": workers[index],
             "position": group.position,
         }
@@ -99,7 +99,9 @@ def _lengths(groups: Sequence[PromptGroup]) -> dict[str, float]:
 
 
 def _staleness(groups: Sequence[PromptGroup], version: int) -> dict[str, float]:
-    ages = np.array([version - group.oldest_version for group in groups])
+    ages = np.array([version - group.oldest_version for group in groups if group.oldest_version is not None])
+    if not len(ages):  # all were sampled with weights that do not change
+        return {}
     return {"staleness/mean": float(ages.mean()), "staleness/max": float(ages.max())}
 
 

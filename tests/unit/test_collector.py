@@ -1,7 +1,7 @@
 """Collection by prompt group: what is drawn, dropped, filtered, expired and trained on."""
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -338,6 +338,26 @@ async def test_a_resumed_collector_draws_what_was_not_trained_on_with_the_same_s
     assert second == (1, 4, 5)
     assert again.seeds[1] == stages.seeds[1]
     await resumed.close()
+
+
+async def test_samples_of_weights_that_do_not_change_never_grow_old():
+    class Still(Stages):
+        async def sample(self, role: str, request: Request, sampler: int = 0) -> tuple[GroupMeta, RowTable]:
+            meta, rows = await super().sample(role, request, sampler)
+            return replace(meta, oldest_version=0), rows
+
+    stages = Still()
+    stages.steady = frozenset({"rollout"})
+    feed = collector(stages, pipeline=Pipeline(Prompts, generate(n=SAMPLES)))
+    assert [await step(feed, stages, version) for version in (0, 1, 2)] == [(0, 1, 2), (3, 4, 5), (6, 7, 8)]
+    assert (await feed.next(3)).metrics["groups/expired"] == 0
+    await feed.close()
+    stages = Still()
+    feed = collector(stages, pipeline=Pipeline(Prompts, generate(n=SAMPLES)))
+    await step(feed, stages, 0)
+    with pytest.raises(RunError, match="0 of 3 prompt groups are ready for version 1"):
+        await feed.next(1)
+    await feed.close()
 
 
 async def test_a_closed_collector_starts_nothing_more():

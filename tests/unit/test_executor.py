@@ -321,3 +321,32 @@ async def test_what_passes_through_the_driver_in_a_step_does_not_grow_with_the_n
 
     few, many = await passed(10), await passed(5_000)
     assert many < 1.01 * few
+
+
+@dataclass
+class Published:
+    """A publisher that writes down which versions it was to publish."""
+
+    role: str
+    source: str
+    version: int = -1
+    versions: list[int] = field(default_factory=list)
+
+    async def publish(self, version: int) -> str:
+        self.version = version
+        self.versions.append(version)
+        return f"{self.role} has {version}"
+
+
+def test_weights_that_do_not_change_are_published_once_a_phase_and_the_others_in_every_step() -> None:
+    student, teacher = Published("rollout", "policy"), Published("teacher_rollout", "teacher")
+    pipeline = build("gkd", {"lmbda": 0.0, "seq_kd": True})
+    executor = local_executor(pipeline, {}, token_budget=9, publishers=(student, teacher))
+
+    async def published() -> list[Any]:
+        begun = [await executor.publish(4, begins=True), await executor.publish(4)]
+        return [*begun, *[await executor.publish(version) for version in (5, 6)]]
+
+    assert asyncio.run(published()) == ["teacher_rollout has 4", None, "rollout has 5", "rollout has 6"]
+    assert (student.versions, teacher.versions) == ([4, 5, 6], [4])
+    assert executor.group_stages.steady == {"teacher_rollout"}

@@ -24,7 +24,8 @@ def group(rewards: list[list[float]], *, columns: dict[str, Any] | None = None) 
     count = len(rewards)
     meta = GroupMeta("id", "rollout/0", (3,) * count, (Finish.STOP,) * count, 2, 2, 0.1)
     prompt = SimpleNamespace(id=7, prompt="q", columns=columns or {})
-    return PromptGroup("id", 4, prompt, 0, metas=(meta,), score=ScoreResult(("a", "b"), matrix, total))
+    score = ScoreResult(("a", "b"), matrix, total)
+    return PromptGroup("id", 4, prompt, 0, metas=(meta,), oldest_version=2, score=score)
 
 
 def test_a_row_of_the_table_has_what_the_data_set_and_the_rewards_say_beside_it():
