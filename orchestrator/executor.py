@@ -27,7 +27,7 @@ from orchestrator.cluster.pool import Pool
 from orchestrator.collection.group_stages import GroupStages, PromptGroup
 from orchestrator.collection.model_scorer import ModelScorer
 from orchestrator.losses.objective import LossObjective
-from orchestrator.pipeline import DRIVER, Pipeline, Stage, Verb, in_conflict, infer
+from orchestrator.pipeline import DRIVER, GROUPWISE, Pipeline, Stage, Verb, in_conflict, infer
 from orchestrator.planning.prepared import ModelReward
 from orchestrator.publishing.publisher import Publisher, SyncReport
 from orchestrator.publishing.transfer import mix_towards
@@ -89,7 +89,7 @@ class Executor:
         self.groups, self.objects = groups, objects
         self.publishers, self._start = publishers, start
         models = {reward: ModelScorer(partial(self._scores, reward.role)) for reward in model_rewards}
-        self.group_stages = GroupStages(engines, scorers, models)
+        self.group_stages = GroupStages(engines, scorers, models, objects)
         self._call_timeout_s, self._stand_ins, self._concurrent = call_timeout_s, stand_ins, concurrent
         self._phase: PhaseSettings | None = None
         self._verbs: dict[Verb, Callable[[Stage, RowTable, int], Awaitable[tuple[Written, dict[str, float]]]]] = {
@@ -185,7 +185,8 @@ class Executor:
     async def evaluate(self, table: RowTable) -> dict[str, float]:
         """What the phase's updates would report of a batch, without learning from it: the stages before them run as in
         a step, and no weights change."""
-        stages = [stage for stage in self.phase.pipeline if stage.verb not in (Verb.UPDATE, Verb.MIX)]
+        left_out = GROUPWISE | {Verb.UPDATE, Verb.MIX}  # the rows are there
+        stages = [stage for stage in self.phase.pipeline if stage.verb not in left_out]
         table, _ = await self.run([stage for stage in stages if not stage.precomputed], table)
         reports: list[tuple[Stage, dict[str, float]]] = []
         for stage in self.phase.pipeline.updates:

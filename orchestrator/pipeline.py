@@ -7,7 +7,7 @@ nor torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
@@ -20,6 +20,7 @@ DRIVER = "driver"  # the role of stages that run in the driver itself
 
 class Verb(StrEnum):
     GENERATE = "generate"
+    TAKE = "take"
     SCORE = "score"
     KEEP = "keep"
     REGROUP = "regroup"
@@ -29,7 +30,8 @@ class Verb(StrEnum):
     MIX = "mix"
 
 
-GROUPWISE = frozenset({Verb.GENERATE, Verb.SCORE, Verb.KEEP, Verb.REGROUP})  # they run for each prompt group separately
+ROW_SOURCES = frozenset({Verb.GENERATE, Verb.TAKE})  # they bring rows into a prompt group
+GROUPWISE = ROW_SOURCES | {Verb.SCORE, Verb.KEEP, Verb.REGROUP}  # they run for each prompt group separately
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class DataKind:
     columns: frozenset[str]
     rows_per_item: int = 1
     prompts_only: bool = False
+    answered: bool = False  # prompts, each with a completion that a `take` stage makes a row of the group
     uncut: bool = False  # a row is judged as a whole: an item with one that is too long is left out, not cut
 
 
@@ -53,6 +56,7 @@ _ROWS = frozenset({"tokens", "mask", "group"})
 
 Completions = DataKind("completions", _ROWS)
 Prompts = DataKind("prompts", frozenset(), prompts_only=True)
+AnsweredPrompts = DataKind("answered_prompts", frozenset(), answered=True, uncut=True)
 Pairs = DataKind("pairs", _ROWS | {"preferred"}, rows_per_item=2)
 UncutPairs = replace(Pairs, uncut=True)
 PairsWithMargin = DataKind("pairs_with_margin", Pairs.columns | {"margin"}, rows_per_item=2, uncut=True)
@@ -67,7 +71,8 @@ StepLabels = DataKind("step_labels", _ROWS | {"step_label"})
 
 @dataclass(frozen=True)
 class Stage:
-    """One verb by one role. `call` is what is executed, with `options` as its keyword arguments."""
+    """One verb by one role. `call` is what is executed, with `options` as its keyword arguments. `share`: the part of
+    [0, 1) for whose prompt groups the stage runs; where a group stands in it, its seed and position decide."""
 
     verb: Verb
     role: str
@@ -75,6 +80,11 @@ class Stage:
     writes: frozenset[str]
     call: Callable[..., Any] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    share: tuple[float, float] = (0.0, 1.0)
+
+    def covers(self, place: float) -> bool:
+        """Whether the stage runs for a prompt group that stands there."""
+        return self.share[0] <= place < self.share[1]
 
     @property
     def name(self) -> str:
@@ -197,14 +207,19 @@ class Pipeline:
         return tuple(stage for stage in self.stages if stage.verb is Verb.GENERATE)
 
     @property
+    def row_sources(self) -> tuple[Stage, ...]:
+        """The stages that bring rows into a prompt group."""
+        return tuple(stage for stage in self.stages if stage.verb in ROW_SOURCES)
+
+    @property
     def samples_per_prompt(self) -> int:
-        """Completions that are drawn for each prompt, by all `generate` stages together; 0 if there are none."""
-        return sum(int(stage.options["n"]) for stage in self.generates)
+        """Completions that are drawn for a prompt, at most, by all `generate` stages together; 0 if there are none."""
+        return max(_rows_by_share(self.generates))
 
     @property
     def rows_per_item(self) -> int:
-        """Rows that reach the updates from each item of the data."""
-        rows = self.samples_per_prompt or self.data.rows_per_item
+        """Rows that reach the updates from each item of the data, at most."""
+        rows = max(_rows_by_share(self.row_sources)) or self.data.rows_per_item
         for stage in self.stages:
             rows = int(stage.options["rows"] or rows) if stage.verb is Verb.REGROUP else rows
         return rows
@@ -225,6 +240,18 @@ class Pipeline:
         """Roles whose distributions over the vocabulary a loss compares with those of a trained role."""
         asked = (stage.role for stage in self.stages if stage.top_k is not None)
         return tuple(dict.fromkeys([*self.companions.values(), *asked]))
+
+    @property
+    def held_out(self) -> DataKind | None:
+        """The kind of rows whose loss can be taken without sampling: those that the phase learns from; or completions,
+        where no stage needs more of samples than a data set has. None if there is no such kind."""
+        if not self.row_sources:
+            return self.data
+        others = (stage for stage in self.stages if stage.verb not in GROUPWISE)
+        try:
+            return Pipeline(Completions, *others).data
+        except ConfigError:
+            return None
 
     @property
     def updates(self) -> tuple[Stage, ...]:
@@ -250,6 +277,18 @@ def generate(role: str = "rollout", *, n: int = 1) -> Stage:
     which stage a row is of, from 0."""
     writes = {"tokens", "mask", "sample_logps", "version", "group", "truncated", "sampler"}
     return Stage(Verb.GENERATE, role, frozenset(), frozenset(writes), options={"n": n})
+
+
+def take() -> Stage:
+    """The data's own completion of each prompt becomes a row of its group, as if it had been sampled. What nobody knows
+    of it, its log-probability under a sampler, is NaN, and its version is -1."""
+    return Stage(Verb.TAKE, DRIVER, frozenset(), generate().writes, options={"n": 1})
+
+
+def one_of(share: float, first: Stage, other: Stage) -> tuple[Stage, Stage]:
+    """The one stage for a share of the prompt groups, and the other one for the rest. Which group is which is a
+    function of seed and position, so it is the same after a resume and for a group that is drawn again."""
+    return replace(first, share=(0.0, share)), replace(other, share=(share, 1.0))
 
 
 def score(role: str = "reward") -> Stage:
@@ -355,6 +394,7 @@ def _check_closes(pipeline: Pipeline) -> None:
                 f"(written so far: {', '.join(sorted(written)) or 'nothing'})"
             )
         written |= stage.writes
+    _check_row_sources(pipeline)
     for role in pipeline.heads:
         asked = {stage.head for stage in pipeline if stage.role == role and stage.head is not None}
         if len(asked) > 1:
@@ -377,12 +417,29 @@ def _check_closes(pipeline: Pipeline) -> None:
             )
 
 
+def _rows_by_share(stages: Sequence[Stage]) -> list[int]:
+    """Rows that the stages bring into a prompt group, for each part of [0, 1) in which the same ones of them run."""
+    places = sorted({0.0, *(edge for stage in stages for edge in stage.share)} - {1.0})
+    return [sum(int(stage.options["n"]) for stage in stages if stage.covers(place)) for place in places]
+
+
+def _check_row_sources(pipeline: Pipeline) -> None:
+    for stage in pipeline.stages:
+        if stage.verb is Verb.TAKE and not pipeline.data.answered:
+            raise ConfigError(f"stage {stage.name} takes completions, and {pipeline.data.name} bring none apart")
+        if stage.share != (0.0, 1.0) and stage.verb not in ROW_SOURCES:
+            raise ConfigError(f"stage {stage.name} runs for a share of the prompt groups; only generate and take may")
+    if pipeline.row_sources and not all(_rows_by_share(pipeline.row_sources)):
+        shares = ", ".join(f"{stage.name} {stage.share[0]:g} to {stage.share[1]:g}" for stage in pipeline.row_sources)
+        raise ConfigError(f"some prompt groups get no rows: {shares}; together they must cover 0 to 1")
+
+
 def _check_precomputed(pipeline: Pipeline) -> None:
     """Values that are computed once must hold for the whole phase: the rows are there, and the weights stay."""
     data = pipeline.data
     for stage in pipeline.precomputed:
         problem = None
-        if data.prompts_only:
+        if data.prompts_only or data.answered:
             problem = f"{data.name} have no rows before they are answered"
         elif "mismatched" in data.columns:
             problem = f"mismatched rows are made anew of each batch, and {data.name} needs them"

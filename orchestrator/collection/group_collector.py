@@ -199,7 +199,8 @@ def _or_newest(version: int | None) -> int:
 
 def _seconds(groups: Sequence[PromptGroup]) -> dict[str, float]:
     """Wall time of a batch's generation, and of the scoring that generation did not hide."""
-    generated = max(group.ended[Verb.GENERATE] for group in groups)
-    seconds = {"time/generate": generated - min(group.admitted for group in groups)}
+    began = min(group.admitted for group in groups)
+    generated = max(group.ended.get(Verb.GENERATE, began) for group in groups)
+    seconds = {"time/generate": generated - began}
     scored = [group.ended[Verb.SCORE] for group in groups if Verb.SCORE in group.ended]
     return {**seconds, "time/score": max(scored) - generated} if scored else seconds

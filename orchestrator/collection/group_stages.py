@@ -1,7 +1,7 @@
 """The group-wise stages: what happens to a prompt and its samples before they join a batch.
 
 generate ──► a pool of engines          score ──► a pool of scorers
-keep, regroup: in the driver, on the table of the group's rows
+take: the data's own completion          keep, regroup: in the driver, on the table of the group's rows
 """
 
 from __future__ import annotations
@@ -16,16 +16,19 @@ import numpy as np
 
 from actors.batch import Array, Batch
 from actors.errors import BudgetExhausted, DataFailure, Dropped, InfraFailure
-from actors.worker import Ref, Worker
+from actors.worker import Objects, Ref, Worker
 from orchestrator.cluster.failures import enough_survive
 from orchestrator.cluster.pool import Pool
 from orchestrator.collection.model_scorer import ModelScorer
-from orchestrator.pipeline import Stage, Verb
+from orchestrator.pipeline import ROW_SOURCES, Stage, Verb
 from orchestrator.planning.prepared import ModelReward
 from orchestrator.row_table import RowTable
 from rewards.combine import weighted_sum
 from rewards.worker import ScoreResult
 from rollout.sampling import Finish, GroupMeta, Request, Sampling, sample_seed
+
+DATA = "data"  # in the place of the worker that sampled a completion
+PLACE = -1  # of the random numbers of a prompt group: those from 0 on are for its samples
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,27 @@ class PromptGroup:
     seed: int
     admitted: float = field(default_factory=time.perf_counter)  # seconds on the driver's clock
     rows: RowTable = field(default_factory=lambda: RowTable(Batch.empty()))
-    metas: tuple[GroupMeta, ...] = ()  # one per `generate` stage
+    metas: tuple[GroupMeta, ...] = ()  # one per stage that brought rows
+    passed: int = 0  # stages that bring rows, whether they ran for this group or not
     oldest_version: int | None = None  # of the tokens that changing weights have sampled; None: there are none
     score: ScoreResult | None = None  # of all samples, whichever became rows
     texts: Ref | None = None  # their `ScoredTexts`, which stay where they were scored
     ended: Mapping[Verb, float] = field(default_factory=dict[Verb, float])  # seconds on the driver's clock
+
+    @property
+    def place(self) -> float:
+        """In [0, 1), uniform over positions: which of several stages run for this group (`Stage.share`)."""
+        return sample_seed(self.seed, PLACE) / 2**63
+
+    def with_rows(self, rows: RowTable, meta: GroupMeta, version: int | None) -> PromptGroup:
+        """What a stage brought, added. `version`: the oldest of its tokens, if they grow old."""
+        versions = [each for each in (self.oldest_version, version) if each is not None]
+        return replace(
+            self,
+            rows=RowTable.concat([self.rows, rows]),
+            metas=(*self.metas, meta),
+            oldest_version=min(versions, default=None),
+        )
 
 
 class GroupStages:
@@ -50,12 +69,17 @@ class GroupStages:
     weights do not change in the current phase. What they sample does not grow old."""
 
     def __init__(
-        self, engines: Mapping[str, Pool], scorers: Mapping[str, Pool], models: Mapping[ModelReward, ModelScorer]
+        self,
+        engines: Mapping[str, Pool],
+        scorers: Mapping[str, Pool],
+        models: Mapping[ModelReward, ModelScorer],
+        objects: Objects,
     ) -> None:
-        self.engines, self.scorers, self._models = engines, scorers, models
+        self.engines, self.scorers, self._models, self._objects = engines, scorers, models, objects
         self.steady: frozenset[str] = frozenset()
         self._verbs: dict[Verb, Callable[[Stage, PromptGroup, Sampling], Awaitable[PromptGroup | None]]] = {
             Verb.GENERATE: self._generate,
+            Verb.TAKE: self._take,
             Verb.SCORE: self._score,
             Verb.KEEP: self._keep,
             Verb.REGROUP: self._regroup,
@@ -64,7 +88,12 @@ class GroupStages:
     async def run(self, stage: Stage, group: PromptGroup, sampling: Sampling) -> PromptGroup | None:
         """The group as it is after the stage; None if another prompt is to take its place. Raises DataFailure if this
         prompt cannot be used, InfraFailure if the attempts are used up."""
-        after = await self._verbs[stage.verb](stage, group, sampling)
+        if stage.verb not in ROW_SOURCES:
+            after = await self._verbs[stage.verb](stage, group, sampling)
+        elif stage.covers(group.place):
+            after = await self._verbs[stage.verb](stage, replace(group, passed=group.passed + 1), sampling)
+        else:
+            return replace(group, passed=group.passed + 1)
         return after and replace(after, ended={**after.ended, stage.verb: time.perf_counter()})
 
     async def sample(self, role: str, request: Request, sampler: int = 0) -> tuple[GroupMeta, RowTable]:
@@ -98,7 +127,7 @@ class GroupStages:
         return _with_models(score, dict(zip(self._models, said, strict=True))), texts
 
     async def _generate(self, stage: Stage, group: PromptGroup, sampling: Sampling) -> PromptGroup:
-        sampler = len(group.metas)
+        sampler = group.passed - 1
         seed, name = group.seed, group.id
         if sampler:
             seed, name = sample_seed(seed, sampler), f"{name}/{sampler}"
@@ -107,11 +136,16 @@ class GroupStages:
         meta, rows = await self.sample(stage.role, request, sampler)
         if not enough_survive(len(meta.lengths), wanted):
             raise Dropped("too few samples survived", "; ".join(meta.failures))
-        rows, metas = RowTable.concat([group.rows, rows]), (*group.metas, meta)
-        if stage.role in self.steady:
-            return replace(group, rows=rows, metas=metas)
-        versions = [version for version in (group.oldest_version, meta.oldest_version) if version is not None]
-        return replace(group, rows=rows, metas=metas, oldest_version=min(versions))
+        return group.with_rows(rows, meta, None if stage.role in self.steady else meta.oldest_version)
+
+    async def _take(self, stage: Stage, group: PromptGroup, sampling: Sampling) -> PromptGroup:
+        answer: Batch = group.prompt.answer
+        tokens = answer.num_tokens
+        unknown = {"sample_logps": np.where(answer["mask"], np.nan, 0.0), "version": np.full(tokens, -1)}
+        block = await self._objects.put(answer.only({"tokens", "mask"}).with_columns(**unknown))
+        request = Request(group.id, group.prompt.tokens, 1, sampling, group.seed, group=group.position)
+        meta = GroupMeta(group.id, DATA, (tokens - len(request.prompt),), (Finish.STOP,), -1, -1, 0.0)
+        return group.with_rows(_sampled_rows(request, meta, block, group.passed - 1), meta, None)
 
     async def _score(self, stage: Stage, group: PromptGroup, sampling: Sampling) -> PromptGroup:
         """Raises BudgetExhausted for a group that cannot be scored if the role's `on_failure` says so."""

@@ -216,6 +216,7 @@ FORMATS: dict[str, tuple[Format, ...]] = {
         Format(("prompt",), read_prompt, completion_only=(), talks=False),  # no token of them is trained on
         Format(("input_ids",), read_input_ids, completion_only=(), talks=False),
     ),
+    "answered_prompts": (Format(("prompt", "completion"), read_completion, completion_only=(True,)),),
     "pairs": PAIRS,
     "pairs_with_margin": tuple(replace(pair, columns=(*pair.columns, "margin")) for pair in PAIRS),
     "triples": (Format(("prompt", "chosen", "rejected", "reference"), read_triple),),

@@ -31,10 +31,12 @@ class Item:
 
 @dataclass(frozen=True)
 class Longest:
-    """Tokens of the longest row, and of the longest item with all of its rows, that a batch may hold."""
+    """Tokens of the longest row, and of the longest item with all of its rows, that a batch may hold; and of the
+    longest prompt, if prompts are to be answered."""
 
     row: int
     item: int
+    prompt: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Prompt:
     tokens: tuple[int, ...]
     prompt: Content
     columns: dict[str, Any]
+    answer: Batch | None = None  # the row that the data set makes of it, where the kind of data has one
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,11 +77,20 @@ class Items:
         if "mismatched" in self.kind.columns:
             prompts = store.prompt_lengths
             row = max(row, min(max_length, int(prompts.max() + (store.lengths - prompts).max())))
+        if self.kind.prompts_only or self.kind.answered:
+            return Longest(row, item, int((store.lengths if self.kind.prompts_only else store.prompt_lengths).max()))
         return Longest(row, item)
 
     def prompt_tokens(self, index: int) -> tuple[int, ...]:
+        """All tokens of a prompt; or those before the first that is learned from, if the prompt is answered."""
         start, stop = self.store.offsets[index : index + 2]
+        if self.kind.answered:
+            stop = start + self.store.prompt_lengths[index]
         return tuple(self.store.tokens[start:stop].tolist())
+
+    def answer(self, index: int) -> Batch | None:
+        """The row of a prompt with its completion, if the kind of data has it."""
+        return self.rows(index, group=index) if self.kind.answered else None
 
     def _whole(self, index: int, group: int) -> Batch:
         store = self.store

@@ -114,7 +114,7 @@ def open_source(
         raise DataError(_nothing_left(rows.name, record))
     report = _report(rows, unread, preparer, record, items, bad)
     order = Order(seed, len(items), data.shuffle)
-    if kind.prompts_only:
+    if kind.prompts_only or kind.answered:
         return PromptSource(items, rows, report, order, tokenizer)
     return RowSource(items, rows.fingerprint, report, order, tokenizer, max_length)
 
@@ -220,7 +220,7 @@ class PromptSource:
 
     @property
     def longest(self) -> Longest:
-        return Longest(self.report.longest, self.report.longest)
+        return self._items.longest(UNBOUNDED)
 
     @property
     def rows_fingerprint(self) -> str:
@@ -230,13 +230,15 @@ class PromptSource:
         tokens = self._items.prompt_tokens(index)
         columns = self._rows.row(int(self._items.store.source_row[index]))
         prompt = columns.pop("prompt", None)
-        return Prompt(index, tokens, prompt if prompt is not None else self._decode(tokens), columns)
+        asked = prompt if prompt is not None else self._decode(tokens)
+        return Prompt(index, tokens, asked, columns, self._items.answer(index))
 
     def batch(self, positions: Sequence[int]) -> Batch:
         raise TypeError("prompts have no rows to learn from until they are answered: use item()")
 
     def preview(self, index: int = 0) -> str:
-        return self._decode(self.item(index).tokens)
+        prompt = self.item(index)
+        return self._decode(prompt.tokens) if prompt.answer is None else render(prompt.answer, self._tokenizer)
 
     def _decode(self, tokens: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(tokens)))

@@ -102,7 +102,7 @@ class StreamSource:
         """The longest that the limits allow, because the rows are unknown."""
         row = self._limits.max_prompt_length if self._kind.prompts_only else self._max_length
         assert row is not None  # `limits_of` bounds prompts by the model's length
-        return Longest(row, row * self._kind.rows_per_item)
+        return Longest(row, row * self._kind.rows_per_item, self._limits.max_prompt_length or row)
 
     @property
     def rows_fingerprint(self) -> str:
@@ -111,12 +111,13 @@ class StreamSource:
 
     def item(self, index: int) -> Item | Prompt:
         items, local, row = self._find(index)
-        if not self._kind.prompts_only:
+        if not (self._kind.prompts_only or self._kind.answered):
             return Item(index, items.rows(local, group=index))
         tokens = items.prompt_tokens(local)
         columns = {name: row.get(name) for name in self._columns}
         prompt = columns.pop("prompt", None)
-        return Prompt(index, tokens, prompt or str(self._tokeniser.tokenizer.decode(list(tokens))), columns)
+        asked = prompt or str(self._tokeniser.tokenizer.decode(list(tokens)))
+        return Prompt(index, tokens, asked, columns, items.answer(local))
 
     def batch(self, positions: Sequence[int]) -> Batch:
         return drawn_together(self._kind, map(self._rows, positions), self._max_length)

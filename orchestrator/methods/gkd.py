@@ -6,10 +6,20 @@ from typing import Annotated
 
 from pydantic import Field
 
-from actors.errors import ConfigError
 from orchestrator.losses.distillation import TEACHER_TOP_K, distil, distil_top_k
 from orchestrator.losses.reduce import token_mean
-from orchestrator.pipeline import Completions, Pipeline, Prompts, Stage, generate, infer_top_k, update
+from orchestrator.pipeline import (
+    AnsweredPrompts,
+    Completions,
+    Pipeline,
+    Prompts,
+    Stage,
+    generate,
+    infer_top_k,
+    one_of,
+    take,
+    update,
+)
 
 
 def gkd(
@@ -24,18 +34,17 @@ def gkd(
     lives in the student's ranks, or in ranks of its own with `teacher_top_k`.
 
     Source: arXiv:2306.13649, algorithm 1."""
-    if 0 < lmbda < 1:
-        raise ConfigError(
-            f"options.lmbda={lmbda:g}: steps on the student's samples are not mixed with steps on other completions; "
-            "set 1 (all sampled by the student) or 0 (all from the data, or with options.seq_kd from the teacher), one "
-            "phase after the other if you want both"
-        )
     learn = _from_companion(beta, temperature)
     if teacher_top_k is not None:
         learn = _from_top_k(teacher_top_k, beta, temperature)
-    if lmbda:
-        return Pipeline(Prompts, generate("rollout", n=1), *learn)
-    return Pipeline(Prompts, generate("teacher_rollout", n=1), *learn) if seq_kd else Pipeline(Completions, *learn)
+    student, teacher = generate("rollout"), generate("teacher_rollout")
+    if lmbda == 1:
+        return Pipeline(Prompts, student, *learn)
+    if lmbda == 0:
+        return Pipeline(Prompts, teacher, *learn) if seq_kd else Pipeline(Completions, *learn)
+    if seq_kd:
+        return Pipeline(Prompts, *one_of(lmbda, student, teacher), *learn)
+    return Pipeline(AnsweredPrompts, *one_of(lmbda, student, take()), *learn)
 
 
 def _from_companion(beta: float, temperature: float) -> tuple[Stage, ...]:

@@ -138,7 +138,7 @@ class Prepared:
             limit = max(phase.sampling.max_tokens, _evaluation_tokens(phase))
             for source in (phase.source if phase.pipeline.generates else None, phase.evaluation):
                 if source is not None:
-                    longest.append(source.report.longest + limit)
+                    longest.append(source.longest.prompt + limit)
         return max(longest)
 
 

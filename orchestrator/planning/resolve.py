@@ -192,7 +192,7 @@ def _prepare_phase(
     source = open_source(phase.data, pipeline.data, tokenizer, seed=config.seed, model_max_length=room)
     schedule = phase_schedule(phase, name, source, _least_batch(config, pipeline))
     _check_something_happens(phase, name, pipeline, schedule.steps)
-    evaluation, held_out = _open_evaluation(phase, name, pipeline.data, tokenizer, config.seed, room)
+    evaluation, held_out = _open_evaluation(phase, name, pipeline, tokenizer, config.seed, room)
     first_version = sum(earlier.steps for earlier in before)
     sampling = resolved_stops(Sampling(**phase.sampling.model_dump()), tokenizer, vocab, f"phases.{name}.sampling")
     for where, each in ((f"phases.{name}.data", source), (f"phases.{name}.evaluation.rows", held_out)):
@@ -209,8 +209,9 @@ def _refuse_too_long(source: Source, pipeline: Pipeline, phase: PhaseConfig, whe
     longest = source.longest.item if whole else source.longest.row
     what = f"all rows of an item of {pipeline.data.name} together" if whole else "a row"
     limit = f"{where}.max_length"
-    if pipeline.generates:
-        longest, what = longest + phase.sampling.max_tokens, "a prompt with sampling.max_tokens"
+    sampled = source.longest.prompt + phase.sampling.max_tokens
+    if pipeline.generates and sampled >= longest:
+        longest, what = sampled, "a prompt with sampling.max_tokens"
         limit = f"{where}.max_prompt_length or sampling.max_tokens"
     if longest > phase.train.token_budget:
         raise ConfigError(
@@ -265,32 +266,33 @@ def _check_something_happens(phase: PhaseConfig, name: str, pipeline: Pipeline, 
 
 
 def _open_evaluation(
-    phase: PhaseConfig, name: str, kind: DataKind, tokenizer: Any, seed: int, room: int
+    phase: PhaseConfig, name: str, pipeline: Pipeline, tokenizer: Any, seed: int, room: int
 ) -> tuple[Source | None, Source | None]:
     """(held-out prompts, held-out rows)."""
     if phase.evaluation is None:
         return None, None
     where = f"phases.{name}.evaluation"
+    kind = pipeline.held_out
     if wrong := _wrong_with(phase.evaluation, where, phase.method, kind):
         raise ConfigError(wrong)
 
-    def opened(data: DataConfig | None, kind: DataKind) -> Source | None:
+    def opened(data: DataConfig | None, kind: DataKind | None) -> Source | None:
         unshuffled = data.model_copy(update={"shuffle": False}) if data is not None else None
-        return unshuffled and open_source(unshuffled, kind, tokenizer, seed=seed, model_max_length=room)
+        return unshuffled and kind and open_source(unshuffled, kind, tokenizer, seed=seed, model_max_length=room)
 
     prompts, rows = opened(phase.evaluation.data, Prompts), opened(phase.evaluation.rows, kind)
-    if rows is not None and "mismatched" in kind.columns and len(rows) < 2:
+    if rows is not None and kind is not None and "mismatched" in kind.columns and len(rows) < 2:
         raise ConfigError(f"{where}.rows has one item; {phase.method} swaps completions between items: give it more")
     return prompts, rows
 
 
-def _wrong_with(evaluation: EvaluationConfig, where: str, method: str, kind: DataKind) -> str | None:
+def _wrong_with(evaluation: EvaluationConfig, where: str, method: str, kind: DataKind | None) -> str | None:
     if evaluation.data is None and evaluation.rows is None:
         return (
             f"{where} names nothing to evaluate on; set {where}.data (prompts, answered and scored by the rewards), "
             f"{where}.rows (rows, whose loss is taken), or both"
         )
-    if evaluation.rows is not None and kind.prompts_only:
+    if evaluation.rows is not None and kind is None:
         return (
             f"{where}.rows: {method} learns from what it samples, so rows have no loss of its own; set {where}.data "
             "to held-out prompts instead"

@@ -83,6 +83,9 @@ def _stages(phase: PhasePlan) -> Rows:
     learning = len(phase.pipeline.collect)
     for index, stage in enumerate(phase.pipeline):
         part = "once, before the first step" if stage.precomputed else "learn" if index >= learning else "collect"
+        first, last = stage.share
+        if last - first < 1:
+            part += f", for {last - first:.0%} of the prompts"
         rows.add(stage.name, ", ".join(sorted(stage.reads)), ", ".join(sorted(stage.writes)), part)
     return rows
 

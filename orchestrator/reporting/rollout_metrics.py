@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.collection.collected import Collected
-from orchestrator.collection.group_stages import PromptGroup
+from orchestrator.collection.group_stages import DATA, PromptGroup
 from rewards.worker import ScoredTexts, ScoreResult
 from rollout.sampling import Finish
 
@@ -90,6 +90,9 @@ def _lengths(groups: Sequence[PromptGroup]) -> dict[str, float]:
         "completions/max_length": float(lengths.max()),
         "completions/clipped_ratio": float(1 - ended.mean()),
     }
+    taken = [meta.worker == DATA for group in groups for meta in group.metas for _ in meta.lengths]
+    if any(taken):
+        metrics["completions/from_data"] = float(np.mean(taken))
     terminated = lengths[ended]
     if len(terminated):
         metrics["completions/mean_terminated_length"] = float(terminated.mean())

@@ -123,7 +123,9 @@ def test_adapters_learn_with_the_model_without_them_as_the_reference(
     batch = made_up(pipeline, workers[pipeline.trained[0]])
 
     def said(*, adapters: bool) -> dict[str, np.ndarray]:
-        return {role: said_of(workers[role], batch, pipeline.heads[role], adapters=adapters) for role in pipeline.trained}
+        return {
+            role: said_of(workers[role], batch, pipeline.heads[role], adapters=adapters) for role in pipeline.trained
+        }
 
     base, begun = said(adapters=False), said(adapters=True)
     for role in pipeline.trained:

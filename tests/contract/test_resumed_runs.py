@@ -88,6 +88,36 @@ def test_a_run_resumed_from_a_chosen_step_ends_with_the_same_bits(finished: RunR
     assert moved, "the resumed steps must move the weights, or nothing is compared"
 
 
+def test_a_run_that_samples_some_completions_and_takes_the_others_resumes_to_the_same_bits(tmp_path: Path):
+    """The teacher's own samples would do as well; with the data's, both kinds of rows are in one batch."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"a{i}", "completion": f"b{i}"}) + "\n" for i in range(12)))
+    teacher = tiny_model_folder(tmp_path, hidden=32, seed=1)
+    tree: dict[str, Any] = {
+        "method": "gkd",
+        "options": {"lmbda": 0.5},
+        "model": {"path": str(tiny_model_folder(tmp_path, hidden=32))},
+        "roles": {"teacher": {"model": str(teacher)}, "rollout": {"engine": "hf"}},
+        "data": {"path": str(rows)},
+        "sampling": {"max_tokens": 4},
+        "train": {"steps": STEPS, "batch_size": 4, "learning_rate": LEARNING_RATE},
+        "evaluation": {"rows": {"path": str(rows)}},
+        "output": str(tmp_path / "runs"),
+        "logging": {"tensorboard": False},
+        "checkpoint": {"every": 2, "keep": 9},
+    }
+    whole = run(config_of(tree, [], "test"), local=True)
+    folder = Path(shutil.copytree(whole.folder, tmp_path / "again"))
+    again = resume(folder, step=2)
+    half_way = load_file(whole.folder / "checkpoints" / "step-00000002" / "model" / "model.safetensors")
+    assert any(not np.array_equal(value, weights(again)[name]) for name, value in half_way.items())
+    assert differing(again, whole) == []
+    shares = [line["completions/from_data"] for line in lines(folder, "metrics.jsonl") if "loss" in line]
+    assert len(shares) == STEPS and all(0 < share < 1 for share in shares)
+    held_out = [line["eval_divergence"] for line in lines(folder, "metrics.jsonl") if "eval_divergence" in line]
+    assert held_out[-1] < held_out[0]
+
+
 def test_a_longer_run_goes_on_at_the_rate_of_the_longer_schedule(finished: RunResult, folder: Path):
     longer = resume(folder, "train.steps=8")
     assert rates(folder)[STEPS:] == pytest.approx([LEARNING_RATE * (1 - step / 8) for step in range(4, 8)])

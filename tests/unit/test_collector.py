@@ -10,15 +10,28 @@ import pytest
 
 from actors.batch import Batch
 from actors.errors import BudgetExhausted, DataFailure, InfraFailure, RunError
-from actors.worker import Ref
+from actors.worker import LocalObjects, Ref
 from orchestrator.cluster.failures import Ledger, Watchdog
+from orchestrator.collection.collected import Collected
 from orchestrator.collection.cursor import Cursor
 from orchestrator.collection.group_collector import GroupCollector
-from orchestrator.collection.group_stages import GroupStages, PromptGroup
+from orchestrator.collection.group_stages import DATA, GroupStages, PromptGroup
 from orchestrator.collection.row_collector import RowCollector
 from orchestrator.collection.staleness import Contract
-from orchestrator.pipeline import Pipeline, Prompts, Stage, generate, keep, regroup, score
+from orchestrator.pipeline import (
+    AnsweredPrompts,
+    Pipeline,
+    Prompts,
+    Stage,
+    generate,
+    keep,
+    one_of,
+    regroup,
+    score,
+    take,
+)
 from orchestrator.regrouping import best_and_worst
+from orchestrator.reporting.rollout_metrics import rollout_metrics
 from orchestrator.row_table import RowTable
 from rewards.worker import ScoreResult
 from rollout.sampling import Finish, GroupMeta, Request, Sampling
@@ -57,7 +70,7 @@ class Stages(GroupStages):
 
     def __post_init__(self) -> None:
         policy = SimpleNamespace(abort_on_failure=self.on_failure == "abort")
-        super().__init__({}, {"reward": SimpleNamespace(policy=policy)}, {})
+        super().__init__({}, {"reward": SimpleNamespace(policy=policy)}, {}, LocalObjects())
 
     async def sample(self, role: str, request: Request, sampler: int = 0) -> tuple[GroupMeta, RowTable]:
         position = request.group
@@ -102,11 +115,12 @@ def collector(
     cursor: Cursor | None = None,
     keeps: bool = True,
     pipeline: Pipeline | None = None,
+    source: Any = None,
     **ledger,
 ):
     stages.version = version
     return GroupCollector(
-        Endless(),
+        source or Endless(),
         stages,
         pipeline or Pipeline(Prompts, generate(n=SAMPLES), score(), *([keep(spread)] if keeps else [])),
         cursor or Cursor(),
@@ -293,6 +307,71 @@ async def test_samples_of_several_stages_are_one_group_scored_together_each_stag
     assert all(len(group.metas) == 2 for group in collected.groups)
     assert set(collected.metrics) >= {"time/generate", "time/score"}
     await feed.close()
+
+
+ONE_OF = Pipeline(AnsweredPrompts, *one_of(0.4, generate(n=1), take()))
+LENGTH = 4  # tokens of what is taken: a prompt of one, and an answer
+
+
+class Answered(Endless):
+    """Each prompt has the answer 8 8 8."""
+
+    def item(self, index: int) -> Any:
+        mask = [False] + [True] * (LENGTH - 1)
+        answer = Batch.build([LENGTH], tokens=[index, 8, 8, 8], mask=mask, group=[index])
+        return SimpleNamespace(id=index, tokens=(index,), prompt=str(index), columns={}, answer=answer)
+
+
+class LikeAnEngine(Stages):
+    """Samples have what those of an engine have."""
+
+    async def sample(self, role: str, request: Request, sampler: int = 0) -> tuple[GroupMeta, RowTable]:
+        meta, rows = await super().sample(role, request, sampler)
+        block = rows.blocks[0].target.with_columns(sample_logps=[0.0, -1.0], version=[-1, self.version])
+        table = rows.rows.with_columns(truncated=[False])
+        return meta, RowTable.of_block(table, Ref(block), {"tokens", "mask", "sample_logps", "version"})
+
+
+def sampled_or_taken(collected: Collected) -> dict[int, bool]:
+    """Of each position, whether its row was sampled."""
+    return {group.position: group.metas[0].worker != DATA for group in collected.groups}
+
+
+async def test_of_two_stages_each_group_passes_the_one_that_its_seed_and_position_decide():
+    feed = collector(LikeAnEngine(), batch=400, pipeline=ONE_OF, source=Answered())
+    found = await feed.next(0)
+    await feed.close()
+    chosen = sampled_or_taken(found)
+    assert np.mean(list(chosen.values())) == pytest.approx(0.4, abs=0.08)  # three standard deviations
+    assert rollout_metrics(found, 0)["completions/from_data"] == 1 - np.mean(list(chosen.values()))
+    stages, cursor, again = LikeAnEngine(slow={1}), Cursor(), dict[int, bool]()
+    feed = collector(stages, pipeline=ONE_OF, source=Answered(), staleness=1, cursor=cursor)
+    first = await feed.next(0)
+    await feed.close()
+    cursor.settle(first.positions)
+    feed = collector(LikeAnEngine(), batch=50, pipeline=ONE_OF, source=Answered(), version=1, cursor=cursor)
+    again = sampled_or_taken(first) | sampled_or_taken(await feed.next(1))
+    await feed.close()
+    assert again == {position: chosen[position] for position in again} and len(again) == 53
+
+
+async def test_what_is_taken_is_a_row_like_those_that_are_sampled_and_does_not_grow_old():
+    feed = collector(LikeAnEngine(), batch=20, pipeline=ONE_OF, source=Answered())
+    collected = await feed.next(0)
+    await feed.close()
+    chosen = sampled_or_taken(collected)
+    taken = np.array([not chosen[position] for position in collected.table["group"].tolist()])
+    assert 0 < taken.sum() < 20
+    assert collected.table["sampler"].tolist() == taken.astype(int).tolist()
+    assert collected.table.lengths.tolist() == np.where(taken, LENGTH, 2).tolist()
+    whole = collected.table.whole()
+    batch = whole.shard.fetched([block.target for block in whole.blocks]).batch
+    for row, position in enumerate(collected.table["group"].tolist()):
+        expected = [position, 7] if chosen[position] else [position, 8, 8, 8]
+        assert batch.row("tokens", row).tolist() == expected
+        assert np.isnan(batch.row("sample_logps", row)).tolist() == (batch.row("mask", row) & taken[row]).tolist()
+    ages = [group.oldest_version for group in collected.groups]
+    assert ages == [0 if chosen[group.position] else None for group in collected.groups]
 
 
 async def test_a_group_is_dropped_if_any_of_its_stages_samples_too_little():

@@ -37,6 +37,7 @@ from orchestrator.config.schema import (
     TrainConfig,
 )
 from orchestrator.config.section import types_in
+from orchestrator.data.items import Longest
 from orchestrator.data.source import open_source
 from orchestrator.executor import Executor, PhaseSettings
 from orchestrator.methods import build
@@ -278,14 +279,10 @@ class Recorder:
     async def stop_worker(self, *_: Any) -> None: ...
 
 
-class Report:
-    longest = 20
-
-
 class Data:
     """In the place of a data set: as much of it as a plan asks for."""
 
-    report = Report()
+    longest = Longest(row=20, item=20, prompt=20)
 
 
 def made_of(tree: dict[str, Any]) -> str:

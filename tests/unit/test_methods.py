@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,7 +15,19 @@ from orchestrator.losses.objective import LossObjective
 from orchestrator.losses.pairwise import CONTRASTS
 from orchestrator.methods import METHODS, build
 from orchestrator.methods.dpo import TRANSPORT, LossName
-from orchestrator.pipeline import Completions, Pipeline, Verb, credit, mix
+from orchestrator.pipeline import (
+    AnsweredPrompts,
+    Completions,
+    Pipeline,
+    Prompts,
+    Verb,
+    credit,
+    generate,
+    mix,
+    one_of,
+    score,
+    take,
+)
 
 DOCS = Path(__file__).parents[2] / "docs" / "methods"
 
@@ -80,6 +93,53 @@ def test_online_dpo_makes_pairs_of_what_it_samples_and_asks_the_reference_of_tho
     assert [stage.name for stage in pipeline.group_stages] == names[:3]
     assert [stage.name for stage in pipeline.batch_stages] == ["reference.infer"]
     assert pipeline.roles == ("policy", "rollout", "reward", "reference")
+
+
+def test_gkd_takes_each_prompt_s_completion_from_where_lmbda_and_seq_kd_say() -> None:
+    def sources(**options: Any) -> tuple[str, list[tuple[str, tuple[float, float]]]]:
+        pipeline = build("gkd", options)
+        assert pipeline.rows_per_item == 1
+        return pipeline.data.name, [(stage.name, stage.share) for stage in pipeline.row_sources]
+
+    everywhere = (0.0, 1.0)
+    assert sources() == ("prompts", [("rollout.generate", everywhere)])
+    assert sources(lmbda=0.0) == ("completions", [])
+    assert sources(lmbda=0.0, seq_kd=True) == ("prompts", [("teacher_rollout.generate", everywhere)])
+    mixed = [("rollout.generate", (0.0, 0.3)), ("driver.take", (0.3, 1.0))]
+    assert sources(lmbda=0.3) == ("answered_prompts", mixed)
+    taught = [("rollout.generate", (0.0, 0.3)), ("teacher_rollout.generate", (0.3, 1.0))]
+    assert sources(lmbda=0.3, seq_kd=True) == ("prompts", taught)
+
+
+def test_a_pipeline_must_bring_rows_into_every_prompt_group_and_can_take_only_completions_that_are_there() -> None:
+    first, other = one_of(0.25, generate(n=4), take())
+    assert Pipeline(AnsweredPrompts, first, other).rows_per_item == 4
+    assert Pipeline(AnsweredPrompts, first, other).samples_per_prompt == 4
+    for stages in ((first,), (other,), (first, replace(other, share=(0.3, 1.0)))):
+        with pytest.raises(ConfigError, match=r"some prompt groups get no rows: .*together they must cover 0 to 1"):
+            Pipeline(AnsweredPrompts, *stages)
+    with pytest.raises(ConfigError, match=r"driver\.take takes completions, and prompts bring none"):
+        Pipeline(Prompts, first, other)
+    with pytest.raises(ConfigError, match=r"reward\.score runs for a share .* only generate and take may"):
+        Pipeline(Prompts, generate(), replace(score(), share=(0.0, 0.5)))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "kind"),
+    [
+        ("sft", {}, "completions"),
+        ("dpo", {}, "pairs"),
+        ("gkd", {}, "completions"),
+        ("gkd", {"lmbda": 0.5, "teacher_top_k": 4}, "completions"),
+        ("grpo", {}, None),
+        ("online_dpo", {}, None),
+    ],
+)
+def test_held_out_rows_have_a_loss_where_it_needs_nothing_of_samples_but_their_tokens(
+    name: str, options: dict[str, Any], kind: str | None
+) -> None:
+    found = build(name, options).held_out
+    assert (found and found.name) == kind
 
 
 def test_a_penalty_on_completions_without_an_end_comes_before_their_comparison() -> None:

@@ -107,7 +107,7 @@ BESIDE: dict[str, list[dict[str, Any]]] = {  # what else is set: the first besid
     "kto": [{}, {"sync_ref_model": True}],
     "bco": [{}, {"sync_ref_model": True}],
     "grpo": [{"updates_per_batch": 2, "beta": 0.2}, {}, {"minibatches": 2, "correction": "token_mask"}],
-    "gkd": [{}, {"lmbda": 0.0}],
+    "gkd": [{}, {"lmbda": 0.0}, {"lmbda": 0.3}],
     **{
         name: [{"updates_per_batch": 2}, {"correction": "token_mask"}]
         for name in ("rloo", "reinforce_pp", "reinforce_pp_baseline")
@@ -134,7 +134,7 @@ def behaviour(pipeline: Pipeline) -> list[Any]:
     """What the pipeline does, on rows that hold everything that any loss reads."""
     did: list[Any] = [pipeline.data.name, sorted(pipeline.data.columns)]
     for stage in pipeline:
-        did.append((stage.name, stage.precomputed))
+        did.append((stage.name, stage.precomputed, stage.share))
         if stage.verb in (Verb.GENERATE, Verb.MIX):
             did.append(dict(stage.options))
         elif stage.verb is Verb.CREDIT:

@@ -14,6 +14,7 @@ from orchestrator.config.schema import DataConfig
 from orchestrator.data.formats import extract_prompt
 from orchestrator.data.source import Prompt, validate
 from orchestrator.pipeline import (
+    AnsweredPrompts,
     Completions,
     DataKind,
     Labelled,
@@ -230,6 +231,41 @@ def test_pairs_taken_apart_are_mismatched_across_prompts_in_their_own_order(tmp_
     batch = opened(write_rows(tmp_path / "d.jsonl", rows), MismatchedLabelled).batch(range(4))
     mismatched = [batch.row("tokens", row).tolist() for row in np.flatnonzero(batch["mismatched"])]
     assert [tokenizer().decode(row) for row in mismatched] == ["pt<eos>", "pt<eos>", "qr<eos>", "qr<eos>"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_answered_prompt_is_what_comes_before_its_completion_with_the_row_of_both(
+    tmp_path: Path, streaming: bool
+) -> None:
+    rows = [
+        {"prompt": "ab", "completion": "cd"},
+        {"prompt": [user("hi")], "completion": [{"role": "assistant", "content": "yo"}], "level": 3},
+        {"prompt": "too long a prompt", "completion": "x"},
+    ]
+    words = tokenizer(PLAIN_TEMPLATE)
+    file = write_rows(tmp_path / "d.jsonl", rows)
+    source = opened(file, AnsweredPrompts, words, max_length=12, streaming=streaming)
+    found = [source.item(index) for index in (0, 1)]
+    assert all(isinstance(item, Prompt) and item.answer is not None for item in found)
+    assert [words.decode(list(item.tokens)) for item in found] == ["ab", "u:hi;a:"]
+    assert [words.decode(item.answer["tokens"].tolist()) for item in found] == ["abcd<eos>", "u:hi;a:yo;"]
+    assert [int(item.answer["mask"].sum()) for item in found] == [3, 3]
+    assert found[1].columns["level"] == 3
+    if not streaming:
+        assert source.preview() == "ab⟦cd<eos>⟧"
+        assert (source.longest.row, source.longest.prompt) == (10, 7)
+        assert len(source) == 2 and source.report.dropped == {"longer than max_length=12": 1}
+
+
+def test_answered_prompts_need_prompts_apart_that_are_not_cut(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "d.jsonl", [{"text": "ab"}])
+    with pytest.raises(DataError, match=r"no column 'prompt'.*answered_prompts need prompt \+ completion"):
+        opened(file, AnsweredPrompts)
+    file = write_rows(tmp_path / "e.jsonl", [{"prompt": "ab", "completion": "c"}])
+    with pytest.raises(DataError, match="completion_only=false needs a prompt apart"):
+        opened(file, AnsweredPrompts, completion_only=False)
+    with pytest.raises(DataError, match=r"data\.truncation=keep_start would cut rows that are judged as a whole"):
+        opened(file, AnsweredPrompts, truncation="keep_start")
 
 
 def test_undesirable_rows_weigh_less_the_less_their_prompts_look_like_desirable_ones(tmp_path: Path) -> None:
