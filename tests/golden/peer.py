@@ -25,10 +25,6 @@ NOT_BUILT = {  # families of cases: what they belong to
     "sdft": "sdft and sdpo",
     "xpo": "xpo",
 }
-CASES_NOT_BUILT = {
-    "grpo_adv/gdpo": "advantages of several rewards that are normalised one by one (GDPO)",
-    "grpo_adv/nan_rewards_gdpo": "the same",
-}
 ELSEWHERE = {  # case: the test that holds the same number, or the same fact
     "data/chatml": "tests/unit/test_source_formats.py",
     "data/extract_prompt_conv": "tests/unit/test_source_formats.py",

@@ -92,7 +92,8 @@ class Stages(GroupStages):
         if prompt.id in self.unscorable:
             raise self.unscorable[prompt.id]
         total = np.array(self.rewards.get(prompt.id, [0.0, 1.0][: len(rows)]), dtype=np.float32)
-        return ScoreResult(names=("r",), rewards=total[:, None], total=total), Ref(None)
+        parts, weights = total[:, None], np.ones(1, np.float32)
+        return ScoreResult(names=("r",), rewards=parts, total=total, weights=weights), Ref(None)
 
     async def run_group(self, stage: Stage, group: PromptGroup) -> PromptGroup | None:
         return await self.run(stage, group, Sampling(max_tokens=4))
