@@ -91,6 +91,7 @@ COLUMNS: dict[str, Column] = {
         ),
         _row("margin", np.float32, "by how much the chosen one is better", "source, regroup"),
         _row("truncated", np.bool_, "the completion hit its length limit", "generate"),
+        _row("completion_tokens", np.int32, "tokens that were sampled", "generate"),
         _row("weight", np.float32, "weight of the row in the loss", "source"),
     )
 }

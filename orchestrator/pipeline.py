@@ -275,7 +275,7 @@ class Pipeline:
 def generate(role: str = "rollout", *, n: int = 1) -> Stage:
     """Sample `n` completions of each prompt. Several such stages add their samples to the same group; `sampler` says
     which stage a row is of, from 0."""
-    writes = {"tokens", "mask", "sample_logps", "version", "group", "truncated", "sampler"}
+    writes = {"tokens", "mask", "sample_logps", "version", "group", "truncated", "sampler", "completion_tokens"}
     return Stage(Verb.GENERATE, role, frozenset(), frozenset(writes), options={"n": n})
 
 

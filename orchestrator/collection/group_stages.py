@@ -183,6 +183,7 @@ def _sampled_rows(request: Request, meta: GroupMeta, block: Ref, sampler: int) -
         group=np.full(count, request.group, np.int64),
         truncated=[finish is Finish.LENGTH for finish in meta.finishes],
         sampler=np.full(count, sampler, np.int8),
+        completion_tokens=np.asarray(meta.lengths, np.int32),
     )
     return RowTable.of_block(rows, block, {"tokens", "mask", "sample_logps", "version"})
 

@@ -14,7 +14,6 @@ Options = dict[str, Any]
 NOT_BUILT = {  # families of cases: what they belong to
     "a2po": "a2po",
     "distillation": "on-policy distillation",
-    "gfpo": "gfpo",
     "gold": "gold",
     "iw_opd": "iw_opd",
     "minillm": "minillm",

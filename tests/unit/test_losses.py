@@ -79,6 +79,8 @@ METHOD_OPTIONS: list[tuple[str, dict[str, Any]]] = [
     *[("grpo", {"updates_per_batch": 2, "beta": 0.1, "kl_estimator": name}) for name in ("k1", "k2")],
     ("grpo", {"use_adaptive_entropy": True, "entropy_coef": 0.1, "entropy_target": 2.0, "updates_per_batch": 2}),
     ("grpo", {"use_adaptive_entropy": True, "entropy_coef": 0.1, "entropy_target": 2.0, "top_entropy_quantile": 0.5}),
+    *[("gfpo", {"loss_type": name, "updates_per_batch": 2}) for name in ("grpo", "bnpo", "dapo")],
+    ("gfpo", {"loss_type": "dr_grpo", "max_completion_length": 16, "minibatches": 2}),
     ("rloo", {}),
     ("rloo", {"updates_per_batch": 2, "epsilon": 0.9, "correction": "sequence_truncate", "token_metrics": True}),
     ("reinforce_pp", {"updates_per_batch": 2}),

@@ -56,6 +56,7 @@ OTHER_VALUE: dict[str, Any] = {  # of every option, besides `loss_type`, whose n
     "f_alpha_divergence_coef": 0.9,
     "f_divergence_type": "js_divergence",
     "gamma": 0.7,
+    "group_filter": "reward_per_token",
     "importance_sampling_level": "sequence",
     "kl_coef": 0.3,
     "kl_estimator": "k3",
@@ -74,11 +75,13 @@ OTHER_VALUE: dict[str, Any] = {  # of every option, besides `loss_type`, whose n
     "normalize_advantages": True,
     "num_generations": 6,
     "num_mini_batches": 3,
+    "num_remains_in_group": 2,
     "num_ppo_epochs": 2,
     "off_policy_mask_threshold": -0.2,
     "precompute_ref_log_probs": True,
     "ref_model_mixup_alpha": 0.2,
     "ref_model_sync_steps": 7,
+    "rejected": "advantage_0",
     "reward_clip_range": (-0.3, 0.8),
     "sapo_temperature_neg": 2.0,
     "sapo_temperature_pos": 2.0,
@@ -102,7 +105,10 @@ OTHER_VALUE: dict[str, Any] = {  # of every option, besides `loss_type`, whose n
     "whiten_advantages": False,
     "whiten_rewards": True,
 }
-OTHER_VALUE_OF: dict[str, dict[str, Any]] = {"grpo": {"kl_estimator": "k2"}}  # where it is the default
+OTHER_VALUE_OF: dict[str, dict[str, Any]] = {  # where that is the default, or out of range
+    "gfpo": {"num_generations": 20},
+    "grpo": {"kl_estimator": "k2"},
+}
 NEEDED: dict[str, dict[str, Any]] = {  # beside a loss: what it requires, or what tells it from another
     "cispo": {"epsilon_high": 1.5},
     "exo_pair": {"label_smoothing": 0.1},
@@ -118,6 +124,10 @@ BESIDE: dict[str, list[dict[str, Any]]] = {  # what else is set: the first besid
         {},
         {"minibatches": 2, "correction": "token_mask"},
         {"use_adaptive_entropy": True, "entropy_coef": 0.3, "entropy_target": 3.0},
+    ],
+    "gfpo": [
+        {"updates_per_batch": 2, "num_remains_in_group": 3},
+        {"correction": "token_mask", "rejected": "advantage_0", "num_remains_in_group": 3},
     ],
     "gkd": [{}, {"lmbda": 0.0}, {"lmbda": 0.3}],
     **{
@@ -206,8 +216,8 @@ def regrouped(stage: Stage, group: int) -> Any:
 def sampled() -> Batch:
     """Three groups; a completion that was cut, one that could not be scored, and a group of equal rewards."""
     of_tokens = ("old_logps", "ref_logps", "values", "step_reward", "advantages")
-    lengths = [3, 4, 5, 3, 4, 5, 3, 4]
-    rewards = np.array([1.0, 0.0, 0.5, 3.0, np.nan, 1.0, 2.0, 2.0])
+    lengths = [3, 4, 5, 3, 4, 3, 4, 5, 3, 4]
+    rewards = np.array([0.5, 1.0, 4.0, 0.2, 3.0, 3.0, np.nan, 1.0, 2.0, 2.0])
     noise = np.random.default_rng(5).normal(-1, 0.3, (len(of_tokens), sum(lengths)))
     return Batch.build(
         lengths,
@@ -215,8 +225,9 @@ def sampled() -> Batch:
         reward=rewards,
         reward_parts=np.stack([rewards, rewards % 2], axis=1),
         reward_weights=np.tile([0.7, 0.3], (len(rewards), 1)),
-        group=[0, 0, 0, 1, 1, 1, 2, 2],
-        truncated=[False, True, False, False, False, False, False, False],
+        group=[0, 0, 0, 0, 0, 1, 1, 1, 2, 2],
+        truncated=np.arange(len(lengths)) == 1,
+        completion_tokens=np.array(lengths, np.int32) - 1,
         **dict(zip(of_tokens, noise, strict=True)),
     )
 
