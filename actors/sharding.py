@@ -121,6 +121,20 @@ def shard(
     return [_shard(batch, *both) for both in zip(learned, others, strict=True)]
 
 
+def shard_groups(batch: Batch, ranks: int, token_budget: int) -> list[tuple[list[int], Shard]]:
+    """As `shard`, but a micro-batch has rows of one group only, and which rows those are depends on that group alone.
+    A forward pass then says the same of a row, to the bit, whatever other groups are in the batch: with other rows
+    beside it, a matrix product may add up in another order. The price: small groups make small passes."""
+    micro_batches = [
+        micro_batch
+        for group in _groups(batch, np.arange(len(batch)))
+        for micro_batch in _micro_batches(batch, np.asarray(group), 1, token_budget, keep_groups=False)[0]
+    ]
+    micro_batches.sort(key=lambda rows: -int(batch.lengths[rows].sum()))  # dealt in turn, ranks get about as much work
+    micro_batches += [[] for _ in range(-len(micro_batches) % ranks)]
+    return [_shard(batch, micro_batches[rank::ranks], []) for rank in range(ranks)]
+
+
 def _micro_batches(
     batch: Batch, rows: Array, ranks: int, token_budget: int, keep_groups: bool
 ) -> list[list[list[int]]]:

@@ -88,7 +88,7 @@ class Executor:
     ) -> None:
         self.groups, self.objects = groups, objects
         self.publishers, self._start = publishers, start
-        models = {reward: ModelScorer(partial(self._scores, reward.role)) for reward in model_rewards}
+        models = {reward: ModelScorer(partial(self.scores, reward.role)) for reward in model_rewards}
         self.group_stages = GroupStages(engines, scorers, models, objects)
         self._call_timeout_s, self._stand_ins, self._concurrent = call_timeout_s, stand_ins, concurrent
         self._phase: PhaseSettings | None = None
@@ -195,6 +195,13 @@ class Executor:
             reports.append((stage, _with_margins(found[0])))
         return _named_by_role(reports)
 
+    async def scores(self, role: str, table: RowTable) -> Array:
+        """[B] float32: what a role's model says of rows, as a reward. The scores of a group do not depend on the other
+        groups in the table."""
+        stage = infer(role, into="reward", head=Head.ROW_SCALAR)
+        written, _ = await self._infer(stage, table, step=-1, groups_apart=True)
+        return written.values["reward"]
+
     async def column(self, name: str, table: RowTable) -> Array:
         """[T]: the values of a column per token, brought into the driver. For what is kept, not for what is trained."""
         whole = table.only({name}).whole()
@@ -222,13 +229,17 @@ class Executor:
                 report = await publisher.publish(version)
         return report
 
-    async def _infer(self, stage: Stage, table: RowTable, step: int) -> tuple[Written, dict[str, float]]:
+    async def _infer(
+        self, stage: Stage, table: RowTable, step: int, *, groups_apart: bool = False
+    ) -> tuple[Written, dict[str, float]]:
         into, head = stage.options["into"], stage.options["head"]
         temperature = stage.options.get("temperature", self.phase.temperature)
         top_k = TopK(stage.top_k, temperature, self.phase.vocabulary) if stage.top_k is not None else None
         role, group = self._group_of(stage)
         adapters = role == stage.role and bool(stage.options["adapters"])
-        shares = table.only({"tokens", "mask", "group", "learned"}).shard(len(group.workers), self.phase.token_budget)
+        read = table.only({"tokens", "mask", "group", "learned"})
+        cut = read.shard_groups if groups_apart else read.shard
+        shares = cut(len(group.workers), self.phase.token_budget)
         asked = into, head, temperature, adapters, top_k
         found = await self._call_split(stage, role, group, "infer", shares, *asked, step=step)
         return await self._computed(stage.writes, shares, found, per_row=head.per_row), {}
@@ -313,12 +324,6 @@ class Executor:
                 task_name=_label(stage, step),
             )
         return NOTHING, {}
-
-    async def _scores(self, role: str, table: RowTable) -> Array:
-        """[B]: what a role's model says of rows, as a reward."""
-        stage = infer(role, into="reward", head=Head.ROW_SCALAR)
-        written, _ = await self._infer(stage, table, step=-1)
-        return written.values["reward"]
 
     def _group_of(self, stage: Stage) -> tuple[str, Group]:
         role = stage.role if stage.role in self.groups else self._stand_ins[stage.role]

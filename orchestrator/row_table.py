@@ -18,7 +18,7 @@ import numpy as np
 
 from actors.batch import Array, Batch
 from actors.columns import COLUMNS, Axis
-from actors.sharding import Shard, Stored, shard
+from actors.sharding import Shard, Stored, shard, shard_groups
 from actors.worker import Ref
 
 
@@ -162,7 +162,15 @@ class RowTable:
         self, ranks: int, token_budget: int, *, keep_groups: bool = False, statistics_rows: str | None = None
     ) -> list[Share]:
         """One share per rank: see `actors.sharding.shard`, which decides by lengths and groups alone."""
-        dealt = shard(self.rows, ranks, token_budget, keep_groups=keep_groups, statistics_rows=statistics_rows)
+        return self._shares(
+            shard(self.rows, ranks, token_budget, keep_groups=keep_groups, statistics_rows=statistics_rows)
+        )
+
+    def shard_groups(self, ranks: int, token_budget: int) -> list[Share]:
+        """One share per rank, no micro-batch with rows of two groups: see `actors.sharding.shard_groups`."""
+        return self._shares(shard_groups(self.rows, ranks, token_budget))
+
+    def _shares(self, dealt: Sequence[tuple[list[int], Shard]]) -> list[Share]:
         shares: list[Share] = []
         for rows, mine in dealt:
             chosen = np.asarray(rows, np.int64)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.batch import Batch
-from actors.sharding import pack, shard
+from actors.sharding import Shard, pack, shard, shard_groups
 
 BUDGET = 50
 item_lengths = st.lists(st.integers(0, BUDGET), max_size=40)
@@ -120,3 +120,29 @@ def test_rows_of_a_group_stay_together_and_in_order(groups: list[tuple[int, int]
             for name in set(names):
                 assert seen.setdefault(name, (rank, number)) == (rank, number)
     assert len(seen) == len(groups)
+
+
+def tokens_of_micro_batches(dealt: list[tuple[list[int], Shard]]) -> list[list[int]]:
+    """Of each micro-batch that is not empty, its rows in order, each by its only token."""
+    micro_batches = [part.batch.select(micro)["tokens"].tolist() for _, part in dealt for micro in part.micro_batches]
+    return sorted(micro for micro in micro_batches if micro)
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, BUDGET)), min_size=1, max_size=8), rank_counts)
+def test_with_groups_apart_which_rows_share_a_micro_batch_depends_on_their_group_alone(
+    groups: list[tuple[int, int]], ranks: int
+) -> None:
+    made = [
+        Batch.build(
+            [length] * rows,
+            tokens=[100 * number + row for row in range(rows) for _ in range(length)],
+            group=[number] * rows,
+        )
+        for number, (rows, length) in enumerate(groups)
+    ]
+    whole = shard_groups(Batch.concat(made), ranks, BUDGET)
+    assert sorted(row for rows, _ in whole for row in rows) == list(range(sum(rows for rows, _ in groups)))
+    assert len({len(part.micro_batches) for _, part in whole}) == 1, "ranks move in step"
+    assert all(part.batch.select(micro).num_tokens <= BUDGET for _, part in whole for micro in part.micro_batches)
+    alone = [micro for each in made for micro in tokens_of_micro_batches(shard_groups(each, ranks, BUDGET))]
+    assert tokens_of_micro_batches(whole) == sorted(alone)
