@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -205,12 +204,9 @@ def stop(folder: RunFolder) -> None:
 @app.command()
 def status(folder: RunFolder) -> None:
     """Say how a run stands, and what it measured last."""
-    run = _handle(folder)
-    seen = run.status()
-    typer.echo(f"{typer.style(run.folder.name, bold=True)}: {seen.state}")
-    for table, indent in ((seen.workers, 2), (seen.metrics, None)):
-        if table:
-            typer.echo(json.dumps(dict(table), indent=indent))
+    from orchestrator.reporting.tables import show_status
+
+    show_status(folder)
 
 
 @app.command()
@@ -223,9 +219,9 @@ def doctor() -> None:
 
 
 def _handle(folder: Path) -> RunHandle:
-    from orchestrator.api import attach
+    from orchestrator.api import RunHandle
 
-    return attach(folder)
+    return RunHandle(folder, None)
 
 
 def _complain(what: str, error: Exception) -> None:

@@ -24,6 +24,7 @@ from orchestrator.collection.staleness import Contract
 from orchestrator.driver import Progress, StepRecord, train
 from orchestrator.executor import Executor, PhaseSettings
 from orchestrator.phase_weights import keep_phase, reference_folder, save_weights, set_optimizers, set_weights
+from orchestrator.planning.handover import kept_folder
 from orchestrator.planning.prepared import PreparedPhase
 from orchestrator.reporting.rollout_metrics import completion_rows, rollout_metrics
 from orchestrator.resuming import fingerprint
@@ -74,7 +75,8 @@ class PhaseRun:
             finally:
                 await collector.close()
         if phase.index + 1 < len(prepared.phases) and context.last_checkpoint is not None:
-            await asyncio.to_thread(keep_phase, folder, phase, context.last_checkpoint.path)
+            kept = kept_folder(folder, phase.name)
+            await asyncio.to_thread(keep_phase, kept, phase.pipeline.trained, context.last_checkpoint.path)
 
     def _enter(self) -> None:
         phase, budget = self.phase, self.phase.config.train.token_budget
@@ -139,15 +141,16 @@ class PhaseRun:
         during a pause, as far as it may run ahead. Before the first step of a run there is nothing to save; the
         checkpoint is written after that step."""
         context, progress = self.context, self.progress
+        paused = False
         while True:
             if (progress.step or self.phase.index) and context.requests.checkpoints:
                 await self._save()
-            if asked := context.requests.pauses:
-                kind = "paused" if context.requests.paused else "unpaused"
-                context.requests.answered(asked)
-                context.event(kind, {"step": self.phase.first_version + progress.step, "asked": asked})
-                context.console.note(kind)
-            if not context.requests.paused:
+            if context.requests.paused is not paused:
+                paused = context.requests.paused
+                kind, step = "paused" if paused else "unpaused", self.phase.first_version + progress.step
+                context.event(kind, {"step": step})
+                context.console.note("paused" if paused else "going on")
+            if not paused:
                 return
             await context.ending.stop.before(context.requests.changed())
 
@@ -219,7 +222,7 @@ class PhaseRun:
             {
                 "step": total,
                 "seconds": round(time.monotonic() - began, 3),
-                "path": str(context.last_checkpoint.path.resolve()),  # readers have other working directories
+                "path": str(context.last_checkpoint.path),
                 "asked": tickets,
             },
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from actors.errors import ConfigError
@@ -73,16 +73,16 @@ async def save_weights(config: RunConfig, phase: PreparedPhase, roles: Executor,
             await roles.groups[first].call("save_adapter", str(folder / adapter), averaged, timeout_s=SAVE_TIMEOUT_S)
 
 
-def keep_phase(run: Path, phase: PreparedPhase, checkpoint: Path) -> None:
-    """Keep what a finished phase leaves, for later ones: checkpoints are deleted in time. Files are shared with the
-    checkpoint where the disk can."""
-    folder = kept_folder(run, phase.name)
-    if folder.is_dir():
-        return
+def keep_phase(folder: Path, trained: Iterable[str], checkpoint: Path) -> None:
+    """Keep what a finished phase leaves, the state of each role that it trained and its model, for later phases:
+    checkpoints are deleted in time. Files are shared with the checkpoint where the disk can. What is there already is
+    replaced: it may be of a time before the run went back to an earlier step, with other settings."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    for name in (*phase.pipeline.trained, MODEL):
+    for name in (*trained, MODEL):
         shutil.copytree(checkpoint / name, partial / name, copy_function=_link_or_copy)
+    if folder.is_dir():
+        shutil.rmtree(folder)  # a process that is killed here resumes from that checkpoint, and does this again
     partial.rename(folder)
 
 

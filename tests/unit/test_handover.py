@@ -9,6 +9,7 @@ import pytest
 
 from orchestrator.config.schema import RunConfig
 from orchestrator.methods import build
+from orchestrator.phase_weights import keep_phase
 from orchestrator.planning.handover import is_handed_over, kept_folder, phase_of
 from orchestrator.planning.plan import Machine, draft_plan
 
@@ -57,3 +58,17 @@ def test_a_run_of_one_phase_hands_nothing_over() -> None:
 def test_each_phase_has_a_folder_of_its_own_in_the_run() -> None:
     folders: Any = {kept_folder(Path("runs/r"), name) for name in ("sft", "rm", "models")}
     assert len(folders) == 3 and all(folder.parent == Path("runs/r/phases") for folder in folders)
+
+
+def test_a_phase_that_ends_once_more_leaves_what_it_is_now(tmp_path: Path) -> None:
+    """A run may go back to an earlier step, with other settings."""
+    kept = kept_folder(tmp_path, "sft")
+    for weights in ("first", "second"):
+        checkpoint = tmp_path / weights
+        for part in ("policy", "model"):
+            (checkpoint / part).mkdir(parents=True)
+            (checkpoint / part / "weights").write_text(f"{part}, {weights}")
+        keep_phase(kept, ["policy"], checkpoint)
+        left = {file.parent.name: file.read_text() for file in kept.glob("*/*")}
+        assert left == {"policy": f"policy, {weights}", "model": f"model, {weights}"}
+    assert [path.name for path in kept.parent.iterdir()] == ["sft"], "and nothing half-way beside it"
