@@ -8,8 +8,7 @@ print(result.scores, result.model)
 
 handle = troupe.start(config)              # in a process of its own: events(), metrics(), pause(), checkpoint(), ...
 
-config = troupe.load_run(result.folder)    # a run that was stopped goes on from its newest checkpoint
-troupe.run(config, resume=result.folder)
+troupe.resume(handle.folder)               # a run that was stopped goes on from its newest checkpoint
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from orchestrator.import_pin import pin
 
 if TYPE_CHECKING:
     from actors.errors import ConfigError, DataError, Interrupted, PlacementError, RunError, TroupeError, UserError
-    from orchestrator.api import RunHandle, attach, start
-    from orchestrator.cluster.control_actor import scale, standing
+    from orchestrator.api import RunHandle, attach, resume, start
     from orchestrator.config.loading import load_config, load_run, recipes
     from orchestrator.config.schema import RunConfig
-    from orchestrator.run import RunResult, run
+    from orchestrator.result import RunResult
+    from orchestrator.run import run
 
 __all__ = (
     "ConfigError",
@@ -42,20 +41,19 @@ __all__ = (
     "load_config",
     "load_run",
     "recipes",
+    "resume",
     "run",
-    "scale",
-    "standing",
     "start",
 )
 _ROOMS = {
     "actors.errors": (
         "ConfigError", "DataError", "Interrupted", "PlacementError", "RunError", "TroupeError", "UserError",
     ),
-    "orchestrator.api": ("RunHandle", "attach", "start"),
+    "orchestrator.api": ("RunHandle", "attach", "resume", "start"),
     "orchestrator.config.schema": ("RunConfig",),
-    "orchestrator.cluster.control_actor": ("scale", "standing"),
     "orchestrator.config.loading": ("load_config", "load_run", "recipes"),
-    "orchestrator.run": ("RunResult", "run"),
+    "orchestrator.result": ("RunResult",),
+    "orchestrator.run": ("run",),
 }  # fmt: skip
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 

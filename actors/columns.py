@@ -49,8 +49,8 @@ def _token(name: str, dtype: type, holds: str, writer: str, *, wide: bool = Fals
     return Column(name, Axis.TOKEN, np.dtype(dtype), holds, writer, wide)
 
 
-def _row(name: str, dtype: type, holds: str, writer: str) -> Column:
-    return Column(name, Axis.ROW, np.dtype(dtype), holds, writer)
+def _row(name: str, dtype: type, holds: str, writer: str, *, wide: bool = False) -> Column:
+    return Column(name, Axis.ROW, np.dtype(dtype), holds, writer, wide)
 
 
 COLUMNS: dict[str, Column] = {
@@ -81,6 +81,8 @@ COLUMNS: dict[str, Column] = {
             "learned", np.bool_, "false: nothing of the row is learned from, and its tokens are not counted", "credit"
         ),
         _row("reward", np.float32, "weighted sum of the rewards; NaN where unscorable", "score"),
+        _row("reward_parts", np.float32, "each reward by itself; NaN where it has no opinion", "score", wide=True),
+        _row("reward_weights", np.float32, "what each of them weighs, the same in every row", "score", wide=True),
         _row("preferred", np.bool_, "of a pair: the chosen one", "source, regroup"),
         _row("label", np.bool_, "unpaired preference: desirable", "source"),
         _row("gold", np.bool_, "of a triple: the completion that is imitated", "source"),
@@ -89,6 +91,7 @@ COLUMNS: dict[str, Column] = {
         ),
         _row("margin", np.float32, "by how much the chosen one is better", "source, regroup"),
         _row("truncated", np.bool_, "the completion hit its length limit", "generate"),
+        _row("completion_tokens", np.int32, "tokens that were sampled", "generate"),
         _row("weight", np.float32, "weight of the row in the loss", "source"),
     )
 }

@@ -45,6 +45,38 @@ def group_zscore(rows: RowTable, *, scale: Scale = "group") -> dict[str, Array]:
     return {"advantages": advantages, "learned": learned(rows, ~np.isnan(rows["reward"]))}
 
 
+@credits(reads={"reward", "group", "completion_tokens"}, writes={"advantages", "learned"})
+def group_zscore_of_some(
+    rows: RowTable, *, chosen: Callable[..., Array], scale: Scale = "group", **options: Any
+) -> dict[str, Array]:
+    """`group_zscore` of the rows that `chosen(table of a group, **options)` returns the numbers of; the others have
+    advantage 0, take no part in any mean, and count among the rows and tokens that are learned from.
+
+    Source: arXiv:2508.09726 (GFPO)."""
+    rewards, group = np.full(len(rows), np.nan), rows["group"]
+    for each in np.unique(group):
+        members = np.flatnonzero(group == each)
+        kept = members[chosen(rows.select(members), **options)]
+        rewards[kept] = rows["reward"][kept]
+    advantages = zscore_by_group(rewards, group, scale=scale)
+    return {"advantages": advantages, "learned": learned(rows, ~np.isnan(rows["reward"]))}
+
+
+@credits(reads={"reward_parts", "reward_weights", "group"}, writes={"advantages", "learned"})
+def group_zscores_of_parts(rows: RowTable) -> dict[str, Array]:
+    """Each reward's `zscore_by_group` by itself, their weighted sum, and its z-score over the batch, at each token of
+    the row: a reward with a large spread does not drown the others. A reward without an opinion of a row is left out
+    of that row's sum; a row of which none has one is not learned from.
+
+    Source: arXiv:2601.05242 (GDPO)."""
+    parts = np.asarray(rows["reward_parts"], np.float64)
+    scored = np.asarray(~np.isnan(parts).all(axis=1))
+    columns = [zscore_by_group(parts[:, index], rows["group"]) for index in range(parts.shape[1])]
+    total = np.where(scored, (np.stack(columns, axis=1) * rows["reward_weights"]).sum(axis=1), np.nan)
+    advantages = zscore_by_group(total, np.zeros(len(rows)), scale="batch")
+    return {"advantages": advantages, "learned": learned(rows, scored)}
+
+
 @credits(reads={"reward", "group"}, writes={"advantages", "learned"})
 def leave_one_out(rows: RowTable, *, normalise: bool = False) -> dict[str, Array]:
     """Each row's reward beyond the mean of its siblings', at each of its tokens; rows that could not be scored are not

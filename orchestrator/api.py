@@ -26,11 +26,11 @@ from typing import Any, TypeVar
 from actors.errors import ConfigError, Interrupted, RunError
 from orchestrator.cluster import control_actor as control
 from orchestrator.cluster.run_lock import driver_of
-from orchestrator.config.loading import find_recipe, load_config, load_run
+from orchestrator.config.loading import find_recipe, load_config, saved_config
 from orchestrator.config.schema import RunConfig
 from orchestrator.reporting.metrics import METRICS_FILE, read
 from orchestrator.restarts import COMMAND, REFUSED, folder_of
-from orchestrator.run import RunResult
+from orchestrator.result import RunResult
 
 CONSOLE_FILE = "console.log"  # in the folder of a run that `start` started: what it printed
 START_TIMEOUT_S = 600.0  # until a run has its folder: reading the data, the first time perhaps from the Hub
@@ -60,7 +60,7 @@ def start(
     Returns once the run is accepted: it has read its data and has a folder. Raises ConfigError if it is refused, and
     RunError if it does not come so far within `timeout_s`; its process is ended then.
     """
-    given = [*overrides, *(f"{key.replace('__', '.')}={_yaml(value)}" for key, value in settings.items())]
+    given = _overrides(overrides, settings)
     with tempfile.TemporaryDirectory(prefix="troupe-") as scratch:
         if isinstance(config, RunConfig):
             recipe = Path(scratch) / "config.json"
@@ -69,40 +69,79 @@ def start(
             recipe = find_recipe(config)
         output = load_config(recipe, given).output
         output.mkdir(parents=True, exist_ok=True)
-        console = output / f".console-{uuid.uuid4().hex[:8]}.log"
-        with console.open("wb") as stream:
-            command = [*COMMAND, "run", str(recipe), *given, *(["--local"] if local else [])]
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
-            )
-        try:
-            folder = _wait(
-                lambda: folder_of(output, process.pid) or (process.poll() is not None and _failure(process, console)),
-                timeout_s,
-                "the run to be accepted",
-            )
-        except BaseException:  # Ctrl-C, too: the caller gets no handle to end it
-            process.terminate()
-            raise
-        if isinstance(folder, Exception):
-            console.unlink()
-            raise folder
-        assert isinstance(folder, Path)
-        console.rename(folder / CONSOLE_FILE)
-    return RunHandle(folder, process)
+        others = set(output.glob("*"))
+        command = ["run", str(recipe), *given, *(["--local"] if local else [])]
+        return _launched(command, output, lambda pid: folder_of(output, pid, others), timeout_s)
+
+
+def resume(
+    folder: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    local: bool = False,
+    timeout_s: float = START_TIMEOUT_S,
+    **settings: Any,
+) -> RunHandle:
+    """Continue a run that has ended, from its newest checkpoint, in a process of its own. The rest is as of `start`;
+    what the run printed before is replaced in `console.log`."""
+    folder = Path(folder).resolve()
+    saved_config(folder)
+    before = len(_resumptions(folder))
+    command = ["resume", str(folder), *_overrides(overrides, settings), *(["--local"] if local else [])]
+    return _launched(command, folder, lambda _: folder if len(_resumptions(folder)) > before else None, timeout_s)
 
 
 def attach(folder: str | Path) -> RunHandle:
     """The handle of a run that another process started, or this notebook before its kernel was restarted. Raises
     ConfigError if the folder is no run's."""
-    load_run(Path(folder))
+    saved_config(Path(folder))
     return RunHandle(Path(folder), None)
+
+
+def _overrides(given: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
+    return [*given, *(f"{key.replace('__', '.')}={_yaml(value)}" for key, value in settings.items())]
+
+
+def _resumptions(folder: Path) -> list[dict[str, Any]]:
+    return [event for event in control.events(folder) if event["event"] == "resumed"]
+
+
+def _launched(
+    command: Sequence[str], where: Path, accepted: Callable[[int], Path | None], timeout_s: float
+) -> RunHandle:
+    """A `troupe` command that drives a run, once it is accepted: `accepted(pid)` is the run's folder then. Until then
+    what it prints is kept in `where`."""
+    console = where / f".console-{uuid.uuid4().hex[:8]}.log"
+    with console.open("wb") as stream:
+        process = subprocess.Popen(
+            [*COMMAND, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        folder = _wait(
+            lambda: accepted(process.pid) or (process.poll() is not None and _failure(process, console)),
+            timeout_s,
+            "the run to be accepted",
+        )
+    except BaseException:  # Ctrl-C, too: the caller gets no handle to end it
+        process.terminate()
+        raise
+    if isinstance(folder, Exception):
+        console.unlink()
+        raise folder
+    assert isinstance(folder, Path)
+    console.rename(folder / CONSOLE_FILE)
+    return RunHandle(folder, process)
 
 
 @dataclass(frozen=True)
 class Status:
-    """How a run stands. `state`: `running`, `paused`, `finished`, or a sentence that says how it ended. `workers`: of
-    its elastic roles, by role. `metrics`: the last value of each."""
+    """How a run stands. `state`: `starting`, `running`, `paused`, `finished`, or a sentence that says how it ended or
+    why it does not answer. `step`, `metrics`: what was logged last, with the evaluation after that step. `workers`: of
+    its elastic roles, by role, while it is running on Ray."""
 
     state: str
     step: int
@@ -139,56 +178,78 @@ class RunHandle:
 
     def status(self) -> Status:
         """Answers within seconds, whatever has become of the run."""
-        standing = control.standing(self.folder)
         last: dict[str, Any] = {}
-        for line in read(self.folder / METRICS_FILE):
-            last.update(line)
-        state = standing.state
-        if self.running:
-            state = "paused" if self._paused() else "running"
-        return Status(state, int(last.get("step", 0)), standing.workers or {}, last)
+        for line in read(self.folder / METRICS_FILE):  # training and evaluation have a line each for the same step
+            last = {**last, **line} if line["step"] == last.get("step") else line
+        state, workers = self._state()
+        return Status(state, int(last.get("step", 0)), workers, last)
+
+    def _state(self) -> tuple[str, Mapping[str, Any]]:
+        if not self.running:
+            return self._last_word(), {}
+        if not self._reachable():
+            return "starting", {}
+        state = "paused" if self._pausing()["event"] == "paused" else "running"
+        try:
+            return state, control.board(self.folder, "status")
+        except control.InOneProcess:
+            return state, {}
+        except control.Silent as silent:
+            return f"not answering: {silent}", {}
+
+    def _last_word(self) -> str:
+        """How a run that is not running says that it ended."""
+        ended = self._last("finished", "interrupted")
+        if ended is None:
+            started = (self.folder / control.RUN_FILE).exists()
+            return "failed, or was killed" if started else "ended before its roles were started"
+        if ended["event"] == "finished":
+            return "finished"
+        return f"stopped by {ended['signal']}; `troupe resume {self.folder}` continues it"
 
     def scale(self, role: str, count: int) -> None:
         """Ask for `count` workers of an elastic role; they come and go while the run goes on. Returns once the run has
         been told. Raises UserError for a role that has no workers of its own, and for a run with `local`."""
-        self._until_reachable(ANSWER_TIMEOUT_S)
-        control.scale(self.folder, role, count)
+        self._ask(ANSWER_TIMEOUT_S, control.board, "desire", role, count)
 
     def pause(self, *, timeout_s: float = ANSWER_TIMEOUT_S) -> int:
         """Hold the run before its next step; its processes and their memory stay. Returns, once it holds, the number
-        of steps that are done."""
+        of steps that are done. Raises RunError if another client let it go on meanwhile."""
         return self._set_paused(True, timeout_s)
 
     def resume(self, *, timeout_s: float = ANSWER_TIMEOUT_S) -> int:
-        """Let a paused run go on. (A run that has stopped is continued by `troupe resume` or `troupe.run`.)"""
+        """Let a paused run go on. (A run that has ended is continued by `troupe.resume(folder)`.)"""
         return self._set_paused(False, timeout_s)
 
     def checkpoint(self, *, timeout_s: float = ANSWER_TIMEOUT_S) -> Path:
         """Write a checkpoint between two steps, also while the run is paused; its folder. A run that finishes first
-        has written one after its last step: that is the answer then."""
+        has written one after its last step: that is the answer then. Raises RunError for a run that is paused before
+        its first step: there is nothing to save."""
         ticket = uuid.uuid4().hex
-        self._until_reachable(timeout_s)
-        self._ask("checkpoint", ticket)
+        self._ask(timeout_s, control.ask, "checkpoint", ticket)
 
         def written() -> Path | None:
-            found = [event for event in self._events() if event["event"] == "checkpoint" and event.get("path")]
-            answers = [event for event in found if ticket in event["asked"]]
-            if not answers and not self.running and self._finished():
-                answers = found
-            return Path(answers[-1]["path"]) if answers else None
+            answer = self._answer(ticket)
+            if answer is None and not self.running and self._last("finished"):
+                answer = self._last("checkpoint")
+            if answer is None and self._pausing() == {"event": "paused", "step": 0}:
+                raise RunError(f"run {self.folder.name} is paused before its first step: there is nothing to save yet")
+            return Path(answer["path"]) if answer else None
 
         return self._await(written, timeout_s, "a checkpoint that was asked for")
 
     def stop(self, *, timeout_s: float = ANSWER_TIMEOUT_S) -> Path | None:
         """End the run in order: after its step and a checkpoint, within `checkpoint.grace_s`. Returns its newest
-        checkpoint, with which `troupe resume` goes on. A run that has ended already is left as it is."""
-        if self.running:
+        checkpoint, with which `resume` goes on. A run that has ended, or is ending, is not disturbed."""
+        if self.running and not self._last("interrupted"):  # a second signal would end it at once
             if self._process is not None:
                 self._process.terminate()
             else:
-                self._until_reachable(timeout_s)
-                with contextlib.suppress(control.AlreadyEnded):
-                    self._ask("stop")
+                try:
+                    self._ask(timeout_s, control.ask, "stop")
+                except RunError:
+                    if self.running:
+                        raise
         _wait(lambda: not self.running, timeout_s, f"run {self.folder.name} to stop")
         found = sorted((self.folder / "checkpoints").glob("step-*"))
         return found[-1] if found else None
@@ -197,67 +258,64 @@ class RunHandle:
         """What the run leaves, once it has finished. Raises what ended it otherwise: Interrupted after a signal or
         `stop`, ConfigError if it was refused, RunError with the last lines that it printed."""
         _wait(lambda: not self.running, timeout_s, f"run {self.folder.name} to end")
-        if (finished := self._finished()) is not None:
-            return RunResult.from_json(self.folder, finished)
-        signals = [event["signal"] for event in self._events() if event["event"] == "interrupted"]
-        if signals:
-            raise Interrupted(signal.Signals[signals[-1]])
+        ended = self._last("finished", "interrupted")
+        if ended is not None and ended["event"] == "finished":
+            return RunResult.from_json(self.folder, ended)
+        if ended is not None:
+            raise Interrupted(signal.Signals[ended["signal"]])
+        if self._process is not None and self._process.poll() == -signal.SIGTERM:  # before it had a handler
+            raise Interrupted(signal.SIGTERM)
         raise _failure(self._process, self.folder / CONSOLE_FILE)
 
-    def _set_paused(self, paused: bool, timeout_s: float) -> int:
-        self._until_reachable(timeout_s)
-        self._ask("pause", paused)
+    def _set_paused(self, hold: bool, timeout_s: float) -> int:
+        ticket = uuid.uuid4().hex
+        self._ask(timeout_s, control.ask, "pause", hold, ticket)
+        answer = self._await(
+            lambda: self._answer(ticket), timeout_s, "the run to pause" if hold else "the run to go on"
+        )
+        if (answer["event"] == "paused") is not hold:
+            other = "let it go on" if hold else "paused it"
+            raise RunError(f"another client {other} before run {self.folder.name} could answer")
+        return answer["step"]
 
-        def done() -> tuple[int] | None:
-            last = self._last_pause()
-            holds = last is not None and last["event"] == "paused"
-            return (last["step"] if last else 0,) if holds is paused else None
+    def _answer(self, ticket: str) -> dict[str, Any] | None:
+        """The event that answers a request."""
+        return next((event for event in control.events(self.folder) if ticket in event.get("asked", ())), None)
 
-        return self._await(done, timeout_s, "the run to pause" if paused else "the run to go on")[0]
+    def _pausing(self) -> dict[str, Any]:
+        """The last word about pausing: event and step."""
+        last = self._last("paused", "unpaused") or {"event": "unpaused", "step": 0}
+        return {"event": last["event"], "step": last["step"]}
 
-    def _paused(self) -> bool:
-        last = self._last_pause()
-        return last is not None and last["event"] == "paused"
-
-    def _last_pause(self) -> dict[str, Any] | None:
-        """The last word about pausing of the driver that drives the run now."""
+    def _last(self, *kinds: str) -> dict[str, Any] | None:
+        """The last event of these kinds, of the driver that drives the run now or did last."""
         last = None
-        for event in self._events():
+        for event in control.events(self.folder):
             if event["event"] == "prepared":
                 last = None
-            elif event["event"] in ("paused", "unpaused"):
+            elif event["event"] in kinds:
                 last = event
         return last
 
-    def _finished(self) -> dict[str, Any] | None:
-        """The event `finished`, if the run has not been started again since."""
-        last = None
-        for event in self._events():
-            if event["event"] == "prepared":
-                last = None
-            elif event["event"] == "finished":
-                last = event
-        return last
+    def _ask(self, timeout_s: float, call: Callable[..., Any], *request: Any) -> None:
+        """Make a request of the run, once it can be reached: its roles may be starting. Raises RunError if it has
+        ended, or does not answer."""
+        self._await(self._reachable, timeout_s, "the run to start")
+        try:
+            call(self.folder, *request)
+        except control.Silent as silent:
+            if not self.running:
+                raise self._ended() from None
+            raise RunError(f"run {self.folder.name} does not answer: {silent}") from None
 
-    def _events(self) -> list[dict[str, Any]]:
-        return control.events(self.folder)
+    def _reachable(self) -> bool:
+        """Whether the driver that drives the run now has said how it is reached."""
+        with contextlib.suppress(ConfigError):
+            return control.RunFile.read(self.folder).driver == driver_of(self.folder)
+        return False
 
-    def _ask(self, method: str, *args: Any) -> None:
-        control.ask(self.folder, method, *args)
-
-    def _until_reachable(self, timeout_s: float) -> None:
-        """Until the run can be told something: its roles are being started meanwhile. One that has ended says so when
-        it is asked."""
-        if not self.running:
-            return
-
-        def reachable() -> bool:
-            driver = driver_of(self.folder)
-            with contextlib.suppress(ConfigError):
-                return driver is not None and control.RunFile.read(self.folder).pid == driver.pid
-            return False
-
-        self._await(reachable, timeout_s, "the run to start")
+    def _ended(self) -> RunError:
+        return RunError(f"run {self.folder.name} has ended: {self._last_word()}")
 
     def _await(self, found: Callable[[], T | None], timeout_s: float, what: str) -> T:
         """The first true answer. Raises RunError if the run ends before it, or after `timeout_s`."""
@@ -266,7 +324,7 @@ class RunHandle:
             running = self.running  # before looking: what the run wrote last must be seen
             if answer := found():
                 return answer
-            return None if running else RunError(f"run {self.folder.name} ended before {what}: {self.status().state}")
+            return None if running else self._ended()
 
         answer = _wait(look, timeout_s, f"{what} ({self.folder.name})")
         if isinstance(answer, RunError):
@@ -308,7 +366,9 @@ def _failure(process: subprocess.Popen[bytes] | None, console: Path) -> ConfigEr
     printed = console.read_text(errors="replace").strip().splitlines() if console.exists() else []
     said = [number for number, line in enumerate(printed) if line.startswith("troupe: ")]
     lines = printed[said[0] :] if said else printed
-    words = "\n".join(lines[-SHOWN_LINES:]) or f"it printed nothing in {console}"
+    words = "\n".join(lines[-SHOWN_LINES:]) or (
+        f"it printed nothing in {console}" if console.exists() else "what it printed was not kept"
+    )
     if process is not None and process.poll() == REFUSED:
         return ConfigError(words.removeprefix("troupe: refused: "))
     code = "" if process is None else f" with exit code {process.poll()}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -204,9 +205,12 @@ def stop(folder: RunFolder) -> None:
 @app.command()
 def status(folder: RunFolder) -> None:
     """Say how a run stands, and what it measured last."""
-    from orchestrator.reporting.tables import show_status
-
-    show_status(folder)
+    run = _handle(folder)
+    seen = run.status()
+    typer.echo(f"{typer.style(run.folder.name, bold=True)}: {seen.state}")
+    for table, indent in ((seen.workers, 2), (seen.metrics, None)):
+        if table:
+            typer.echo(json.dumps(dict(table), indent=indent))
 
 
 @app.command()
@@ -219,9 +223,9 @@ def doctor() -> None:
 
 
 def _handle(folder: Path) -> RunHandle:
-    from orchestrator.api import RunHandle
+    from orchestrator.api import attach
 
-    return RunHandle(folder, None)
+    return attach(folder)
 
 
 def _complain(what: str, error: Exception) -> None:

@@ -141,16 +141,15 @@ class PhaseRun:
         during a pause, as far as it may run ahead. Before the first step of a run there is nothing to save; the
         checkpoint is written after that step."""
         context, progress = self.context, self.progress
-        paused = False
         while True:
             if (progress.step or self.phase.index) and context.requests.checkpoints:
                 await self._save()
-            if context.requests.paused is not paused:
-                paused = context.requests.paused
-                kind, step = "paused" if paused else "unpaused", self.phase.first_version + progress.step
-                context.event(kind, {"step": step})
-                context.console.note("paused" if paused else "going on")
-            if not paused:
+            if asked := context.requests.pauses:
+                kind = "paused" if context.requests.paused else "unpaused"
+                context.requests.answered(asked)
+                context.event(kind, {"step": self.phase.first_version + progress.step, "asked": asked})
+                context.console.note(kind)
+            if not context.requests.paused:
                 return
             await context.ending.stop.before(context.requests.changed())
 
@@ -222,7 +221,7 @@ class PhaseRun:
             {
                 "step": total,
                 "seconds": round(time.monotonic() - began, 3),
-                "path": str(context.last_checkpoint.path),
+                "path": str(context.last_checkpoint.path.resolve()),  # readers have other working directories
                 "asked": tickets,
             },
         )

@@ -275,7 +275,7 @@ class Pipeline:
 def generate(role: str = "rollout", *, n: int = 1) -> Stage:
     """Sample `n` completions of each prompt. Several such stages add their samples to the same group; `sampler` says
     which stage a row is of, from 0."""
-    writes = {"tokens", "mask", "sample_logps", "version", "group", "truncated", "sampler"}
+    writes = {"tokens", "mask", "sample_logps", "version", "group", "truncated", "sampler", "completion_tokens"}
     return Stage(Verb.GENERATE, role, frozenset(), frozenset(writes), options={"n": n})
 
 
@@ -291,9 +291,10 @@ def one_of(share: float, first: Stage, other: Stage) -> tuple[Stage, Stage]:
     return replace(first, share=(0.0, share)), replace(other, share=(share, 1.0))
 
 
-def score(role: str = "reward") -> Stage:
-    """Reward each completion, by all rewards of the run."""
-    return Stage(Verb.SCORE, role, frozenset({"tokens", "mask"}), frozenset({"reward"}))
+def score(role: str = "reward", *, parts: bool = False) -> Stage:
+    """Reward each completion, by all rewards of the run. `parts`: write each of the rewards and its weight, too."""
+    writes = {"reward", *(("reward_parts", "reward_weights") if parts else ())}
+    return Stage(Verb.SCORE, role, frozenset({"tokens", "mask"}), frozenset(writes))
 
 
 def keep(predicate: Callable[..., bool], **options: Any) -> Stage:

@@ -51,3 +51,35 @@ def best_and_worst(table: RowTable, *, ties: Ties = "drop") -> RowTable | None:
 def penalise_missing_eos(table: RowTable, *, penalty: float) -> RowTable:
     """The same rows; `penalty` is subtracted from the reward of each completion that hit its length limit."""
     return table.with_values(**without_eos(table, penalty=penalty))
+
+
+# Which samples of a group are learned from
+
+FilterScores = Callable[[RowTable], Array]  # [G]: of a group's samples, those with the highest ones are kept
+
+
+def shortest(table: RowTable) -> Array:
+    """[G]: the fewer tokens were sampled, the higher. Source: arXiv:2508.09726 (GFPO)."""
+    return -table["completion_tokens"].astype(np.float64)
+
+
+def most_reward_per_token(table: RowTable) -> Array:
+    """[G]: reward over sampled tokens. Source: arXiv:2508.09726 (GFPO, token efficiency)."""
+    return table["reward"] / table["completion_tokens"].astype(np.float64).clip(min=1)
+
+
+def highest(table: RowTable, scores: FilterScores, count: int) -> Array:
+    """[<= count] int64, ascending: the scored rows of a group with the highest scores, the first of equal ones. A score
+    of NaN is below all others. Raises ValueError for another number of scores than rows."""
+    found = np.asarray(scores(table), np.float64)
+    if found.shape != (len(table),):
+        raise ValueError(f"a group filter must return one score for each of {len(table)} samples, got {found.shape}")
+    candidates = np.flatnonzero(~np.isnan(table["reward"]))
+    order = np.argsort(-np.nan_to_num(found[candidates], nan=-np.inf), kind="stable")
+    return np.sort(candidates[order[:count]])
+
+
+@regroups(reads={"reward", "completion_tokens"}, writes=set())
+def keep_highest(table: RowTable, *, scores: FilterScores, count: int) -> RowTable:
+    """The group without the others."""
+    return table.select(highest(table, scores, count))

@@ -12,7 +12,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from orchestrator.import_pin import ROOT
@@ -35,8 +35,9 @@ def may_restart(exit_code: int) -> bool:
 def supervise_run(output: Path, first: Sequence[str], resume: Sequence[str], restarts: int) -> int:
     """`troupe run` with the arguments `first`, whose folder will be below `output`, and `troupe resume` with `resume`,
     as often as needed and allowed; the exit code."""
+    others = set(output.glob("*"))
     return supervise(
-        [*COMMAND, "run", *first], [*COMMAND, "resume", *resume], lambda pid: folder_of(output, pid), restarts
+        [*COMMAND, "run", *first], [*COMMAND, "resume", *resume], lambda pid: folder_of(output, pid, others), restarts
     )
 
 
@@ -64,10 +65,13 @@ def supervise(
         attempt += 1
 
 
-def folder_of(output: Path, pid: int) -> Path | None:
-    """The folder that the run of this process made, whose name ends with the process id; None if it came to none."""
+def folder_of(output: Path, pid: int, others: Collection[Path]) -> Path | None:
+    """The folder that the run of this process made, whose name ends with the process id; None if it came to none.
+    `others` were there before: in containers process ids come again."""
     named = re.compile(rf".*-{pid}(-\d+)?")
-    return next((folder for folder in output.glob("*-*") if named.fullmatch(folder.name)), None)
+    return next(
+        (folder for folder in output.glob("*-*") if named.fullmatch(folder.name) and folder not in others), None
+    )
 
 
 def _attempt(command: Sequence[str]) -> tuple[int, int]:

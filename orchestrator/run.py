@@ -11,11 +11,10 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from actors.errors import ConfigError, Interrupted, UserError
 from actors.saved_state import writing
@@ -33,40 +32,10 @@ from orchestrator.planning.preconditions import refuse_surroundings
 from orchestrator.planning.resolve import prepare
 from orchestrator.reporting.metrics import METRICS_FILE, read
 from orchestrator.reporting.plot import draw
-from orchestrator.reporting.worth import Worth, phases_worth
+from orchestrator.reporting.worth import phases_worth
+from orchestrator.result import RunResult
 from orchestrator.resuming import Resumption, resume_point, save_config
 from orchestrator.run_context import RunContext
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a finished run leaves: `scores` by label (`before`, then one per phase), and where things are."""
-
-    folder: Path
-    scores: dict[str, float]
-    checkpoint: Path | None
-    model: Path | None
-    averaged: Path | None  # the model with the average of the weights that the last phase went through
-    picture: Path | None
-    worth: tuple[Worth, ...] = ()  # what each phase gained
-    seconds: Mapping[str, float] = field(default_factory=dict[str, float])  # by what this process spent them on
-
-    def to_json(self) -> dict[str, Any]:
-        """For the event `finished`."""
-        paths = {"checkpoint": self.checkpoint, "model": self.model, "averaged": self.averaged, "picture": self.picture}
-        return {
-            "scores": self.scores,
-            **{name: str(path) if path else None for name, path in paths.items()},
-            "worth": [asdict(each) for each in self.worth],
-            "seconds": {on: round(spent, 3) for on, spent in self.seconds.items()},
-        }
-
-    @classmethod
-    def from_json(cls, folder: Path, event: Mapping[str, Any]) -> RunResult:
-        """Of the run in a folder, from its event `finished`."""
-        paths = {name: event[name] and Path(event[name]) for name in ("checkpoint", "model", "averaged", "picture")}
-        worth = tuple(Worth(**each) for each in event["worth"])
-        return cls(folder, dict(event["scores"]), **paths, worth=worth, seconds=dict(event["seconds"]))
 
 
 def run(
@@ -158,7 +127,7 @@ class _Run:
         async with (
             self._cluster() as cluster,
             watching(cluster, context.watchdog, console.warn, self._ray_is_gone),
-            board_of(folder, cluster) as board,
+            board_of(folder, cluster, [role.name for role in plan.elastic]) as board,
             launch(prepared, plan, cluster, folder, context.event, context.watchdog) as roles,
             supervised(context.config, folder, roles, await board, context.requests, console.warn),
         ):

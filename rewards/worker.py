@@ -53,6 +53,7 @@ class ScoreResult:
     rewards: Array  # [n, k] float32
     total: Array  # [n] float32, weighted
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])  # logged by the functions themselves
+    weights: Array = field(kw_only=True)  # [k] float32
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class RewardWorker:
         logs = {name: log for name, (_, log) in zip(names, results, strict=True)}
         metrics = _merged({name: log.metrics for name, log in logs.items()})
         extra = _merged({name: log.extra for name, log in logs.items()})
-        return ScoreResult(names, rewards, total, metrics), ScoredTexts(texts, extra)
+        return ScoreResult(names, rewards, total, metrics, weights=weights), ScoredTexts(texts, extra)
 
     def _began(self) -> int:
         with self._lock:

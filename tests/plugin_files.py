@@ -78,6 +78,65 @@ def spread(completions, **columns):
     return [sum(map(ord, text)) % 7 for text in completions]
 '''
 
+ONLINE = '''
+"""REINFORCE with an advantage, a loss, a reward and an engine of one's own."""
+
+import numpy as np
+from next_to_it import tenfold
+
+from orchestrator.advantages import credits
+from orchestrator.losses.declare import Loss, Sum, Term
+from orchestrator.losses.reduce import token_mean
+from orchestrator.losses.views import PolicyTokens
+from orchestrator.pipeline import Pipeline, Prompts, credit, generate, score, update
+from rollout.scripted_engine import ScriptedEngine
+
+
+def weighted(tokens: PolicyTokens, *, weight: float) -> Loss:
+    """[T]: `-w A log π`."""
+    loss = -weight * tokens.logps * tokens.advantages
+    return loss, {"weighed": tokens.token_stat(tokens.advantages), "tenths": tokens.token_stat(tenfold(loss))}
+
+
+@credits(reads={"reward"}, writes={"advantages"})
+def above_the_mean(table):
+    return {"advantages": (table["reward"] - table["reward"].mean()).astype(np.float32)}
+
+
+def reinforce(*, num_generations: int = 4, weight: float = 1.0) -> Pipeline:
+    """REINFORCE against the mean of the batch."""
+    return Pipeline(
+        Prompts,
+        generate("rollout", n=num_generations),
+        score("reward"),
+        credit(above_the_mean),
+        update("policy", Sum(Term(weighted, token_mean, options={"weight": weight}))),
+    )
+
+
+class Digits(ScriptedEngine):
+    """An engine of a user's own; it needs no seconds to start."""
+
+
+def spread(completions, **columns):
+    """Another number for nearly every completion, so that there is something to learn."""
+    return [float(sum(map(ord, text)) % 7) for text in completions]
+'''
+
+NEXT_TO_IT = """
+def tenfold(values):
+    return 10 * values
+"""
+
+
+def online(folder: Path) -> Path:
+    """The user's file with a method that samples and all that it needs, and the file beside it that it imports."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "next_to_it.py").write_text(NEXT_TO_IT)
+    file = folder / "reinforce.py"
+    file.write_text(ONLINE)
+    return file
+
 
 def written(folder: Path) -> Path:
     """The user's file with a method and losses, and the file beside it that it imports."""

@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from orchestrator.cluster.fleet import State
 from orchestrator.cluster.rank_health import Rank, RankHealth, RankLimits
 from orchestrator.cluster.ray_address import AUTH_MODE
 from orchestrator.cluster.requests import Requests
+from orchestrator.cluster.run_lock import Driver
 from orchestrator.config.schema import RunConfig
 from orchestrator.executor import Executor
 
@@ -40,15 +41,16 @@ PING_TIMEOUT_S = 5.0  # of one ping; what ends a run is `roles.ROLE.ping_timeout
 
 
 @asynccontextmanager
-async def board_of(folder: Path, cluster: Cluster) -> AsyncIterator[asyncio.Future[Worker]]:
-    """The control actor of the run in this folder; it starts concurrently with the roles."""
+async def board_of(folder: Path, cluster: Cluster, elastic: Sequence[str]) -> AsyncIterator[asyncio.Future[Worker]]:
+    """The control actor of the run in this folder; it starts concurrently with the roles. `elastic`: those that can be
+    scaled."""
 
     async def started() -> Worker:
         name = board_name(folder.name)
-        board = await cluster.start_board(name, Board)
+        board = await cluster.start_board(name, Board, elastic)
         list(take_requests(folder))  # what was asked of a driver before this one
         mode = os.environ.get(AUTH_MODE)  # set by Ray itself, if it was started here
-        RunFile(folder.name, cluster.address, name, os.getpid(), mode).write(folder)
+        RunFile(folder.name, cluster.address, name, Driver.here(), mode).write(folder)
         return board
 
     starting = asyncio.ensure_future(started())

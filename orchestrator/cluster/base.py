@@ -47,8 +47,8 @@ class Cluster(Protocol):
         """End a worker of an elastic role and give its room back. Stopping twice is fine."""
         ...
 
-    async def start_board(self, name: str, target: type) -> Worker:
-        """An actor that needs no room, found by other processes under that name."""
+    async def start_board(self, name: str, target: type, elastic: Sequence[str]) -> Worker:
+        """An actor that needs no room, found by other processes under that name. `elastic`: what it can scale."""
         ...
 
     def describe(self) -> list[dict[str, Any]]:
@@ -94,8 +94,8 @@ class LocalCluster:
         self._workers.pop(worker.name, None)
         await worker.kill()
 
-    async def start_board(self, name: str, target: type) -> Worker:
-        return self._start(name, target, {"name": name})
+    async def start_board(self, name: str, target: type, elastic: Sequence[str]) -> Worker:
+        return self._start(name, target, {"name": name, "elastic": elastic})
 
     def describe(self) -> list[dict[str, Any]]:
         plan = self._plan

@@ -14,9 +14,10 @@ import json
 import logging
 import os
 import re
+import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ from typing import Any
 from actors.errors import ConfigError, RunError, UserError, first_lines
 from actors.worker import NAMESPACE, WorkerInfo
 from orchestrator.cluster.ray_address import AUTH_MODE, Unreachable, refuse_unreachable
-from orchestrator.cluster.run_lock import driver_of
+from orchestrator.cluster.run_lock import Driver
 
 CALL_TIMEOUT_S = 5.0
 RUN_FILE = "run.json"
 REQUESTS = "requests"  # a folder in the run's, of a run in one process
+_one_connection = threading.Lock()  # Ray's client is one per process
 
 
 @dataclass
@@ -36,17 +38,18 @@ class Desired:
     """What was asked of a run since its driver started."""
 
     workers: dict[str, int] = field(default_factory=dict[str, int])  # by elastic role
-    paused: bool = False
+    pauses: dict[str, bool] = field(default_factory=dict[str, bool])  # ticket -> whether to hold; the last one counts
     checkpoints: list[str] = field(default_factory=list[str])  # tickets, all that were ever asked for
     stop: bool = False
 
 
 class Board:
     """Runs as an actor without resources. What is desired of the run, and the last status that the driver put up. All
-    of it is desired state, so that a request may arrive twice."""
+    of it is desired state, so that a request may arrive twice. A ticket is any name that no other request has: the
+    event that answers a request has it in its `asked`. `elastic`: the roles that the run can scale."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, elastic: Sequence[str]) -> None:
+        self._name, self._elastic = name, tuple(elastic)
         self._desired = Desired()
         self._workers: dict[str, Any] = {}
 
@@ -60,18 +63,15 @@ class Board:
 
     def desire(self, role: str, count: int) -> None:
         """Raises ConfigError for a role that the run cannot scale."""
-        if self._workers and role not in self._workers:
-            raise ConfigError(
-                f"this run has no role {role} whose workers come and go; it can scale "
-                f"{', '.join(sorted(self._workers))}"
-            )
+        if role not in self._elastic:
+            can = f"it can scale {', '.join(sorted(self._elastic))}" if self._elastic else "it has none at all"
+            raise ConfigError(f"this run has no role {role} whose workers come and go; {can}")
         self._desired.workers[role] = count
 
-    def pause(self, paused: bool) -> None:
-        self._desired.paused = paused
+    def pause(self, paused: bool, ticket: str) -> None:
+        self._desired.pauses.setdefault(ticket, paused)
 
     def checkpoint(self, ticket: str) -> None:
-        """The event of the checkpoint that answers this has the ticket in its `asked`."""
         if ticket not in self._desired.checkpoints:
             self._desired.checkpoints.append(ticket)
 
@@ -94,7 +94,7 @@ class RunFile:
     name: str
     address: str | None  # of Ray; None for a run in one process
     actor: str
-    pid: int
+    driver: Driver
     auth_mode: str | None = None  # of Ray: one that the driver started wants to see a token
 
     def write(self, folder: Path) -> None:
@@ -105,8 +105,10 @@ class RunFile:
     @classmethod
     def read(cls, folder: Path) -> RunFile:
         try:
-            return cls(**json.loads((folder / RUN_FILE).read_text()))
-        except (OSError, ValueError, TypeError) as error:
+            read: dict[str, Any] = json.loads((folder / RUN_FILE).read_text())
+            driver = Driver(**read.pop("driver"))
+            return cls(driver=driver, **read)
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise ConfigError(
                 f"{folder} is not a run's folder ({error}); give the folder that `troupe run` printed"
             ) from None
@@ -140,45 +142,27 @@ class InOneProcess(UserError):
     """A run without Ray (`--local`): nothing of it can be reached from outside."""
 
 
-class Ended(RunError):
-    """A run's driver is not there any more, or cannot be reached; the message says how that showed."""
+class Silent(RunError):
+    """A run's board cannot be asked; the message says why. As a rule the run is ending, or its Ray is gone."""
 
 
-class AlreadyEnded(RunError):
-    """What was asked of a run comes too late."""
-
-
-@dataclass(frozen=True)
-class Standing:
-    """A run as it is seen from outside. `workers`: by elastic role, while the run goes on."""
-
-    name: str
-    state: str
-    workers: dict[str, Any] | None = None
-
-
-def scale(folder: Path, role: str, count: int) -> None:
-    """Ask a running job for `count` workers of an elastic role. Returns once the job's board has it."""
+def board(folder: Path, method: str, *args: Any) -> Any:
+    """A call of the board of a run on Ray. Returns once the board has it, with its answer. Raises Silent, InOneProcess
+    for a run without Ray, or UserError if the run's Ray does not take the token of this process."""
     run = RunFile.read(folder)
-    try:
-        _board_call(run, "desire", role, count)
-    except Ended as error:
-        raise RunError(f"run {run.name} is {error}") from None
+    if run.address is None:
+        raise InOneProcess(
+            f"{run.name} runs in one process (--local), {run.driver.pid}: it has no workers that come and go"
+        )
+    return _board_call(run, run.address, method, *args)
 
 
 def ask(folder: Path, method: str, *args: Any) -> None:
     """Ask a running job for something that a run in one process can do as well: `pause`, `checkpoint`, `stop` of its
-    board. Returns once the request is where the driver looks. Raises AlreadyEnded if the run has ended."""
-    run = RunFile.read(folder)
-    if run.address is not None:
-        try:
-            _board_call(run, method, *args)
-        except Ended as error:
-            raise AlreadyEnded(f"run {run.name} is {error}") from None
+    board. Returns once the request is where the driver looks."""
+    if RunFile.read(folder).address is not None:
+        board(folder, method, *args)
         return
-    driver = driver_of(folder)
-    if driver is None or not driver.may_live:
-        raise AlreadyEnded(f"run {run.name} is {_last_word(folder) or 'not running: it ended or was killed'}")
     requests = folder / REQUESTS
     requests.mkdir(exist_ok=True)
     file = requests / f"{time.time_ns()}-{uuid.uuid4().hex[:8]}.json"
@@ -196,59 +180,45 @@ def take_requests(folder: Path) -> Iterator[list[Any]]:
         yield request
 
 
-def standing(folder: Path) -> Standing:
-    """Whether the run in a folder goes on, and how it ended if it does not. Answers within seconds, also where the
-    run's Ray is gone. Raises ConfigError if the folder is no run's."""
-    if not (folder / RUN_FILE).exists() and (folder / "config.json").exists():
-        return Standing(folder.name, "not running: its roles were never started, or are being started now")
-    run = RunFile.read(folder)
-    try:
-        return Standing(run.name, "running", _board_call(run, "status"))
-    except (Ended, InOneProcess) as silent:
-        return Standing(run.name, _last_word(folder) or str(silent))
-
-
-def _last_word(folder: Path) -> str | None:
-    """How a run says that it ended, unless it was started again since."""
-    word: str | None = None
-    for event in events(folder):
-        match event["event"]:
-            case "prepared":
-                word = None
-            case "finished":
-                word = "finished"
-            case "interrupted":
-                word = f"stopped by {event['signal']}; `troupe resume {folder}` continues it"
-            case _:
-                pass
-    return word
-
-
-def _board_call(run: RunFile, method: str, *args: Any) -> Any:
-    """Raises Ended, InOneProcess, or UserError if the run's Ray does not take the token of this process."""
-    if run.address is None:
-        raise InOneProcess(
-            f"{run.name} runs in one process (--local), {run.pid}: it has no workers, and no board to ask"
-        )
+def _board_call(run: RunFile, address: str, method: str, *args: Any) -> Any:
     if run.auth_mode is not None:
         os.environ.setdefault(AUTH_MODE, run.auth_mode)  # before Ray is imported: it is read only then
-    gone = "not running: it ended or was killed"
     try:
-        refuse_unreachable(run.address, "address")
+        refuse_unreachable(address, "address")
     except Unreachable as error:
-        raise Ended(f"{gone}, or its Ray cannot be reached from here ({error})") from None
+        raise Silent(f"its Ray cannot be reached from here ({error})") from None
     import ray
     from ray.exceptions import RayError
 
+    with _one_connection, _connected(run.name, address):
+        try:
+            actor = ray.get_actor(run.actor, namespace=NAMESPACE)
+            return ray.get(getattr(actor, method).remote(*args), timeout=CALL_TIMEOUT_S)
+        except (ValueError, RayError) as error:
+            reason = "its control actor is gone" if isinstance(error, ValueError) else first_lines(error)
+            raise Silent(reason) from None
+
+
+@contextlib.contextmanager
+def _connected(name: str, address: str) -> Generator[None]:
+    """A connection to a run's Ray: the one that this process has (a notebook that uses Ray itself), or one for the
+    block. Raises RunError if the process is connected to another Ray: it can have one at a time."""
+    import ray
+
+    if ray.is_initialized():
+        here = ray.get_runtime_context().gcs_address
+        if here != address:
+            raise RunError(
+                f"this process is connected to another Ray ({here}) than run {name} ({address}): call ray.shutdown() "
+                "first, or use the command `troupe`"
+            )
+        yield
+        return
     try:
-        ray.init(address=run.address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError) as error:
-        raise RunError(f"cannot connect to the Ray of run {run.name} at {run.address}: {error}") from None
+        raise RunError(f"cannot connect to the Ray of run {name} at {address}: {error}") from None
     try:
-        board = ray.get_actor(run.actor, namespace=NAMESPACE)
-        return ray.get(getattr(board, method).remote(*args), timeout=CALL_TIMEOUT_S)
-    except (ValueError, RayError) as error:
-        reason = "its control actor is gone" if isinstance(error, ValueError) else first_lines(error)
-        raise Ended(f"{gone} ({reason})") from None
+        yield
     finally:
         ray.shutdown()

@@ -229,7 +229,8 @@ class Pool:
                 self._spawn(self._bring_up(action.index) if isinstance(action, Start) else self._take_down(action))
             self._notify()
             with contextlib.suppress(TimeoutError):  # the tick: waits for backoffs and late starts need no event
-                await asyncio.wait_for(self._wake.wait(), self.policy.ping_every_s)
+                async with asyncio.timeout(self.policy.ping_every_s):  # `wait_for` of 3.11 may lose a cancellation
+                    await self._wake.wait()
             self._wake.clear()
 
     async def _bring_up(self, index: int) -> None:
@@ -297,7 +298,8 @@ class Pool:
         with self._watchdog.waiting(what, timeout_s):
             while self._failure is None and not condition():
                 try:
-                    await asyncio.wait_for(self._changed.wait(), deadline - time.monotonic())
+                    async with asyncio.timeout(deadline - time.monotonic()):
+                        await self._changed.wait()
                 except TimeoutError:
                     states = {m.index: str(m.state) for m in self.fleet.members.values()}
                     raise InfraFailure(f"waited {timeout_s:g} s for {what}; members: {states or 'none'}") from None

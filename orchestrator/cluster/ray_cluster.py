@@ -145,8 +145,8 @@ class RayCluster:
         else:
             self._free[placed.role.name].append(placed.slot)
 
-    async def start_board(self, name: str, target: type) -> Worker:
-        self._board = start_worker(name, target, {"name": name}, ray_options={"num_cpus": 0})
+    async def start_board(self, name: str, target: type, elastic: Sequence[str]) -> Worker:
+        self._board = start_worker(name, target, {"name": name, "elastic": elastic}, ray_options={"num_cpus": 0})
         await self._board.call("ready", timeout_s=BOARD_TIMEOUT_S)
         return self._board
 

@@ -102,8 +102,10 @@ class Ending:
             self._loop.call_soon_threadsafe(self._end, signal.SIGPIPE)
 
     def asked(self) -> None:
-        """End the run as SIGTERM would, on a request from outside. Called in the event loop."""
-        self._end(signal.SIGTERM)
+        """End the run as SIGTERM would, on a request from outside; one that is ending already is not hurried. Called in
+        the event loop."""
+        if self.signal is None:
+            self._end(signal.SIGTERM)
 
     def failed(self, what: str) -> None:
         """An orderly shutdown is impossible: end the process at once, with a line that says what failed."""

@@ -160,7 +160,10 @@ class GroupStages:
             ) from error
         if np.isnan(score.total).all():
             raise Dropped("no opinion", f"no reward has an opinion on any sample: {_silent(score, group.prompt)}")
-        return replace(group, rows=group.rows.with_values(reward=score.total), score=score, texts=texts)
+        columns = {"reward": score.total}
+        if "reward_parts" in stage.writes:
+            columns |= {"reward_parts": score.rewards, "reward_weights": np.tile(score.weights, (len(score.total), 1))}
+        return replace(group, rows=group.rows.with_values(**columns), score=score, texts=texts)
 
     async def _keep(self, stage: Stage, group: PromptGroup, sampling: Sampling) -> PromptGroup | None:
         assert stage.call is not None
@@ -180,6 +183,7 @@ def _sampled_rows(request: Request, meta: GroupMeta, block: Ref, sampler: int) -
         group=np.full(count, request.group, np.int64),
         truncated=[finish is Finish.LENGTH for finish in meta.finishes],
         sampler=np.full(count, sampler, np.int8),
+        completion_tokens=np.asarray(meta.lengths, np.int32),
     )
     return RowTable.of_block(rows, block, {"tokens", "mask", "sample_logps", "version"})
 
@@ -189,12 +193,13 @@ def _with_models(score: ScoreResult, said: Mapping[ModelReward, Array]) -> Score
     if not said:
         return score
     columns = np.stack(list(said.values()), axis=1)
-    parts, weights = np.column_stack([score.total, columns]), np.array([1.0, *(reward.weight for reward in said)])
+    weights = np.array([reward.weight for reward in said], np.float32)
     return replace(
         score,
         names=(*score.names, *(reward.label for reward in said)),
         rewards=np.concatenate([score.rewards, columns], axis=1),
-        total=weighted_sum(parts, weights),
+        total=weighted_sum(np.column_stack([score.total, columns]), np.array([1.0, *weights])),
+        weights=np.concatenate([score.weights, weights]),
     )
 
 

@@ -40,9 +40,14 @@ def config_of(tree: dict[str, Any], overrides: Sequence[str], name: str) -> RunC
 
 def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The configuration that a run saved in its folder when it started."""
+    return load_config(saved_config(folder), overrides)
+
+
+def saved_config(folder: Path) -> Path:
+    """The file of a run's configuration. Raises ConfigError if the folder is no run's."""
     if not (folder / SAVED).is_file():
         raise ConfigError(f"{folder} is not a run's folder: it has no {SAVED}. Give the one that `troupe run` printed")
-    return load_config(folder / SAVED, overrides)
+    return folder / SAVED
 
 
 def recipes() -> dict[str, str]:

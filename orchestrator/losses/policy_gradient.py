@@ -110,6 +110,55 @@ def entropy_bonus(tokens: Tokens, *, top_entropy_quantile: float = 1.0) -> Loss:
     return values, {"entropy": tokens.token_stat(entropy)}
 
 
+def adapted_entropy_coefficient(
+    views: list[Tokens],
+    world: World,
+    state: dict[str, Any],
+    *,
+    top_entropy_quantile: float,
+    coefficient: float,
+    target: float,
+    delta: float,
+    lowest: float,
+    highest: float,
+) -> dict[str, Tensor]:
+    """`entropy_coef`: c where this step's mean entropy is at most the target, else 0. Then c moves by `delta`, up from
+    an entropy at or below the target and down from one above it, within its bounds; it begins at `coefficient`, and is
+    kept in `state`. With `top_entropy_quantile`, entropies are those of the tokens that it leaves."""
+    found: dict[str, Tensor] = {}
+    if top_entropy_quantile < 1:
+        found = threshold_of_entropy(views, world, state, top_entropy_quantile=top_entropy_quantile)
+    entropies = joined([require(view.entropy)[view.mask] for view in views])
+    if found:
+        entropies = entropies[entropies >= found["entropy_threshold"]]
+    total, count = world.sum(torch.stack([entropies.sum(), entropies.new_tensor(float(len(entropies)))])).tolist()
+    is_low = total <= target * count
+    now = float(state.get("coefficient", coefficient))
+    state["coefficient"] = min(max(now + (delta if is_low else -delta), lowest), highest)
+    return {**found, "entropy_coef": entropies.new_tensor(now if is_low else 0.0)}
+
+
+@reads("entropy", "entropy_grad")
+@couples(adapted_entropy_coefficient)
+def adaptive_entropy_bonus(
+    tokens: Tokens,
+    *,
+    coefficient: float,
+    target: float,
+    delta: float,
+    lowest: float,
+    highest: float,
+    top_entropy_quantile: float = 1.0,
+) -> Loss:
+    """[T]: `entropy_bonus` times a coefficient that adapts, and is 0 in steps with a mean entropy above `target` nats
+    (`adapted_entropy_coefficient`). Source: arXiv:2505.22312 (adaptive entropy control).
+
+    Departure from TRL, which compares the entropy of the step before: this one's is known before its gradient."""
+    values, metrics = entropy_bonus(tokens, top_entropy_quantile=top_entropy_quantile)
+    now = tokens.shared["entropy_coef"]
+    return values * now, {**metrics, "entropy_coef": Stat(now)}
+
+
 def kl_of_samples(logps: Tensor, ref_logps: Tensor, estimator: KlEstimator = "k3") -> Tensor:
     """[T]: an estimate of KL(π‖ref) from samples of π. Differences are clamped to ±`LARGEST_LOG` nats; beyond that
     there is no gradient.

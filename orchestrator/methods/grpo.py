@@ -8,9 +8,17 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from actors.errors import ConfigError
-from orchestrator.advantages import Scale, group_zscore, has_signal, mask_truncated
+from orchestrator.advantages import Scale, group_zscore, group_zscores_of_parts, has_signal, mask_truncated
 from orchestrator.losses.declare import Sum, Term
-from orchestrator.losses.policy_gradient import Correction, KlEstimator, Level, Old, entropy_bonus, policy_gradient
+from orchestrator.losses.policy_gradient import (
+    Correction,
+    KlEstimator,
+    Level,
+    Old,
+    adaptive_entropy_bonus,
+    entropy_bonus,
+    policy_gradient,
+)
 from orchestrator.losses.reduce import (
     Reduction,
     row_mean_of_token_means,
@@ -61,11 +69,17 @@ def grpo(
     correction_min: Positive | None = None,
     correction_max: Positive = 3.0,
     scale_rewards: Scale = "group",
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize",
     mask_truncated_completions: bool = False,
     max_completion_length: Count | None = None,
     off_policy_mask_threshold: float | None = None,
     top_entropy_quantile: Annotated[float, Field(gt=0, le=1)] = 1.0,
     entropy_coef: NotNegative = 0.0,
+    use_adaptive_entropy: bool = False,
+    entropy_target: Positive = 0.2,
+    entropy_coef_delta: Positive = 0.005,
+    entropy_coef_min: NotNegative = 0.0,
+    entropy_coef_max: Positive = 1.0,
     sapo_temperature_pos: Positive = 1.0,
     sapo_temperature_neg: Positive = 1.05,
     dppo_distance: Distance = "binary_tv",
@@ -94,27 +108,40 @@ def grpo(
         "old": old,
         "off_policy_mask_threshold": off_policy_mask_threshold,
         "top_entropy_quantile": top_entropy_quantile,
-        "token_metrics": token_metrics,
+        "token_metrics": token_metrics and not (entropy_coef or use_adaptive_entropy),  # the bonus reports the entropy
         **correction_options(correction, correction_min, correction_max),
     }
     if beta:
         learn |= {"beta": beta, "kl_estimator": kl_estimator, "use_bias_correction_kl": use_bias_correction_kl}
-    loss = Sum(
-        Term(policy_gradient, _reduction(loss_type, max_completion_length), options=learn),
-        Term(entropy_bonus, token_mean, entropy_coef, {"top_entropy_quantile": top_entropy_quantile}),
-    )
+    bonus = Term(entropy_bonus, token_mean, entropy_coef, {"top_entropy_quantile": top_entropy_quantile})
+    if use_adaptive_entropy:
+        bounds = _entropy_bounds(entropy_coef, entropy_coef_min, entropy_coef_max)
+        adapting = {**bounds, "target": entropy_target, "delta": entropy_coef_delta}
+        bonus = Term(adaptive_entropy_bonus, token_mean, options={**bonus.options, **adapting})
+    loss = Sum(Term(policy_gradient, _reduction(loss_type, max_completion_length), options=learn), bonus)
+    separately = multi_objective_aggregation == "normalize_then_sum"
     return Pipeline(
         Prompts,
         generate("rollout", n=num_generations),
-        score("reward"),
+        score("reward", parts=separately),
         *when(dynamic_sampling, keep(has_signal)),
         *when(beta, infer("reference", into="ref_logps")),
         *when(old == "recorded", infer("policy", into="old_logps")),
         *when(mask_truncated_completions, credit(mask_truncated)),
-        credit(group_zscore, scale=scale_rewards),
+        credit(group_zscores_of_parts) if separately else credit(group_zscore, scale=scale_rewards),
         update("policy", loss, epochs=updates_per_batch, minibatches=minibatches),
         warnings=_warnings(loss_type, importance_sampling_level, old, clips=clips),
     )
+
+
+def _entropy_bounds(coefficient: float, lowest: float, highest: float) -> dict[str, float]:
+    """Raises ConfigError for a coefficient that does not begin within its bounds."""
+    if not lowest <= coefficient <= highest:
+        raise ConfigError(
+            f"options.entropy_coef={coefficient:g} is where the coefficient begins to adapt, and not within "
+            f"options.entropy_coef_min={lowest:g} and options.entropy_coef_max={highest:g}; bring it within them"
+        )
+    return {"coefficient": coefficient, "lowest": lowest, "highest": highest}
 
 
 def _old(loss_type: str, several_updates: bool) -> Old:

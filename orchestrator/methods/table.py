@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from orchestrator.methods.dpo import dpo
+from orchestrator.methods.gfpo import gfpo
 from orchestrator.methods.gkd import gkd
 from orchestrator.methods.grpo import grpo
 from orchestrator.methods.online_dpo import online_dpo
@@ -28,6 +29,7 @@ METHODS: dict[str, Callable[..., Pipeline]] = {
     "bco": bco,
     "reward_model": reward_model,
     "grpo": grpo,
+    "gfpo": gfpo,
     "rloo": rloo,
     "reinforce_pp": reinforce_pp,
     "reinforce_pp_baseline": reinforce_pp_baseline,

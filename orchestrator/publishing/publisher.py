@@ -67,13 +67,14 @@ class Publisher:
 
     async def publish(self, version: int) -> SyncReport:
         """Bring every healthy member to `version`, which the policy's weights are. The caller holds `changing`. Raises
-        WeightSyncError if there were members and none confirmed."""
+        WeightSyncError if there were members and none confirmed, unless all of them were scaled down meanwhile."""
         assert self.changing.locked()
         began = time.monotonic()
         members = self._pool.indices(State.JOINING, State.SERVING)
         order = await self._order(version, members)
+        losses = self._pool.fleet.restarts  # does not count members that are scaled down
         acks = await self._transfer(order, members) if members else []
-        if members and not acks:
+        if members and not acks and self._pool.fleet.restarts > losses:
             raise WeightSyncError(f"version {version}: none of {len(members)} rollout worker(s) confirmed the weights")
         if self._snapshot is not None and self._snapshot[0].version != version:  # of the weights before
             self._snapshot = None

@@ -24,7 +24,7 @@ from rich.text import Text
 
 from orchestrator.reporting.metrics import of_first_role
 from orchestrator.reporting.terminal_tables import Rows
-from orchestrator.reporting.worth import Worth
+from orchestrator.result import Worth
 
 BAR_WIDTH = 16
 PLAIN_WIDTH = 140  # columns if the output is not a terminal

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import re
 import typing
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -19,7 +17,6 @@ from orchestrator.config.keys import as_yaml, every_key, keys_below, type_name
 from orchestrator.config.schema import DataConfig, PhaseConfig, RunConfig
 from orchestrator.data.report import LEARNED
 from orchestrator.pipeline import Pipeline
-from orchestrator.reporting.metrics import METRICS_FILE, read
 from orchestrator.reporting.terminal_tables import Rows, entry
 
 PREVIEW_LIMIT = 4_000  # characters of a rendered row
@@ -122,22 +119,6 @@ def _refuse_limits_in_tokens(data: DataConfig) -> None:
         if (limit := getattr(data, name)) is not None:
             option = name.replace("_", "-")
             raise ConfigError(f"--{option}={limit} counts tokens, so it needs a tokenizer: name one by --model")
-
-
-def show_status(folder: Path) -> None:
-    """The state of the run, its workers while it runs, and its latest metrics."""
-    from orchestrator.cluster.control_actor import standing
-
-    seen = standing(folder)
-    _print(Text.assemble((f"{seen.name}: ", "bold"), seen.state))
-    if seen.workers is not None:
-        _print(Text(json.dumps(seen.workers, indent=2)))
-    lines = read(folder / METRICS_FILE)
-    if lines:
-        last: dict[str, Any] = {}
-        for line in lines:  # training and evaluation write a line each for the same step
-            last = {**last, **line} if line["step"] == last.get("step") else line
-        _terminal().print(Text(json.dumps(last)), soft_wrap=True)
 
 
 def show_plan(config: RunConfig) -> bool:

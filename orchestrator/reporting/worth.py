@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.reporting.account import PhaseCost
+from orchestrator.result import Worth
 
 MEASURES = {  # metric -> its label, the most informative one first
     "eval_reward": "held-out score",
@@ -16,18 +16,6 @@ MEASURES = {  # metric -> its label, the most informative one first
     "reward": "reward in training",
     "loss": "loss in training",
 }
-
-
-@dataclass(frozen=True)
-class Worth:
-    """`before` is None if it was not measured. Steps and tokens: of the process that ended the run."""
-
-    phase: str
-    steps: int
-    tokens: int
-    measure: str
-    before: float | None
-    after: float | None
 
 
 def phases_worth(lines: Sequence[Mapping[str, Any]], costs: Mapping[str, PhaseCost]) -> tuple[Worth, ...]:

@@ -55,6 +55,9 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("grpo", {"loss_type": "cispo", "epsilon_high": 5.0, "correction": "token_truncate"}, "advantage"),
     ("grpo", {"top_entropy_quantile": 0.5, "entropy_coef": 0.001, "mask_truncated_completions": True}, "advantage"),
     ("grpo", {"beta": 0.01, "kl_estimator": "k2", "use_bias_correction_kl": False}, "advantage"),
+    ("grpo", {"use_adaptive_entropy": True, "entropy_coef": 0.01, "entropy_target": 5.0}, "advantage"),
+    ("grpo", {"multi_objective_aggregation": "normalize_then_sum"}, "advantage"),
+    ("gfpo", {"num_remains_in_group": 3, "rejected": "advantage_0", "group_filter": "reward_per_token"}, "advantage"),
     ("rloo", {"normalize_advantages": True, "correction": "sequence_truncate", "updates_per_batch": 2}, "advantage"),
     ("reinforce_pp", {"gamma": 0.9, "minibatches": 2}, "advantage"),
     ("reinforce_pp_baseline", {"mask_truncated_completions": True}, "advantage"),
@@ -87,7 +90,10 @@ def made_up(pipeline: Pipeline, policy: ModelWorker) -> Batch:
         "weight": rng.uniform(0.5, 2.0, len(rows)),
         "reward": (rows % size < size // 2 if size > 1 else rows % 2).astype(np.float32),
         "truncated": rows % 7 == 0,
+        "completion_tokens": lengths.astype(np.int32) - 2,
     }
+    parts = np.stack([of_row["reward"], rng.normal(size=len(rows))], axis=1)
+    of_row |= {"reward_parts": parts, "reward_weights": np.tile([1.0, 0.1], (len(rows), 1))}
     samples = any(stage.head is Head.VOCABULARY for stage in pipeline.updates)
     sampled = said_of(policy, batch) if samples else np.zeros(batch.num_tokens, np.float32)
     return batch.with_columns(**of_row, sample_logps=sampled)

@@ -27,7 +27,8 @@ from orchestrator.collection.cursor import Cursor
 from orchestrator.config.schema import RunConfig
 from orchestrator.losses.objective import LossObjective
 from orchestrator.planning.resolve import prepare
-from orchestrator.run import RunResult, run
+from orchestrator.result import RunResult
+from orchestrator.run import run
 from tests.unit.source_stub import write_rows
 from tests.unit.tiny import tiny_model_folder
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from orchestrator.config.loading import load_run
 from orchestrator.config.schema import RunConfig
 from orchestrator.planning.resolve import prepare
-from orchestrator.run import RunResult, run
+from orchestrator.result import RunResult
+from orchestrator.run import run
 from tests.unit.source_stub import write_rows
 from tests.unit.tiny import tiny_model_folder
 

@@ -13,7 +13,8 @@ import pytest
 from orchestrator.config.loading import load_config, recipes
 from orchestrator.config.schema import RunConfig
 from orchestrator.planning.resolve import build_pipeline
-from orchestrator.run import RunResult, run
+from orchestrator.result import RunResult
+from orchestrator.run import run
 from tests.unit.source_stub import write_rows
 from tests.unit.tiny import tiny_model_folder
 

@@ -16,7 +16,8 @@ from actors.errors import ConfigError, DiskError
 from orchestrator.checkpoint import CheckpointStore
 from orchestrator.cluster.run_lock import driving
 from orchestrator.config.loading import config_of, load_run
-from orchestrator.run import RunResult, run
+from orchestrator.result import RunResult
+from orchestrator.run import run
 from tests.unit.test_saved_state import disk_of
 from tests.unit.tiny import tiny_model_folder
 

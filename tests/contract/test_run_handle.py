@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 import yaml
 
 from actors.errors import ConfigError, Interrupted, RunError, UserError
-from orchestrator.api import RunHandle, attach, start
+from orchestrator.api import RunHandle, attach, resume, start
 from orchestrator.checkpoint import verify
 from tests.runs import SFT
 
@@ -32,18 +34,27 @@ def started(where: Path, **settings: Any) -> Iterator[RunHandle]:
         handle.stop()
 
 
-def test_a_run_is_paused_saved_continued_and_stopped_from_inside_a_running_event_loop(tmp_path: Path):
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_a_run_is_paused_saved_stopped_and_continued_from_inside_a_running_event_loop(tmp_path: Path):
     async def notebook() -> None:
         with started(tmp_path, train__steps=4000) as run:
+            next(run.metrics())
             done = run.pause()
             assert run.status().state == "paused"
+            assert run.pause() == done, "every request is answered"
             checkpoint = run.checkpoint()
             assert verify(checkpoint) is None
             assert checkpoint.name == f"step-{done:08d}", "the pause holds: no step was made since"
             assert run.status().step == done
 
             again = attach(run.folder)  # as a notebook that was restarted finds it
-            again.resume()
+            assert again.resume() == done
             later = next(line for line in again.metrics() if line["step"] >= done + 3)
             assert later["phase"] == "sft" and "loss" in later
             saved = again.checkpoint()
@@ -56,10 +67,35 @@ def test_a_run_is_paused_saved_continued_and_stopped_from_inside_a_running_event
             assert not again.running
             with pytest.raises(Interrupted):
                 run.result()
-            with pytest.raises(RunError, match="stopped by SIGTERM; `troupe resume"):
+            with pytest.raises(RunError, match="has ended: stopped by SIGTERM; `troupe resume"):
                 run.pause()
+            assert run.stop() == last, "stopping twice is fine"
+
+            stopped = int(last.name.removeprefix("step-"))
+            with pytest.raises(ConfigError, match=r"train\.stepz"):
+                resume(run.folder, local=True, train__stepz=1)
+            longer = resume(run.folder, local=True, train__steps=stopped + 2)
+            result = longer.result()
+            assert [line["step"] for line in run.metrics()] == list(range(1, stopped + 3))
+            assert result.model == run.folder / "checkpoints" / f"step-{stopped + 2:08d}" / "model"
+            assert run.status().state == "finished"
 
     asyncio.run(notebook())
+
+
+def test_clients_that_ask_for_opposites_at_the_same_time_are_all_answered_and_the_last_one_counts(tmp_path: Path):
+    with started(tmp_path, train__steps=4000) as run, ThreadPoolExecutor() as clients:
+        next(run.metrics())
+        for last in ("pause", "resume", "pause"):
+            first = "resume" if last == "pause" else "pause"
+            asked = [clients.submit(getattr(attach(run.folder), first))]
+            until(lambda: list((run.folder / "requests").glob("*.json")))
+            asked.append(clients.submit(getattr(attach(run.folder), last)))
+            answers = [call.exception(timeout=60) or call.result() for call in asked]
+            assert isinstance(answers[1], int)
+            overtaken = "another client (let it go on|paused it) before run .* could answer"
+            assert isinstance(answers[0], int) or re.match(overtaken, str(answers[0]))
+            assert run.status().state == ("paused" if last == "pause" else "running")
 
 
 def test_a_run_that_finishes_hands_over_its_result_and_all_of_its_metrics(tmp_path: Path):

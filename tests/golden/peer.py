@@ -14,7 +14,6 @@ Options = dict[str, Any]
 NOT_BUILT = {  # families of cases: what they belong to
     "a2po": "a2po",
     "distillation": "on-policy distillation",
-    "gfpo": "gfpo",
     "gold": "gold",
     "iw_opd": "iw_opd",
     "minillm": "minillm",
@@ -24,10 +23,6 @@ NOT_BUILT = {  # families of cases: what they belong to
     "replay_buffer": "the replay of groups",
     "sdft": "sdft and sdpo",
     "xpo": "xpo",
-}
-CASES_NOT_BUILT = {
-    "grpo_adv/gdpo": "advantages of several rewards that are normalised one by one (GDPO)",
-    "grpo_adv/nan_rewards_gdpo": "the same",
 }
 ELSEWHERE = {  # case: the test that holds the same number, or the same fact
     "data/chatml": "tests/unit/test_source_formats.py",

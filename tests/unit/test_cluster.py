@@ -84,8 +84,10 @@ async def test_several_ranks_in_one_process_are_refused_before_anything_starts()
 
 async def test_the_board_answers_in_this_process_and_has_no_address() -> None:
     cluster = LocalCluster()
-    board = await cluster.start_board("troupe/run/control", Board)
+    board = await cluster.start_board("troupe/run/control", Board, ["rollout"])
     await board.call("desire", "rollout", 3, timeout_s=1)
+    with pytest.raises(ConfigError, match=r"no role policy whose workers come and go; it can scale rollout"):
+        await board.call("desire", "policy", 3, timeout_s=1)
     assert (await board.call("exchange", {}, timeout_s=1)).workers == {"rollout": 3}
     assert cluster.address is None
     await cluster.close()

@@ -85,14 +85,16 @@ class Stages(GroupStages):
         n = self.samples.get(position, request.n)
         block = Batch.build([2] * n, tokens=[position, 7] * n, mask=[False, True] * n)
         meta = GroupMeta(request.id, "w", (1,) * n, (Finish.STOP,) * n, started, self.version, 0.0)
-        rows = Batch.build([2] * n, group=[position] * n, sampler=np.full(n, sampler, np.int8))
+        of_row = {"sampler": np.full(n, sampler, np.int8), "completion_tokens": np.ones(n, np.int32)}
+        rows = Batch.build([2] * n, group=[position] * n, **of_row)
         return meta, RowTable.of_block(rows, Ref(block), {"tokens", "mask"})
 
     async def score(self, role: str, prompt: Any, rows: RowTable) -> tuple[ScoreResult, Ref]:
         if prompt.id in self.unscorable:
             raise self.unscorable[prompt.id]
         total = np.array(self.rewards.get(prompt.id, [0.0, 1.0][: len(rows)]), dtype=np.float32)
-        return ScoreResult(names=("r",), rewards=total[:, None], total=total), Ref(None)
+        parts, weights = total[:, None], np.ones(1, np.float32)
+        return ScoreResult(names=("r",), rewards=parts, total=total, weights=weights), Ref(None)
 
     async def run_group(self, stage: Stage, group: PromptGroup) -> PromptGroup | None:
         return await self.run(stage, group, Sampling(max_tokens=4))

@@ -30,7 +30,7 @@ from orchestrator.losses.views import PolicyTokens, Tokens
 from orchestrator.losses.views import require as field
 from orchestrator.methods import METHODS, build
 from orchestrator.pipeline import Pipeline
-from tests.unit.trainer_stub import Rows, Split, learned_from, optimise, seen_by_statistics, statistics_of
+from tests.unit.trainer_stub import Result, Rows, Split, learned_from, optimise, seen_by_statistics, statistics_of
 
 WEIGHTED = {"correction": "token_truncate", "top_entropy_quantile": 0.5, "off_policy_mask_threshold": 0.1, "beta": 0.1}
 
@@ -77,6 +77,10 @@ METHOD_OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("grpo", {"importance_sampling_level": "sequence", "updates_per_batch": 2, "correction": "sequence_mask"}),
     ("grpo", {"importance_sampling_level": "sequence_token", "updates_per_batch": 2, "entropy_coef": 0.1}),
     *[("grpo", {"updates_per_batch": 2, "beta": 0.1, "kl_estimator": name}) for name in ("k1", "k2")],
+    ("grpo", {"use_adaptive_entropy": True, "entropy_coef": 0.1, "entropy_target": 2.0, "updates_per_batch": 2}),
+    ("grpo", {"use_adaptive_entropy": True, "entropy_coef": 0.1, "entropy_target": 2.0, "top_entropy_quantile": 0.5}),
+    *[("gfpo", {"loss_type": name, "updates_per_batch": 2}) for name in ("grpo", "bnpo", "dapo")],
+    ("gfpo", {"loss_type": "dr_grpo", "max_completion_length": 16, "minibatches": 2}),
     ("rloo", {}),
     ("rloo", {"updates_per_batch": 2, "epsilon": 0.9, "correction": "sequence_truncate", "token_metrics": True}),
     ("reinforce_pp", {"updates_per_batch": 2}),
@@ -490,6 +494,29 @@ def test_the_entropy_bonus_is_the_mean_over_the_tokens_that_the_entropy_quantile
     expected = torch.tensor([0, 0, 1, 1, 0, 0, 1]) * (-0.1 / 3)
     torch.testing.assert_close(whole.extra_gradients["entropy"], expected.double())
     assert optimise(objective, rows, [[[0]], [[1]]]).value == pytest.approx(whole.value)
+
+
+def test_an_adaptive_entropy_bonus_acts_below_its_target_alone_and_its_coefficient_is_kept_and_bounded() -> None:
+    options: dict[str, Any] = {"use_adaptive_entropy": True, "entropy_coef": 0.1, "entropy_coef_delta": 0.03}
+    objective = objective_of("grpo", {**options, "entropy_target": 1.0, "entropy_coef_max": 0.12})
+    rows = random_rows("grpo", {**options, "entropy_target": 1.0}, seed=14)
+    mask, states = rows.micro["mask"], [{}]
+
+    def at(entropy: float) -> Result:
+        return optimise(
+            objective, replace(rows, extra={"entropy": torch.full_like(rows.logps, entropy)}), states=states
+        )
+
+    plain = optimise(objective_of("grpo", {}), Rows(rows.micro, rows.logps)).value
+    low = at(0.5)
+    assert low.metrics["entropy_coef"] == pytest.approx(0.1)
+    assert low.value - plain == pytest.approx(-0.1 * 0.5)
+    torch.testing.assert_close(low.extra_gradients["entropy"], -0.1 * mask.double() / mask.sum())
+    high = at(1.5)
+    assert (high.metrics["entropy_coef"], high.value) == (0.0, pytest.approx(plain))
+    assert not high.extra_gradients["entropy"].any()
+    assert at(0.5).metrics["entropy_coef"] == pytest.approx(0.12 - 0.03)  # up to its bound, then down
+    assert states[0]["1"]["coefficient"] == pytest.approx(0.12)
 
 
 # Statistics over the whole batch

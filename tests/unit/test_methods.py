@@ -61,6 +61,27 @@ def test_options_of_grpo_bring_the_stages_and_columns_that_they_need_and_no_othe
     assert [stage.writes for stage in masked if stage.verb is Verb.CREDIT] == [{"learned"}, {"advantages", "learned"}]
 
 
+def test_gfpo_filters_each_groups_samples_before_anything_else_is_computed_of_them() -> None:
+    pipeline = build("gfpo", {"num_generations": 6, "num_remains_in_group": 2, "dynamic_sampling": True, "beta": 0.1})
+    assert verbs(pipeline)[:5] == [
+        "rollout.generate",
+        "reward.score",
+        "driver.regroup",
+        "driver.keep",
+        "reference.infer",
+    ]
+    assert (pipeline.samples_per_prompt, pipeline.rows_per_item) == (6, 2)
+    counted = build("gfpo", {"rejected": "advantage_0"})
+    assert "driver.regroup" not in verbs(counted) and counted.rows_per_item == 16
+
+
+def test_rewards_that_are_normalised_one_by_one_are_written_one_by_one() -> None:
+    pipeline = build("grpo", {"multi_objective_aggregation": "normalize_then_sum"})
+    (scored,), (credited,) = ([stage for stage in pipeline if stage.verb is verb] for verb in (Verb.SCORE, Verb.CREDIT))
+    assert {"reward_parts", "reward_weights"} <= scored.writes & credited.reads
+    assert all(stage.writes == {"reward"} for stage in build("grpo", {}) if stage.verb is Verb.SCORE)
+
+
 def test_leave_one_out_takes_the_kl_off_the_reward_before_siblings_are_compared() -> None:
     pipeline = build("rloo", {})
     credits = [stage for stage in pipeline if stage.verb is Verb.CREDIT]
@@ -244,6 +265,27 @@ def test_every_method_has_a_page_that_names_each_of_its_options(name: str) -> No
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("grop", {}, r"method 'grop' does not exist \(did you mean 'grpo'\?\); there are sft, "),
     ("grpo", {"epsilonhigh": 0.28}, r"no option 'epsilonhigh' \(did you mean 'epsilon_high'\?\)"),
+    (
+        "gfpo",
+        {"num_remains_in_group": 16},
+        r"num_remains_in_group=16 of options\.num_generations=16: all samples remain",
+    ),
+    ("gfpo", {"group_filter": "longest"}, r"options\.group_filter='longest'"),
+    (
+        "grpo",
+        {"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "batch"},
+        r"scale_rewards='batch' does nothing with options\.multi_objective_aggregation=normalize_then_sum",
+    ),
+    (
+        "grpo",
+        {"entropy_target": 0.5},
+        r"does nothing with options\.use_adaptive_entropy=false: .* acts with options\.use_adaptive_entropy=true",
+    ),
+    (
+        "grpo",
+        {"use_adaptive_entropy": True, "entropy_coef": 0.1, "entropy_coef_min": 0.2},
+        r"not within options\.entropy_coef_min=0\.2 and options\.entropy_coef_max=1",
+    ),
     ("rloo", {"num_generations": 1}, r"options\.num_generations=1: .*greater than or equal to 2"),
     ("rloo", {"reward_clip_range": [1.0, 1.0]}, r"reward_clip_range=\[1, 1\]: every reward would be the same"),
     ("rloo", {"correction_max": 9}, r"does nothing with options\.correction=none"),

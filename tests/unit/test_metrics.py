@@ -20,7 +20,8 @@ from orchestrator.reporting.account import Account, PhaseCost
 from orchestrator.reporting.console import Console, Pace, duration
 from orchestrator.reporting.metrics import METRICS_FILE, MetricsLog, of_first_role, read
 from orchestrator.reporting.plot import draw
-from orchestrator.reporting.worth import Worth, phases_worth
+from orchestrator.reporting.worth import phases_worth
+from orchestrator.result import Worth
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -46,11 +47,16 @@ OTHER_VALUE: dict[str, Any] = {  # of every option, besides `loss_type`, whose n
     "dppo_threshold": 0.02,
     "dynamic_sampling": True,
     "entropy_coef": 0.3,
+    "entropy_coef_delta": 0.05,
+    "entropy_coef_max": 0.302,
+    "entropy_coef_min": 0.299,
+    "entropy_target": 0.1,
     "epsilon": 0.05,
     "epsilon_high": 0.9,
     "f_alpha_divergence_coef": 0.9,
     "f_divergence_type": "js_divergence",
     "gamma": 0.7,
+    "group_filter": "reward_per_token",
     "importance_sampling_level": "sequence",
     "kl_coef": 0.3,
     "kl_estimator": "k3",
@@ -65,14 +71,17 @@ OTHER_VALUE: dict[str, Any] = {  # of every option, besides `loss_type`, whose n
     "max_completion_length": 99,
     "minibatches": 3,
     "missing_eos_penalty": 0.6,
+    "multi_objective_aggregation": "normalize_then_sum",
     "normalize_advantages": True,
     "num_generations": 6,
     "num_mini_batches": 3,
+    "num_remains_in_group": 2,
     "num_ppo_epochs": 2,
     "off_policy_mask_threshold": -0.2,
     "precompute_ref_log_probs": True,
     "ref_model_mixup_alpha": 0.2,
     "ref_model_sync_steps": 7,
+    "rejected": "advantage_0",
     "reward_clip_range": (-0.3, 0.8),
     "sapo_temperature_neg": 2.0,
     "sapo_temperature_pos": 2.0,
@@ -89,13 +98,17 @@ OTHER_VALUE: dict[str, Any] = {  # of every option, besides `loss_type`, whose n
     "tpo_l_gamma": 0.9,
     "undesirable_weight": 0.3,
     "updates_per_batch": 3,
+    "use_adaptive_entropy": True,
     "use_bias_correction_kl": False,
     "use_margin": True,
     "use_weighting": True,
     "whiten_advantages": False,
     "whiten_rewards": True,
 }
-OTHER_VALUE_OF: dict[str, dict[str, Any]] = {"grpo": {"kl_estimator": "k2"}}  # where it is the default
+OTHER_VALUE_OF: dict[str, dict[str, Any]] = {  # where that is the default, or out of range
+    "gfpo": {"num_generations": 20},
+    "grpo": {"kl_estimator": "k2"},
+}
 NEEDED: dict[str, dict[str, Any]] = {  # beside a loss: what it requires, or what tells it from another
     "cispo": {"epsilon_high": 1.5},
     "exo_pair": {"label_smoothing": 0.1},
@@ -106,7 +119,16 @@ BESIDE: dict[str, list[dict[str, Any]]] = {  # what else is set: the first besid
     "dpo": [{}, {"sync_ref_model": True}, {"f_divergence_type": "alpha_divergence"}],
     "kto": [{}, {"sync_ref_model": True}],
     "bco": [{}, {"sync_ref_model": True}],
-    "grpo": [{"updates_per_batch": 2, "beta": 0.2}, {}, {"minibatches": 2, "correction": "token_mask"}],
+    "grpo": [
+        {"updates_per_batch": 2, "beta": 0.2},
+        {},
+        {"minibatches": 2, "correction": "token_mask"},
+        {"use_adaptive_entropy": True, "entropy_coef": 0.3, "entropy_target": 3.0},
+    ],
+    "gfpo": [
+        {"updates_per_batch": 2, "num_remains_in_group": 3},
+        {"correction": "token_mask", "rejected": "advantage_0", "num_remains_in_group": 3},
+    ],
     "gkd": [{}, {"lmbda": 0.0}, {"lmbda": 0.3}],
     **{
         name: [{"updates_per_batch": 2}, {"correction": "token_mask"}]
@@ -142,11 +164,22 @@ def behaviour(pipeline: Pipeline) -> list[Any]:
         elif stage.verb is Verb.REGROUP:
             did.append([regrouped(stage, group) for group in (0, 1, 2)])
         elif stage.verb is Verb.UPDATE:
-            found = optimise(LossObjective.of(stage), rows(pipeline))
-            did.append((stage.options["epochs"], stage.options["minibatches"], found.value, found.metrics))
-            did.append((stage.options["companion"], LossObjective.of(stage).of_logits))
-            did += [found.gradient.tolist(), {name: g.tolist() for name, g in found.extra_gradients.items()}]
+            did.append([stage.options[name] for name in ("epochs", "minibatches", "companion")])
+            did += updated(stage, rows(pipeline))
     return did
+
+
+def updated(stage: Stage, rows: Rows) -> Iterator[Any]:
+    """What a loss makes of the rows, and, if steps may leave something for later ones, of two steps more, in which
+    entropies are higher."""
+    objective, states = LossObjective.of(stage), [dict[str, Any]()]
+    yield objective.of_logits
+    for factor in (1, 20, 20) if objective.coupled else (1,):
+        extra = {**rows.extra, "entropy": rows.extra["entropy"] * factor}
+        found = optimise(objective, replace(rows, extra=extra), states=states)
+        yield found.value, found.metrics, found.gradient.tolist()
+        yield {name: gradient.tolist() for name, gradient in found.extra_gradients.items()}
+    yield str(states)
 
 
 def credited(stage: Stage) -> Iterator[dict[str, np.ndarray]]:
@@ -183,14 +216,18 @@ def regrouped(stage: Stage, group: int) -> Any:
 def sampled() -> Batch:
     """Three groups; a completion that was cut, one that could not be scored, and a group of equal rewards."""
     of_tokens = ("old_logps", "ref_logps", "values", "step_reward", "advantages")
-    lengths = [3, 4, 5, 3, 4, 5, 3, 4]
+    lengths = [3, 4, 5, 3, 4, 3, 4, 5, 3, 4]
+    rewards = np.array([0.5, 1.0, 4.0, 0.2, 3.0, 3.0, np.nan, 1.0, 2.0, 2.0])
     noise = np.random.default_rng(5).normal(-1, 0.3, (len(of_tokens), sum(lengths)))
     return Batch.build(
         lengths,
         mask=np.concatenate([np.arange(length) > 0 for length in lengths]),
-        reward=[1.0, 0.0, 0.5, 3.0, np.nan, 1.0, 2.0, 2.0],
-        group=[0, 0, 0, 1, 1, 1, 2, 2],
-        truncated=[False, True, False, False, False, False, False, False],
+        reward=rewards,
+        reward_parts=np.stack([rewards, rewards % 2], axis=1),
+        reward_weights=np.tile([0.7, 0.3], (len(rewards), 1)),
+        group=[0, 0, 0, 0, 0, 1, 1, 1, 2, 2],
+        truncated=np.arange(len(lengths)) == 1,
+        completion_tokens=np.array(lengths, np.int32) - 1,
         **dict(zip(of_tokens, noise, strict=True)),
     )
 

@@ -3,22 +3,42 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 
 from actors.batch import Batch
 from actors.worker import Ref
-from orchestrator.regrouping import best_and_worst, penalise_missing_eos
+from orchestrator.advantages import group_zscore_of_some
+from orchestrator.regrouping import (
+    best_and_worst,
+    highest,
+    keep_highest,
+    most_reward_per_token,
+    penalise_missing_eos,
+    shortest,
+)
 from orchestrator.row_table import RowTable
 
 
 def group(rewards: list[float], truncated: list[bool] | None = None) -> RowTable:
     """Samples of one prompt, of 3, 4, 5 ... tokens, which lie in a block; sample i is of the tokens i."""
     lengths = [3 + i for i in range(len(rewards))]
-    rows = Batch.build(lengths, group=[7] * len(rewards), reward=rewards, truncated=truncated or [False] * len(rewards))
+    rows = Batch.build(
+        lengths,
+        group=[7] * len(rewards),
+        reward=rewards,
+        truncated=truncated or [False] * len(rewards),
+        completion_tokens=[length - 2 for length in lengths],
+    )
     block = Batch.build(lengths, tokens=np.repeat(np.arange(len(rewards)), lengths))
     return RowTable.of_block(rows, Ref(block), {"tokens"})
+
+
+def samples(table: RowTable) -> list[int]:
+    """Which samples the rows are."""
+    return (table["completion_tokens"] - 1).tolist()
 
 
 def pair(table: RowTable | None) -> tuple[list[int], list[bool]]:
@@ -64,3 +84,34 @@ def test_a_completion_that_was_cut_loses_its_penalty_and_may_lose_the_comparison
     np.testing.assert_allclose(penalised["reward"], [0.2, 0.5, 0.4], rtol=1e-6)
     assert pair(best_and_worst(cut))[0] == [0, 2]
     assert pair(best_and_worst(penalised))[0] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("scores", "rewards", "kept"),
+    [
+        (shortest, [0.0, 1.0, 0.0, 1.0], [0, 1]),
+        (shortest, [math.nan, 1.0, 0.0, 1.0], [1, 2]),
+        (most_reward_per_token, [0.2, 1.0, 3.0, 2.0], [1, 2]),  # 0.2, 0.5, 1.0 and 0.5: the first of equal ones
+        (most_reward_per_token, [-1.0, -4.0, math.nan, -4.0], [0, 3]),
+        (lambda table: np.array([math.nan, 1.0, math.nan, 0.0]), [1.0, 1.0, 1.0, 1.0], [1, 3]),
+        (shortest, [math.nan, math.nan, 1.0, math.nan], [2]),
+    ],
+    ids=["short", "short of the scored", "efficient", "efficient when all cost", "no score is lowest", "too few"],
+)
+def test_the_samples_with_the_highest_scores_remain_in_their_order(
+    scores: Any, rewards: list[float], kept: Any
+) -> None:
+    assert samples(keep_highest(group(rewards), scores=scores, count=2)) == kept
+
+
+def test_a_filter_that_scores_another_number_of_samples_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"one score for each of 3 samples, got \(2,\)"):
+        keep_highest(group([1.0, 0.0, 1.0]), scores=lambda table: np.zeros(2), count=2)
+
+
+def test_samples_that_are_not_chosen_have_advantage_0_count_and_move_no_mean_of_their_own_group_alone() -> None:
+    table = RowTable.concat([group([1.0, 0.0, 9.0]), group([5.0, math.nan, 3.0, 9.0])])
+    table = table.with_values(group=np.array([4, 4, 4, 2, 2, 2, 2]))
+    found = group_zscore_of_some(table, chosen=highest, scores=shortest, count=2, scale="none")
+    np.testing.assert_allclose(found["advantages"], [0.5, -0.5, 0, 1, 0, -1, 0])
+    assert found["learned"].tolist() == [True, True, True, True, False, True, True]

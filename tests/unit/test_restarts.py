@@ -30,7 +30,7 @@ sys.exit(code)
 
 def attempts(where: Path, codes: tuple[int, int], restarts: int) -> tuple[int, list[str]]:
     first, later = ([sys.executable, "-c", ATTEMPT, str(where), str(code)] for code in codes)
-    code = supervise(first, later, lambda pid: folder_of(where, pid), restarts)
+    code = supervise(first, later, lambda pid: folder_of(where, pid, ()), restarts)
     return code, [line.split()[0] for line in (where / "log").read_text().splitlines()]
 
 
@@ -58,7 +58,7 @@ def test_a_run_that_was_refused_or_told_to_stop_is_not_started_again(tmp_path: P
 def test_a_run_that_left_no_checkpoint_begins_again(tmp_path: Path):
     without = ATTEMPT.replace('(folder / "checkpoints" / "step-00000004")', "folder")
     command = [sys.executable, "-c", without, str(tmp_path), "1"]
-    assert supervise(command, command, lambda pid: folder_of(tmp_path, pid), 1) == 1
+    assert supervise(command, command, lambda pid: folder_of(tmp_path, pid, ()), 1) == 1
     lines = (tmp_path / "log").read_text().splitlines()
     assert [line.split()[0] for line in lines] == ["began", "began"]
     assert len({line.split()[1] for line in lines}) == 2
@@ -84,3 +84,13 @@ def test_a_signal_reaches_the_run_and_nothing_is_started_after_it():
     out, err = parent.communicate(timeout=30)
     assert (parent.returncode, out, err) == (143, "", "")
     assert len(children) == 1 and not children[0].is_running()
+
+
+def test_a_folder_of_an_earlier_process_with_the_same_id_is_not_the_runs(tmp_path: Path):
+    earlier = tmp_path / "t-20260101-000000-77"
+    earlier.mkdir()
+    others = set(tmp_path.glob("*"))
+    assert folder_of(tmp_path, 77, others) is None
+    own = tmp_path / "t-20260102-000000-77"
+    own.mkdir()
+    assert folder_of(tmp_path, 77, others) == own

@@ -24,7 +24,7 @@ def group(rewards: list[list[float]], *, columns: dict[str, Any] | None = None) 
     count = len(rewards)
     meta = GroupMeta("id", "rollout/0", (3,) * count, (Finish.STOP,) * count, 2, 2, 0.1)
     prompt = SimpleNamespace(id=7, prompt="q", columns=columns or {})
-    score = ScoreResult(("a", "b"), matrix, total)
+    score = ScoreResult(("a", "b"), matrix, total, weights=np.ones(2, np.float32))
     return PromptGroup("id", 4, prompt, 0, metas=(meta,), oldest_version=2, score=score)
 
 

@@ -20,10 +20,12 @@ alive, hang = "alive" in sys.argv, "hang" in sys.argv
 if "deaf" in sys.argv:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-async def train(stop):
+async def train(ending):
     try:
-        await stop.before(asyncio.sleep(60))
+        await ending.stop.before(asyncio.sleep(60))
     except Stopped:
+        if "asked" in sys.argv:
+            ending.asked()
         await asyncio.sleep(60 if "patient" in sys.argv or "slow" in sys.argv else 0)
         print("saved", flush=True)
         raise
@@ -38,7 +40,7 @@ async def run():
     try:
         if "saves" in sys.argv:
             with ending.saving():
-                await train(ending.stop)
+                await train(ending)
         await asyncio.sleep(1 if "deaf" in sys.argv else 60)
         print("done", flush=True)
     finally:
@@ -132,6 +134,14 @@ def test_a_second_signal_gives_up_the_checkpoint_at_once_and_a_third_changes_not
     started.send_signal(signal.SIGINT)
     out, _ = started.communicate(timeout=30)
     assert (started.returncode, out.split()) == (3, ["in", "order"])
+
+
+@pytest.mark.parametrize("started", [["alive", "saves", "asked"]], indirect=True)
+def test_a_request_to_stop_does_not_hurry_what_a_signal_ends_already(started: subprocess.Popen[str]):
+    assert next_line(started) == "up"
+    started.send_signal(signal.SIGTERM)
+    out, _ = started.communicate(timeout=30)
+    assert (started.returncode, out.split()) == (3, ["SIGTERM", "saved", "ending", "in", "order"])
 
 
 @pytest.mark.parametrize("started", [["saves"]], indirect=True)

@@ -1,17 +1,21 @@
-"""`troupe status` and `troupe scale` of a run that is not there any more: an answer at once, from what it left."""
+"""`troupe status` and `troupe scale` of a run that is gone, or does not answer: told at once, from what it left."""
 
 from __future__ import annotations
 
 import json
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from actors.errors import RunError
+from orchestrator.api import attach
 from orchestrator.cli import main
 from orchestrator.cluster.control_actor import RunFile, board_name, events
+from orchestrator.cluster.run_lock import Driver, driving
 
 
 @pytest.fixture
@@ -27,7 +31,8 @@ def folder(tmp_path: Path, nowhere: str) -> Path:
     """Of a run whose Ray is gone, after an evaluation in step 2."""
     folder = tmp_path / "t-1"
     folder.mkdir()
-    RunFile("t-1", nowhere, board_name("t-1"), 1).write(folder)
+    (folder / "config.json").write_text("{}")
+    RunFile("t-1", nowhere, board_name("t-1"), Driver.here()).write(folder)
     steps = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "eval_reward": 0.5}]
     write(folder / "metrics.jsonl", [{"phase": "sft", **step} for step in steps])
     return folder
@@ -37,7 +42,7 @@ def write(file: Path, lines: list[dict[str, Any]]) -> None:
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def said(folder: Path, *events: dict[str, str], run: pytest.CaptureFixture[str]) -> tuple[str, dict[str, Any]]:
+def said(folder: Path, *events: dict[str, Any], run: pytest.CaptureFixture[str]) -> tuple[str, dict[str, Any]]:
     """The first line of the answer, and the metrics in its last one."""
     write(folder / "events.jsonl", [{"event": "prepared"}, *events])
     with pytest.raises(SystemExit) as ended:
@@ -59,12 +64,19 @@ def test_a_run_that_a_signal_stopped_says_which_and_how_it_goes_on(folder: Path,
 
 
 def test_a_run_that_was_killed_after_it_was_resumed_is_not_called_finished(
-    folder: Path, nowhere: str, capsys: pytest.CaptureFixture[str]
+    folder: Path, capsys: pytest.CaptureFixture[str]
 ):
     first, metrics = said(folder, {"event": "finished"}, {"event": "prepared"}, run=capsys)
-    assert first.startswith("t-1: not running: it ended or was killed")
-    assert nowhere in first
+    assert first == "t-1: failed, or was killed"
     assert metrics["loss"] == 2.0
+
+
+def test_a_run_whose_ray_does_not_answer_is_not_called_running(
+    folder: Path, nowhere: str, capsys: pytest.CaptureFixture[str]
+):
+    with driving(folder):
+        first, _ = said(folder, run=capsys)
+    assert first.startswith("t-1: not answering: its Ray cannot be reached from here") and nowhere in first
 
 
 def test_a_line_that_a_kill_cut_off_is_passed_over(folder: Path):
@@ -72,22 +84,58 @@ def test_a_line_that_a_kill_cut_off_is_passed_over(folder: Path):
     assert events(folder) == [{"event": "finished"}]
 
 
-def test_a_run_in_one_process_shows_its_metrics_too(folder: Path, capsys: pytest.CaptureFixture[str]):
-    RunFile("t-1", None, board_name("t-1"), 77).write(folder)
-    first, metrics = said(folder, run=capsys)
-    assert "in one process (--local), 77" in first
+@pytest.mark.parametrize(
+    ("events", "state"),
+    [
+        ((), "running"),
+        (("paused",), "paused"),
+        (("paused", "unpaused"), "running"),
+        (("paused", "prepared"), "running"),
+    ],
+)
+def test_a_run_in_one_process_shows_how_it_stands_and_its_metrics(
+    folder: Path, capsys: pytest.CaptureFixture[str], events: tuple[str, ...], state: str
+):
+    RunFile("t-1", None, board_name("t-1"), Driver.here()).write(folder)
+    with driving(folder):
+        first, metrics = said(folder, *({"event": event, "step": 2} for event in events), run=capsys)
+    assert first == f"t-1: {state}"
     assert metrics["step"] == 2
+
+
+def test_a_run_whose_driver_has_not_started_its_roles_yet_is_starting(
+    folder: Path, nowhere: str, capsys: pytest.CaptureFixture[str]
+):
+    earlier = replace(Driver.here(), started=0.0)  # the same process id, in a container that was started again
+    RunFile("t-1", nowhere, board_name("t-1"), earlier).write(folder)
+    with driving(folder):
+        first, _ = said(folder, run=capsys)
+    assert first == "t-1: starting"
 
 
 def test_a_run_that_never_started_its_roles_is_a_run_nevertheless(folder: Path, capsys: pytest.CaptureFixture[str]):
     (folder / "run.json").unlink()
-    (folder / "config.json").write_text("{}")
     first, _ = said(folder, run=capsys)
-    assert "its roles were never started" in first
+    assert first == "t-1: ended before its roles were started"
 
 
 def test_scaling_a_run_that_is_gone_fails_at_once_with_the_reason(folder: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as ended:
         main(["scale", str(folder), "rollout=2"])
     assert ended.value.code == 1
-    assert "run t-1 is not running: it ended or was killed" in capsys.readouterr().err
+    assert "run t-1 has ended: failed, or was killed" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_runs_is_refused_by_every_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for command in (["status"], ["pause"], ["checkpoint"], ["stop"]):
+        with pytest.raises(SystemExit) as ended:
+            main([*command, str(tmp_path)])
+        assert ended.value.code == 2
+        assert f"{tmp_path} is not a run's folder" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_a_run_that_is_paused_before_its_first_step_is_refused(folder: Path):
+    RunFile("t-1", None, board_name("t-1"), Driver.here()).write(folder)
+    write(folder / "events.jsonl", [{"event": "prepared"}, {"event": "paused", "step": 0, "asked": ["other"]}])
+    with driving(folder), pytest.raises(RunError, match="is paused before its first step: there is nothing to save"):
+        attach(folder).checkpoint(timeout_s=20)

@@ -1,0 +1,105 @@
+"""Publishing to a pool whose members go meanwhile: scaled down is not lost."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.errors import InfraFailure, WeightSyncError
+from actors.worker import LocalGroup, LocalObjects, LocalWorker, WorkerInfo
+from orchestrator.cluster.failures import Watchdog
+from orchestrator.cluster.pool import Pool, PoolPolicy
+from orchestrator.config.schema import WeightsConfig
+from orchestrator.publishing.publisher import Publisher
+from rollout.weights import DiskWrite
+from rollout.weights.protocol import Ack, Manifest, SendReport, SyncOrder
+
+POLICY = PoolPolicy(slots=1, max_attempts=2, call_timeout_s=5.0, start_timeout_s=5.0, max_restarts=9, ping_every_s=0.02)
+
+
+class Trainer:
+    """Sends without weights."""
+
+    def ready(self) -> WorkerInfo:
+        return WorkerInfo("policy/0", os.getpid(), "here", "", {})
+
+    def export(self, consumer: Any, bucket_bytes: int) -> Any:
+        if isinstance(consumer, DiskWrite):
+            return SendReport(consumer.order.version, "same", ())
+        return Manifest((), bucket_bytes)
+
+
+class Receiver:
+    """Confirms version 0; of the next one it answers what `meanwhile` raises."""
+
+    def __init__(self, name: str, meanwhile: Any) -> None:
+        self._name, self._meanwhile = name, meanwhile
+
+    def ready(self) -> WorkerInfo:
+        return WorkerInfo(self._name, os.getpid(), "here", "", {})
+
+    def ping(self) -> dict[str, Any]:
+        return {"alive": True}
+
+    async def receive(self, order: SyncOrder, payload: Any) -> Ack:
+        if order.version:
+            await self._meanwhile()
+        return Ack(self._name, order.version, "same")
+
+
+async def published(folder: Path, meanwhile: Any) -> tuple[Publisher, Pool]:
+    """Version 0 is with two members; version 1 is asked for by `publish` of what is returned."""
+
+    async def start(index: int) -> LocalWorker:
+        name = f"rollout/{index}"
+        return LocalWorker(name, Receiver(name, lambda: meanwhile(pool)))
+
+    pool = Pool("rollout", 2, POLICY, start=start, stop=lambda w: w.kill(), event=lambda *_: None, watchdog=Watchdog())
+    trainer = LocalGroup("policy", LocalWorker("policy/0", Trainer()))
+    config = WeightsConfig(transport="disk")
+    publisher = Publisher(
+        trainer,
+        pool,
+        LocalObjects(),
+        config,
+        role="rollout",
+        source="policy",
+        dtype="float32",
+        folder=str(folder),
+        event=lambda *_: None,
+    )
+    pool.admit = publisher.admit
+    await pool.open()
+    async with publisher.changing:
+        report = await publisher.publish(0)
+    assert report.members == (0, 1)
+    return publisher, pool
+
+
+async def test_a_pool_that_is_scaled_to_nothing_during_a_publish_gets_the_version_without_members(tmp_path: Path):
+    async def scaled_down(pool: Pool) -> None:
+        pool.resize(0)
+        while pool.workers:
+            await asyncio.sleep(0.01)
+        raise InfraFailure("its process is gone")
+
+    publisher, pool = await published(tmp_path, scaled_down)
+    async with publisher.changing:
+        report = await asyncio.wait_for(publisher.publish(1), 10)
+    assert (report.version, report.members, publisher.version) == (1, (), 1)
+    await pool.close()
+
+
+async def test_a_publish_that_every_member_fails_is_an_error(tmp_path: Path):
+    async def fail(_: Pool) -> None:
+        raise InfraFailure("the transfer broke")
+
+    publisher, pool = await published(tmp_path, fail)
+    async with publisher.changing:
+        with pytest.raises(WeightSyncError, match=r"version 1: none of 2 rollout worker\(s\) confirmed the weights"):
+            await publisher.publish(1)
+    await pool.close()
