@@ -83,6 +83,9 @@ COLUMNS: dict[str, Column] = {
         _row("reward", np.float32, "weighted sum of the rewards; NaN where unscorable", "score"),
         _row("reward_parts", np.float32, "each reward by itself; NaN where it has no opinion", "score", wide=True),
         _row("reward_weights", np.float32, "what each of them weighs, the same in every row", "score", wide=True),
+        _row(
+            "optimal_value", np.float32, "what the prompt is worth under the best policy near the reference", "regroup"
+        ),
         _row("preferred", np.bool_, "of a pair: the chosen one", "source, regroup"),
         _row("label", np.bool_, "unpaired preference: desirable", "source"),
         _row("gold", np.bool_, "of a triple: the completion that is imitated", "source"),

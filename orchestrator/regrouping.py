@@ -53,6 +53,25 @@ def penalise_missing_eos(table: RowTable, *, penalty: float) -> RowTable:
     return table.with_values(**without_eos(table, penalty=penalty))
 
 
+@regroups(reads={"reward", "sampler"}, writes={"optimal_value"})
+def with_optimal_value(table: RowTable, *, beta: float, drop_unsolved: bool) -> RowTable | None:
+    """The samples of the group's first sampler, with `V* = β log mean exp(r/β)` over the rewards of the other one's:
+    the value of the prompt under the best policy whose KL to that sampler costs β a nat.
+
+    Samples that could not be scored take no part; None if either sampler has no other. `drop_unsolved`: None, too, if
+    none of the other sampler's rewards is above 0: it never solves the prompt.
+    Source: arXiv:2505.20686 (A*-PO, stage 1)."""
+    scored = ~np.isnan(table["reward"])
+    first = table["sampler"] == 0
+    rewards = table["reward"][scored & ~first].astype(np.float64)
+    own = np.flatnonzero(scored & first)
+    if not len(own) or not len(rewards) or (drop_unsolved and rewards.max() <= 0):
+        return None
+    highest_reward = rewards.max()  # taken out, so that no exponential overflows
+    value = highest_reward + beta * np.log(np.exp((rewards - highest_reward) / beta).mean())
+    return table.select(own).with_values(optimal_value=np.full(len(own), value, np.float32))
+
+
 # Which samples of a group are learned from
 
 FilterScores = Callable[[RowTable], Array]  # [G]: of a group's samples, those with the highest ones are kept

@@ -205,6 +205,8 @@ class RolesConfig(Section):
     """The fleet that samples completions."""
     teacher_rollout: EngineRole = Field(default_factory=lambda: EngineRole(follows="teacher"))
     """The fleet that samples the teacher's completions."""
+    reference_rollout: EngineRole = Field(default_factory=lambda: EngineRole(follows="reference"))
+    """The fleet that samples the reference's completions."""
 
     def __contains__(self, name: str) -> bool:
         return name in type(self).model_fields or name in self.__pydantic_extra__

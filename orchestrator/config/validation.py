@@ -279,6 +279,12 @@ def _of_weights(config: RunConfig, launched: Sequence[str]) -> Iterator[str]:
         source = config.roles.get(engine.follows)
         if not isinstance(source, RanksRole):
             yield f"roles.{role}.follows={engine.follows} is no role with a model to sample from"
+        elif engine.follows not in launched:  # another role without its adapters stands in for it
+            yield (
+                f"roles.{role}.follows={engine.follows}: with model.lora {engine.follows} is a trained role without "
+                f"its adapters, and those weights are not published; set roles.{engine.follows}.model to the folder or "
+                "hub name that training starts from, or train without model.lora"
+            )
         elif config.weights.transport == "collective" and (source.gpus > 0) != (engine.gpus > 0):
             on_gpu, on_cpu = (engine.follows, role) if source.gpus > 0 else (role, engine.follows)
             yield (

@@ -8,7 +8,7 @@ from torch import Tensor
 from actors.objective import Stat
 from orchestrator.losses.declare import Loss, is_on, reads
 from orchestrator.losses.pairwise import Contrast, against_reference
-from orchestrator.losses.views import SampledPairs
+from orchestrator.losses.views import PairsOfTwoSamplers, SampledPairs
 
 
 @reads("entropy", "mean_logits", "is_top1", token_metrics=is_on)
@@ -18,6 +18,25 @@ def against_reference_of_samples(
     """[P]: `against_reference`, with metrics of the objective `reward - β KL`."""
     values, metrics = against_reference(pairs, contrast=contrast, beta=beta, token_metrics=token_metrics)
     return values, metrics | objective_metrics(pairs, beta)
+
+
+@reads("entropy", "mean_logits", "is_top1", token_metrics=is_on)
+def with_exploration_bonus(
+    pairs: PairsOfTwoSamplers, *, contrast: Contrast, beta: float, alpha: float, token_metrics: bool = False
+) -> Loss:
+    """[P]: `against_reference_of_samples + α log π(y)`, y the pair's sample from the reference: the policy is drawn
+    away from what the reference says anyway.
+
+    Source: arXiv:2405.21046, algorithm 1."""
+    values, metrics = against_reference_of_samples(pairs, contrast=contrast, beta=beta, token_metrics=token_metrics)
+    from_reference = torch.where(pairs.is_reference, pairs.row_sums(pairs.logps), 0)
+    bonus = sum(pairs.split(from_reference))
+    rewards = pairs.reward.to(pairs.logps.dtype)
+    of_policy, of_reference = (torch.where(rows, rewards, 0) for rows in (~pairs.is_reference, pairs.is_reference))
+    return values + alpha * bonus, metrics | {
+        "objective/model_scores": Stat(of_policy.sum(), (~pairs.is_reference).sum()),
+        "objective/ref_scores": Stat(of_reference.sum(), pairs.is_reference.sum()),
+    }
 
 
 def objective_metrics(pairs: SampledPairs, beta: float) -> dict[str, Stat]:

@@ -211,6 +211,18 @@ class SampledPairs(RefPairs):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PairsOfTwoSamplers(SampledPairs):
+    """Preference pairs of which one row was sampled from the policy and the other from the reference."""
+
+    sampler: Tensor  # [B] int8, 0 for the policy
+
+    @property
+    def is_reference(self) -> Tensor:
+        """[B] bool."""
+        return self.sampler > 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Triples(Pairs):
     """Preference pairs, each with a gold completion as the third row of its group."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from orchestrator.methods.a2po import a2po
 from orchestrator.methods.dpo import dpo
 from orchestrator.methods.gfpo import gfpo
 from orchestrator.methods.gkd import gkd
@@ -15,6 +16,7 @@ from orchestrator.methods.reinforce import reinforce_pp, reinforce_pp_baseline, 
 from orchestrator.methods.reward_model import reward_model
 from orchestrator.methods.sft import sft
 from orchestrator.methods.unpaired import bco, kto
+from orchestrator.methods.xpo import xpo
 from orchestrator.pipeline import Pipeline
 
 METHODS: dict[str, Callable[..., Pipeline]] = {
@@ -33,7 +35,9 @@ METHODS: dict[str, Callable[..., Pipeline]] = {
     "rloo": rloo,
     "reinforce_pp": reinforce_pp,
     "reinforce_pp_baseline": reinforce_pp_baseline,
+    "a2po": a2po,
     "ppo": ppo,
     "online_dpo": online_dpo,
+    "xpo": xpo,
     "gkd": gkd,
 }

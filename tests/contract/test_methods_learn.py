@@ -58,6 +58,8 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("grpo", {"use_adaptive_entropy": True, "entropy_coef": 0.01, "entropy_target": 5.0}, "advantage"),
     ("grpo", {"multi_objective_aggregation": "normalize_then_sum"}, "advantage"),
     ("gfpo", {"num_remains_in_group": 3, "rejected": "advantage_0", "group_filter": "reward_per_token"}, "advantage"),
+    ("xpo", {"alpha": 1e-3}, "margin"),
+    ("a2po", {"beta2": 0.1}, "advantage"),
     ("rloo", {"normalize_advantages": True, "correction": "sequence_truncate", "updates_per_batch": 2}, "advantage"),
     ("reinforce_pp", {"gamma": 0.9, "minibatches": 2}, "advantage"),
     ("reinforce_pp_baseline", {"mask_truncated_completions": True}, "advantage"),
@@ -90,6 +92,8 @@ def made_up(pipeline: Pipeline, policy: ModelWorker) -> Batch:
         "weight": rng.uniform(0.5, 2.0, len(rows)),
         "reward": (rows % size < size // 2 if size > 1 else rows % 2).astype(np.float32),
         "truncated": rows % 7 == 0,
+        "sampler": (rows % size).astype(np.int8),
+        "optimal_value": np.full(len(rows), 0.5, np.float32),
         "completion_tokens": lengths.astype(np.int32) - 2,
     }
     parts = np.stack([of_row["reward"], rng.normal(size=len(rows))], axis=1)

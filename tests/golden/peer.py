@@ -12,7 +12,6 @@ from typing import Any
 Options = dict[str, Any]
 
 NOT_BUILT = {  # families of cases: what they belong to
-    "a2po": "a2po",
     "distillation": "on-policy distillation",
     "gold": "gold",
     "iw_opd": "iw_opd",
@@ -22,7 +21,6 @@ NOT_BUILT = {  # families of cases: what they belong to
     "prm": "process_reward_model",
     "replay_buffer": "the replay of groups",
     "sdft": "sdft and sdpo",
-    "xpo": "xpo",
 }
 ELSEWHERE = {  # case: the test that holds the same number, or the same fact
     "data/chatml": "tests/unit/test_source_formats.py",
@@ -212,6 +210,15 @@ def _rloo_adv(keys: Keys, _: Any) -> tuple[str, Options]:
     return "rloo", {name: keys.take(name) for name in ("beta", "normalize_advantages", "reward_clip_range")}
 
 
+def _a2po(keys: Keys, _: Any) -> tuple[str, Options]:
+    return "a2po", {"beta2": keys.take("beta2")}
+
+
+def _xpo(keys: Keys, _: Any) -> tuple[str, Options]:
+    options = {name: keys.take(name) for name in ("beta", "alpha")}
+    return "xpo", {**options, "loss_type": keys.case.removeprefix("xpo/")}
+
+
 def _gkd(keys: Keys, _: Any) -> tuple[str, Options]:
     """`reduction` and `num_items_in_batch` say what the sum over tokens is divided by."""
     for name in ("reduction", "num_items_in_batch"):
@@ -233,6 +240,7 @@ def _ppo(keys: Keys, _: Any) -> tuple[str, Options]:
 
 
 MAPPINGS = {
+    "a2po": _a2po,
     "bco": _bco,
     "cpo": _cpo,
     "dpo": _dpo,
@@ -250,4 +258,5 @@ MAPPINGS = {
     "rloo_adv": _rloo_adv,
     "sft": _sft,
     "tpo": _tpo,
+    "xpo": _xpo,
 }

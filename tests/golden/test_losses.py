@@ -289,6 +289,43 @@ def test_online_dpo_equals_the_peer_in_however_many_micro_batches(case: dict[str
     torch.testing.assert_close(apart.gradient, whole.gradient)
 
 
+@cases("xpo/")
+def test_an_exploration_bonus_equals_the_peer(case: dict[str, Any]) -> None:
+    """The policy's samples first, then the reference's."""
+    inputs, outputs = case["inputs"], case["outputs"]
+    logps = [*inputs["model_on_model"], *inputs["model_on_ref"]]
+    pairs, mask = len(logps) // 2, [[1] * len(logps[0])] * len(logps)
+    chosen = torch.tensor(inputs["chosen_is_model"])
+    rows = rows_of(
+        logps,
+        mask,
+        ref_logps=padded([*inputs["ref_on_model"], *inputs["ref_on_ref"]]),
+        group=torch.arange(pairs).repeat(2),
+        preferred=torch.cat([chosen, ~chosen]),
+        sampler=torch.arange(2).repeat_interleave(pairs).to(torch.int8),
+        reward=torch.cat([chosen, ~chosen]).double(),
+        truncated=torch.zeros(2 * pairs).bool(),
+    )
+    gradient = [*outputs["grad_model_on_model"], *outputs["grad_model_on_ref"]]
+    assert_equal(optimise(objective_for(case), rows), {"outputs": {**outputs, "grad": gradient}}, "grad", mask)
+
+
+@cases("a2po/")
+def test_a_fit_to_the_optimal_advantage_equals_the_peer(case: dict[str, Any]) -> None:
+    """The peer's function takes sums over rows: a completion of one token, here."""
+    inputs, outputs = case["inputs"], case["outputs"]
+    logps, ref = ([[value] for value in inputs[f"{name}_logps"]] for name in ("policy", "ref"))
+    rows = rows_of(
+        logps,
+        [[1]] * len(logps),
+        ref_logps=padded(ref),
+        reward=torch.tensor(inputs["rewards"], dtype=torch.float64),
+        optimal_value=torch.tensor(inputs["v_star"], dtype=torch.float64),
+    )
+    expected = {"loss": outputs["loss"], "grad": [[value] for value in outputs["grad"]]}
+    assert_equal(optimise(objective_for(case), rows), {"outputs": expected}, "grad", [[1]] * len(logps))
+
+
 # Divergences of whole distributions
 
 

@@ -66,7 +66,14 @@ TAUGHT: dict[str, Any] = {  # by what the teacher samples
     "phases": {"a": {"method": "gkd", "options": {"lmbda": 0, "seq_kd": True}, "train": {"steps": 50}}},
     "roles": {"teacher": {"model": "big"}},
 }
-LAUNCHES = {"value": PPO, "reward_model": CLASSIC, "teacher": TAUGHT, "teacher_rollout": TAUGHT}  # the others: GRPO
+EXPLORED: dict[str, Any] = {**GRPO, "phases": {"a": {"method": "xpo", "train": {"steps": 50}}}}
+LAUNCHES = {  # the others: GRPO
+    "value": PPO,
+    "reward_model": CLASSIC,
+    "teacher": TAUGHT,
+    "teacher_rollout": TAUGHT,
+    "reference_rollout": EXPLORED,
+}
 RENAMED = {"phases": {"a": {"rename_roles": {"reference": "teacher"}}}}
 DEEPSPEED = {"roles": {"ROLE": {"backend": "deepspeed"}}}
 SELECTED = {"roles": {"ROLE": {"label_selector": {"zone": "a"}}}}

@@ -163,6 +163,17 @@ def test_held_out_rows_have_a_loss_where_it_needs_nothing_of_samples_but_their_t
     assert (found and found.name) == kind
 
 
+@pytest.mark.parametrize(("name", "samples", "rows"), [("xpo", [1, 1], 2), ("a2po", [1, 8], 1)])
+def test_the_reference_samples_beside_the_policy_where_a_method_compares_the_two(
+    name: str, samples: Any, rows: int
+) -> None:
+    pipeline = build(name, {})
+    assert [stage.role for stage in pipeline.generates] == ["rollout", "reference_rollout"]
+    assert [stage.options["n"] for stage in pipeline.generates] == samples
+    assert pipeline.rows_per_item == rows
+    assert pipeline.roles == ("policy", "rollout", "reference_rollout", "reward", "reference")
+
+
 def test_a_penalty_on_completions_without_an_end_comes_before_their_comparison() -> None:
     pipeline = build("online_dpo", {"missing_eos_penalty": 1.5})
     penalty, pair = [stage for stage in pipeline if stage.verb is Verb.REGROUP]
@@ -286,6 +297,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"use_adaptive_entropy": True, "entropy_coef": 0.1, "entropy_coef_min": 0.2},
         r"not within options\.entropy_coef_min=0\.2 and options\.entropy_coef_max=1",
     ),
+    ("xpo", {"alpha": 0.0}, r"options\.alpha=0\.0: .*greater than 0"),
+    ("a2po", {"num_value_samples": 0}, r"options\.num_value_samples=0: .*greater than or equal to 1"),
     ("rloo", {"num_generations": 1}, r"options\.num_generations=1: .*greater than or equal to 2"),
     ("rloo", {"reward_clip_range": [1.0, 1.0]}, r"reward_clip_range=\[1, 1\]: every reward would be the same"),
     ("rloo", {"correction_max": 9}, r"does nothing with options\.correction=none"),

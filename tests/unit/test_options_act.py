@@ -32,6 +32,8 @@ FACTS = {"max_completion_length": 16}
 OTHER_VALUE: dict[str, Any] = {  # of every option, besides `loss_type`, whose names are all tried
     "alpha": 0.5,
     "beta": 0.37,
+    "beta1": 0.9,
+    "beta2": 0.2,
     "cliprange": 0.03,
     "cliprange_value": 0.03,
     "correction": "token_truncate",
@@ -55,6 +57,7 @@ OTHER_VALUE: dict[str, Any] = {  # of every option, besides `loss_type`, whose n
     "epsilon_high": 0.9,
     "f_alpha_divergence_coef": 0.9,
     "f_divergence_type": "js_divergence",
+    "filter_all_incorrect": False,
     "gamma": 0.7,
     "group_filter": "reward_per_token",
     "importance_sampling_level": "sequence",
@@ -77,6 +80,7 @@ OTHER_VALUE: dict[str, Any] = {  # of every option, besides `loss_type`, whose n
     "num_mini_batches": 3,
     "num_remains_in_group": 2,
     "num_ppo_epochs": 2,
+    "num_value_samples": 3,
     "off_policy_mask_threshold": -0.2,
     "precompute_ref_log_probs": True,
     "ref_model_mixup_alpha": 0.2,
@@ -217,7 +221,7 @@ def sampled() -> Batch:
     """Three groups; a completion that was cut, one that could not be scored, and a group of equal rewards."""
     of_tokens = ("old_logps", "ref_logps", "values", "step_reward", "advantages")
     lengths = [3, 4, 5, 3, 4, 3, 4, 5, 3, 4]
-    rewards = np.array([0.5, 1.0, 4.0, 0.2, 3.0, 3.0, np.nan, 1.0, 2.0, 2.0])
+    rewards = np.array([0.5, 1.0, 4.0, 0.2, 3.0, 3.0, np.nan, 1.0, 0.0, 0.0])
     noise = np.random.default_rng(5).normal(-1, 0.3, (len(of_tokens), sum(lengths)))
     return Batch.build(
         lengths,
@@ -226,6 +230,7 @@ def sampled() -> Batch:
         reward_parts=np.stack([rewards, rewards % 2], axis=1),
         reward_weights=np.tile([0.7, 0.3], (len(rewards), 1)),
         group=[0, 0, 0, 0, 0, 1, 1, 1, 2, 2],
+        sampler=np.array([0, 1, 1, 1, 1, 0, 1, 1, 0, 1], np.int8),
         truncated=np.arange(len(lengths)) == 1,
         completion_tokens=np.array(lengths, np.int32) - 1,
         **dict(zip(of_tokens, noise, strict=True)),

@@ -202,6 +202,7 @@ def test_memory_and_custom_resources_are_reserved_as_given() -> None:
     [
         (config(train={"max_staleness": 1}, options={"correction": "none"}), "does not correct for that"),
         (config("online_dpo", train={"max_staleness": 1}), "does not correct for that"),
+        (config("xpo", model={"lora": {}}), "roles.reference_rollout.follows=reference: with model.lora"),
         (config("sft", train={"max_staleness": 1}), "sft samples nothing"),
         (config(roles={"policy": {"ranks": 2}}), "set roles.policy.backend=deepspeed"),
         (

@@ -18,6 +18,7 @@ from orchestrator.regrouping import (
     most_reward_per_token,
     penalise_missing_eos,
     shortest,
+    with_optimal_value,
 )
 from orchestrator.row_table import RowTable
 
@@ -84,6 +85,37 @@ def test_a_completion_that_was_cut_loses_its_penalty_and_may_lose_the_comparison
     np.testing.assert_allclose(penalised["reward"], [0.2, 0.5, 0.4], rtol=1e-6)
     assert pair(best_and_worst(cut))[0] == [0, 2]
     assert pair(best_and_worst(penalised))[0] == [1, 0]
+
+
+def sampled_by_two(rewards: list[float]) -> RowTable:
+    """The first two by the first sampler, the others by another."""
+    return group(rewards).with_values(sampler=np.array([0, 0, *([1] * (len(rewards) - 2))], np.int8))
+
+
+def test_a_prompts_optimal_value_is_that_of_the_other_samplers_rewards_at_each_sample_of_the_first() -> None:
+    table = with_optimal_value(sampled_by_two([0.0, 1.0, 1.0, 0.0, math.nan, 0.0]), beta=0.5, drop_unsolved=True)
+    assert table is not None and samples(table) == [0, 1]
+    np.testing.assert_allclose(table["optimal_value"], [0.5 * np.log((np.exp(2) + 2) / 3)] * 2, rtol=1e-6)
+    extreme = with_optimal_value(sampled_by_two([0.0, math.nan, 1e4, 0.0]), beta=1e-3, drop_unsolved=True)
+    assert extreme is not None and samples(extreme) == [0]
+    np.testing.assert_allclose(extreme["optimal_value"], [1e4], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "drop_unsolved", "remains"),
+    [
+        ([1.0, 1.0, 0.0, 0.0], True, False),
+        ([1.0, 1.0, 0.0, 0.0], False, True),
+        ([1.0, 1.0, math.nan, math.nan], False, False),
+        ([math.nan, math.nan, 1.0, 0.0], False, False),
+    ],
+    ids=["unsolved", "unsolved and kept", "no value", "no sample"],
+)
+def test_a_prompt_without_a_value_or_a_sample_to_learn_from_is_replaced(
+    rewards: list[float], drop_unsolved: bool, remains: bool
+) -> None:
+    found = with_optimal_value(sampled_by_two(rewards), beta=0.5, drop_unsolved=drop_unsolved)
+    assert (found is not None) is remains
 
 
 @pytest.mark.parametrize(
