@@ -188,12 +188,14 @@ def _board_call(run: RunFile, address: str, method: str, *args: Any) -> Any:
     except Unreachable as error:
         raise Silent(f"its Ray cannot be reached from here ({error})") from None
     import ray
-    from ray.exceptions import RayError
+    from ray.exceptions import RayError, RayTaskError
 
     with _one_connection, _connected(run.name, address):
         try:
             actor = ray.get_actor(run.actor, namespace=NAMESPACE)
             return ray.get(getattr(actor, method).remote(*args), timeout=CALL_TIMEOUT_S)
+        except RayTaskError as error:  # what the board raised: it refuses the request
+            raise error.cause from None
         except (ValueError, RayError) as error:
             reason = "its control actor is gone" if isinstance(error, ValueError) else first_lines(error)
             raise Silent(reason) from None
