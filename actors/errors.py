@@ -114,6 +114,12 @@ def nearest(given: str, allowed: Iterable[str]) -> str | None:
     return found[0] if found else None
 
 
+def did_you_mean(given: str, allowed: Iterable[str]) -> str:
+    """`; did you mean vllm?`, or nothing if no allowed word is similar."""
+    meant = nearest(given, allowed)
+    return f"; did you mean {meant}?" if meant else ""
+
+
 def first_lines(error: BaseException, count: int = 1) -> str:
     """The first lines of an error's message, joined into one; its class if it has no message."""
     lines = str(error).strip().splitlines()[:count]

@@ -1,10 +1,10 @@
-"""How rows are dealt to data-parallel ranks and cut into micro-batches. Pure.
+"""How rows are divided among data-parallel ranks and into micro-batches. Pure.
 
-A shard need not hold the values of its rows: a block is a batch that lies in the object store (the samples of a prompt,
-what a rank computed of its rows), and a shard may say in which block, and in which row of it, a column's values are.
-The rank fetches the blocks from where they were made, so that they do not pass through the driver:
+A shard need not hold the values of its rows. A block is a batch in the object store (the samples of a prompt, or
+columns that a rank computed); a shard refers to values by block and row. The rank fetches the blocks from the nodes
+that made them, so that they do not pass through the driver:
 
-    driver ── shard: lengths, values per row, where the values per token are ──► rank ◄── blocks ── object store
+    driver ── shard: lengths, values per row, references to blocks ──► rank ◄── blocks ── object store
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from actors.batch import Array, Batch
 from actors.columns import COLUMNS
 
 MicroBatches = tuple[tuple[int, ...], ...]
-UNEVEN = 1.1  # how much larger the largest micro-batch may be so that groups stay together
+UNEVEN = 1.1  # factor by which the largest micro-batch may grow so that groups stay together
 
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """Where columns of rows lie: row i's values are those of row `rows[i]` in block `blocks[i]`. Both are [B] int64."""
+    """References to columns in blocks: row i has the values of row `rows[i]` of block `blocks[i]`. Both are [B]
+    int64."""
 
     names: frozenset[str]
     blocks: Array
@@ -46,11 +47,11 @@ class Stored:
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """What one data-parallel rank works on: its rows, and which of them form each micro-batch.
+    """The work of one data-parallel rank: its rows, divided into micro-batches.
 
-    `statistics_rows`: micro-batches of rows that no gradient is taken of. `batch` has the columns that travel with the
-    shard; `spread` has values per row [B] of columns per token, the same at each of a row's tokens; `stored` says where
-    the other columns lie."""
+    `statistics_rows`: micro-batches of rows without gradient. `batch` has the columns that are sent with the shard;
+    `spread` has values per row [B] of columns per token that are equal for all tokens of a row; `stored` refers to the
+    other columns."""
 
     batch: Batch
     micro_batches: MicroBatches
@@ -72,10 +73,10 @@ class Shard:
 
 
 def pack(lengths: Sequence[int], ranks: int, token_budget: int) -> list[MicroBatches]:
-    """Deal items to ranks and micro-batches so that work is balanced. One entry per rank.
+    """Divides items among ranks and micro-batches so that work is balanced. One entry per rank.
 
     Every item is dealt exactly once; no micro-batch exceeds `token_budget` unless a single item does; every rank gets
-    the same number of micro-batches (some may be empty, where there are fewer items than that); the result is a
+    the same number of micro-batches (some may be empty if there are fewer items); the result is a
     function of the arguments alone. `lengths` are tokens per item; an item is a row, or a group of rows that must stay
     together. Raises ValueError if an item is longer than the budget.
     """
@@ -107,13 +108,12 @@ def _balance(lengths: Sequence[int], bins: int, budget: int) -> list[list[int]] 
 def shard(
     batch: Batch, ranks: int, token_budget: int, *, keep_groups: bool = False, statistics_rows: str | None = None
 ) -> list[tuple[list[int], Shard]]:
-    """One (rows, shard) per rank: which rows of `batch` it got, in the shard's order, and the shard itself.
+    """One (rows, shard) per rank: its rows of `batch` in the shard's order, and the shard itself.
 
-    With `keep_groups`, rows of one `group` stay in one micro-batch, adjacent and in the batch's order. Without, they do
-    where that costs nothing: samples of a prompt begin alike, and what begins alike in a micro-batch is computed once.
+    With `keep_groups`, rows of one `group` stay in one micro-batch, adjacent and in the batch's order. Without it, they
+    do if that costs nothing: samples of a prompt have a shared prefix, which a micro-batch computes once.
     `statistics_rows` names a boolean column: rows where it is true are balanced by themselves, and share no micro-batch
-    with the others.
-    """
+    with the others."""
     marked = np.zeros(len(batch), np.bool_) if statistics_rows is None else batch[statistics_rows]
     learned, others = (
         _micro_batches(batch, np.flatnonzero(rows), ranks, token_budget, keep_groups) for rows in (~marked, marked)
@@ -123,8 +123,8 @@ def shard(
 
 def shard_groups(batch: Batch, ranks: int, token_budget: int) -> list[tuple[list[int], Shard]]:
     """As `shard`, but a micro-batch has rows of one group only, and which rows those are depends on that group alone.
-    A forward pass then says the same of a row, to the bit, whatever other groups are in the batch: with other rows
-    beside it, a matrix product may add up in another order. The price: small groups make small passes."""
+    A row's result is then the same, bit for bit, whatever other groups are in the batch: with other rows in the same
+    pass, a matrix product may sum in another order. The price: small groups make small passes."""
     micro_batches = [
         micro_batch
         for group in _groups(batch, np.arange(len(batch)))
@@ -138,39 +138,31 @@ def shard_groups(batch: Batch, ranks: int, token_budget: int) -> list[tuple[list
 def _micro_batches(
     batch: Batch, rows: Array, ranks: int, token_budget: int, keep_groups: bool
 ) -> list[list[list[int]]]:
-    """Of each rank, of each of its micro-batches: which of `rows`."""
-    items = _groups(batch, rows) if keep_groups else _grouped_if_free(batch, rows, ranks, token_budget)
-    return [
-        [[row for item in members for row in items[item]] for members in micro_batches]
-        for micro_batches in pack(_sizes(batch, items), ranks, token_budget)
-    ]
+    """For each rank, the rows of each of its micro-batches. Groups stay whole with `keep_groups`; otherwise only if
+    that makes neither more nor clearly larger micro-batches than single rows."""
 
+    def deal(items: list[list[int]]) -> list[list[list[int]]]:
+        tokens = [int(batch.lengths[item].sum()) for item in items]
+        return [
+            [[row for item in members for row in items[item]] for members in micro_batches]
+            for micro_batches in pack(tokens, ranks, token_budget)
+        ]
 
-def _grouped_if_free(batch: Batch, rows: Array, ranks: int, token_budget: int) -> list[list[int]]:
-    """Whole groups as items, unless rows by themselves make fewer or clearly smaller micro-batches."""
-    single = [[row] for row in rows.tolist()]
-    groups = _groups(batch, rows) if "group" in batch else single
-    if len(groups) == len(single) or max(_sizes(batch, groups)) > token_budget:
+    def largest(dealt: list[list[list[int]]]) -> int:
+        return max(int(batch.lengths[micro_batch].sum()) for mine in dealt for micro_batch in mine)
+
+    if keep_groups:
+        return deal(_groups(batch, rows))
+    single = deal([[row] for row in rows.tolist()])
+    groups = _groups(batch, rows) if "group" in batch else []
+    if len(groups) in (0, len(rows)) or max(int(batch.lengths[group].sum()) for group in groups) > token_budget:
         return single
-    (count, largest), (least, smallest) = (
-        _extent(_sizes(batch, items), ranks, token_budget) for items in (groups, single)
-    )
-    return groups if count == least and largest <= UNEVEN * smallest else single
-
-
-def _extent(lengths: Sequence[int], ranks: int, token_budget: int) -> tuple[int, int]:
-    """Micro-batches per rank, and tokens of the largest one."""
-    dealt = pack(lengths, ranks, token_budget)
-    return len(dealt[0]), max(sum(lengths[item] for item in micro) for rank in dealt for micro in rank)
-
-
-def _sizes(batch: Batch, items: Sequence[Sequence[int]]) -> list[int]:
-    """Tokens of each item."""
-    return [int(batch.lengths[list(rows)].sum()) for rows in items]
+    whole = deal(groups)
+    return whole if len(whole[0]) == len(single[0]) and largest(whole) <= UNEVEN * largest(single) else single
 
 
 def _shard(batch: Batch, learned: list[list[int]], statistics_rows: list[list[int]]) -> tuple[list[int], Shard]:
-    """Rows of `batch` in the order of their micro-batches, which name them by their places in the shard."""
+    """The rows of these micro-batches, in their order, and their shard, in which micro-batches hold positions."""
     rows = [row for micro_batch in (*learned, *statistics_rows) for row in micro_batch]
     places = iter(range(len(rows)))
     local = [tuple(islice(places, len(micro_batch))) for micro_batch in (*learned, *statistics_rows)]
@@ -178,6 +170,7 @@ def _shard(batch: Batch, learned: list[list[int]], statistics_rows: list[list[in
 
 
 def _groups(batch: Batch, rows: Array) -> list[list[int]]:
+    """The rows of each group."""
     groups: dict[int, list[int]] = {}
     for row, group in zip(rows.tolist(), batch["group"][rows].tolist(), strict=True):
         groups.setdefault(group, []).append(row)

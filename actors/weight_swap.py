@@ -15,9 +15,11 @@ from actors.lora import Gather, buckets, entries
 Instead = Callable[[str], Tensor]  # a trained weight's name -> its values, flat
 
 
-def replaced(gather: Gather, causal: nn.Module, instead: Instead) -> Gather:
-    """Like `gather`, but while its context lasts trained weights have the values that `instead` gives, called on all
-    ranks in one order. Their own are back afterwards, to the bit."""
+def replaced(gather: Gather, causal: nn.Module, instead: Instead | None) -> Gather:
+    """`gather`, with trained weights replaced by the values of `instead` inside its context; unchanged for None. All
+    ranks call `instead` in the same order. Afterwards the weights have their own values again, bit for bit."""
+    if instead is None:
+        return gather
     names = {id(weight): name for name, weight in causal.named_parameters() if weight.requires_grad}
 
     @contextmanager

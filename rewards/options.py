@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
 
-from actors.errors import ConfigError, nearest
+from actors.errors import ConfigError, did_you_mean
 
 # What every reward may ask for; other parameters are columns of the data set or options.
 OFFERED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -96,6 +96,5 @@ def _misfit(name: str, value: Any, error: ValidationError, fn: str) -> ConfigErr
 
 
 def hint(given: str, there: list[str]) -> str:
-    """What to write instead of an unknown name: the nearest one, or all there are."""
-    meant = nearest(given, there)
-    return f"; did you mean {meant}?" if meant else f". There are: {', '.join(sorted(there)) or 'none'}"
+    """The end of an error about an unknown name: the nearest existing one, or all of them."""
+    return did_you_mean(given, there) or f". There are: {', '.join(sorted(there)) or 'none'}"

@@ -163,7 +163,7 @@ def may_import_ray(file: str) -> bool:
     return file in RAY_AT_MODULE_LEVEL or file.startswith("orchestrator/service/")
 
 
-def test_the_mathematics_and_the_decisions_import_neither_ray_nor_transformers():
+def test_pure_modules_import_neither_ray_nor_transformers():
     assert [place for place in PURE if not (ROOT / place).exists()] == []
     wrong = [
         str(found)
@@ -174,20 +174,20 @@ def test_the_mathematics_and_the_decisions_import_neither_ray_nor_transformers()
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_decisions_do_not_import_torch():
+def test_modules_listed_as_torchless_do_not_import_torch():
     assert [place for place in TORCHLESS if not (ROOT / place).exists()] == []
     wrong = [str(found) for file in sources(*TORCHLESS) for found in imports(file) if found.package == "torch"]
     assert not wrong, "\n".join(wrong)
 
 
-def test_no_imports_go_in_a_circle():
+def test_there_is_no_import_cycle():
     """Not at module level, nor inside functions or for the type checker alone: who imports whom is a drawing that one
     can read from top to bottom."""
     modules = {name: set(imported(file)) for name, file in module_files().items()}
     assert circles(modules) == []
 
 
-def test_a_circle_is_found_wherever_it_is():
+def test_an_import_cycle_is_found_wherever_it_is():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a", "d"}}) == [["b", "c"], ["d"]]
 
 
@@ -223,7 +223,7 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     return sorted(sorted(group) for group in set(in_one.values()))
 
 
-def test_no_method_is_named_in_the_rooms_that_know_none():
+def test_no_method_is_named_in_actors_rollout_or_rewards():
     method = re.compile(rf"(?<![a-z])({'|'.join(map(re.escape, METHODS))})(?![a-z])", re.IGNORECASE)
     wrong = [
         f"{name_of(file)}:{number}: {line.strip()}"
@@ -234,7 +234,7 @@ def test_no_method_is_named_in_the_rooms_that_know_none():
     assert not wrong, "\n".join(wrong)
 
 
-def test_no_module_bears_the_name_of_a_dependency():
+def test_no_module_has_the_name_of_a_dependency():
     """`import vllm` inside a file called vllm.py reads as if it imported itself, and does where its folder is on the
     path. A backend's file is the exception: it is named by the word that selects it in a configuration."""
     wrong = [name_of(file) for file in sources(*PACKAGES) if file.stem.lower() in dependencies()]
@@ -250,12 +250,12 @@ def dependencies() -> set[str]:
     return {re.split(r"[^\w-]", line, maxsplit=1)[0].replace("-", "_").lower() for line in declared}
 
 
-def test_no_module_has_a_name_that_says_nothing():
+def test_no_module_has_an_uninformative_name():
     wrong = [name_of(file) for file in sources(*PACKAGES) if file.stem in SHAPELESS_NAMES]
     assert not wrong, "name it after what it guarantees:\n" + "\n".join(wrong)
 
 
-def test_every_module_says_what_it_is_for():
+def test_every_module_has_a_docstring():
     wrong = [name_of(file) for file in sources(*PACKAGES) if not ast.get_docstring(tree(file))]
     assert not wrong, "no docstring:\n" + "\n".join(wrong)
 

@@ -217,7 +217,7 @@ class DeepSpeedBackend:
 
     def save_model(self, folder: Path, instead: Instead | None = None) -> None:
         weights, causal = {}, self._module.causal
-        gather = self._gathered if instead is None else replaced(self._gathered, causal, instead)
+        gather = replaced(self._gathered, causal, instead)
         for name, tensor in full_tensors(causal, 256 * 2**20, gather):
             if self.world.rank == 0:
                 weights[name] = tensor.to("cpu", copy=True)
@@ -227,7 +227,7 @@ class DeepSpeedBackend:
 
     def save_adapter(self, folder: Path, instead: Instead | None = None) -> None:
         causal = self._module.causal
-        gather = self._gathered if instead is None else replaced(self._gathered, causal, instead)
+        gather = replaced(self._gathered, causal, instead)
         weights = adapter_weights(causal, gather)
         if self.world.rank == 0:
             write_adapter(causal, folder, weights)

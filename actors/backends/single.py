@@ -21,7 +21,7 @@ from actors.backends.optimizer import StepInfo, Stepper
 from actors.backends.parking import Sleeper
 from actors.backends.placement import Placement, device_of
 from actors.errors import ConfigError
-from actors.lora import Gather, adapter_weights, adapters_off, full_tensors, merged_tensors, resident, write_adapter
+from actors.lora import adapter_weights, adapters_off, full_tensors, merged_tensors, resident, write_adapter
 from actors.model import ModelSpec, load_model
 from actors.specs import BackendSpec, OptimSpec
 from actors.weight_swap import Instead, mix_in, replaced
@@ -109,11 +109,11 @@ class SingleBackend:
 
     def save_model(self, folder: Path, instead: Instead | None = None) -> None:
         causal = self.model.causal
-        causal.save_pretrained(folder, state_dict=dict(merged_tensors(causal, 0, _gathering(causal, instead))))
+        causal.save_pretrained(folder, state_dict=dict(merged_tensors(causal, 0, replaced(resident, causal, instead))))
 
     def save_adapter(self, folder: Path, instead: Instead | None = None) -> None:
         causal = self.model.causal
-        write_adapter(causal, folder, adapter_weights(causal, _gathering(causal, instead)))
+        write_adapter(causal, folder, adapter_weights(causal, replaced(resident, causal, instead)))
 
     def sleep(self) -> None:
         self._sleeper.sleep(*self.held)
@@ -129,10 +129,6 @@ class SingleBackend:
     def _round_weights(self) -> None:
         for weight in self._weights.values():
             weight.round()
-
-
-def _gathering(causal: nn.Module, instead: Instead | None) -> Gather:
-    return resident if instead is None else replaced(resident, causal, instead)
 
 
 class Weight:

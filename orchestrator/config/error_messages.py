@@ -11,7 +11,7 @@ from typing import Any, cast
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from actors.errors import ConfigError, nearest
+from actors.errors import ConfigError, did_you_mean, nearest
 from orchestrator.config.overrides import Keys, dotted
 
 SHOWN = 8  # errors; another program's file would otherwise fill the screen
@@ -19,8 +19,7 @@ SHOWN = 8  # errors; another program's file would otherwise fill the screen
 
 def unknown(what: str, given: str, allowed: Sequence[str]) -> str:
     """`no method 'grop'; did you mean grpo? There are: dpo, grpo, sft`."""
-    meant = nearest(given, allowed)
-    hint = f"; did you mean {meant}?" if meant else "."
+    hint = did_you_mean(given, allowed) or "."
     return f"no {what} {given!r}{hint} There are: {', '.join(sorted(allowed)) or 'none'}"
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from pydantic import ConfigDict, ValidationError, validate_call
 
-from actors.errors import ConfigError, nearest
+from actors.errors import ConfigError, did_you_mean
+from orchestrator.config.error_messages import unknown
 from orchestrator.config.section import is_word_for_number
 from orchestrator.methods.idle import refuse_idle, types_of
 from orchestrator.methods.table import METHODS
@@ -31,8 +32,8 @@ def build(name: str, options: Mapping[str, Any], facts: Mapping[str, Any] | None
     known = inspect.signature(method).parameters
     for option in options:
         if option not in known:
-            near = _nearest(option, known)
-            raise ConfigError(f"method {name} has no option {option!r}{near}; it has {', '.join(known)}")
+            hint = did_you_mean(option, known) or "."
+            raise ConfigError(f"method {name} has no option {option!r}{hint} It has {', '.join(known)}")
     offered = {fact: value for fact, value in (facts or {}).items() if fact in known}
 
     def made(changed: Mapping[str, Any]) -> Pipeline:
@@ -50,10 +51,7 @@ def find_method(name: str) -> Callable[..., Pipeline]:
         _refuse_unnamed(name, method)
         return method
     if name not in METHODS:
-        raise ConfigError(
-            f"method {name!r} does not exist{_nearest(name, METHODS)}; there are {', '.join(METHODS)}, and your own as "
-            "path/to/file.py:name"
-        )
+        raise ConfigError(f"{unknown('method', name, list(METHODS))}. Or give your own as path/to/file.py:name")
     return METHODS[name]
 
 
@@ -98,8 +96,3 @@ def _call(name: str, method: Callable[..., Pipeline], options: Mapping[str, Any]
 @cache
 def _validated(method: Callable[..., Pipeline]) -> Callable[..., Pipeline]:
     return validate_call(config=ConfigDict(allow_inf_nan=False))(method)
-
-
-def _nearest(name: str, known: Mapping[str, Any]) -> str:
-    near = nearest(name, known)
-    return f" (did you mean {near!r}?)" if near else ""

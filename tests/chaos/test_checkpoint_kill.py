@@ -92,7 +92,7 @@ def flip_a_bit(path: Path, chance: random.Random) -> None:
 
 
 @pytest.mark.filterwarnings("error")  # nothing that a kill leaves behind is ever taken for a checkpoint
-def test_the_newest_checkpoint_is_valid_and_never_goes_back_through_many_kills(tmp_path: Path):
+def test_the_newest_checkpoint_stays_valid_and_its_step_never_decreases_through_many_kills(tmp_path: Path):
     chance, last = random.Random(0), 0
     for _ in range(KILLS):
         said = Writer(tmp_path).kill_after(chance.uniform(0, 0.05))
@@ -102,7 +102,7 @@ def test_the_newest_checkpoint_is_valid_and_never_goes_back_through_many_kills(t
     assert last > KILLS
 
 
-def test_a_flipped_bit_costs_one_checkpoint_and_the_run_goes_on_from_the_one_before(tmp_path: Path):
+def test_a_checkpoint_with_a_flipped_bit_is_skipped_and_the_run_continues_from_the_previous_one(tmp_path: Path):
     chance = random.Random(1)
     for _ in range(5):
         said = Writer(tmp_path).kill_after(0.05)
@@ -119,7 +119,7 @@ def test_a_flipped_bit_costs_one_checkpoint_and_the_run_goes_on_from_the_one_bef
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("largest_file", [1, 50, 100_000])
 @pytest.mark.parametrize("library", ["plainly", "torch", "transformers"])
-def test_a_full_disk_ends_the_writer_with_a_message_and_the_checkpoint_before_is_intact(
+def test_a_full_disk_ends_the_writer_with_a_message_and_the_previous_checkpoint_is_intact(
     tmp_path: Path, largest_file: int, library: str
 ):
     """torch, safetensors and Python each fail in a way of their own: what is raised is the same."""

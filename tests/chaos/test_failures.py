@@ -40,7 +40,7 @@ def test_a_rank_that_hangs_is_named_and_ends_the_run_by_its_deadline(tmp_path: P
 
 
 @pytest.mark.parametrize("daemon", ["raylet", "gcs_server"])
-def test_when_ray_dies_the_run_ends_at_once_and_says_so(tmp_path: Path, daemon: str):
+def test_when_ray_dies_the_run_ends_at_once_with_a_message(tmp_path: Path, daemon: str):
     run = Run(tmp_path, CHANGES)
     run.until(lambda: run.events("checkpoint"), "a checkpoint")
     family = psutil.Process(run.process.pid).children(recursive=True)
@@ -54,7 +54,7 @@ def test_when_ray_dies_the_run_ends_at_once_and_says_so(tmp_path: Path, daemon: 
     assert not psutil.wait_procs(family, timeout=30)[1]
 
 
-def test_a_run_whose_output_nobody_reads_any_more_ends_in_order_with_a_checkpoint(tmp_path: Path):
+def test_a_run_whose_output_is_closed_saves_a_checkpoint_and_shuts_down(tmp_path: Path):
     run = Run(tmp_path, {**CHANGES, "checkpoint": {}}, into="head -n 25 > /dev/null")
     code, output = run.ended()
     assert code == 141

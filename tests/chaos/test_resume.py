@@ -87,7 +87,7 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(tmp_path: Path, uninte
     assert_learned(run)
 
 
-def test_a_run_that_may_restart_goes_on_by_itself_to_the_same_bits(tmp_path: Path, uninterrupted: bytes):
+def test_a_run_with_restarts_continues_automatically_and_ends_with_the_same_bits(tmp_path: Path, uninterrupted: bytes):
     run = started(tmp_path, "--restarts", "2")
     run.until(lambda: run.steps() >= 3, "step 3")
     run.rank("policy").send_signal(signal.SIGKILL)

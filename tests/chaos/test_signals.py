@@ -45,7 +45,7 @@ def run(tmp_path: Path) -> Iterator[Foreground]:
 @pytest.mark.parametrize(
     ("received", "to_all"), [(signal.SIGINT, True), (signal.SIGHUP, True), (signal.SIGTERM, False)]
 )
-def test_a_signal_ends_a_run_with_a_checkpoint_of_its_last_step_from_which_it_goes_on(
+def test_a_signal_ends_a_run_with_a_checkpoint_of_its_last_step_from_which_it_can_be_resumed(
     run: Foreground, received: signal.Signals, to_all: bool
 ):
     run.until(lambda: run.steps() >= 3, "step 3")
@@ -59,7 +59,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_of_its_last_step_from_which_it_go
     assert f"troupe resume {run.folder}" in last
 
 
-def test_sigterm_to_the_whole_process_group_takes_ray_with_it_and_the_run_ends_at_once(run: Foreground):
+def test_sigterm_to_the_whole_process_group_also_ends_ray_and_the_run_ends_at_once(run: Foreground):
     run.until(lambda: run.steps() >= 3, "step 3")
     code, said = end(run, lambda: os.killpg(run.process.pid, signal.SIGTERM))
     assert code == 128 + signal.SIGTERM

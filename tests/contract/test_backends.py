@@ -33,7 +33,7 @@ from actors.errors import ConfigError, InfraFailure, RunError
 from actors.group import start_ranks
 from actors.model import ModelSpec
 from actors.model_worker import ModelWorker, UpdateReport
-from actors.objective import Counts, MicroBatch, Objective, Outputs, Stat, World
+from actors.objective import Objective
 from actors.sharding import shard
 from actors.specs import BackendSpec, LoraSpec, OptimSpec
 from actors.weight_averaging import AverageSpec
@@ -42,6 +42,7 @@ from orchestrator.losses.objective import LossObjective
 from orchestrator.losses.reduce import item_mean
 from orchestrator.losses.unpaired import bco, kto
 from orchestrator.publishing.transfer import mix_towards
+from tests.masked_nll import MaskedNll
 from tests.unit.tiny import tiny_model_folder
 
 VERB_S = 120.0
@@ -76,32 +77,6 @@ SINGLE = Case("single", 0, 1)
 DEEPSPEED = [Case("deepspeed", stage, ranks) for ranks in (1, 2) for stage in (0, 1, 2, 3)]
 ZERO3 = Case("deepspeed", 3, 2)
 every_backend = pytest.mark.parametrize("case", [SINGLE, *DEEPSPEED], ids=str)
-
-
-class MaskedNll:
-    """Mean negative log-likelihood of the masked tokens: the least that an objective can be."""
-
-    needs: frozenset[str] = frozenset()
-    columns: frozenset[str] = frozenset({"mask"})
-    head = Head.VOCABULARY
-    keep_groups = False
-    coupled = False
-    statistics_rows = None
-    of_logits = None
-
-    def counts(self, micro: MicroBatch) -> Counts:
-        return {"tokens": float(micro["mask"].sum())}
-
-    def statistics(
-        self, micros: list[MicroBatch], outputs: list[Outputs], world: World, state: dict[str, Any]
-    ) -> dict[str, Any]:
-        return {}
-
-    def loss(
-        self, micro: MicroBatch, outputs: Outputs, counts: Counts, statistics: dict[str, Any]
-    ) -> tuple[Tensor, dict[str, Stat]]:
-        loss = -(outputs.logps * micro["mask"]).sum() / counts["tokens"]
-        return loss, {"loss": Stat(loss.detach(), combine="sum")}
 
 
 class Rank:

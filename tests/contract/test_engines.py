@@ -150,13 +150,13 @@ def test_greedy_tokens_are_the_models_argmax(subject: Subject) -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @on(*MODELS)
-def test_sampled_log_probabilities_are_the_models(subject: Subject, temperature: float) -> None:
+def test_sampled_log_probabilities_equal_those_of_the_model(subject: Subject, temperature: float) -> None:
     for completion in subject.run(Request("a", PROMPT, 4, Sampling(32, temperature=temperature), seed=2))["a"]:
         assert subject.error(PROMPT, completion, temperature).max() < 1e-4
 
 
 @on("vllm-bf16", "hf-bf16")
-def test_sampled_log_probabilities_in_bfloat16_are_near_the_models(subject: Subject) -> None:
+def test_sampled_log_probabilities_in_bfloat16_are_close_to_those_of_the_model(subject: Subject) -> None:
     samples = subject.run(Request("a", PROMPT, 4, Sampling(32), seed=2))["a"]
     errors = np.concatenate([subject.error(PROMPT, completion) for completion in samples])
     assert errors.max() < 0.1
@@ -205,7 +205,7 @@ def test_samples_do_not_depend_on_what_else_is_running(subject: Subject) -> None
 
 
 @on("hf-tied")
-def test_the_hf_engine_repeats_log_probabilities_to_the_bit_in_any_company(subject: Subject) -> None:
+def test_the_hf_engine_repeats_log_probabilities_bit_for_bit_whatever_else_is_in_the_batch(subject: Subject) -> None:
     request = Request("a", PROMPT, 4, Sampling(24), seed=6)
     alone = subject.run(request)["a"]
     crowded = subject.run(Request("b", LONG_PROMPT, 5, Sampling(9), seed=1), request)["a"]
@@ -252,7 +252,7 @@ def test_a_sample_ends_with_a_stop_string_that_is_a_special_token(subject: Subje
 
 
 @on(*ENGINES)
-def test_samples_end_with_the_end_of_sequence_or_at_their_limit_and_say_which(subject: Subject) -> None:
+def test_samples_end_with_the_end_of_sequence_or_at_their_limit_and_report_which(subject: Subject) -> None:
     samples = subject.run(Request("a", PROMPT, 32, Sampling(48), seed=9))["a"]
     for completion in samples:
         ended = completion.tokens[-1] == EOS
@@ -271,7 +271,7 @@ def test_a_prompt_without_room_for_a_token_is_a_data_failure(subject: Subject) -
 
 
 @on("vllm-tied", "hf-tied")
-def test_a_token_outside_the_vocabulary_is_a_data_failure_and_the_engine_goes_on(subject: Subject) -> None:
+def test_a_token_outside_the_vocabulary_is_a_data_failure_and_the_engine_keeps_serving(subject: Subject) -> None:
     with pytest.raises(DataFailure, match="vocab"):
         subject.engine.add(Request("stray", (5, 64), 2, Sampling(4), seed=1))
     assert set(subject.run(Request("good", PROMPT, 2, Sampling(4), seed=1))) == {"good"}
@@ -327,7 +327,7 @@ def test_every_token_carries_the_version_that_produced_it(subject: Subject) -> N
 
 
 @on(*MODELS, "vllm-two-ranks")
-def test_tokens_after_new_weights_have_exactly_the_log_probabilities_of_these(subject: Subject) -> None:
+def test_tokens_sampled_after_new_weights_arrive_have_exactly_the_new_log_probabilities(subject: Subject) -> None:
     subject.engine.add(Request("a", LONG_PROMPT, 3, Sampling(20), seed=14))
     for _ in range(4):
         subject.engine.step()
@@ -354,7 +354,7 @@ def test_greedy_tokens_follow_new_weights_although_the_prompt_was_cached_and_req
 
 
 @on(*MODELS)
-def test_weights_that_lack_a_parameter_are_refused_and_a_whole_set_is_taken_again(subject: Subject) -> None:
+def test_weights_that_lack_a_parameter_are_refused_and_a_complete_set_is_accepted_afterwards(subject: Subject) -> None:
     with pytest.raises(InfraFailure, match="not sent"):
         subject.engine.load([pair for pair in subject.original if "layers.1.mlp.down_proj" not in pair[0]], 3)
     subject.load(subject.original, 4)

@@ -70,7 +70,7 @@ def test_with_adapters_the_reference_of_held_out_rows_is_the_model_without_them(
     assert evaluations[2]["eval_loss"] != pytest.approx(math.log(2), abs=1e-4)
 
 
-def test_what_a_reference_says_of_held_out_rows_is_kept_as_of_all_others(recipe: dict[str, Any]) -> None:
+def test_log_probabilities_of_a_reference_for_held_out_rows_are_cached_like_all_others(recipe: dict[str, Any]) -> None:
     _, expected = ran(recipe)
     recipe["phases"]["first"] |= {"options": {"precompute_ref_log_probs": True}}
     recipe["phases"]["first"]["data"]["cache_dir"] = str(Path(recipe["output"]) / "cache")
@@ -86,9 +86,7 @@ FOLLOWS = {"sync_ref_model": True, "ref_model_sync_steps": 2}
 
 
 @pytest.mark.parametrize(("method", "options"), [("bco", {}), ("kto", {}), ("dpo", FOLLOWS)])
-def test_training_goes_on_as_if_nothing_had_been_evaluated(
-    recipe: dict[str, Any], method: str, options: dict[str, Any]
-) -> None:
+def test_an_evaluation_does_not_change_training(recipe: dict[str, Any], method: str, options: dict[str, Any]) -> None:
     # two look across the rows of a batch, one of them remembers; the reference of the third moves after some steps
     recipe["phases"]["first"] |= {"method": method, "options": options}
     recipe["phases"]["first"]["train"]["steps"] = 4
@@ -117,7 +115,7 @@ def test_training_goes_on_as_if_nothing_had_been_evaluated(
         ("kto", {"rows.limit": 1, "rows.path": "one.jsonl"}, r"has one item; kto swaps completions between items"),
     ],
 )
-def test_what_cannot_be_evaluated_is_refused_before_anything_starts(
+def test_an_evaluation_that_is_impossible_is_refused_before_anything_starts(
     recipe: dict[str, Any], method: str, change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     phase = recipe["phases"]["first"]
@@ -178,7 +176,7 @@ def test_a_checkpoint_is_written_before_its_evaluation_and_prompts_that_fail_are
     assert "evaluation first: 2 prompt(s) failed and are not in its mean" in capsys.readouterr().out
 
 
-def test_an_evaluation_that_fails_is_a_warning_and_a_number_that_is_missing(
+def test_an_evaluation_that_fails_becomes_a_warning_and_its_metrics_are_missing(
     answered: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     held_out(tmp_path, "breaks", "raises")
@@ -189,7 +187,7 @@ def test_an_evaluation_that_fails_is_a_warning_and_a_number_that_is_missing(
     assert "evaluation first failed, and its number is missing; training goes on: all 2 prompts failed" in out
 
 
-def test_a_resumed_run_makes_up_for_the_evaluation_that_was_not_made_and_repeats_none(
+def test_a_resumed_run_makes_a_missing_evaluation_and_repeats_no_other(
     answered: dict[str, Any], tmp_path: Path
 ) -> None:
     held_out(tmp_path, "fine")

@@ -105,7 +105,9 @@ def naive_loop(config: RunConfig, to: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ROWS)
-def test_a_run_whose_reference_follows_is_the_naive_loop_to_the_bit(model: Path, tmp_path: Path, method: str) -> None:
+def test_a_run_with_a_synchronised_reference_equals_the_naive_loop_bit_for_bit(
+    model: Path, tmp_path: Path, method: str
+) -> None:
     config = configured(tmp_path, model, {method: phase(tmp_path, method)})
     result = run(config, local=True)
     naive_loop(config, tmp_path / "naive")
@@ -115,7 +117,7 @@ def test_a_run_whose_reference_follows_is_the_naive_loop_to_the_bit(model: Path,
     assert not torch.equal(*(weights(result.checkpoint / role)["model.norm.weight"] for role in ("model", "reference")))
 
 
-def test_a_reference_that_follows_changes_what_is_learned_from_the_step_after(model: Path, tmp_path: Path) -> None:
+def test_a_synchronised_reference_changes_training_from_the_next_step_on(model: Path, tmp_path: Path) -> None:
     still, following = (
         run(configured(tmp_path, model, {"dpo": phase(tmp_path, options=options)}), local=True)
         for options in ({}, SYNC)
@@ -160,7 +162,7 @@ def test_a_resumed_run_ends_with_the_same_bits(model: Path, tmp_path: Path, phas
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["full", "adapters"])
-def test_the_average_of_a_run_is_the_papers_of_its_own_checkpoints(
+def test_the_average_of_a_run_equals_the_papers_formula_on_its_checkpoints(
     model: Path, tmp_path: Path, lora: dict[str, Any] | None
 ) -> None:
     """With adapters the merged weights are no average of merged weights, so there only that it is another model."""
@@ -182,12 +184,12 @@ def test_the_average_of_a_run_is_the_papers_of_its_own_checkpoints(
             torch.testing.assert_close(found[name], weight, atol=1e-6, rtol=1e-6)
 
 
-def test_a_run_without_an_average_leaves_none(model: Path, tmp_path: Path) -> None:
+def test_a_run_without_averaging_saves_no_average(model: Path, tmp_path: Path) -> None:
     result: RunResult = run(configured(tmp_path, model, {"dpo": phase(tmp_path, options={})}), local=True)
     assert result.averaged is None
 
 
-def test_a_run_is_not_resumed_with_a_reference_that_begins_to_follow(model: Path, tmp_path: Path) -> None:
+def test_resuming_with_sync_ref_model_newly_set_is_refused(model: Path, tmp_path: Path) -> None:
     make = partial(configured, tmp_path, model)
     result = run(make({"dpo": phase(tmp_path, options={})}), local=True)
     shutil.rmtree(result.folder / "checkpoints" / f"step-{STEPS:08d}")
@@ -212,7 +214,7 @@ def test_a_run_is_not_resumed_with_a_reference_that_begins_to_follow(model: Path
     ],
     ids=["reference", "update_after", "default"],
 )
-def test_what_would_never_come_up_in_a_phase_is_refused(
+def test_an_interval_longer_than_the_phase_is_refused(
     model: Path, tmp_path: Path, options: dict[str, Any], train: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):

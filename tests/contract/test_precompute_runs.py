@@ -99,7 +99,7 @@ def assert_equal_bits(result: RunResult, expected: RunResult) -> None:
     [("dpo", {}), ("bco", {}), ("kto", {"loss_type": "apo_zero_unpaired"})],
     ids=["dpo", "bco", "kto apo_zero_unpaired"],
 )
-def test_it_trains_as_with_a_reference_in_every_step_and_the_second_run_asks_nobody(
+def test_precomputed_values_train_like_a_reference_in_every_step_and_a_second_run_launches_none(
     method: str, options: dict[str, Any], model: Path, tmp_path: Path
 ) -> None:
     once = config(tmp_path, model, method, options={**options, **ONCE})
@@ -115,7 +115,7 @@ def test_it_trains_as_with_a_reference_in_every_step_and_the_second_run_asks_nob
     assert_equal_bits(second, first)
 
 
-def test_with_adapters_the_policy_is_asked_without_them_and_keeps_what_a_reference_would_say(
+def test_with_adapters_the_policy_without_them_computes_the_values_that_a_reference_would(
     model: Path, tmp_path: Path
 ) -> None:
     result = started(config(tmp_path, model, lora=4), tmp_path / "once")
@@ -125,7 +125,7 @@ def test_with_adapters_the_policy_is_asked_without_them_and_keeps_what_a_referen
     assert origins(started(config(tmp_path, model), tmp_path / "whole")) == ["cache"], "the same base, the same values"
 
 
-def test_a_later_phases_reference_is_the_policy_as_it_began_and_a_resumed_run_takes_what_was_kept(
+def test_the_reference_of_a_later_phase_is_the_policy_at_its_start_and_a_resumed_run_reads_the_cache(
     model: Path, tmp_path: Path
 ) -> None:
     once = config(tmp_path, model, before=True)

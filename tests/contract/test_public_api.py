@@ -15,7 +15,7 @@ from orchestrator.import_pin import ROOT
 SHORT = ("train.steps=2", "logging.every=2", "logging.tensorboard=false", "evaluation=null", "cluster.num_cpus=4")
 
 
-def test_importing_troupe_imports_nothing_heavy_and_every_name_is_there():
+def test_importing_troupe_imports_nothing_heavy_and_every_public_name_exists():
     code = "import sys, troupe; print([name for name in ('torch', 'ray', 'pydantic') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stderr

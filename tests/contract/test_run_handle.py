@@ -98,7 +98,7 @@ def test_clients_that_ask_for_opposites_at_the_same_time_are_all_answered_and_th
             assert run.status().state == ("paused" if last == "pause" else "running")
 
 
-def test_a_run_that_finishes_hands_over_its_result_and_all_of_its_metrics(tmp_path: Path):
+def test_a_finished_run_returns_its_result_and_all_of_its_metrics(tmp_path: Path):
     with started(tmp_path, train__steps=3) as run:
         steps = [line["step"] for line in run.metrics()]
         kinds = [event["event"] for event in run.events()]
@@ -110,7 +110,7 @@ def test_a_run_that_finishes_hands_over_its_result_and_all_of_its_metrics(tmp_pa
     assert run.status().state == "finished"
 
 
-def test_a_run_that_its_data_refuses_raises_what_the_command_prints(tmp_path: Path):
+def test_a_run_whose_data_is_refused_raises_the_message_that_the_command_prints(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"nowhere\.jsonl") as refused, started(tmp_path, data__path="nowhere.jsonl"):
         pass
     assert "Traceback" not in str(refused.value)

@@ -44,7 +44,7 @@ def test_every_transport_is_under_test():
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "collective"])
-def test_a_run_ends_with_the_same_bits_whichever_way_its_weights_travel(tmp_path: Path, by_default: bytes, way: str):
+def test_a_run_ends_with_the_same_bits_with_every_transport_of_weights(tmp_path: Path, by_default: bytes, way: str):
     finished = run(tmp_path, way)
     assert model(finished) == by_default
     if way == "disk":

@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM
 
 from actors.group import RayWorker, start_worker
 from actors.model import ModelSpec
-from actors.model_worker import ModelWorker
 from actors.specs import BackendSpec
 from rollout.engine import EngineSpec
 from rollout.sampling import Request, Sampling
 from rollout.weights import CollectiveSend, ManifestOf, OpenCollective, PackBuckets
 from rollout.weights.protocol import Ack, Manifest, Rendezvous, SendReport, SyncOrder
 from rollout.worker import RolloutWorker
+from tests.shaken_worker import Shaken
 from tests.unit.tiny import tiny_model_folder
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
@@ -37,17 +37,6 @@ BUCKET = 2**20
 CACHE_GIB = 1.0
 PROMPT = (5, 9, 14, 20, 33)
 _numbers = itertools.count()
-
-
-class Shaken(ModelWorker):
-    """A trainer whose weights can be changed without training."""
-
-    def shake(self, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in self.backend.model.parameters():
-                noise = torch.randn(parameter.shape, generator=generator) * 0.05
-                parameter.add_(noise.to(parameter.device, parameter.dtype))
 
 
 def kinds_of_groups() -> set[str]:
@@ -165,7 +154,7 @@ async def follow(pair: Pair, kind: str) -> None:
 
 
 @two_gpus
-async def test_weights_travel_by_nccl_between_two_gpus(folder: Path):
+async def test_weights_are_broadcast_by_nccl_between_two_gpus(folder: Path):
     pair = Pair(folder, gpus=1)
     try:
         await follow(pair, "ProcessGroupNCCL")
@@ -173,7 +162,7 @@ async def test_weights_travel_by_nccl_between_two_gpus(folder: Path):
         await pair.close()
 
 
-async def test_weights_travel_by_gloo_where_both_share_a_gpu(folder: Path):
+async def test_weights_are_broadcast_by_gloo_if_both_share_a_gpu(folder: Path):
     pair = Pair(folder, gpus=0.4)
     try:
         await follow(pair, "ProcessGroupGloo")
@@ -185,7 +174,7 @@ def free_bytes() -> int:
     return torch.cuda.mem_get_info(0)[0]
 
 
-async def test_a_sleeping_engine_gives_its_memory_back_and_samples_the_same_when_it_wakes(folder: Path):
+async def test_a_sleeping_engine_releases_its_memory_and_samples_the_same_after_it_wakes(folder: Path):
     engine = Pair(folder, gpus=0.4)
     try:
         await engine.ready()

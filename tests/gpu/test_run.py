@@ -31,7 +31,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_two_steps_leave_a_checkpoint_and_are_sampled_with_the_weights_that_they_train(tmp_path: Path, layout: str):
+def test_two_steps_save_a_checkpoint_and_sample_with_the_trained_weights(tmp_path: Path, layout: str):
     if layout == "on two GPUs" and torch.cuda.device_count() < 2:
         pytest.skip("needs two NVIDIA GPUs")
     run = Run(tmp_path, {**COMMON, "roles": LAYOUTS[layout]})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +12,11 @@ from torch import Tensor
 
 from actors.attention import Documents, varlen_attention
 from actors.batch import Batch
-from actors.columns import Head
 from actors.model import ModelSpec
 from actors.model_worker import ModelWorker, UpdateReport
-from actors.objective import Counts, MicroBatch, Outputs, Stat, World
 from actors.sharding import shard
 from actors.specs import BackendSpec, OptimSpec
+from tests.masked_nll import MaskedNll
 from tests.unit.tiny import tiny_model_folder
 
 pytestmark = pytest.mark.gpu
@@ -28,30 +26,6 @@ HEADS, HEAD_DIM = 8, 64
 HALF = {"rtol": 2e-2, "atol": 2e-2}  # two roundings of a number around 1 to 8 bits
 BUDGET = 256  # tokens per micro-batch: several of them
 OPTIM = OptimSpec(learning_rate=1e-2, total_steps=8, adam_eps=1e-3, scheduler="constant", max_grad_norm=0.7)
-
-
-class MaskedNll:
-    """Mean negative log-likelihood of the masked tokens."""
-
-    needs: frozenset[str] = frozenset()
-    columns: frozenset[str] = frozenset({"mask"})
-    head = Head.VOCABULARY
-    keep_groups = False
-    coupled = False
-    statistics_rows = None
-
-    def counts(self, micro: MicroBatch) -> Counts:
-        return {"tokens": float(micro["mask"].sum())}
-
-    def statistics(
-        self, micros: list[MicroBatch], outputs: list[Outputs], world: World, state: dict[str, Any]
-    ) -> dict[str, Any]:
-        return {}
-
-    def loss(
-        self, micro: MicroBatch, outputs: Outputs, counts: Counts, statistics: dict[str, Any]
-    ) -> tuple[Tensor, dict[str, Stat]]:
-        return -(outputs.logps * micro["mask"]).sum() / counts["tokens"], {}
 
 
 @dataclass(frozen=True)
@@ -121,7 +95,7 @@ def test_updates_in_bfloat16_follow_those_in_float32(tmp_path: Path):
         assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=0.1)
 
 
-def test_a_sleeping_trainer_gives_its_memory_back_and_goes_on_where_it_was(tmp_path: Path):
+def test_a_sleeping_trainer_releases_its_memory_and_continues_where_it_stopped(tmp_path: Path):
     folder = tiny_model_folder(tmp_path, hidden=256, layers=8)
     trainable, other = trainer(folder, "bfloat16"), trainer(folder, "bfloat16")
     updates(trainable, 1), updates(other, 1)

@@ -228,7 +228,7 @@ def test_call_split_leaves_the_second_value_in_the_store(bench: RayWorker) -> No
     assert not array.flags.owndata, "a view of the object store, not a copy"
 
 
-def test_what_an_actor_returned_survives_its_death() -> None:
+def test_values_that_an_actor_returned_survive_its_death() -> None:
     worker = fresh("short-lived/0")
 
     async def scenario() -> np.ndarray:
@@ -274,7 +274,7 @@ def test_a_gang_of_one_has_no_store() -> None:
     assert asyncio.run(group.call("place", timeout_s=READY_S)) == [(0, 1, None)]
 
 
-def test_group_results_come_in_rank_order_whoever_is_first(gang: RayGroup) -> None:
+def test_group_results_are_in_rank_order_whichever_rank_is_first(gang: RayGroup) -> None:
     arrays = [np.full(3, rank) for rank in range(3)]
     assert asyncio.run(gang.call("total", 10, per_rank=arrays, timeout_s=10)) == [0, 30, 60]
     assert len(asyncio.run(gang.call("block", per_rank=[0.4, 0.2, 0.0], timeout_s=10))) == 3

@@ -197,7 +197,7 @@ async def test_colocated_roles_share_each_gpu_by_fractions(invented: InventedClu
     await until(lambda: gpus_in_use() == 0)
 
 
-async def test_a_worker_that_joins_brings_a_group_and_takes_it_along_when_it_leaves(
+async def test_a_placement_group_is_created_with_a_joining_worker_and_removed_with_it(
     invented: InventedCluster, anyone: str
 ) -> None:
     wanted = config({"policy": {"gpus": 1}, "rollout": {"workers": 1, "gpus": 2, "tensor_parallel": 2}}, beta=0.0)
@@ -219,7 +219,7 @@ async def test_a_worker_that_joins_brings_a_group_and_takes_it_along_when_it_lea
         await cluster.close()
 
 
-async def test_a_plan_without_room_says_within_the_deadline_which_role_lacks_what(
+async def test_a_plan_that_does_not_fit_is_an_error_within_the_deadline_that_names_role_and_resource(
     invented: InventedCluster, anyone: str
 ) -> None:
     wanted = config(
@@ -244,7 +244,7 @@ async def test_a_plan_without_room_says_within_the_deadline_which_role_lacks_wha
     await cluster.close()
 
 
-async def test_a_cluster_that_others_fill_is_not_called_too_small(invented: InventedCluster, anyone: str) -> None:
+async def test_a_cluster_that_others_use_is_not_reported_as_too_small(invented: InventedCluster, anyone: str) -> None:
     many = config({"policy": {"backend": "deepspeed", "ranks": 256, "gpus": 1}}, beta=0.0)
     more = config({"policy": {"gpus": 1}}, beta=0.0, timeout_s=0.5)
     first, second = (RayCluster(each, anyone, disconnect=False) for each in (many, more))
@@ -277,7 +277,7 @@ def labels_of(node_id: str) -> dict[str, str]:
     return labels
 
 
-async def test_labels_say_where_rollout_workers_go_and_a_fallback_takes_what_finds_no_room(
+async def test_labels_choose_the_nodes_of_rollout_workers_and_a_fallback_takes_those_that_do_not_fit(
     invented: InventedCluster, labelled: str, anyone: str
 ) -> None:
     rollout = {

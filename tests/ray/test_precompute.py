@@ -21,7 +21,7 @@ PAIRS: dict[str, Any] = {
 }
 
 
-def test_the_second_run_takes_the_first_ones_values_and_launches_no_reference(tmp_path: Path):
+def test_a_second_run_reads_the_first_ones_values_and_launches_no_reference(tmp_path: Path):
     kept = {"data": {"cache_dir": str(tmp_path / "cache")}}
     first = Run(tmp_path / "first", kept, base=PAIRS)
     first.wait()

@@ -170,7 +170,7 @@ def job_folder(where: Path, output: Path, changes: dict[str, Any]) -> Path:
     return where
 
 
-def test_a_run_finds_a_cluster_by_ray_address_and_leaves_nothing_on_it(head: Head, tmp_path: Path):
+def test_a_run_finds_a_cluster_by_ray_address_and_leaves_no_actor_or_group_on_it(head: Head, tmp_path: Path):
     changes = {"train": {"steps": 2, "batch_size": 8}, **SMALL}
     run = Run(tmp_path, changes, environment={**head.environment, "RAY_ADDRESS": head.address})
     [file] = run.until(lambda: list(tmp_path.glob("t-*/run.json")), "its start")
@@ -187,7 +187,7 @@ def test_a_run_finds_a_cluster_by_ray_address_and_leaves_nothing_on_it(head: Hea
     ("changed", "part"),
     [({"RAY_AUTH_MODE": ""}, "export RAY_AUTH_MODE=token"), ({"RAY_AUTH_TOKEN": "0" * 64}, "takes another token")],
 )
-def test_a_command_without_the_clusters_token_is_told_so_instead_of_that_there_is_no_ray(
+def test_a_command_without_the_clusters_token_fails_with_an_error_about_the_token(
     head: Head, changed: dict[str, str], part: str
 ):
     """A process that asked Ray's own client would hear nothing of tokens, after twenty seconds of warnings."""
@@ -207,7 +207,7 @@ def test_a_submitted_job_trains_with_a_reward_of_its_own_folder_and_succeeds(hea
     assert head.alive() == []
 
 
-def test_a_job_is_seen_asked_and_scaled_from_outside_and_stopped_in_order(head: Head, tmp_path: Path):
+def test_a_job_is_inspected_and_scaled_from_outside_and_shuts_down_cleanly(head: Head, tmp_path: Path):
     changes = {"train": {"steps": 10_000, "batch_size": 8}, "checkpoint": {"every": 5}}
     folder = job_folder(tmp_path / "job", tmp_path / "runs", changes)
     patient = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}})

@@ -130,7 +130,7 @@ def logps(model: Any, tokens: np.ndarray) -> np.ndarray:
     return np.concatenate([[0.0], predicted.numpy()])
 
 
-async def test_a_call_that_is_given_up_leaves_nothing_running(worker: RayWorker) -> None:
+async def test_an_abandoned_call_leaves_nothing_running(worker: RayWorker) -> None:
     with pytest.raises(InfraFailure, match=r"no answer within 0\.2 s"):
         await worker.call("generate", request("given up", 480), timeout_s=0.2)
     deadline = time.monotonic() + CALL_S
@@ -139,7 +139,7 @@ async def test_a_call_that_is_given_up_leaves_nothing_running(worker: RayWorker)
         await asyncio.sleep(0.02)
 
 
-async def test_the_kind_of_a_failure_survives_the_way_to_the_driver(worker: RayWorker) -> None:
+async def test_the_kind_of_a_failure_is_preserved_up_to_the_driver(worker: RayWorker) -> None:
     with pytest.raises(DataFailure, match="max_model_len"):
         await worker.call("generate", Request("long", (7,) * 600, 1, Sampling(4), seed=0), timeout_s=CALL_S)
     running = asyncio.ensure_future(generate(worker, request("doomed", 480)))

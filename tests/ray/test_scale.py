@@ -49,7 +49,7 @@ def test_a_running_job_is_scaled_up_and_down_new_workers_take_part_and_a_trainer
     assert not run.events("evicted"), "scaling down drains, it does not kill"
 
 
-def test_a_job_that_is_scaled_to_nothing_waits_says_so_once_and_goes_on_when_it_is_scaled_up_again(tmp_path):
+def test_a_job_scaled_to_zero_waits_reports_it_once_and_continues_when_it_is_scaled_up_again(tmp_path):
     changes = {"train": {"steps": 400, "batch_size": 8}, "roles": {"rollout": {"engine": "hf"}}}
     run = Run(tmp_path, {**changes, "cluster": {"num_cpus": 6, "watchdog_s": 1}, "weights": {"transport": "disk"}})
     run.until(lambda: run.steps() >= 2, "step 2")

@@ -49,7 +49,7 @@ def test_scaling_by_batch_uses_one_deviation_and_none_uses_none() -> None:
     )
 
 
-def test_an_unscorable_sample_gets_zero_and_does_not_touch_its_group() -> None:
+def test_an_unscorable_sample_has_advantage_zero_and_does_not_affect_its_group() -> None:
     with_gap = zscore_by_group(np.array([1.0, NAN, 3.0]), np.zeros(3))
     without = zscore_by_group(np.array([1.0, 3.0]), np.zeros(2))
     assert with_gap[1] == 0
@@ -110,7 +110,7 @@ def test_a_row_that_no_reward_could_score_is_masked_and_one_of_advantage_zero_is
     assert written["advantages"].tolist() == [0] * 6
 
 
-def test_a_truncated_completion_loses_its_whole_mask_and_no_other() -> None:
+def test_only_a_truncated_completion_loses_its_whole_mask() -> None:
     rows = RowTable(Batch.build([2, 3], mask=[False, True, False, True, True], truncated=[True, False]))
     written = rows.with_values(**mask_truncated(rows))
     assert on_a_rank(written)["mask"].tolist() == [False, False, False, True, True]
@@ -134,7 +134,7 @@ def test_a_group_has_signal_if_two_scored_samples_differ(rewards: list[float], e
 # Density ratios
 
 
-def test_undesirable_prompts_that_look_desirable_weigh_more() -> None:
+def test_undesirable_prompts_that_resemble_desirable_ones_have_larger_weights() -> None:
     rng = np.random.default_rng(0)
     label = np.arange(400) < 100
     embeddings = rng.normal(size=(400, 3)) + np.where(label, 1.0, 0.0)[:, None]

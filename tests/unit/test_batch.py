@@ -35,7 +35,7 @@ def test_selected_rows_keep_their_own_tokens_in_the_given_order(drawn: tuple[lis
 
 
 @given(st.lists(st.lists(st.integers(0, 5), max_size=5), max_size=4))
-def test_concatenated_batches_are_their_rows_one_after_the_other(parts: list[list[int]]) -> None:
+def test_concatenation_keeps_all_rows_in_order(parts: list[list[int]]) -> None:
     batches = [numbered(lengths, start=100 * i) for i, lengths in enumerate(parts)]
     whole = Batch.concat(batches)
     assert whole.lengths.tolist() == [length for lengths in parts for length in lengths]
@@ -89,7 +89,7 @@ def test_a_missing_column_is_an_error_that_names_those_there_are() -> None:
         Batch.build([1], tokens=[1]).only(["mask"])
 
 
-def test_new_columns_leave_the_original_as_it_was() -> None:
+def test_new_columns_do_not_change_the_original_batch() -> None:
     batch = numbered([2, 1])
     wider = batch.with_columns(mask=[True, True, False])
     assert "mask" in wider and "mask" not in batch

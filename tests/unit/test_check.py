@@ -106,7 +106,7 @@ def test_bad_rows_within_the_bound_are_listed_and_the_rest_is_counted(
     assert "row 2: not JSON" in said
 
 
-def test_what_a_refusal_says_to_set_can_be_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_remedy_in_an_error_message_can_be_applied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write(tmp_path, PAIR.replace(b"chosen", b"better"), b"{")
     code, said = check(capsys, file, "dpo", "data.columns.chosen=better", "data.max_bad_rows=1")
     assert code == 0, said
@@ -137,7 +137,7 @@ def test_options_of_the_method_and_a_chat_template_are_taken_into_account(
         ("triples", ("tpo",)),
     ],
 )
-def test_the_example_data_fits_its_methods(
+def test_the_example_data_is_valid_for_its_methods(
     data: str, methods: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for method in methods:

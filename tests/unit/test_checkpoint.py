@@ -39,7 +39,7 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
-async def test_the_newest_checkpoint_comes_back_with_its_state_and_files(tmp_path: Path):
+async def test_the_newest_checkpoint_is_loaded_with_its_state_and_files(tmp_path: Path):
     store = CheckpointStore(tmp_path / "checkpoints", keep=2)
     assert store.latest() is None
     for step in (1, 2, 3):
@@ -90,7 +90,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-async def test_a_damaged_checkpoint_is_passed_over_with_a_warning_for_the_one_before(tmp_path: Path, damage: str):
+async def test_a_damaged_checkpoint_is_skipped_with_a_warning_and_the_previous_one_is_used(tmp_path: Path, damage: str):
     store = CheckpointStore(tmp_path, keep=2)
     for step in (1, 2):
         await write(store, step)
@@ -102,7 +102,7 @@ async def test_a_damaged_checkpoint_is_passed_over_with_a_warning_for_the_one_be
 
 
 @pytest.mark.parametrize("folder", ["model", "bema"])
-async def test_a_file_that_somebody_put_beside_a_model_is_noticed_and_the_checkpoint_still_used(
+async def test_an_unknown_file_beside_a_model_is_a_warning_and_the_checkpoint_is_still_used(
     tmp_path: Path, folder: str
 ):
     store = CheckpointStore(tmp_path, keep=2)
@@ -114,7 +114,7 @@ async def test_a_file_that_somebody_put_beside_a_model_is_noticed_and_the_checkp
     assert found is not None and found.state.step == 1
 
 
-async def test_the_checkpoint_of_a_step_is_chosen_and_those_after_it_go_when_the_next_is_written(tmp_path: Path):
+async def test_later_checkpoints_than_the_chosen_one_are_removed_when_the_next_is_written(tmp_path: Path):
     store = CheckpointStore(tmp_path, keep=5)
     for step in (2, 4, 6):
         await write(store, step)
@@ -138,7 +138,7 @@ async def test_a_step_without_a_usable_checkpoint_is_refused_with_those_that_the
         store.at(4)
 
 
-async def test_what_was_passed_over_neither_counts_as_kept_nor_comes_up_again(tmp_path: Path):
+async def test_a_skipped_checkpoint_does_not_count_as_kept_and_is_not_used_again(tmp_path: Path):
     store = CheckpointStore(tmp_path, keep=1)
     await write(store, 8)
     newer = await write(CheckpointStore(tmp_path, keep=5), 10)
@@ -158,7 +158,7 @@ async def test_a_step_that_is_written_again_replaces_the_damaged_one(tmp_path: P
     assert found is not None and (found.path / "policy" / "rank0.pt").read_bytes() == b"again" * 3
 
 
-async def test_a_writer_that_fails_leaves_nothing_and_the_checkpoint_before_it(tmp_path: Path):
+async def test_a_failed_write_leaves_no_folder_and_keeps_the_previous_checkpoint(tmp_path: Path):
     store = CheckpointStore(tmp_path, keep=1)
     await write(store, 1)
 
@@ -171,7 +171,7 @@ async def test_a_writer_that_fails_leaves_nothing_and_the_checkpoint_before_it(t
     assert names(tmp_path) == ["step-00000001"]
 
 
-async def test_a_disk_that_refuses_is_an_error_that_says_what_to_do(tmp_path: Path):
+async def test_a_disk_error_is_reported_with_a_remedy(tmp_path: Path):
     store = CheckpointStore(tmp_path, keep=1)
 
     async def full(folder: Path) -> None:
@@ -183,7 +183,7 @@ async def test_a_disk_that_refuses_is_an_error_that_says_what_to_do(tmp_path: Pa
     assert names(tmp_path) == []
 
 
-async def test_leftovers_of_a_killed_process_are_swept_by_the_next_write(tmp_path: Path):
+async def test_leftovers_of_a_killed_process_are_removed_by_the_next_write(tmp_path: Path):
     left = tmp_path / ".tmp-7-deadbeef"
     left.mkdir()
     (left / "rank0.pt").write_bytes(b"x")
@@ -193,7 +193,7 @@ async def test_leftovers_of_a_killed_process_are_swept_by_the_next_write(tmp_pat
     assert names(tmp_path) == ["step-00000008"]
 
 
-async def test_a_cancelled_write_leaves_a_whole_checkpoint_or_none(tmp_path: Path):
+async def test_a_cancelled_write_leaves_a_complete_checkpoint_or_none(tmp_path: Path):
     """Cancelled at every point of its course, the commit in its thread among them."""
     store = CheckpointStore(tmp_path, keep=1)
     outcomes = set()

@@ -105,7 +105,7 @@ def test_a_methods_page_shows_stages_options_defaults_and_ranges(troupe: Troupe)
     [
         (("run", "grpo_arithmetik"), "did you mean grpo_arithmetic?"),
         (("run", "nowhere/recipe.yaml"), "nowhere/recipe.yaml"),
-        (("methods", "gropo"), "did you mean 'grpo'?"),
+        (("methods", "gropo"), "did you mean grpo?"),
         (("resume", "."), "not a run's folder"),
         (("scale", ".", "rollout=many"), "rollout=many"),
         (("scale", ".", "rollout=2"), "not a run's folder"),
@@ -123,7 +123,7 @@ def test_data_that_fits_a_method_is_reported(troupe: Troupe):
     assert "rows read as prompt" in done.stdout
 
 
-def test_a_plan_shows_stages_roles_and_placement_and_refuses_nothing(troupe: Troupe):
+def test_a_valid_plan_shows_stages_roles_and_placement_and_no_refusal(troupe: Troupe):
     done = troupe("plan", "grpo_arithmetic", "cluster.num_cpus=4")
     assert done.returncode == 0, done.stderr
     for part in (
@@ -135,14 +135,14 @@ def test_a_plan_shows_stages_roles_and_placement_and_refuses_nothing(troupe: Tro
         assert part in done.stdout
 
 
-def test_what_a_row_is_learned_from_is_coloured_and_a_long_row_is_cut_in_its_middle():
+def test_trained_tokens_are_coloured_and_the_middle_of_a_long_row_is_left_out():
     text = coloured(f"37+58=⟦95<eos>⟧{'x' * PREVIEW_LIMIT}")
     (learned,) = text.spans
     assert (text.plain[learned.start : learned.end], str(learned.style)) == ("⟦95<eos>⟧", "green")
     assert f"… {len('37+58=⟦95<eos>⟧')} characters …" in text.plain
 
 
-def test_a_plan_that_the_machine_cannot_hold_says_which_role_lacks_what_and_exits_with_2(troupe: Troupe):
+def test_a_plan_that_does_not_fit_the_machine_names_role_and_resource_and_exits_with_2(troupe: Troupe):
     done = troupe("plan", "grpo_arithmetic", "roles.policy.gpus=80", "weights.transport=object_store")
     assert done.returncode == 2
     assert "policy: no place for 1 of 1, each needs 80 GPU" in done.stdout

@@ -58,7 +58,7 @@ async def test_groups_come_up_ready_and_workers_wait_for_their_ready_call() -> N
     await cluster.close()
 
 
-async def test_a_stopped_worker_is_closed_and_answers_no_more() -> None:
+async def test_a_stopped_worker_is_closed_and_calls_to_it_fail() -> None:
     cluster = LocalCluster()
     await cluster.reserve(planned())
     resident: list[Resident] = []

@@ -256,7 +256,7 @@ async def test_a_group_with_too_few_survivors_is_dropped():
     await feed.close()
 
 
-async def test_groups_that_teach_nothing_are_replaced_until_the_batch_is_full():
+async def test_groups_without_signal_are_replaced_until_the_batch_is_full():
     stages = Stages(rewards={index: [1.0, 1.0] for index in (0, 1, 5)})
     feed = collector(stages)
     collected = await feed.next(0)
@@ -376,7 +376,7 @@ async def test_what_is_taken_is_a_row_like_those_that_are_sampled_and_does_not_g
     assert ages == [0 if chosen[group.position] else None for group in collected.groups]
 
 
-async def test_a_group_is_dropped_if_any_of_its_stages_samples_too_little():
+async def test_a_group_is_dropped_if_one_of_its_stages_returns_too_few_samples():
     class Fails(Stages):
         async def sample(self, role: str, request: Request, sampler: int = 0) -> tuple[GroupMeta, RowTable]:
             if role == "elder" and request.group == 1:
@@ -390,7 +390,7 @@ async def test_a_group_is_dropped_if_any_of_its_stages_samples_too_little():
     await feed.close()
 
 
-async def test_a_data_set_on_which_everything_fails_ends_the_run_with_the_reason():
+async def test_a_data_set_whose_every_prompt_fails_ends_the_run_with_the_reason():
     stages = Stages(failing=dict.fromkeys(range(100), DataFailure("the reward raised KeyError: 'answer'")))
     feed = collector(stages, allowed=5)
     with pytest.raises(BudgetExhausted, match="KeyError: 'answer'"):
@@ -452,7 +452,7 @@ async def test_a_closed_collector_starts_nothing_more():
     assert len(stages.seen) == seen
 
 
-async def test_while_a_step_is_trained_nobody_waits_for_prompt_groups_and_no_deadline_runs():
+async def test_no_deadline_for_prompt_groups_runs_during_a_training_step():
     stages, now = Stages(), [0.0]
     watchdog = Watchdog(clock=lambda: now[0])
     feed = collector(stages, watchdog=watchdog)
@@ -466,7 +466,7 @@ async def test_while_a_step_is_trained_nobody_waits_for_prompt_groups_and_no_dea
     await feed.close()
 
 
-async def test_a_batch_that_is_missed_is_named_once_unless_somebody_wants_no_workers():
+async def test_a_late_batch_is_reported_once_unless_the_pool_is_scaled_to_zero():
     stages, now = Stages(slow={1}), [0.0]
     watchdog = Watchdog(clock=lambda: now[0])
     feed = collector(stages, watchdog=watchdog)
@@ -481,7 +481,7 @@ async def test_a_batch_that_is_missed_is_named_once_unless_somebody_wants_no_wor
     await feed.close()
 
 
-async def test_a_batch_that_can_never_be_filled_is_an_error_and_not_a_wait_for_ever():
+async def test_a_batch_that_can_never_be_filled_is_an_error_at_once():
     feed = collector(Stages(), batches=1)
     feed.advance(1, await feed.next(0))
     with pytest.raises(RunError, match="0 of 3 prompt groups are ready for version 1, none is under way"):

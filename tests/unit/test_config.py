@@ -73,7 +73,7 @@ def test_overrides_reach_single_phases_with_and_without_the_phases_name(single: 
     assert (config.phases["grpo"].train.steps, config.phases["grpo"].train.batch_size, config.seed) == (7, 2, 5)
 
 
-def test_an_override_of_the_method_names_the_phase_anew(single: Path):
+def test_overriding_the_method_also_renames_the_phase(single: Path):
     config = load_config(single, ["method=sft", "options={}"])
     assert list(config.phases) == ["sft"]
 
@@ -90,25 +90,25 @@ def test_an_override_past_the_end_of_a_list_is_refused(single: Path):
     assert "2 is not a position in a list of 2" in refusal(single, "rewards.2.weight=2")
 
 
-def test_a_phase_key_in_a_file_of_several_phases_asks_which_phase(several: Path):
+def test_a_phase_key_without_a_phase_is_refused_if_there_are_several(several: Path):
     message = refusal(several, "train.steps=9")
     assert "sft, grpo" in message
     assert "phases.sft.train.steps=9" in message
 
 
-def test_a_file_with_both_shapes_is_told_where_the_key_belongs(tmp_path: Path):
+def test_a_phase_key_beside_phases_is_refused_with_its_place(tmp_path: Path):
     message = refusal(written(tmp_path / "both.yaml", SEVERAL + "train: {steps: 3}\n"))
     assert "line 4" in message
     assert "phases.NAME.train" in message
 
 
-def test_a_misspelt_key_is_answered_with_the_nearest_and_the_line(tmp_path: Path):
+def test_an_unknown_key_is_an_error_with_the_nearest_key_and_the_line(tmp_path: Path):
     message = refusal(written(tmp_path / "a.yaml", SINGLE.replace("learning_rate", "lerning_rate")))
     assert "train.lerning_rate: no such key; did you mean train.learning_rate?" in message
     assert "a.yaml, line 8" in message
 
 
-def test_a_misspelt_key_of_the_top_level_is_answered_with_the_nearest_and_the_override(single: Path, several: Path):
+def test_an_unknown_top_level_key_is_an_error_with_the_nearest_key_and_the_override(single: Path, several: Path):
     assert refusal(single, "trian.steps=3").splitlines() == [
         "trian: no such key; did you mean train?",
         "  set in override 'trian.steps=3'",
@@ -116,7 +116,7 @@ def test_a_misspelt_key_of_the_top_level_is_answered_with_the_nearest_and_the_ov
     assert "did you mean phases.NAME.train?" in refusal(several, "trian.steps=3")
 
 
-def test_a_key_of_another_section_is_answered_with_its_place(single: Path):
+def test_a_key_of_another_section_is_an_error_that_names_its_place(single: Path):
     assert "there is train.batch_size" in refusal(single, "batch_size=3")
 
 
@@ -126,14 +126,14 @@ def test_a_value_out_of_range_names_value_range_and_override(single: Path):
     assert "set in override 'roles.rollout.workers=0'" in message
 
 
-def test_a_role_of_another_name_is_what_its_kind_says(single: Path):
+def test_a_role_with_a_new_name_has_the_class_of_its_kind(single: Path):
     roles = load_config(single, ["roles.critic.kind=trainer", "roles.critic.optimizer.learning_rate=0.5"]).roles
     assert isinstance(roles["critic"], TrainerRole) and roles["critic"].optimizer.learning_rate == 0.5
     assert roles["policy"].kind == "trainer" and roles["reward"].kind == "scorers" and "judge" not in roles
     assert {"policy", "critic", "rollout", "reference"} <= {name for name, _ in roles}
 
 
-def test_a_role_of_another_name_says_its_kind_and_has_the_keys_of_that(single: Path):
+def test_a_role_with_a_new_name_needs_a_kind_and_has_the_keys_of_that_kind(single: Path):
     message = refusal(single, "roles.critic.ranks=2")
     assert message.startswith("roles.critic: a role with a name of your own needs a kind: trainer, frozen")
     assert "no such key" in refusal(single, "roles.judge.kind=scorers", "roles.judge.ranks=2")
@@ -142,7 +142,7 @@ def test_a_role_of_another_name_says_its_kind_and_has_the_keys_of_that(single: P
 
 
 @pytest.mark.parametrize("name", ["a/b", "../b", ".", "", "a b", "x" * 101])
-def test_a_run_or_a_phase_whose_name_is_no_folders_is_refused_with_what_a_name_may_hold(name: str, single: Path):
+def test_a_name_of_a_run_or_phase_that_is_not_a_valid_folder_name_is_refused_with_the_rule(name: str, single: Path):
     message = refusal(single, f"name='{name}'")
     assert message.startswith(f"name: {name!r} is not allowed: it must be a valid" if len(name) < 80 else "name: 'xxx")
     assert "set in override" in message
@@ -165,7 +165,7 @@ def test_a_missing_key_is_named(single: Path):
     assert "data.mixture.0.fraction: is required" in refusal(single, "data.mixture=[{path: a.jsonl}]")
 
 
-def test_an_unknown_method_is_answered_with_the_nearest(single: Path):
+def test_an_unknown_method_is_an_error_with_the_nearest_name(single: Path):
     message = refusal(single, "method=gropo")
     assert "grpo" in message
     assert "override 'method=gropo'" in message
@@ -203,7 +203,7 @@ def test_an_empty_file_is_refused(tmp_path: Path):
     assert "keys and values" in refusal(written(tmp_path / "a.yaml", ""))
 
 
-def test_an_unknown_recipe_is_answered_with_those_that_exist():
+def test_an_unknown_recipe_is_an_error_that_lists_the_existing_ones():
     message = refusal("grpo_arithmetik")
     assert "did you mean grpo_arithmetic?" in message
 
@@ -213,7 +213,7 @@ def test_a_file_that_is_not_there_is_named():
 
 
 @pytest.mark.parametrize("name", recipes())
-def test_a_shipped_recipe_loads_and_says_what_it_does(name: str):
+def test_a_shipped_recipe_loads_and_has_a_description(name: str):
     assert load_config(name).phases
     assert recipes()[name]
 
@@ -252,7 +252,7 @@ def test_lines_are_known_inside_lists_and_mappings():
     assert lines[("a", 0, "c")] == 3
 
 
-def test_a_setting_that_was_overridden_is_no_longer_blamed_on_the_file(single: Path):
+def test_an_error_in_an_overridden_setting_names_the_override_and_not_the_file(single: Path):
     draft = Draft.read(single)
     draft.override(parse("train={steps: 1}"))
     assert draft.where(("train", "learning_rate")) == "override 'train={steps: 1}'"

@@ -20,7 +20,7 @@ def resolved(given: Any = None, *, dtype: str = "float32", optim: OptimSpec | No
     return resolve(given, zero_stage=2, dtype=dtype, optim=optim, world_size=4)
 
 
-def test_nothing_given_means_the_roles_stage_and_the_runs_settings() -> None:
+def test_an_empty_configuration_gets_the_roles_stage_and_the_runs_settings() -> None:
     config = resolved()
     assert config["zero_optimization"] == {"stage": 2}
     assert config["gradient_clipping"] == 0.5
@@ -106,12 +106,12 @@ def test_a_frozen_role_has_no_optimizer_and_partitions_only_parameters() -> None
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_the_shipped_files_contradict_nothing(path: Path) -> None:
+def test_the_shipped_files_do_not_contradict_the_run(path: Path) -> None:
     stage = json.loads(path.read_text())["zero_optimization"]["stage"]
     assert resolved(path, dtype="bfloat16")["zero_optimization"]["stage"] == stage
 
 
-def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent\.json cannot be read: No such file"):
         resolved(tmp_path / "absent.json")
     (tmp_path / "broken.json").write_text("{")

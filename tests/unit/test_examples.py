@@ -34,7 +34,7 @@ def test_no_held_out_problem_nor_its_mirror_is_in_any_training_split_of_any_seed
         assert not trained & held_out
 
 
-def test_sft_data_forgets_most_carries_of_the_ones_and_nothing_else() -> None:
+def test_sft_data_omits_most_carries_of_the_ones_and_is_otherwise_right() -> None:
     data = examples.dataset("arithmetic_sft", seed=0, split="train")
     wrong_carries, carries = 0, 0
     for prompt, completion in zip(data["prompt"], data["completion"], strict=True):
@@ -48,13 +48,13 @@ def test_sft_data_forgets_most_carries_of_the_ones_and_nothing_else() -> None:
     assert wrong_carries / carries == pytest.approx(0.7, abs=0.03)
 
 
-def test_sft_test_split_is_right_throughout() -> None:
+def test_every_row_of_the_sft_test_split_is_right() -> None:
     data = examples.dataset("arithmetic_sft", seed=0, split="test")
     sums = [str(sum(map(int, prompt.rstrip("=").split("+")))) for prompt in data["prompt"]]
     assert list(data["completion"]) == sums
 
 
-def test_asking_for_more_rows_than_there_are_problems_uses_each_before_any_again() -> None:
+def test_each_problem_is_used_once_before_any_is_repeated() -> None:
     all_problems = len(examples.dataset("arithmetic", seed=0, split="train"))
     prompts = list(examples.dataset("arithmetic", seed=0, split="train", rows=all_problems + 100)["prompt"])
     assert len(set(prompts[:all_problems])) == all_problems
@@ -82,12 +82,14 @@ def test_skewed_lengths_have_the_mean_of_their_beta_distribution_and_respect_the
         ("arithmetic_sft", "train", {"forgoten": 0.5}, "forgotten"),
     ],
 )
-def test_a_wrong_name_split_or_option_is_told_what_there_is(name: str, split: str, options: dict, named: str) -> None:
+def test_an_unknown_name_split_or_option_is_an_error_that_lists_the_valid_ones(
+    name: str, split: str, options: dict, named: str
+) -> None:
     with pytest.raises(DataError, match=named):
         examples.dataset(name, seed=0, split=split, **options)
 
 
-def test_an_unknown_model_is_told_which_there_are(tmp_path: Path) -> None:
+def test_an_unknown_example_model_is_an_error_that_lists_the_existing_ones(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"skewed-2\.6m"):
         examples.model_folder("skewed", 0, tmp_path)
 
@@ -111,7 +113,7 @@ def test_the_tokenizer_survives_saving_and_encodes_any_text_byte_by_byte(tmp_pat
     assert (reloaded.pad_token_id, reloaded.eos_token_id) == (0, 1)
 
 
-def test_threads_that_ask_at_once_get_one_whole_folder(tmp_path: Path) -> None:
+def test_concurrent_requests_for_a_model_get_one_complete_folder(tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as threads:
         folders = list(threads.map(lambda _: examples.model_folder("arithmetic", 3, tmp_path), range(4)))
     assert len(set(folders)) == 1
@@ -119,7 +121,7 @@ def test_threads_that_ask_at_once_get_one_whole_folder(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(folders[0])
 
 
-def test_the_rate_of_ending_gives_the_mean_that_it_is_asked_for() -> None:
+def test_the_rate_of_ending_gives_the_requested_mean_length() -> None:
     rate = examples.rate_for(96)
     expected = sum((1 - rate) ** k for k in range(96))
     assert expected == pytest.approx(0.3 * 96, rel=1e-6)
@@ -139,14 +141,14 @@ def test_completions_of_a_skewed_model_end_at_a_constant_rate_and_never_pad(tmp_
     assert probabilities[..., 0].max().item() < 1e-9
 
 
-def test_preference_data_sets_a_right_answer_against_one_that_forgets_or_makes_up_a_carry() -> None:
+def test_the_rejected_answer_of_a_pair_omits_or_adds_a_carry() -> None:
     for prompt, chosen, rejected in zip(*_columns("arithmetic_pairs", "prompt", "chosen", "rejected"), strict=True):
         a, b = map(int, prompt.rstrip("=").split("+"))
         assert int(chosen) == a + b
         assert int(rejected) - int(chosen) == (-10 if a % 10 + b % 10 >= 10 else 10)
 
 
-def test_the_gold_answer_of_a_triple_is_right_and_its_chosen_one_carries_but_may_be_one_off() -> None:
+def test_the_gold_answer_of_a_triple_is_right_and_the_chosen_one_is_right_in_its_carry_only() -> None:
     gold, chosen, rejected = _columns("arithmetic_triples", "reference", "chosen", "rejected")
     assert all(abs(int(right) - int(wrong)) == 10 for right, wrong in zip(gold, rejected, strict=True))
     assert all(int(right) // 10 == int(answer) // 10 for right, answer in zip(gold, chosen, strict=True))
@@ -154,7 +156,7 @@ def test_the_gold_answer_of_a_triple_is_right_and_its_chosen_one_carries_but_may
     assert right == pytest.approx(0.5, abs=0.03)
 
 
-def test_a_label_is_true_exactly_where_the_answer_is_right_and_as_often_as_was_asked_for() -> None:
+def test_a_label_is_true_exactly_for_right_answers_and_with_the_requested_frequency() -> None:
     prompts, completions, labels = _columns("arithmetic_labelled", "prompt", "completion", "label", desirable=0.3)
     sums = [sum(map(int, prompt.rstrip("=").split("+"))) for prompt in prompts]
     assert [int(answer) == right for answer, right in zip(completions, sums, strict=True)] == labels

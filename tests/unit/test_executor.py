@@ -179,7 +179,7 @@ async def test_on_shared_cores_stages_run_in_the_pipelines_order() -> None:
 
 
 @pytest.mark.parametrize("concurrent", [True, False])
-async def test_a_name_that_two_roles_report_is_preceded_by_the_role(concurrent: bool) -> None:
+async def test_a_metric_that_two_roles_report_is_prefixed_with_the_role(concurrent: bool) -> None:
     policy = Ranks("policy", [], reports=[{"loss": 1.0, "entropy": 2.0}])
     value = Ranks("value", [], reports=[{"loss": 3.0, "explained_variance": 4.0}])
     _, metrics = await step(executor(ACTOR_CRITIC, policy, value, concurrent=concurrent))
@@ -191,7 +191,7 @@ async def test_a_name_that_two_roles_report_is_preceded_by_the_role(concurrent: 
 STEP = {"grad_norm": 2.0, "learning_rate": 0.5, "time/forward": 3.0}
 
 
-async def test_of_minibatches_and_epochs_times_add_up_and_everything_else_is_a_mean() -> None:
+async def test_over_minibatches_and_epochs_times_are_summed_and_other_metrics_averaged() -> None:
     reports = [{"loss": loss} for loss in (1.0, 2.0, 3.0, 6.0)]
     policy = Ranks("policy", [], reports=reports)
     pipeline = Pipeline(Completions, update("policy", nll, reduce=token_mean, epochs=2, minibatches=2))
@@ -234,7 +234,7 @@ async def test_a_stage_whose_predecessor_failed_does_not_run() -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-async def test_what_ranks_compute_of_their_shares_is_in_the_rows_own_order(ranks: int) -> None:
+async def test_columns_that_ranks_compute_are_in_the_order_of_the_rows(ranks: int) -> None:
     pipeline = Pipeline(
         Completions,
         infer("reference", into="ref_logps"),
@@ -249,7 +249,7 @@ async def test_what_ranks_compute_of_their_shares_is_in_the_rows_own_order(ranks
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-async def test_a_score_per_row_comes_into_the_drivers_table(ranks: int) -> None:
+async def test_scores_per_row_are_in_the_drivers_table(ranks: int) -> None:
     pipeline = Pipeline(
         Completions,
         infer("reward_model", into="reward", head=Head.ROW_SCALAR),
@@ -274,7 +274,7 @@ async def test_what_ranks_credit_to_rows_comes_into_the_drivers_table_for_later_
     assert after["advantages"].tolist() == [value - 1 for value in sums]
 
 
-async def test_a_role_that_copies_the_policy_is_with_adapters_the_policy_without_them() -> None:
+async def test_with_adapters_a_copy_of_the_policy_is_the_policy_without_them() -> None:
     pipeline = Pipeline(
         Completions,
         infer("reference", into="ref_logps"),
@@ -286,7 +286,7 @@ async def test_a_role_that_copies_the_policy_is_with_adapters_the_policy_without
     assert [(told[0], told[3]) for told in policy.said[:2]] == [(("ref_logps",), False), (("old_logps",), True)]
 
 
-async def test_an_evaluation_updates_nobody_and_tells_roles_apart_too() -> None:
+async def test_an_evaluation_updates_no_role_and_prefixes_metrics_with_roles() -> None:
     log: list[str] = []
     policy, value = Ranks("policy", log), Ranks("value", log)
     metrics = await executor(ACTOR_CRITIC, policy, value).evaluate(table())
@@ -305,7 +305,7 @@ class Counting(LocalObjects):
         return await super().put(value)
 
 
-async def test_what_passes_through_the_driver_in_a_step_does_not_grow_with_the_number_of_tokens() -> None:
+async def test_the_bytes_that_pass_through_the_driver_in_a_step_do_not_grow_with_the_number_of_tokens() -> None:
     """Of sampled groups; `Ranks` leave what they compute where it is."""
     pipeline = build("grpo", {"beta": 0.1, "updates_per_batch": 2})
 

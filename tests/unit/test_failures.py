@@ -6,7 +6,7 @@ from actors.errors import BudgetExhausted, DataFailure, InfraFailure
 from orchestrator.cluster.failures import Kind, Ledger, Watchdog, classify, enough_survive
 
 
-def test_failures_are_told_apart_by_their_class():
+def test_failures_are_classified_by_their_class():
     assert classify(InfraFailure("gone")) is Kind.INFRA
     assert classify(DataFailure("no answer in it")) is Kind.DATA
     assert classify(ZeroDivisionError()) is Kind.BUG
@@ -34,7 +34,7 @@ def test_too_many_drops_in_a_row_end_the_run_with_the_last_reason():
         ledger.drop("data", "the reward raised KeyError")
 
 
-def test_eight_groups_that_the_machinery_failed_end_a_run_in_which_it_never_worked():
+def test_eight_infrastructure_failures_end_a_run_without_a_single_accepted_group():
     ledger = Ledger(allowed_in_a_row=64)
     for _ in range(7):
         ledger.drop("infra", "reward/1 died")
@@ -42,7 +42,7 @@ def test_eight_groups_that_the_machinery_failed_end_a_run_in_which_it_never_work
         ledger.drop("infra", "reward/8 died")
 
 
-def test_once_a_group_was_accepted_as_many_failures_as_allowed_are_borne():
+def test_after_an_accepted_group_the_allowed_number_of_failures_is_tolerated():
     ledger = Ledger(allowed_in_a_row=64)
     ledger.accepted()
     for _ in range(20):

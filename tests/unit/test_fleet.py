@@ -14,7 +14,7 @@ def serving(desired: int, **options) -> Fleet:
     return fleet
 
 
-def test_an_empty_fleet_starts_as_many_as_desired_and_then_nothing():
+def test_an_empty_fleet_starts_the_desired_number_of_workers_and_no_more():
     fleet = Fleet("rollout", 3, max_restarts=0)
     assert fleet.decide(0.0) == [Start(0), Start(1), Start(2)]
     assert fleet.decide(0.1) == []
@@ -66,7 +66,7 @@ def test_workers_that_fail_to_start_are_retried_with_growing_pauses():
     assert fleet.decide(8.1) == [Start(2)]
 
 
-def test_losing_more_workers_than_the_budget_ends_the_run_loudly():
+def test_losing_more_workers_than_the_budget_ends_the_run_with_an_error():
     fleet = serving(1, max_restarts=1)
     fleet.lost(0, 3.0)
     (start,) = fleet.decide(3.0)
@@ -93,7 +93,7 @@ def test_a_worker_that_does_not_start_in_time_is_stopped():
     assert Stop(0, "did not start within 10 s") in fleet.decide(11.0)
 
 
-def test_work_goes_to_the_least_loaded_and_avoids_who_failed_it():
+def test_requests_go_to_the_least_loaded_worker_and_avoid_one_that_failed_them():
     fleet = serving(2)
     fleet.add_load(0, 1)
     assert fleet.pick(4, frozenset()) == 1
@@ -107,7 +107,7 @@ def fail_to_start(fleet: Fleet, why: str, now: float, **how: bool) -> None:
     fleet.lost(start.index, now + 0.5, why, **how)
 
 
-def test_three_failures_at_start_with_one_cause_end_the_run_with_it():
+def test_three_failures_to_start_with_the_same_cause_end_the_run_with_that_cause():
     fleet = Fleet("rollout", 1, max_restarts=100)
     for attempt in range(3):
         fail_to_start(fleet, f"rollout/{attempt}: head size 16 is not supported (pid 4{attempt}1)", 100.0 * attempt)
@@ -115,7 +115,7 @@ def test_three_failures_at_start_with_one_cause_end_the_run_with_it():
         fleet.decide(400.0)
 
 
-def test_failures_at_start_with_several_causes_are_tried_on():
+def test_after_failures_to_start_with_different_causes_starting_is_tried_again():
     fleet = Fleet("rollout", 1, max_restarts=100)
     for attempt, why in enumerate(["out of memory", "out of memory", "a node went", "out of memory", "a node went"]):
         fail_to_start(fleet, why, 100.0 * attempt)
@@ -129,14 +129,14 @@ def test_workers_that_fail_to_start_at_the_same_time_are_one_failure():
     assert len(fleet.decide(100.0)) == 4
 
 
-def test_no_room_is_no_failure_of_what_would_run_there():
+def test_a_lack_of_room_does_not_count_as_a_failure_to_start():
     fleet = Fleet("rollout", 1, max_restarts=100)
     for attempt in range(5):
         fail_to_start(fleet, "no room for a rollout worker", 100.0 * attempt, placed=False)
     assert fleet.decide(900.0) == [Start(5)]
 
 
-def test_while_others_serve_a_worker_that_cannot_start_ends_nothing():
+def test_a_worker_that_cannot_start_does_not_end_the_run_while_others_serve():
     fleet = serving(2)
     fleet.lost(0, 3.0, "killed")
     for attempt in range(5):
@@ -147,7 +147,7 @@ def test_while_others_serve_a_worker_that_cannot_start_ends_nothing():
         fleet.decide(902.0)
 
 
-def test_the_end_of_the_budget_names_the_last_loss():
+def test_the_error_at_the_end_of_the_budget_names_the_last_loss():
     fleet = serving(1, max_restarts=0)
     fleet.lost(0, 3.0, "killed by the kernel")
     with pytest.raises(BudgetExhausted, match="the last: killed by the kernel"):

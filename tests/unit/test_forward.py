@@ -81,7 +81,7 @@ def test_every_layout_of_documents_gives_the_same_logps(lengths: list[int]) -> N
     torch.testing.assert_close(forward(language_model(causal), micro).logps, plain_logps(causal, micro), **FLOAT32)
 
 
-def test_packed_documents_never_see_one_another() -> None:
+def test_packed_documents_never_attend_to_one_another() -> None:
     model = language_model()
     with torch.no_grad():
         before = forward(model, rows([10, 20, 15], seed=1))
@@ -116,7 +116,7 @@ def test_a_row_s_first_token_and_unmasked_tokens_have_logp_zero() -> None:
     assert (everything != 0).sum() == sum(LENGTHS) - len(LENGTHS)
 
 
-def test_nothing_to_predict_gives_zeros_and_a_gradient_of_zero() -> None:
+def test_without_a_token_to_predict_outputs_and_gradient_are_zero() -> None:
     model = language_model()
     outputs = forward(model, rows([1]), needs=frozenset({"entropy"}))
     outputs.logps.sum().backward()
@@ -217,7 +217,7 @@ def test_the_logits_of_all_tokens_never_exist_at_once() -> None:
     assert largest.numel == vocab * chunk < vocab * tokens
 
 
-def test_a_sliding_window_hides_what_is_further_back() -> None:
+def test_a_sliding_window_masks_tokens_further_back() -> None:
     config = Qwen2Config(
         vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, use_sliding_window=True, sliding_window=4, max_window_layers=0, initializer_range=0.3,
@@ -297,7 +297,7 @@ def test_scored_attention_without_cap_and_sinks_is_the_kernel_s_whatever_the_blo
 
 
 @pytest.mark.parametrize("option", ["position_bias", "head_mask"])
-def test_what_the_packed_attention_does_not_compute_is_refused_and_not_left_out(option: str) -> None:
+def test_features_that_packed_attention_does_not_support_are_refused(option: str) -> None:
     states = torch.zeros(1, 2, 4, 8)
     documents = Documents([4], states.device)
     options: dict[str, Any] = {option: torch.zeros(1)}
@@ -358,7 +358,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
     ("wrong", "message"),
     [({"temperature": 0.0}, "temperature above 0"), ({"needs": frozenset({"logits"})}, r"\['logits'\].*entropy")],
 )
-def test_what_cannot_be_computed_is_refused(wrong: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_of_the_forward_pass_are_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         forward(language_model(), rows(), **wrong)
 
@@ -370,14 +370,16 @@ def test_what_cannot_be_computed_is_refused(wrong: dict[str, Any], message: str)
         (lambda folder: folder, r"not a model folder\n.*notes.txt\n.*config.json"),
     ],
 )
-def test_a_folder_without_a_model_is_told_in_a_few_lines(tmp_path: Any, make: Callable[..., Any], message: str) -> None:
+def test_a_folder_without_a_model_is_an_error_of_a_few_lines(
+    tmp_path: Any, make: Callable[..., Any], message: str
+) -> None:
     (tmp_path / "notes.txt").write_text("nothing")
     with pytest.raises(ModelError, match=message) as caught:
         load_model(ModelSpec(str(make(tmp_path))), trainable=False)
     assert len(str(caught.value).splitlines()) <= 4
 
 
-def test_a_model_of_another_kind_is_told_apart(tmp_path: Any) -> None:
+def test_a_model_of_another_kind_is_refused(tmp_path: Any) -> None:
     folder = tiny_model_folder(tmp_path)
     (folder / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(ModelError, match=r"cannot load a model with a vocabulary head.*ViTConfig") as caught:

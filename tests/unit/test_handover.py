@@ -45,12 +45,12 @@ def test_an_earlier_phases_model_may_be_handed_over() -> None:
 
 
 @pytest.mark.parametrize("name", ["second", "third", "mistyped"])
-def test_a_phase_that_leaves_nothing_in_time_is_refused_with_those_that_do(name: str) -> None:
+def test_a_phase_that_ends_too_late_is_refused_with_a_list_of_earlier_phases(name: str) -> None:
     (refusal,) = refusals(f"${{phases.{name}.model}}", "first", "second")
     assert "${phases.NAME.model} with NAME one of first" in refusal
 
 
-def test_a_run_of_one_phase_hands_nothing_over() -> None:
+def test_a_run_with_one_phase_hands_over_no_model() -> None:
     (refusal,) = refusals("${phases.first.model}", "first")
     assert "none: there is one phase" in refusal
 

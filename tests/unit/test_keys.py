@@ -69,7 +69,7 @@ def test_the_beginning_of_a_name_finds_the_keys_that_begin_with_it():
     ("asked", "hint"),
     [("trian", "did you mean train?"), ("batch_size", "there is train.batch_size"), ("zzz", "troupe keys --all")],
 )
-def test_a_key_that_does_not_exist_is_refused_with_the_one_that_was_meant(asked: str, hint: str):
+def test_an_unknown_key_is_refused_with_the_nearest_one(asked: str, hint: str):
     with pytest.raises(ConfigError, match=re.escape(hint)):
         keys_below(asked)
 

@@ -423,7 +423,7 @@ def test_every_key_of_the_schema_is_in_one_of_the_tables() -> None:
 
 
 @pytest.mark.parametrize("key", planned_keys())
-def test_another_value_of_a_key_makes_another_run(key: str) -> None:
+def test_a_changed_key_changes_the_run(key: str) -> None:
     value, extra = planned_keys()[key]
     base = merged(run_with(key), extra)
     assert made_of(at(key.split("."), value, base)) != made_of(base)
@@ -438,7 +438,7 @@ def test_a_usual_name_has_one_kind_and_another_is_refused(role: str) -> None:
             RunConfig.model_validate(at(["roles", role, "kind"], kind, GRPO))
 
 
-def test_the_kind_of_a_role_of_another_name_decides_what_it_is() -> None:
+def test_the_kind_decides_the_class_of_a_role_with_a_new_name() -> None:
     found = {kind: RunConfig.model_validate(at(["roles", "mine", "kind"], kind, GRPO)).roles["mine"] for kind in KINDS}
     assert len({type(settings) for settings in found.values()}) == len(KINDS)
     with pytest.raises(ValidationError, match="needs a kind"):
@@ -451,13 +451,13 @@ def test_the_test_that_shows_a_key_names_it(key: str) -> None:
 
 
 @pytest.mark.parametrize("key", READ_WHILE_RUNNING)
-def test_what_only_a_run_reads_is_read_there(key: str) -> None:
+def test_a_key_that_only_a_run_reads_is_read_in_the_named_line(key: str) -> None:
     file, line = READ_WHILE_RUNNING[key].split(": ")
     assert line in (ROOT / file).read_text()
 
 
 @pytest.mark.parametrize("key", READ)
-def test_another_value_of_a_key_of_the_data_makes_other_items_or_is_refused(key: str, tmp_path: Path) -> None:
+def test_a_changed_key_of_the_data_changes_the_items_or_is_refused(key: str, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     rows = [{"prompt": f"{n}+{n}=", "completion": "9" * n} for n in range(1, 9)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -562,18 +562,18 @@ def drafted(tree: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize(("tree", "said"), IDLE, ids=[said for _, said in IDLE])
-def test_a_key_that_cannot_act_is_warned_of_once(tree: dict[str, Any], said: str) -> None:
+def test_a_key_without_effect_is_one_warning(tree: dict[str, Any], said: str) -> None:
     (warning,) = drafted(tree).warnings
     assert said in warning
 
 
 @pytest.mark.parametrize(("tree", "said"), REFUSED, ids=[said for _, said in REFUSED])
-def test_what_leaves_nothing_to_learn_is_refused(tree: dict[str, Any], said: str) -> None:
+def test_settings_with_which_nothing_would_be_learned_are_refused(tree: dict[str, Any], said: str) -> None:
     (refusal,) = drafted(tree).refusals
     assert said in refusal
 
 
-def test_a_plain_configuration_is_not_warned_about() -> None:
+def test_a_plain_configuration_gives_no_warning() -> None:
     falling = {"phases": {"a": {"train": {"scheduler": "constant", "min_lr_ratio": 0.5}}}}
     own = {"roles": {"value": {"optimizer": {"scheduler": "cosine"}}}}
     copying = {"model": {"lora": {}}, "roles": {"reference": {"copies": "value"}}}
@@ -597,7 +597,7 @@ def test_a_plain_configuration_is_not_warned_about() -> None:
     ],
     ids=str,
 )
-def test_a_number_that_is_none_or_is_out_of_range_is_refused(keys: str, value: Any) -> None:
+def test_nan_and_numbers_out_of_range_are_refused(keys: str, value: Any) -> None:
     RunConfig.model_validate(SFT)
     with pytest.raises(ValidationError) as caught:
         RunConfig.model_validate(at(keys.split("."), value, SFT))
@@ -613,7 +613,7 @@ def numbers(schema: type[BaseModel]) -> list[str]:
 
 
 @pytest.mark.parametrize("section", [TrainConfig, SamplingConfig, RewardConfig, PhaseConfig, EngineRole, BemaConfig])
-def test_true_is_no_number_anywhere(section: type[BaseModel]) -> None:
+def test_true_is_refused_where_a_number_is_needed(section: type[BaseModel]) -> None:
     for name in numbers(section):
         with pytest.raises(ValidationError, match=f"(?s){name}.*a number; true, yes and on are not numbers"):
             section.model_validate({name: True})

@@ -77,7 +77,7 @@ def test_only_adapters_are_trained(tmp_path: Path, lora: LoraSpec) -> None:
     assert {"lora_" in name for name, p in model.named_parameters() if p.requires_grad} == {True}
 
 
-def test_adapters_come_back_on_even_after_an_error(tmp_path: Path) -> None:
+def test_adapters_are_switched_on_again_even_after_an_error(tmp_path: Path) -> None:
     model = adapted(tiny_model_folder(tmp_path), LoraSpec(r=4))
     on = logps(model, rows())
     with pytest.raises(KeyboardInterrupt), adapters_off(model):

@@ -345,7 +345,7 @@ def test_an_unknown_option_of_a_loss_is_refused_when_the_pipeline_is_built() -> 
         columns_of(nll, {"smoothing": 0.1})
 
 
-def test_a_view_hides_a_column_that_the_loss_does_not_declare() -> None:
+def test_a_loss_cannot_read_a_column_that_it_does_not_declare() -> None:
     rows = random_rows("grpo", {"beta": 0.1}, seed=1)
     view = PolicyTokens.of(rows.micro, Outputs(rows.logps), frozenset({"mask", "advantages"}), {})
     assert "ref_logps" in rows.micro
@@ -354,7 +354,7 @@ def test_a_view_hides_a_column_that_the_loss_does_not_declare() -> None:
         field(view.ref_logps)
 
 
-def test_a_sum_weighs_its_terms_and_leaves_out_those_of_weight_zero() -> None:
+def test_a_sum_weights_its_terms_and_leaves_out_those_of_weight_zero() -> None:
     rows = random_rows("sft", {}, seed=2)
     single = optimise(LossObjective(nll, token_mean, {}), rows).value
     both = Sum(Term(nll, token_mean, 0.5), Term(nll, row_mean_of_token_means, 0.25), Term(nll, token_mean, 0.0))
@@ -388,14 +388,14 @@ def two_rows() -> Tokens:
     ],
     ids=["token_mean", "row_mean_of_token_means", "token_sum_over"],
 )
-def test_a_reduction_divides_by_what_it_says(reduce: Any, expected: float) -> None:
+def test_a_reduction_divides_by_its_documented_count(reduce: Any, expected: float) -> None:
     view, values = two_rows(), torch.tensor([100.0, 2, 4, 100, 100, 9, 100, 100])
     micro = MicroBatch(view.micro.lengths, {"mask": view.mask})
     assert float(reduce(values, view, reduce.count(Tokens, micro))) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "luspo", "sapo", "gmpo", "bnpo"])
-def test_a_row_without_tokens_to_learn_from_weighs_nothing(loss_type: str) -> None:
+def test_a_row_without_trained_tokens_has_no_weight(loss_type: str) -> None:
     options: dict[str, Any] = {"loss_type": loss_type, "updates_per_batch": 2}
     options |= {"max_completion_length": 8} if loss_type == "dr_grpo" else {}
     rows = random_rows("grpo", options, seed=12)
@@ -484,7 +484,7 @@ def test_clip_metrics_count_the_tokens_that_were_clipped() -> None:
     assert metrics["clip_ratio/region_mean"] == 0.5
 
 
-def test_the_entropy_bonus_is_the_mean_over_the_tokens_that_the_entropy_quantile_leaves() -> None:
+def test_the_entropy_bonus_is_the_mean_over_the_tokens_that_the_entropy_quantile_keeps() -> None:
     lengths = torch.tensor([4, 3])
     columns = {
         "mask": torch.tensor([0, 1, 1, 1, 0, 1, 1]).bool(),

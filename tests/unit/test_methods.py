@@ -106,7 +106,7 @@ def test_a_credit_call_where_the_tokens_are_writes_per_token_or_per_row() -> Non
         Pipeline(Completions, credit(both), *build("sft", {}))
 
 
-def test_online_dpo_makes_pairs_of_what_it_samples_and_asks_the_reference_of_those_alone() -> None:
+def test_online_dpo_makes_pairs_of_its_samples_and_infers_the_reference_for_these_only() -> None:
     pipeline = build("online_dpo", {"num_generations": 4})
     names = ["rollout.generate", "reward.score", "driver.regroup", "reference.infer", "policy.update"]
     assert verbs(pipeline) == names
@@ -174,7 +174,7 @@ def test_the_reference_samples_beside_the_policy_where_a_method_compares_the_two
     assert pipeline.roles == ("policy", "rollout", "reference_rollout", "reward", "reference")
 
 
-def test_a_penalty_on_completions_without_an_end_comes_before_their_comparison() -> None:
+def test_the_penalty_on_unfinished_completions_is_applied_before_they_are_compared() -> None:
     pipeline = build("online_dpo", {"missing_eos_penalty": 1.5})
     penalty, pair = [stage for stage in pipeline if stage.verb is Verb.REGROUP]
     assert (penalty.writes, penalty.options["call"]) == ({"reward"}, {"penalty": 1.5})
@@ -207,7 +207,7 @@ def test_methods_against_a_reference_launch_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["dpo", "kto", "bco"])
-def test_a_reference_that_follows_moves_after_the_update_and_is_no_longer_asked_ahead_of_it(name: str) -> None:
+def test_a_synchronised_reference_moves_after_the_update_and_is_not_inferred_ahead_of_it(name: str) -> None:
     pipeline = build(name, {"sync_ref_model": True})
     assert verbs(pipeline) == ["reference.infer", "policy.update", "reference.mix"]
     assert (pipeline.trained, pipeline.mixed, pipeline.roles) == (("policy",), ("reference",), ("policy", "reference"))
@@ -229,12 +229,12 @@ def test_methods_without_a_reference_launch_none(name: str) -> None:
     assert build(name, {}).roles == ("policy",)
 
 
-def test_only_the_kl_estimate_of_kto_asks_for_mismatched_rows() -> None:
+def test_only_the_kl_estimate_of_kto_needs_mismatched_rows() -> None:
     assert build("kto", {}).data.name == "mismatched_labelled"
     assert build("kto", {"loss_type": "apo_zero_unpaired"}).data.name == "labelled"
 
 
-def test_density_ratios_ask_the_data_for_weights() -> None:
+def test_density_ratios_need_weights_from_the_data() -> None:
     assert "weight" in build("bco", {"density_ratio": True}).data.columns
     assert "weight" not in build("bco", {}).data.columns
 
@@ -250,14 +250,14 @@ def test_weighted_losses_become_one_sum() -> None:
     assert [term.weight for term in objective.terms] == [0.8, 0.2, 1.0]
 
 
-def test_whole_sequences_ask_the_forward_pass_for_prompts_too() -> None:
+def test_a_loss_of_whole_sequences_needs_log_probabilities_of_prompts() -> None:
     stage = build("orpo", {}).updates[0]
     assert stage.call is not None
     assert LossObjective(stage.call, None, {}).needs == {"all_tokens"}
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_builds_with_its_defaults_says_what_it_is_and_takes_only_options_by_name(name: str) -> None:
+def test_every_method_builds_with_its_defaults_has_a_description_and_keyword_options_only(name: str) -> None:
     pipeline, method = build(name, {}), METHODS[name]
     assert pipeline.trained
     assert method.__doc__
@@ -274,8 +274,8 @@ def test_every_method_has_a_page_that_names_each_of_its_options(name: str) -> No
 # What is refused
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("grop", {}, r"method 'grop' does not exist \(did you mean 'grpo'\?\); there are sft, "),
-    ("grpo", {"epsilonhigh": 0.28}, r"no option 'epsilonhigh' \(did you mean 'epsilon_high'\?\)"),
+    ("grop", {}, r"no method 'grop'; did you mean grpo\? There are: "),
+    ("grpo", {"epsilonhigh": 0.28}, r"no option 'epsilonhigh'; did you mean epsilon_high\? It has"),
     (
         "gfpo",
         {"num_remains_in_group": 16},

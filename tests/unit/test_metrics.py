@@ -79,7 +79,7 @@ def test_tensorboard_has_the_same_numbers_by_phase(log: MetricsLog, tmp_path: Pa
     assert tensorboard_scalars(tmp_path) == {"sft/loss": {1: 2.0}, "grpo/loss": {2: 1.0}}
 
 
-def test_rewinding_forgets_later_steps_everywhere(log: MetricsLog, tmp_path: Path):
+def test_rewinding_removes_later_steps_from_every_destination(log: MetricsLog, tmp_path: Path):
     for step in (1, 2, 3):
         log.write(step, "sft", {"loss": float(step)})
         log.write_completions(step, [{"prompt": "a", "completion": "b", "reward": 1.0}])
@@ -94,7 +94,7 @@ def test_rewinding_forgets_later_steps_everywhere(log: MetricsLog, tmp_path: Pat
     assert tensorboard_scalars(tmp_path)["sft/loss"] == {1: 1.0, 2: 2.0, 3: 30.0}
 
 
-def test_a_line_cut_off_by_a_kill_is_passed_over_and_removed_on_resume(tmp_path: Path):
+def test_an_incomplete_line_is_skipped_and_removed_on_resume(tmp_path: Path):
     whole = '{"step": 1, "phase": "sft", "time": 0, "loss": 1.0}\n'
     (tmp_path / METRICS_FILE).write_text(whole + '{"step": 2, "pha')
     assert [line["step"] for line in read(tmp_path / METRICS_FILE)] == [1]
@@ -105,7 +105,7 @@ def test_a_line_cut_off_by_a_kill_is_passed_over_and_removed_on_resume(tmp_path:
     assert [json.loads(line)["step"] for line in lines(tmp_path)] == [1, 2]
 
 
-def test_an_opened_log_goes_on_with_what_is_there(tmp_path: Path):
+def test_an_existing_log_is_continued(tmp_path: Path):
     for step in (1, 2):
         log = MetricsLog(tmp_path, run="test", tensorboard=False, ray_metrics=False)
         log.write(step, "sft", {"loss": 1.0})
@@ -177,7 +177,7 @@ def shown(action: str, *arguments: object, width: int = 150) -> str:
     return out.getvalue()
 
 
-def test_a_step_is_one_line_with_what_was_measured():
+def test_a_step_is_one_line_with_its_metrics():
     line = shown("step", "grpo", 50, 200, {"reward": 0.6125, "num_tokens": 900.0, "step_time": 0.5})
     assert line.count("\n") == 1
     for part in ("grpo", " 50/200", "reward  0.613", "tok/s   1800", "s/step  0.50"):
@@ -206,11 +206,11 @@ def test_the_time_left_follows_the_recent_pace():
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(7.4, "7 s"), (125, "2:05"), (3723, "1:02:03")])
-def test_durations_are_short(seconds: float, text: str):
+def test_durations_are_formatted_briefly(seconds: float, text: str):
     assert duration(seconds) == text
 
 
-def test_sampled_text_is_shown_as_it_is_but_never_controls_the_terminal():
+def test_sampled_text_is_shown_without_its_terminal_escape_sequences():
     row = {"prompt": "[red]2+2=", "completion": "\x1b[2J4\nend", "reward": math.nan, "version": 3}
     text = shown("completions", [row])
     assert "[red]2+2=" in text
@@ -237,7 +237,7 @@ def test_scores_that_are_no_shares_and_losses_are_not_shown_in_per_cent(tmp_path
     assert "%" not in text
 
 
-def test_what_stands_below_next_can_be_pasted_although_a_folder_has_spaces_and_quotes(tmp_path: Path):
+def test_commands_below_next_can_be_copied_even_if_a_folder_has_spaces_and_quotes(tmp_path: Path):
     model = tmp_path / "it's a run" / "model"
     text = shown("done", Ended(tmp_path / "it's a run", model=model), width=80)
     commands = text[text.index("next") :]
@@ -275,7 +275,7 @@ def test_a_conversation_is_shown_as_its_turns_and_json_that_is_none_as_it_is():
     assert "[1, 2]" in shown("completions", [{**row, "prompt": "[1, 2]"}])
 
 
-def test_the_worth_of_a_phase_is_what_says_most_and_goes_on_from_the_phase_before():
+def test_the_gain_of_a_phase_uses_the_most_informative_metric_and_starts_at_the_previous_score():
     lines: list[dict[str, object]] = [
         {"step": 0, "phase": "sft", "eval_reward": 0.0},
         {"step": 1, "phase": "sft", "loss": 9.0},
@@ -292,7 +292,7 @@ def test_the_worth_of_a_phase_is_what_says_most_and_goes_on_from_the_phase_befor
     )
 
 
-def test_a_steps_seconds_are_spent_once_and_what_nothing_names_is_the_rest():
+def test_no_second_of_a_step_is_counted_twice_and_unnamed_time_is_the_rest():
     account, pipeline = Account(), build("grpo", {"beta": 0.1})
     account.spend("start", 2.0)
     times = {"time/collect": 4.0, "time/generate": 6.0, "time/score": 1.0, "time/batch_stages": 1.0}

@@ -33,7 +33,7 @@ def test_the_mask_of_a_completion_goes_with_it() -> None:
     assert doubled.row("mask", 1).tolist() == [False, True, False, True]  # a tool's token stays masked
 
 
-def test_a_single_row_has_nobody_to_swap_with() -> None:
+def test_a_single_row_cannot_be_mismatched() -> None:
     with pytest.raises(ValueError, match="at least two examples in a batch, got 1"):
         with_mismatches(labelled().select([0]))
 

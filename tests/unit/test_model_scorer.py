@@ -80,7 +80,7 @@ async def test_a_call_that_fails_fails_its_own_groups_and_no_later_ones() -> Non
     assert (await later).tolist() == [3.0]
 
 
-async def test_a_group_that_is_given_up_does_not_keep_the_others_from_their_scores() -> None:
+async def test_a_cancelled_group_does_not_prevent_the_scores_of_the_others() -> None:
     passes = Passes()
     scorer = ModelScorer(passes)
     given_up, other = (asyncio.ensure_future(scorer.score(group(number, 1))) for number in (1, 2))

@@ -197,7 +197,7 @@ def passes(target: ModelWorker, of: Shard, objective: Nll) -> tuple[list[tuple[i
     return seen, report
 
 
-def test_rows_set_aside_are_seen_by_the_statistics_alone_and_pass_once_without_gradient(folder: Path) -> None:
+def test_statistics_rows_pass_once_without_gradient_and_only_enter_the_statistics(folder: Path) -> None:
     data = batch()
     marked = np.arange(len(data)) % 3 == 0
     data = data.with_columns(mismatched=marked)
@@ -231,7 +231,7 @@ def test_one_micro_batch_passes_once_even_if_its_rows_are_coupled_and_several_tw
 
 
 @pytest.mark.parametrize("token_budget", [64, 1000])
-def test_statistics_are_of_the_outputs_that_the_loss_sees_noise_included(folder: Path, token_budget: int) -> None:
+def test_statistics_use_the_same_noisy_outputs_as_the_loss(folder: Path, token_budget: int) -> None:
     data = batch()
     quiet, noisy = trainable(folder), trainable(folder, neftune_noise_alpha=5.0)
     of_quiet, of_noisy = (
@@ -242,14 +242,14 @@ def test_statistics_are_of_the_outputs_that_the_loss_sees_noise_included(folder:
     assert of_noisy["nll"] != pytest.approx(of_quiet["nll"], rel=1e-4)
 
 
-def test_a_batch_that_is_set_aside_whole_is_refused(folder: Path) -> None:
+def test_a_batch_of_statistics_rows_only_is_refused(folder: Path) -> None:
     data = batch().with_columns(mismatched=np.ones(12, bool))
     ((_, dealt),) = shard(data, 1, 1000, statistics_rows="mismatched")
     with pytest.raises(RunError, match="empty batch"):
         trainable(folder).update(dealt, Nll(coupled=True, statistics_rows="mismatched"), 1.0, "policy.update")
 
 
-def test_metrics_are_combined_over_micro_batches_as_each_says(folder: Path) -> None:
+def test_metrics_are_combined_over_micro_batches_in_their_own_way(folder: Path) -> None:
     data = batch()
     report = trainable(folder).update(part(data), Nll(), 1.0, "policy.update")
     whole = trainable(folder).update(part(data, 10_000), Nll(), 1.0, "policy.update")
@@ -293,7 +293,7 @@ def test_an_evaluation_reports_what_an_update_would_without_noise_or_learning(fo
     assert set(report.metrics) - set(found[0]) == {"num_tokens", "padding_share"}
 
 
-def test_an_evaluation_between_updates_leaves_no_trace(folder: Path) -> None:
+def test_an_evaluation_between_updates_changes_nothing(folder: Path) -> None:
     plain, evaluated = (trainable(folder, **VARIANTS["lora"]) for _ in range(2))
     objective = Nll(coupled=True)  # its state counts steps
     expected = train(plain, range(3), objective)
@@ -375,7 +375,7 @@ def test_a_saved_model_has_the_configuration_of_its_base_and_the_chat_template_o
     assert AutoTokenizer.from_pretrained(folder).chat_template is None
 
 
-def test_export_hands_every_weight_over_under_its_hugging_face_name(folder: Path) -> None:
+def test_export_yields_every_weight_under_its_hugging_face_name(folder: Path) -> None:
     target = trainable(folder, lora=LoraSpec(r=4))
     expected = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
     small, large = (target.export(lambda tensors: [name for name, _ in tensors], size) for size in (1, 1 << 30))
@@ -386,7 +386,7 @@ def test_export_hands_every_weight_over_under_its_hugging_face_name(folder: Path
     )  # a fresh adapter adds nothing
 
 
-def test_a_consumer_that_gives_up_still_leaves_the_export_complete(folder: Path) -> None:
+def test_an_export_completes_even_if_its_consumer_fails(folder: Path) -> None:
     target = trainable(folder)
     drawn = []
 
@@ -440,7 +440,7 @@ def test_an_empty_batch_is_refused(folder: Path) -> None:
         trainable(folder).update(Shard(Batch.empty(), ()), Nll(), 1.0, "policy.update")
 
 
-def test_a_worker_tells_who_it_is(folder: Path) -> None:
+def test_ready_reports_the_worker(folder: Path) -> None:
     target = ModelWorker("policy", ModelSpec(str(folder)), BackendSpec("single", OPTIM), threads=1)
     with pytest.raises(RunError, match="not ready"):
         logps(target, part(batch()))
@@ -454,7 +454,7 @@ def test_a_worker_tells_who_it_is(folder: Path) -> None:
     target.close()
 
 
-def test_ping_tells_what_a_worker_is_busy_with(folder: Path) -> None:
+def test_ping_reports_the_verb_that_a_worker_executes(folder: Path) -> None:
     target = trainable(folder)
     seen = target.run(target.ping)
     assert seen["verb"] == "run"
@@ -471,14 +471,14 @@ def test_ping_tells_what_a_worker_is_busy_with(folder: Path) -> None:
         (BackendSpec("single", OPTIM), {"lora": LoraSpec(target_modules=("qproj",))}, 1, ModelError, "qproj"),
     ],
 )
-def test_what_cannot_be_built_is_refused_with_a_way_out(
+def test_an_invalid_specification_is_refused_with_a_remedy(
     folder: Path, backend: BackendSpec, model: dict[str, Any], ranks: int, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         ModelWorker("policy", ModelSpec(str(folder), **model), backend, threads=1, world_size=ranks).ready()
 
 
-def test_sleep_and_wake_keep_the_run_as_it_was(folder: Path) -> None:
+def test_sleep_and_wake_do_not_change_training(folder: Path) -> None:
     rested, restless = trainable(folder, dtype="bfloat16"), trainable(folder, dtype="bfloat16")
     train(rested, range(1))
     rested.sleep()

@@ -45,12 +45,12 @@ def test_the_fall_begins_where_the_warm_up_ends() -> None:
         (OptimSpec(1.0, scheduler="linear"), "'linear' needs total_steps"),
     ],
 )
-def test_a_schedule_that_cannot_be_is_refused(spec: OptimSpec, message: str) -> None:
+def test_an_invalid_schedule_is_refused(spec: OptimSpec, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         learning_rate_factor(spec)
 
 
-def test_weight_decay_pulls_on_matrices_only() -> None:
+def test_weight_decay_applies_to_matrices_only() -> None:
     matrix, bias = torch.ones(2, 2, requires_grad=True), torch.ones(2, requires_grad=True)
     optimizer = build_optimizer(
         [("weight", matrix), ("bias", bias)], OptimSpec(0.1, weight_decay=0.5, scheduler="constant")

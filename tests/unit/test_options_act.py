@@ -252,7 +252,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_no_option_is_ignored_beside_any_loss_and_each_acts_beside_some(method: str) -> None:
+def test_no_option_is_ignored_with_any_loss_and_each_has_an_effect_with_some(method: str) -> None:
     """If all of its combinations were refused, it would not be an option."""
     acting: set[str] = set()
     for options in [*with_each_loss(method), *BESIDE.get(method, [{}])[1:]]:

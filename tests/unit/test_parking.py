@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 OPTIM = OptimSpec(learning_rate=1e-2, total_steps=4)
 
 
-def test_what_is_parked_takes_no_memory_and_comes_back_into_the_same_tensors() -> None:
+def test_parked_tensors_take_no_memory_and_return_to_the_same_tensors() -> None:
     flat = torch.arange(12.0)
     weight = torch.nn.Parameter(flat.view(3, 4))
     weight.grad = torch.ones(3, 4)
@@ -53,7 +53,7 @@ def test_a_trainer_holds_weights_masters_and_moments_where_sleep_finds_them(tmp_
     assert per_weight == pytest.approx(expected, rel=0.05), "and buffers, which are small"
 
 
-def test_a_role_computes_where_its_gpus_say_and_not_where_there_is_one() -> None:
+def test_a_role_computes_on_a_gpu_only_if_it_was_given_one() -> None:
     assert device_of(0, available=True) == CPU
     assert device_of(0, available=False) == CPU
     assert device_of(0.5, available=True) == torch.device("cuda")

@@ -51,12 +51,12 @@ def test_supervised_training_launches_a_policy_and_nothing_else() -> None:
     assert list(planned(config("sft")).roles) == ["policy"]
 
 
-def test_evaluation_brings_workers_that_sample_and_score() -> None:
+def test_evaluation_launches_workers_that_sample_and_score() -> None:
     evaluation = {"data": {"path": "example:arithmetic"}}
     assert list(planned(config("sft", evaluation=evaluation)).roles) == ["policy", "rollout", "reward"]
 
 
-def test_held_out_rows_bring_nobody() -> None:
+def test_held_out_rows_launch_no_further_role() -> None:
     evaluation = {"rows": {"path": "example:arithmetic_sft", "split": "test"}}
     assert list(planned(config("sft", evaluation=evaluation)).roles) == ["policy"]
 
@@ -142,7 +142,7 @@ def test_deepspeed_is_told_about_the_cpu_exactly_where_a_rank_has_no_gpu() -> No
     staleness=st.integers(0, 2),
     parameters=st.sampled_from([None, SMALL, SEVEN_BILLION]),
 )
-def test_whoever_works_at_the_same_time_does_not_outnumber_the_cores(
+def test_processes_that_work_at_the_same_time_have_no_more_threads_than_cores(
     cores: int, workers: int, ranks: int, staleness: int, parameters: int | None
 ) -> None:
     roles = {"policy": {"backend": "deepspeed", "ranks": ranks}, "rollout": {"workers": workers}}
@@ -159,7 +159,7 @@ def test_whoever_works_at_the_same_time_does_not_outnumber_the_cores(
 @pytest.mark.parametrize(
     ("gpus", "policy", "reference", "rollout"), [(8, 4, 1, 3), (256, 128, 32, 96)], ids=["8 GPUs", "256 GPUs"]
 )
-def test_a_plan_of_that_size_fills_its_cluster_and_one_rank_more_is_named(
+def test_a_plan_that_fills_the_cluster_fits_and_one_more_rank_is_reported(
     gpus: int, policy: int, reference: int, rollout: int
 ) -> None:
     def plan(more: int) -> Plan:
@@ -235,7 +235,7 @@ def test_memory_and_custom_resources_are_reserved_as_given() -> None:
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )
-def test_what_cannot_work_is_refused_with_its_key_and_what_to_do(changed: RunConfig, said: str) -> None:
+def test_invalid_settings_are_refused_with_the_key_and_a_remedy(changed: RunConfig, said: str) -> None:
     plan = planned(changed)
     (refusal,) = plan.refusals
     assert said in refusal
@@ -245,7 +245,7 @@ def test_what_cannot_work_is_refused_with_its_key_and_what_to_do(changed: RunCon
     assert str(caught.value) == refusal
 
 
-def test_all_refusals_are_told_at_once_together_with_what_the_cluster_lacks() -> None:
+def test_all_refusals_are_reported_at_once_with_what_the_cluster_lacks() -> None:
     roles = {"policy": {"ranks": 2, "gpus": 1}, "rollout": {"gpus": 1, "colocate": "reward"}}
     plan = planned(config("grpo", train={"batch_size": 1}, roles=roles))
     found = problems(plan, ClusterView.of_machine(cpus=8))
@@ -253,7 +253,7 @@ def test_all_refusals_are_told_at_once_together_with_what_the_cluster_lacks() ->
     assert "policy: no place for 2 of 2, each needs 1 GPU and 1 CPU: the largest node has 0 GPU" in found
 
 
-def test_a_role_that_nobody_can_size_is_named() -> None:
+def test_a_role_without_settings_is_named() -> None:
     mystery = Pipeline(Pairs, infer("oracle", into="ref_logps"))
     plan = draft_plan(config("sft"), {"sft": mystery}, machine=Machine(2))
     (refusal,) = plan.refusals
@@ -274,7 +274,7 @@ OTHER_NAMES: dict[str, Any] = {
 }
 
 
-def test_roles_of_other_names_are_launched_as_their_kind_says() -> None:
+def test_roles_with_new_names_are_launched_by_their_kind() -> None:
     plan = draft_plan(config("grpo", roles=OTHER_NAMES), {"grpo": ENSEMBLE}, machine=Machine(2))
     assert plan.refusals == ()
     assert {name: (role.count, role.elastic) for name, role in plan.roles.items()} == {
@@ -286,7 +286,7 @@ def test_roles_of_other_names_are_launched_as_their_kind_says() -> None:
     assert [bundle.roles for bundle in plan.gang] == [("policy",), ("elder",), ("elder",)]
 
 
-def test_an_engine_brings_the_role_that_it_follows_and_a_frozen_role_the_one_that_it_copies() -> None:
+def test_an_engine_launches_the_role_that_it_follows_and_a_frozen_role_the_one_that_it_copies() -> None:
     sampler = Pipeline(Prompts, generate("fast"), score("judges"))
     roles = {**OTHER_NAMES, "fast": {"kind": "engine", "follows": "writer"}, "writer": {"kind": "trainer"}}
     assert list(draft_plan(config("grpo", roles=roles), {"grpo": sampler}).roles) == ["writer", "fast", "judges"]
@@ -400,7 +400,7 @@ def test_recomputing_activations_takes_a_fraction_of_storing_them() -> None:
     st.lists(st.tuples(st.integers(0, 4), st.integers(1, 8)), max_size=12),
     st.lists(st.tuples(st.integers(0, 8), st.integers(1, 16)), min_size=1, max_size=4),
 )
-def test_no_node_is_given_more_than_it_has_and_what_has_no_place_is_reported(
+def test_no_node_is_overcommitted_and_bundles_that_do_not_fit_are_reported(
     asked: list[tuple[int, int]], offered: list[tuple[int, int]]
 ) -> None:
     bundles = [Bundle((f"role{i}",), {"GPU": float(g), "CPU": float(c)}) for i, (g, c) in enumerate(asked)]
@@ -414,7 +414,7 @@ def test_no_node_is_given_more_than_it_has_and_what_has_no_place_is_reported(
     assert {line.split(":")[0] for line in shortages(bundles, cluster)} == homeless
 
 
-def test_scattered_room_is_told_apart_from_missing_room() -> None:
+def test_room_spread_over_nodes_is_distinguished_from_missing_room() -> None:
     cluster = gpu_nodes(2, gpus=3)
     bundles = [Bundle(("rollout",), {"GPU": 2.0})] * 3
     assert shortages(bundles, cluster) == [
@@ -422,7 +422,7 @@ def test_scattered_room_is_told_apart_from_missing_room() -> None:
     ]
 
 
-def test_a_reference_that_follows_has_weights_of_its_own_and_begins_as_the_policy() -> None:
+def test_a_synchronised_reference_has_its_own_weights_and_starts_as_the_policy() -> None:
     options = {"sync_ref_model": True}
     assert planned(config("dpo", options=options)).refusals == ()
     (adapted,) = planned(config("dpo", options=options, model={"lora": {"r": 8}})).refusals
@@ -431,7 +431,7 @@ def test_a_reference_that_follows_has_weights_of_its_own_and_begins_as_the_polic
     assert "roles.reference.model=another" in other and "options.sync_ref_model=false" in other
 
 
-def test_a_reference_that_follows_alternates_with_the_trainer_and_has_all_cores() -> None:
+def test_a_synchronised_reference_alternates_with_the_trainer_and_has_all_cores() -> None:
     following = planned(config("dpo", options={"sync_ref_model": True}), cores=4)
     assert threads(following) == {"policy": 4, "reference": 4}
 
@@ -447,14 +447,14 @@ def test_averages_cost_three_copies_of_what_is_trained_shared_by_the_ranks() -> 
     assert averaged["reference"].memory == plain["reference"].memory
 
 
-def test_an_average_that_a_later_phase_outlives_is_warned_about() -> None:
+def test_an_average_that_a_later_phase_would_not_update_is_a_warning() -> None:
     first, second = ({"method": "sft", "train": {"bema": bema}} for bema in ({}, None))
     plan = planned(RunConfig.model_validate({"phases": {"one": first, "two": second}}))
     assert len(plan.warnings) == 1 and plan.warnings[0].startswith("phases.one.train.bema: ")
     assert planned(RunConfig.model_validate({"phases": {"one": second, "two": first}})).warnings == ()
 
 
-def test_the_view_shows_what_moves_weights_besides_training() -> None:
+def test_the_plan_shows_changes_of_weights_other_than_training() -> None:
     options = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.25, "ref_model_sync_steps": 64}
     plan = planned(config("dpo", options=options, train={"bema": {"update_after": 50}}))
     terminal = Console(width=200, record=True, file=io.StringIO())
@@ -465,7 +465,7 @@ def test_the_view_shows_what_moves_weights_besides_training() -> None:
     assert "averages" in shown
 
 
-def test_the_view_shows_stages_arithmetic_memory_placement_and_refusals() -> None:
+def test_the_plan_shows_stages_arithmetic_memory_placement_and_refusals() -> None:
     roles = {"policy": {"ranks": 2, "gpus": 1}, "rollout": {"gpus": 1}}
     plan = planned(config(options={"beta": 0.1}, roles=roles), parameters=26_000_000)
     terminal = Console(width=200, record=True, file=io.StringIO())
@@ -546,7 +546,7 @@ def test_a_fallback_takes_what_the_preferred_nodes_cannot() -> None:
         ),
     ],
 )
-def test_labels_that_would_change_nothing_are_refused(roles: dict[str, Any], part: str) -> None:
+def test_labels_without_effect_are_refused(roles: dict[str, Any], part: str) -> None:
     assert any(part in refused for refused in planned(config(roles=roles)).refusals)
 
 

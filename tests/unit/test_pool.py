@@ -189,7 +189,7 @@ async def test_a_worker_that_cannot_start_is_replaced():
     await pool.close()
 
 
-async def test_a_pool_that_loses_too_many_says_so_instead_of_waiting():
+async def test_a_pool_that_loses_too_many_workers_is_an_error():
     pool, _ = make_pool(1, PoolPolicy(4, 2, 5.0, 5.0, max_restarts=1, ping_every_s=0.01), broken=frozenset(range(100)))
     pool.fleet.backoff_s = 0.001
     with pytest.raises(BudgetExhausted, match="max_restarts=1"):
@@ -219,7 +219,7 @@ async def test_calls_wait_while_no_worker_is_wanted_and_go_on_when_one_is_wanted
     await pool.close()
 
 
-async def test_a_call_that_queues_behind_many_others_is_not_late():
+async def test_time_in_the_queue_does_not_count_towards_a_calls_deadline():
     policy = PoolPolicy(1, 1, call_timeout_s=0.3, start_timeout_s=5.0, max_restarts=10, ping_every_s=0.02)
     pool, events = make_pool(1, policy)
     await pool.open()
@@ -229,7 +229,7 @@ async def test_a_call_that_queues_behind_many_others_is_not_late():
     await pool.close()
 
 
-async def test_calls_in_the_queue_of_a_pool_that_lost_too_many_workers_are_told():
+async def test_queued_calls_of_a_pool_that_lost_too_many_workers_fail():
     pool, _ = make_pool(1, PoolPolicy(1, 2, 5.0, 5.0, max_restarts=0, ping_every_s=0.01))
     await pool.open()
     calls = [asyncio.ensure_future(pool.call(str(number), double(number))) for number in range(5)]
@@ -281,7 +281,7 @@ async def outcomes(pool: Pool, numbers: range, timeout_s: float = 5.0) -> dict[i
     return dict(zip(numbers, results, strict=True))
 
 
-async def test_calls_that_kill_their_worker_take_no_other_call_with_them():
+async def test_calls_that_kill_their_worker_fail_no_other_call():
     fatal = frozenset({1, 4, 6, 11})
     pool, events = fragile_pool(REWARDS, fatal=fatal)
     await pool.open()
@@ -293,7 +293,7 @@ async def test_calls_that_kill_their_worker_take_no_other_call_with_them():
     assert charged == Counter(map(str, fatal)), "each used up its own three attempts"
 
 
-async def test_a_call_that_hangs_takes_no_other_call_with_it():
+async def test_a_call_that_hangs_fails_no_other_call():
     pool, _ = fragile_pool(REWARDS, endless=frozenset({2}))
     await pool.open()
     found = await asyncio.wait_for(outcomes(pool, range(4), timeout_s=0.2), 30)
@@ -302,7 +302,7 @@ async def test_a_call_that_hangs_takes_no_other_call_with_it():
     assert isinstance(found[2], InfraFailure) and "did not answer within 0.2 s" in str(found[2])
 
 
-async def test_a_call_that_lost_its_worker_in_company_is_tried_again_without_company():
+async def test_a_call_that_lost_a_shared_worker_is_tried_again_alone():
     pool, _ = fragile_pool(replace(REWARDS, max_attempts=1), fatal=frozenset({0}))
     await pool.open()
     company: dict[int, list[int]] = {0: [], 1: []}
@@ -321,7 +321,7 @@ async def test_a_call_that_lost_its_worker_in_company_is_tried_again_without_com
     assert [len(loads) for loads in company.values()] == [2, 2], "one in company that is not counted, one alone"
 
 
-async def test_a_death_alone_counts_at_once():
+async def test_a_death_while_alone_counts_as_an_attempt():
     pool, _ = fragile_pool(replace(REWARDS, max_attempts=1), fatal=frozenset({0}))
     await pool.open()
     found = await asyncio.wait_for(outcomes(pool, range(1)), 30)
@@ -329,7 +329,7 @@ async def test_a_death_alone_counts_at_once():
     assert isinstance(found[0], InfraFailure) and pool.fleet.restarts == 1
 
 
-async def test_a_worker_that_says_itself_that_the_machinery_failed_lives_on():
+async def test_a_worker_that_reports_an_infrastructure_failure_is_kept():
     pool, events = fragile_pool(replace(REWARDS, max_attempts=2))
     await pool.open()
 
@@ -352,7 +352,7 @@ async def test_a_worker_that_fails_to_start_for_one_reason_three_times_ends_the_
     assert len([kind for kind, _ in events if kind == "evicted"]) == 3
 
 
-async def test_no_room_for_a_worker_is_waited_out_however_often():
+async def test_a_lack_of_room_for_a_worker_is_waited_out():
     pool, events = make_pool(1, homeless=5)
     pool.fleet.backoff_s = 0.001
     await pool.open()

@@ -63,7 +63,7 @@ def source(path: Path, **data: Any) -> RowSource:
     [{"data": "others"}, {"weights": "others"}, {"dtype": "bfloat16"}, {"temperature": 0.7}, {"column": "old_logps"}],
     ids=lambda other: next(iter(other)),
 )
-def test_whatever_changes_the_values_changes_the_folder(other: dict[str, Any], tmp_path: Path) -> None:
+def test_every_change_of_the_values_changes_the_folder(other: dict[str, Any], tmp_path: Path) -> None:
     assert replace(ORIGIN, **other).folder(tmp_path) != ORIGIN.folder(tmp_path)
     assert replace(ORIGIN).folder(tmp_path) == ORIGIN.folder(tmp_path)
 
@@ -71,7 +71,7 @@ def test_whatever_changes_the_values_changes_the_folder(other: dict[str, Any], t
 @pytest.mark.parametrize(
     "data", [{"limit": 19}, {"max_length": 6}, {"append_eos": False}, {"completion_only": False}], ids=str
 )
-def test_whatever_changes_the_tokens_or_the_mask_changes_the_fingerprint(data: dict[str, Any], rows: Path) -> None:
+def test_every_change_of_tokens_or_mask_changes_the_fingerprint(data: dict[str, Any], rows: Path) -> None:
     assert source(rows, **data).fingerprint != source(rows).fingerprint
 
 
@@ -115,7 +115,7 @@ def test_a_model_of_the_hub_is_known_by_its_revision(model: Path, tmp_path: Path
 # What is kept
 
 
-def test_what_was_written_whole_is_found_again(tmp_path: Path) -> None:
+def test_values_that_were_written_completely_are_found_again(tmp_path: Path) -> None:
     folder = ORIGIN.folder(tmp_path)
     assert kept.load(folder, 4) is None
     assert not kept.any_of(tmp_path, "ref_logps", "data")
@@ -127,7 +127,7 @@ def test_what_was_written_whole_is_found_again(tmp_path: Path) -> None:
     assert kept.any_of(tmp_path, "ref_logps", "data")
 
 
-def test_a_pass_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_pass_that_fails_stores_nothing(tmp_path: Path) -> None:
     folder = ORIGIN.folder(tmp_path)
     with pytest.raises(RuntimeError, match="died"), kept.writing(folder, ORIGIN, 4):
         raise RuntimeError("it died")
@@ -217,7 +217,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_does_not_hold_for_the_whole_phase_is_refused(case: str) -> None:
+def test_values_that_are_not_fixed_for_the_whole_phase_cannot_be_precomputed(case: str) -> None:
     make, message = REFUSED[case]
     with pytest.raises(ConfigError, match=rf"precompute_ref_log_probs: .*{message}.*leave it out"):
         make()

@@ -55,7 +55,7 @@ def test_a_token_shares_its_row_with_those_that_have_the_same_tokens_up_to_them(
     assert [history[found.kept[row]] for row in found.row_of_token] == history
 
 
-def test_rows_that_have_little_in_common_are_left_alone() -> None:
+def test_rows_with_little_in_common_are_not_merged() -> None:
     assert shared_prefixes(torch.arange(40), [10, 10, 20]) is None
 
 
@@ -67,7 +67,7 @@ def test_tokens_are_compared_as_numbers_not_as_bytes_of_either_end() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_logps_of_rows_that_begin_alike_equal_those_of_each_by_itself(tied: bool) -> None:
+def test_logps_of_rows_with_a_shared_prefix_equal_those_of_each_row_alone(tied: bool) -> None:
     causal, micro = tiny_model(tied=tied), micro_batch(samples())
     assert shared_prefixes(micro["tokens"], micro.lengths.tolist()) is not None
     torch.testing.assert_close(forward(language_model(causal), micro).logps, plain_logps(causal, micro), **FLOAT32)
@@ -95,7 +95,7 @@ def rows_computed(model: LanguageModel, micro: MicroBatch) -> int:
     return seen[0]
 
 
-def test_a_common_beginning_goes_through_the_model_once() -> None:
+def test_a_shared_prefix_passes_through_the_model_once() -> None:
     model, rows = language_model(), [[5, 9, 33, 7, ending] for ending in (10, 11, 12, 10)]
     assert rows_computed(model, micro_batch(rows)) == 7
     assert rows_computed(without_sharing(model), micro_batch(rows)) == 20

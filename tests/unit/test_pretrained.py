@@ -121,7 +121,7 @@ def _config(folder: Path, **model: Any) -> RunConfig:
 
 
 @pytest.mark.parametrize("loader", LOADERS.values(), ids=LOADERS.keys())
-def test_code_of_a_model_is_refused_without_a_question_and_the_key_is_named(
+def test_code_of_a_model_is_refused_without_a_prompt_and_with_the_key(
     with_code: Path, monkeypatch: pytest.MonkeyPatch, loader: Callable[[Path, bool], Any]
 ) -> None:
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))

@@ -58,7 +58,7 @@ def test_a_rank_that_answers_no_ping_is_named_with_what_it_did_and_ends_the_run_
     )
 
 
-def test_a_rank_that_answers_but_does_not_get_on_ends_the_run_at_the_deadline_of_its_role():
+def test_a_rank_that_answers_pings_but_does_not_finish_its_verb_ends_the_run_at_its_roles_deadline():
     found = health()
     found.seen(REFERENCE, "logps", 101.0, 200.0)
     for rank in POLICY:
@@ -68,7 +68,7 @@ def test_a_rank_that_answers_but_does_not_get_on_ends_the_run_at_the_deadline_of
     )
 
 
-def test_an_idle_rank_may_be_idle_for_ever():
+def test_an_idle_rank_never_times_out():
     found = health()
     all_seen(found, 100_000.0)
     assert found.failure(100_001.0) is None
@@ -93,7 +93,7 @@ def test_a_long_verb_is_reported_once_per_interval():
         assert (found.overdue(float(now)) != []) is (now in (30, 60, 90))
 
 
-def test_a_role_whose_processes_were_ended_on_purpose_is_missed_by_nobody():
+def test_a_role_that_was_released_is_not_reported_as_lost():
     found = health()
     found.forget("reference")
     all_policy = [found.seen(rank, None, 0.0, 50.0) for rank in POLICY]

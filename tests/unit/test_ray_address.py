@@ -84,13 +84,13 @@ def test_an_address_where_nothing_listens_is_refused_with_the_reason_and_where_i
     assert "Connection refused" in message
 
 
-def test_an_address_that_takes_the_connection_and_says_nothing_is_refused_at_the_deadline():
+def test_an_address_that_accepts_the_connection_and_sends_nothing_is_refused_at_the_deadline():
     with mute() as address:
         assert "nothing was heard for 0.2 s" in refusal(address, 0.2)
 
 
 @pytest.mark.parametrize("address", ["head", "head:port", ":6379"])
-def test_what_is_no_address_is_refused_with_the_form_of_one(address: str):
+def test_an_invalid_address_is_refused_with_the_expected_form(address: str):
     assert "write HOST:PORT" in refusal(address)
 
 
@@ -98,7 +98,7 @@ def test_a_host_that_does_not_exist_is_named():
     assert "host.invalid:6379" in refusal("host.invalid:6379")
 
 
-def test_a_ray_that_wants_a_token_is_told_from_one_that_is_not_there():
+def test_a_ray_that_requires_a_token_is_distinguished_from_a_missing_ray():
     with control_store(wants("secret")) as address:
         message = refusal(address)
     assert "wants a token" in message
@@ -131,7 +131,7 @@ def test_a_token_is_not_sent_to_an_address_unless_the_mode_asks_for_it(home: Pat
     assert "authorization" not in seen
 
 
-def test_a_mode_that_asks_for_a_token_where_there_is_none_says_where_to_put_it(monkeypatch: pytest.MonkeyPatch):
+def test_token_mode_without_a_token_is_an_error_that_names_its_path(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(AUTH_MODE, "token")
     with control_store(wants("secret")) as address:
         assert "put it into ~/.ray/auth_token" in refusal(address)

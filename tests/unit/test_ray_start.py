@@ -30,14 +30,14 @@ class Slow:
         self.cleaned += 1
 
 
-def test_a_ray_that_misses_its_own_limit_is_started_again_and_that_is_said():
+def test_a_ray_that_misses_its_own_time_limit_is_started_again_with_a_message():
     ray = Slow(comes_up_at=3)
     assert started(ray.start, ray.clean_up, ray.warnings.append) == "up"
     assert (ray.attempts, ray.cleaned) == (3, 2)
     assert "Ray did not start within its 30 s (load" in ray.warnings[0] and "attempt 2 of 3" in ray.warnings[0]
 
 
-def test_a_ray_that_never_comes_up_is_a_few_lines_and_not_its_traceback():
+def test_a_ray_that_never_starts_is_an_error_of_a_few_lines():
     ray = Slow(comes_up_at=100)
     with pytest.raises(RunError, match=r"within its 30 s, 3 times: .*cluster\.address") as raised:
         started(ray.start, ray.clean_up, ray.warnings.append)
@@ -52,7 +52,7 @@ def test_another_error_of_its_start_is_not_tried_again():
     assert ray.attempts == 1
 
 
-def test_a_daemon_that_ended_while_one_looks_is_none():
+def test_a_daemon_that_ends_during_the_search_is_not_listed():
     with subprocess.Popen(["true"]) as ended:
         child = psutil.Process(ended.pid)
         while child.status() != psutil.STATUS_ZOMBIE:

@@ -79,7 +79,7 @@ def test_fewer_than_two_scored_samples_make_no_pair(rewards: list[float], ties: 
     assert best_and_worst(group(rewards), ties=ties) is None  # pyright: ignore[reportArgumentType]
 
 
-def test_a_completion_that_was_cut_loses_its_penalty_and_may_lose_the_comparison() -> None:
+def test_a_truncated_completion_is_penalised_before_the_comparison() -> None:
     cut = group([1.0, 0.5, 0.4], truncated=[True, False, False])
     penalised = penalise_missing_eos(cut, penalty=0.8)
     np.testing.assert_allclose(penalised["reward"], [0.2, 0.5, 0.4], rtol=1e-6)

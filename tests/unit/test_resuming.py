@@ -9,7 +9,7 @@ from orchestrator.config.schema import RunConfig
 from orchestrator.resuming import changes, why_fixed
 
 
-def test_what_may_not_change_on_resume_is_this_and_nothing_else():
+def test_exactly_these_settings_may_not_change_on_resume():
     keys = {dotted(path).replace("NAME", "now") for path in schema_keys(RunConfig)}
     fixed = {key for key in keys if why_fixed(key, "now", [])}
     data = {key for key in keys if key.startswith("phases.now.data.")}
@@ -20,7 +20,7 @@ def test_what_may_not_change_on_resume_is_this_and_nothing_else():
     assert fixed == {"seed", "output", "phases.now.method", *model, *lora, *(data - may_move)}
 
 
-def test_of_a_phase_that_is_over_nothing_may_change_and_of_one_to_come_everything():
+def test_a_finished_phase_may_not_change_and_a_later_one_may():
     assert why_fixed("phases.sft.train.learning_rate", "grpo", ["sft"]) == "phase sft is over"
     assert why_fixed("phases.grpo.train.learning_rate", "grpo", ["sft"]) is None
     assert why_fixed("phases.dpo.data.limit", "grpo", ["sft"]) is None

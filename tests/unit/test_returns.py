@@ -97,7 +97,7 @@ def test_with_lambda_and_gamma_1_a_return_is_what_is_still_to_be_earned() -> Non
 
 
 @pytest.mark.parametrize(("estimator", "expected"), [("k1", 0.25), ("k3", np.exp(-0.25) - 1 + 0.25)])
-def test_what_the_policy_says_beyond_its_reference_is_taken_off_at_its_token(estimator: Any, expected: float) -> None:
+def test_the_kl_penalty_is_subtracted_at_each_token(estimator: Any, expected: float) -> None:
     old, ref = np.array([-9, -1, -0.5, -1], np.float32), np.array([0, -1, -0.75, -1], np.float32)
     batch = Batch.build([4], mask=[False, True, True, True], old_logps=old, ref_logps=ref, reward=[2.0])
     columns, metrics = kl_in_reward(batch, ALONE, {}, coefficient=0.1, estimator=estimator)

@@ -47,7 +47,7 @@ def test_an_epoch_ends_with_the_last_row_and_the_plan_says_how_many_passes_it_is
     assert (phase.steps, phase.schedule.last, phase.drawn) == (steps, last, drawn)
 
 
-def test_a_last_row_that_would_have_none_to_swap_with_goes_into_the_batch_before(tmp_path: Path) -> None:
+def test_a_single_last_row_that_needs_a_partner_joins_the_previous_batch(tmp_path: Path) -> None:
     (phase,) = prepared(tmp_path, {"epochs": 1, "batch_size": 3}, "kto").phases
     assert phase.schedule == Schedule(steps=3, batch=3, last=4)
 

@@ -14,7 +14,7 @@ rank_counts = st.integers(1, 5)
 
 
 @given(item_lengths, rank_counts)
-def test_every_item_is_dealt_exactly_once(lengths: list[int], ranks: int) -> None:
+def test_every_item_is_assigned_exactly_once(lengths: list[int], ranks: int) -> None:
     dealt = [item for micros in pack(lengths, ranks, BUDGET) for micro in micros for item in micro]
     assert sorted(dealt) == list(range(len(lengths)))
 
@@ -48,7 +48,7 @@ def test_no_more_micro_batches_than_are_needed() -> None:
     assert [len(micros) for micros in pack([10] * 11, 1, 100)] == [2]
 
 
-def test_nothing_to_deal_gives_every_rank_nothing() -> None:
+def test_without_items_every_rank_gets_none() -> None:
     assert pack([], 3, 10) == [(), (), ()]
 
 
@@ -62,7 +62,7 @@ def test_what_cannot_be_packed_is_refused(lengths: list[int], ranks: int, budget
 
 
 @given(st.lists(st.integers(1, 10), min_size=1, max_size=20), rank_counts)
-def test_dealt_chunks_put_together_are_the_batch(lengths: list[int], ranks: int) -> None:
+def test_the_shards_together_are_the_batch(lengths: list[int], ranks: int) -> None:
     batch = Batch.build(lengths, tokens=np.arange(sum(lengths)))
     tokens = np.full(batch.num_tokens, -1)
     for rows, part in shard(batch, ranks, BUDGET):
@@ -78,18 +78,18 @@ def micro_batches(groups: list[int], ranks: int, length: int = 10) -> list[list[
     return [[groups[rows[local]] for local in micro] for rows, part in dealt for micro in part.micro_batches]
 
 
-def test_rows_of_a_group_stay_together_where_that_costs_nothing() -> None:
+def test_rows_of_a_group_stay_together_if_that_costs_nothing() -> None:
     assert micro_batches([0, 1, 0, 1, 2, 3, 2, 3], ranks=2) == [[0, 0, 2, 2], [1, 1, 3, 3]]
 
 
 @pytest.mark.parametrize("groups", [[0, 0, 0, 1], [0, 0, 1, 1, 2, 2], [0] * 6 + [1, 2]])
-def test_rows_of_a_group_are_parted_where_ranks_would_be_uneven_or_a_micro_batch_too_large(groups: list[int]) -> None:
+def test_rows_of_a_group_are_separated_if_ranks_would_be_uneven_or_a_micro_batch_too_large(groups: list[int]) -> None:
     sizes = [len(micro) for micro in micro_batches(groups, ranks=2)]
     assert max(sizes) - min(sizes) <= 1
 
 
 @given(st.lists(st.tuples(st.integers(1, 10), st.booleans()), min_size=1, max_size=20), rank_counts, st.booleans())
-def test_rows_set_aside_are_dealt_once_too_and_by_themselves(
+def test_statistics_rows_are_assigned_once_and_to_micro_batches_of_their_own(
     rows: list[tuple[int, bool]], ranks: int, keep_groups: bool
 ) -> None:
     lengths, marked = zip(*rows, strict=True)

@@ -72,7 +72,7 @@ def next_line(process: subprocess.Popen[str]) -> str:
 
 
 @pytest.mark.parametrize("started", [["alive"]], indirect=True)
-def test_a_second_signal_does_not_interrupt_what_puts_things_in_order(started: subprocess.Popen[str]):
+def test_a_second_signal_does_not_interrupt_the_shutdown(started: subprocess.Popen[str]):
     assert next_line(started) == "up"
     started.send_signal(signal.SIGTERM)
     assert [next_line(started), next_line(started)] == ["SIGTERM", "ending"]
@@ -83,7 +83,7 @@ def test_a_second_signal_does_not_interrupt_what_puts_things_in_order(started: s
 
 
 @pytest.mark.parametrize("started", [["hang"]], indirect=True)
-def test_where_no_order_can_be_kept_the_process_and_its_children_end_all_the_same(started: subprocess.Popen[str]):
+def test_if_a_clean_shutdown_is_impossible_the_process_and_its_children_are_killed(started: subprocess.Popen[str]):
     child = psutil.Process(int(next_line(started)))
     started.send_signal(signal.SIGINT)
     _, err = started.communicate(timeout=30)
@@ -93,7 +93,7 @@ def test_where_no_order_can_be_kept_the_process_and_its_children_end_all_the_sam
 
 
 @pytest.mark.parametrize("started", [["alive", "deaf"]], indirect=True)
-def test_a_process_that_was_told_to_ignore_ctrl_c_goes_on(started: subprocess.Popen[str]):
+def test_a_process_that_ignores_ctrl_c_keeps_running(started: subprocess.Popen[str]):
     assert next_line(started) == "up"
     started.send_signal(signal.SIGINT)
     assert next_line(started) == "done"
@@ -104,9 +104,7 @@ SAVES_FIRST = "troupe: {}: ends its step and saves a checkpoint first, within ch
 
 @pytest.mark.parametrize("started", [["alive", "saves"]], indirect=True)
 @pytest.mark.parametrize("received", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_where_steps_are_trained_a_signal_lets_a_checkpoint_be_saved_first(
-    started: subprocess.Popen[str], received: signal.Signals
-):
+def test_during_training_a_signal_saves_a_checkpoint_first(started: subprocess.Popen[str], received: signal.Signals):
     assert next_line(started) == "up"
     started.send_signal(received)
     out, err = started.communicate(timeout=30)
@@ -117,7 +115,7 @@ def test_where_steps_are_trained_a_signal_lets_a_checkpoint_be_saved_first(
 
 
 @pytest.mark.parametrize("started", [["alive", "saves", "slow"]], indirect=True)
-def test_a_checkpoint_that_takes_longer_than_the_grace_is_given_up_in_order(started: subprocess.Popen[str]):
+def test_a_checkpoint_that_exceeds_the_grace_period_is_abandoned_cleanly(started: subprocess.Popen[str]):
     assert next_line(started) == "up"
     started.send_signal(signal.SIGTERM)
     out, _ = started.communicate(timeout=30)
@@ -125,7 +123,7 @@ def test_a_checkpoint_that_takes_longer_than_the_grace_is_given_up_in_order(star
 
 
 @pytest.mark.parametrize("started", [["alive", "saves", "patient"]], indirect=True)
-def test_a_second_signal_gives_up_the_checkpoint_at_once_and_a_third_changes_nothing(started: subprocess.Popen[str]):
+def test_a_second_signal_abandons_the_checkpoint_at_once_and_a_third_has_no_effect(started: subprocess.Popen[str]):
     assert next_line(started) == "up"
     started.send_signal(signal.SIGINT)
     assert next_line(started) == "SIGINT"
@@ -145,7 +143,7 @@ def test_a_request_to_stop_does_not_hurry_what_a_signal_ends_already(started: su
 
 
 @pytest.mark.parametrize("started", [["saves"]], indirect=True)
-def test_where_ray_is_gone_nothing_is_waited_for(started: subprocess.Popen[str]):
+def test_if_ray_is_gone_the_shutdown_does_not_wait(started: subprocess.Popen[str]):
     assert next_line(started) == "up"
     started.send_signal(signal.SIGTERM)
     _, err = started.communicate(timeout=30)
@@ -183,6 +181,6 @@ print(signal.getsignal(signal.SIGHUP) == signal.SIG_DFL)
 """
 
 
-def test_what_is_started_while_hangups_are_ignored_ignores_them_and_its_parent_does_not_go_on_to():
+def test_a_child_started_while_hangups_are_ignored_ignores_them_and_its_parent_stops_ignoring_them():
     done = subprocess.run([sys.executable, "-c", HANGS_UP], capture_output=True, text=True, timeout=30, cwd=Path(ROOT))
     assert done.stdout.split() == ["True", "True"], done.stderr

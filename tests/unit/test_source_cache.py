@@ -64,7 +64,7 @@ def of(method: str, **options: Any) -> DataKind:
     ],
     ids=lambda kind: kind.name,
 )
-def test_what_one_kind_of_data_left_in_the_cache_is_not_handed_to_another(
+def test_cached_tokens_of_one_kind_of_data_are_not_used_for_another(
     tmp_path: Path, first: DataKind, second: DataKind
 ) -> None:
     file, cache = write_rows(tmp_path / "pairs.jsonl", PAIRS), tmp_path / "cache"

@@ -104,7 +104,7 @@ def test_a_folder_that_datasets_saved_is_read_by_split(tmp_path: Path) -> None:
     ("path", "told"),
     [("missing.jsonl", "there is no file"), ("./folder", "there is no file"), ("example:none", "arithmetic_sft")],
 )
-def test_a_path_that_means_nothing_is_told_so(path: str, told: str) -> None:
+def test_a_path_that_does_not_exist_is_an_error(path: str, told: str) -> None:
     with pytest.raises(DataError, match=told):
         opened(path, Completions)
 

@@ -412,7 +412,7 @@ def test_a_check_without_a_tokenizer_refuses_the_same_turns(tmp_path: Path) -> N
         ),
     ],
 )
-def test_a_choice_of_what_is_learned_that_the_data_does_not_offer_is_refused(
+def test_a_choice_of_trained_tokens_that_the_data_does_not_have_is_refused(
     tmp_path: Path, kind: DataKind, row: dict, setting: dict[str, Any], refusal: str
 ) -> None:
     (name,) = setting

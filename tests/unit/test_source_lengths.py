@@ -146,7 +146,7 @@ UNEVEN = [{"prompt": "abcdef", "completion": "12"}, {"prompt": "a", "completion"
 @pytest.mark.parametrize(
     ("packing", "tokens", "learned", "longest"), [("bfd", 6, 3, 2), ("bfd_split", 18, 9, 4), ("wrapped", 16, 8, 4)]
 )
-def test_every_pack_teaches_something_and_the_report_counts_what_is_in_the_packs(
+def test_every_pack_has_a_trained_token_and_the_report_counts_the_packs(
     tmp_path: Path, packing: str, tokens: int, learned: int, longest: int, streaming: bool
 ) -> None:
     source = source_of(tmp_path, UNEVEN, packing=packing, max_length=4, append_eos=False, streaming=streaming)
@@ -158,7 +158,7 @@ def test_every_pack_teaches_something_and_the_report_counts_what_is_in_the_packs
     assert max(int(batch.lengths.max()) for batch in batches) == report.longest == longest
 
 
-def test_rows_that_packing_splits_and_tokens_that_it_leaves_out_are_said(tmp_path: Path) -> None:
+def test_rows_that_packing_splits_and_tokens_that_it_leaves_out_are_reported(tmp_path: Path) -> None:
     source = source_of(tmp_path, UNEVEN, packing="bfd_split", max_length=4, append_eos=False)
     assert source.report.notes == (
         "3 rows are split into pieces, which do not see one another (data.packing)",
@@ -182,7 +182,7 @@ def test_a_row_longer_than_a_pack_is_treated_as_truncation_says(
         source_of(tmp_path, [LONG], max_length=6, packing="bfd", truncation="error")
 
 
-def test_truncation_is_refused_beside_packing_that_cuts_nothing_off(tmp_path: Path) -> None:
+def test_truncation_is_refused_with_packing_that_truncates_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.truncation=drop .*data\.packing=wrapped cuts nothing off"):
         source_of(tmp_path, [LONG], max_length=6, packing="wrapped", truncation="drop")
 
@@ -236,7 +236,9 @@ def test_a_sampled_completion_counts_with_its_prompt(tmp_path: Path) -> None:
         prepare(config)
 
 
-def test_a_run_prints_and_logs_what_became_of_the_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_prints_and_logs_how_many_rows_are_used_and_dropped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = phase_of(tmp_path, "sft", [SHORT, LONG, {"prompt": "abcdefgh", "completion": "x"}], 100, max_length=6)
     config = config.model_copy(
         update={

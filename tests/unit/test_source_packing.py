@@ -51,7 +51,7 @@ def logps_by_letter(tmp_path: Path, documents: list[str], packing: str) -> dict[
 
 
 @pytest.mark.parametrize("packing", ["none", "bfd", "bfd_split", "wrapped"])
-def test_packed_documents_never_see_one_another(tmp_path: Path, packing: str) -> None:
+def test_packed_documents_never_attend_to_one_another(tmp_path: Path, packing: str) -> None:
     before = logps_by_letter(tmp_path, ["a" * 9, "b" * 20, "c" * 5, "d" * 2], packing)
     after = logps_by_letter(tmp_path, ["e" * 9, "b" * 20, "c" * 5, "f" * 2], packing)
     assert {letter: after[letter] for letter in "bc"} == {letter: before[letter] for letter in "bc"}

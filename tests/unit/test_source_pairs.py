@@ -58,7 +58,7 @@ def test_one_conversation_is_answered_after_the_message_that_says_its_prompt(tmp
 
 
 @pytest.mark.parametrize("prompt", ["another", "r"])
-def test_a_text_that_nobody_asks_is_not_the_prompt_of_conversations(tmp_path: Path, prompt: str) -> None:
+def test_a_text_that_no_message_contains_is_not_the_prompt_of_conversations(tmp_path: Path, prompt: str) -> None:
     row = {"prompt": prompt, "chosen": [user("q"), assistant("r")], "rejected": [user("q"), assistant("s")]}
     with pytest.raises(DataError, match="row 1: prompt is a text, and the answers are conversations that do not"):
         previews(tmp_path, row, Pairs, PLAIN_TEMPLATE)
@@ -66,7 +66,7 @@ def test_a_text_that_nobody_asks_is_not_the_prompt_of_conversations(tmp_path: Pa
 
 @pytest.mark.parametrize("kind", [Pairs, Labelled])
 @pytest.mark.parametrize("sides", [("ab", "ab c"), ("ab c", "ab")])
-def test_a_text_that_is_the_start_of_the_other_is_refused(
+def test_a_text_that_is_a_prefix_of_the_other_is_refused(
     tmp_path: Path, kind: DataKind, sides: tuple[str, str]
 ) -> None:
     name = "chosen" if sides[0] == "ab" else "rejected"
@@ -82,7 +82,7 @@ def test_a_conversation_that_goes_on_from_the_other_differs_after_the_shared_ans
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("kind", [Pairs, Triples])
-def test_pairs_whose_sides_are_the_same_once_cut_are_dropped_and_counted(
+def test_pairs_with_equal_sides_after_truncation_are_dropped_and_counted(
     tmp_path: Path, kind: DataKind, streaming: bool
 ) -> None:
     same = {"prompt": "p", "chosen": "cccccx", "rejected": "cccccy", "reference": "ddd"}
@@ -107,7 +107,7 @@ def test_pairs_that_only_a_template_makes_the_same_are_dropped_and_counted(tmp_p
     assert report.dropped == {"chosen and rejected are the same tokens: nothing is preferred": 1}
 
 
-def test_sides_that_differ_before_the_cut_are_kept(tmp_path: Path) -> None:
+def test_pairs_that_differ_within_the_limit_are_kept(tmp_path: Path) -> None:
     report = opened(write_rows(tmp_path / "d.jsonl", [PAIR | {"chosen": "cxxxx"}]), Pairs, max_length=3).report
     assert (report.items, report.dropped) == (1, {})
     assert report.truncated == {"longer than max_length=3": 1}
@@ -144,7 +144,7 @@ ONE_CLASS = {
 
 
 @pytest.mark.parametrize("case", ONE_CLASS)
-def test_labels_of_one_class_only_are_said(tmp_path: Path, case: str) -> None:
+def test_labels_of_a_single_class_are_a_remark(tmp_path: Path, case: str) -> None:
     kind, rows, said = ONE_CLASS[case]
     file = write_rows(tmp_path / "d.jsonl", rows)
     line = f"one class only: {said}"
@@ -157,7 +157,7 @@ def test_labels_of_one_class_only_are_said(tmp_path: Path, case: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [Labelled, Pairs])
-def test_labels_of_two_classes_or_of_none_need_no_word(tmp_path: Path, kind: DataKind) -> None:
+def test_labels_of_two_classes_or_none_give_no_remark(tmp_path: Path, kind: DataKind) -> None:
     file = write_rows(tmp_path / "d.jsonl", [PAIR])
     for report in (opened(file, kind).report, validate(DataConfig(path=str(file)), kind)):
         assert report.notes == ()

@@ -146,14 +146,14 @@ def test_a_completion_goes_on_with_the_answer_that_the_prompt_began(tmp_path: Pa
         (Pairs, {"prompt": said("u:q"), "chosen": said("a:<think>t</think>r"), "rejected": said("a:s")}),
     ],
 )
-def test_a_template_that_drops_the_thought_is_refused(
+def test_a_template_that_drops_reasoning_is_refused(
     tmp_path: Path, template: str, kind: DataKind, row: dict[str, Any]
 ) -> None:
     with pytest.raises(DataError, match=r"d\.jsonl, row 1: the chat template does not .*model\.chat_template"):
         shown(tmp_path, row, kind, template)
 
 
-def test_a_template_that_opens_a_thought_for_rollouts_alone_is_refused(tmp_path: Path) -> None:
+def test_a_template_that_opens_reasoning_only_for_rollouts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"'u:q;a:r;' instead of 'u:q;a:<think>'.*model\.chat_template"):
         shown(tmp_path, {"messages": said("u:q", "a:r")}, Completions, OPENS_A_THOUGHT)
     assert shown(tmp_path, {"messages": said("u:q", "a:r")}, Completions, DROPS_A_THOUGHT) == "u⟦:q;a:r;⟧"
@@ -167,7 +167,7 @@ def test_a_template_that_ignores_another_field_of_an_answer_is_refused(tmp_path:
             shown(tmp_path, {"prompt": said("u:q"), "completion": [message]}, Completions)
 
 
-def test_a_template_may_change_white_space_and_leave_out_what_is_not_learned(tmp_path: Path) -> None:
+def test_a_template_may_change_white_space_and_leave_out_untrained_turns(tmp_path: Path) -> None:
     row = {"prompt": said("u:q"), "completion": said("a: <think>t</think>  r ")}
     assert shown(tmp_path, row, Completions, KEEPS_A_THOUGHT) == "u:q;a:⟦<think>t</think>  r;⟧"
     row = {"prompt": said("u:q", "a:<think>t</think>r", "u:s"), "completion": said("a:v")}
@@ -178,7 +178,7 @@ def test_a_template_may_change_white_space_and_leave_out_what_is_not_learned(tmp
     "name",
     ["tokenize", "chat_template", "return_dict", "messages", "tools", "add_generation_prompt", "eos_token", "padding"],
 )
-def test_a_row_may_not_say_how_the_template_is_called(tmp_path: Path, name: str) -> None:
+def test_a_row_may_not_set_arguments_of_apply_chat_template(tmp_path: Path, name: str) -> None:
     row = {"messages": said("u:q", "a:r"), "chat_template_kwargs": {name: True}}
     file = write_rows(tmp_path / "d.jsonl", [row])
     for reading in (
@@ -199,7 +199,7 @@ def test_a_row_may_not_replace_a_special_token_that_its_tokenizer_alone_has(tmp_
         shown(tmp_path, row, Prompts, words)
 
 
-def test_what_a_row_gives_and_the_template_does_not_read_is_said(tmp_path: Path) -> None:
+def test_a_variable_that_the_template_does_not_read_is_a_remark(tmp_path: Path) -> None:
     row = {"messages": said("u:q", "a:r"), "chat_template_kwargs": {"shuot": True}, "tools": [{"name": "add"}]}
     source = opened(write_rows(tmp_path / "d.jsonl", [row]), Completions, tokenizer(MARKED_TEMPLATE))
     assert source.report.notes == (

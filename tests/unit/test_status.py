@@ -52,13 +52,17 @@ def said(folder: Path, *events: dict[str, Any], run: pytest.CaptureFixture[str])
     return first, json.loads(last)
 
 
-def test_a_finished_run_says_so_with_all_that_its_last_step_measured(folder: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_status_of_a_finished_run_has_all_metrics_of_its_last_step(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+):
     first, metrics = said(folder, {"event": "finished"}, run=capsys)
     assert first == "t-1: finished"
     assert metrics == {"step": 2, "phase": "sft", "loss": 2.0, "eval_reward": 0.5}
 
 
-def test_a_run_that_a_signal_stopped_says_which_and_how_it_goes_on(folder: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_status_of_a_run_stopped_by_a_signal_names_the_signal_and_how_to_continue(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+):
     first, _ = said(folder, {"event": "interrupted", "signal": "SIGTERM"}, run=capsys)
     assert first.startswith("t-1: stopped by SIGTERM; `troupe resume ")
 
@@ -79,7 +83,7 @@ def test_a_run_whose_ray_does_not_answer_is_not_called_running(
     assert first.startswith("t-1: not answering: its Ray cannot be reached from here") and nowhere in first
 
 
-def test_a_line_that_a_kill_cut_off_is_passed_over(folder: Path):
+def test_an_incomplete_last_line_is_skipped(folder: Path):
     (folder / "events.jsonl").write_text('{"event": "prepa\n{"event": "finished"}\n{"ev')
     assert events(folder) == [{"event": "finished"}]
 
@@ -113,7 +117,7 @@ def test_a_run_whose_driver_has_not_started_its_roles_yet_is_starting(
     assert first == "t-1: starting"
 
 
-def test_a_run_that_never_started_its_roles_is_a_run_nevertheless(folder: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_run_that_never_started_its_roles_has_a_status(folder: Path, capsys: pytest.CaptureFixture[str]):
     (folder / "run.json").unlink()
     first, _ = said(folder, run=capsys)
     assert first == "t-1: ended before its roles were started"

@@ -66,7 +66,7 @@ def test_a_word_with_a_hyphen_stays_whole():
         (("keys", "roles.rollout"), "fallback_strategy [section, ...], default [] Other nodes, tried in turn"),
     ],
 )
-def test_on_eighty_columns_every_command_says_it_in_whole_sentences(
+def test_on_eighty_columns_no_sentence_of_any_command_is_cut(
     command: tuple[str, ...], whole: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("COLUMNS", "80")

@@ -27,7 +27,7 @@ def stopped_in(limit_s: float) -> str:
     return traceback.extract_tb(over.value.stopped_at)[-1].name
 
 
-def test_an_endless_loop_is_stopped_where_it_stands() -> None:
+def test_an_endless_loop_is_stopped_and_its_place_reported() -> None:
     assert stopped_in(0.05) == "endless"
 
 
@@ -46,7 +46,7 @@ def test_a_result_and_an_error_of_the_work_come_through() -> None:
             limit.call(lambda: 1 // 0)
 
 
-def test_waiting_does_not_count() -> None:
+def test_waiting_does_not_count_towards_the_limit() -> None:
     with TimeLimit(0.02) as limit:
         assert limit.call(lambda: time.sleep(0.2) or "slept") == "slept"
 

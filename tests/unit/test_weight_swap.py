@@ -110,13 +110,13 @@ def test_another_model_is_refused_by_the_weight_that_differs(tmp_path: Path) -> 
         mixed(trainable(tiny_model_folder(tmp_path, tied=False)), target, 0.5)
 
 
-def test_a_trained_role_is_not_mixed(tmp_path: Path) -> None:
+def test_mixing_into_a_trained_role_is_refused(tmp_path: Path) -> None:
     folder = tiny_model_folder(tmp_path)
     with pytest.raises(RunError, match="is trained"):
         mixed(trainable(folder), trainable(folder, optim=OPTIM), 0.5)
 
 
-def test_weights_that_arrive_otherwise_than_they_were_sent_are_refused_before_any_is_used(tmp_path: Path) -> None:
+def test_weights_that_differ_from_those_sent_are_refused_before_any_is_used(tmp_path: Path) -> None:
     source = trainable(tiny_model_folder(tmp_path))
     manifest = source.export(ManifestOf(None, BUCKET), BUCKET, False)
     report, payload = source.export(PackBuckets(manifest, 0), BUCKET, False)

@@ -114,7 +114,7 @@ def test_the_same_weights_have_the_same_fingerprint_whatever_was_in_memory_befor
 
 
 @pytest.mark.parametrize("buffers", [1, 2, 3])
-def test_so_many_buffers_take_turns_as_may(buffers: int):
+def test_the_allowed_number_of_buffers_is_used_in_turn(buffers: int):
     manifest = ManifestOf("float32", KIB)(weights())
     places = [flat.data_ptr() for flat in fill(manifest, weights(), buffers=buffers)]
     assert len(places) > buffers and len(set(places)) == buffers
@@ -130,7 +130,7 @@ def test_so_many_buffers_take_turns_as_may(buffers: int):
         ([("layer.0", torch.ones(8, 16)), *weights()[1:]], r"expected layer.0 \(16, 8\).*\(8, 16\)"),
     ],
 )
-def test_weights_that_are_not_the_manifests_are_refused(sent: Staged, complaint: str):
+def test_weights_that_differ_from_the_manifest_are_refused(sent: Staged, complaint: str):
     manifest = ManifestOf("float32", KIB)(weights())
     with pytest.raises(ValueError, match=complaint):
         list(fill(manifest, iter(sent)))
@@ -191,7 +191,7 @@ def test_every_transport_is_under_test():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("transport", BY)
-def test_what_arrives_is_what_was_sent_under_the_fingerprint_that_every_transport_gives(
+def test_every_transport_delivers_the_weights_with_the_same_fingerprint(
     transport: str, dtype: str, tmp_path: Path, trainer: Stage
 ):
     manifest = ManifestOf(dtype, 2 * KIB)(weights())
@@ -256,7 +256,7 @@ def test_groups_are_kept_within_an_epoch_and_rebuilt_when_members_join_or_leave(
     assert seen[2]["b",] is not seen[3]["b",]
 
 
-def test_a_second_run_in_the_same_process_meets_nobody_of_the_first():
+def test_a_second_run_in_the_same_process_joins_no_member_of_the_first():
     manifest, sender = ManifestOf("float32", KIB)(weights()), CollectiveSender()
     for seed in (1, 2):  # both call their first epoch "1" and their member "a"
         order = SyncOrder("o", 0, "collective", manifest, Rendezvous(*sender.open(), "1", ("a",), 12.0))
@@ -337,7 +337,7 @@ def test_one_broadcast_to_all_fails_as_a_whole_and_is_reported_as_that(trainer: 
             future.result(10)
 
 
-def test_members_learn_at_once_that_the_weights_ended_half_way(trainer: Stage):
+def test_members_fail_at_once_if_a_transfer_ends_half_way(trainer: Stage):
     def ending() -> Iterator[tuple[str, Tensor]]:
         yield from weights()[:-1]
         raise RuntimeError("a rank died while it gathered")
@@ -350,7 +350,7 @@ def test_members_learn_at_once_that_the_weights_ended_half_way(trainer: Stage):
         arriving[0].result(5)
 
 
-def test_who_was_lost_is_not_waited_for_again_and_may_come_back_in_the_next_epoch(trainer: Stage):
+def test_a_lost_member_is_not_waited_for_again_and_may_rejoin_in_the_next_epoch(trainer: Stage):
     manifest = ManifestOf("float32", KIB)(weights())
     order = trainer.order(manifest, "a", timeout_s=0.3)
     assert "did not join" in trainer.sender.send(order, weights()).failed["a"]
@@ -360,7 +360,7 @@ def test_who_was_lost_is_not_waited_for_again_and_may_come_back_in_the_next_epoc
     assert fingerprint == report.fingerprint
 
 
-def test_an_engine_on_another_kind_of_device_than_the_trainer_is_told_what_to_set(trainer: Stage):
+def test_an_engine_on_another_kind_of_device_than_the_trainer_is_refused_with_a_remedy(trainer: Stage):
     order = trainer.order(ManifestOf("float32", KIB)(weights()), "a", timeout_s=3.0)
     [arriving] = trainer.receive(order, CollectiveReceiver("a", torch.device("meta")))
     trainer.sender.send(order, iter(weights()))
