@@ -1,15 +1,14 @@
-"""Attention over a flat micro-batch: documents lie end to end in one row and never see one another.
+"""Attention over a flat micro-batch: documents are concatenated in one row and never attend to one another.
 
     tokens      a a a a b b c c c            one row, no padding: every linear layer works on real tokens only
     buckets     [a a a a]  [c c c]           attention itself runs on documents of like length, right-padded to the
                            [b b .]           longest of their bucket; causality alone keeps the padding out of sight
 
-A padded key stands after every real query of its document, so causal attention never looks at it; a padded query's
-output is never read, so no gradient comes back from it. Hence no mask at all, and the quick kernels apply.
+A padded key comes after every real query of its document, so causal attention ignores it; a padded query's output is
+never read, so it has no gradient. So no mask is needed, and the fast kernels apply.
 
-Where documents begin alike (`actors/prefixes.py`), the model computes a common beginning once; attention, which is
-cheap beside the rest, spreads its rows out to whole documents and collects one row of each again.
-"""
+If documents have a shared prefix (`actors/prefixes.py`), the model computes it once; attention, which is cheap compared
+with the rest, expands its rows to whole documents and collects one row of each again."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ from actors.errors import ModelError
 from actors.prefixes import SharedPrefixes
 from actors.scored_attention import scored_attention
 
-VARLEN = "troupe_varlen"  # the name under which transformers knows this attention
+VARLEN = "troupe_varlen"  # the name of this attention in transformers
 HALF = (torch.float16, torch.bfloat16)
 MIN_FILL = 0.5  # a document joins a bucket if it is at least that part of the bucket's longest (see `Documents`)
 
@@ -41,14 +40,13 @@ class Bucket:
 
 
 class Documents:
-    """How the documents of a flat micro-batch lie: `positions` [T] restart at each; `slots` [T] are their places in the
-    padded buffer of all buckets. Built once per forward pass, used by every layer. The model computes one row per
-    token, or with `shared` the rows that it keeps.
+    """The layout of the documents of a flat micro-batch: `positions` [T] restart at each; `slots` [T] are their places
+    in the padded buffer of all buckets. Built once per forward pass, used by every layer. The model computes one row
+    per token, or with `shared` only the rows that are kept.
 
-    Buckets trade padded attention (cheap: documents are short) for kernel calls (dear on a CPU). With 48 documents of
-    10 to 128 tokens, half-filled at worst was as quick as one bucket for all, and 1.4 times as quick as equal lengths
-    only; unlike one bucket it bounds what is wasted when lengths differ widely.
-    """
+    Buckets trade padding (cheap, because documents are short) for fewer kernel calls (expensive on a CPU). With 48
+    documents of 10 to 128 tokens, buckets filled at least by half were as fast as one bucket for all, and 1.4 times as
+    fast as buckets of equal lengths only; unlike a single bucket they bound the padding when lengths differ widely."""
 
     def __init__(self, lengths: Sequence[int], device: torch.device, shared: SharedPrefixes | None = None) -> None:
         self.lengths = list(lengths)
@@ -64,7 +62,7 @@ class Documents:
 
     @cached_property
     def boundaries(self) -> Tensor:
-        """[B+1] int32, cumulative lengths, as kernels for variable lengths want them."""
+        """[B+1] int32, cumulative lengths, for kernels with variable lengths."""
         return F.pad(torch.tensor(self.lengths).cumsum(0), (1, 0)).to(self.device, torch.int32)
 
     @cached_property
@@ -81,23 +79,23 @@ class Documents:
 
     @cached_property
     def already_padded(self) -> bool:
-        """True if all documents are equally long and computed whole: the flat rows are the padded buffer."""
+        """True if all documents have the same length and no shared prefix: the flat rows are the padded buffer."""
         return self.shared is None and len(self.buckets) == 1 and self.num_slots == sum(self.lengths)
 
     @cached_property
     def row_of_slot(self) -> Tensor:
-        """With `shared`: the row that fills each slot. What fills the padding is never looked at."""
+        """With `shared`: the row that fills each slot. The values of the padding are never used."""
         assert self.shared is not None
         rows = torch.zeros(self.num_slots, dtype=torch.int64, device=self.device)
         return rows.index_copy(0, self.slots, self.shared.row_of_token)
 
     @cached_property
     def slot_of_row(self) -> Tensor:
-        """A slot of each row, from which its output is taken."""
+        """One slot of each row, from which its output is read."""
         return self.slots if self.shared is None else self.slots[self.shared.kept]
 
     def of_rows(self, per_token: Tensor) -> Tensor:
-        """[T] -> [R]: what belongs to each computed row."""
+        """[T] -> [R]: the values of the computed rows."""
         return per_token if self.shared is None else per_token[self.shared.kept]
 
     def at_tokens(self, rows: Tensor, index: Tensor) -> Tensor:
@@ -118,7 +116,8 @@ class Documents:
 
 
 def _alike(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices of documents, longest first, cut where one is too short for the bucket's longest."""
+    """Indices of documents, longest first, in buckets; a new one begins at a document that is too short for the
+    bucket's longest."""
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if groups and lengths[index] >= MIN_FILL * lengths[groups[-1][0]]:
@@ -129,13 +128,14 @@ def _alike(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def spread(rows: Tensor, index: Tensor) -> Tensor:
-    """[R, ...], [N] -> [N, ...]: rows repeated as the index says. As an embedding, because its gradient, unlike that of
-    a selection, adds up repeated rows quickly."""
+    """[R, ...], [N] -> [N, ...]: rows repeated as the index says. Implemented as an embedding, whose gradient sums
+    repeated rows faster than that of a selection."""
     return F.embedding(index, rows.flatten(1)).unflatten(1, rows.shape[1:])
 
 
 class _Unpad(torch.autograd.Function):
-    """[slots] -> [T]. The stock gradient of a selection adds rows one by one; slots are distinct: copying does."""
+    """[slots] -> [T]. The gradient of an ordinary selection adds rows one by one; slots are distinct, so copying is
+    enough."""
 
     @staticmethod
     def forward(ctx: Any, padded: Tensor, slots: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ def varlen_attention(
     s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each document -> [1, T, heads, head_dim], as transformers wants it. `s_aux` [heads] are
+    """Causal attention within each document -> [1, T, heads, head_dim], the layout of transformers. `s_aux` [heads] are
     sinks."""
     if unknown := sorted(name for name in ("head_mask", "position_bias") if options.get(name) is not None):
         raise ModelError(
@@ -205,7 +205,7 @@ def _kernel_attention(
         query, key, value, documents.boundaries, documents.boundaries, documents.longest, documents.longest,
         scale=scaling, window_size=(-1 if window is None else window - 1, 0), enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
-    assert isinstance(out, Tensor)  # a pair only if the log-sum-exp was asked for
+    assert isinstance(out, Tensor)  # a pair only if the log-sum-exp was requested
     return out
 
 
@@ -214,7 +214,7 @@ def _bucket_attention(
 ) -> Tensor:
     """`attend` is called for each bucket, with [count, heads, length, head_dim]."""
     dtype = query.dtype
-    if dtype in HALF and not query.is_cuda:  # whose kernel takes several times as long for a gradient in half precision
+    if dtype in HALF and not query.is_cuda:  # the CPU kernel's gradient is several times slower in half precision
         query, key, value = (rows.float() for rows in (query, key, value))
     if not documents.already_padded:
         query, key, value = (_pad(rows, documents) for rows in (query, key, value))
@@ -247,7 +247,7 @@ def _documents_of(rows: Tensor, bucket: Bucket) -> Tensor:
 
 
 def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:
-    """Which keys a query sees under a sliding window: itself and the `window - 1` before it."""
+    """The keys that a query attends to in a sliding window: its own and the `window - 1` before it."""
     if window is None:
         return None
     index = torch.arange(length, device=device)

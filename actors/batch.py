@@ -2,9 +2,8 @@
 
 No padding on the wire or in the object store: a per-token column is flat over all rows, and `lengths` says where rows
 end. A preference pair is two rows of a `group` that differ in `preferred`; a trajectory with tool calls is one row
-whose `mask` skips the tool's tokens. Columns are numpy arrays, because Ray ships those without a copy; arrays that came
-out of the object store are read-only.
-"""
+whose `mask` skips the tool's tokens. Columns are numpy arrays, because Ray transfers those without a copy; arrays from
+the object store are read-only."""
 
 from __future__ import annotations
 
@@ -39,7 +38,7 @@ class Batch:
 
     @classmethod
     def concat(cls, batches: Iterable[Batch]) -> Batch:
-        """Rows of all batches in order. All must have the same columns (empty batches are passed over)."""
+        """Rows of all batches in order. All must have the same columns (empty batches are skipped)."""
         parts = [batch for batch in batches if len(batch)]
         if not parts:
             return cls.empty()
@@ -91,7 +90,7 @@ class Batch:
         return Batch(self.lengths[rows], columns)
 
     def token_index(self, rows: Array) -> Array:
-        """[T'] int64: where the tokens of `rows`, in that order, stand in this batch's per-token columns."""
+        """[T'] int64: the positions of the tokens of `rows`, in that order, in this batch's per-token columns."""
         if len(rows) == 0:
             return np.zeros(0, dtype=np.int64)
         lengths = self.lengths[rows]

@@ -1,14 +1,14 @@
 """The errors of Troupe, as a tree.
 
 TroupeError
-├── UserError          the user can mend it: a few lines, exit code 2, no traceback
+├── UserError          the user can fix it: a few lines, exit code 2, no traceback
 │   ├── ConfigError        a key, a value, a method's option
 │   ├── DataError          a data set or a row
 │   ├── ModelError         a model folder or a tokenizer
 │   └── PlacementError     the cluster lacks what the plan needs
-├── Interrupted        a signal ended a run, in order
-└── RunError           something broke while a run was going on
-    ├── DiskError          a disk did not take what was written
+├── Interrupted        a signal ended a run, which shut down cleanly
+└── RunError           something broke during a run
+    ├── DiskError          a disk is full or not writable
     ├── InfraFailure       an actor, an engine or a wait died: retry elsewhere, bounded
     │   └── NoAnswer           a worker died, is out of reach, or passed its deadline
     │       └── WorkerDied         it died
@@ -53,11 +53,11 @@ class PlacementError(UserError):
 
 
 class Interrupted(TroupeError):
-    """SIGINT or SIGTERM ended the run, and its things are in order."""
+    """SIGINT or SIGTERM ended the run, which shut down cleanly."""
 
     def __init__(self, signal: int) -> None:
         super().__init__(f"ended by signal {signal}")
-        self.exit_code = 128 + signal  # as a shell has it
+        self.exit_code = 128 + signal  # the shell's convention
 
 
 class RunError(TroupeError):
@@ -69,24 +69,24 @@ class DiskError(RunError):
 
 
 class InfraFailure(RunError):
-    """The machinery failed, not the sample: the same work may succeed elsewhere."""
+    """The infrastructure failed, not the sample: the same work may succeed elsewhere."""
 
 
 class NoAnswer(InfraFailure):
-    """A worker did not answer a call: it died, is out of reach, or passed the call's deadline. An `InfraFailure` that
-    a method raises itself is an answer."""
+    """A worker did not answer a call: it died, is out of reach, or passed the call's deadline. An `InfraFailure` raised
+    by the method itself does not count: it is an answer."""
 
 
 class WorkerDied(NoAnswer):
-    """The worker's process is gone, and will answer nothing any more."""
+    """The worker's process has ended."""
 
 
 class DataFailure(RunError):
-    """The sample itself fails, wherever it is tried."""
+    """The sample itself fails, on every worker."""
 
 
 class Dropped(DataFailure):
-    """A prompt group cannot be trained on; `reason` is what it is counted under."""
+    """A prompt group cannot be trained on; it is counted under `reason`."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(reason, detail)
@@ -109,7 +109,7 @@ class BudgetExhausted(RunError):
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str | None:
-    """The allowed word most like the given one, or None if none is similar."""
+    """The allowed word most similar to the given one; None if none is similar."""
     found = difflib.get_close_matches(given, list(allowed), n=1)
     return found[0] if found else None
 

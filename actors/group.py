@@ -29,8 +29,8 @@ from actors.worker import NAMESPACE, Ref, WorkerInfo, consume_exception
 
 T = TypeVar("T")
 
-ASYNC_CONCURRENCY = 1000  # calls on one event loop: Ray's own limit must never be what queues them
-GRACE_S = 2.0  # how long a failed rank's peers get to say whether one of them died
+ASYNC_CONCURRENCY = 1000  # calls on one event loop: more than ever run, so that Ray queues none
+GRACE_S = 2.0  # how long to wait, after a rank failed, for the death of another rank
 
 
 class RayWorker:
@@ -62,14 +62,15 @@ class RayWorker:
         ray.kill(self.handle, no_restart=True)
 
     def _submit(self, method: str, args: tuple, kwargs: dict[str, Any], task_name: str | None, **options: Any) -> Any:
-        """Start the call. `Ref` arguments go as top-level references, which Ray resolves on the worker's node."""
+        """Start the call. `Ref` arguments are passed as top-level references, which Ray resolves on the worker's
+        node."""
         label = task_name or f"{_label(self.name)}.{method}"
         bound = getattr(self.handle, method).options(name=label, enable_task_events=method != "ping", **options)
         return bound.remote(*map(_target, args), **{name: _target(value) for name, value in kwargs.items()})
 
     async def _result(self, ref: ObjectRef, method: str, timeout_s: float) -> Any:
-        """The value of `ref`. If the wait ends before it (deadline, cancellation), the call is cancelled: an
-        async method at once, a sync one if it has not begun."""
+        """The value of `ref`. If the wait ends earlier (deadline, cancellation), the call is cancelled: an async method
+        at once, a sync one unless it is running."""
         started = time.monotonic()
         future = asyncio.wrap_future(ref.future())
         future.add_done_callback(consume_exception)
@@ -159,7 +160,8 @@ class RayGroup:
 
 
 class RayObjects:
-    """References into Ray's object store. What the driver puts, it owns: it lives as long as its `Ref`."""
+    """References into Ray's object store. The driver owns the objects that it puts: they live as long as their
+    `Ref`."""
 
     async def put(self, value: Any) -> Ref:
         return Ref(await asyncio.to_thread(ray.put, value))
@@ -231,8 +233,8 @@ def start_ranks(
 
 @cache
 def actor_class(target: type) -> ActorClass:
-    """`target` as a Ray actor class: never restarted behind our back (a restart would silently lose weights), calls
-    never repeated, `ping` on a thread of its own, and a repr that names role and index."""
+    """`target` as a Ray actor class: never restarted by Ray (a restart would silently lose weights), calls never
+    retried by Ray, `ping` on a thread of its own, and a repr that names role and index."""
 
     class Actor(target):  # pyright: ignore[reportUntypedBaseClass]
         def __init__(self, label: str, /, **kwargs: Any) -> None:
@@ -255,7 +257,7 @@ def actor_class(target: type) -> ActorClass:
 
 
 def _inherited(ping: Any) -> Any:
-    """A function of its own for `ray.method` to mark: marking the target's would change the target for everybody."""
+    """A separate function for `ray.method` to mark: marking the target's own would modify the target for all users."""
 
     def health(self: Any) -> Any:
         return ping(self)
@@ -278,7 +280,7 @@ def _target(value: Any) -> Any:
 
 
 def _death(error: ActorDiedError) -> str:
-    """Why an actor died, without the paragraphs in which Ray guesses."""
+    """Why an actor died, without Ray's paragraphs of possible causes."""
     text = str(error)
     if "exits with a connection error code" in text:
         return "the worker died: its process was killed (by a user, or because memory ran out) or crashed"
@@ -287,8 +289,8 @@ def _death(error: ActorDiedError) -> str:
 
 
 async def _all_or_first_cause(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """All results, or one error. A rank that dies makes its peers fail inside their collective, often before Ray sees
-    the death: so an `InfraFailure` that follows within `GRACE_S` is preferred to the error that came first."""
+    """All results, or one error. When a rank dies, its peers fail inside their collective, often before Ray detects the
+    death: so an `InfraFailure` that follows within `GRACE_S` takes precedence over the first error."""
     calls = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
         done, pending = await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)

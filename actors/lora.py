@@ -1,8 +1,7 @@
-"""Low-rank adapters (PEFT) inside a Hugging Face model, and weights on their way out, adapters merged.
+"""Low-rank adapters (PEFT) inside a Hugging Face model, and the export of weights with adapters merged.
 
-The adapters are injected: the model keeps its class, and its parameters keep their names but for the wrapped layers'
-`.base_layer`, which is taken off again on the way out.
-"""
+The adapters are injected: the model keeps its class, and its parameters keep their names except for the wrapped layers'
+`.base_layer`, which the export removes."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ from actors.pretrained import SCORE, skeleton
 from actors.specs import LoraSpec
 
 ADAPTER = "default"
-TASKS = {  # PEFT's names of what a model with that head is for
+TASKS = {  # PEFT's task type of a model with that head
     Head.VOCABULARY: "CAUSAL_LM",
     Head.TOKEN_SCALAR: "TOKEN_CLS",
     Head.ROW_SCALAR: "SEQ_CLS",
@@ -54,20 +53,23 @@ def attach(causal: Any, spec: LoraSpec, head: Head = Head.VOCABULARY) -> None:
     except ValueError as error:
         raise ModelError(f"model.lora: {error}") from error
     if head is not Head.VOCABULARY:
-        config.modules_to_save = [SCORE]  # after the injection, which would copy it; for those who open the folder
+        config.modules_to_save = [
+            SCORE
+        ]  # set after the injection, which would copy the head; PEFT reads it when it opens the folder
     _refuse_unread(causal, spec)
 
 
 def check(path: str, spec: LoraSpec, trust_remote_code: bool, head: Head = Head.VOCABULARY) -> None:
-    """What `attach` would refuse, from the configuration of the model at `path` alone. Raises ModelError."""
+    """Raises ModelError for everything that `attach` would refuse, given only the configuration of the model at
+    `path`."""
     with torch.random.fork_rng(devices=[]):
         attach(skeleton(path, trust_remote_code, head), spec, head)
 
 
 def _refuse_unread(causal: Any, spec: LoraSpec) -> None:
     """Raises ModelError for an adapter on a weight that other code reads without its adapter: the vocabulary's
-    projection, whose weight `VocabularyHead` reads, and a weight that two modules share. What has an adapter is looked
-    at, not what was named: names may be patterns."""
+    projection, whose weight `VocabularyHead` reads, and a weight that two modules share. It checks the layers that have
+    an adapter, not the given names, which may be patterns."""
     where = f"model.lora.target_modules={spec.target_modules!r}"
     advice = "name other layers, or use 'all-linear', which leaves embeddings and output head out"
     head = causal.get_output_embeddings()
@@ -91,7 +93,8 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def adapter_layers(model: nn.Module) -> dict[str, Any]:
-    """Qualified name -> layer, for every layer that carries an adapter (told by shape: PEFT is slow to import)."""
+    """Qualified name -> layer, for every layer that carries an adapter (recognised by its attributes: PEFT is slow to
+    import)."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -116,7 +119,7 @@ def adapters_off(model: nn.Module) -> Generator[None]:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a model: the name under which it leaves, and the adapter layer whose base weight it is."""
+    """One tensor of a model: its exported name, and the adapter layer whose base weight it is."""
 
     name: str
     tensor: Tensor
@@ -124,7 +127,7 @@ class Entry:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What must be gathered to compute the tensor that leaves."""
+        """The parameters that must be gathered to compute the exported tensor."""
         own = list(self.layer.parameters()) if self.layer is not None else [self.tensor]
         return [parameter for parameter in own if isinstance(parameter, nn.Parameter)]
 
@@ -146,7 +149,7 @@ class Entry:
 
 
 def resident(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
-    """Nothing to gather: every parameter is whole already."""
+    """For models whose parameters are not partitioned."""
     return nullcontext()
 
 
@@ -165,7 +168,7 @@ def merged_tensors(causal: Any, bucket_bytes: int, gather: Gather = resident) ->
 def full_tensors(causal: Any, bucket_bytes: int, gather: Gather = resident) -> Iterator[tuple[str, Tensor]]:
     """`merged_tensors` under the names of a saved Hugging Face folder, which is what an engine loads.
 
-    The two differ where transformers holds weights fused that are saved apart: a layer's experts.
+    The two differ if transformers fuses weights in memory that it saves separately: a layer's experts.
     """
     converted = bool(getattr(causal, "_weight_conversions", None))
     for name, tensor in merged_tensors(causal, bucket_bytes, gather):
@@ -178,8 +181,8 @@ def full_tensors(causal: Any, bucket_bytes: int, gather: Gather = resident) -> I
 
 
 def adapter_weights(causal: Any, gather: Gather = resident) -> dict[str, Tensor]:
-    """The adapters' own tensors, and those of a scalar head that is trained with them, under the names of a PEFT
-    folder, copied to the host."""
+    """The adapters' tensors, and those of a scalar head trained with them, with the names of a PEFT folder, copied to
+    the host."""
     from peft import get_peft_model_state_dict
 
     named = dict(causal.named_parameters())

@@ -1,12 +1,11 @@
-"""A bias-corrected moving average of the weights while they are trained.
+"""A bias-corrected moving average of the trained weights.
 
     step      ..  update_after   .. + update_freq        .. + 2 update_freq ..
     theta     ──────┬───────────────────┬───────────────────────┬──────────────
                     └► start, ema       └► ema, average         └► ema, average
 
-Source: arXiv:2508.00180. What is averaged are the float32 weights that the optimizer steps. Each rank keeps
-its share, an equal part of every weight, in the host's memory; weights meet only while they are looked at or saved.
-"""
+Source: arXiv:2508.00180. The average is taken of the optimizer's float32 weights. Each rank keeps an equal part of
+every weight in the host's memory; whole weights are assembled only to be read or saved."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ Weights = Iterable[tuple[str, Tensor]]
 
 @dataclass(frozen=True)
 class AverageSpec:
-    """When the average is taken and how it weighs; steps are optimizer steps of the phase.
+    """When the average is taken, and its weights; steps are optimizer steps of the phase.
 
     At step t `ema <- (1 - beta) ema + beta theta` and the average is `ema + alpha (theta - start)`, with
     `beta = max((lag + multiplier t)^-ema_power, min_ema_multiplier)` and `alpha = (lag + multiplier t)^-bias_power`.

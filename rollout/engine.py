@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # the configuration reads `EngineSpec` without importing torc
     import torch
     from torch import Tensor
 
-ENGINES: dict[str, str] = {  # kind -> class, imported when it is built: an engine costs seconds of imports
+ENGINES: dict[str, str] = {  # kind -> class, imported when it is built: importing an engine takes seconds
     "vllm": "rollout.vllm_engine:VllmEngine",
     "hf": "rollout.hf_engine:HfEngine",
     "scripted": "rollout.scripted_engine:ScriptedEngine",
@@ -72,18 +72,19 @@ class Engine(Protocol):
         ...
 
     def step(self) -> list[Finished]:
-        """Advance every running request by one token (or an engine's own quantum); what finished by that."""
+        """Advance every running request by one token (or an engine's own quantum). Returns the requests that
+        finished."""
         ...
 
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Replace all weights, given under Hugging Face names. Running requests continue with the new ones. Nothing
         that was computed with the old ones (keys and values, a prefix cache) is used again: the log-probability of a
-        token is that of its one version. Raises, and is not to be used any more, if a parameter of the model is
-        missing."""
+        token is that of its one version. Raises if a parameter of the model is missing; the engine must not be used
+        afterwards."""
         ...
 
     def sleep(self) -> None:
-        """Give the accelerator's memory back. Only while not busy; nothing to do on a CPU."""
+        """Release the accelerator's memory. Only while not busy; no effect on a CPU."""
         ...
 
     def wake(self) -> None: ...

@@ -7,10 +7,9 @@
                                             │   one step, if the engine is busy and not paused
     futures ◄────────────────────────────   └── else sleep on the queue
 
-Who waits, and who ends it: the engine thread sleeps on the queue until any command wakes it, `close` among them;
-callers wait for their future, which the engine thread settles. If the engine breaks, the thread ends, and all
-pending and later futures fail with an InfraFailure that says what broke.
-"""
+Waits: the engine thread sleeps on the queue until a command wakes it, including `close`; callers wait for their future,
+which the engine thread settles. If the engine breaks, the thread ends, and all pending and later futures fail with an
+InfraFailure that gives the cause."""
 
 from __future__ import annotations
 
@@ -35,13 +34,13 @@ from rollout.sampling import Completion, Request
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-PENDING: Any = object()  # what a command answers whose future is settled later
+PENDING: Any = object()  # the result of a command whose future is settled later
 RATE_WINDOW_S = 10.0
 
 
 @dataclass(frozen=True)
 class _Command:
-    """What the engine thread is asked to do. `breaks`: if it fails, the engine is not to be used any more."""
+    """A command for the engine thread. `breaks`: if it fails, the engine must not be used any more."""
 
     run: Callable[[Engine], Any]
     future: Future[Any]
@@ -49,7 +48,7 @@ class _Command:
 
 
 class Rate:
-    """A total, and how fast it grew of late. Written by one thread, read by any."""
+    """A total and its recent rate. Written by one thread, read by any."""
 
     def __init__(self, window_s: float = RATE_WINDOW_S) -> None:
         self.total = 0
@@ -69,7 +68,7 @@ class Rate:
 
 
 class EngineLoop:
-    """Thread-safe front of an engine, which is not. Requests are known by their id."""
+    """A thread-safe interface to an engine, which is not thread-safe. Requests are identified by their id."""
 
     def __init__(self, name: str, build: Callable[[], Engine]) -> None:
         self.name = name
@@ -77,24 +76,24 @@ class EngineLoop:
         self.version = -1
         self.device: torch.device | None = None  # the engine's, once it is built
         self.paused = False
-        self.death: str | None = None  # why the engine is no more
+        self.death: str | None = None  # why the engine has ended
         self._build = build
         self._built: Future[None] = Future()
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._pending: dict[str, Future[list[Completion]]] = {}
-        self._dying = threading.Lock()  # so that no command is queued behind the last look at the queue
-        self._turned = time.monotonic()  # when the loop came round last
+        self._dying = threading.Lock()  # so that no command is queued after the queue was drained for the last time
+        self._turned = time.monotonic()  # when the last iteration of the loop began
         self._thread = threading.Thread(target=self._live, name=f"engine {name}", daemon=True)
 
     def start(self) -> Future[None]:
-        """Begin to build the engine, once; the future is done when it stands."""
+        """Begin to build the engine, once; the future is done when the engine is ready."""
         if not self._thread.ident:
             self._thread.start()
         return self._built
 
     @property
     def requests(self) -> int:
-        """How many are being generated, or wait for that."""
+        """How many requests are running or queued."""
         return len(self._pending)
 
     @property
@@ -107,7 +106,7 @@ class EngineLoop:
         future = self._pending.get(request.id)
         if future is None:
             if not self._pending:
-                self._turned = time.monotonic()  # it slept until now, and was not stuck
+                self._turned = time.monotonic()  # it was idle until now, not stuck
             future = self._pending[request.id] = Future()
             future.add_done_callback(lambda _: self._pending.pop(request.id, None))
             self._put(_Command(lambda engine: self._add(engine, request), future))
@@ -130,7 +129,7 @@ class EngineLoop:
         return self.submit(apply, breaks=True)
 
     def pause(self, paused: bool) -> Future[None]:
-        """Take no step until told otherwise; commands are still carried out, and requests in flight are kept."""
+        """Stop stepping until `resume`; commands are still executed, and requests in flight are kept."""
 
         def set_paused(_: Engine) -> None:
             self._turned = time.monotonic()
@@ -139,14 +138,14 @@ class EngineLoop:
         return self.submit(set_paused)
 
     def submit(self, run: Callable[[Engine], T], *, breaks: bool = False) -> Future[T]:
-        """Have the engine thread call `run(engine)` between two steps."""
+        """Calls `run(engine)` on the engine thread between two steps."""
         future: Future[T] = Future()
         self._put(_Command(run, future, breaks))
         return future
 
     def close(self, timeout_s: float) -> None:
-        """End the thread and the engine. Pending futures fail with an InfraFailure. What the engine does not finish in
-        time is left to the end of the process."""
+        """End the thread and the engine. Pending futures fail with an InfraFailure. An engine that does not close in
+        time ends with the process."""
         self._commands.put(None)
         if self._thread.ident and self._thread is not threading.current_thread():
             self._thread.join(timeout_s)
@@ -160,7 +159,7 @@ class EngineLoop:
         _fail(command.future, InfraFailure(f"{self.name}: {self.death}"))
 
     def _live(self) -> None:
-        """The engine thread, from start to end."""
+        """The main function of the engine thread."""
         engine: Engine | None = None
         why, cause = "closed", None
         try:
@@ -177,7 +176,7 @@ class EngineLoop:
                 engine.close()
 
     def _work(self, engine: Engine) -> None:
-        """Commands and steps by turns, until `close`."""
+        """Alternates commands and steps until `close`."""
         while True:
             asleep = self.paused or not engine.busy
             while asleep or not self._commands.empty():
@@ -205,7 +204,7 @@ class EngineLoop:
                 _succeed(command.future, result)
 
     def _add(self, engine: Engine, request: Request) -> Any:
-        if request.id in self._pending:  # else it was aborted before its turn came
+        if request.id in self._pending:  # otherwise it was aborted while it was queued
             engine.add(request)
         return PENDING
 
@@ -227,7 +226,7 @@ class EngineLoop:
                 return
             self.death = why
         error = InfraFailure(f"{self.name}: {why}")
-        _fail(self._built, cause or error)  # as it is: a model folder that is none is the user's to mend
+        _fail(self._built, cause or error)  # unchanged: an invalid model folder is the user's error
         for future in list(self._pending.values()):
             _fail(future, error)
         while not self._commands.empty():
@@ -241,7 +240,7 @@ def _succeed(future: Future[Any], result: Any) -> None:
 
 
 def _fail(future: Future[Any], error: Exception) -> bool:
-    """True unless it was already settled."""
+    """True unless the future was already settled."""
     try:
         future.set_exception(error)
     except InvalidStateError:

@@ -1,14 +1,12 @@
-"""transformers in this process: no dependency that the trainer does not have, and results that can be repeated to the
-bit.
+"""transformers in this process: it has only the trainer's dependencies, and results are reproducible bit for bit.
 
-The unit of decoding is one request. Its samples share the prompt, so it is read once and its keys and values are
-handed to every row; rows stay equally long, so there is no padding; a row that ends leaves the batch. Nothing else is
-in that batch: what is sampled is a function of (weights, request, threads) alone, whatever else is waiting and
-whichever worker runs it.
+The unit of decoding is one request. Its samples share the prompt, which is computed once and whose keys and values are
+copied to every row; all rows have the same length, so there is no padding; a row that ends leaves the batch. Nothing
+else is in that batch: samples are a function of (weights, request, threads) only, whatever else is queued and whichever
+worker runs it.
 
-Requests run one after the other. Taking turns would not make batches larger, would hold more caches at a time, and
-would finish the first group last; rewards and training can begin with the first group.
-"""
+Requests run one after the other. Interleaving them would not make batches larger, would keep more caches at a time, and
+would finish the first group later, with which scoring and training can begin."""
 
 from __future__ import annotations
 
@@ -30,7 +28,7 @@ from rollout.stopping import StopRule, end_token_ids, token_budget
 
 @dataclass
 class _Row:
-    """One sample on its way."""
+    """One running sample."""
 
     index: int
     draw: torch.Generator
@@ -52,8 +50,8 @@ class _Row:
 
 @dataclass
 class _Part:
-    """Samples of one request that are decoded together, all equally far. `cache` is None until their first step, and
-    again after new weights."""
+    """Samples of one request that are decoded together and have the same length. `cache` is None until their first
+    step, and again after new weights."""
 
     request: Request
     budget: int
@@ -74,7 +72,7 @@ class HfEngine:
         self.device = torch.device("cuda" if spec.gpus > 0 else "cpu")
         self._model = _read_model(spec).to(self.device).eval()
         self._stop = StopRule(spec.model, end_token_ids(spec.model, spec.trust_remote_code), spec.trust_remote_code)
-        self._waiting: deque[_Part] = deque()  # the first is running
+        self._waiting: deque[_Part] = deque()  # the first one is running
         self._done: dict[str, list[Completion]] = {}
 
     def add(self, request: Request) -> None:
@@ -119,7 +117,7 @@ class HfEngine:
     def sleep(self) -> None:
         self._model.to("cpu")
         if self.device.type != "cpu":
-            torch.cuda.empty_cache()  # or the allocator keeps it for this process
+            torch.cuda.empty_cache()  # otherwise the allocator keeps it for this process
 
     def wake(self) -> None:
         self._model.to(self.device)
@@ -128,11 +126,11 @@ class HfEngine:
         self._waiting.clear()
 
     def _next_logits(self, part: _Part) -> Tensor:
-        """[R, V] float32: what each row says next."""
+        """[R, V] float32: logits of each row's next token."""
         if part.cache is not None:
             last = torch.tensor([[row.tokens[-1]] for row in part.rows], device=self.device)
             return self._forward(last, part)
-        if part.rows[0].tokens:  # new weights came in between: read everything again
+        if part.rows[0].tokens:  # new weights have arrived: compute the whole prefix again
             texts = [[*part.request.prompt, *row.tokens] for row in part.rows]
             return self._forward(torch.tensor(texts, device=self.device), part)
         return self._read_prompt(part)
@@ -149,7 +147,7 @@ class HfEngine:
         return output.logits[:, -1].float()
 
     def _retire(self, part: _Part) -> list[Finished]:
-        """Let the rows that ended leave the batch, and the part if none is left."""
+        """Removes the rows that ended, and the part if none remains."""
         going = [place for place, row in enumerate(part.rows) if row.finish is None]
         if len(going) == len(part.rows):
             return []
@@ -204,7 +202,7 @@ def _read_model(spec: EngineSpec) -> Any:
     check_folder(spec.model)
     config = load_config(spec.model, spec.trust_remote_code).get_text_config()
     capped = getattr(config, "attn_logit_softcapping", None) is not None
-    # transformers would choose sdpa, which leaves the cap out and says nothing: another policy than the trainer's
+    # transformers would choose sdpa, which silently ignores the cap: another policy than the trainer's
     attention = {"attn_implementation": "eager"} if capped else {}
     options: dict[str, Any] = {"dtype": getattr(torch, spec.dtype), **attention, **spec.options}
     return load_pretrained(spec.model, spec.trust_remote_code, **options)

@@ -1,4 +1,4 @@
-"""What to sample, and what came of it: the values that travel between the driver and a rollout worker."""
+"""Sampling requests and their results: the values that the driver and a rollout worker exchange."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from actors.batch import Batch
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn. `temperature=0` is greedy. Lengths are in tokens."""
+    """How completions are sampled. `temperature=0` is greedy. Lengths are in tokens."""
 
     max_tokens: int
     temperature: float = 1.0
@@ -60,7 +60,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class GroupMeta:
-    """What the driver keeps of a finished group; the tokens themselves stay in the object store."""
+    """What the driver keeps of a finished group; its tokens stay in the object store."""
 
     request_id: str
     worker: str
@@ -69,7 +69,7 @@ class GroupMeta:
     oldest_version: int
     newest_version: int
     seconds: float
-    failures: tuple[str, ...] = field(default=())  # samples that failed for good, each with its reason
+    failures: tuple[str, ...] = field(default=())  # samples that failed permanently, each with its reason
 
 
 def sample_seed(seed: int, index: int) -> int:
@@ -79,7 +79,8 @@ def sample_seed(seed: int, index: int) -> int:
 
 
 def to_batch(request: Request, completions: list[Completion]) -> Batch:
-    """Rows of prompt + completion, ordered by sample index, with what the sampler knows about each token."""
+    """Rows of prompt + completion, ordered by sample index, with the sampler's log-probability and version of each
+    token."""
     ordered = sorted(completions, key=lambda completion: completion.index)
     prompt = np.asarray(request.prompt, dtype=np.int32)
 

@@ -23,17 +23,16 @@ from rollout.sampling import Completion, Finish, Request, sample_seed
 from rollout.stopping import token_budget
 
 A_DAY_S = 86_400.0
-EXIT_CODE = 70  # of a process that `exit_at_step` ended
+EXIT_CODE = 70  # of a process that exits at `exit_at_step`
 
 
 @dataclass(frozen=True)
 class Script:
-    """What is sampled, how slowly, and what goes wrong. Steps and requests count from 1, over the engine's life.
+    """Samples, latencies and faults. Steps and requests are counted from 1, over the engine's lifetime.
 
     `completions`: prompt (ids with blanks between) -> token lists, sample i takes list i modulo their number; or a
-    function of (request, index). A prompt that is not in it, or no `completions`: random tokens, seeded per sample,
-    which end with `eos` at random. `echo`: the prompt again.
-    """
+    function of (request, index). Without `completions`, or for a prompt that is not in it: random tokens, seeded per
+    sample, which end with `eos` at random. `echo`: the prompt is repeated."""
 
     completions: Mapping[str, Sequence[Sequence[int]]] | Callable[[Request, int], Sequence[int]] = field(
         default_factory=dict
@@ -46,10 +45,10 @@ class Script:
     break_at_step: int | None = None  # the engine raises
     break_at_request: int | None = None
     break_at_load: int | None = None
-    exit_at_step: int | None = None  # the process is gone
+    exit_at_step: int | None = None  # the process exits
     hang_at_step: int | None = None  # the step takes a day
-    data_failures: str | None = None  # requests whose id matches this pattern can never run
-    infra_failures: str | None = None  # requests whose id matches fail here
+    data_failures: str | None = None  # requests whose id matches this pattern raise DataFailure
+    infra_failures: str | None = None  # requests whose id matches raise InfraFailure
 
     @classmethod
     def from_options(cls, options: Mapping[str, object]) -> Script:
@@ -62,7 +61,7 @@ class Script:
         return cls(**options)  # pyright: ignore[reportArgumentType]: options come untyped from the configuration
 
     def tokens(self, request: Request, index: int) -> list[int]:
-        """The whole completion; a budget may cut it."""
+        """The whole completion, before it is truncated to the budget."""
         if callable(self.completions):
             return list(self.completions(request, index))
         scripted = self.completions.get(" ".join(map(str, request.prompt)))
@@ -72,14 +71,14 @@ class Script:
 
     def _random(self, request: Request, index: int) -> list[int]:
         draw = np.random.default_rng(sample_seed(request.seed, index))
-        longest = request.sampling.max_tokens * 5 // 4  # one in five runs into its limit
+        longest = request.sampling.max_tokens * 5 // 4  # one in five reaches its limit
         body = draw.integers(2, self.vocab, size=draw.integers(1, longest, endpoint=True))
         return [*map(int, body), self.eos]
 
 
 @dataclass
 class _Sample:
-    """One completion on its way: `script` is what it will say, `versions` what it has said it with so far."""
+    """One running completion: `script` has all of its tokens, `versions` those of the tokens sampled so far."""
 
     request: Request
     index: int
@@ -94,8 +93,8 @@ class _Sample:
 
 
 class ScriptedEngine:
-    """Results are a function of (script, request). Log-probabilities are those of a uniform distribution. `loads` is
-    what was loaded so far: (version, number of tensors, sum over all of them)."""
+    """Results are a function of (script, request). Log-probabilities are those of a uniform distribution. `loads` lists
+    the weights loaded so far: (version, number of tensors, sum over all of them)."""
 
     def __init__(self, spec: EngineSpec) -> None:
         self.version = -1

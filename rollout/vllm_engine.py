@@ -1,9 +1,8 @@
 """vLLM in this process, stepped by the thread that owns it.
 
-No engine process of its own: `LLMEngine` with multiprocessing off starts in seconds and takes a weight update between
-two steps. Each sample of a request is one vLLM request with a seed of its own, so that it does not depend on what
-else is decoded or where; the prefix cache shares the prompt.
-"""
+There is no separate engine process: `LLMEngine` without multiprocessing starts in seconds and accepts new weights
+between two steps. Each sample of a request is a vLLM request with its own seed, so that it depends neither on the other
+requests nor on the worker; the prefix cache shares the prompt."""
 
 from __future__ import annotations
 
@@ -33,12 +32,12 @@ ENVIRONMENT = {  # vLLM and torch read these when they are imported
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine steps in this process
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else each tensor-parallel worker wants a NUMA node to itself
-    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # of tensor-parallel workers: a fork of a process with threads may hang
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise each tensor-parallel worker needs a NUMA node of its own
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # for tensor-parallel workers: a forked process with threads may hang
 }
 
 
-CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # that vLLM's attention on a CPU computes
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # supported by vLLM's attention on a CPU
 
 
 @dataclass
@@ -68,7 +67,7 @@ class VllmEngine:
     @version.setter
     def version(self, version: int) -> None:
         self._version = version
-        self._llm.set_weight_version(str(version))  # from here on it stands beside every token
+        self._llm.set_weight_version(str(version))  # from here on vLLM reports it for every token
 
     def add(self, request: Request) -> None:
         from vllm.exceptions import VLLMClientError
@@ -113,7 +112,7 @@ class VllmEngine:
         self.version = version
 
     def sleep(self) -> None:
-        if self.device.type != "cpu":  # there, there is no memory to give back
+        if self.device.type != "cpu":  # a CPU has no memory to release
             self._llm.sleep(level=1)
 
     def wake(self) -> None:
@@ -137,10 +136,10 @@ class VllmEngine:
             seed=sample_seed(request.seed, index),
             stop=list(sampling.stop),
             stop_token_ids=[*self._end_ids, *sampling.stop_token_ids],
-            ignore_eos=True,  # the ends are in `stop_token_ids`: all of them, where vLLM's tokenizer knows one
+            ignore_eos=True,  # all end tokens are in `stop_token_ids`; vLLM's tokenizer knows only one
             include_stop_str_in_output=True,
             detokenize=bool(sampling.stop),
-            logprobs=0,  # of the sampled token, and no other
+            logprobs=0,  # of the sampled token only
             flat_logprobs=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -149,9 +148,9 @@ class VllmEngine:
 
 
 def cpu_refusal(config: Any) -> str | None:
-    """Why a model of that configuration cannot be sampled from on a CPU; None if nothing is known against it."""
+    """Why a model with that configuration cannot be sampled from on a CPU; None if no reason is known."""
     text = config.get_text_config()
-    if getattr(text, "kv_lora_rank", None):  # latent attention has sizes of its own
+    if getattr(text, "kv_lora_rank", None):  # latent attention has other sizes
         return None
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     if size in CPU_HEAD_SIZES:
@@ -166,7 +165,7 @@ def cpu_refusal(config: Any) -> str | None:
 def _start(spec: EngineSpec) -> LLMEngine:
     os.environ.update(ENVIRONMENT)
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
-    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # says that a CPU has no Triton
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # it warns that a CPU has no Triton
     if spec.gpus == 0:
         _do_not_compile()
     from vllm.engine.arg_utils import EngineArgs
@@ -187,9 +186,9 @@ def _start(spec: EngineSpec) -> LLMEngine:
         "enable_sleep_mode": spec.gpus > 0,
         "enable_prefix_caching": True,
         **_whole_prompts(spec),
-        "async_scheduling": False,  # a step returns what it sampled: weights change between tokens, not somewhere near
+        "async_scheduling": False,  # a step returns its own tokens, so weights change exactly between two tokens
         "logprobs_mode": "processed_logprobs",
-        "generation_config": "vllm",  # a request says all; a model folder's generation_config.json adds nothing
+        "generation_config": "vllm",  # requests are complete: ignore a model's generation_config.json
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
@@ -202,33 +201,33 @@ def _start(spec: EngineSpec) -> LLMEngine:
 
 
 def _share_of_gpu(spec: EngineSpec) -> dict[str, Any]:
-    """A colocated engine has a part of a GPU. vLLM does not start unless as much of the GPU is free as it may use, most
-    of it by default, although the cache's size is given."""
+    """A colocated engine has a fraction of a GPU. vLLM does not start unless the fraction of the GPU that it may use is
+    free, most of it by default, even if the size of the cache is given."""
     return {"gpu_memory_utilization": spec.gpus} if 0 < spec.gpus < 1 else {}
 
 
 def _whole_prompts(spec: EngineSpec) -> dict[str, Any]:
-    """On a CPU a prompt is computed in one step. In pieces, vLLM rewinds the random state of a seeded request after
-    each, which only a GPU's generator can do: on a CPU the engine breaks ("CPU Generator does not use offset")."""
+    """On a CPU a prompt is computed in one step. With chunked prompts, vLLM rewinds the random state of a seeded
+    request after each chunk, which only a GPU's generator supports: on a CPU the engine fails ("CPU Generator does not
+    use offset")."""
     if spec.gpus:
         return {}
     return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, spec.max_model_len)}
 
 
 def _do_not_compile() -> None:
-    """On a CPU the first step would compile the sampler for 4 to 39 s, and gain nothing."""
+    """On a CPU the first step would compile the sampler for 4 to 39 s, without a benefit."""
     import torch._dynamo
 
     os.environ["TORCH_COMPILE_DISABLE"] = "1"  # for processes that vLLM starts
-    torch._dynamo.config.disable = True  # here, where torch has read its environment long ago
+    torch._dynamo.config.disable = True  # for this process, in which torch has already read its environment
 
 
 def _reload(worker: Any, weights: list[tuple[str, Tensor]]) -> None:
     """Runs in every worker of the engine. Raises InfraFailure if a parameter of the model was not among the weights.
 
-    Layer by layer, because the kernels' copies are laid out anew; a plain `load_weights` fails on a CPU. There a *tied*
-    output head has no weights of its own to load, and would silently go on with the old embedding.
-    """
+    Layer by layer, because kernels keep copies in their own layout; a plain `load_weights` fails on a CPU. A *tied*
+    output head has no weights of its own to load, and would silently keep using the old embedding there."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
@@ -257,12 +256,12 @@ def _completion(index: int, output: CompletionOutput) -> Completion:
         tokens=tokens,
         logps=np.asarray(logps.logprobs, dtype=np.float32),  # flat: one entry per token, as `logprobs=0` asks for
         versions=_versions(len(tokens), output.weight_versions or []),
-        finish=Finish(output.finish_reason),  # vLLM says `stop` and `length` too; any other word means that it broke
+        finish=Finish(output.finish_reason),  # vLLM also uses `stop` and `length`; any other reason is an error
     )
 
 
 def _versions(count: int, spans: list[Any]) -> np.ndarray:
-    """vLLM's spans of weight versions, spread over the tokens."""
+    """The version of each token, from vLLM's spans of versions."""
     versions = np.empty(count, dtype=np.int32)
     for span in spans:
         versions[span.start : span.end] = int(span.version)

@@ -42,14 +42,14 @@ from rollout.weights.protocol import Ack, Receiver, SyncOrder
 T = TypeVar("T")
 
 START_TIMEOUT_S = 600.0  # callers have a shorter one; a model of a hundred gibibytes takes minutes to read
-VERB_TIMEOUT_S = 120.0  # a command waits for the step that is going on
-TRANSFER_TIMEOUT_S = 600.0  # where the order does not say
+VERB_TIMEOUT_S = 120.0  # a command waits for the current step
+TRANSFER_TIMEOUT_S = 600.0  # if the order has none
 CLOSE_TIMEOUT_S = 10.0
 STALL_S = 120.0
 
 
 class RolloutWorker:
-    """Generates and takes new weights at the same time. Used from one event loop; `ping` and `close` from any
+    """Generates and receives new weights at the same time. Used from one event loop; `ping` and `close` from any
     thread."""
 
     def __init__(self, name: str, spec: EngineSpec, initial_version: int = -1, stall_s: float = STALL_S) -> None:
@@ -65,16 +65,16 @@ class RolloutWorker:
         self._applied: tuple[str, Ack] | None = None  # the last order, by id
 
     async def ready(self) -> WorkerInfo:
-        """Build the engine, once; who this worker is. Raises ModelError or ConfigError."""
+        """Build the engine, once. Returns the worker's description. Raises ModelError or ConfigError."""
         began = time.monotonic()
         await self._within(self._loop.start(), START_TIMEOUT_S, "the engine's start")
         detail = {"engine": self._spec.kind, "dtype": self._spec.dtype, "start_seconds": time.monotonic() - began}
         return WorkerInfo(self.name, os.getpid(), platform.node(), str(Path(actors.__file__).parent), detail)
 
     async def generate(self, request: Request) -> tuple[GroupMeta, Batch]:
-        """All samples of a request. A second call with its id, while it runs, waits for the same samples; when no
-        call is left that waits, the request is aborted. Raises InfraFailure if the engine broke, stands still or was
-        told to abort it, DataFailure if this request can never run."""
+        """All samples of a request. A second call with its id, while it runs, waits for the same samples; when the last
+        waiting call is cancelled, the request is aborted. Raises InfraFailure if the engine broke, made no progress or
+        aborted the request, DataFailure if this request can never run."""
         began = time.monotonic()
         future = self._loop.generate(request)
         self._waiters[request.id] += 1
@@ -89,20 +89,21 @@ class RolloutWorker:
         return self._meta(request, completions, time.monotonic() - began), to_batch(request, completions)
 
     async def abort(self, request_ids: list[str]) -> int:
-        """End requests; their `generate` raises InfraFailure. How many of them were running; unknown ids are fine."""
+        """End requests; their `generate` raises InfraFailure. Returns how many of them were running; unknown ids are
+        ignored."""
         return await self._within(self._loop.abort(request_ids), VERB_TIMEOUT_S, "abort")
 
     async def receive(self, order: SyncOrder, payload: Any = None) -> Ack:
-        """Take new weights while decoding goes on, and put them to use between two steps. An order that was carried out
-        is acknowledged again and nothing moves. Raises InfraFailure, the old weights in use, if the transfer failed; if
-        applying them fails, the engine is dead."""
+        """Receive new weights during decoding and apply them between two steps. An order that was already carried out
+        is acknowledged again without a transfer. Raises InfraFailure if the transfer fails, and keeps the old weights;
+        if applying them fails, the engine is dead."""
         async with self._receiving:
             if self._applied is None or self._applied[0] != order.id:
                 self._applied = (order.id, await self._receive(order, payload))
             return self._applied[1]
 
     def ping(self) -> dict[str, Any]:
-        """How it goes, without waiting for anything. `alive` is false if the engine broke or stands still."""
+        """The worker's state, without waiting. `alive` is false if the engine broke or makes no progress."""
         stuck_s = self._loop.stuck_seconds
         return {
             "alive": self._loop.death is None and stuck_s < self._stall_s,
@@ -116,14 +117,14 @@ class RolloutWorker:
         }
 
     async def pause(self) -> None:
-        """Stop decoding after the step that is going on. Requests are kept, and taken; weights can be received."""
+        """Stop decoding after the current step. Requests are kept and accepted; weights can be received."""
         await self._within(self._loop.pause(True), VERB_TIMEOUT_S, "pause")
 
     async def resume(self) -> None:
         await self._within(self._loop.pause(False), VERB_TIMEOUT_S, "resume")
 
     async def sleep(self) -> None:
-        """Give the accelerator's memory back. Raises InfraFailure while requests are running."""
+        """Release the accelerator's memory. Raises InfraFailure while requests are running."""
 
         def sleep(engine: Engine) -> None:
             if engine.busy:
@@ -169,7 +170,7 @@ class RolloutWorker:
         return Ack(self.name, order.version, fingerprint, received, stall)
 
     def _stage(self, order: SyncOrder, payload: Any) -> tuple[list[tuple[str, Tensor]], str]:
-        """On the side thread. The transport's own deadline ends it."""
+        """Runs on the side thread. The transport's own deadline ends it."""
         from rollout.weights import receiver
 
         try:
@@ -184,7 +185,7 @@ class RolloutWorker:
             raise InfraFailure(f"{self.name}: order {order.id} failed: {type(error).__name__}: {error}") from error
 
     async def _while_it_moves(self, future: Future[T], what: str) -> T:
-        """The future's result. Raises InfraFailure once the engine has stood still for `stall_s`."""
+        """The future's result. Raises InfraFailure once the engine has made no progress for `stall_s`."""
         return await self._settled(
             future,
             lambda: self._loop.stuck_seconds < self._stall_s,

@@ -15,7 +15,7 @@ from actors.specs import OptimSpec
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What one optimizer step did: global gradient norm before clipping, and the learning rate that was applied."""
+    """The result of one optimizer step: global gradient norm before clipping, and the applied learning rate."""
 
     grad_norm: float
     learning_rate: float
@@ -41,8 +41,8 @@ def build_optimizer(named: Iterable[tuple[str, Tensor]], spec: OptimSpec) -> tor
 def build_schedule(
     optimizer: torch.optim.Optimizer, spec: OptimSpec, steps_done: int = 0
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """The schedule as it stands after `steps_done` steps, which sets the optimizer's learning rates. It depends on
-    nothing but its arguments: a run that is resumed with another schedule goes on as if it always had been that one."""
+    """The schedule after `steps_done` steps, which sets the optimizer's learning rates. It depends only on its
+    arguments: a run that is resumed with another schedule continues as if that had always been its schedule."""
     for group in optimizer.param_groups:
         group["initial_lr"] = spec.learning_rate
     return torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(spec), last_epoch=steps_done - 1)
@@ -50,7 +50,7 @@ def build_schedule(
 
 def set_hyperparameters(optimizer: torch.optim.Optimizer, fresh: torch.optim.Optimizer) -> None:
     """Give `optimizer` the settings of `fresh`, which `build_optimizer` made for the same weights; it keeps its own
-    weights and moments. The learning rate is the schedule's to set."""
+    weights and moments. The schedule sets the learning rate."""
     for group, new in zip(optimizer.param_groups, fresh.param_groups, strict=True):
         group.update({key: value for key, value in new.items() if key != "params"})
 
@@ -78,7 +78,7 @@ def learning_rate_factor(spec: OptimSpec) -> Callable[[int], float]:
 
 
 class Stepper:
-    """Clipping, AdamW and the schedule as one, over float32 tensors that hold whole gradients."""
+    """Clipping, AdamW and the schedule, over float32 tensors with whole gradients."""
 
     def __init__(self, named: Iterable[tuple[str, Tensor]], spec: OptimSpec) -> None:
         self.named, self.spec = dict(named), spec

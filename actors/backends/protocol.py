@@ -52,13 +52,14 @@ class Backend(Protocol):
         ...
 
     def trained_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, full tensor) of what the optimizer steps, one weight at a time, in a fixed order, on every rank: the
-        float32 one beside a half-precision parameter. Collective. Not to be written into."""
+        """(name, full tensor) of the optimizer's weights, one at a time, in a fixed order, on every rank: for a
+        half-precision parameter, its float32 master. Collective. Must not be modified."""
         ...
 
     def mix(self, weights: Iterator[tuple[str, Tensor]], share: float, bucket_bytes: int) -> None:
-        """For a frozen role: each weight becomes `share` of the one given and the rest of its own. `weights` are a like
-        model's `full_weights(as_saved=False)`, whole on every rank. Raises RunError if they are of another model."""
+        """For a frozen role: each weight becomes `share` times the given one plus `1 - share` times its own. `weights`
+        are `full_weights(as_saved=False)` of a model with the same architecture, whole on every rank. Raises RunError
+        if names or shapes differ."""
         ...
 
     def adapters_off(self) -> AbstractContextManager[None]:
@@ -66,18 +67,18 @@ class Backend(Protocol):
         ...
 
     def save_state(self, folder: Path) -> None:
-        """What training has made and exact resumption needs: weights, moments, steps. Each rank writes its share."""
+        """The training state that exact resumption needs: weights, moments, steps. Each rank writes its share."""
         ...
 
     def load_state(self, folder: Path) -> None:
-        """Go on from a saved state under the optimizer's present settings: learning rate, schedule, betas, decay and
-        clipping are those of the last `reset_optimizer`, whatever they were when it was saved. Data is read, and never
-        code: raises RunError for a file that holds anything else."""
+        """Continue from a saved state with the current optimizer settings: learning rate, schedule, betas, decay and
+        clipping are those of the last `reset_optimizer`, not the saved ones. Only data is read, never code: raises
+        RunError for a file that contains anything else."""
         ...
 
     def save_model(self, folder: Path, instead: Instead | None = None) -> None:
-        """A Hugging Face folder (weights and config; adapters merged), written by rank 0. With `instead`, the trained
-        weights in it are what that gives for their names in `trained_weights`."""
+        """A Hugging Face folder (weights and config; adapters merged), written by rank 0. With `instead`, a function
+        from names of `trained_weights` to tensors, these replace the trained weights."""
         ...
 
     def save_adapter(self, folder: Path, instead: Instead | None = None) -> None:
@@ -85,7 +86,7 @@ class Backend(Protocol):
         ...
 
     def sleep(self) -> None:
-        """Give the accelerator's memory back, keeping the state; nothing to do on a CPU."""
+        """Release the accelerator's memory and keep the state; no effect on a CPU."""
         ...
 
     def wake(self) -> None: ...

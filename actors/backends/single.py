@@ -1,10 +1,9 @@
-"""Plain PyTorch in one process: the default on a laptop, and what the other backends are compared with.
+"""Plain PyTorch in one process: the default on a laptop, and the reference for the other backends.
 
-Precision: in float32 everything is float32. In bfloat16 the model computes in bfloat16 (as the engine does that samples
-from it), while gradients are summed and stepped on float32 master weights, from which the bfloat16 weights are rounded
-after each step: what autocast over float32 weights would give, without casting every weight in every pass. On a CPU
-without bfloat16 instructions (AVX2 only) bfloat16 products run at a fiftieth of float32's speed: use float32 there.
-"""
+Precision: in float32 everything is float32. In bfloat16 the model computes in bfloat16 (as its engine does), while
+gradients are summed in float32 and the optimizer steps float32 master weights, from which the bfloat16 weights are
+rounded after each step. That equals autocast over float32 weights, without casting every weight in every pass. On a CPU
+without bfloat16 instructions (AVX2 only) bfloat16 products run at a fiftieth of float32's speed: use float32 there."""
 
 from __future__ import annotations
 
@@ -123,7 +122,7 @@ class SingleBackend:
 
     @property
     def held(self) -> tuple[Any, ...]:
-        """Whatever has tensors: model, float32 weights, moments."""
+        """All objects with tensors: model, float32 weights, moments."""
         return self.model, self._weights, self._stepper
 
     def _round_weights(self) -> None:
@@ -132,7 +131,7 @@ class SingleBackend:
 
 
 class Weight:
-    """A trained parameter and the float32 tensor that is stepped for it: the parameter itself if it is float32."""
+    """A trained parameter and its float32 master, which is the parameter itself if that is float32."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self.parameter = parameter
@@ -142,7 +141,7 @@ class Weight:
             parameter.register_post_accumulate_grad_hook(self._hand_over)
 
     def _hand_over(self, parameter: Tensor) -> None:
-        """Sum gradients of micro-batches in float32, and hold the half-precision one no longer than a moment."""
+        """Adds the half-precision gradient of a micro-batch to the float32 sum and frees it."""
         assert parameter.grad is not None  # this hook runs right after it was accumulated
         grad = parameter.grad.float()
         self.master.grad = grad if self.master.grad is None else self.master.grad.add_(grad)
@@ -150,6 +149,6 @@ class Weight:
 
     @torch.no_grad()
     def round(self) -> None:
-        """Set the parameter to its master, rounded."""
+        """Set the parameter to its rounded master."""
         if self.master is not self.parameter:
             self.parameter.copy_(self.master)

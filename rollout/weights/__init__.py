@@ -1,4 +1,4 @@
-"""How weights travel from the trainer to the engines. A version counts only where it was acknowledged."""
+"""How weights get from the trainer to the engines. Only acknowledged versions count."""
 
 from __future__ import annotations
 

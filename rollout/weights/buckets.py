@@ -1,4 +1,4 @@
-"""Weights to flat buckets of bytes and back. A bucket is what travels: one message instead of one per parameter."""
+"""Weights to flat buckets of bytes and back. A bucket is one message, instead of one message per parameter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Staged = list[tuple[str, Tensor]]
 
 @dataclass(frozen=True)
 class ManifestOf:
-    """An export consumer that only looks: names and shapes in the order of sending, and the dtype on the wire (None:
+    """An export consumer that only records names and shapes in the order of sending, and the dtype on the wire (None:
     each tensor's own)."""
 
     dtype: str | None
@@ -35,11 +35,10 @@ class ManifestOf:
 
 def fill(manifest: Manifest, weights: Iterable[tuple[str, Tensor]], *, buffers: int | None = None) -> Iterator[Tensor]:
     """Flat uint8 buckets of the weights, cast to the manifest's dtypes; the same bytes for the same weights. Raises
-    ValueError if the weights are not the manifest's, in its order.
+    ValueError if the weights or their order differ from the manifest.
 
-    Each bucket has memory of its own, unless a number of `buffers` is given, which take turns: a bucket is valid until
-    that many later ones are asked for.
-    """
+    Each bucket has its own memory, unless a number of `buffers` is given, which are reused in turn: a bucket is valid
+    until that many later ones have been requested."""
     stream = iter(weights)
     first = list(islice(stream, 1))
     stream = chain(first, stream)
@@ -49,17 +48,19 @@ def fill(manifest: Manifest, weights: Iterable[tuple[str, Tensor]], *, buffers: 
     for index, (bucket, size) in enumerate(zip(manifest.buckets(), sizes, strict=True)):
         flat = turns[index % len(turns)][:size] if turns else torch.empty(size, dtype=torch.uint8, device=device)
         if size > sum(meta.nbytes for meta in bucket):
-            flat.zero_()  # what alignment leaves open is part of the fingerprint
+            flat.zero_()  # gaps of the alignment are part of the fingerprint
         for meta, (_, target) in zip(bucket, unfold(bucket, flat), strict=True):
-            target.copy_(_next(stream, meta))  # before the next is drawn: a gathered tensor may be gone by then
+            target.copy_(
+                _next(stream, meta)
+            )  # before the next one is requested: a gathered tensor may be freed by then
         yield flat
     for name, _ in stream:
         raise ValueError(f"the trainer sends {name}, which the manifest does not have")
 
 
 def stage(manifest: Manifest, flats: Iterable[Tensor], device: torch.device) -> tuple[Staged, str]:
-    """All tensors of the buckets as they arrive, on that device, and their fingerprint, taken where they arrived. Views
-    of the buckets where these arrive there. Raises ValueError if the buckets are not the manifest's."""
+    """All tensors of the buckets on that device, and their fingerprint, computed where they arrived. They are views of
+    the buckets if these arrived on that device. Raises ValueError if the buckets differ from the manifest."""
     fingerprint, staged = Fingerprint(), Staged()
     for bucket, flat in zip(manifest.buckets(), flats, strict=True):
         if flat.numel() != bucket_bytes(bucket):

@@ -5,16 +5,15 @@
     send: fill bucket k+2 │ k, k+1 in flight ══════► k+1, k+2 into staging │ hash bucket k
           a communicator per broadcast group         the communicator of its broadcast group
 
-A broadcast group is the members that one broadcast serves; its communicator connects them and the trainer. By default
+A broadcast group is the members of one broadcast; its communicator connects them and the trainer. By default
 every member is a group by itself (`topology="each"`), so a member that dies fails its own transfer and delays no other;
-`"all"` makes a single group, whose broadcast NCCL spreads over the members' links, and which fails as a whole.
+`"all"` makes a single group, whose broadcast NCCL distributes over the members' links, and which fails as a whole.
 Communicators belong to an epoch, that is to a set of members: both sides build them on the first order of an epoch and
 close those of the epoch before. They are private: independent of any default process group.
 
 Who ends a wait: a broadcast ends when the other side joins it, when the other side's process dies (its sockets close),
 when the other side gives up (it aborts its groups), or at a deadline. The sender's is a third of the rendezvous', so
-that a member that hangs is dropped before the others, who wait for their next bucket, run into theirs.
-"""
+that a member that hangs is dropped before the other members' waits for the next bucket time out."""
 
 from __future__ import annotations
 
@@ -197,7 +196,7 @@ _sender = CollectiveSender()  # of this process, if it is a trainer's rank 0
 
 @dataclass(frozen=True)
 class OpenCollective:
-    """To be run in the trainer's process, once per run: binds the store. Returns (host, port)."""
+    """Runs in the trainer's process, once per run: binds the store. Returns (host, port)."""
 
     def __call__(self) -> tuple[str, int]:
         return _sender.open()
@@ -214,9 +213,9 @@ class CollectiveSend:
 
 
 class CollectiveReceiver:
-    """A member's side. Staging buffers are kept between syncs, so that no sync waits for memory: what `receive` returns
-    is valid until the next one. So is the connection to the trainer's store: to make one, torch looks up the names of
-    both ends, which takes seconds where nobody answers."""
+    """A member's side. Staging buffers are kept between syncs, so that no sync waits for memory: the result of
+    `receive` is valid until the next one. The connection to the trainer's store is kept, too: to open one, torch
+    resolves the names of both ends, which takes seconds without a name server."""
 
     def __init__(self, member: str, device: torch.device) -> None:
         self._member, self._device = member, device
@@ -250,7 +249,7 @@ class CollectiveReceiver:
         return self._communicator
 
     def _check_kind(self, sender: str) -> None:
-        """Both sides hash the buckets where they are, and a GPU hashes otherwise than a CPU does."""
+        """Both sides hash the buckets on their device, and the hash of a GPU differs from that of a CPU."""
         kind = sender.partition(" ")[0]
         if kind != self._device.type:
             raise InfraFailure(
@@ -281,7 +280,7 @@ class CollectiveReceiver:
             yield flat
 
     def close(self) -> None:
-        """Leave the communicator; the trainer's next broadcast, at the latest, fails because of it."""
+        """Leave the communicator, so that the trainer's next broadcast fails at the latest."""
         self._leave()
         self._store = None
 

@@ -1,4 +1,4 @@
-"""Weights through a folder that both sides see: a safetensors file per version, whole or absent."""
+"""Weights through a shared folder: a safetensors file per version, written completely or not at all."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rollout.weights.protocol import SendReport, SyncOrder
 
 @dataclass(frozen=True)
 class DiskWrite:
-    """An export consumer: writes the buckets beside their final name and renames. Other versions are removed."""
+    """An export consumer: writes the buckets to a temporary file and renames it. Other versions are removed."""
 
     order: SyncOrder
 
@@ -53,7 +53,7 @@ class DiskReceiver:
             raise InfraFailure(f"{self._member}: no weights of version {order.version} at {file}: {error}") from None
 
     def close(self) -> None:
-        """Nothing is held between two orders."""
+        """No resources are kept between two orders."""
 
 
 def _file(order: SyncOrder) -> Path:
@@ -63,7 +63,7 @@ def _file(order: SyncOrder) -> Path:
 
 
 def _write_whole(file: Path, buckets: dict[str, Tensor]) -> None:
-    """The file is there with all of its bytes, or not at all."""
+    """Writes the file completely or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(f".tmp-{os.getpid()}")
     try:

@@ -1,4 +1,4 @@
-"""A fingerprint of the bytes that travelled. Sender and receiver hold the same weights if theirs are equal."""
+"""A fingerprint of the transferred bytes. Sender and receiver have the same weights if their fingerprints are equal."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-_MIX = 0x9E3779B1  # odd, so that multiplying by it loses nothing modulo 2**64
+_MIX = 0x9E3779B1  # odd, so that multiplication by it is invertible modulo 2**64
 
 
 class Fingerprint:
