@@ -121,7 +121,7 @@ class EngineRole(Section):
     kind: Literal["engine"] = "engine"
     """Kind of the role."""
     follows: str = "policy"
-    """The trained role that it samples from: its weights are published to every worker."""
+    """The role that it samples from: its weights are published to every worker."""
     engine: str = "vllm"
     """Name of the engine: vllm, hf or scripted, or your own as path/to/file.py:Class."""
     workers: Positive = 1
@@ -164,6 +164,13 @@ class EngineRole(Section):
     """Replacements of dead workers in a run."""
 
 
+class TeacherEngineRole(EngineRole):
+    """The same with another role to sample from, whichever other keys of it are set."""
+
+    follows: str = "teacher"
+    """The role that it samples from: its weights are published to every worker."""
+
+
 def _kind_of(role: Any) -> Any:
     return cast(dict[str, Any], role).get("kind") if isinstance(role, dict) else getattr(role, "kind", None)
 
@@ -203,7 +210,7 @@ class RolesConfig(Section):
     """The pool that calls reward functions."""
     rollout: EngineRole = Field(default_factory=EngineRole)
     """The fleet that samples completions."""
-    teacher_rollout: EngineRole = Field(default_factory=lambda: EngineRole(follows="teacher"))
+    teacher_rollout: TeacherEngineRole = Field(default_factory=TeacherEngineRole)
     """The fleet that samples the teacher's completions."""
     reference_rollout: EngineRole = Field(default_factory=lambda: EngineRole(follows="reference"))
     """The fleet that samples the reference's completions."""

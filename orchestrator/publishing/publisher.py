@@ -105,7 +105,7 @@ class Publisher:
     async def _transfer(self, order: SyncOrder, members: Sequence[int]) -> list[Ack]:
         """Send and receive at the same time where the transport is collective; else one after the other."""
         if order.transport == "collective":
-            sending = asyncio.ensure_future(self._export(CollectiveSend(order), f"publish v{order.version}"))
+            sending = asyncio.ensure_future(self._export(CollectiveSend(order, self.role), f"publish v{order.version}"))
             results = await asyncio.gather(sending, *(self._receive(i, order, sending) for i in members))
             return [ack for ack in results[1:] if ack is not None]
         if order.transport == "disk":
@@ -151,7 +151,7 @@ class Publisher:
         """Where the policy's first rank keeps the store at which members meet."""
         address = self._address
         if address is None:
-            address = (await self._policy.call("run", OpenCollective(), timeout_s=self._config.timeout_s))[0]
+            address = (await self._policy.call("run", OpenCollective(self.role), timeout_s=self._config.timeout_s))[0]
             self._address = address
         return address
 

@@ -21,7 +21,7 @@ import os
 import socket
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -91,7 +91,7 @@ def store_prefix(store: TCPStore, rendezvous: Rendezvous, members: Members) -> P
 
 @dataclass
 class CollectiveSender:
-    """The trainer's side. One per process (`_sender`): store and groups outlive the orders that use them."""
+    """The trainer's side, for one pool of members. Store and groups outlive the orders that use them."""
 
     store: TCPStore | None = None
     epoch: str = ""
@@ -99,7 +99,7 @@ class CollectiveSender:
 
     def open(self) -> tuple[str, int]:
         """(host, port) of a new store in this process; the system chooses a free port. Called once when a run
-        starts; closes what an earlier run in this process left open."""
+        starts; closes what an earlier run in this process left open for the same pool."""
         self.close()
         self.store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False, multi_tenant=True)
         return _own_address(), self.store.port  # it listens on every address of this host
@@ -191,25 +191,31 @@ class CollectiveSender:
         self.store = None
 
 
-_sender = CollectiveSender()  # of this process, if it is a trainer's rank 0
+_senders: defaultdict[str, CollectiveSender] = defaultdict(CollectiveSender)  # of this process, by pool
 
 
 @dataclass(frozen=True)
 class OpenCollective:
-    """Runs in the trainer's process, once per run: binds the store. Returns (host, port)."""
+    """Runs in the trainer's process, once per run: binds the store. Returns (host, port).
+
+    `pool`: whom it serves. A process may send to several pools, each with a store and members of its own."""
+
+    pool: str = ""
 
     def __call__(self) -> tuple[str, int]:
-        return _sender.open()
+        return _senders[self.pool].open()
 
 
 @dataclass(frozen=True)
 class CollectiveSend:
-    """An export consumer: broadcasts the weights to the members of the order. Returns a SendReport."""
+    """An export consumer: broadcasts the weights to the members of the order, who are of that pool. Returns a
+    SendReport."""
 
     order: SyncOrder
+    pool: str = ""
 
     def __call__(self, weights: Iterable[tuple[str, Tensor]]) -> SendReport:
-        return _sender.send(self.order, weights)
+        return _senders[self.pool].send(self.order, weights)
 
 
 class CollectiveReceiver:

@@ -43,7 +43,7 @@ def kinds_of_groups() -> set[str]:
     """In the trainer's process: what it broadcasts with."""
     from rollout.weights import collective
 
-    return {type(each.group).__name__ for each in collective._sender.communicators.values()}
+    return {type(each.group).__name__ for each in collective._senders[""].communicators.values()}
 
 
 def as_arrays(weights: Iterable[tuple[str, Tensor]]) -> dict[str, np.ndarray]:

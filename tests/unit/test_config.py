@@ -126,6 +126,13 @@ def test_a_value_out_of_range_names_value_range_and_override(single: Path):
     assert "set in override 'roles.rollout.workers=0'" in message
 
 
+def test_the_teacher_s_engines_follow_the_teacher_whichever_key_of_them_is_set(single: Path):
+    config = load_config(single, ["roles.teacher_rollout.engine=hf", "roles.rollout.engine=hf"])
+    assert (config.roles.teacher_rollout.follows, config.roles.rollout.follows) == ("teacher", "policy")
+    other = load_config(single, ["roles.teacher_rollout.follows=reference"])
+    assert other.roles.teacher_rollout.follows == "reference"
+
+
 def test_a_role_with_a_new_name_has_the_class_of_its_kind(single: Path):
     roles = load_config(single, ["roles.critic.kind=trainer", "roles.critic.optimizer.learning_rate=0.5"]).roles
     assert isinstance(roles["critic"], TrainerRole) and roles["critic"].optimizer.learning_rate == 0.5

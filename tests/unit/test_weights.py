@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from actors.errors import InfraFailure
-from rollout.weights import TRANSPORTS, DiskWrite, ManifestOf, PackBuckets, receiver
+from rollout.weights import TRANSPORTS, CollectiveSend, DiskWrite, ManifestOf, OpenCollective, PackBuckets, receiver
 from rollout.weights.buckets import Staged, fill, stage
 from rollout.weights.collective import CollectiveReceiver, CollectiveSender, Communicator
 from rollout.weights.fingerprint import Fingerprint
@@ -366,3 +366,18 @@ def test_an_engine_on_another_kind_of_device_than_the_trainer_is_refused_with_a_
     trainer.sender.send(order, iter(weights()))
     with pytest.raises(InfraFailure, match=r"are on cpu, this engine is on meta; set weights.transport=object_store"):
         arriving.result(10)
+
+
+def test_one_process_sends_to_two_pools_in_turns_and_each_gets_its_own(trainer: Stage):
+    """As a process does that holds two roles, or whose role two engine roles follow."""
+    manifest, sent = ManifestOf("float32", KIB)(weights()), {"one": weights(1), "other": weights(2)}
+    addresses = {pool: OpenCollective(pool)() for pool in sent}
+    assert len(set(addresses.values())) == 2
+    for version in (0, 1):
+        for pool, own in sent.items():
+            member = f"{pool}/0"
+            rendezvous = Rendezvous(*addresses[pool], "1", (member,), 12.0)
+            order = SyncOrder(f"{pool} {version}", version, "collective", manifest, rendezvous)
+            arriving = trainer.receive(order)
+            assert CollectiveSend(order, pool)(iter(own)).delivered == (member,)
+            assert same(arriving[0].result(10)[0], own, torch.float32)

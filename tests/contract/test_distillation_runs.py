@@ -1,0 +1,57 @@
+"""Whole runs of gkd in this process, with engines that sample: of a tiny student, and of a tiny teacher."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.config.loading import config_of
+from orchestrator.run import run
+from tests.unit.tiny import tiny_model_folder
+
+STEPS = 3
+
+
+def ran(tmp_path: Path, options: dict[str, Any]) -> tuple[list[dict[str, Any]], list[float]]:
+    """(the metrics of each step, the divergence on held-out rows before and after)."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"a{i}", "completion": f"b{i}"}) + "\n" for i in range(12)))
+    tree: dict[str, Any] = {
+        "method": "gkd",
+        "options": {"beta": 0.0, **options},
+        "model": {"path": str(tiny_model_folder(tmp_path, hidden=32))},
+        "roles": {
+            "teacher": {"model": str(tiny_model_folder(tmp_path, hidden=32, seed=1))},
+            "rollout": {"engine": "hf"},
+            "teacher_rollout": {"engine": "hf"},
+        },
+        "data": {"path": str(rows)},
+        "sampling": {"max_tokens": 4},
+        "train": {"steps": STEPS, "batch_size": 8, "learning_rate": 0.01},
+        "evaluation": {"rows": {"path": str(rows)}},
+        "output": str(tmp_path / "runs"),
+        "logging": {"tensorboard": False},
+    }
+    folder = run(config_of(tree, [], "test"), local=True).folder
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    held_out = [line["eval_divergence"] for line in lines if "eval_divergence" in line]
+    return [line for line in lines if "loss" in line], held_out
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 0.5])
+def test_a_student_learns_from_what_its_teacher_samples_which_does_not_grow_old(tmp_path: Path, lmbda: float) -> None:
+    """With two engine roles, each follows a role of its own: they share the process, and no weights."""
+    steps, (before, after) = ran(tmp_path, {"lmbda": lmbda, "seq_kd": True})
+    assert len(steps) == STEPS and all(step["grad_norm"] > 0 for step in steps)
+    assert all(step["groups/expired"] == 0 for step in steps)
+    assert [step.get("staleness/max") for step in steps] == [0.0 if lmbda else None] * STEPS
+    assert after < 0.9 * before
+
+
+def test_a_student_learns_from_a_teacher_s_most_likely_tokens_on_its_own_samples(tmp_path: Path) -> None:
+    steps, (before, after) = ran(tmp_path, {"teacher_top_k": 8})
+    assert len(steps) == STEPS and all(step["grad_norm"] > 0 for step in steps)
+    assert after < 0.9 * before
