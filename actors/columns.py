@@ -1,9 +1,8 @@
 """The vocabulary of a batch: one line per column.
 
 Index convention, fixed here once: entry `x[t]` of a per-token column concerns *predicting* token `t` from the tokens
-before it in the same row. So `mask[0]` of a row is always 0 and `logps[0]` is always 0.0. Nobody shifts anywhere else
-but in `actors/forward.py`, where hidden states are matched with the tokens that they predict.
-"""
+before it in the same row. So `mask[0]` of a row is always 0 and `logps[0]` is always 0.0. The only place where indices
+are shifted is `actors/forward.py`, which matches hidden states with the tokens that they predict."""
 
 from __future__ import annotations
 
@@ -14,14 +13,14 @@ import numpy as np
 
 
 class Axis(StrEnum):
-    """What one entry of a column stands for."""
+    """The unit of a column's entries."""
 
     TOKEN = "token"  # flat over all rows: [T]
     ROW = "row"  # one per sequence: [B]
 
 
 class Head(StrEnum):
-    """What a model's last layer says."""
+    """The output of a model's last layer."""
 
     VOCABULARY = "vocabulary"  # of each token: its log-probability
     TOKEN_SCALAR = "token_scalar"  # of each token: one number (a state's value, a step's reward)

@@ -1,4 +1,4 @@
-"""`ModelWorker`: one rank of a trained or frozen role, a plain class. It executes objectives and knows no method.
+"""`ModelWorker`, a plain class: one rank of a trained or frozen role. It executes objectives and knows no method.
 
 All ranks of a role are called at once with the same verb, each with its own shard; every verb but `ping` is collective.
 
@@ -46,8 +46,8 @@ CreditCall = Callable[..., tuple[dict[str, np.ndarray], dict[str, Stat]]]
 
 @dataclass(frozen=True)
 class UpdateReport:
-    """What one optimizer step did; equal on all ranks but for `seconds`: forward, backward, step and, where rows are
-    coupled, statistics, in this process."""
+    """The result of one optimizer step, equal on all ranks except for `seconds`: forward, backward, step and, if rows
+    are coupled, statistics, in this process."""
 
     metrics: dict[str, float]
     grad_norm: float
@@ -57,11 +57,10 @@ class UpdateReport:
 
 
 class ModelWorker:
-    """Cheap to construct; `ready` loads the model. Same calls and thread count, same bits.
+    """Cheap to construct; `ready` loads the model. The same calls with the same number of threads give the same bits.
 
-    What an update draws at random (dropout, noise) depends on seed, rank and the number of updates before it, and on
-    nothing else that goes on in the process; so a resumed rank draws what it would have drawn.
-    """
+    Random numbers of an update (dropout, noise) depend only on seed, rank and the number of updates before it, so that
+    a resumed rank draws the same ones."""
 
     def __init__(
         self,
@@ -89,17 +88,17 @@ class ModelWorker:
         self._busy: tuple[str, float] | None = None
 
     def ready(self) -> WorkerInfo:
-        """Load the model, once; who this worker is. Raises ModelError or ConfigError."""
+        """Load the model, once. Returns the worker's description. Raises ModelError or ConfigError."""
         with self._doing("ready"):
             if self._backend is None:
                 torch.set_num_threads(self._threads)
-                with _random_stream(self._seed):  # the same on all ranks: new adapters must start equal
+                with _random_stream(self._seed):  # the same on all ranks: new adapters must be equal
                     self._backend = build_backend(self._model_spec, self._backend_spec, self._placement)
             packages = str(Path(actors.__file__).parent)
             return WorkerInfo(self.name, os.getpid(), platform.node(), packages, self._detail())
 
     def ping(self) -> dict[str, Any]:
-        """Which verb is going on and for how long; answered from another thread while one is."""
+        """The running verb and its duration; another thread answers while one is running."""
         busy = self._busy
         return {
             "verb": busy[0] if busy else None,
@@ -117,8 +116,8 @@ class ModelWorker:
                 self._average.begin(self.backend.trained_weights())
 
     def set_companion(self, model: ModelSpec | None) -> None:
-        """Hold that model beside the own one from now on, frozen and whole on every rank, for objectives that compare
-        with it; None for none. Raises ModelError."""
+        """Load a second model, frozen and whole on every rank, for objectives that compare with it; None: drop it.
+        Raises ModelError."""
         with self._doing("set_companion"):
             self._companion = None  # first: there may be no room for two
             if model is not None:
@@ -134,9 +133,9 @@ class ModelWorker:
         top_k: TopK | None = None,
         *blocks: Batch,
     ) -> tuple[float, Batch]:
-        """What the head says of the shard's rows, from a pass without gradient: (seconds, a block with the columns
-        `into`, rows in the shard's order). 0 at tokens that the mask leaves out. `adapters=False` computes the base
-        model's. `top_k`: `into` are three columns, for the most likely tokens (`actors.distributions.TOP_K`)."""
+        """The head's outputs for the shard's rows, from a pass without gradient: (seconds, a block with the columns
+        `into`, rows in the shard's order). 0 at unmasked tokens. `adapters=False` uses the base model. `top_k`: `into`
+        are three columns, for the most likely tokens (`actors.distributions.TOP_K`)."""
         with self._doing("infer"), contextlib.nullcontext() if adapters else self.backend.adapters_off():
             began = time.perf_counter()
             shard = shard.fetched(blocks)
@@ -146,8 +145,8 @@ class ModelWorker:
     def credit(
         self, shard: Shard, call: CreditCall, options: dict[str, Any], stage: str, learning: bool, *blocks: Batch
     ) -> tuple[dict[str, float], Batch]:
-        """What `call(batch, world, state, **options)` makes of the shard's rows: (metrics over all ranks, a block of
-        columns). `stage` names the call's state, which is checkpointed, and stays as it is unless `learning`."""
+        """Calls `call(batch, world, state, **options)` on the shard's rows. Returns (metrics over all ranks, a block of
+        columns). `stage` names the call's state, which is checkpointed, and changes only if `learning`."""
         with self._doing("credit"):
             batch, state = shard.fetched(blocks).batch, self._objective_states.setdefault(stage, {})
             columns, metrics = call(batch, self.backend.world, state if learning else deepcopy(state), **options)
@@ -156,8 +155,8 @@ class ModelWorker:
     def update(
         self, shard: Shard, objective: Objective, temperature: float, stage: str, *blocks: Batch
     ) -> UpdateReport:
-        """One optimizer step on the batch of which `shard` is this rank's share; `blocks` are those that it refers to.
-        `stage` names the objective's state.
+        """One optimizer step on a batch; `shard` is this rank's part of it, `blocks` are those that the shard refers
+        to. `stage` names the objective's state.
 
         The loss is the sum of `objective.loss` over all micro-batches and ranks. Raises RunError if the gradient is not
         finite, or if there is nothing to learn from."""
@@ -182,8 +181,8 @@ class ModelWorker:
     def evaluate(
         self, shard: Shard, objective: Objective, temperature: float, stage: str, *blocks: Batch
     ) -> dict[str, float]:
-        """The metrics that `update` would report of this batch, its loss among them, from a pass without gradient,
-        dropout and noise. Weights, optimizer and the objective's state stay as they are."""
+        """The metrics that `update` would report for this batch, including its loss, from a pass without gradient,
+        dropout and noise. Weights, optimizer and the objective's state do not change."""
         with self._doing("evaluate"):
             state = deepcopy(self._objective_states.get(stage, {}))
             return Pass(self.backend, shard.fetched(blocks), objective, temperature, state, self._companion).measure()
@@ -191,10 +190,10 @@ class ModelWorker:
     def export(
         self, consumer: Callable[[Iterator[tuple[str, Tensor]]], Any], bucket_bytes: int, as_saved: bool = True
     ) -> Any:
-        """How weights leave: on rank 0, what `consumer` makes of all (Hugging Face name, full tensor); elsewhere None.
-        Without `as_saved` they are those of the model in memory, which is what `mix` takes.
+        """Passes all (Hugging Face name, full tensor) to `consumer` on rank 0 and returns its result; None on other
+        ranks. Without `as_saved`, names and tensors are those of the model in memory, which `mix` takes.
 
-        Gathering is collective, so what the consumer leaves over is drawn all the same, even if it fails."""
+        Gathering is collective, so the iterator is always exhausted, even if the consumer fails."""
         with self._doing("export"):
             weights = self.backend.full_weights(bucket_bytes, as_saved=as_saved)
             try:
@@ -206,16 +205,16 @@ class ModelWorker:
     def mix(
         self, payload: Any, reader: Callable[[Any], Iterator[tuple[str, Tensor]]], share: float, bucket_bytes: int
     ) -> None:
-        """Move this role's weights towards another's: each becomes `share` of the other's and the rest of its own.
-        `reader` makes the other's `export` of `payload`. Raises RunError if this role is trained, or is another model.
-        """
+        """Move this role's weights towards another's: each becomes `share` times the other's plus `1 - share` times its
+        own. `reader` turns `payload` into the other's `export`. Raises RunError if this role is trained, or if the
+        models differ."""
         with self._doing("mix"):
             if self._backend_spec.optim is not None:
                 raise RunError(f"{self.name} is trained: its optimizer belongs to the weights that it has")
             self.backend.mix(reader(payload), share, bucket_bytes)
 
     def run(self, task: Callable[[], Any]) -> Any:
-        """Call something in this process: a transport opening its port, say."""
+        """Call a function in this process, for example to open a transport's port."""
         with self._doing("run"):
             return task()
 
@@ -231,8 +230,8 @@ class ModelWorker:
             saved_state.save(state, Path(folder) / self._own_file)
 
     def load_state(self, folder: str) -> None:
-        """Continue where `save_state` left off, with the settings of the last `reset`. What is read is data, whoever
-        wrote the folder: raises RunError for a file that holds anything else."""
+        """Continue from the state that `save_state` wrote, with the settings of the last `reset`. Only data is read,
+        whoever wrote the folder: raises RunError for a file that contains anything else."""
         with self._doing("load_state"):
             self.backend.load_state(Path(folder))
             state = saved_state.load(Path(folder) / self._own_file)
@@ -243,22 +242,22 @@ class ModelWorker:
 
     def save_model(self, folder: str, averaged: bool = False) -> None:
         """A Hugging Face folder: merged weights, config, generation config, tokenizer with the chat template of the
-        training. The weights are those of now, or their average since the phase began. Raises RunError if none is
-        taken."""
+        training. The weights are the current ones, or their average in this phase. Raises RunError if there is no
+        average."""
         with self._doing("save_model"), saved_state.writing(Path(folder)):
             self.backend.save_model(Path(folder), self._taken().whole if averaged else None)
             if self._placement.rank == 0:
                 tokenizer_of(self._model_spec).save_pretrained(folder)
 
     def save_adapter(self, folder: str, averaged: bool = False) -> None:
-        """The LoRA adapters that `save_model` merges, alone, as a PEFT folder. Raises RunError if there are none."""
+        """The LoRA adapters only, as a PEFT folder. Raises RunError if there are none."""
         with self._doing("save_adapter"), saved_state.writing(Path(folder)):
             if self._model_spec.lora is None:
                 raise RunError(f"{self.name} has no LoRA adapters to save")
             self.backend.save_adapter(Path(folder), self._taken().whole if averaged else None)
 
     def load_model(self, folder: str) -> None:
-        """Hold the weights of that Hugging Face folder from now on. Raises RunError if this role is trained."""
+        """Load the weights of that Hugging Face folder. Raises RunError if this role is trained."""
         with self._doing("load_model"):
             if self._backend_spec.optim is not None:
                 raise RunError(f"{self.name} is trained: its optimizer belongs to the weights that it has")
@@ -267,7 +266,7 @@ class ModelWorker:
             self._backend = build_backend(self._model_spec, self._backend_spec, self._placement)
 
     def sleep(self) -> None:
-        """Give the accelerator's memory back, keeping the state. Until `wake`, every other verb is a RunError."""
+        """Release the accelerator's memory and keep the state. Until `wake`, every other verb raises RunError."""
         with self._doing("sleep"):
             self.backend.sleep()
             self._asleep = True
@@ -282,7 +281,7 @@ class ModelWorker:
                 self._companion.to(self.backend.device)
 
     def close(self) -> None:
-        """Let go of the model. Closing twice is fine."""
+        """Release the model. Closing twice has no effect."""
         self._backend = self._companion = None
 
     @property
@@ -292,7 +291,7 @@ class ModelWorker:
         return self._backend
 
     def _refuse_what_is_not_finite(self) -> None:
-        dtype = getattr(torch, self._model_spec.dtype)  # as which it is computed with: float16 ends at 65504
+        dtype = getattr(torch, self._model_spec.dtype)  # the type of the forward pass: float16 ends at 65504
         for name, weight in self.backend.trained_weights():
             if not torch.isfinite(weight.to(dtype)).all():
                 raise RunError(
@@ -310,7 +309,7 @@ class ModelWorker:
         return f"trainable-rank{self._placement.rank}.pt"
 
     def _drawing(self) -> contextlib.AbstractContextManager[None]:
-        """What this update draws at random (dropout, noise), from its beginning."""
+        """The random numbers of this update (dropout, noise), from the beginning of their stream."""
         return _random_stream(self._seed, self._placement.rank, self._steps_done)
 
     def _detail(self) -> dict[str, Any]:
@@ -338,7 +337,8 @@ class ModelWorker:
 
 @contextlib.contextmanager
 def _random_stream(*key: int) -> Generator[None]:
-    """Torch's random numbers in this context are a function of `key`; outside, they go on as if it had not been."""
+    """Inside this context torch's random numbers are a function of `key`; the generator's state is restored
+    afterwards."""
     with torch.random.fork_rng():
         torch.manual_seed(
             int(np.random.SeedSequence([part % 2**63 for part in key]).generate_state(1, np.uint64)[0] >> 1)

@@ -1,6 +1,6 @@
-"""What a trainer executes without knowing what it is: the seam between actors and methods.
+"""The interface between actors and methods: a trainer executes an objective without knowing its method.
 
-The driver hands an `Objective` to the ranks of a trained role. The rank runs the forward passes, lets the objective
+The driver passes an `Objective` to the ranks of a trained role. The rank runs the forward passes, lets the objective
 turn each micro-batch into a scalar, and steps its optimizer. Normalisation uses counts that are summed over all
 micro-batches and ranks first, so a result depends neither on micro-batching nor on the number of ranks.
 """
@@ -74,7 +74,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What one forward pass computed, float32. `main` is what the model's head is for, and carries gradient in an
+    """The results of one forward pass, in float32. `main` is the output of the model's head, with gradient in an
     update: log-probabilities [T] flat over the tokens, 0 at each row's first; a number per token [T], likewise; or one
     per row [B].
 
@@ -95,7 +95,7 @@ class Outputs:
         return self.main
 
     def detached(self) -> Outputs:
-        """The same numbers without gradient."""
+        """The same values without gradient."""
         return Outputs(self.main.detach(), {name: values.detach() for name, values in self.extra.items()})
 
 
@@ -113,7 +113,7 @@ class OfLogits:
 
 @dataclass(frozen=True)
 class Stat:
-    """One metric of one micro-batch, to be combined over micro-batches and ranks."""
+    """A metric of one micro-batch, which is combined over micro-batches and ranks."""
 
     total: float | Tensor
     weight: float | Tensor = 1.0
@@ -143,7 +143,7 @@ class Objective(Protocol):
     of_logits: OfLogits | None  # what it makes of whole distributions
     columns: frozenset[str]  # batch columns that it reads, besides tokens and lengths
     keep_groups: bool  # rows of one `group` must share a micro-batch
-    coupled: bool  # it wants `statistics` over the whole batch before any gradient
+    coupled: bool  # it needs `statistics` over the whole batch before any gradient
     statistics_rows: (
         str | None
     )  # a boolean column of rows that only `statistics` sees, all others being for the loss alone

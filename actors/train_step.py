@@ -5,7 +5,7 @@
               per micro-batch: forward, loss, backward
     measure   the same, without gradient, dropout and noise
 
-Collective: the ranks move in step, so each runs as many micro-batches, empty ones among them.
+Collective: all ranks run the same number of micro-batches, some of which may be empty.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ from actors.objective import Counts, MicroBatch, Objective, Outputs, Stat
 from actors.sharding import MicroBatches, Shard
 
 Stats = dict[str, Stat]
-Drawing = Callable[[], AbstractContextManager[None]]  # what is drawn at random inside, from its beginning
+Drawing = Callable[
+    [], AbstractContextManager[None]
+]  # a context in which random numbers start from the beginning of the update's stream
 
 
 @dataclass
@@ -50,8 +52,8 @@ class Clock:
 
 
 class Pass:
-    """One batch under one objective. `counts` and `tokens` are summed over micro-batches and ranks; `state` is what the
-    objective keeps between batches; `companion` a frozen model that it compares with."""
+    """One batch under one objective. `counts` and `tokens` are summed over micro-batches and ranks; `state` is the
+    objective's state between batches; `companion` a frozen model with which it compares."""
 
     def __init__(
         self,
@@ -75,33 +77,35 @@ class Pass:
         self.clock = Clock()
 
     def learn(self, drawing: Drawing) -> dict[str, float]:
-        """The gradient of the batch's loss is added to the model's; the metrics. `drawing` is entered already."""
-        outputs = map(self._forward, self._micros)  # one at a time: each holds a graph
+        """Adds the gradient of the batch's loss to the model's. Returns the metrics. To be called inside
+        `drawing()`."""
+        ready: list[Outputs] = []  # outputs with gradient that the statistics needed
         if self._objective.coupled and self._objective.statistics_rows is None and len(self._micros) == 1:
-            outputs = iter(ready := list(outputs))
+            ready = [self._forward(self._micros[0])]  # one pass serves both statistics and loss
             self._couple(self._micros, ready)
         elif self._objective.coupled:
             seen = self._micros if self._objective.statistics_rows is None else self._statistics_rows
-            with torch.no_grad(), drawing():  # what the pass with gradient will draw
+            with torch.no_grad(), drawing():  # the same dropout and noise as in the pass with gradient
                 self._couple(seen, [self._forward(micro, "statistics") for micro in seen])
-        stats = [
-            self._descend(micro, found, last=micro is self._micros[-1])
-            for micro, found in zip(self._micros, outputs, strict=True)
-        ]
-        return self._combined(stats)
+        metrics: list[Stats] = []
+        for micro in self._micros:  # one graph exists at a time
+            outputs = ready.pop() if ready else self._forward(micro)
+            with self.clock.measure("forward"):
+                loss, stats = self._loss(micro, outputs)
+            with self.clock.measure("backward"):
+                self._backend.backward(loss, last=micro is self._micros[-1])
+            metrics.append(_measured(micro, outputs, loss, stats))
+        return self._combined(metrics)
 
     def measure(self) -> dict[str, float]:
-        """The metrics that `learn` would report, the loss among them."""
-        outputs = self._quietly(self._micros)
-        if self._objective.coupled:
-            alone = self._objective.statistics_rows is not None
-            self._couple(
-                *(self._statistics_rows, self._quietly(self._statistics_rows)) if alone else (self._micros, outputs)
-            )
-        loss_of = (
-            (micro, found, *self._loss(micro, found)) for micro, found in zip(self._micros, outputs, strict=True)
-        )
-        return self._combined([_measured(*each) for each in loss_of])
+        """The metrics that `learn` would report, including the loss."""
+        outputs = self._without_noise(self._micros)
+        if self._objective.coupled and self._objective.statistics_rows is None:
+            self._couple(self._micros, outputs)
+        elif self._objective.coupled:
+            self._couple(self._statistics_rows, self._without_noise(self._statistics_rows))
+        pairs = zip(self._micros, outputs, strict=True)
+        return self._combined([_measured(micro, found, *self._loss(micro, found)) for micro, found in pairs])
 
     def _forward(self, micro: MicroBatch, part: str = "forward") -> Outputs:
         with self.clock.measure(part):
@@ -115,7 +119,7 @@ class Pass:
                 companion=self._companion,
             )
 
-    def _quietly(self, micros: list[MicroBatch]) -> list[Outputs]:
+    def _without_noise(self, micros: list[MicroBatch]) -> list[Outputs]:
         asked = {"of_logits": self._objective.of_logits, "companion": self._companion}
         found = self._objective.needs, self._objective.head
         return list(without_noise(self._backend, micros, self._temperature, *found, **asked))
@@ -125,15 +129,8 @@ class Pass:
         seen, found = [micro for micro, _ in full], [outputs for _, outputs in full]
         self._statistics = self._objective.statistics(seen, found, self._backend.world, self._state)
 
-    def _descend(self, micro: MicroBatch, outputs: Outputs, *, last: bool) -> Stats:
-        with self.clock.measure("forward"):
-            loss, stats = self._loss(micro, outputs)
-        with self.clock.measure("backward"):
-            self._backend.backward(loss, last=last)
-        return _measured(micro, outputs, loss, stats)
-
     def _loss(self, micro: MicroBatch, outputs: Outputs) -> tuple[Tensor, Stats]:
-        """The objective's, plus the experts' balancing loss weighted by this micro-batch's share of tokens."""
+        """The objective's loss, plus the experts' balancing loss weighted by this micro-batch's share of tokens."""
         if not len(micro):
             return outputs.main.sum() * 0, {}
         loss, stats = self._objective.loss(micro, outputs, self.counts, self._statistics)
@@ -210,13 +207,13 @@ def filled(micro: MicroBatch) -> MicroBatch:
 
 
 def _measured(micro: MicroBatch, outputs: Outputs, loss: Tensor, stats: Stats) -> Stats:
-    """A micro-batch's metrics with its share of the loss, and of its tokens those served by a shared prefix."""
+    """A micro-batch's metrics, its part of the loss, and the share of its tokens that a shared prefix saved."""
     size = int(micro.lengths.sum())
     shared = Stat(size - outputs.rows, size) if size else Stat(0.0, 0.0)
     return {**stats, "loss": Stat(loss.detach(), combine="sum"), "shared_share": shared}
 
 
 def _sizes(micro: MicroBatch) -> Counts:
-    """Tokens of a micro-batch, how many of them are learned from, and how many go through the model."""
+    """Tokens of a micro-batch: all, those that count as trained on, and those that the model computes."""
     real = float(micro.lengths.sum())
     return {"real": real, "learned": real, "computed": max(real, 1.0)}
