@@ -46,6 +46,7 @@ from tests.masked_nll import MaskedNll
 from tests.unit.tiny import tiny_model_folder
 
 VERB_S = 120.0
+START_S = 400.0  # imports of torch, and of DeepSpeed in `start`: a minute on two cores that do as much besides
 BUDGET = 100  # tokens per micro-batch: several of them, with any number of ranks
 # Adam divides by the root of the second moment; `adam_eps` is large enough not to blow up what is rounding noise.
 OPTIM = OptimSpec(
@@ -143,7 +144,8 @@ class Role:
     batch: Batch
 
     def call(self, method: str, *args: Any, per_rank: list[Any] | None = None) -> list[Any]:
-        return asyncio.run(self.gang.call(method, *args, per_rank=per_rank, timeout_s=VERB_S))
+        timeout_s = START_S if method == "start" else VERB_S
+        return asyncio.run(self.gang.call(method, *args, per_rank=per_rank, timeout_s=timeout_s))
 
     def act(self, verb: str, *args: Any) -> list[Any]:
         return self.call("act", verb, *args)
@@ -221,7 +223,7 @@ def start_gangs() -> Iterator[Callable[..., Any]]:
     def gang(ranks: int, place: int = 0) -> Any:
         env = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "DS_ACCELERATOR": "cpu"}
         group = start_ranks(f"troupe/backends/gang{place}-{ranks}", Rank, [{}] * ranks, env=env)
-        asyncio.run(group.call("ready", timeout_s=VERB_S))
+        asyncio.run(group.call("ready", timeout_s=START_S))
         return group
 
     try:
