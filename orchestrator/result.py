@@ -9,9 +9,9 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Worth:
-    """What a phase was worth. `before` is None where it was not measured. Steps and tokens: of the process that ended
-    the run."""
+class Gain:
+    """What a phase gained. `before` is None if it was not measured. Steps and tokens: of the process that ended the
+    run."""
 
     phase: str
     steps: int
@@ -23,16 +23,16 @@ class Worth:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run leaves: `scores` by label (`before`, then one per phase), and where things are."""
+    """The result of a finished run: `scores` by label (`before`, then one per phase), and the paths of its files."""
 
     folder: Path
     scores: dict[str, float]
     checkpoint: Path | None
     model: Path | None
-    averaged: Path | None  # the model with the average of the weights that the last phase went through
+    averaged: Path | None  # the model with the averaged weights of the last phase
     picture: Path | None
-    worth: tuple[Worth, ...] = ()  # what each phase gained
-    seconds: Mapping[str, float] = field(default_factory=dict[str, float])  # by what this process spent them on
+    gains: tuple[Gain, ...] = ()  # what each phase gained
+    seconds: Mapping[str, float] = field(default_factory=dict[str, float])  # of this process, by activity
 
     def to_json(self) -> dict[str, Any]:
         """For the event `finished`."""
@@ -40,7 +40,7 @@ class RunResult:
         return {
             "scores": self.scores,
             **{name: str(path.resolve()) if path else None for name, path in paths.items()},
-            "worth": [asdict(each) for each in self.worth],
+            "gains": [asdict(each) for each in self.gains],
             "seconds": {on: round(spent, 3) for on, spent in self.seconds.items()},
         }
 
@@ -48,5 +48,5 @@ class RunResult:
     def from_json(cls, folder: Path, event: Mapping[str, Any]) -> RunResult:
         """Of the run in a folder, from its event `finished`."""
         paths = {name: event[name] and Path(event[name]) for name in ("checkpoint", "model", "averaged", "picture")}
-        worth = tuple(Worth(**each) for each in event["worth"])
-        return cls(folder, dict(event["scores"]), **paths, worth=worth, seconds=dict(event["seconds"]))
+        gains = tuple(Gain(**each) for each in event["gains"])
+        return cls(folder, dict(event["scores"]), **paths, gains=gains, seconds=dict(event["seconds"]))

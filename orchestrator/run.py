@@ -30,9 +30,9 @@ from orchestrator.phase_run import PhaseRun
 from orchestrator.planning.plan import make_plan
 from orchestrator.planning.preconditions import refuse_surroundings
 from orchestrator.planning.resolve import prepare
+from orchestrator.reporting.gains import phase_gains
 from orchestrator.reporting.metrics import METRICS_FILE, read
 from orchestrator.reporting.plot import draw
-from orchestrator.reporting.worth import phases_worth
 from orchestrator.result import RunResult
 from orchestrator.resuming import Resumption, resume_point, save_config
 from orchestrator.run_context import RunContext
@@ -155,7 +155,7 @@ class _Run:
             model=checkpoint / MODEL if checkpoint else None,
             averaged=checkpoint / AVERAGED if checkpoint and (checkpoint / AVERAGED).is_dir() else None,
             picture=picture,
-            worth=phases_worth(read(context.folder / METRICS_FILE), context.account.phases),
+            gains=phase_gains(read(context.folder / METRICS_FILE), context.account.phases),
             seconds=context.account.shares(time.monotonic() - self.began),
         )
         context.event("finished", result.to_json())

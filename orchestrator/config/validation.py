@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from actors.columns import Head
-from orchestrator.config.idle_keys import idle_keys
+from orchestrator.config.ineffective_keys import ineffective_keys
 from orchestrator.config.roles import EngineRole, FrozenRole, RanksRole, RolesConfig, ScorersRole, TrainerRole
 from orchestrator.config.schema import PhaseConfig, RunConfig
 from orchestrator.config.section import Section
@@ -59,7 +59,7 @@ def warnings(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Seq
         if config.phases[name].train.bema is not None
     ]
     of_methods = [f"phases.{name}: {said}" for name, pipeline in pipelines.items() for said in pipeline.warnings]
-    return [*forgetful, *biased, *lost, *of_methods, *idle_keys(config, pipelines, launched)]
+    return [*forgetful, *biased, *lost, *of_methods, *ineffective_keys(config, pipelines, launched)]
 
 
 def _is_copy(config: RunConfig, role: str) -> bool:

@@ -73,14 +73,14 @@ class View:
         return len(micro)
 
     @property
-    def said(self) -> Tensor:
+    def head_output(self) -> Tensor:
         """The head's output."""
         return getattr(self, self.main)
 
     @cached_property
     def counts(self) -> Tensor:
         """[B]: masked tokens of each row."""
-        return self.micro.sum_by_row(self.mask.to(self.said.dtype))
+        return self.micro.sum_by_row(self.mask.to(self.head_output.dtype))
 
     def row_sums(self, values: Tensor) -> Tensor:
         """[T] -> [B]: sums over the masked tokens of each row."""

@@ -1,7 +1,7 @@
 """A method's name and options to its pipeline, validated against the method's own signature.
 
-No option is ever ignored: one that changes nothing under the others is refused (`orchestrator/methods/idle.py`).
-"""
+No option is ever ignored: one that changes nothing under the others is refused
+(`orchestrator/methods/ineffective_options.py`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pydantic import ConfigDict, ValidationError, validate_call
 from actors.errors import ConfigError, did_you_mean
 from orchestrator.config.error_messages import unknown
 from orchestrator.config.section import is_word_for_number
-from orchestrator.methods.idle import refuse_idle, types_of
+from orchestrator.methods.ineffective_options import refuse_ineffective, types_of
 from orchestrator.methods.table import METHODS
 from orchestrator.pipeline import Pipeline
 from orchestrator.plugins import is_plugin, load
@@ -40,7 +40,7 @@ def build(name: str, options: Mapping[str, Any], facts: Mapping[str, Any] | None
         return _call(name, method, {**offered, **changed})
 
     pipeline = made(options)
-    refuse_idle(method, options, pipeline, made)
+    refuse_ineffective(method, options, pipeline, made)
     return pipeline
 
 

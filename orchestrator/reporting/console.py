@@ -24,7 +24,7 @@ from rich.text import Text
 
 from orchestrator.reporting.metrics import of_first_role
 from orchestrator.reporting.terminal_tables import Rows
-from orchestrator.result import Worth
+from orchestrator.result import Gain
 
 BAR_WIDTH = 16
 PLAIN_WIDTH = 140  # columns if the output is not a terminal
@@ -90,7 +90,7 @@ class Finished(Protocol):
     @property
     def picture(self) -> Path | None: ...
     @property
-    def worth(self) -> Sequence[Worth]: ...
+    def gains(self) -> Sequence[Gain]: ...
     @property
     def seconds(self) -> Mapping[str, float]: ...
 
@@ -222,8 +222,8 @@ class Console:
     def done(self, result: Finished) -> None:
         """Scores before and after each phase, the paths of the results, and commands to continue with."""
         self._terminal.print(Rule(f"done in {duration(time.monotonic() - self._began)}", style="green"))
-        if result.worth:
-            self._terminal.print(_worth(result.worth))
+        if result.gains:
+            self._terminal.print(_gains(result.gains))
         if result.seconds:
             spent = [f"{on} {duration(seconds)}" for on, seconds in result.seconds.items() if seconds >= 0.5]
             self._terminal.print(Text("time  ", "dim").append(", ".join(spent) or "less than a second"))
@@ -322,7 +322,7 @@ def _cell(text: str) -> str:
     return text if len(text) <= CELL_LIMIT else f"{text[:half]} … {text[-half:]}"
 
 
-def _worth(phases: Sequence[Worth]) -> Rows:
+def _gains(phases: Sequence[Gain]) -> Rows:
     """One row per phase; scores in per cent if all of them are fractions."""
     values = [each for phase in phases if "score" in phase.measure for each in (phase.before, phase.after) if each]
     shares = all(0 <= value <= 1 for value in values)

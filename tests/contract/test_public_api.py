@@ -33,9 +33,9 @@ async def test_a_run_works_inside_a_running_loop_and_the_command_that_it_ends_wi
     config = troupe.load_config("sft_arithmetic", [*SHORT, f"output={tmp_path / 'my runs'}"])
     result = troupe.run(config, local=True)
     assert result.model is not None and (result.model / "model.safetensors").is_file()
-    [worth] = result.worth
-    assert (worth.phase, worth.steps, worth.measure) == ("sft", 2, "loss in training")
-    assert worth.tokens > 0 and result.seconds["update"] > 0 and result.seconds["save"] > 0
+    [gain] = result.gains
+    assert (gain.phase, gain.steps, gain.measure) == ("sft", 2, "loss in training")
+    assert gain.tokens > 0 and result.seconds["update"] > 0 and result.seconds["save"] > 0
     said = capfd.readouterr().out
     assert "2/2" in said and "1/2" not in said  # logging.every
     pasted = said[said.index("  python -c") : said.index("    ask the model")]

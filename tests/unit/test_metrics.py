@@ -18,10 +18,10 @@ from rich.console import Console as Terminal
 from orchestrator.methods import build
 from orchestrator.reporting.account import Account, PhaseCost
 from orchestrator.reporting.console import Console, Pace, duration
+from orchestrator.reporting.gains import phase_gains
 from orchestrator.reporting.metrics import METRICS_FILE, MetricsLog, of_first_role, read
 from orchestrator.reporting.plot import draw
-from orchestrator.reporting.worth import phases_worth
-from orchestrator.result import Worth
+from orchestrator.result import Gain
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Ended:
     averaged: Path | None = None
     picture: Path | None = None
     scores: dict[str, float] = field(default_factory=dict)
-    worth: tuple[Worth, ...] = ()
+    gains: tuple[Gain, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -219,20 +219,20 @@ def test_sampled_text_is_shown_without_its_terminal_escape_sequences():
 
 
 def test_the_end_shows_each_phases_gain_its_steps_and_tokens_and_where_the_time_went(tmp_path: Path):
-    worth = (
-        Worth("sft", 320, 69_750, "held-out score", 0.0, 0.53),
-        Worth("grpo", 80, 180_000, "held-out score", 0.53, 0.91),
+    gains = (
+        Gain("sft", 320, 69_750, "held-out score", 0.0, 0.53),
+        Gain("grpo", 80, 180_000, "held-out score", 0.53, 0.91),
     )
     seconds = {"start": 15.0, "generation": 31.0, "update": 80.2, "rest": 0.1}
-    text = shown("done", Ended(tmp_path, worth=worth, seconds=seconds), width=80)
+    text = shown("done", Ended(tmp_path, gains=gains, seconds=seconds), width=80)
     for part in ("sft 320 69,750 held-out score 0.0% 53.0% +53.0 points", "53.0% 91.0% +38.0 points"):
         assert part in " ".join(text.split())
     assert "time  start 15 s, generation 31 s, update 1:20\n" in text
 
 
 def test_scores_that_are_no_shares_and_losses_are_not_shown_in_per_cent(tmp_path: Path):
-    worth = (Worth("grpo", 1, 1, "held-out score", -2.0, 3.5), Worth("dpo", 1, 1, "held-out loss", 0.7, 0.5))
-    text = shown("done", Ended(tmp_path, worth=worth))
+    gains = (Gain("grpo", 1, 1, "held-out score", -2.0, 3.5), Gain("dpo", 1, 1, "held-out loss", 0.7, 0.5))
+    text = shown("done", Ended(tmp_path, gains=gains))
     assert "+5.5000" in text and "-0.2000" in text
     assert "%" not in text
 
@@ -285,10 +285,10 @@ def test_the_gain_of_a_phase_uses_the_most_informative_metric_and_starts_at_the_
         {"step": 3, "phase": "dpo", "loss": 0.7},
         {"step": 4, "phase": "dpo", "loss": 0.25},
     ]
-    assert phases_worth(lines, {"sft": PhaseCost(1, 30)}) == (
-        Worth("sft", 1, 30, "held-out score", 0.0, 0.5),
-        Worth("grpo", 0, 0, "held-out score", 0.5, 0.75),
-        Worth("dpo", 0, 0, "loss in training", 0.7, 0.25),
+    assert phase_gains(lines, {"sft": PhaseCost(1, 30)}) == (
+        Gain("sft", 1, 30, "held-out score", 0.0, 0.5),
+        Gain("grpo", 0, 0, "held-out score", 0.5, 0.75),
+        Gain("dpo", 0, 0, "loss in training", 0.7, 0.25),
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orchestrator.reporting.account import PhaseCost
-from orchestrator.result import Worth
+from orchestrator.result import Gain
 
 MEASURES = {  # metric -> its label, the most informative one first
     "eval_reward": "held-out score",
@@ -18,10 +18,10 @@ MEASURES = {  # metric -> its label, the most informative one first
 }
 
 
-def phases_worth(lines: Sequence[Mapping[str, Any]], costs: Mapping[str, PhaseCost]) -> tuple[Worth, ...]:
+def phase_gains(lines: Sequence[Mapping[str, Any]], costs: Mapping[str, PhaseCost]) -> tuple[Gain, ...]:
     """`lines`: of the metrics file. A phase that was not evaluated at its start begins with the final score of the
     previous phase."""
-    found: list[Worth] = []
+    found: list[Gain] = []
     score: float | None = None
     for phase in dict.fromkeys(str(line["phase"]) for line in lines):
         own = [line for line in lines if line["phase"] == phase]
@@ -31,7 +31,7 @@ def phases_worth(lines: Sequence[Mapping[str, Any]], costs: Mapping[str, PhaseCo
             score = values[-1]
         cost = costs.get(phase, PhaseCost())
         found.append(
-            Worth(phase, cost.steps, cost.tokens, MEASURES.get(name, ""), first, values[-1] if values else None)
+            Gain(phase, cost.steps, cost.tokens, MEASURES.get(name, ""), first, values[-1] if values else None)
         )
     return tuple(found)
 

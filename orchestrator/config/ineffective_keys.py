@@ -27,11 +27,11 @@ OF_OPTIMIZER = tuple(OptimizerConfig.model_fields)
 RANDOM = ("temperature", "top_p", "top_k", "min_p")
 
 
-def idle_keys(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Sequence[str]) -> list[str]:
+def ineffective_keys(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Sequence[str]) -> list[str]:
     """One line per section of the configuration that has such keys."""
     found = [
         f"{', '.join(f'{where}.{name}={getattr(section, name)}' for name in names)}: {why}"
-        for where, section, keys, why in _idle(config, pipelines, launched)
+        for where, section, keys, why in _ineffective(config, pipelines, launched)
         if (names := changed(section, keys))
     ]
     kinds = {type(config.roles[role]) for role in launched if role in config.roles}
@@ -46,10 +46,12 @@ def changed(section: BaseModel, keys: Collection[str]) -> list[str]:
     return [key for key in keys if getattr(section, key) != fields[key].get_default(call_default_factory=True)]
 
 
-Idle = tuple[str, BaseModel, Collection[str], str]  # its path, the section, which of its keys, why they have no effect
+Ineffective = tuple[str, BaseModel, Collection[str], str]  # path, section, keys, why they have no effect
 
 
-def _idle(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Sequence[str]) -> Iterator[Idle]:
+def _ineffective(
+    config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Sequence[str]
+) -> Iterator[Ineffective]:
     for name, pipeline in pipelines.items():
         yield from _of_phase(f"phases.{name}", config, name, pipeline)
     yield from _of_roles(config, pipelines, launched)
@@ -65,7 +67,7 @@ def _idle(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Sequen
         yield "cluster", config.cluster, keys, f"they are for a Ray of our own; {why}"
 
 
-def _of_roles(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Sequence[str]) -> Iterator[Idle]:
+def _of_roles(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Sequence[str]) -> Iterator[Ineffective]:
     usual = RolesConfig()  # pyright: ignore[reportCallIssue]
     named = {role for pipeline in pipelines.values() for role in pipeline.roles}
     trained = {role for pipeline in pipelines.values() for role in pipeline.trained}
@@ -92,7 +94,7 @@ def _of_roles(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Se
             yield f"{where}.optimizer", settings.optimizer, OF_OPTIMIZER, f"no phase trains the role {role}"
 
 
-def _of_phase(where: str, config: RunConfig, name: str, pipeline: Pipeline) -> Iterator[Idle]:
+def _of_phase(where: str, config: RunConfig, name: str, pipeline: Pipeline) -> Iterator[Ineffective]:
     phase = config.phases[name]
     evaluated = phase.evaluation is not None and phase.evaluation.data is not None
     sampling = tuple(type(phase.sampling).model_fields)

@@ -21,7 +21,7 @@ Make = Callable[[Options], Pipeline]  # the pipeline of a method under these opt
 HINTS = 6  # values that a refusal names
 
 
-def refuse_idle(method: Callable[..., Pipeline], options: Options, pipeline: Pipeline, make: Make) -> None:
+def refuse_ineffective(method: Callable[..., Pipeline], options: Options, pipeline: Pipeline, make: Make) -> None:
     """Raises ConfigError for an option that is set to something else than its default, and acts in no way."""
     parameters, hints = inspect.signature(method).parameters, types_of(method)
     for name, value in options.items():
