@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+import sys
 import threading
 import time
 import uuid
@@ -181,8 +182,13 @@ def take_requests(folder: Path) -> Iterator[list[Any]]:
 
 
 def _board_call(run: RunFile, address: str, method: str, *args: Any) -> Any:
-    if run.auth_mode is not None:
-        os.environ.setdefault(AUTH_MODE, run.auth_mode)  # before Ray is imported: it is read only then
+    if run.auth_mode is not None and AUTH_MODE not in os.environ:  # which Ray reads when it is imported, and only then
+        if "ray" in sys.modules:
+            raise Silent(
+                f"its Ray wants a token, and this process imported Ray without {AUTH_MODE}={run.auth_mode}: set that "
+                "variable before Ray is imported, or use the command `troupe`"
+            )
+        os.environ[AUTH_MODE] = run.auth_mode
     try:
         refuse_unreachable(address, "address")
     except Unreachable as error:

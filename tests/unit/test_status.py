@@ -143,3 +143,18 @@ def test_a_checkpoint_of_a_run_that_is_paused_before_its_first_step_is_refused(f
     write(folder / "events.jsonl", [{"event": "prepared"}, {"event": "paused", "step": 0, "asked": ["other"]}])
     with driving(folder), pytest.raises(RunError, match="is paused before its first step: there is nothing to save"):
         attach(folder).checkpoint(timeout_s=20)
+
+
+def test_a_process_that_imported_ray_without_the_mode_of_the_runs_token_is_told_so_at_once(
+    folder: Path, nowhere: str, monkeypatch: pytest.MonkeyPatch
+):
+    import ray  # noqa: F401  # as a notebook that uses it
+
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    RunFile("t-1", nowhere, board_name("t-1"), Driver.here(), "token").write(folder)
+    write(folder / "events.jsonl", [{"event": "prepared"}])
+    with driving(folder):
+        for _ in range(2):
+            assert "set that variable before Ray is imported" in attach(folder).status().state
+        with pytest.raises(RunError, match="does not answer: its Ray wants a token"):
+            attach(folder).scale("rollout", 2)
