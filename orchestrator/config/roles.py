@@ -164,6 +164,13 @@ class EngineRole(Section):
     """Replacements of dead workers in a run."""
 
 
+class ReferenceEngineRole(EngineRole):
+    """The same with another role to sample from, whichever other keys of it are set."""
+
+    follows: str = "reference"
+    """The role that it samples from: its weights are published to every worker."""
+
+
 class TeacherEngineRole(EngineRole):
     """The same with another role to sample from, whichever other keys of it are set."""
 
@@ -212,7 +219,7 @@ class RolesConfig(Section):
     """The fleet that samples completions."""
     teacher_rollout: TeacherEngineRole = Field(default_factory=TeacherEngineRole)
     """The fleet that samples the teacher's completions."""
-    reference_rollout: EngineRole = Field(default_factory=lambda: EngineRole(follows="reference"))
+    reference_rollout: ReferenceEngineRole = Field(default_factory=ReferenceEngineRole)
     """The fleet that samples the reference's completions."""
 
     def __contains__(self, name: str) -> bool:

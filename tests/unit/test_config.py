@@ -126,9 +126,10 @@ def test_a_value_out_of_range_names_value_range_and_override(single: Path):
     assert "set in override 'roles.rollout.workers=0'" in message
 
 
-def test_the_teacher_s_engines_follow_the_teacher_whichever_key_of_them_is_set(single: Path):
-    config = load_config(single, ["roles.teacher_rollout.engine=hf", "roles.rollout.engine=hf"])
-    assert (config.roles.teacher_rollout.follows, config.roles.rollout.follows) == ("teacher", "policy")
+def test_engines_of_teacher_and_reference_follow_them_whichever_key_of_them_is_set(single: Path):
+    names = ("rollout", "teacher_rollout", "reference_rollout")
+    roles = load_config(single, [f"roles.{name}.engine=hf" for name in names]).roles
+    assert [roles.engine(name).follows for name in names] == ["policy", "teacher", "reference"]
     other = load_config(single, ["roles.teacher_rollout.follows=reference"])
     assert other.roles.teacher_rollout.follows == "reference"
 
