@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from copy import deepcopy
@@ -41,6 +42,9 @@ from actors.train_step import Pass, infer
 from actors.weight_averaging import Average, AverageSpec
 from actors.worker import WorkerInfo
 
+# Torch has one random state per process: of two roles that draw in one process at once (`--local`), each would go on
+# with the other's numbers.
+DRAWING = threading.RLock()
 CreditCall = Callable[..., tuple[dict[str, np.ndarray], dict[str, Stat]]]
 
 
@@ -339,7 +343,7 @@ class ModelWorker:
 def _random_stream(*key: int) -> Generator[None]:
     """Inside this context torch's random numbers are a function of `key`; the generator's state is restored
     afterwards."""
-    with torch.random.fork_rng():
+    with DRAWING, torch.random.fork_rng():
         torch.manual_seed(
             int(np.random.SeedSequence([part % 2**63 for part in key]).generate_state(1, np.uint64)[0] >> 1)
         )

@@ -418,6 +418,16 @@ def test_a_frozen_role_takes_the_weights_of_a_folder_and_a_trained_one_refuses(f
         policy.load_model(str(folder))
 
 
+def test_roles_that_load_at_once_in_one_process_draw_the_head_that_each_would_draw_alone(folder: Path) -> None:
+    alone = weights(trainable(folder, head=Head.TOKEN_SCALAR))
+    with ThreadPoolExecutor(6) as threads:
+        loaded = list(threads.map(lambda _: trainable(folder, head=Head.TOKEN_SCALAR), range(6)))
+    for other in loaded:
+        assert_equal_bits(weights(other), alone)
+    another = weights(trainable(folder, head=Head.TOKEN_SCALAR, seed=1))
+    assert not torch.equal(another["score.weight"], alone["score.weight"])
+
+
 def test_two_roles_of_one_process_may_load_at_once(folder: Path) -> None:
     with ThreadPoolExecutor(4) as threads:
         loaded = list(threads.map(lambda _: trainable(folder, optim=None), range(4)))
