@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -165,6 +166,41 @@ def check(
 
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
     show_data(data, method, model, overrides or [], split=split, max_bad_rows=bad_rows, **limits)
+
+
+@app.command("check-reward")
+def check_reward(
+    reward: Annotated[str, typer.Argument(help="A reward's name, path/to/file.py:function, or a URL.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value of the reward, for example timeout_s=5 options.factor=2.")
+    ] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Hub name, file or folder; else a few examples.")] = None,
+    split: Annotated[str, typer.Option("--split", help="Which split of the data set.")] = "train",
+    rows: Annotated[int, typer.Option("--rows", min=1, help="How many rows, at most.")] = 4,
+    completions: Annotated[
+        str, typer.Option("--completions", help="The column that holds what is to be scored.")
+    ] = "completion",
+    model: Annotated[str | None, typer.Option("--model", help="Whose tokens completion_ids are; else bytes.")] = None,
+) -> None:
+    """Call a reward with a few rows, show what it returns and how long it takes, and say what is wrong with it."""
+    from orchestrator.reporting.reward_check import show_reward
+    from orchestrator.reporting.tables import show_lines
+
+    lines, outcome = show_reward(
+        reward,
+        overrides or [],
+        data=data,
+        split=split,
+        rows=rows,
+        completions=completions,
+        model=model,
+    )
+    show_lines(lines)
+    if outcome.hangs:  # its thread would keep this process for as long as it hangs
+        sys.stdout.flush()
+        os._exit(BROKEN)
+    if outcome.values is None:
+        raise typer.Exit(BROKEN)
 
 
 @app.command()

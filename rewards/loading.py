@@ -11,32 +11,18 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 from actors.errors import ConfigError, InfraFailure
 from rewards import user_code
 from rewards.functions import REWARDS
 from rewards.options import OFFERED, accepted, fitted, hint, required, signature_of
+from rewards.reward import Handling, Reward
 from rewards.user_code import UserCode
-
-
-@dataclass(frozen=True)
-class Reward:
-    """A function ready to be called. `parameters`: the names it takes, None if it takes any."""
-
-    name: str
-    weight: float
-    call: Callable[..., Any]
-    parameters: frozenset[str] | None
-    is_async: bool
-
-    def wants(self, name: str) -> bool:
-        return self.parameters is None or name in self.parameters
 
 
 @dataclass(frozen=True)
@@ -48,6 +34,7 @@ class RewardSpec:
     weight: float = 1.0
     name: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    handling: Handling = field(default_factory=Handling)
     code: UserCode | None = None
     needs: frozenset[str] | None = None
 
@@ -73,7 +60,7 @@ class RewardSpec:
         if found.is_class:
             call = _construct(found.target, found.built_with, self.fn)
         bound = _bound(call, found.options) if found.options else call
-        return Reward(self.label, self.weight, bound, accepted(found.signature), found.is_async)
+        return Reward(self.label, self.weight, bound, accepted(found.signature), found.is_async, handling=self.handling)
 
     def _found(self) -> _Found:
         target, options = _find(self.fn, self.code), dict(self.options)
@@ -111,51 +98,9 @@ class _Found:
         return inspect.isclass(self.target)
 
 
-class Settings(Protocol):
-    """What a configuration says about one reward."""
-
-    @property
-    def fn(self) -> str | None: ...
-
-    @property
-    def weight(self) -> float: ...
-
-    @property
-    def name(self) -> str | None: ...
-
-    @property
-    def options(self) -> Mapping[str, Any]: ...
-
-
-def check_reward(settings: Settings) -> RewardSpec:
-    """The reward that a configuration names, found and ready to travel. Raises ConfigError: call it before a launch."""
-    assert settings.fn is not None, "the score of a model is no function"
-    return RewardSpec(settings.fn, settings.weight, settings.name, dict(settings.options)).located()
-
-
 def load_reward(fn: str, options: Mapping[str, Any] | None = None) -> Reward:
     """Find a reward and bind its options. Raises ConfigError: what was looked for, where, and what is there."""
     return RewardSpec(fn, options=options or {}).located().load()
-
-
-def check_columns(rewards: Iterable[RewardSpec], columns: Collection[str], where: str) -> None:
-    """Raises ConfigError if a reward needs a column that the data does not have. `where`: what to call that data."""
-    for spec in rewards:
-        needs = spec.needs if spec.needs is not None else spec.located().needs
-        missing = sorted((needs or frozenset()) - set(columns))
-        if missing:
-            raise ConfigError(
-                f"reward {spec.fn} needs the column {missing[0]!r}, which {where} does not have; it has "
-                f"{', '.join(sorted(columns)) or 'none'}\n"
-                f"rename one with data.columns.{missing[0]}=NAME, or give the reward an option of that name"
-            )
-
-
-def check_names(labels: Iterable[str]) -> None:
-    """Raises ConfigError if two rewards share a name: metrics and tables would hold one of them."""
-    twice = [name for name, count in Counter(labels).items() if count > 1]
-    if twice:
-        raise ConfigError(f"{twice[0]} is the name of two rewards; give one of them another: rewards[1].name=NAME")
 
 
 def _split(fn: str) -> tuple[str | None, str]:

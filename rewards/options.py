@@ -14,6 +14,7 @@ from actors.errors import ConfigError, did_you_mean
 
 # What every reward may ask for; other parameters are columns of the data set or options.
 OFFERED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+SENT = ("prompts", "completions")  # those of them that a reward outside our processes gets
 VARIADIC = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 
 
@@ -46,9 +47,7 @@ def fitted(
 ) -> dict[str, Any]:
     """The options as the types of the parameters have them (a list for a tuple, say). Raises ConfigError for a name or
     a value that the target does not take."""
-    clash = sorted(set(options) & set(OFFERED))
-    if clash:
-        raise ConfigError(f"reward {fn}: {clash[0]!r} is passed with every call and cannot be an option")
+    refuse_offered(options, fn)
     names = accepted(signature)
     unknown = sorted(set(options) - names) if names is not None else []
     if unknown:
@@ -56,6 +55,23 @@ def fitted(
         raise ConfigError(f"reward {fn} has no option {unknown[0]!r}{hint(unknown[0], there)}")
     types = _types(target)
     return {name: _typed(name, value, types[name], fn) if name in types else value for name, value in options.items()}
+
+
+def sent(columns: tuple[str, ...] | None) -> frozenset[str] | None:
+    """The names of what a reward outside our processes gets; None: any name."""
+    return None if columns is None else frozenset((*SENT, *columns))
+
+
+def not_sent() -> frozenset[str]:
+    """What it never gets: functions and objects of ours, and token ids."""
+    return frozenset(OFFERED) - frozenset(SENT)
+
+
+def refuse_offered(options: Mapping[str, Any], where: str) -> None:
+    """Raises ConfigError for an option with the name of an argument that every call has."""
+    clash = sorted(set(options) & set(OFFERED))
+    if clash:
+        raise ConfigError(f"reward {where}: {clash[0]!r} is passed with every call and cannot be an option")
 
 
 def _types(target: Callable[..., Any]) -> dict[str, Any]:

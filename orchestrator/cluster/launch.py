@@ -32,6 +32,7 @@ from orchestrator.planning.plan import Plan
 from orchestrator.planning.prepared import Prepared, PreparedPhase
 from orchestrator.plugins import importable
 from orchestrator.publishing.publisher import Publisher
+from rewards.specs import call_timeout_s, with_deadlines
 from rewards.worker import RewardWorker
 from rollout.engine import EngineSpec
 from rollout.worker import RolloutWorker
@@ -202,17 +203,18 @@ class _Starting:
 
     def scorers(self, role: str) -> Pool:
         settings = self.prepared.config.roles.scorers(role)
+        rewards = with_deadlines(self.prepared.rewards, settings.timeout_s)
         policy = PoolPolicy(
             slots=settings.concurrency,
             max_attempts=settings.max_attempts,
-            call_timeout_s=settings.timeout_s,
+            call_timeout_s=call_timeout_s(rewards, settings.timeout_s, settings.concurrency),
             start_timeout_s=settings.start_timeout_s,
             max_restarts=settings.max_restarts,
             kill_on_timeout=True,
             abort_on_failure=settings.on_failure == "abort",
         )
         kwargs = {
-            "rewards": list(self.prepared.rewards),
+            "rewards": rewards,
             "tokenizer": self.prepared.tokenizer_path,
             "trust_remote_code": self.prepared.config.model.trust_remote_code,
         }

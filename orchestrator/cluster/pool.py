@@ -278,9 +278,9 @@ class Pool:
 
     async def _check(self, index: int) -> None:
         if not await self._answers(index):
-            await self.evict(
-                index, f"did not answer a ping within {self.policy.ping_timeout_s:g} s, or its process is gone"
-            )
+            gone = f"did not answer a ping within {self.policy.ping_timeout_s:g} s, or its process is gone"
+            health = self.health.get(index, {})
+            await self.evict(index, gone if health.get("alive", True) else str(health.get("why", gone)))
 
     async def _answers(self, index: int) -> bool:
         worker = self.workers.get(index)

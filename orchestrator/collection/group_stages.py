@@ -148,9 +148,12 @@ class GroupStages:
         return group.with_rows(_sampled_rows(request, meta, block, group.passed - 1), meta, None)
 
     async def _score(self, stage: Stage, group: PromptGroup, sampling: Sampling) -> PromptGroup:
-        """Raises BudgetExhausted for a group that cannot be scored if the role's `on_failure` says so."""
+        """For a group that cannot be scored: raises Dropped or BudgetExhausted if the reward's own `on_failure` says
+        so, else as the role's says."""
         try:
             score, texts = await self.score(stage.role, group.prompt, group.rows)
+        except Dropped:
+            raise
         except (InfraFailure, DataFailure) as error:
             if not self.scorers[stage.role].policy.abort_on_failure:
                 raise

@@ -14,9 +14,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field
 
 from actors.specs import LoraSpec, OptimSpec, Scheduler
+from orchestrator.config.rewards import RewardConfig
 from orchestrator.config.roles import RolesConfig
 from orchestrator.config.section import BelowOne, DType, FolderName, Fraction, Positive, Seconds, Section, Seed
 from rollout.sampling import Sampling
@@ -190,29 +191,6 @@ class SamplingConfig(Section):
     """Texts that end a completion."""
     stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = Sampling.stop_token_ids
     """Tokens that end a completion, in addition to the end-of-sequence token."""
-
-
-class RewardConfig(Section):
-    """One reward: a function (`fn`), or the score of a role's model (`role`)."""
-
-    fn: str | None = None
-    """A shipped reward's name, `package.module:function` or `path/to/file.py:function`."""
-    role: str | None = None
-    """Instead of `fn`: the role whose model scores prompt and completion with one number."""
-    weight: float = 1.0
-    """Weight of this reward in the sum."""
-    name: str | None = None
-    """Its name in metrics. Default: the function's."""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of the function."""
-
-    @model_validator(mode="after")
-    def _one_of_two(self) -> RewardConfig:
-        if (self.fn is None) == (self.role is None):
-            raise ValueError("a reward is a function (fn: NAME) or a model's score (role: NAME), one of the two")
-        if self.role is not None and self.options:
-            raise ValueError("options are keyword arguments of a function (fn); a model's score (role) takes none")
-        return self
 
 
 class EvaluationConfig(Section):

@@ -31,7 +31,7 @@ from orchestrator.planning.handover import is_handed_over, phase_of
 from orchestrator.planning.prepared import ModelReward, Prepared, PreparedPhase
 from orchestrator.planning.schedule import Schedule
 from orchestrator.plugins import importable
-from rewards.loading import check_columns, check_names, check_reward
+from rewards.specs import check_columns, check_names, check_reward
 from rollout.engine import ENGINES
 from rollout.sampling import Sampling
 from rollout.stopping import resolved_stops
@@ -44,7 +44,7 @@ UNBOUNDED = 2**31  # of a model that does not say how far its positions reach
 def prepare(config: RunConfig, *, output: Path | None = None) -> Prepared:
     """Resolve and open everything that a run names. Raises ConfigError, ModelError or DataError."""
     pipelines = {name: build_pipeline(phase) for name, phase in config.phases.items()}
-    rewards = tuple(check_reward(reward) for reward in config.rewards if reward.fn is not None)
+    rewards = tuple(check_reward(reward) for reward in config.rewards if reward.role is None)
     scoring = tuple(
         ModelReward(reward.role, reward.weight, reward.name or reward.role)
         for reward in config.rewards

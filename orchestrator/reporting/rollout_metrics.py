@@ -70,7 +70,24 @@ def _rewards(scores: Sequence[ScoreResult]) -> dict[str, float]:
         metrics[f"rewards/{name}/mean"] = _nanmean(matrix[:, column])
         metrics[f"rewards/{name}/std"] = _nanstd(matrix[:, column])
         metrics[f"rewards/{name}/frac_none"] = float(silent[:, column].mean())
-    return {**metrics, **_user_metrics(scores)}
+    return {**metrics, **_call_metrics(scores), **_user_metrics(scores)}
+
+
+def _call_metrics(scores: Sequence[ScoreResult]) -> dict[str, float]:
+    """How the calls of functions and endpoints went: seconds of the attempt that counted, failed attempts by
+    kind, of all groups together, and the share of groups for which a constant stands (`on_failure`)."""
+    metrics: dict[str, float] = {}
+    for column, name in enumerate(scores[0].names[: len(scores[0].calls)]):
+        calls = [score.calls[column] for score in scores]
+        seconds = [call.seconds for call in calls]
+        metrics[f"rewards/{name}/seconds"] = float(np.mean(seconds))
+        metrics[f"rewards/{name}/seconds_max"] = float(max(seconds))
+        for kind in sorted({kind for call in calls for kind in call.failures}):
+            metrics[f"rewards/{name}/failed/{kind}"] = float(sum(call.failures.get(kind, 0) for call in calls))
+        stood_in = [call.stood_in for call in calls if call.stood_in is not None]
+        if stood_in:
+            metrics[f"rewards/{name}/frac_constant"] = float(np.mean(stood_in))
+    return metrics
 
 
 def _user_metrics(scores: Sequence[ScoreResult]) -> dict[str, float]:

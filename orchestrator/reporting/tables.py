@@ -121,6 +121,11 @@ def _refuse_limits_in_tokens(data: DataConfig) -> None:
             raise ConfigError(f"--{option}={limit} counts tokens, so it needs a tokenizer: name one by --model")
 
 
+def show_lines(lines: Sequence[RenderableType]) -> None:
+    for line in lines:
+        _print(line)
+
+
 def show_plan(config: RunConfig) -> bool:
     """Prints the plan of a run; True if the run would be accepted. Opens the data and launches nothing."""
     from orchestrator.cluster.ray_connection import cluster_at_hand

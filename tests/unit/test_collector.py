@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from actors.batch import Batch
-from actors.errors import BudgetExhausted, DataFailure, InfraFailure, RunError
+from actors.errors import BudgetExhausted, DataFailure, Dropped, InfraFailure, RunError
 from actors.worker import LocalObjects, Ref
 from orchestrator.cluster.failures import Ledger, Watchdog
 from orchestrator.collection.collected import Collected
@@ -220,6 +220,22 @@ async def test_a_group_that_cannot_be_scored_ends_the_run_where_the_key_says_abo
     ) as said:
         await feed.next(0)
     assert str(error) in str(said.value)
+    await feed.close()
+
+
+async def test_a_group_that_a_reward_says_to_drop_is_dropped_and_counted_so_also_where_the_key_says_abort():
+    error = Dropped("reward judge: timeout", "reward judge: no answer within 3 s")
+    feed = collector(Stages(unscorable={1: error}, on_failure="abort"))
+    collected = await feed.next(0)
+    assert collected.positions == (0, 2, 3)
+    assert collected.metrics["dropped/reward judge: timeout"] == 1
+    await feed.close()
+
+
+async def test_a_group_for_which_a_reward_ends_the_run_ends_it_also_where_the_key_says_drop():
+    feed = collector(Stages(unscorable={1: BudgetExhausted("on_failure=fail ends the run")}, on_failure="drop"))
+    with pytest.raises(BudgetExhausted, match="on_failure=fail"):
+        await feed.next(0)
     await feed.close()
 
 

@@ -47,7 +47,7 @@ from orchestrator.planning.prepared import ModelReward, Prepared, PreparedPhase
 from orchestrator.planning.resolve import build_pipeline
 from orchestrator.planning.schedule import Schedule
 from orchestrator.row_table import RowTable
-from rewards.loading import RewardSpec
+from rewards.specs import spec_of
 from rollout.sampling import Sampling
 from tests.unit.tiny import tiny_tokenizer
 
@@ -145,6 +145,14 @@ PLANNED: dict[str, tuple[Any, dict[str, Any]]] = {
     "rewards.N.weight": (0.5, {}),
     "rewards.N.name": ("right", {}),
     "rewards.N.options": ({"column": "x"}, {}),
+    "rewards.N.timeout_s": (7.0, {}),
+    "rewards.N.retries": (7, {}),
+    "rewards.N.on_failure": (0.5, {}),
+    "rewards.N.concurrency": (7, {}),
+    "rewards.N.columns": (("answer",), {"rewards": [{"url": "https://a.example"}]}),
+    "rewards.N.url": ("https://b.example", {"rewards": [{"url": "https://a.example"}]}),
+    "rewards.N.headers_from_env": ({"Authorization": "TOKEN"}, {"rewards": [{"url": "https://a.example"}]}),
+    "rewards.N.allow_private": (True, {"rewards": [{"url": "https://a.example"}]}),
     "roles.*.backend": ("deepspeed", {}),
     "roles.*.ranks": (2, DEEPSPEED),
     "roles.*.workers": (3, {}),
@@ -349,11 +357,7 @@ def _prepared(config: RunConfig, phases: tuple[PreparedPhase, ...]) -> Prepared:
         tokenizer_path=config.model.tokenizer or "m",
         tokenizer=None,
         phases=phases,
-        rewards=tuple(
-            RewardSpec(reward.fn, reward.weight, reward.name, dict(reward.options))
-            for reward in config.rewards
-            if reward.fn is not None
-        ),
+        rewards=tuple(spec_of(reward) for reward in config.rewards if reward.role is None),
         model_rewards=tuple(
             ModelReward(reward.role, reward.weight, reward.name or reward.role)
             for reward in config.rewards

@@ -32,8 +32,9 @@ from rewards.functions import (
     soft_overlong_punishment,
     think_format_reward,
 )
-from rewards.loading import RewardSpec, check_columns, check_names, check_reward, load_reward
+from rewards.loading import RewardSpec, load_reward
 from rewards.mathematics import accuracy
+from rewards.specs import check_columns, check_names, check_reward
 from rewards.worker import RewardWorker, ScoredTexts, ScoreResult
 from tests.unit.tiny import tiny_tokenizer
 

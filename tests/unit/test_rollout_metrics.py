@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from orchestrator.collection.collected import Collected
 from orchestrator.collection.group_stages import PromptGroup
 from orchestrator.reporting.rollout_metrics import completion_rows, rollout_metrics
+from rewards.caller import CallStatistics
 from rewards.worker import ScoredTexts, ScoreResult
 from rollout.sampling import Finish, GroupMeta
 
@@ -66,3 +68,20 @@ def test_samples_without_an_opinion_are_counted_by_function_and_for_all():
     assert (metrics["rewards/a/frac_none"], metrics["rewards/b/frac_none"]) == (0.25, 0.75)
     assert metrics["rewards/a/mean"] == 1.0
     assert metrics["reward"] == 2.0
+
+
+def test_latency_failures_by_kind_and_constants_are_told_of_each_reward_that_was_called():
+    def called(*calls: CallStatistics) -> PromptGroup:
+        plain = group([[1.0, 2.0]])
+        assert plain.score is not None
+        return replace(plain, score=replace(plain.score, names=("judge", "model"), calls=calls))
+
+    groups = (
+        called(CallStatistics(1.0, {"timeout": 2, "invalid": 1}, False)),
+        called(CallStatistics(3.0, {"timeout": 1}, True)),
+    )
+    metrics = rollout_metrics(Collected(None, (), groups), version=2)  # pyright: ignore[reportArgumentType]
+    assert (metrics["rewards/judge/seconds"], metrics["rewards/judge/seconds_max"]) == (2.0, 3.0)
+    assert (metrics["rewards/judge/failed/timeout"], metrics["rewards/judge/failed/invalid"]) == (3.0, 1.0)
+    assert metrics["rewards/judge/frac_constant"] == 0.5
+    assert "rewards/model/seconds" not in metrics, "a model is not called so"

@@ -1,0 +1,78 @@
+"""The `rewards:` list of a configuration: where each reward is, what it weighs, and what is done around its calls."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from orchestrator.config.section import Positive, Seconds, Section
+
+CALLED = ("fn", "url")  # kinds of rewards that are called with texts; the other is the score of a role's model
+KINDS = {
+    "fn": "a function (fn: NAME)",
+    "url": "an HTTP endpoint (url: ADDRESS)",
+    "role": "a model's score (role: NAME)",
+}
+KINDS_WITH = {  # a key -> the kinds of rewards that it says something about; the others: all
+    "options": CALLED,
+    "timeout_s": CALLED,
+    "retries": CALLED,
+    "on_failure": CALLED,
+    "concurrency": CALLED,
+    "columns": ("url",),
+    "headers_from_env": ("url",),
+    "allow_private": ("url",),
+}
+
+
+def _one_or_several(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+class RewardConfig(Section):
+    """One reward: a function (`fn`), an HTTP endpoint (`url`), or the score of a role's model (`role`). For what each
+    of them is given and returns see docs/rewards.md."""
+
+    fn: str | None = None
+    """A shipped reward's name, `package.module:function` or `path/to/file.py:function`."""
+    url: Annotated[tuple[str, ...], BeforeValidator(_one_or_several), Field(min_length=1)] | None = None
+    """Instead of `fn`: the address of an HTTP endpoint, or a list of the addresses of its replicas."""
+    role: str | None = None
+    """Instead of `fn`: the role whose model scores prompt and completion with one number."""
+    weight: float = 1.0
+    """Factor of this reward in the sum."""
+    name: str | None = None
+    """Its name in metrics. Default: that of the function, host or role."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the function; `options` of what an endpoint is sent."""
+    columns: tuple[str, ...] | None = None
+    """Columns of the data set that an endpoint is given beside prompts and completions. None: all."""
+    headers_from_env: dict[str, str] = Field(default_factory=dict)
+    """Headers that an endpoint is sent: name -> the environment variable that holds the value where the run starts."""
+    allow_private: bool = False
+    """Whether an endpoint may be at an address that is not of the public Internet: localhost, 10.0.0.5 ..."""
+    timeout_s: Seconds | None = None
+    """Deadline of one attempt. None: of an endpoint the role's timeout_s; a function has that of the whole."""
+    retries: Annotated[int, Field(ge=0)] | None = None
+    """Further attempts after one that failed, with longer pauses each time. None: 2; of a function 0."""
+    on_failure: Literal["retry", "drop", "fail"] | float = "retry"
+    """If all attempts failed: `retry` with another worker if the machinery failed, and then as the role's on_failure
+    says; `drop` the prompt group; `fail`: end the run; or the number that stands for each of the group's rewards."""
+    concurrency: Positive | None = None
+    """Calls of this reward that each worker makes at the same time. None: as many as the worker has groups."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> RewardConfig:
+        given = [kind for kind in KINDS if getattr(self, kind) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"a reward is {', '.join(KINDS.values())}: one of them; given: {', '.join(given) or 'none'}"
+            )
+        for key, kinds in KINDS_WITH.items():
+            default: Any = type(self).model_fields[key].get_default(call_default_factory=True)
+            if given[0] not in kinds and getattr(self, key) != default:
+                raise ValueError(
+                    f"{key} is for {' or '.join(KINDS[kind] for kind in kinds)}; this is {KINDS[given[0]]}"
+                )
+        return self

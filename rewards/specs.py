@@ -1,0 +1,119 @@
+"""From what a configuration says about a reward to something that is found, checked and ready to travel.
+
+fn:    package.module:function ─► RewardSpec    (`loading`)       runs in a reward worker
+url:   https://HOST/PATH ───────► EndpointSpec  (`http_endpoint`) runs in a server
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+from actors.errors import ConfigError
+from rewards.http_endpoint import EndpointSpec
+from rewards.loading import RewardSpec
+from rewards.reward import Handling, OnFailure
+
+Spec = RewardSpec | EndpointSpec
+
+REMOTE_RETRIES = 2  # of an endpoint, unless the configuration says otherwise; a function has none
+GRACE_S = 5.0  # for which a worker may be late with a call all of whose attempts have ended
+
+
+class Settings(Protocol):
+    """What a configuration says about one reward that is no model's score."""
+
+    @property
+    def fn(self) -> str | None: ...
+
+    @property
+    def url(self) -> tuple[str, ...] | None: ...
+
+    @property
+    def headers_from_env(self) -> Mapping[str, str]: ...
+
+    @property
+    def allow_private(self) -> bool: ...
+
+    @property
+    def columns(self) -> tuple[str, ...] | None: ...
+
+    @property
+    def weight(self) -> float: ...
+
+    @property
+    def name(self) -> str | None: ...
+
+    @property
+    def options(self) -> Mapping[str, Any]: ...
+
+    @property
+    def timeout_s(self) -> float | None: ...
+
+    @property
+    def retries(self) -> int | None: ...
+
+    @property
+    def on_failure(self) -> OnFailure: ...
+
+    @property
+    def concurrency(self) -> int | None: ...
+
+
+def spec_of(settings: Settings) -> Spec:
+    """The reward that a configuration names, not looked for yet."""
+    retries = settings.retries
+    if retries is None:
+        retries = 0 if settings.fn is not None else REMOTE_RETRIES
+    handling = Handling(settings.timeout_s, retries, settings.on_failure, settings.concurrency)
+    named = (settings.weight, settings.name, dict(settings.options), handling)
+    if settings.fn is not None:
+        return RewardSpec(settings.fn, *named)
+    assert settings.url is not None, "the score of a model is called by nobody here"
+    variables, private = dict(settings.headers_from_env), settings.allow_private
+    return EndpointSpec(settings.url, *named, settings.columns, variables, private)
+
+
+def check_reward(settings: Settings) -> Spec:
+    """The reward that a configuration names, found and ready to travel. Raises ConfigError: call it before a launch."""
+    return spec_of(settings).located()
+
+
+def with_deadlines(specs: Iterable[Spec], timeout_s: float) -> list[Spec]:
+    """Each endpoint that has no deadline of its own gets that one: it may be out of reach, and a function of
+    ours that hangs is ended with its worker."""
+    return [
+        spec
+        if isinstance(spec, RewardSpec) or spec.handling.timeout_s is not None
+        else replace(spec, handling=replace(spec.handling, timeout_s=timeout_s))
+        for spec in specs
+    ]
+
+
+def call_timeout_s(specs: Sequence[Spec], timeout_s: float, calls: int) -> float:
+    """Deadline of a worker's call, of which it carries `calls` at the same time: no sooner than all attempts of its
+    rewards may have ended, or else the worker would be killed for waiting as it was told."""
+    own = [spec.handling.longest_s(calls) for spec in specs if spec.handling.timeout_s is not None]
+    return max([timeout_s, *(each + GRACE_S for each in own)])
+
+
+def check_columns(rewards: Iterable[Spec], columns: Collection[str], where: str) -> None:
+    """Raises ConfigError if a reward needs a column that the data does not have. `where`: what to call that data."""
+    for spec in rewards:
+        needs = spec.needs if spec.needs is not None else spec.located().needs
+        missing = sorted((needs or frozenset()) - set(columns))
+        if missing:
+            raise ConfigError(
+                f"reward {spec.label} needs the column {missing[0]!r}, which {where} does not have; it has "
+                f"{', '.join(sorted(columns)) or 'none'}\n"
+                f"rename one with data.columns.{missing[0]}=NAME, or give the reward an option of that name"
+            )
+
+
+def check_names(labels: Iterable[str]) -> None:
+    """Raises ConfigError if two rewards share a name: metrics and tables would hold one of them."""
+    twice = [name for name, count in Counter(labels).items() if count > 1]
+    if twice:
+        raise ConfigError(f"{twice[0]} is the name of two rewards; give one of them another: rewards[1].name=NAME")

@@ -1,0 +1,209 @@
+"""What is done around the calls of a reward function: its deadline, its retries, and what follows if it gives none."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.errors import BudgetExhausted, DataFailure, Dropped, InfraFailure, NoAnswer
+from actors.worker import LocalWorker
+from orchestrator.cluster.failures import Watchdog
+from orchestrator.cluster.pool import Pool, PoolPolicy
+from rewards.http_endpoint import EndpointSpec
+from rewards.loading import RewardSpec
+from rewards.reward import LONGEST_PAUSE_S, Handling, pause_s
+from rewards.specs import GRACE_S, call_timeout_s, with_deadlines
+from rewards.worker import RewardWorker, ScoreResult
+from tests.unit.test_rewards import samples
+from tests.unit.tiny import tiny_tokenizer
+
+FUNCTIONS = """
+import asyncio, time
+calls = []
+
+def hangs(completions, until):
+    while not __import__("os").path.exists(until):
+        time.sleep(0.01)
+    return [1.0] * len(completions)
+
+async def waits(completions):
+    try:
+        await asyncio.sleep(30)
+    except asyncio.CancelledError:
+        calls.append("cancelled")
+        raise
+
+def recovers(completions, log_metric, after=2):
+    calls.append(1)
+    log_metric("call", len(calls))
+    if len(calls) <= after:
+        raise ConnectionError("the index is being loaded")
+    return [1.0] * len(completions)
+
+def seen(completions):
+    return [float(len(calls))] * len(completions)
+
+def two(completions):
+    return [2.0] * len(completions)
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.py"
+    path.write_text(FUNCTIONS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def spec(file: Path, function: str, options: dict[str, Any] | None = None, **handling: Any) -> RewardSpec:
+    return RewardSpec(f"{file}:{function}", options=options or {}, handling=Handling(**handling)).located()
+
+
+async def worker_of(tokenizer: str, *specs: RewardSpec) -> LocalWorker:
+    worker = LocalWorker("reward/0", RewardWorker("reward/0", specs, tokenizer))
+    await worker.call("ready", timeout_s=10)
+    return worker
+
+
+async def scored(worker: LocalWorker) -> ScoreResult:
+    return (await worker.call("score", samples("abc", "xy"), "q", {}, timeout_s=20))[0]
+
+
+async def test_an_async_function_is_cancelled_at_its_deadline_and_its_worker_stays(file: Path, tokenizer: str) -> None:
+    worker = await worker_of(tokenizer, spec(file, "waits", timeout_s=0.1))
+    with pytest.raises(InfraFailure, match=r"reward waits: no answer within 0\.1 s") as caught:
+        await scored(worker)
+    assert not isinstance(caught.value, NoAnswer), "for which the pool would kill the worker"
+    assert (await worker.call("ping", timeout_s=5))["alive"]
+    assert (await scored(await worker_of(tokenizer, spec(file, "seen")))).total.tolist() == [1.0, 1.0]
+
+
+async def test_a_function_that_hangs_is_given_up_at_its_deadline_and_its_process_is_of_no_use_until_it_ends(
+    file: Path, tokenizer: str, tmp_path: Path
+) -> None:
+    until = tmp_path / "go"
+    hangs = spec(file, "hangs", {"until": str(until)}, timeout_s=0.1, retries=5, on_failure=0.5)
+    worker = await worker_of(tokenizer, hangs, spec(file, "two"))
+    result = await scored(worker)
+    assert result.rewards.tolist() == [[0.5, 2.0], [0.5, 2.0]]
+    assert result.calls[0].failures == {"timeout": 1}, "it is not tried again beside itself"
+    health = await worker.call("ping", timeout_s=5)
+    assert not health["alive"] and health["why"] == "the reward hangs hangs and cannot be stopped"
+    until.touch()
+    deadline = time.monotonic() + 5
+    while not (await worker.call("ping", timeout_s=5))["alive"]:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.02)
+
+
+async def test_for_a_function_that_hangs_the_pool_replaces_the_worker_and_tries_elsewhere(
+    file: Path, tokenizer: str, tmp_path: Path
+) -> None:
+    until = tmp_path / "go"
+    events: list[tuple[str, dict[str, Any]]] = []
+
+    async def start(index: int) -> LocalWorker:
+        if index:
+            until.touch()
+        hangs = spec(file, "hangs", {"until": str(until)}, timeout_s=0.2)
+        return LocalWorker(f"reward/{index}", RewardWorker(f"reward/{index}", [hangs], tokenizer))
+
+    policy = PoolPolicy(2, 2, 60.0, 30.0, 3, kill_on_timeout=True, ping_every_s=0.05)
+    pool = Pool(
+        "reward",
+        1,
+        policy,
+        start=start,
+        stop=lambda worker: worker.kill(),
+        event=lambda kind, detail: events.append((kind, detail)),
+        watchdog=Watchdog(),
+    )
+    await pool.open()
+    try:
+        result = await pool.call("prompt 0", scored)  # pyright: ignore[reportArgumentType]
+        assert result.total.tolist() == [1.0, 1.0]
+        evicted = [detail["why"] for kind, detail in events if kind == "evicted"]
+        assert evicted == ["reward hangs: no answer within 0.2 s"]
+    finally:
+        await pool.close()
+
+
+async def test_a_function_that_fails_is_tried_again_as_often_as_it_says_and_what_failed_leaves_no_log(
+    file: Path, tokenizer: str
+) -> None:
+    result = await scored(await worker_of(tokenizer, spec(file, "recovers", retries=2)))
+    assert result.total.tolist() == [1.0, 1.0]
+    assert result.calls[0].failures == {"raised": 2} and result.calls[0].stood_in is None
+    assert result.metrics == {"call": 3.0}
+
+
+async def test_a_function_that_fails_more_often_than_it_is_tried_fails_with_its_last_error(
+    file: Path, tokenizer: str
+) -> None:
+    with pytest.raises(DataFailure, match=r"recovers raised ConnectionError: the index .* \(attempt 2 of 2\)"):
+        await scored(await worker_of(tokenizer, spec(file, "recovers", retries=1)))
+
+
+async def test_a_function_without_retries_is_called_once(file: Path, tokenizer: str) -> None:
+    with pytest.raises(DataFailure, match=r"the index is being loaded$"):
+        await scored(await worker_of(tokenizer, spec(file, "recovers")))
+    assert (await scored(await worker_of(tokenizer, spec(file, "seen")))).total.tolist() == [1.0, 1.0]
+
+
+async def test_on_failure_of_a_function_decides_between_dropping_the_group_ending_the_run_and_a_constant(
+    file: Path, tokenizer: str
+) -> None:
+    def failing(on_failure: Any) -> RewardSpec:
+        return spec(file, "recovers", {"after": 99}, on_failure=on_failure)
+
+    with pytest.raises(Dropped) as dropped:
+        await scored(await worker_of(tokenizer, failing("drop")))
+    assert dropped.value.reason == "reward recovers: raised"
+    with pytest.raises(BudgetExhausted, match="of the reward recovers, on_failure=fail ends the run"):
+        await scored(await worker_of(tokenizer, failing("fail")))
+    result = await scored(await worker_of(tokenizer, failing(-1.0), spec(file, "two")))
+    assert result.rewards.tolist() == [[-1.0, 2.0], [-1.0, 2.0]]
+    assert [call.stood_in for call in result.calls] == [True, None]
+
+
+async def test_a_failure_of_one_reward_is_not_held_up_by_another_and_gives_it_up(file: Path, tokenizer: str) -> None:
+    worker = await worker_of(tokenizer, spec(file, "waits"), spec(file, "recovers"))
+    began = time.monotonic()
+    with pytest.raises(DataFailure, match="reward recovers raised"):
+        await scored(worker)
+    assert time.monotonic() - began < 10
+    await asyncio.sleep(0.05)
+    assert (await scored(await worker_of(tokenizer, spec(file, "seen")))).total.tolist() == [2.0, 2.0]
+
+
+def test_pauses_grow_differ_and_end_at_a_limit_and_a_server_may_ask_for_longer_ones() -> None:
+    assert all(0.125 <= pause_s(0) <= 0.25 and 1.0 <= pause_s(3) <= 2.0 for _ in range(50))
+    assert len({pause_s(0) for _ in range(10)}) > 1
+    assert pause_s(0, asked_for_s=3.0) == 3.0
+    assert pause_s(5000) <= LONGEST_PAUSE_S and pause_s(0, asked_for_s=1e9) == LONGEST_PAUSE_S
+
+
+def test_a_worker_s_call_lasts_as_long_as_the_attempts_that_it_may_make() -> None:
+    plain = RewardSpec("exact_match")
+    assert call_timeout_s([plain], 60.0, 4) == 60.0
+    quick = RewardSpec("exact_match", handling=Handling(timeout_s=1.0))
+    assert call_timeout_s([plain, quick], 60.0, 4) == 60.0
+    patient = EndpointSpec(("https://a.example",), handling=Handling(timeout_s=50.0, retries=2, concurrency=2))
+    assert call_timeout_s([plain, patient], 60.0, 4) == 2 * 3 * 50.0 + 2 * LONGEST_PAUSE_S + GRACE_S
+
+
+def test_an_endpoint_without_a_deadline_has_that_of_its_role_and_a_function_none_of_its_own() -> None:
+    own = EndpointSpec(("https://b.example",), handling=Handling(timeout_s=7))
+    specs = [RewardSpec("exact_match"), EndpointSpec(("https://a.example",)), own]
+    assert [each.handling.timeout_s for each in with_deadlines(specs, 60.0)] == [None, 60.0, 7]
