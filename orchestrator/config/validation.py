@@ -122,7 +122,7 @@ def _of_phase(
             f"{where}.train.max_staleness={train.max_staleness}: {phase.method} samples nothing, so nothing can be "
             "stale; set it to 0"
         )
-    elif train.max_staleness and "sample_logps" not in reads:
+    elif train.max_staleness and "sample_logps" not in reads and _samples_get_stale(config, pipeline):
         yield (
             f"{where}.train.max_staleness={train.max_staleness} trains on tokens of older weights, and {phase.method} "
             "as configured does not correct for that; set an option of it that reads sample_logps, or max_staleness=0"
@@ -152,6 +152,13 @@ def _of_phase(
         yield from _of_mixed(where, config, phase, role)
     for update in pipeline.updates:
         yield from _of_update(where, config, phase, update.role, int(update.options.get("minibatches", 1)))
+
+
+def _samples_get_stale(config: RunConfig, pipeline: Pipeline) -> bool:
+    """Whether an engine of the pipeline follows a role whose weights change in the phase."""
+    engines = (config.roles.get(stage.role) for stage in pipeline.generates)
+    followed = {engine.follows for engine in engines if isinstance(engine, EngineRole)}
+    return bool(followed & {*pipeline.trained, *pipeline.mixed})
 
 
 def _of_teacher(where: str, config: RunConfig, phase: PhaseConfig, role: str) -> Iterator[str]:

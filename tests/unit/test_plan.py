@@ -192,6 +192,12 @@ def test_colocated_roles_add_up_in_the_bundles_of_their_host() -> None:
     assert [role.name for role in plan.elastic if role.host is None] == ["reward"]
 
 
+def test_what_a_frozen_role_samples_may_run_ahead_without_a_correction() -> None:
+    keys: dict[str, Any] = {"train": {"max_staleness": 2, "batch_size": 8}, "roles": {"teacher": {"model": "big"}}}
+    plan = planned(config("gkd", options={"lmbda": 0.0, "seq_kd": True}, **keys))
+    assert plan.refusals == () and plan.phases[0].groups_in_flight == 24
+
+
 def test_memory_and_custom_resources_are_reserved_as_given() -> None:
     plan = planned(config("sft", roles={"policy": {"memory_gib": 2, "resources": {"fast_disk": 1}}}))
     assert plan.gang[0].resources == {"CPU": 1.0, "memory": 2.0 * 2**30, "fast_disk": 1.0}
@@ -202,6 +208,15 @@ def test_memory_and_custom_resources_are_reserved_as_given() -> None:
     [
         (config(train={"max_staleness": 1}, options={"correction": "none"}), "does not correct for that"),
         (config("online_dpo", train={"max_staleness": 1}), "does not correct for that"),
+        (
+            config(
+                "gkd",
+                options={"lmbda": 0.5, "seq_kd": True},
+                train={"max_staleness": 1},
+                roles={"teacher": {"model": "big"}},
+            ),
+            "does not correct for that",
+        ),
         (config("xpo", model={"lora": {}}), "roles.reference_rollout.follows=reference: with model.lora"),
         (config("sft", train={"max_staleness": 1}), "sft samples nothing"),
         (config(roles={"policy": {"ranks": 2}}), "set roles.policy.backend=deepspeed"),
