@@ -89,7 +89,7 @@ class Run:
         where.mkdir(parents=True, exist_ok=True)
         self.environment: dict[str, str] = environment or {}
         recipe = where / "recipe.yaml"
-        recipe.write_text(yaml.safe_dump(merged(base, {"output": str(where), **(changes or {})})))
+        recipe.write_text(yaml.safe_dump(merged(base, {"output": str(where), **(changes or {})}), sort_keys=False))
         self.where, self.output = where, where / "output.txt"
         self.process = self._start("run", str(recipe), *arguments)
 
@@ -120,8 +120,8 @@ class Run:
             self.process.kill()
         return code, self.output.read_text()
 
-    def resume(self) -> None:
-        self.process = self._start("resume", str(self.folder))
+    def resume(self, *arguments: str) -> None:
+        self.process = self._start("resume", str(self.folder), *arguments)
 
     @property
     def folder(self) -> Path:
