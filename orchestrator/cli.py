@@ -170,7 +170,9 @@ def check(
 
 @app.command("check-reward")
 def check_reward(
-    reward: Annotated[str, typer.Argument(help="A reward's name, path/to/file.py:function, or a URL.")],
+    reward: Annotated[
+        str, typer.Argument(help="A reward's name, path/to/file.py:function, ray://NAMESPACE/NAME, or a URL.")
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value of the reward, for example timeout_s=5 options.factor=2.")
     ] = None,
@@ -181,6 +183,7 @@ def check_reward(
         str, typer.Option("--completions", help="The column that holds what is to be scored.")
     ] = "completion",
     model: Annotated[str | None, typer.Option("--model", help="Whose tokens completion_ids are; else bytes.")] = None,
+    address: Annotated[str | None, typer.Option("--address", help="HOST:PORT of the Ray that an actor is in.")] = None,
 ) -> None:
     """Call a reward with a few rows, show what it returns and how long it takes, and say what is wrong with it."""
     from orchestrator.reporting.reward_check import show_reward
@@ -194,6 +197,7 @@ def check_reward(
         rows=rows,
         completions=completions,
         model=model,
+        address=address,
     )
     show_lines(lines)
     if outcome.hangs:  # its thread would keep this process for as long as it hangs

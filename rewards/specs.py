@@ -1,6 +1,7 @@
 """From what a configuration says about a reward to something that is found, checked and ready to travel.
 
 fn:    package.module:function ─► RewardSpec    (`loading`)       runs in a reward worker
+actor: ray://NAMESPACE/NAME ────► ActorSpec     (`named_actor`)   runs in another job's process
 url:   https://HOST/PATH ───────► EndpointSpec  (`http_endpoint`) runs in a server
 """
 
@@ -14,11 +15,12 @@ from typing import Any, Protocol
 from actors.errors import ConfigError
 from rewards.http_endpoint import EndpointSpec
 from rewards.loading import RewardSpec
+from rewards.named_actor import ActorSpec
 from rewards.reward import Handling, OnFailure
 
-Spec = RewardSpec | EndpointSpec
+Spec = RewardSpec | ActorSpec | EndpointSpec
 
-REMOTE_RETRIES = 2  # of an endpoint, unless the configuration says otherwise; a function has none
+REMOTE_RETRIES = 2  # of an actor or an endpoint, unless the configuration says otherwise; a function has none
 GRACE_S = 5.0  # for which a worker may be late with a call all of whose attempts have ended
 
 
@@ -27,6 +29,12 @@ class Settings(Protocol):
 
     @property
     def fn(self) -> str | None: ...
+
+    @property
+    def actor(self) -> str | None: ...
+
+    @property
+    def method(self) -> str: ...
 
     @property
     def url(self) -> tuple[str, ...] | None: ...
@@ -71,6 +79,8 @@ def spec_of(settings: Settings) -> Spec:
     named = (settings.weight, settings.name, dict(settings.options), handling)
     if settings.fn is not None:
         return RewardSpec(settings.fn, *named)
+    if settings.actor is not None:
+        return ActorSpec(settings.actor, settings.method, *named, settings.columns)
     assert settings.url is not None, "the score of a model is called by nobody here"
     variables, private = dict(settings.headers_from_env), settings.allow_private
     return EndpointSpec(settings.url, *named, settings.columns, variables, private)
@@ -82,7 +92,7 @@ def check_reward(settings: Settings) -> Spec:
 
 
 def with_deadlines(specs: Iterable[Spec], timeout_s: float) -> list[Spec]:
-    """Each endpoint that has no deadline of its own gets that one: it may be out of reach, and a function of
+    """Each actor and endpoint that has no deadline of its own gets that one: it may be out of reach, and a function of
     ours that hangs is ended with its worker."""
     return [
         spec

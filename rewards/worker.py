@@ -4,8 +4,8 @@
                                                      └─► async functions, on this loop ─────┘
     pool ── ping ──► a thread of its own: it answers while functions work, or hang
 
-Functions run here; HTTP endpoints are called from here, as async functions are (`http_endpoint`). `caller` handles
-deadlines, retries, and what follows if a call gives no rewards.
+Functions run here; named actors and HTTP endpoints are called from here, as async functions are (`named_actor`,
+`http_endpoint`). What is done around each call, and what follows if it gives no rewards, is in `caller`.
 
 A function that raises, whatever it raises, is a `DataFailure` and never a reward; if it raises `InfraFailure`, the
 samples are tried elsewhere. One that hangs is ended from outside: the pool's deadline, or a ping that says so, kills
@@ -52,7 +52,7 @@ class ScoreResult:
     rewards: Array  # [n, k] float32
     total: Array  # [n] float32, weighted
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])  # logged by the functions themselves
-    calls: tuple[CallStatistics, ...] = ()  # [functions and endpoints]: those first `names`
+    calls: tuple[CallStatistics, ...] = ()  # [functions, actors and endpoints]: those first `names`
     weights: Array = field(kw_only=True)  # [k] float32
 
 

@@ -8,9 +8,10 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from orchestrator.config.section import Positive, Seconds, Section
 
-CALLED = ("fn", "url")  # kinds of rewards that are called with texts; the other is the score of a role's model
+CALLED = ("fn", "actor", "url")  # kinds of rewards that are called with texts; the other is the score of a role's model
 KINDS = {
     "fn": "a function (fn: NAME)",
+    "actor": "a named Ray actor (actor: ray://NAMESPACE/NAME)",
     "url": "an HTTP endpoint (url: ADDRESS)",
     "role": "a model's score (role: NAME)",
 }
@@ -20,7 +21,8 @@ KINDS_WITH = {  # a key -> the kinds of rewards that it says something about; th
     "retries": CALLED,
     "on_failure": CALLED,
     "concurrency": CALLED,
-    "columns": ("url",),
+    "columns": ("actor", "url"),
+    "method": ("actor",),
     "headers_from_env": ("url",),
     "allow_private": ("url",),
 }
@@ -31,11 +33,13 @@ def _one_or_several(value: Any) -> Any:
 
 
 class RewardConfig(Section):
-    """One reward: a function (`fn`), an HTTP endpoint (`url`), or the score of a role's model (`role`). For what each
-    of them is given and returns see docs/rewards.md."""
+    """One reward: a function (`fn`), a named Ray actor (`actor`), an HTTP endpoint (`url`), or the score of a role's
+    model (`role`). What each of them is given and returns: docs/rewards.md."""
 
     fn: str | None = None
     """A shipped reward's name, `package.module:function` or `path/to/file.py:function`."""
+    actor: str | None = None
+    """Instead of `fn`: an actor of another job in the same Ray cluster, as ray://NAMESPACE/NAME."""
     url: Annotated[tuple[str, ...], BeforeValidator(_one_or_several), Field(min_length=1)] | None = None
     """Instead of `fn`: the address of an HTTP endpoint, or a list of the addresses of its replicas."""
     role: str | None = None
@@ -43,17 +47,19 @@ class RewardConfig(Section):
     weight: float = 1.0
     """Factor of this reward in the sum."""
     name: str | None = None
-    """Its name in metrics. Default: that of the function, host or role."""
+    """Its name in metrics. Default: that of the function, actor, host or role."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of the function; `options` of what an endpoint is sent."""
+    """Keyword arguments of the function or of the actor's method; `options` of what an endpoint is sent."""
+    method: str = "score"
+    """The actor's method."""
     columns: tuple[str, ...] | None = None
-    """Columns of the data set that an endpoint is given beside prompts and completions. None: all."""
+    """Columns of the data set that an actor or endpoint is given beside prompts and completions. None: all."""
     headers_from_env: dict[str, str] = Field(default_factory=dict)
     """Headers that an endpoint is sent: name -> the environment variable that holds the value where the run starts."""
     allow_private: bool = False
     """Whether an endpoint may be at an address that is not of the public Internet: localhost, 10.0.0.5 ..."""
     timeout_s: Seconds | None = None
-    """Deadline of one attempt. None: of an endpoint the role's timeout_s; a function has that of the whole."""
+    """Deadline of one attempt. None: of an actor or endpoint the role's timeout_s; a function has that of the whole."""
     retries: Annotated[int, Field(ge=0)] | None = None
     """Further attempts after one that failed, with longer pauses each time. None: 2; of a function 0."""
     on_failure: Literal["retry", "drop", "fail"] | float = "retry"

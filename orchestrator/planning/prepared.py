@@ -100,7 +100,7 @@ class Prepared:
     tokenizer_path: str
     tokenizer: Any
     phases: tuple[PreparedPhase, ...]
-    rewards: tuple[Spec, ...]  # functions, HTTP endpoints
+    rewards: tuple[Spec, ...]  # functions, named actors, HTTP endpoints
     model_rewards: tuple[ModelReward, ...]
     parameters: int | None
     own_parameters: Mapping[str, int | None] = field(default_factory=dict[str, int | None])  # of roles that differ

@@ -17,8 +17,8 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from actors.batch import Array
-from actors.errors import DataError, RunError
-from orchestrator.config.schema import DataConfig, RewardConfig, RunConfig
+from actors.errors import ConfigError, DataError, RunError
+from orchestrator.config.schema import ClusterConfig, DataConfig, RewardConfig, RunConfig
 from orchestrator.reporting.terminal_tables import Rows
 from rewards.caller import CallStatistics, RewardCaller
 from rewards.calls import Log, Samples, TrainerState
@@ -57,7 +57,7 @@ def settings_of(reward: str, overrides: Sequence[str]) -> tuple[RewardConfig, Ru
     """The reward that a command line names; overrides are keys of it. Raises ConfigError."""
     from orchestrator.config.loading import config_of
 
-    kind = "url" if "://" in reward else "fn"
+    kind = "actor" if reward.startswith("ray://") else "url" if "://" in reward else "fn"
     tree = {"phases": {"check": {}}, "rewards": [{kind: reward}]}
     config = config_of(tree, [f"rewards.0.{override}" for override in overrides], "troupe check-reward")
     return config.rewards[0], config
@@ -138,6 +138,7 @@ def show_reward(
     rows: int,
     completions: str,
     model: str | None,
+    address: str | None,
 ) -> tuple[list[RenderableType], Outcome]:
     """What to print about a reward, and how its call went. Raises ConfigError or DataError for what is no call."""
     settings, config = settings_of(reward, overrides)
@@ -145,6 +146,8 @@ def show_reward(
     if not given:
         raise DataError(f"{data} has no rows in the split {split}")
     spec = check_reward(settings)
+    if settings.actor is not None:
+        _connect(address)
     limit_s = settings.timeout_s or config.roles.reward.timeout_s
     spec = replace(spec, handling=replace(spec.handling, timeout_s=limit_s))
     outcome = examine(spec, given, data or "the example data", _tokens_of(model))
@@ -213,3 +216,20 @@ def _tokens_of(model: str | None) -> Callable[[str], list[int]]:
 
     tokenizer = load_tokenizer(resolve_model(model, seed=0), None, False)
     return lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _connect(address: str | None) -> None:
+    """To the Ray that the actor is in. Raises ConfigError or PlacementError."""
+    import logging
+
+    import ray
+
+    from actors.worker import NAMESPACE
+    from orchestrator.cluster.ray_address import LOCAL, chosen_address, refuse_unreachable, set_by
+
+    cluster = ClusterConfig(address=address)
+    found = chosen_address(cluster)
+    if found == LOCAL:
+        raise ConfigError("an actor is in a running Ray: say which by --address HOST:PORT, or set RAY_ADDRESS")
+    refuse_unreachable(found, "--address" if address else set_by(cluster))
+    ray.init(address=found, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)

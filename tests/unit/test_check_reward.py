@@ -116,11 +116,13 @@ def test_opinions_that_say_nothing_are_told(file: Path) -> None:
     assert code == 0 and "! no opinion on any of them" in said
 
 
-def test_what_cannot_be_called_is_refused_with_what_to_do(file: Path) -> None:
+def test_what_cannot_be_called_is_refused_with_what_to_do(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     for arguments, said in (
         ((f"{file}:lenght",), "did you mean length?"),
         ((f"{file}:gold",), "needs the column 'gold', which the example data does not have; it has answer, solution"),
         ((f"{file}:length", "timeout=5"), "did you mean rewards.0.timeout_s?"),
+        (("ray://judges/math",), "say which by --address HOST:PORT, or set RAY_ADDRESS"),
         (("http://127.0.0.1/score",), "set allow_private=true"),
     ):
         code, output = check(*arguments)

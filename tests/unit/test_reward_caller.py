@@ -13,8 +13,8 @@ from actors.errors import BudgetExhausted, DataFailure, Dropped, InfraFailure, N
 from actors.worker import LocalWorker
 from orchestrator.cluster.failures import Watchdog
 from orchestrator.cluster.pool import Pool, PoolPolicy
-from rewards.http_endpoint import EndpointSpec
 from rewards.loading import RewardSpec
+from rewards.named_actor import ActorSpec
 from rewards.reward import LONGEST_PAUSE_S, Handling, pause_s
 from rewards.specs import GRACE_S, call_timeout_s, with_deadlines
 from rewards.worker import RewardWorker, ScoreResult
@@ -199,11 +199,10 @@ def test_a_worker_s_call_lasts_as_long_as_the_attempts_that_it_may_make() -> Non
     assert call_timeout_s([plain], 60.0, 4) == 60.0
     quick = RewardSpec("exact_match", handling=Handling(timeout_s=1.0))
     assert call_timeout_s([plain, quick], 60.0, 4) == 60.0
-    patient = EndpointSpec(("https://a.example",), handling=Handling(timeout_s=50.0, retries=2, concurrency=2))
+    patient = ActorSpec("ray://a/b", handling=Handling(timeout_s=50.0, retries=2, concurrency=2))
     assert call_timeout_s([plain, patient], 60.0, 4) == 2 * 3 * 50.0 + 2 * LONGEST_PAUSE_S + GRACE_S
 
 
-def test_an_endpoint_without_a_deadline_has_that_of_its_role_and_a_function_none_of_its_own() -> None:
-    own = EndpointSpec(("https://b.example",), handling=Handling(timeout_s=7))
-    specs = [RewardSpec("exact_match"), EndpointSpec(("https://a.example",)), own]
+def test_an_actor_without_a_deadline_has_that_of_its_role_and_a_function_none_of_its_own() -> None:
+    specs = [RewardSpec("exact_match"), ActorSpec("ray://a/b"), ActorSpec("ray://a/c", handling=Handling(timeout_s=7))]
     assert [each.handling.timeout_s for each in with_deadlines(specs, 60.0)] == [None, 60.0, 7]
