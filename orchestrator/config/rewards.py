@@ -49,24 +49,23 @@ class RewardConfig(Section):
     name: str | None = None
     """Its name in metrics. Default: that of the function, actor, host or role."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of the function or of the actor's method; `options` of what an endpoint is sent."""
+    """Keyword arguments of the function or the actor's method; an endpoint gets them as `options`."""
     method: str = "score"
     """The actor's method."""
     columns: tuple[str, ...] | None = None
-    """Columns of the data set that an actor or endpoint is given beside prompts and completions. None: all."""
+    """Columns of the data set sent to an actor or endpoint besides prompts and completions. None: all."""
     headers_from_env: dict[str, str] = Field(default_factory=dict)
-    """Headers that an endpoint is sent: name -> the environment variable that holds the value where the run starts."""
+    """Headers sent to an endpoint: header name -> environment variable with its value, read where the run starts."""
     allow_private: bool = False
-    """Whether an endpoint may be at an address that is not of the public Internet: localhost, 10.0.0.5 ..."""
+    """Allow an endpoint whose address is not on the public Internet (localhost, 10.0.0.5)."""
     timeout_s: Seconds | None = None
-    """Deadline of one attempt. None: of an actor or endpoint the role's timeout_s; a function has that of the whole."""
+    """Deadline of one attempt. None: the role's timeout_s; for a function, that of the whole call."""
     retries: Annotated[int, Field(ge=0)] | None = None
-    """Further attempts after one that failed, with longer pauses each time. None: 2; of a function 0."""
+    """Attempts after the first failure, with growing pauses between them. None: 2; for a function 0."""
     on_failure: Literal["retry", "drop", "fail"] | float = "retry"
-    """If all attempts failed: `retry` with another worker if the machinery failed, and then as the role's on_failure
-    says; `drop` the prompt group; `fail`: end the run; or the number that stands for each of the group's rewards."""
+    """If all attempts fail: try another worker, drop the group, end the run, or use this number (docs/rewards.md)."""
     concurrency: Positive | None = None
-    """Calls of this reward that each worker makes at the same time. None: as many as the worker has groups."""
+    """Concurrent calls of this reward per worker. None: the role's concurrency."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> RewardConfig:
