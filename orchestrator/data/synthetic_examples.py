@@ -63,14 +63,22 @@ def arithmetic_sft(*, seed: int, split: str, rows: int | None = None, forgotten:
     return {"prompt": [f"{a}+{b}=" for a, b in problems], "completion": answers}
 
 
-def arithmetic_pairs(*, seed: int, split: str, rows: int | None = None) -> dict[str, list[str]]:
-    """Additions: `prompt`, `chosen` (the sum), `rejected` (the carry is omitted, or added where there is none:
-    otherwise always carrying would be preferred)."""
+def arithmetic_pairs(*, seed: int, split: str, rows: int | None = None, slips: float = 0.0) -> dict[str, list[str]]:
+    """Additions: `prompt`, `chosen` (the sum), `rejected` (the sum without its carry, or where there is none, with one:
+    otherwise always carrying would be preferred). With probability `slips` the rejected answer is wrong in any other
+    way, by 1 to 20: a reward model that has seen one kind of mistake only likes all others."""
+    rng = np.random.default_rng([seed, 4])
     problems = _shuffled(_problems(split), seed, rows)
+    slipped = rng.random(len(problems)) < slips
+    off_by = rng.integers(1, 21, len(problems)) * rng.choice([-1, 1], len(problems))
+    rejected = [
+        str(a + b + off) if slip else _with_wrong_carry(a, b)
+        for (a, b), slip, off in zip(problems, slipped, off_by, strict=True)
+    ]
     return {
         "prompt": [f"{a}+{b}=" for a, b in problems],
         "chosen": [str(a + b) for a, b in problems],
-        "rejected": [_with_wrong_carry(a, b) for a, b in problems],
+        "rejected": rejected,
     }
 
 

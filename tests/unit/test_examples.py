@@ -148,6 +148,13 @@ def test_the_rejected_answer_of_a_pair_omits_or_adds_a_carry() -> None:
         assert int(rejected) - int(chosen) == (-10 if a % 10 + b % 10 >= 10 else 10)
 
 
+def test_with_slips_a_share_of_the_rejected_answers_is_wrong_in_other_ways_too() -> None:
+    pairs = examples.arithmetic_pairs(seed=0, split="train", slips=0.5)
+    off_by = [abs(int(wrong) - int(right)) for wrong, right in zip(pairs["rejected"], pairs["chosen"], strict=True)]
+    assert min(off_by) >= 1 and set(off_by) == set(range(1, 21))
+    assert 0.45 < np.mean([each != 10 for each in off_by]) < 0.5, "the others are carries"
+
+
 def test_the_gold_answer_of_a_triple_is_right_and_the_chosen_one_is_right_in_its_carry_only() -> None:
     gold, chosen, rejected = _columns("arithmetic_triples", "reference", "chosen", "rejected")
     assert all(abs(int(right) - int(wrong)) == 10 for right, wrong in zip(gold, rejected, strict=True))
