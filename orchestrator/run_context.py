@@ -49,7 +49,9 @@ class RunContext:
             ray_metrics=config.logging.ray_metrics and not self.local,
         )
         self.account = Account()
-        self.evaluations = Evaluations(self.folder, self.log, self.console, self.watchdog, self.event)
+        self.evaluations = Evaluations(
+            self.folder, self.log, self.console, self.watchdog, self.event, self.config.roles
+        )
         self.requests = Requests(lambda: self.ending.asked())
         self.ledger = Ledger(allowed_in_a_row=max(64, 4 * max(p.config.train.batch_size for p in self.prepared.phases)))
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from actors.errors import DataFailure, InfraFailure, RunError
 from orchestrator.cluster.failures import Watchdog
+from orchestrator.config.roles import RolesConfig
 from orchestrator.driver import Progress
 from orchestrator.executor import Executor
 from orchestrator.planning.prepared import PreparedPhase
@@ -37,6 +38,7 @@ class Evaluations:
     console: Console
     watchdog: Watchdog
     event: Callable[[str, dict[str, Any]], None]
+    settings: RolesConfig
     scores: dict[str, float] = field(default_factory=dict[str, float])
 
     async def at(self, phase: PreparedPhase, roles: Executor, progress: Progress) -> None:
@@ -96,8 +98,10 @@ class Evaluations:
         async with roles.changing_weights():
             await roles.publish(progress.version)
         sampling = greedy(phase.sampling, phase.config.evaluation.max_tokens)
+        engine = self.settings.engine_of(phase.pipeline.trained[0], phase.pipeline.roles)
+        assert engine is not None, "the plan refuses what no engine samples from"
         with self.watchdog.waiting(lambda: None if roles.paused else f"evaluation {label}"):
-            result = await evaluate(phase.evaluation, roles, sampling, label=label)
+            result = await evaluate(phase.evaluation, roles, engine, sampling, label=label)
         self.console.evaluation(label, result.score)
         failed = result.metrics["eval_failed"]
         if failed:
@@ -124,9 +128,9 @@ class Evaluation:
     metrics: dict[str, float]
 
 
-async def evaluate(source: Any, roles: Executor, sampling: Sampling, *, label: str) -> Evaluation:
-    """Score every prompt of `source` once. A prompt whose completion fails for good is counted, not scored as zero.
-    Raises RunError if there is no score of any."""
+async def evaluate(source: Any, roles: Executor, engine: str, sampling: Sampling, *, label: str) -> Evaluation:
+    """Score one completion of every prompt of `source`, sampled by the engine role `engine`. A prompt whose completion
+    fails for good is counted, not scored as zero. Raises RunError if no prompt has a score."""
 
     async def one(index: int) -> tuple[int, ScoreResult] | None:
         prompt = source.item(index)
@@ -141,7 +145,7 @@ async def evaluate(source: Any, roles: Executor, sampling: Sampling, *, label: s
             reasons.append(str(error))
             return None
 
-    engine, scorers = next(iter(roles.group_stages.engines)), next(iter(roles.group_stages.scorers))
+    scorers = next(iter(roles.group_stages.scorers))
     reasons: list[str] = []
     results = await _all_of([one(index) for index in range(len(source))])
     done = [result for result in results if result is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -232,6 +233,11 @@ class RolesConfig(Section):
         if name not in self:
             return None
         return self[name]
+
+    def engine_of(self, source: str, preferred: Collection[str]) -> str | None:
+        """The engine role that samples from the role `source`: one of `preferred` if there is any, else the first."""
+        engines = [name for name, role in self if isinstance(role, EngineRole) and role.follows == source]
+        return min(engines, key=lambda name: name not in preferred, default=None)
 
     def ranks(self, name: str) -> RanksRole:
         """The settings of a role that holds a model."""

@@ -144,6 +144,11 @@ def _of_phase(
         yield f"{where}.data.path={phase.data.path} beside {where}.data.mixture, which has paths of its own; keep one"
     if "mismatched" in pipeline.data.columns and train.batch_size < 2:
         yield f"{where}.train.batch_size=1: {phase.method} swaps completions between a batch's examples; use 2 or more"
+    if phase.evaluation and phase.evaluation.data and not config.roles.engine_of(pipeline.trained[0], pipeline.roles):
+        yield (
+            f"{where}.evaluation.data: {phase.method} trains {pipeline.trained[0]}, and no engine samples from it; add "
+            f"a role with kind engine and follows {pipeline.trained[0]}, or evaluate on rows (evaluation.rows)"
+        )
     for role in pipeline.teachers:
         yield from _of_teacher(where, config, phase, role)
     for role, companion in pipeline.companions.items():

@@ -17,7 +17,7 @@ from actors.errors import ConfigError
 from orchestrator.config.roles import EngineRole, Fallback, FrozenRole, RanksRole, ScorersRole
 from orchestrator.config.schema import BemaConfig, PhaseConfig, RunConfig
 from orchestrator.config.validation import Role, count, refusals, warnings
-from orchestrator.pipeline import Pipeline, Verb, generate, score
+from orchestrator.pipeline import Pipeline, Verb, score
 from orchestrator.planning.bundles import GIB, Bundle, ClusterView, Resources, shortages
 from orchestrator.planning.memory_estimate import BYTES, Memory, Training, estimate
 from orchestrator.planning.node_selectors import Selector
@@ -180,8 +180,11 @@ def _launched(config: RunConfig, pipelines: Mapping[str, Pipeline], stand_ins: M
     """Roles of all phases and of the rewards, gangs first; held-out prompts need an engine and scorers, and an engine
     needs the role that it follows."""
     named = dict.fromkeys(role for pipeline in pipelines.values() for role in pipeline.roles)
-    if any(phase.evaluation and phase.evaluation.data for phase in config.phases.values()):
-        named |= dict.fromkeys((generate().role, score().role))
+    for name, pipeline in pipelines.items():
+        evaluation = config.phases[name].evaluation
+        if evaluation is not None and evaluation.data is not None:
+            engine = config.roles.engine_of(pipeline.trained[0], pipeline.roles)
+            named |= dict.fromkeys((*([engine] if engine else []), score().role))
     if any(stage.verb is Verb.SCORE for pipeline in pipelines.values() for stage in pipeline) or score().role in named:
         named |= dict.fromkeys(reward.role for reward in config.rewards if reward.role is not None)
     for role in list(named):

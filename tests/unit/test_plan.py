@@ -56,6 +56,32 @@ def test_evaluation_launches_workers_that_sample_and_score() -> None:
     assert list(planned(config("sft", evaluation=evaluation)).roles) == ["policy", "rollout", "reward"]
 
 
+def test_held_out_prompts_are_answered_by_an_engine_of_the_trained_role_whichever_others_there_are() -> None:
+    evaluation = {"data": {"path": "example:arithmetic"}}
+    taught = config(
+        "gkd", options={"lmbda": 0, "seq_kd": True}, evaluation=evaluation, roles={"teacher": {"model": "big"}}
+    )
+    plan = planned(taught)
+    assert {"teacher_rollout", "rollout"} <= plan.roles.keys() and not plan.refusals
+    assert taught.roles.engine_of("policy", ("teacher_rollout",)) == "rollout"
+    assert taught.roles.engine_of("teacher", ()) == "teacher_rollout"
+
+
+def test_held_out_prompts_of_a_role_that_no_engine_samples_from_are_refused_until_there_is_one() -> None:
+    evaluation = {"data": {"path": "example:arithmetic"}}
+    phases = {"a": {"method": "sft", "rename_roles": {"policy": "tutor"}, "evaluation": evaluation}}
+    roles: dict[str, Any] = {"tutor": {"kind": "trainer"}}
+    of_tutor = {"a": build("sft", {}).with_roles({"policy": "tutor"})}
+
+    def plan() -> Plan:
+        return draft_plan(RunConfig.model_validate({"phases": phases, "roles": roles}), of_tutor, machine=Machine(2))
+
+    (refusal,) = plan().refusals
+    assert "no engine samples from it; add a role with kind engine and follows tutor" in refusal
+    roles["answers"] = {"kind": "engine", "follows": "tutor"}
+    assert not plan().refusals and list(plan().roles) == ["tutor", "answers", "reward"]
+
+
 def test_held_out_rows_launch_no_further_role() -> None:
     evaluation = {"rows": {"path": "example:arithmetic_sft", "split": "test"}}
     assert list(planned(config("sft", evaluation=evaluation)).roles) == ["policy"]
