@@ -64,7 +64,7 @@ def end_with_the_tests() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _in_foreground() -> None:
+def as_in_a_terminal() -> None:
     """A shell that runs the tests in the background makes them, and so their children, ignore Ctrl-C."""
     end_with_the_tests()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -104,7 +104,7 @@ class Run:
                 cwd=self.where,
                 env=environment,
                 process_group=0 if self.in_foreground else None,
-                preexec_fn=_in_foreground if self.in_foreground else end_with_the_tests,
+                preexec_fn=as_in_a_terminal if self.in_foreground else end_with_the_tests,
             )
 
     def rank(self, role: str) -> psutil.Process:

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from orchestrator.import_pin import ROOT
+from tests.runs import as_in_a_terminal
 
 RUN = """
 import asyncio, signal, subprocess, sys, time
@@ -61,7 +62,14 @@ except (asyncio.CancelledError, Stopped) as error:
 def started(request: pytest.FixtureRequest) -> subprocess.Popen[str]:
     """The run, up to its first line."""
     command = [sys.executable, "-c", RUN, *request.param]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(ROOT))
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(ROOT),
+        preexec_fn=as_in_a_terminal,
+    )
     request.addfinalizer(process.kill)
     return process
 
