@@ -69,10 +69,9 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return weights(run)
 
 
-@pytest.mark.parametrize("at_step", [3, 6])
-def test_a_killed_and_resumed_run_ends_with_the_same_bits(tmp_path: Path, uninterrupted: bytes, at_step: int):
+def test_a_killed_and_resumed_run_ends_with_the_same_bits(tmp_path: Path, uninterrupted: bytes):
     run = started(tmp_path)
-    run.until(lambda: run.steps() >= at_step, f"step {at_step}")
+    run.until(lambda: run.steps() >= 6, "step 6")  # the tests of restarts and of phases have other moments
     run.process.send_signal(signal.SIGSTOP)  # the ten steps take less time than the command that is refused
     assert_refuses_a_second_driver(run)
     family = psutil.Process(run.process.pid).children(recursive=True)
