@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.errors import RunError
+from orchestrator.batch_stages import PhaseSettings
 from orchestrator.checkpoint import Checkpoint, RunState
 from orchestrator.cluster.shutdown import Stopped
 from orchestrator.collection.collected import Collector
@@ -22,7 +23,7 @@ from orchestrator.collection.precompute import precompute
 from orchestrator.collection.row_collector import RowCollector
 from orchestrator.collection.staleness import Contract
 from orchestrator.driver import Progress, StepRecord, train
-from orchestrator.executor import Executor, PhaseSettings
+from orchestrator.executor import Executor
 from orchestrator.phase_weights import keep_phase, reference_folder, save_weights, set_optimizers, set_weights
 from orchestrator.planning.handover import kept_folder
 from orchestrator.planning.prepared import PreparedPhase

@@ -11,7 +11,8 @@ from actors.model import ModelSpec
 from actors.model_worker import ModelWorker
 from actors.specs import BackendSpec, OptimSpec
 from actors.worker import Group, LocalGroup, LocalObjects, LocalWorker
-from orchestrator.executor import Executor, PhaseSettings
+from orchestrator.batch_stages import PhaseSettings
+from orchestrator.executor import Executor
 from orchestrator.pipeline import GROUPWISE, Pipeline, Stage
 from orchestrator.row_table import RowTable
 from rollout.sampling import Sampling

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ValidationError
 from actors.batch import Batch
 from actors.errors import UserError
 from actors.worker import Ref
+from orchestrator.batch_stages import PhaseSettings
 from orchestrator.cluster.background_tasks import rank_limits
 from orchestrator.cluster.failures import Watchdog
 from orchestrator.cluster.launch import _Starting, average_spec, model_spec, optim_spec
@@ -39,7 +40,7 @@ from orchestrator.config.schema import (
 from orchestrator.config.section import types_in
 from orchestrator.data.items import Longest
 from orchestrator.data.source import open_source
-from orchestrator.executor import Executor, PhaseSettings
+from orchestrator.executor import Executor
 from orchestrator.methods import build
 from orchestrator.pipeline import Completions, Pipeline, Verb
 from orchestrator.planning.plan import Machine, Plan, draft_plan

@@ -113,7 +113,7 @@ def sampled(position: int, rows: int) -> RowTable:
 async def test_a_group_has_the_same_scores_to_the_bit_whatever_other_groups_wait_with_it(
     judge: Executor, rows: int
 ) -> None:
-    scorer = ModelScorer(partial(judge.scores, "reward_model"))
+    scorer = ModelScorer(partial(judge.batch_stages.scores, "reward_model"))
     groups = [sampled(position, rows) for position in range(12)]
     alone = [await scorer.score(each) for each in groups]
     few = await asyncio.gather(*(scorer.score(each) for each in groups[:5]))
@@ -126,7 +126,7 @@ async def test_a_group_has_the_same_scores_to_the_bit_whatever_other_groups_wait
 async def test_in_one_pass_with_others_a_row_may_score_otherwise_in_the_last_bits(judge: Executor) -> None:
     """Why groups that are scored in one call have passes of their own: without them this is what would happen."""
     groups = [sampled(position, 1) for position in range(12)]
-    alone = np.concatenate([await judge.scores("reward_model", each) for each in groups])
+    alone = np.concatenate([await judge.batch_stages.scores("reward_model", each) for each in groups])
     stage = infer("reward_model", into="reward", head=Head.ROW_SCALAR)
     in_one_pass = (await judge.run([stage], RowTable.concat(groups)))[0]["reward"]
     np.testing.assert_allclose(in_one_pass, alone, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,110 @@
+"""What the stages of a pipeline must satisfy. Checked when it is built, so before anything is launched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from actors.columns import COLUMNS
+from actors.errors import ConfigError
+from orchestrator.pipeline.data_kinds import DataKind
+from orchestrator.pipeline.stage import ROW_SOURCES, Stage, Verb, roles_of, rows_by_share
+
+
+def check(data: DataKind, stages: Sequence[Stage]) -> None:
+    """Raises ConfigError if the stages do not form a pipeline on this kind of data."""
+    _check_columns(data, stages)
+    _check_row_sources(data, stages)
+    _check_heads(stages)
+    _check_companions(stages)
+    _check_mixes(stages)
+    _check_precomputed(data, stages)
+
+
+def _check_columns(data: DataKind, stages: Sequence[Stage]) -> None:
+    """Every column that a stage reads is in the data or written by an earlier stage."""
+    written = set(data.columns)
+    for stage in stages:
+        unknown = sorted((stage.reads | stage.writes) - set(COLUMNS))
+        if unknown:
+            raise ConfigError(f"stage {stage.name} names unknown column(s) {', '.join(unknown)}")
+        if stage.verb is Verb.CREDIT and stage.reads_tokens and len({COLUMNS[name].axis for name in stage.writes}) > 1:
+            raise ConfigError(
+                f"stage {stage.name} runs where the tokens are and writes {', '.join(sorted(stage.writes))}, of which "
+                "some are per token and some per row; make it two credit calls"
+            )
+        missing = sorted(stage.reads - written)
+        if missing:
+            raise ConfigError(
+                f"stage {stage.name} reads {', '.join(missing)}, which no earlier stage writes "
+                f"(written so far: {', '.join(sorted(written)) or 'nothing'})"
+            )
+        written |= stage.writes
+
+
+def _check_row_sources(data: DataKind, stages: Sequence[Stage]) -> None:
+    """Every prompt group gets rows."""
+    for stage in stages:
+        if stage.verb is Verb.TAKE and not data.answered:
+            raise ConfigError(f"stage {stage.name} takes completions, and {data.name} bring none apart")
+        if stage.share != (0.0, 1.0) and stage.verb not in ROW_SOURCES:
+            raise ConfigError(f"stage {stage.name} runs for a share of the prompt groups; only generate and take may")
+    sources = [stage for stage in stages if stage.verb in ROW_SOURCES]
+    if sources and not all(rows_by_share(sources)):
+        shares = ", ".join(f"{stage.name} {stage.share[0]:g} to {stage.share[1]:g}" for stage in sources)
+        raise ConfigError(f"some prompt groups get no rows: {shares}; together they must cover 0 to 1")
+
+
+def _check_heads(stages: Sequence[Stage]) -> None:
+    """A role has one model, and a model one head."""
+    for role in dict.fromkeys(stage.role for stage in stages):
+        asked = {stage.head for stage in stages if stage.role == role and stage.head is not None}
+        if len(asked) > 1:
+            raise ConfigError(
+                f"the stages of role {role} ask for models with different heads ({', '.join(sorted(asked))}); use a "
+                "role for each"
+            )
+
+
+def _check_companions(stages: Sequence[Stage]) -> None:
+    trained = roles_of(Verb.UPDATE, stages)
+    for role in trained:
+        updates = (stage for stage in stages if stage.verb is Verb.UPDATE and stage.role == role)
+        named = sorted({str(stage.options["companion"]) for stage in updates} - {"None"})
+        if len(named) > 1 or set(named) & set(trained):
+            raise ConfigError(
+                f"role {role} has the companions {', '.join(named)}: it may have one, which is not trained in the phase"
+            )
+
+
+def _check_mixes(stages: Sequence[Stage]) -> None:
+    """Weights move from a trained role to one that is not."""
+    trained = roles_of(Verb.UPDATE, stages)
+    for stage in stages:
+        if stage.verb is not Verb.MIX:
+            continue
+        source = stage.options["source"]
+        if source not in trained or stage.role in trained:
+            raise ConfigError(
+                f"stage {stage.name} moves {stage.role} towards {source}: the one must not be trained and the other "
+                f"must be (trained: {', '.join(trained) or 'nothing'})"
+            )
+
+
+def _check_precomputed(data: DataKind, stages: Sequence[Stage]) -> None:
+    """Values that are computed once must hold for the whole phase: the rows are there, and the weights stay."""
+    for stage in stages:
+        if not stage.precomputed:
+            continue
+        problem = None
+        if data.prompts_only or data.answered:
+            problem = f"{data.name} have no rows before they are answered"
+        elif "mismatched" in data.columns:
+            problem = f"mismatched rows are made anew of each batch, and {data.name} needs them"
+        elif stage.role in roles_of(Verb.UPDATE, stages):
+            problem = f"the weights of {stage.role} change in every step"
+        elif stage.role in roles_of(Verb.MIX, stages):
+            problem = f"the weights of {stage.role} follow those of another role"
+        if problem:
+            raise ConfigError(
+                f"options.precompute_ref_log_probs: {problem}, so {stage.name} cannot run beforehand; leave it out"
+            )

@@ -1,0 +1,175 @@
+"""A pipeline: the kind of data that a method takes, then its stages, and all that follows from them.
+
+The roles to launch, the columns that flow and the part that may run ahead are derived from the stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from actors.columns import Head
+from actors.errors import ConfigError
+from orchestrator.pipeline.checks import check
+from orchestrator.pipeline.data_kinds import Completions, DataKind
+from orchestrator.pipeline.stage import DRIVER, GROUPWISE, ROW_SOURCES, Stage, Verb, roles_of, rows_by_share
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A data kind and its stages, checked when it is built. `warnings`: what the user may not expect of the options.
+    `temperature`: at which log-probabilities are taken; None for the one that completions are sampled at."""
+
+    data: DataKind
+    stages: tuple[Stage, ...]
+    warnings: tuple[str, ...] = field(default=(), compare=False)
+    temperature: float | None = None
+
+    def __init__(
+        self, data: DataKind, *stages: Stage, warnings: tuple[str, ...] = (), temperature: float | None = None
+    ) -> None:
+        object.__setattr__(self, "data", data)
+        object.__setattr__(self, "stages", stages)
+        object.__setattr__(self, "warnings", warnings)
+        object.__setattr__(self, "temperature", temperature)
+        check(data, stages)
+
+    def __iter__(self) -> Iterator[Stage]:
+        return iter(self.stages)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Roles to launch, in order of appearance; the trained ones first."""
+        seen = dict.fromkeys([*self.trained, *(stage.role for stage in self.stages if stage.role != DRIVER)])
+        return tuple(seen)
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        return roles_of(Verb.UPDATE, self.stages)
+
+    @property
+    def mixed(self) -> tuple[str, ...]:
+        """Roles that are not trained and whose weights change all the same, by those of a trained one."""
+        return roles_of(Verb.MIX, self.stages)
+
+    @property
+    def collect(self) -> tuple[Stage, ...]:
+        """The longest prefix of stages that touches no role whose weights change: it may run ahead of learning."""
+        changing = {*self.trained, *self.mixed}
+        count = 0
+        for stage in self.stages:
+            if stage.role in changing or stage.verb is Verb.CREDIT:
+                break
+            count += 1
+        return self.stages[:count]
+
+    @property
+    def learn(self) -> tuple[Stage, ...]:
+        return self.stages[len(self.collect) :]
+
+    @property
+    def group_stages(self) -> tuple[Stage, ...]:
+        """The stages of `collect` that run for each prompt group separately."""
+        return tuple(stage for stage in self.collect if stage.verb in GROUPWISE)
+
+    @property
+    def batch_stages(self) -> tuple[Stage, ...]:
+        """Of `collect`: what runs on whole batches, so that its arithmetic does not depend on arrival order."""
+        return tuple(stage for stage in self.collect if stage.verb not in GROUPWISE and not stage.precomputed)
+
+    @property
+    def precomputed(self) -> tuple[Stage, ...]:
+        """What runs once, before the first step (`orchestrator/collection/precompute.py`), and in no step."""
+        return tuple(stage for stage in self.stages if stage.precomputed)
+
+    def without_stage(self, stage: Stage) -> Pipeline:
+        """The pipeline for data that brings what this stage writes."""
+        data = replace(self.data, columns=self.data.columns | stage.writes)
+        others = (other for other in self.stages if other is not stage)
+        return Pipeline(data, *others, warnings=self.warnings, temperature=self.temperature)
+
+    def with_roles(self, names: Mapping[str, str]) -> Pipeline:
+        """The pipeline with other roles in the places of those that are named. Raises ConfigError for one that no stage
+        names."""
+        if unknown := names.keys() - {*self.roles, *self.companions.values()}:
+            known = ", ".join(dict.fromkeys((*self.roles, *self.companions.values())))
+            raise ConfigError(f"rename_roles: the method has no role {sorted(unknown)[0]!r}; it has {known}")
+
+        def renamed(stage: Stage) -> Stage:
+            options = {
+                key: names.get(value, value) if key in ("source", "companion") else value
+                for key, value in stage.options.items()
+            }
+            return replace(stage, role=names.get(stage.role, stage.role), options=options)
+
+        stages = map(renamed, self.stages)
+        return Pipeline(self.data, *stages, warnings=self.warnings, temperature=self.temperature)
+
+    @property
+    def generates(self) -> tuple[Stage, ...]:
+        return tuple(stage for stage in self.stages if stage.verb is Verb.GENERATE)
+
+    @property
+    def row_sources(self) -> tuple[Stage, ...]:
+        """The stages that bring rows into a prompt group."""
+        return tuple(stage for stage in self.stages if stage.verb in ROW_SOURCES)
+
+    @property
+    def samples_per_prompt(self) -> int:
+        """Completions that are drawn for a prompt, at most, by all `generate` stages together; 0 if there are none."""
+        return max(rows_by_share(self.generates))
+
+    @property
+    def rows_per_item(self) -> int:
+        """Rows that reach the updates from each item of the data, at most."""
+        rows = max(rows_by_share(self.row_sources)) or self.data.rows_per_item
+        for stage in self.stages:
+            rows = int(stage.options["rows"] or rows) if stage.verb is Verb.REGROUP else rows
+        return rows
+
+    @property
+    def heads(self) -> Mapping[str, Head]:
+        """What each role's model must have as its last layer; roles without a model are left out."""
+        return {stage.role: stage.head for stage in self.stages if stage.head is not None}
+
+    @property
+    def companions(self) -> Mapping[str, str]:
+        """Of trained roles, the one whose frozen model lives in their ranks. It is no role to launch by itself."""
+        named = ((stage.role, stage.options["companion"]) for stage in self.updates)
+        return {role: companion for role, companion in named if companion is not None}
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Roles whose distributions over the vocabulary a loss compares with those of a trained role."""
+        asked = (stage.role for stage in self.stages if stage.top_k is not None)
+        return tuple(dict.fromkeys([*self.companions.values(), *asked]))
+
+    @property
+    def held_out(self) -> DataKind | None:
+        """The kind of rows whose loss can be taken without sampling: those that the phase learns from; or completions,
+        where no stage needs more of samples than a data set has. None if there is no such kind."""
+        if not self.row_sources:
+            return self.data
+        others = (stage for stage in self.stages if stage.verb not in GROUPWISE)
+        try:
+            return Pipeline(Completions, *others).data
+        except ConfigError:
+            return None
+
+    @property
+    def updates(self) -> tuple[Stage, ...]:
+        return tuple(stage for stage in self.stages if stage.verb is Verb.UPDATE)
+
+    @property
+    def optimizer_steps_per_batch(self) -> int:
+        """Of the role that makes the most."""
+        return max((self.optimizer_steps_of(role) for role in self.trained), default=1)
+
+    def optimizer_steps_of(self, role: str) -> int:
+        """Optimizer steps of a role on each batch."""
+        mine = (stage for stage in self.updates if stage.role == role)
+        return sum(int(stage.options["epochs"] * stage.options["minibatches"]) for stage in mine)
+
+    @property
+    def mixes(self) -> tuple[Stage, ...]:
+        return tuple(stage for stage in self.stages if stage.verb is Verb.MIX)

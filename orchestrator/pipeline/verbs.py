@@ -1,0 +1,110 @@
+"""One function per verb, which returns a stage. Methods are written with these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from actors.columns import Head
+from actors.errors import ConfigError
+from orchestrator.pipeline.stage import DRIVER, Stage, Verb
+
+
+def generate(role: str = "rollout", *, n: int = 1) -> Stage:
+    """Sample `n` completions of each prompt. Several such stages add their samples to the same group; `sampler` says
+    which stage a row is of, from 0."""
+    writes = {"tokens", "mask", "sample_logps", "version", "group", "truncated", "sampler", "completion_tokens"}
+    return Stage(Verb.GENERATE, role, frozenset(), frozenset(writes), options={"n": n})
+
+
+def take() -> Stage:
+    """The data's own completion of each prompt becomes a row of its group, as if it had been sampled. What nobody knows
+    of it, its log-probability under a sampler, is NaN, and its version is -1."""
+    return Stage(Verb.TAKE, DRIVER, frozenset(), generate().writes, options={"n": 1})
+
+
+def one_of(share: float, first: Stage, other: Stage) -> tuple[Stage, Stage]:
+    """The one stage for a share of the prompt groups, and the other one for the rest. Which group is which is a
+    function of seed and position, so it is the same after a resume and for a group that is drawn again."""
+    return replace(first, share=(0.0, share)), replace(other, share=(share, 1.0))
+
+
+def score(role: str = "reward", *, parts: bool = False) -> Stage:
+    """Reward each completion, by all rewards of the run. `parts`: write each of the rewards and its weight, too."""
+    writes = {"reward", *(("reward_parts", "reward_weights") if parts else ())}
+    return Stage(Verb.SCORE, role, frozenset({"tokens", "mask"}), frozenset(writes))
+
+
+def keep(predicate: Callable[..., bool], **options: Any) -> Stage:
+    """Keep a prompt group only if `predicate(rewards [G], **options)`; others are replaced by new prompts."""
+    return Stage(Verb.KEEP, DRIVER, frozenset({"reward"}), frozenset(), predicate, options)
+
+
+def regroup(call: Callable[..., Any], *, rows: int | None = None, **options: Any) -> Stage:
+    """Make other rows of a prompt group's: `call(table, **options)` returns the new table, or None to have the group
+    replaced by another prompt's. `rows`: how many there are then, if that is known. `call.reads` and `call.writes` name
+    its columns."""
+    reads = getattr(call, "reads", frozenset({"reward", "group"}))
+    writes = getattr(call, "writes", frozenset[str]())
+    return Stage(Verb.REGROUP, DRIVER, frozenset(reads), frozenset(writes), call, {"rows": rows, "call": options})
+
+
+def infer(
+    role: str, *, into: str, head: Head = Head.VOCABULARY, adapters: bool = True, precomputed: bool = False
+) -> Stage:
+    """What a role's model says of each token or row, written to the column `into`: log-probabilities, values, scores.
+    `precomputed`: of the whole data set, once before the first step."""
+    options = {"into": (into,), "head": head, "adapters": adapters, "precomputed": precomputed}
+    return Stage(Verb.INFER, role, frozenset({"tokens"}), frozenset({into}), options=options)
+
+
+def infer_top_k(role: str, *, into: tuple[str, str, str], k: int, temperature: float = 1.0) -> Stage:
+    """The `k` tokens that a role's model finds most likely at each position, at a temperature, written to three
+    columns: their ids [T, k], their log-probabilities [T, k], and the log-probability of all other tokens [T]."""
+    options = {"into": into, "head": Head.VOCABULARY, "adapters": True, "top_k": k, "temperature": temperature}
+    return Stage(Verb.INFER, role, frozenset({"tokens"}), frozenset(into), options=options)
+
+
+def credit(call: Callable[..., Any], **options: Any) -> Stage:
+    """Turn rewards into advantages, by what `orchestrator/advantages.py` calls a credit call. `call.reads` and
+    `call.writes` name its columns: one that reads columns per token runs where the tokens are, on the ranks of the
+    first trained role, any other in the driver. It writes columns per token or columns per row, not both."""
+    reads = getattr(call, "reads", frozenset({"reward", "group"}))
+    writes = getattr(call, "writes", frozenset({"advantages"}))
+    return Stage(Verb.CREDIT, DRIVER, frozenset(reads), frozenset(writes), call, options)
+
+
+def update(
+    role: str,
+    loss: Callable[..., Any],
+    *,
+    reduce: Callable[..., Any] | None = None,
+    companion: str | None = None,
+    epochs: int = 1,
+    minibatches: int = 1,
+    **options: Any,
+) -> Stage:
+    """Optimise a role. What the loss reads is declared beside it (see `orchestrator/losses/declare.py`). A `Sum` of
+    losses has reductions and options of its own. `companion`: the role whose frozen model lives in the ranks of this
+    one, for a loss that compares whole distributions."""
+    from orchestrator.losses.declare import columns_of, has_companion, head_of  # torch is loaded when a method is built
+
+    if has_companion(loss) != (companion is not None):
+        needs = "compares with a companion: update(role, loss, companion=ROLE)" if companion is None else "has none"
+        raise ConfigError(f"stage {role}.update names {companion or 'no companion'}, and its loss {needs}")
+    plan = {"reduce": reduce, "epochs": epochs, "minibatches": minibatches, "loss_options": options}
+    plan |= {"head": head_of(loss), "companion": companion}
+    return Stage(Verb.UPDATE, role, frozenset(columns_of(loss, options)), frozenset(), loss, plan)
+
+
+def mix(role: str, source: str, *, share: float, every: int) -> Stage:
+    """Move the weights of a role that is not trained towards those of one that is: after every `every`-th step,
+    `share` of the source and the rest of its own."""
+    options = {"source": source, "share": share, "every": every}
+    return Stage(Verb.MIX, role, frozenset(), frozenset(), options=options)
+
+
+def when(condition: Any, *stages: Stage) -> tuple[Stage, ...]:
+    """The stages if the condition holds, else none: `*when(beta, infer("reference", into="ref_logps"))`."""
+    return stages if condition else ()
