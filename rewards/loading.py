@@ -9,20 +9,19 @@ A function's file is run in the driver, too, to look at it; a class is built in 
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from actors.errors import ConfigError, InfraFailure
-from rewards import user_code
+from actors.errors import ConfigError
+from rewards.finding import Kind, constructed, found, located, split
 from rewards.functions import REWARDS
-from rewards.options import OFFERED, accepted, fitted, hint, required, signature_of
+from rewards.options import OFFERED, accepted, fitted, required, signature_of
 from rewards.reward import Handling, Reward
 from rewards.user_code import UserCode
+
+REWARD = Kind("reward", REWARDS, "rewards.functions.REWARDS")
 
 
 @dataclass(frozen=True)
@@ -41,29 +40,26 @@ class RewardSpec:
     @property
     def label(self) -> str:
         """What it is called in metrics."""
-        return self.name or _split(self.fn)[1]
+        return self.name or split(self.fn, REWARD)[1]
 
     def located(self) -> RewardSpec:
         """The same reward, loadable in every worker. Raises ConfigError if it cannot be found or called like this."""
-        place, function = _split(self.fn)
-        spec = self
-        if place is not None and place.endswith(".py"):
-            path = Path(place).expanduser().resolve()
-            spec = replace(self, fn=f"{path}:{function}", code=_read(path, self.fn))
-        found = spec._found()
-        return replace(spec, needs=required(found.signature) - set(OFFERED) - set(found.options))
+        fn, code = located(self.fn, REWARD)
+        spec = self if code is None else replace(self, fn=fn, code=code)
+        there = spec._found()
+        return replace(spec, needs=required(there.signature) - set(OFFERED) - set(there.options))
 
     def load(self) -> Reward:
         """The function with its options bound; a class is built with them. Raises ConfigError."""
-        found = self._found()
-        call = found.target
-        if found.is_class:
-            call = _construct(found.target, found.built_with, self.fn)
-        bound = _bound(call, found.options) if found.options else call
-        return Reward(self.label, self.weight, bound, accepted(found.signature), found.is_async, handling=self.handling)
+        there = self._found()
+        call = there.target
+        if there.is_class:
+            call = constructed(there.target, there.built_with, self.fn, REWARD)
+        bound = _bound(call, there.options) if there.options else call
+        return Reward(self.label, self.weight, bound, accepted(there.signature), there.is_async, handling=self.handling)
 
     def _found(self) -> _Found:
-        target, options = _find(self.fn, self.code), dict(self.options)
+        target, options = found(self.fn, self.code, REWARD), dict(self.options)
         if not inspect.isclass(target):
             if not callable(target):
                 raise ConfigError(
@@ -101,74 +97,6 @@ class _Found:
 def load_reward(fn: str, options: Mapping[str, Any] | None = None) -> Reward:
     """Find a reward and bind its options. Raises ConfigError: what was looked for, where, and what is there."""
     return RewardSpec(fn, options=options or {}).located().load()
-
-
-def _split(fn: str) -> tuple[str | None, str]:
-    """`place:function` -> both; a name without a place is one of ours."""
-    place, colon, function = fn.rpartition(":")
-    if colon and not (place and function):
-        raise ConfigError(f"reward {fn!r} names no {'function' if place else 'module'}; {_FORMS}")
-    if not colon and (fn.endswith(".py") or "/" in fn):
-        raise ConfigError(f"reward {fn!r} names a file but no function in it: write {fn}:FUNCTION")
-    return (place if colon else None), function
-
-
-_FORMS = "write a name of rewards.functions.REWARDS, package.module:function or path/to/file.py:function"
-
-
-def _find(fn: str, code: UserCode | None) -> Any:
-    place, function = _split(fn)
-    if place is None:
-        return _shipped(function)
-    module = _run(code, fn) if code is not None else _import(place, fn)
-    found: Any = module
-    for attribute in function.split("."):
-        if not hasattr(found, attribute):
-            there = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-            raise ConfigError(f"reward {fn}: no {function!r} in {place}{hint(function, there)}")
-        found = getattr(found, attribute)
-    return found
-
-
-def _shipped(name: str) -> Callable[..., Any]:
-    if name not in REWARDS:
-        raise ConfigError(f"no reward is called {name!r}{hint(name, list(REWARDS))}\n{_FORMS}")
-    return REWARDS[name]
-
-
-def _import(name: str, fn: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except (Exception, SystemExit) as error:
-        raise ConfigError(
-            f"reward {fn}: importing {name} failed: {type(error).__name__}: {error}\n"
-            "the module must be importable on every node; a file can be given as path/to/file.py:function instead"
-        ) from None
-
-
-def _read(path: Path, fn: str) -> UserCode:
-    try:
-        return user_code.read(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"reward {fn}: cannot read {path}: {error}\nrelative paths start at {Path.cwd()}") from None
-
-
-def _run(code: UserCode, fn: str) -> ModuleType:
-    try:
-        return user_code.module(code)
-    except (Exception, SystemExit) as error:
-        raise ConfigError(f"reward {fn}: running {code.path} failed: {type(error).__name__}: {error}") from None
-
-
-def _construct(target: type, options: Mapping[str, Any], fn: str) -> Any:
-    """A class is given its options once; its instances are the reward."""
-    try:
-        return target(**options)
-    except InfraFailure:  # it says that the machinery failed: another start may succeed
-        raise
-    except (Exception, SystemExit) as error:
-        given = ", ".join(f"{name}={value!r}" for name, value in options.items())
-        raise ConfigError(f"reward {fn}: {target.__name__}({given}) failed: {type(error).__name__}: {error}") from None
 
 
 def _bound(target: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
