@@ -1,7 +1,7 @@
 """How users' code is found: a name that comes with Troupe, `package.module:name` or `path/to/file.py:name`.
 
-    driver   located(fn, kind) ──► (fn, code): of a file, its text (`rewards.user_code`), for a worker on any node
-    worker   found(fn, code, kind) ──► the object
+driver   located(fn, kind) ──► (fn, code): of a file, its text (`rewards.user_code`), for a worker on any node
+worker   found(fn, code, kind) ──► the object
 """
 
 from __future__ import annotations
