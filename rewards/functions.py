@@ -15,7 +15,7 @@ they are. What is not in the signature is not passed, unless it ends in `**kwarg
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rewards.verification import verifier
@@ -129,18 +129,3 @@ def _after_last(text: str, delimiters: Sequence[str]) -> str | None:
     """What follows the last occurrence of any delimiter; None if there is none."""
     ends = [text.rfind(delimiter) + len(delimiter) for delimiter in delimiters if delimiter in text]
     return text[max(ends) :] if ends else None
-
-
-REWARDS: dict[str, Callable[..., Scores]] = {
-    function.__name__: function
-    for function in (
-        exact_match,
-        accuracy_reward,
-        reasoning_accuracy_reward,
-        think_format_reward,
-        soft_overlong_punishment,
-        repetition_penalty,
-        cosine_scaled,
-        completion_length,
-    )
-}

@@ -16,12 +16,12 @@ from typing import Any
 
 from actors.errors import ConfigError
 from rewards.finding import Kind, constructed, found, located, split
-from rewards.functions import REWARDS
 from rewards.options import OFFERED, accepted, fitted, required, signature_of
 from rewards.reward import Handling, Reward
+from rewards.shipped import REWARDS
 from rewards.user_code import UserCode
 
-REWARD = Kind("reward", REWARDS, "rewards.functions.REWARDS")
+REWARD = Kind("reward", REWARDS, "rewards.shipped.REWARDS")
 
 
 @dataclass(frozen=True)
