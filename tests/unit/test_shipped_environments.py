@@ -1,0 +1,128 @@
+"""The tools and environments that come with Troupe, called as an environment worker calls them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+from transformers.utils import get_json_schema
+
+from actors.errors import ConfigError
+from rewards.environments.calculator import calculator
+from rewards.environments.corpus_search import CorpusSearch
+from rewards.environments.guessing_game import GuessingGame
+from rewards.environments.python_sandbox import PythonSandbox
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("37+58", "95"),
+        ("(12.5 + 3) * 4", "62"),
+        ("7/2", "3.5"),
+        ("2^90", "1237940039285380274899124224"),
+        ("1/3", "0.333333333333"),
+        ("sqrt(2)^2", "2"),
+        ("-3 - -4", "1"),
+        ("1,000 + 1", "1001"),
+        ("10^40", "1.0e+40"),
+    ],
+)
+def test_the_calculator_gives_a_value(expression: str, value: str):
+    assert calculator(expression) == value
+
+
+@pytest.mark.parametrize(
+    "expression", ["1/0", "x+1", "1+1=2", "(1, 2)", "sqrt(-1)", "", "__import__('os')", "9^9^9^9", "2+"]
+)
+def test_what_the_calculator_cannot_work_out_is_an_error_and_nothing_is_run(expression: str):
+    with pytest.raises(ValueError, match=r"cannot work out|not a real number"):
+        calculator(expression)
+
+
+def test_every_tool_has_a_schema_for_the_chat_template(tmp_path: Path):
+    (tmp_path / "corpus.txt").write_text("one passage")
+    tools = [calculator, CorpusSearch(str(tmp_path / "corpus.txt")).search, PythonSandbox.python]
+    names = [get_json_schema(tool)["function"]["name"] for tool in tools]
+    assert names == ["calculator", "search", "python"]
+
+
+def say(game: GuessingGame, text: str) -> tuple[str, float | None, bool]:
+    return game.step({"role": "assistant", "content": text})
+
+
+def test_the_game_answers_guesses_and_an_early_find_is_worth_more():
+    game = GuessingGame(guesses=3)
+    assert game.reset({"secret": 42}) == "Guess a whole number from 1 to 100. You have 3 guesses."
+    assert say(game, "50?") == ("Lower.", None, False)
+    assert say(game, "between 1 and 40") == ("Higher.", None, False)
+    assert say(game, "42") == ("Right.", 0.5, True)
+    game.reset({"secret": 42})
+    assert say(game, "It is 42.") == ("Right.", 1.0, True)
+
+
+def test_the_game_ends_with_its_guesses_and_a_turn_without_a_number_uses_one_up():
+    game = GuessingGame(guesses=2)
+    game.reset({"secret": "7"})
+    assert say(game, "hm") == ("Say a number.", None, False)
+    assert say(game, "9" * 5000) == ("It was 7.", 0.0, True)
+    with pytest.raises(ValueError, match="`secret` is 101"):
+        game.reset({"secret": 101})
+
+
+def test_the_python_tool_shows_what_was_printed_and_why_it_ended():
+    try:
+        tool = PythonSandbox(cpu_limit_s=1, output_kib=1)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    assert tool.python("print(sum(range(10)))") == "45"
+    assert tool.python("x = 1") == "it printed nothing"
+    assert tool.python("print(1); 1/0").startswith("1\nTraceback") and "ZeroDivisionError" in tool.python("1/0")
+    assert tool.python("while True: pass") == "ended: it computed for more than 1 s"
+    assert tool.python("while True: print('x')").endswith("ended: it printed more than 1 KiB")
+    assert tool.python("exit(3)") == "ended with exit code 3"
+
+
+PASSAGES = [
+    {"title": "Bern", "text": "Bern is the seat of the Swiss government, on the river Aare."},
+    {"title": "Aare", "text": "A river that flows through Bern and Thun."},
+    {"title": "Oslo", "text": "Oslo is the capital of Norway. Oslo has a fjord."},
+]
+
+
+def test_search_finds_the_passages_that_have_rare_words_of_the_query_first(tmp_path: Path):
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("\n".join(json.dumps(each) for each in PASSAGES))
+    found = CorpusSearch(str(corpus), results=2)
+    assert found.search("capital of NORWAY").startswith("[1] Oslo: Oslo is the capital of Norway.")
+    assert [line[:8] for line in found.search("river Thun").split("\n\n")] == ["[1] Aare", "[2] Bern"]
+    assert found.search("xylophone") == found.search("?!") == "nothing was found"
+    assert CorpusSearch(str(corpus), results=1, max_passage_chars=7).search("fjord") == "[1] Oslo: O"
+
+
+def test_a_corpus_is_read_from_each_kind_of_file(tmp_path: Path):
+    text, table = tmp_path / "corpus.txt", tmp_path / "corpus.parquet"
+    text.write_text("first passage\nof two lines\n\nsecond passage\n")
+    parquet.write_table(pa.table({"text": ["first passage", "second passage"]}), table)
+    for path in (text, table):
+        assert CorpusSearch(str(path)).search("second") == "[1] second passage"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.jsonl", None, "cannot be read: FileNotFoundError"),
+        ("bad.jsonl", "{", "cannot be read: JSONDecodeError"),
+        ("column.jsonl", '{"body": "x"}', "each row needs a column `text`"),
+        ("empty.txt", "\n\n", "has no passage"),
+        ("table.csv", "text\nx", "none of .jsonl, .parquet, .txt"),
+    ],
+)
+def test_a_corpus_that_is_none_is_refused(tmp_path: Path, name: str, content: str | None, message: str):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        CorpusSearch(str(tmp_path / name))
