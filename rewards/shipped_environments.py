@@ -3,8 +3,15 @@
 
 from __future__ import annotations
 
-TOOLS: dict[str, str] = {}  # functions: episode.tools
+TOOLS: dict[str, str] = {  # functions: episode.tools
+    "calculator": "rewards.environments.calculator:calculator",
+}
 
-ENVIRONMENTS: dict[str, str] = {}  # classes with `reset` and `step`: episode.environment
+ENVIRONMENTS: dict[str, str] = {  # classes with `reset` and `step`: episode.environment
+    "guessing_game": "rewards.environments.guessing_game:GuessingGame",
+}
 
-FACTORIES: dict[str, str] = {}  # classes whose methods are tools: episode.environment_factory
+FACTORIES: dict[str, str] = {  # classes whose methods are tools: episode.environment_factory
+    "python": "rewards.environments.python_sandbox:PythonSandbox",
+    "search": "rewards.environments.corpus_search:CorpusSearch",
+}

@@ -1,7 +1,8 @@
-"""The tools and environments that come with Troupe, called as an environment worker calls them."""
+"""The tools and environments that come with Troupe, by themselves and in an environment worker."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -11,10 +12,13 @@ import pytest
 from transformers.utils import get_json_schema
 
 from actors.errors import ConfigError
+from rewards.environment_specs import EnvironmentSpec
+from rewards.environment_worker import EnvironmentWorker
 from rewards.environments.calculator import calculator
 from rewards.environments.corpus_search import CorpusSearch
 from rewards.environments.guessing_game import GuessingGame
 from rewards.environments.python_sandbox import PythonSandbox
+from rewards.shipped_environments import ENVIRONMENTS, FACTORIES, TOOLS
 
 
 @pytest.mark.parametrize(
@@ -126,3 +130,48 @@ def test_a_corpus_that_is_none_is_refused(tmp_path: Path, name: str, content: st
         (tmp_path / name).write_text(content)
     with pytest.raises(ConfigError, match=message):
         CorpusSearch(str(tmp_path / name))
+
+
+def test_each_is_found_by_its_name_and_answers_in_an_environment_worker(tmp_path: Path):
+    (tmp_path / "corpus.txt").write_text("Bern lies on the Aare.")
+    specs = {
+        "tools": EnvironmentSpec.of(["calculator"], None, {}, {}),
+        "game": EnvironmentSpec.of([], "guessing_game", {}, {"high": 9}),
+        "search": EnvironmentSpec.of(["calculator"], None, {"": "search"}, {"corpus": str(tmp_path / "corpus.txt")}),
+        "python": EnvironmentSpec.of([], None, {"": "python"}, {"without": ["namespaces", "landlock", "seccomp"]}),
+    }
+    assert {*TOOLS, *ENVIRONMENTS, *FACTORIES} == {"calculator", "guessing_game", "search", "python"}
+
+    def calls(name: str, **arguments: str) -> dict[str, object]:
+        return {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"function": {"name": name, "arguments": arguments}}],
+        }
+
+    turns = {
+        "tools": calls("calculator", expression="6*7"),
+        "game": {"role": "assistant", "content": "5"},
+        "search": calls("search", query="aare"),
+        "python": calls("python", code="print('é')"),
+    }
+
+    async def answers() -> dict[str, str]:
+        worker = EnvironmentWorker(
+            "environment/0", {name: spec.located() for name, spec in specs.items()}, dict.fromkeys(specs, 99)
+        )
+        await worker.ready()
+        found: dict[str, str] = {}
+        for name, turn in turns.items():
+            await worker.open(name, name, "question", {"secret": 5})
+            reply = await worker.step(name, turn)
+            found[name] = reply.messages[0]["content"]
+        worker.close()
+        return found
+
+    assert asyncio.run(answers()) == {
+        "tools": "42",
+        "game": "Right.",
+        "search": "[1] Bern lies on the Aare.",
+        "python": "é",
+    }
