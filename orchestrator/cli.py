@@ -171,7 +171,7 @@ def check(
 @app.command("check-reward")
 def check_reward(
     reward: Annotated[
-        str, typer.Argument(help="A reward's name, path/to/file.py:function, ray://NAMESPACE/NAME, or a URL.")
+        str, typer.Argument(help="A reward's name, path/to/file.py:function, ray://NAMESPACE/NAME, a URL, or `judge`.")
     ],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value of the reward, for example timeout_s=5 options.factor=2.")

@@ -17,6 +17,7 @@ import numpy as np
 
 from actors.batch import Array
 from actors.errors import DataFailure, InfraFailure
+from rewards.judging import Cases, as_text
 from rewards.reward import AttemptFailed, FailureKind, Reward
 
 Prompt = str | list[dict[str, Any]]
@@ -82,6 +83,7 @@ class Samples:
         state: TrainerState,
     ) -> None:
         self._count, self._state = len(texts), state
+        self._texts, self._columns, self._prompts = texts, columns, prompts
         self._given: dict[str, Sequence[Any]] = {
             **columns,
             "prompts": prompts,
@@ -91,6 +93,11 @@ class Samples:
 
     def __len__(self) -> int:
         return self._count
+
+    @property
+    def cases(self) -> Cases:
+        """As a judge reads them."""
+        return Cases([as_text(prompt) for prompt in self._prompts], list(self._texts), self._columns)
 
     async def awaited(self, reward: Reward) -> tuple[Array, Log]:
         """[n] float32 of an async reward, NaN for None; and what it logged. Raises AttemptFailed."""

@@ -3,6 +3,7 @@
 fn:    package.module:function ─► RewardSpec    (`loading`)       runs in a reward worker
 actor: ray://NAMESPACE/NAME ────► ActorSpec     (`named_actor`)   runs in another job's process
 url:   https://HOST/PATH ───────► EndpointSpec  (`http_endpoint`) runs in a server
+judge: {kind, url or role ...} ─► JudgeSpec     (`judge`)         a language model that a server or an engine runs
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from typing import Any, Protocol
 
 from actors.errors import ConfigError
 from rewards.http_endpoint import EndpointSpec
+from rewards.judge import CONCURRENCY, Judge, JudgeSpec
 from rewards.loading import RewardSpec
 from rewards.named_actor import ActorSpec
 from rewards.reward import Handling, OnFailure
 
 Spec = RewardSpec | ActorSpec | EndpointSpec
+AnySpec = Spec | JudgeSpec
 
-REMOTE_RETRIES = 2  # of an actor or an endpoint, unless the configuration says otherwise; a function has none
+REMOTE_RETRIES = 2  # of an actor, an endpoint or a judge, unless the configuration says otherwise; a function has none
 GRACE_S = 5.0  # for which a worker may be late with a call all of whose attempts have ended
 
 
@@ -38,6 +41,9 @@ class Settings(Protocol):
 
     @property
     def url(self) -> tuple[str, ...] | None: ...
+
+    @property
+    def judges(self) -> tuple[Judge, ...]: ...
 
     @property
     def headers_from_env(self) -> Mapping[str, str]: ...
@@ -70,12 +76,15 @@ class Settings(Protocol):
     def concurrency(self) -> int | None: ...
 
 
-def spec_of(settings: Settings) -> Spec:
+def spec_of(settings: Settings) -> AnySpec:
     """The reward that a configuration names, not looked for yet."""
     retries = settings.retries
     if retries is None:
         retries = 0 if settings.fn is not None else REMOTE_RETRIES
-    handling = Handling(settings.timeout_s, retries, settings.on_failure, settings.concurrency)
+    concurrency = settings.concurrency or (CONCURRENCY if settings.judges else None)
+    handling = Handling(settings.timeout_s, retries, settings.on_failure, concurrency)
+    if settings.judges:
+        return JudgeSpec(settings.judges, settings.weight, settings.name, handling, settings.allow_private)
     named = (settings.weight, settings.name, dict(settings.options), handling)
     if settings.fn is not None:
         return RewardSpec(settings.fn, *named)
@@ -86,14 +95,14 @@ def spec_of(settings: Settings) -> Spec:
     return EndpointSpec(settings.url, *named, settings.columns, variables, private)
 
 
-def check_reward(settings: Settings) -> Spec:
+def check_reward(settings: Settings) -> AnySpec:
     """The reward that a configuration names, found and ready to travel. Raises ConfigError: call it before a launch."""
     return spec_of(settings).located()
 
 
-def with_deadlines(specs: Iterable[Spec], timeout_s: float) -> list[Spec]:
-    """Each actor and endpoint that has no deadline of its own gets that one: it may be out of reach, and a function of
-    ours that hangs is ended with its worker."""
+def with_deadlines(specs: Iterable[AnySpec], timeout_s: float) -> list[AnySpec]:
+    """Each reward outside our processes that has no deadline of its own gets that one: it may be out of reach, and a
+    function of ours that hangs is ended with its worker."""
     return [
         spec
         if isinstance(spec, RewardSpec) or spec.handling.timeout_s is not None
@@ -102,17 +111,19 @@ def with_deadlines(specs: Iterable[Spec], timeout_s: float) -> list[Spec]:
     ]
 
 
-def call_timeout_s(specs: Sequence[Spec], timeout_s: float, calls: int) -> float:
-    """Deadline of a worker's call, of which it carries `calls` at the same time: no sooner than all attempts of its
-    rewards may have ended, or else the worker would be killed for waiting as it was told."""
-    own = [spec.handling.longest_s(calls) for spec in specs if spec.handling.timeout_s is not None]
+def call_timeout_s(specs: Sequence[AnySpec], timeout_s: float, calls: int, completions: int = 1) -> float:
+    """Deadline of a worker's call, of which it carries `calls` at the same time, each with that many completions: no
+    sooner than all attempts of its rewards may have ended, or else the worker would be killed for waiting as it was
+    told."""
+    attempts = [(spec.handling, spec.requests(completions) if isinstance(spec, JudgeSpec) else 1) for spec in specs]
+    own = [handling.longest_s(calls * each) for handling, each in attempts if handling.timeout_s is not None]
     return max([timeout_s, *(each + GRACE_S for each in own)])
 
 
-def check_columns(rewards: Iterable[Spec], columns: Collection[str], where: str) -> None:
+def check_columns(rewards: Iterable[AnySpec], columns: Collection[str], where: str) -> None:
     """Raises ConfigError if a reward needs a column that the data does not have. `where`: what to call that data."""
     for spec in rewards:
-        needs = spec.needs if spec.needs is not None else spec.located().needs
+        needs = spec.needs if isinstance(spec, JudgeSpec) or spec.needs is not None else spec.located().needs
         missing = sorted((needs or frozenset()) - set(columns))
         if missing:
             raise ConfigError(

@@ -4,8 +4,9 @@
                                                      └─► async functions, on this loop ─────┘
     pool ── ping ──► a thread of its own: it answers while functions work, or hang
 
-Functions run here; named actors and HTTP endpoints are called from here, as async functions are (`named_actor`,
-`http_endpoint`). What is done around each call, and what follows if it gives no rewards, is in `caller`.
+Functions run here; named actors, HTTP endpoints and judges behind one are called from here, as async functions are
+(`named_actor`, `http_endpoint`, `judge`). What is done around each call, and what follows if it gives no rewards, is in
+`caller` and `attempts`.
 
 A function that raises, whatever it raises, is a `DataFailure` and never a reward; if it raises `InfraFailure`, the
 samples are tried elsewhere. One that hangs is ended from outside: the pool's deadline, or a ping that says so, kills
@@ -34,11 +35,12 @@ from actors.errors import DataFailure
 from actors.pretrained import load_tokenizer
 from actors.sharding import Shard
 from actors.worker import WorkerInfo
-from rewards.caller import CallStatistics, RewardCaller, Scored
+from rewards.attempts import CallStatistics
+from rewards.caller import RewardCaller, Scored
 from rewards.calls import Prompt, Samples, TrainerState, merged
 from rewards.combine import weighted_sum
-from rewards.reward import Reward
-from rewards.specs import Spec
+from rewards.judge import JudgeCaller, JudgeSpec
+from rewards.specs import AnySpec
 
 MAX_THREADS = 256  # calls of sync functions at the same time; the pool's own limit is the one that counts
 
@@ -67,11 +69,12 @@ class ScoredTexts:
 class RewardWorker:
     """Scores the samples of one prompt at a time, several prompts at once. `tokenizer`: a folder or hub name."""
 
-    def __init__(self, name: str, rewards: Sequence[Spec], tokenizer: str, *, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, name: str, rewards: Sequence[AnySpec], tokenizer: str, *, trust_remote_code: bool = False
+    ) -> None:
         self.name = name
         self._specs, self._tokenizer_path, self._trust = tuple(rewards), tokenizer, trust_remote_code
-        self._rewards: tuple[Reward, ...] = ()
-        self._callers: tuple[RewardCaller, ...] = ()
+        self._callers: tuple[RewardCaller | JudgeCaller, ...] = ()
         self._tokenizer: Any = None
         self._threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="reward")
         self._lock = threading.Lock()
@@ -81,17 +84,16 @@ class RewardWorker:
 
     def ready(self) -> WorkerInfo:
         """Load the functions and the tokenizer. Raises ConfigError."""
-        self._rewards = tuple(spec.load() for spec in self._specs)
-        self._callers = tuple(RewardCaller(reward, self._threads) for reward in self._rewards)
+        self._callers = tuple(self._caller(spec) for spec in self._specs)
         self._tokenizer = load_tokenizer(self._tokenizer_path, self._trust)
         packages = str(Path(actors.__file__).parent)
-        detail = {"rewards": [reward.name for reward in self._rewards]}
+        detail = {"rewards": [caller.name for caller in self._callers]}
         return WorkerInfo(self.name, os.getpid(), platform.node(), packages, detail)
 
     def ping(self) -> dict[str, Any]:
         """How many calls run, and since when the oldest does (seconds); and whether this process is of use: not if a
         function hangs in it that was given up."""
-        hanging = [caller.reward.name for caller in self._callers if caller.hanging]
+        hanging = [caller.name for caller in self._callers if caller.hanging]
         with self._lock:
             ages = [time.monotonic() - began for began in self._running.values()]
             health = {"running": len(ages), "oldest_s": max(ages, default=0.0), "calls": self._calls}
@@ -124,11 +126,11 @@ class RewardWorker:
         samples = Samples([prompt] * count, texts, ids, beside, _trainer_state(batch))
         scored = await _all_of([caller.score(samples) for caller in self._callers])
         rewards = np.stack([each.values for each in scored], axis=1) if scored else np.zeros((count, 0), np.float32)
-        weights = np.array([reward.weight for reward in self._rewards], np.float32)
+        weights = np.array([caller.weight for caller in self._callers], np.float32)
         total = weighted_sum(rewards, weights)
         if np.isinf(total).any():
             raise DataFailure(f"the weighted sum of the rewards {rewards[np.isinf(total)][0].tolist()} is infinite")
-        names = tuple(reward.name for reward in self._rewards)
+        names = tuple(caller.name for caller in self._callers)
         logs = {name: each.log for name, each in zip(names, scored, strict=True)}
         metrics = merged({name: log.metrics for name, log in logs.items()})
         extra = merged({name: log.extra for name, log in logs.items()})
@@ -137,9 +139,12 @@ class RewardWorker:
 
     def close(self) -> None:
         """End connections. From a thread, while the loop that calls went through still runs."""
-        for reward in self._rewards:
-            reward.close()
+        for caller in self._callers:
+            caller.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _caller(self, spec: AnySpec) -> RewardCaller | JudgeCaller:
+        return JudgeCaller(spec) if isinstance(spec, JudgeSpec) else RewardCaller(spec.load(), self._threads)
 
     def _began(self) -> int:
         with self._lock:

@@ -62,6 +62,7 @@ class Handler(BaseHTTPRequestHandler):
     lock = threading.Lock()
     calls: ClassVar[list[dict[str, Any]]] = []
     counted: ClassVar[Counter[str]] = Counter()
+    every = ("garbage", "500", "nan", "short", "words", "breaks")
 
     def log_message(self, format: str, *args: Any) -> None: ...
 
@@ -80,7 +81,11 @@ class Handler(BaseHTTPRequestHandler):
             self._send(200, answer(scores))
         elif fault in BODIES:
             self._send(200, BODIES[fault](scores))
-        elif fault.isdigit():
+        else:
+            self.fails(fault, scores)
+
+    def fails(self, fault: str, scores: Scores) -> None:
+        if fault.isdigit():
             self._send(int(fault), b"the model is being loaded", **{"Retry-After": "0"})
         else:
             getattr(self, fault)(scores)
@@ -93,8 +98,7 @@ class Handler(BaseHTTPRequestHandler):
         if kind == "first":
             return rest[0] if count <= int(rest[1]) else None
         if kind == "every":
-            faults = ("garbage", "500", "nan", "short", "words", "breaks")
-            return faults[count // 2 % len(faults)] if count % 2 else None
+            return self.every[count // 2 % len(self.every)] if count % 2 else None
         return None if kind == "score" else kind
 
     def hangs(self, scores: Scores) -> None:
@@ -135,8 +139,8 @@ class Handler(BaseHTTPRequestHandler):
 class RewardServer:
     """A handle on the process; `port` may be given to one that takes another's place."""
 
-    def __init__(self, port: int = 0) -> None:
-        command = [sys.executable, __file__, str(port)]
+    def __init__(self, port: int = 0, program: str = __file__) -> None:
+        command = [sys.executable, program, str(port)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         self.port = int(self.process.stdout.readline())
@@ -157,16 +161,21 @@ class RewardServer:
 
 
 @contextmanager
-def reward_server(port: int = 0) -> Iterator[RewardServer]:
-    server = RewardServer(port)
+def reward_server(port: int = 0, program: str = __file__) -> Iterator[RewardServer]:
+    server = RewardServer(port, program)
     try:
         yield server
     finally:
         server.kill()
 
 
-if __name__ == "__main__":
+def serve(handler: type[Handler], port: int) -> None:
+    """Until this process is killed. Prints the port; 0: any that is free."""
     ThreadingHTTPServer.daemon_threads = True
-    listening = ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler)
+    listening = ThreadingHTTPServer(("127.0.0.1", port), handler)
     print(listening.server_port, flush=True)
     listening.serve_forever()
+
+
+if __name__ == "__main__":
+    serve(Handler, int(sys.argv[1]))

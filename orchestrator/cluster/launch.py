@@ -173,6 +173,11 @@ class _Starting:
         ]
         return await self.cluster.start_group(role, ModelWorker, ranks)
 
+    @property
+    def _samples(self) -> int:
+        """Completions of a prompt, at most."""
+        return max(phase.pipeline.samples_per_prompt or 1 for phase in self.prepared.phases)
+
     def engines(self, role: str) -> Pool:
         prepared, config = self.prepared, self.prepared.config
         settings = config.roles.engine(role)
@@ -190,9 +195,10 @@ class _Starting:
             trust_remote_code=config.model.trust_remote_code,
             options=settings.engine_options,
         )
-        samples = max(phase.pipeline.samples_per_prompt or 1 for phase in prepared.phases)
         policy = PoolPolicy(
-            slots=max(1, 2 * settings.max_concurrency // samples),  # twice: the engine must never wait for the driver
+            slots=max(
+                1, 2 * settings.max_concurrency // self._samples
+            ),  # twice: the engine must never wait for the driver
             max_attempts=settings.max_attempts,
             call_timeout_s=settings.request_timeout_s,
             start_timeout_s=settings.start_timeout_s,
@@ -207,7 +213,7 @@ class _Starting:
         policy = PoolPolicy(
             slots=settings.concurrency,
             max_attempts=settings.max_attempts,
-            call_timeout_s=call_timeout_s(rewards, settings.timeout_s, settings.concurrency),
+            call_timeout_s=call_timeout_s(rewards, settings.timeout_s, settings.concurrency, self._samples),
             start_timeout_s=settings.start_timeout_s,
             max_restarts=settings.max_restarts,
             kill_on_timeout=True,

@@ -6,42 +6,42 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from orchestrator.config.judges import JudgeConfig, one_or_several
 from orchestrator.config.section import Positive, Seconds, Section
+from rewards.judge import Judge
 
-CALLED = ("fn", "actor", "url")  # kinds of rewards that are called with texts; the other is the score of a role's model
+CALLED = ("fn", "actor", "url")  # kinds of rewards that are called with texts as they are, and return numbers
 KINDS = {
     "fn": "a function (fn: NAME)",
     "actor": "a named Ray actor (actor: ray://NAMESPACE/NAME)",
     "url": "an HTTP endpoint (url: ADDRESS)",
+    "judge": "a judge (judge: {...})",
     "role": "a model's score (role: NAME)",
 }
 KINDS_WITH = {  # a key -> the kinds of rewards that it says something about; the others: all
     "options": CALLED,
-    "timeout_s": CALLED,
-    "retries": CALLED,
-    "on_failure": CALLED,
-    "concurrency": CALLED,
+    "timeout_s": (*CALLED, "judge"),
+    "retries": (*CALLED, "judge"),
+    "concurrency": (*CALLED, "judge"),
     "columns": ("actor", "url"),
     "method": ("actor",),
     "headers_from_env": ("url",),
-    "allow_private": ("url",),
+    "allow_private": ("url", "judge"),
 }
 
 
-def _one_or_several(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
-
-
 class RewardConfig(Section):
-    """One reward: a function (`fn`), a named Ray actor (`actor`), an HTTP endpoint (`url`), or the score of a role's
-    model (`role`). What each of them is given and returns: docs/rewards.md."""
+    """One reward: a function (`fn`), a named Ray actor (`actor`), an HTTP endpoint (`url`), a judge (`judge`), or the
+    score of a role's model (`role`). What each of them is given and returns: docs/rewards.md."""
 
     fn: str | None = None
     """A shipped reward's name, `package.module:function` or `path/to/file.py:function`."""
     actor: str | None = None
     """Instead of `fn`: an actor of another job in the same Ray cluster, as ray://NAMESPACE/NAME."""
-    url: Annotated[tuple[str, ...], BeforeValidator(_one_or_several), Field(min_length=1)] | None = None
+    url: Annotated[tuple[str, ...], BeforeValidator(one_or_several), Field(min_length=1)] | None = None
     """Instead of `fn`: the address of an HTTP endpoint, or a list of the addresses of its replicas."""
+    judge: Annotated[tuple[JudgeConfig, ...], BeforeValidator(one_or_several), Field(min_length=1)] | None = None
+    """Instead of `fn`: a language model that judges, or a list of binary judges that must all say yes."""
     role: str | None = None
     """Instead of `fn`: the role whose model scores prompt and completion with one number."""
     weight: float = 1.0
@@ -57,15 +57,19 @@ class RewardConfig(Section):
     headers_from_env: dict[str, str] = Field(default_factory=dict)
     """Headers sent to an endpoint: header name -> environment variable with its value, read where the run starts."""
     allow_private: bool = False
-    """Allow an endpoint whose address is not on the public Internet (localhost, 10.0.0.5)."""
+    """Allow an endpoint, of a judge too, whose address is not on the public Internet (localhost, 10.0.0.5)."""
     timeout_s: Seconds | None = None
-    """Deadline of one attempt. None: the role's timeout_s; for a function, that of the whole call."""
+    """Deadline of one attempt (of a judge: at one question). None: the role's timeout_s; a function: of the call."""
     retries: Annotated[int, Field(ge=0)] | None = None
     """Attempts after the first failure, with growing pauses between them. None: 2; for a function 0."""
     on_failure: Literal["retry", "drop", "fail"] | float = "retry"
     """If all attempts fail: try another worker, drop the group, end the run, or use this number (docs/rewards.md)."""
     concurrency: Positive | None = None
-    """Concurrent calls of this reward per worker. None: the role's concurrency."""
+    """Concurrent calls of this reward per worker, of a judge questions. None: the role's concurrency; of a judge 16."""
+
+    @property
+    def judges(self) -> tuple[Judge, ...]:
+        return tuple(judge.built() for judge in self.judge or ())
 
     @model_validator(mode="after")
     def _one_kind(self) -> RewardConfig:
@@ -80,4 +84,22 @@ class RewardConfig(Section):
                 raise ValueError(
                     f"{key} is for {' or '.join(KINDS[kind] for kind in kinds)}; this is {KINDS[given[0]]}"
                 )
+        return self._one_judge_or_binary_ones()
+
+    def _one_judge_or_binary_ones(self) -> RewardConfig:
+        judges = self.judge
+        if judges is None:
+            return self
+        others = [judge.kind for judge in judges if judge.kind != "binary"]
+        if len(judges) > 1 and others:
+            raise ValueError(f"several judges are a mixture: each must be kind=binary; one is {others[0]}")
+        if len({judge.role is None for judge in judges}) > 1:
+            raise ValueError("the judges of a mixture are all endpoints, or all engine roles; make it two rewards")
+        by_role = judges[0].role is not None
+        idle = [key for key in ("timeout_s", "retries", "concurrency", "allow_private") if getattr(self, key)]
+        if by_role and idle:
+            raise ValueError(
+                f"{idle[0]} is for a judge with a url; an engine role has limits of its own: "
+                f"roles.{judges[0].role}.request_timeout_s, max_attempts and max_concurrency"
+            )
         return self

@@ -89,6 +89,12 @@ def _of_kinds(config: RunConfig, pipelines: Mapping[str, Pipeline]) -> Iterator[
         settings = None if reward.role is None else config.roles.get(reward.role)
         if settings is not None and not isinstance(settings, RanksRole):
             yield f"rewards: {reward.role} has no model to score with; name a role of kind trainer or frozen"
+    yield from (
+        f"rewards: the judge {judge.role} is a role, and only endpoints can be asked yet; give it a url"
+        for reward in config.rewards
+        for judge in reward.judge or ()
+        if judge.role is not None
+    )
     asked: dict[str, Head] = {reward.role: Head.ROW_SCALAR for reward in config.rewards if reward.role is not None}
     for pipeline in pipelines.values():
         for role, head in pipeline.heads.items():

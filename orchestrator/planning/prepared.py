@@ -18,7 +18,7 @@ from orchestrator.config.schema import PhaseConfig, RunConfig
 from orchestrator.data.source import RowSource, Source
 from orchestrator.pipeline import Pipeline, Stage, Verb, items_of
 from orchestrator.planning.schedule import Schedule
-from rewards.specs import Spec
+from rewards.specs import AnySpec
 from rollout.sampling import Sampling
 
 
@@ -100,7 +100,7 @@ class Prepared:
     tokenizer_path: str
     tokenizer: Any
     phases: tuple[PreparedPhase, ...]
-    rewards: tuple[Spec, ...]  # functions, named actors, HTTP endpoints
+    rewards: tuple[AnySpec, ...]  # functions, named actors, HTTP endpoints, judges
     model_rewards: tuple[ModelReward, ...]
     parameters: int | None
     own_parameters: Mapping[str, int | None] = field(default_factory=dict[str, int | None])  # of roles that differ

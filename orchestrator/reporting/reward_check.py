@@ -20,10 +20,12 @@ from actors.batch import Array
 from actors.errors import ConfigError, DataError, RunError
 from orchestrator.config.schema import ClusterConfig, DataConfig, RewardConfig, RunConfig
 from orchestrator.reporting.terminal_tables import Rows
-from rewards.caller import CallStatistics, RewardCaller
+from rewards.attempts import CallStatistics
+from rewards.caller import RewardCaller
 from rewards.calls import Log, Samples, TrainerState
+from rewards.judge import JudgeCaller, JudgeSpec
 from rewards.reward import OnFailure, Reward
-from rewards.specs import Spec, check_columns, check_reward
+from rewards.specs import AnySpec, check_columns, check_reward
 
 EXAMPLES: tuple[dict[str, Any], ...] = (  # right, wrong, empty, and with what is no ASCII
     {"prompt": "12+34=", "completion": "46", "answer": "46", "solution": "$46$"},
@@ -31,6 +33,7 @@ EXAMPLES: tuple[dict[str, Any], ...] = (  # right, wrong, empty, and with what i
     {"prompt": "1+1=", "completion": "", "answer": "2", "solution": "$2$"},
     {"prompt": "5+5=", "completion": "<think>zehn — 十</think>10", "answer": "10", "solution": "$10$"},
 )
+JUDGE = "judge"  # in place of a reward's name: its keys say which
 SHOWN = 60  # characters of a text in the table
 SHOWN_ANSWER = 300  # characters of an answer that is none
 FOLLOWS: dict[str, str] = {  # on_failure
@@ -58,7 +61,8 @@ def settings_of(reward: str, overrides: Sequence[str]) -> tuple[RewardConfig, Ru
     from orchestrator.config.loading import config_of
 
     kind = "actor" if reward.startswith("ray://") else "url" if "://" in reward else "fn"
-    tree = {"phases": {"check": {}}, "rewards": [{kind: reward}]}
+    given: dict[str, Any] = {"judge": {}} if reward == JUDGE else {kind: reward}
+    tree = {"phases": {"check": {}}, "rewards": [given]}
     config = config_of(tree, [f"rewards.0.{override}" for override in overrides], "troupe check-reward")
     return config.rewards[0], config
 
@@ -84,14 +88,26 @@ def rows_of(path: str | None, split: str, count: int, completions: str) -> list[
     return [{**row, "completion": row[completions]} for row in found]
 
 
-def examine(spec: Spec, rows: Sequence[Mapping[str, Any]], where: str, ids: Callable[[str], list[int]]) -> Outcome:
+def examine(spec: AnySpec, rows: Sequence[Mapping[str, Any]], where: str, ids: Callable[[str], list[int]]) -> Outcome:
     """Call the reward with the rows. Raises ConfigError if it needs a column that they lack; `where`: what to call
     them."""
     check_columns([spec], set(rows[0]) - {"prompt", "completion"}, where)
     texts = [_text(row["completion"]) for row in rows]
     columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
     samples = Samples([row["prompt"] for row in rows], texts, list(map(ids, texts)), columns, TrainerState(0))
-    return asyncio.run(_called(spec.load(), samples))
+    return asyncio.run(_asked(spec, samples) if isinstance(spec, JudgeSpec) else _called(spec.load(), samples))
+
+
+async def _asked(spec: JudgeSpec, samples: Samples) -> Outcome:
+    """As `_called`. What a judge said is what it logged."""
+    caller = JudgeCaller(replace(spec, handling=replace(spec.handling, on_failure="retry")))
+    try:
+        scored = await caller.score(samples)
+        return Outcome(scored.values, None, (), scored.log, scored.statistics, False)
+    except RunError as error:
+        return Outcome(None, str(error), (), None, None, False)
+    finally:
+        await asyncio.to_thread(caller.close)
 
 
 async def _called(reward: Reward, samples: Samples) -> Outcome:
@@ -180,7 +196,7 @@ def _about_answer(outcome: Outcome, values: Array, limit_s: float) -> list[Text]
         lines.append(_warning("no opinion on any of them: a group of samples like these is dropped"))
     elif len(values) > 1 and np.ptp(opinions) == 0:
         lines.append(_warning("all rewards are the same: from a group of samples like these nothing is learned"))
-    logged = {**outcome.log.metrics, **outcome.log.extra}
+    logged = [*(f"{name} {value:g}" for name, value in outcome.log.metrics.items()), *outcome.log.extra]
     if logged:
         lines.append(Text(f"logged: {', '.join(logged)}"))
     return lines

@@ -25,7 +25,8 @@ from orchestrator.config.loading import load_config
 from orchestrator.config.schema import RewardConfig
 from orchestrator.reporting.metrics import METRICS_FILE, read
 from orchestrator.run import run
-from rewards.http_endpoint import EndpointSpec, PrivateAddress, PublicResolver, is_public
+from rewards.http_client import PrivateAddress, PublicResolver, is_public
+from rewards.http_endpoint import EndpointSpec
 from rewards.reward import Handling
 from rewards.specs import check_reward, with_deadlines
 from rewards.worker import RewardWorker, ScoreResult

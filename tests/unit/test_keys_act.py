@@ -75,6 +75,9 @@ LAUNCHES = {  # the others: GRPO
     "teacher_rollout": TAUGHT,
     "reference_rollout": EXPLORED,
 }
+JUDGE: dict[str, Any] = {"url": "https://a.example/v1", "model": "m"}
+JUDGED: dict[str, Any] = {"rewards": [{"judge": [JUDGE]}]}
+RUBRIC: dict[str, Any] = {"rewards": [{"judge": [{**JUDGE, "kind": "rubric"}]}]}
 RENAMED = {"phases": {"a": {"rename_roles": {"reference": "teacher"}}}}
 DEEPSPEED = {"roles": {"ROLE": {"backend": "deepspeed"}}}
 SELECTED = {"roles": {"ROLE": {"label_selector": {"zone": "a"}}}}
@@ -156,6 +159,25 @@ PLANNED: dict[str, tuple[Any, dict[str, Any]]] = {
     "rewards.N.url": ("https://b.example", {"rewards": [{"url": "https://a.example"}]}),
     "rewards.N.headers_from_env": ({"Authorization": "TOKEN"}, {"rewards": [{"url": "https://a.example"}]}),
     "rewards.N.allow_private": (True, {"rewards": [{"url": "https://a.example"}]}),
+    "rewards.N.judge": ({**JUDGE, "model": "other"}, JUDGED),
+    **{
+        f"rewards.N.judge.N.{key}": (value, JUDGED)
+        for key, value in {
+            "kind": "binary",
+            "url": "https://b.example/v1",
+            "model": "other",
+            "api_key_env": "KEY",
+            "request": {"seed": 1},
+            "template": "mine.txt",
+            "pattern": "(?P<first>0)|(?P<second>1)",
+            "against": "gold",
+            "temperature": 0.5,
+            "max_tokens": 9,
+        }.items()
+    },
+    "rewards.N.judge.N.score_range": ([1.0, 5.0], RUBRIC),
+    "rewards.N.judge.N.judgements": (3, {"rewards": [{"judge": [{**JUDGE, "temperature": 1.0}]}]}),
+    "rewards.N.judge.N.role": ("other", {"rewards": [{"judge": [{"role": "rollout"}]}]}),
     "roles.*.backend": ("deepspeed", {}),
     "roles.*.ranks": (2, DEEPSPEED),
     "roles.*.workers": (3, {}),

@@ -12,7 +12,7 @@ import numpy as np
 from orchestrator.collection.collected import Collected
 from orchestrator.collection.group_stages import PromptGroup
 from orchestrator.reporting.rollout_metrics import completion_rows, rollout_metrics
-from rewards.caller import CallStatistics
+from rewards.attempts import CallStatistics
 from rewards.worker import ScoredTexts, ScoreResult
 from rollout.sampling import Finish, GroupMeta
 
