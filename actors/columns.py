@@ -85,6 +85,7 @@ COLUMNS: dict[str, Column] = {
         _row(
             "optimal_value", np.float32, "what the prompt is worth under the best policy near the reference", "regroup"
         ),
+        _row("preference", np.float32, "probability that the row is preferred to its opponent's", "regroup"),
         _row("preferred", np.bool_, "of a pair: the chosen one", "source, regroup"),
         _row("label", np.bool_, "unpaired preference: desirable", "source"),
         _row("gold", np.bool_, "of a triple: the completion that is imitated", "source"),

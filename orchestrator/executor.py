@@ -71,7 +71,10 @@ class Executor:
         """Stages run with these settings from now on."""
         self.batch_stages.enter(phase)
         changing = {*phase.pipeline.trained, *phase.pipeline.mixed}
-        self.group_stages.steady = frozenset(each.role for each in self.publishers if each.source not in changing)
+        followed = {each.role for each in self.publishers}
+        self.group_stages.steady = frozenset(
+            followed - {each.role for each in self.publishers if each.source in changing}
+        )
 
     @property
     def phase(self) -> PhaseSettings:
@@ -165,7 +168,8 @@ class Executor:
         last report; None if there was nothing to do."""
         report = None
         for publisher in self.publishers:
-            if publisher.version != version and (begins or publisher.role not in self.group_stages.steady):
+            changes = publisher.source in {*self.phase.pipeline.trained, *self.phase.pipeline.mixed}
+            if publisher.version != version and (begins or changes):
                 report = await publisher.publish(version)
         return report
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from enum import StrEnum
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,6 +27,13 @@ ENGINES: dict[str, str] = {  # kind -> class, imported when it is built: importi
 }
 
 
+class Ability(StrEnum):
+    """What some engines can do and others cannot. An engine's class names its own in `abilities`; a run that needs one
+    which its engine lacks is refused before anything starts."""
+
+    MIXES = "mixes"  # it holds a second model, and samples from the geometric mixture of both
+
+
 @dataclass(frozen=True)
 class EngineSpec:
     """How to build an engine. `kind` is a key of `rollout.engine.ENGINES`."""
@@ -41,6 +49,7 @@ class EngineSpec:
     kv_cache_gib: float = 0.25
     seed: int = 0
     trust_remote_code: bool = False
+    mixes: str | None = None  # a second model, in the logits of requests with a `mixture`; None: there is none
     options: dict[str, Any] = field(default_factory=dict)  # passed to the engine itself, e.g. vLLM's EngineArgs
 
 
@@ -55,6 +64,7 @@ class Finished:
 class Engine(Protocol):
     """Not thread-safe: one thread owns it."""
 
+    abilities: frozenset[Ability]
     version: int  # of the weights in use; -1 until some were loaded
     device: torch.device  # where it computes, and where new weights are staged for `load`
 
@@ -83,6 +93,11 @@ class Engine(Protocol):
         afterwards."""
         ...
 
+    def load_second(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """`load` for the second model, that of `EngineSpec.mixes`. Tokens keep the version of the first one's weights.
+        Called only on an engine with the ability `MIXES`."""
+        ...
+
     def sleep(self) -> None:
         """Release the accelerator's memory. Only while not busy; no effect on a CPU."""
         ...
@@ -94,10 +109,17 @@ class Engine(Protocol):
 
 def build_engine(spec: EngineSpec) -> Engine:
     """The engine that the specification asks for, ready to take requests, with the weights of `spec.model`."""
-    path = ENGINES.get(spec.kind, spec.kind)
+    return _class_of(spec.kind)(spec)
+
+
+def abilities_of(kind: str) -> frozenset[Ability]:
+    """What engines of that kind can do beyond the contract; a class that does not say can do nothing beyond it."""
+    return frozenset(getattr(_class_of(kind), "abilities", ()))
+
+
+def _class_of(kind: str) -> Any:
+    path = ENGINES.get(kind, kind)
     if ":" not in path:
-        raise ConfigError(
-            f"roles.rollout.engine: {spec.kind!r} is none of {', '.join(ENGINES)}, nor `package.module:Class`"
-        )
+        raise ConfigError(f"roles.rollout.engine: {kind!r} is none of {', '.join(ENGINES)}, nor `package.module:Class`")
     module, name = path.split(":")
-    return getattr(import_module(module), name)(spec)
+    return getattr(import_module(module), name)

@@ -30,6 +30,7 @@ from torch import Tensor
 from actors.errors import InfraFailure, TroupeError
 from rollout.engine import Engine, Finished
 from rollout.sampling import Completion, Request
+from rollout.weights.protocol import Part
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -116,13 +117,16 @@ class EngineLoop:
         """Drop requests; their futures fail with an InfraFailure. Returns how many were being generated."""
         return self.submit(lambda engine: sum(self._abort(engine, request_id) for request_id in request_ids))
 
-    def load(self, weights: list[tuple[str, Tensor]], version: int) -> Future[float]:
-        """Switch to new weights between two steps. Returns for how many seconds decoding paused. If that fails, the
-        engine may hold a mixture of weights, so it is shut down."""
+    def load(self, weights: list[tuple[str, Tensor]], version: int, part: Part = "own") -> Future[float]:
+        """Switch to new weights, of the engine's own model or of its second one, between two steps. Returns for how
+        many seconds decoding paused. If that fails, the engine may hold a mixture of weights, so it is shut down."""
 
         def apply(engine: Engine) -> float:
             began = time.monotonic()
-            engine.load(weights, version)
+            if part == "own":
+                engine.load(weights, version)
+            else:
+                engine.load_second(weights)
             self.version = engine.version
             return time.monotonic() - began
 

@@ -17,13 +17,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from actors.errors import ConfigError, DataFailure, InfraFailure
-from actors.pretrained import check_folder, load_config, load_pretrained
-from rollout.engine import EngineSpec, Finished
+from actors.errors import ConfigError, DataFailure
+from rollout.engine import Ability, EngineSpec, Finished
 from rollout.sampling import Completion, Finish, Request, Sampling, sample_seed
 from rollout.stopping import StopRule, end_token_ids, token_budget
+from rollout.transformers_model import copy_weights, read_model
+
+OWN, SECOND = 0, 1  # the model that the engine follows, and the one that is mixed in
 
 
 @dataclass
@@ -50,18 +52,20 @@ class _Row:
 
 @dataclass
 class _Part:
-    """Samples of one request that are decoded together and have the same length. `cache` is None until their first
-    step, and again after new weights."""
+    """Samples of one request that are decoded together and have the same length. `caches` has one for each model that
+    has read them; it is None until their first step, and again after new weights."""
 
     request: Request
     budget: int
     rows: list[_Row]
-    cache: Any = None
+    caches: list[Any] = field(default_factory=lambda: [None, None])
 
 
 class HfEngine:
     """`options` are keyword arguments of `from_pretrained`. A request of more than `max_concurrency` samples is decoded
     in parts of that many."""
+
+    abilities = frozenset({Ability.MIXES})
 
     def __init__(self, spec: EngineSpec) -> None:
         if spec.tensor_parallel != 1:
@@ -70,14 +74,17 @@ class HfEngine:
         self.version = -1
         self._spec = spec
         self.device = torch.device("cuda" if spec.gpus > 0 else "cpu")
-        self._model = _read_model(spec).to(self.device).eval()
+        paths = [spec.model, *([spec.mixes] if spec.mixes is not None else [])]
+        self._models = [read_model(spec, path, spec.options).to(self.device) for path in paths]
         self._stop = StopRule(spec.model, end_token_ids(spec.model, spec.trust_remote_code), spec.trust_remote_code)
         self._waiting: deque[_Part] = deque()  # the first one is running
         self._done: dict[str, list[Completion]] = {}
 
     def add(self, request: Request) -> None:
         budget = token_budget(request, self._spec.max_model_len)
-        vocab = self._model.config.get_text_config().vocab_size
+        vocab = self._models[OWN].config.get_text_config().vocab_size
+        if request.mixture and len(self._models) == 1:
+            raise DataFailure(f"request {request.id}: it mixes two models, and the engine was built with one")
         strays = [token for token in request.prompt if not 0 <= token < vocab]
         if strays:
             raise DataFailure(f"request {request.id}: token {strays[0]} is not in the vocabulary of {vocab}")
@@ -109,41 +116,55 @@ class HfEngine:
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Running samples compute their keys and values again under the new weights: every token's log-probability is
         that of one version alone."""
-        _copy_weights(self._model, dict(weights))
-        for part in self._waiting:
-            part.cache = None
+        self._replace_weights(OWN, weights)
         self.version = version
 
+    def load_second(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        self._replace_weights(SECOND, weights)
+
     def sleep(self) -> None:
-        self._model.to("cpu")
+        for model in self._models:
+            model.to("cpu")
         if self.device.type != "cpu":
             torch.cuda.empty_cache()  # otherwise the allocator keeps it for this process
 
     def wake(self) -> None:
-        self._model.to(self.device)
+        for model in self._models:
+            model.to(self.device)
 
     def close(self) -> None:
         self._waiting.clear()
 
+    def _replace_weights(self, which: int, weights: Iterable[tuple[str, Tensor]]) -> None:
+        copy_weights(self._models[which], dict(weights))
+        for part in self._waiting:
+            part.caches[which] = None
+
     def _next_logits(self, part: _Part) -> Tensor:
-        """[R, V] float32: logits of each row's next token."""
-        if part.cache is not None:
+        """[R, V] float32: logits of each row's next token, for a request with a mixture those of both models."""
+        logits, share = self._logits_of(OWN, part), part.request.mixture
+        return mixed(logits, self._logits_of(SECOND, part), share) if share else logits
+
+    def _logits_of(self, which: int, part: _Part) -> Tensor:
+        """[R, V] float32: what one model says of each row's next token."""
+        if part.caches[which] is not None:
             last = torch.tensor([[row.tokens[-1]] for row in part.rows], device=self.device)
-            return self._forward(last, part)
+            return self._forward(which, last, part)
         if part.rows[0].tokens:  # new weights have arrived: compute the whole prefix again
             texts = [[*part.request.prompt, *row.tokens] for row in part.rows]
-            return self._forward(torch.tensor(texts, device=self.device), part)
-        return self._read_prompt(part)
+            return self._forward(which, torch.tensor(texts, device=self.device), part)
+        return self._read_prompt(which, part)
 
-    def _read_prompt(self, part: _Part) -> Tensor:
+    def _read_prompt(self, which: int, part: _Part) -> Tensor:
         """Once for all rows."""
-        logits = self._forward(torch.tensor([part.request.prompt], device=self.device), part)
-        part.cache.batch_repeat_interleave(len(part.rows))
+        logits = self._forward(which, torch.tensor([part.request.prompt], device=self.device), part)
+        part.caches[which].batch_repeat_interleave(len(part.rows))
         return logits.expand(len(part.rows), -1)
 
-    def _forward(self, ids: Tensor, part: _Part) -> Tensor:
-        output = self._model(input_ids=ids, past_key_values=part.cache, use_cache=True, logits_to_keep=1)
-        part.cache = output.past_key_values
+    def _forward(self, which: int, ids: Tensor, part: _Part) -> Tensor:
+        model, cache = self._models[which], part.caches[which]
+        output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        part.caches[which] = output.past_key_values
         return output.logits[:, -1].float()
 
     def _retire(self, part: _Part) -> list[Finished]:
@@ -155,7 +176,8 @@ class HfEngine:
         completions += [row.completion() for row in part.rows if row.finish is not None]
         if going:
             part.rows = [part.rows[place] for place in going]
-            part.cache.batch_select_indices(torch.tensor(going, device=self.device))
+            for cache in (cache for cache in part.caches if cache is not None):
+                cache.batch_select_indices(torch.tensor(going, device=self.device))
             return []
         self._waiting.popleft()
         if len(completions) < part.request.n:
@@ -178,6 +200,16 @@ def draw(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) 
     return tokens, logps.gather(-1, tokens[:, None])[:, 0]
 
 
+def mixed(own: Tensor, second: Tensor, share: float) -> Tensor:
+    """[R, V]: logits of the geometric mixture, `(1 - share) own + share second`: the distribution is the normalised
+    product of the two, to these powers. Rows of a padded vocabulary that one of the models lacks stand for no token and
+    are left out.
+
+    Source: arXiv:2312.00886 (Nash-MD, the mixture taken one token at a time)."""
+    size = min(own.shape[-1], second.shape[-1])
+    return own[:, :size].lerp(second[:, :size], share)
+
+
 def truncate(logits: Tensor, sampling: Sampling) -> Tensor:
     """Minus infinity for tokens outside min_p, top_k and top_p; the likeliest token is always kept."""
     if sampling.min_p > 0:
@@ -196,27 +228,3 @@ def truncate(logits: Tensor, sampling: Sampling) -> Tensor:
 
 def _generator(request: Request, index: int, device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(sample_seed(request.seed, index))
-
-
-def _read_model(spec: EngineSpec) -> Any:
-    check_folder(spec.model)
-    config = load_config(spec.model, spec.trust_remote_code).get_text_config()
-    capped = getattr(config, "attn_logit_softcapping", None) is not None
-    # transformers would choose sdpa, which silently ignores the cap: another policy than the trainer's
-    attention = {"attn_implementation": "eager"} if capped else {}
-    options: dict[str, Any] = {"dtype": getattr(torch, spec.dtype), **attention, **spec.options}
-    return load_pretrained(spec.model, spec.trust_remote_code, **options)
-
-
-@torch.no_grad()
-def _copy_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Copy into the model's own tensors. Raises InfraFailure unless every parameter is given (a tied one once), and
-    nothing that the model does not have."""
-    own = dict(model.named_parameters(remove_duplicate=False))
-    unknown = sorted(set(weights) - set(own))
-    reached = {id(own[name]) for name in weights if name in own}
-    missing = sorted(name for name, parameter in own.items() if id(parameter) not in reached)
-    if unknown or missing:
-        raise InfraFailure(f"weights do not fit the model: not sent {missing[:5]}, not in the model {unknown[:5]}")
-    for name, tensor in weights.items():
-        own[name].copy_(tensor)

@@ -40,6 +40,7 @@ class Request:
     sampling: Sampling
     seed: int
     group: int = 0  # written into the `group` column
+    mixture: float = 0.0  # share of the engine's second model in the logits that every token is drawn from
 
 
 class Finish(StrEnum):

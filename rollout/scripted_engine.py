@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from actors.errors import ConfigError, DataFailure, InfraFailure
-from rollout.engine import EngineSpec, Finished
+from rollout.engine import Ability, EngineSpec, Finished
 from rollout.sampling import Completion, Finish, Request, sample_seed
 from rollout.stopping import token_budget
 
@@ -96,6 +96,8 @@ class ScriptedEngine:
     """Results are a function of (script, request). Log-probabilities are those of a uniform distribution. `loads` lists
     the weights loaded so far: (version, number of tensors, sum over all of them)."""
 
+    abilities = frozenset[Ability]()
+
     def __init__(self, spec: EngineSpec) -> None:
         self.version = -1
         self.device = torch.device("cpu")
@@ -143,6 +145,9 @@ class ScriptedEngine:
         if len(self.loads) == self._script.break_at_load:
             raise RuntimeError(f"scripted to break at load {len(self.loads)}")
         self.version = version
+
+    def load_second(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        raise InfraFailure("the scripted engine has no second model")
 
     def sleep(self) -> None: ...
 

@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from actors.errors import DataFailure, InfraFailure
+from actors.errors import ConfigError, DataFailure, InfraFailure
 from actors.pretrained import check_folder
-from rollout.engine import EngineSpec, Finished
+from rollout.engine import Ability, EngineSpec, Finished
 from rollout.sampling import Completion, Finish, Request, sample_seed
 from rollout.stopping import end_token_ids, token_budget
+from rollout.vllm_mixture import MIXTURE, SecondModel
 
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput, RequestOutput
@@ -49,14 +50,23 @@ class _Running:
 
 
 class VllmEngine:
-    """`options` are `EngineArgs` of vLLM and win over what is derived from the specification."""
+    """`options` are `EngineArgs` of vLLM and win over what is derived from the specification. A second model
+    (`EngineSpec.mixes`) is one of transformers in this process, outside vLLM's key-value cache and memory budget."""
+
+    abilities = frozenset({Ability.MIXES})
 
     def __init__(self, spec: EngineSpec) -> None:
         check_folder(spec.model)
+        if spec.mixes is not None and spec.tensor_parallel > 1:
+            raise ConfigError(
+                f"tensor_parallel={spec.tensor_parallel} of an engine that mixes in {spec.mixes}: both models must be "
+                "in one process; set it to 1"
+            )
         self._max_model_len = spec.max_model_len
         self._end_ids = end_token_ids(spec.model, spec.trust_remote_code)
         self.device = torch.device("cuda" if spec.gpus > 0 else "cpu")
-        self._llm = _start(spec)
+        self._second = None if spec.mixes is None else SecondModel(spec, spec.mixes, self.device)
+        self._llm = _start(spec, self._second)
         self._running: dict[str, _Running] = {}
         self.version = -1
 
@@ -72,6 +82,8 @@ class VllmEngine:
     def add(self, request: Request) -> None:
         from vllm.exceptions import VLLMClientError
 
+        if request.mixture and self._second is None:
+            raise DataFailure(f"request {request.id}: it mixes two models, and the engine was built with one")
         budget = token_budget(request, self._max_model_len)
         self._running[request.id] = _Running(request)
         try:
@@ -111,6 +123,10 @@ class VllmEngine:
             )
         self.version = version
 
+    def load_second(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        assert self._second is not None, "the engine was built with one model"
+        self._second.load(weights)
+
     def sleep(self) -> None:
         if self.device.type != "cpu":  # a CPU has no memory to release
             self._llm.sleep(level=1)
@@ -142,6 +158,7 @@ class VllmEngine:
             logprobs=0,  # of the sampled token only
             flat_logprobs=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args={MIXTURE: request.mixture} if request.mixture else None,
         )
         prompt: Any = {"prompt_token_ids": list(request.prompt)}
         self._llm.add_request(_sample_id(request.id, index), prompt, params)
@@ -162,7 +179,7 @@ def cpu_refusal(config: Any) -> str | None:
     )
 
 
-def _start(spec: EngineSpec) -> LLMEngine:
+def _start(spec: EngineSpec, second: SecondModel | None) -> LLMEngine:
     os.environ.update(ENVIRONMENT)
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # it warns that a CPU has no Triton
@@ -191,6 +208,7 @@ def _start(spec: EngineSpec) -> LLMEngine:
         "generation_config": "vllm",  # requests are complete: ignore a model's generation_config.json
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
+        **_mixture(second),
     }
     set_num_threads = torch.set_num_threads
     set_num_threads(spec.threads)
@@ -198,6 +216,15 @@ def _start(spec: EngineSpec) -> LLMEngine:
         return LLMEngine.from_engine_args(EngineArgs(**{**arguments, **spec.options}))
     finally:
         torch.set_num_threads = set_num_threads  # vLLM's CPU worker disables it for the whole process
+
+
+def _mixture(second: SecondModel | None) -> dict[str, Any]:
+    """The second model is asked by a logits processor. It is written for the interface of the first of vLLM's two model
+    runners; the other one is the default where there is Triton."""
+    if second is None:
+        return {}
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    return {"logits_processors": [second.processor()]}
 
 
 def _share_of_gpu(spec: EngineSpec) -> dict[str, Any]:

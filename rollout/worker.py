@@ -37,7 +37,7 @@ from actors.worker import WorkerInfo, consume_exception
 from rollout.engine import Engine, EngineSpec, build_engine
 from rollout.engine_loop import EngineLoop
 from rollout.sampling import Completion, GroupMeta, Request, to_batch
-from rollout.weights.protocol import Ack, Receiver, SyncOrder
+from rollout.weights.protocol import Ack, Part, Receiver, SyncOrder
 
 T = TypeVar("T")
 
@@ -60,7 +60,7 @@ class RolloutWorker:
         self._loop = EngineLoop(name, self._build)
         self._waiters: Counter[str] = Counter()  # calls of `generate` per request id
         self._side = ThreadPoolExecutor(1, thread_name_prefix=f"weights {name}")
-        self._receivers: dict[str, Receiver] = {}
+        self._receivers: dict[tuple[str, Part], Receiver] = {}
         self._receiving = asyncio.Lock()
         self._applied: tuple[str, Ack] | None = None  # the last order, by id
 
@@ -166,7 +166,8 @@ class RolloutWorker:
         staging = self._side.submit(self._stage, order, payload)
         weights, fingerprint = await self._within(staging, deadline, f"weights of version {order.version}")
         received = time.monotonic() - began
-        stall = await self._within(self._loop.load(weights, order.version), VERB_TIMEOUT_S, "applying weights")
+        loading = self._loop.load(weights, order.version, order.part)
+        stall = await self._within(loading, VERB_TIMEOUT_S, "applying weights")
         return Ack(self.name, order.version, fingerprint, received, stall)
 
     def _stage(self, order: SyncOrder, payload: Any) -> tuple[list[tuple[str, Tensor]], str]:
@@ -176,9 +177,10 @@ class RolloutWorker:
         try:
             if self._loop.device is None:
                 raise InfraFailure(f"{self.name}: order {order.id} came before the engine was ready")
-            if order.transport not in self._receivers:
-                self._receivers[order.transport] = receiver(order.transport, self.name, self._loop.device)
-            return self._receivers[order.transport].receive(order, payload)
+            way = order.transport, order.part  # the two models have senders of their own
+            if way not in self._receivers:
+                self._receivers[way] = receiver(order.transport, self.name, self._loop.device)
+            return self._receivers[way].receive(order, payload)
         except TroupeError:
             raise
         except Exception as error:

@@ -35,6 +35,7 @@ from orchestrator.publishing.publisher import Publisher
 from rewards.specs import call_timeout_s, with_deadlines
 from rewards.worker import RewardWorker
 from rollout.engine import EngineSpec
+from rollout.weights.protocol import Part
 from rollout.worker import RolloutWorker
 
 
@@ -63,7 +64,9 @@ async def launch(
         first = [role for role in gangs if role not in prepared.handed_over]
         await _all_or_none(*(pool.open() for pool in pools), *(start_group(role) for role in first))
         publishers = [
-            _publisher(prepared.config, role, groups, pool, cluster, folder, event) for role, pool in engines.items()
+            publisher
+            for role, pool in engines.items()
+            for publisher in _publishers(prepared.config, role, groups, pool, cluster, folder, event)
         ]
         yield Executor(
             groups,
@@ -193,6 +196,7 @@ class _Starting:
             kv_cache_gib=settings.kv_cache_gib,
             seed=config.seed,
             trust_remote_code=config.model.trust_remote_code,
+            mixes=None if settings.mixes is None else model_of(prepared, settings.mixes),
             options=settings.engine_options,
         )
         policy = PoolPolicy(
@@ -234,7 +238,7 @@ class _Starting:
         return Pool(role, workers, policy, start=start, stop=stop, event=self.event, watchdog=self.watchdog)
 
 
-def _publisher(
+def _publishers(
     config: RunConfig,
     role: str,
     groups: Mapping[str, Group],
@@ -242,14 +246,28 @@ def _publisher(
     cluster: Cluster,
     folder: Path,
     event: Event,
-) -> Publisher:
-    """Between an engine role and the role that it follows; its workers join when they have those weights."""
+) -> list[Publisher]:
+    """Between an engine role and the role that it follows; its workers join when they have those weights. If it mixes
+    in another role, the publisher of that comes first, and they join when they have both."""
     settings = config.roles.engine(role)
     dtype = config.weights.dtype or settings.dtype or config.model.dtype
-    source, place = groups[settings.follows], str(folder / "weights")
-    names = {"role": role, "source": settings.follows}
-    publisher = Publisher(
-        source, pool, cluster.objects, config.weights, **names, dtype=dtype, folder=place, event=event
-    )
-    pool.admit = publisher.admit
-    return publisher
+
+    def publisher(source: str, part: Part, second: Publisher | None = None) -> Publisher:
+        return Publisher(
+            groups[source],
+            pool,
+            cluster.objects,
+            config.weights,
+            role=role,
+            source=source,
+            dtype=dtype,
+            folder=str(folder / "weights" / role / part),
+            event=event,
+            part=part,
+            second=second,
+        )
+
+    second = [] if settings.mixes is None else [publisher(settings.mixes, "second")]
+    own = publisher(settings.follows, "own", *second)
+    pool.admit = own.admit
+    return [*second, own]

@@ -117,9 +117,9 @@ class GroupCollector:
 
     async def _collect(self, position: int) -> None:
         """One group's way through the group-wise stages. It ends in `_ready`, or settled and replaced by another."""
-        _, index = self._source.order.at(position)
+        epoch, index = self._source.order.at(position)
         name = f"{self._run}/{position}/v{self._version}"
-        group = PromptGroup(name, position, self._source.item(index), sample_seed(self._seed, position))
+        group = PromptGroup(name, position, self._source.item(index), sample_seed(self._seed, position), epoch)
         try:
             for stage in self._pipeline.group_stages:
                 after = await self._roles.run_group(stage, group)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,9 +39,11 @@ class PromptGroup:
     position: int
     prompt: Any  # orchestrator.data.source.Prompt
     seed: int
+    epoch: int = 0  # of the data
     admitted: float = field(default_factory=time.perf_counter)  # seconds on the driver's clock
     rows: RowTable = field(default_factory=lambda: RowTable(Batch.empty()))
     metas: tuple[GroupMeta, ...] = ()  # one per stage that brought rows
+    own: tuple[bool, ...] = ()  # of each sample: whether a policy that is trained sampled it, alone
     passed: int = 0  # stages that bring rows, whether they ran for this group or not
     oldest_version: int | None = None  # of the tokens that changing weights have sampled; None: there are none
     score: ScoreResult | None = None  # of all samples, whichever became rows
@@ -53,13 +55,15 @@ class PromptGroup:
         """In [0, 1), uniform over positions: which of several stages run for this group (`Stage.share`)."""
         return sample_seed(self.seed, PLACE) / 2**63
 
-    def with_rows(self, rows: RowTable, meta: GroupMeta, version: int | None) -> PromptGroup:
-        """What a stage brought, added. `version`: the oldest of its tokens, if they grow old."""
+    def with_rows(self, rows: RowTable, meta: GroupMeta, version: int | None, *, mixed: bool = False) -> PromptGroup:
+        """What a stage brought, added. `version`: the oldest of its tokens, if they grow old; `mixed`: they are of two
+        models."""
         versions = [each for each in (self.oldest_version, version) if each is not None]
         return replace(
             self,
             rows=RowTable.concat([self.rows, rows]),
             metas=(*self.metas, meta),
+            own=(*self.own, *[version is not None and not mixed] * len(meta.lengths)),
             oldest_version=min(versions, default=None),
         )
 
@@ -132,11 +136,13 @@ class GroupStages:
         if sampler:
             seed, name = sample_seed(seed, sampler), f"{name}/{sampler}"
         wanted = int(stage.options["n"])
-        request = Request(name, group.prompt.tokens, wanted, sampling, seed, group=group.position)
+        mixture = at_epoch(stage.options.get("mixture", (0.0,)), group.epoch)
+        request = Request(name, group.prompt.tokens, wanted, sampling, seed, group=group.position, mixture=mixture)
         meta, rows = await self.sample(stage.role, request, sampler)
         if not enough_survive(len(meta.lengths), wanted):
             raise Dropped("too few samples survived", "; ".join(meta.failures))
-        return group.with_rows(rows, meta, None if stage.role in self.steady else meta.oldest_version)
+        version = None if stage.role in self.steady else meta.oldest_version
+        return group.with_rows(rows, meta, version, mixed=mixture > 0)
 
     async def _take(self, stage: Stage, group: PromptGroup, sampling: Sampling) -> PromptGroup:
         answer: Batch = group.prompt.answer
@@ -176,6 +182,11 @@ class GroupStages:
         assert stage.call is not None
         rows: RowTable | None = stage.call(group.rows, **stage.options["call"])
         return None if rows is None or not len(rows) else replace(group, rows=rows)
+
+
+def at_epoch(values: Sequence[float], epoch: int) -> float:
+    """Of one value per epoch of the data, the last of which holds for all later ones."""
+    return float(values[min(epoch, len(values) - 1)])
 
 
 def _sampled_rows(request: Request, meta: GroupMeta, block: Ref, sampler: int) -> RowTable:

@@ -71,6 +71,8 @@ def _of_roles(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Se
     usual = RolesConfig()  # pyright: ignore[reportCallIssue]
     named = {role for pipeline in pipelines.values() for role in pipeline.roles}
     trained = {role for pipeline in pipelines.values() for role in pipeline.trained}
+    generates = [stage for pipeline in pipelines.values() for stage in pipeline.generates]
+    mixing = {stage.role for stage in generates if "mixture" in stage.options}
     companions = {companion for pipeline in pipelines.values() for companion in pipeline.companions.values()}
     for role, settings in config.roles:
         where = f"roles.{role}"
@@ -88,6 +90,13 @@ def _of_roles(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Se
             yield where, settings, keys, f"{why}; set {where}.backend=deepspeed, or leave them out"
         elif isinstance(settings, EngineRole) and settings.engine in ("hf", "scripted"):
             yield where, settings, OF_VLLM, f"the engine {settings.engine} has no such cache"
+        if isinstance(settings, EngineRole) and settings.mixes is not None and role in launched and role not in mixing:
+            yield (
+                where,
+                settings,
+                ("mixes",),
+                "no stage samples from a mixture there; its second model is idle",
+            )
         if isinstance(settings, FrozenRole) and settings.model is not None and role in launched:
             yield where, settings, ("copies",), f"{where}.model={settings.model} is what it has"
         if isinstance(settings, TrainerRole) and role not in trained:

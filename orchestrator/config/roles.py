@@ -123,6 +123,8 @@ class EngineRole(Section):
     """Kind of the role."""
     follows: str = "policy"
     """The role that it samples from: its weights are published to every worker."""
+    mixes: str | None = None
+    """A second role whose weights its engines hold, for stages that sample from a mixture of both. None: none."""
     engine: str = "vllm"
     """Name of the engine: vllm, hf or scripted, or your own as path/to/file.py:Class."""
     workers: Positive = 1
@@ -179,6 +181,13 @@ class TeacherEngineRole(EngineRole):
     """The role that it samples from: its weights are published to every worker."""
 
 
+class MixtureEngineRole(EngineRole):
+    """The same with a second role to mix in, whichever other keys of it are set."""
+
+    mixes: str | None = "reference"
+    """A second role whose weights its engines hold, for stages that sample from a mixture of both. None: none."""
+
+
 def _kind_of(role: Any) -> Any:
     return cast(dict[str, Any], role).get("kind") if isinstance(role, dict) else getattr(role, "kind", None)
 
@@ -222,6 +231,8 @@ class RolesConfig(Section):
     """The fleet that samples the teacher's completions."""
     reference_rollout: ReferenceEngineRole = Field(default_factory=ReferenceEngineRole)
     """The fleet that samples the reference's completions."""
+    mixture_rollout: MixtureEngineRole = Field(default_factory=MixtureEngineRole)
+    """The fleet that samples, token by token, from a mixture of the policy and the reference."""
 
     def __contains__(self, name: str) -> bool:
         return name in type(self).model_fields or name in self.__pydantic_extra__

@@ -155,6 +155,13 @@ def _of_phase(
             f"{where}.evaluation.data: {phase.method} trains {pipeline.trained[0]}, and no engine samples from it; add "
             f"a role with kind engine and follows {pipeline.trained[0]}, or evaluate on rows (evaluation.rows)"
         )
+    for stage in pipeline.generates:
+        engine = config.roles.get(stage.role)
+        if "mixture" in stage.options and isinstance(engine, EngineRole) and engine.mixes is None:
+            yield (
+                f"roles.{stage.role}.mixes is not set, and {phase.method} samples there from a mixture of two models; "
+                "set it to the role whose model is mixed in (reference, say)"
+            )
     for role in pipeline.teachers:
         yield from _of_teacher(where, config, phase, role)
     for role, companion in pipeline.companions.items():
@@ -249,6 +256,11 @@ def _of_role(where: str, role: str, settings: Role, roles: RolesConfig, launched
         )
     if isinstance(settings, EngineRole) and settings.tensor_parallel > 1 and settings.engine == "hf":
         yield f"{where}.tensor_parallel={settings.tensor_parallel}: the hf engine runs on one device; use vllm, or 1"
+    if isinstance(settings, EngineRole) and settings.tensor_parallel > 1 and settings.mixes is not None:
+        yield (
+            f"{where}.tensor_parallel={settings.tensor_parallel}: an engine that mixes in a second model "
+            f"({where}.mixes={settings.mixes}) holds both in one process; set it to 1"
+        )
     if isinstance(settings, EngineRole) and settings.fallback_strategy and not settings.label_selector:
         yield f"{where}.fallback_strategy needs a {where}.label_selector to fall back from, and none is set; set one"
     if settings.colocate is not None and getattr(settings, "label_selector", None):
@@ -294,21 +306,32 @@ def _of_weights(config: RunConfig, launched: Sequence[str]) -> Iterator[str]:
         engine = config.roles.get(role)
         if not isinstance(engine, EngineRole):
             continue
-        source = config.roles.get(engine.follows)
-        if not isinstance(source, RanksRole):
-            yield f"roles.{role}.follows={engine.follows} is no role with a model to sample from"
-        elif engine.follows not in launched:  # another role without its adapters stands in for it
-            yield (
-                f"roles.{role}.follows={engine.follows}: with model.lora {engine.follows} is a trained role without "
-                f"its adapters, and those weights are not published; set roles.{engine.follows}.model to the folder or "
-                "hub name that training starts from, or train without model.lora"
-            )
-        elif config.weights.transport == "collective" and (source.gpus > 0) != (engine.gpus > 0):
-            on_gpu, on_cpu = (engine.follows, role) if source.gpus > 0 else (role, engine.follows)
-            yield (
-                f"weights.transport=collective joins {engine.follows} and the workers of {role} in one process group, "
-                f"but roles.{on_gpu} has GPUs and roles.{on_cpu} has none; set weights.transport=object_store"
-            )
+        for key, name in (("follows", engine.follows), ("mixes", engine.mixes)):
+            if name is not None:
+                yield from _of_source(config, role, engine, key, name, launched)
+
+
+def _of_source(
+    config: RunConfig, role: str, engine: EngineRole, key: str, name: str, launched: Sequence[str]
+) -> Iterator[str]:
+    """A role whose weights engines get must have weights that can reach them."""
+    source = config.roles.get(name)
+    if not isinstance(source, RanksRole):
+        yield f"roles.{role}.{key}={name} is no role with a model to sample from"
+    elif key == "mixes" and name == engine.follows:
+        yield f"roles.{role}.mixes={name} is the role that it follows: a mixture of a model with itself; name another"
+    elif name not in launched:  # another role without its adapters stands in for it
+        yield (
+            f"roles.{role}.{key}={name}: with model.lora {name} is a trained role without its adapters, and those "
+            f"weights are not published; set roles.{name}.model to the folder or hub name that training starts from, "
+            "or train without model.lora"
+        )
+    elif config.weights.transport == "collective" and (source.gpus > 0) != (engine.gpus > 0):
+        on_gpu, on_cpu = (name, role) if source.gpus > 0 else (role, name)
+        yield (
+            f"weights.transport=collective joins {name} and the workers of {role} in one process group, "
+            f"but roles.{on_gpu} has GPUs and roles.{on_cpu} has none; set weights.transport=object_store"
+        )
 
 
 def count(settings: Role) -> int:

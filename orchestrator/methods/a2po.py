@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import Field
-
 from orchestrator.losses.reduce import row_mean_of_token_means
 from orchestrator.losses.regression import optimal_advantage
+from orchestrator.methods.option_types import Count, Positive
 from orchestrator.pipeline import Pipeline, Prompts, generate, infer, regroup, score, update
 from orchestrator.regrouping import with_optimal_value
-
-Positive = Annotated[float, Field(gt=0)]
 
 
 def a2po(
     *,
-    num_value_samples: Annotated[int, Field(ge=1)] = 8,
+    num_value_samples: Count = 8,
     beta1: Positive = 0.5,
     beta2: Positive = 1e-3,
     filter_all_incorrect: bool = True,

@@ -15,13 +15,11 @@ from orchestrator.losses.likelihood import chosen_nll
 from orchestrator.losses.pairwise import CONTRASTS, Contrast, against_reference
 from orchestrator.losses.reduce import item_mean, token_mean
 from orchestrator.losses.transport import aot, aot_unpaired
+from orchestrator.methods.option_types import NotNegative, Positive, Smoothing
 from orchestrator.methods.reference_sync import MIXUP_ALPHA, SYNC_STEPS, Share, Steps, reference_sync
 from orchestrator.pipeline import Pairs, Pipeline, infer, update, when
 from orchestrator.plugins import Plugin, is_plugin, load
 
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
 LossName = Literal[
     "sigmoid",
     "hinge",

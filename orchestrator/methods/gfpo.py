@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from actors.errors import ConfigError
 from orchestrator.advantages import Scale, group_zscore, group_zscore_of_some, has_signal
 from orchestrator.losses.policy_gradient import Correction
-from orchestrator.methods.grpo import Count, NotNegative, Positive, grpo
+from orchestrator.methods.grpo import grpo
 from orchestrator.methods.importance_ratio import EPSILON
+from orchestrator.methods.option_types import Count, NotNegative, Positive, Several
 from orchestrator.pipeline import Pipeline, Verb, credit, keep, regroup, when
 from orchestrator.plugins import Plugin, is_plugin, load
 from orchestrator.regrouping import FilterScores, highest, keep_highest, most_reward_per_token, shortest
 
-Several = Annotated[int, Field(ge=2)]
 FILTERS: dict[str, FilterScores] = {"length": shortest, "reward_per_token": most_reward_per_token}
 
 

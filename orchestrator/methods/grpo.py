@@ -37,11 +37,9 @@ from orchestrator.losses.surrogates import (
     trust_region,
 )
 from orchestrator.methods.importance_ratio import EPSILON, clips_nothing, correction_options, old_of
+from orchestrator.methods.option_types import Count, NotNegative, Positive, Several
 from orchestrator.pipeline import Pipeline, Prompts, credit, generate, infer, keep, score, update, when
 
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "gmpo", "vespo", "dppo"]
 
 LEVELS: dict[str, tuple[Level, ...]] = {  # of the importance ratio that a loss is defined for
@@ -56,7 +54,7 @@ AGAINST_SAMPLER = frozenset({"vespo", "dppo"})  # their ratio is to the sampler 
 
 def grpo(
     *,
-    num_generations: Annotated[int, Field(ge=2)] = 8,
+    num_generations: Several = 8,
     loss_type: LossType = "dapo",
     epsilon: Positive = EPSILON,
     epsilon_high: Positive | None = None,

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from orchestrator.losses.pairwise import Contrast, ipo_of_sums, sigmoid
 from orchestrator.losses.reduce import item_mean
 from orchestrator.losses.sampled_pairs import against_reference_of_samples
+from orchestrator.methods.option_types import Positive, Several
 from orchestrator.pipeline import Pipeline, Prompts, generate, infer, regroup, score, update, when
 from orchestrator.regrouping import Ties, best_and_worst, penalise_missing_eos
 
-Positive = Annotated[float, Field(gt=0)]
 CONTRASTS: dict[str, Contrast] = {"sigmoid": sigmoid, "ipo": ipo_of_sums}
 
 
 def online_dpo(
     *,
-    num_generations: Annotated[int, Field(ge=2)] = 2,
+    num_generations: Several = 2,
     loss_type: Literal["sigmoid", "ipo"] = "sigmoid",
     beta: Positive = 0.1,
     ties: Ties = "drop",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
-
-from pydantic import Field
+from typing import Any
 
 from actors.columns import Head
 from actors.errors import ConfigError
 from orchestrator.losses.actor_critic import clipped_policy, clipped_value
 from orchestrator.losses.reduce import token_mean
+from orchestrator.methods.option_types import Count, NotNegative, Positive, Share
 from orchestrator.pipeline import Pipeline, Prompts, Stage, credit, generate, infer, score, update, when
 from orchestrator.returns import (
     Estimator,
@@ -20,11 +19,6 @@ from orchestrator.returns import (
     whitened_rewards,
     without_eos,
 )
-
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
 
 KL_HORIZON = 10_000
 

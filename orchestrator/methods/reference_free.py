@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Any, Literal
-
-from pydantic import Field
+from typing import Any, Literal
 
 from orchestrator.losses.declare import Sum, Term
 from orchestrator.losses.likelihood import chosen_nll, chosen_sequence_nll, gold_nll
@@ -20,11 +18,8 @@ from orchestrator.losses.pairwise import (
     sigmoid,
 )
 from orchestrator.losses.reduce import item_mean, token_mean
+from orchestrator.methods.option_types import NotNegative, Positive, Smoothing
 from orchestrator.pipeline import Pairs, Pipeline, Triples, update
-
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
 
 
 def cpo(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
-
-from pydantic import Field
+from typing import Any
 
 from actors.errors import ConfigError
 from orchestrator.advantages import clipped_rewards, group_zscore, has_signal, leave_one_out, mask_truncated
@@ -14,6 +12,7 @@ from orchestrator.losses.policy_gradient import Correction, RatioLevel, policy_g
 from orchestrator.losses.reduce import Reduction, row_mean_of_token_means, token_mean
 from orchestrator.losses.surrogates import clipped
 from orchestrator.methods.importance_ratio import EPSILON, clips_nothing, correction_options, old_of
+from orchestrator.methods.option_types import Count, NotNegative, Positive, Several, Share
 from orchestrator.pipeline import Pipeline, Prompts, Stage, credit, generate, infer, keep, score, update, when
 from orchestrator.returns import (
     kl_in_reward,
@@ -24,11 +23,6 @@ from orchestrator.returns import (
     whitened_advantages,
 )
 
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Several = Annotated[int, Field(ge=2)]
-Count = Annotated[int, Field(ge=1)]
 Range = tuple[float, float]
 
 

@@ -9,6 +9,7 @@ from orchestrator.methods.dpo import dpo
 from orchestrator.methods.gfpo import gfpo
 from orchestrator.methods.gkd import gkd
 from orchestrator.methods.grpo import grpo
+from orchestrator.methods.nash_md import nash_md
 from orchestrator.methods.online_dpo import online_dpo
 from orchestrator.methods.ppo import ppo
 from orchestrator.methods.reference_free import alphapo, cpo, orpo, simpo, tpo
@@ -38,6 +39,7 @@ METHODS: dict[str, Callable[..., Pipeline]] = {
     "a2po": a2po,
     "ppo": ppo,
     "online_dpo": online_dpo,
+    "nash_md": nash_md,
     "xpo": xpo,
     "gkd": gkd,
 }

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from actors.errors import ConfigError
 from orchestrator.losses.reduce import item_mean
 from orchestrator.losses.unpaired import apo_zero_unpaired as apo_zero_loss
 from orchestrator.losses.unpaired import bco as bco_loss
 from orchestrator.losses.unpaired import kto as kto_loss
+from orchestrator.methods.option_types import NotNegative, Positive
 from orchestrator.methods.reference_sync import MIXUP_ALPHA, SYNC_STEPS, Share, Steps, reference_sync
 from orchestrator.pipeline import Labelled, MismatchedLabelled, Pipeline, WeightedLabelled, infer, update
-
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
 
 
 def kto(

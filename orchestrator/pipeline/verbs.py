@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +11,14 @@ from actors.errors import ConfigError
 from orchestrator.pipeline.stage import DRIVER, Stage, Verb
 
 
-def generate(role: str = "rollout", *, n: int = 1) -> Stage:
+def generate(role: str = "rollout", *, n: int = 1, mixture: float | Sequence[float] | None = None) -> Stage:
     """Sample `n` completions of each prompt. Several such stages add their samples to the same group; `sampler` says
-    which stage a row is of, from 0."""
+    which stage a row is of, from 0. `mixture`: sample every token from the geometric mixture of the engine's own model
+    and its second one, of which that is the share; or one share per epoch of the data, the last for all later ones."""
+    shares = (mixture,) if isinstance(mixture, float | int) else tuple(mixture or ())
     writes = {"tokens", "mask", "sample_logps", "version", "group", "truncated", "sampler", "completion_tokens"}
-    return Stage(Verb.GENERATE, role, frozenset(), frozenset(writes), options={"n": n})
+    options = {"n": n, **({"mixture": shares} if shares else {})}
+    return Stage(Verb.GENERATE, role, frozenset(), frozenset(writes), options=options)
 
 
 def take() -> Stage:

@@ -190,7 +190,8 @@ def _launched(config: RunConfig, pipelines: Mapping[str, Pipeline], stand_ins: M
     for role in list(named):
         settings = config.roles.get(role)
         if isinstance(settings, EngineRole):
-            named.setdefault(settings.follows)
+            for source in filter(None, (settings.follows, settings.mixes)):
+                named.setdefault(source)
         elif isinstance(settings, FrozenRole) and settings.model is None:
             named.setdefault(settings.copies)
     return sorted((role for role in named if role not in stand_ins), key=lambda role: _is_pool(config, role))
@@ -316,7 +317,10 @@ def _memory(
     if parameters is None:
         return None
     if isinstance(settings, EngineRole):
-        per_gpu = parameters // settings.tensor_parallel
+        second = 0 if settings.mixes is None else parameters_of(settings.mixes)
+        if second is None:
+            return None
+        per_gpu = parameters // settings.tensor_parallel + second
         return estimate(per_gpu, settings.dtype or config.model.dtype, kv_cache_gib=settings.kv_cache_gib)
     tokens = max(phase.train.token_budget for phase in config.phases.values())
     dtype = settings.dtype or config.model.dtype

@@ -26,13 +26,13 @@ from orchestrator.data.source import Source, open_source
 from orchestrator.data.synthetic_examples import PREFIX, is_example, model_folder
 from orchestrator.losses.objective import LossObjective
 from orchestrator.methods import build
-from orchestrator.pipeline import DataKind, Pipeline, Prompts, Verb
+from orchestrator.pipeline import DataKind, Pipeline, Prompts, Stage, Verb
 from orchestrator.planning.handover import is_handed_over, phase_of
 from orchestrator.planning.prepared import ModelReward, Prepared, PreparedPhase
 from orchestrator.planning.schedule import Schedule
 from orchestrator.plugins import importable
 from rewards.specs import check_columns, check_names, check_reward
-from rollout.engine import ENGINES
+from rollout.engine import ENGINES, Ability, abilities_of
 from rollout.sampling import Sampling
 from rollout.stopping import resolved_stops
 from rollout.vllm_engine import cpu_refusal
@@ -88,6 +88,7 @@ def prepare(config: RunConfig, *, output: Path | None = None) -> Prepared:
     prepared = replace(prepared, own_parameters=_own_parameters(prepared))
     _check_rewards(prepared)
     _check_models(prepared)
+    _check_engines(prepared)
     _refuse_no_room(prepared, room)
     _check_vocabularies(prepared)
     return prepared
@@ -325,7 +326,7 @@ def _check_vocabularies(prepared: Prepared) -> None:
     """A loss that compares distributions needs the same tokens in both: of the same tokenizer. Padded rows beyond it
     may differ in number; they are compared as far as both models have them."""
     trusted, known = prepared.config.model.trust_remote_code, prepared.tokenizer.get_vocab()
-    teaching = {role for phase in prepared.phases for role in phase.pipeline.teachers}
+    teaching = {role for phase in prepared.phases for role in phase.pipeline.teachers} | _mixed_in(prepared)
     for phase in prepared.phases:
         for stage in phase.pipeline:
             if stage.top_k is not None and stage.top_k > prepared.vocabulary:
@@ -355,6 +356,36 @@ def _check_vocabularies(prepared: Prepared) -> None:
                     f"{key}={model} predicts {rows} tokens, and the tokenizer has ids up to {max(known.values())}; the "
                     "two distributions cannot be compared"
                 )
+
+
+def _mixed_in(prepared: Prepared) -> set[str]:
+    """Roles whose model engines of the run hold beside their own."""
+    return {engine.mixes for _, _, engine in _sampling_engines(prepared) if engine.mixes is not None}
+
+
+def _sampling_engines(prepared: Prepared) -> Iterator[tuple[PreparedPhase, Stage, EngineRole]]:
+    """Every stage that samples, with its engine. Roles of other kinds are refused by the plan."""
+    for phase in prepared.phases:
+        for stage in phase.pipeline.generates:
+            engine = prepared.config.roles.get(stage.role)
+            if isinstance(engine, EngineRole):
+                yield phase, stage, engine
+
+
+def _check_engines(prepared: Prepared) -> None:
+    """What the stages ask of an engine, and its kind cannot do."""
+    for phase, stage, settings in _sampling_engines(prepared):
+        where = f"roles.{stage.role}.engine"
+        found = abilities_of(importable(settings.engine, where))
+        if "mixture" in stage.options and Ability.MIXES not in found:
+            raise ConfigError(
+                f"{where}={settings.engine} cannot sample from the mixture of two models, which {phase.config.method} "
+                f"does; use {_engines_with(Ability.MIXES)}, or an engine of your own with that ability"
+            )
+
+
+def _engines_with(ability: Ability) -> str:
+    return " or ".join(kind for kind in ENGINES if ability in abilities_of(kind))
 
 
 def _check_models(prepared: Prepared) -> None:

@@ -21,7 +21,7 @@ from orchestrator.cluster.pool import Event, Pool
 from orchestrator.config.schema import WeightsConfig
 from orchestrator.publishing.transfer import export_payload
 from rollout.weights import CollectiveSend, DiskWrite, ManifestOf, OpenCollective, PackBuckets
-from rollout.weights.protocol import Ack, Manifest, Rendezvous, SendReport, SyncOrder
+from rollout.weights.protocol import Ack, Manifest, Part, Rendezvous, SendReport, SyncOrder
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,10 @@ class SyncReport:
 
 
 class Publisher:
-    """Moves the weights of the role `source` to the members of the engine role `role`. One sync at a time."""
+    """Moves the weights of the role `source` to the members of the engine role `role`. One sync at a time.
+
+    Engines that mix two models have two publishers: that of the `second` part promotes nobody, and that of their `own`
+    part, which knows the other one, promotes members that hold both."""
 
     def __init__(
         self,
@@ -50,9 +53,14 @@ class Publisher:
         dtype: str,
         folder: str,
         event: Event,
+        part: Part = "own",
+        second: Publisher | None = None,
     ) -> None:
         self.version = -1
         self.role, self.source = role, source
+        self._part: Part = part
+        self._second = second
+        self._store = role if part == "own" else f"{role}, {part}"  # of rendezvous, in the sender's process
         self._policy, self._pool, self._objects, self._config = policy, pool, objects, config
         self._dtype, self._folder, self._event = dtype, folder, event
         self._bucket_bytes = int(config.bucket_mib * 2**20)
@@ -71,6 +79,10 @@ class Publisher:
         assert self.changing.locked()
         began = time.monotonic()
         members = self._pool.indices(State.JOINING, State.SERVING)
+        if self._second is not None:
+            for index in members:
+                await self._second.catch_up(index)
+            members = [index for index in members if self._second.holds(index)]
         order = await self._order(version, members)
         losses = self._pool.fleet.restarts  # does not count members that are scaled down
         acks = await self._transfer(order, members) if members else []
@@ -87,17 +99,30 @@ class Publisher:
     async def admit(self, index: int) -> None:
         """Returns once the member holds the current weights; the pool calls this before it gives out work. Before the
         first publish it waits, without a deadline: what a run does before that may take hours."""
+        if self._second is not None:
+            await self._second.admit(index)
         await self._published.wait()
         async with self.changing:
-            if self._held.get(index) == self.version:
-                return
-            report, payload = await self._packed()
-            order = SyncOrder(f"late-{self.version}-{index}", self.version, "object_store", await self._get_manifest())
-            await self._receive(index, order, report, payload)
+            await self.catch_up(index)
+
+    def holds(self, index: int) -> bool:
+        """Whether a member has confirmed the current weights."""
+        return self._held.get(index) == self.version
+
+    async def catch_up(self, index: int) -> None:
+        """Bring one member to the current weights, unless it holds them. The caller holds `changing`."""
+        if self.holds(index):
+            return
+        report, payload = await self._packed()
+        manifest, name = await self._get_manifest(), f"late-{self.version}-{self._part}-{index}"
+        await self._receive(
+            index, SyncOrder(name, self.version, "object_store", manifest, part=self._part), report, payload
+        )
 
     async def _order(self, version: int, members: Sequence[int]) -> SyncOrder:
         transport = self._config.transport
-        order = SyncOrder(f"publish-{version}-{time.monotonic_ns()}", version, transport, await self._get_manifest())
+        name, manifest = f"publish-{version}-{time.monotonic_ns()}", await self._get_manifest()
+        order = SyncOrder(name, version, transport, manifest, part=self._part)
         if transport == "disk":
             return replace(order, folder=self._folder)
         return replace(order, rendezvous=await self._rendezvous(members)) if transport == "collective" else order
@@ -105,7 +130,8 @@ class Publisher:
     async def _transfer(self, order: SyncOrder, members: Sequence[int]) -> list[Ack]:
         """Send and receive at the same time where the transport is collective; else one after the other."""
         if order.transport == "collective":
-            sending = asyncio.ensure_future(self._export(CollectiveSend(order, self.role), f"publish v{order.version}"))
+            send = CollectiveSend(order, self._store)
+            sending = asyncio.ensure_future(self._export(send, f"publish v{order.version}"))
             results = await asyncio.gather(sending, *(self._receive(i, order, sending) for i in members))
             return [ack for ack in results[1:] if ack is not None]
         if order.transport == "disk":
@@ -124,7 +150,7 @@ class Publisher:
         if worker is None:
             return None
         try:
-            deadline, name = self._config.timeout_s + 30, f"rollout.receive v{order.version}"
+            deadline, name = self._config.timeout_s + 30, f"{self.role}.receive v{order.version}"
             ack: Ack = await worker.call("receive", order, payload, timeout_s=deadline, task_name=name)
             report = await sent if isinstance(sent, asyncio.Future) else sent
             if (ack.version, ack.fingerprint) != (report.version, report.fingerprint):
@@ -136,7 +162,7 @@ class Publisher:
             await self._pool.evict(index, f"weights of version {order.version} not confirmed: {error}")
             return None
         self._held[index] = ack.version
-        if self._pool.fleet.members.get(index) is not None:
+        if self._part == "own" and self._pool.fleet.members.get(index) is not None:
             self._pool.fleet.joined(index, time.monotonic())
         return ack
 
@@ -151,7 +177,7 @@ class Publisher:
         """Where the policy's first rank keeps the store at which members meet."""
         address = self._address
         if address is None:
-            address = (await self._policy.call("run", OpenCollective(self.role), timeout_s=self._config.timeout_s))[0]
+            address = (await self._policy.call("run", OpenCollective(self._store), timeout_s=self._config.timeout_s))[0]
             self._address = address
         return address
 

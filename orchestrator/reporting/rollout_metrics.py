@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,31 @@ from rollout.sampling import Finish
 
 
 def rollout_metrics(collected: Collected, version: int) -> dict[str, float]:
-    """Rewards, lengths (tokens) and staleness (versions) of a batch; empty for data that was not sampled."""
+    """Rewards, lengths (tokens) and staleness (versions) of a batch; empty for data that was not sampled. Where several
+    models sample, rewards and lengths are those of the policy's own samples, and `reward_of_others` is the mean of the
+    other ones."""
     if not collected.groups:
         return {}
-    scores = [group.score for group in collected.groups if group.score is not None]
-    return {**_rewards(scores), **_lengths(collected.groups), **_staleness(collected.groups, version)}
+    groups = [group for group in collected.groups if group.score is not None]
+    own = [_of_policy(group) for group in groups]
+    metrics = {**_rewards(own), **_lengths(collected.groups), **_staleness(collected.groups, version)}
+    others = np.concatenate([_others(group) for group in groups]) if groups else np.zeros(0)
+    return {**metrics, "reward_of_others": _nanmean(others)} if len(others) else metrics
+
+
+def _of_policy(group: PromptGroup) -> ScoreResult:
+    """The scores of the samples that the policy drew. Where it drew none, or nobody else drew any: of all."""
+    assert group.score is not None
+    if all(group.own) or not any(group.own):
+        return group.score
+    rows = np.flatnonzero(group.own)
+    return replace(group.score, rewards=group.score.rewards[rows], total=group.score.total[rows])
+
+
+def _others(group: PromptGroup) -> np.ndarray:
+    """Rewards of samples that another model drew beside the policy's, or had a say in."""
+    assert group.score is not None
+    return group.score.total[~np.asarray(group.own)] if any(group.own) else np.zeros(0)
 
 
 def completion_rows(group: PromptGroup, scored: ScoredTexts) -> list[dict[str, Any]]:
@@ -99,8 +120,11 @@ def _user_metrics(scores: Sequence[ScoreResult]) -> dict[str, float]:
 
 
 def _lengths(groups: Sequence[PromptGroup]) -> dict[str, float]:
-    lengths = np.array([length for group in groups for meta in group.metas for length in meta.lengths])
-    ended = np.array([finish is Finish.STOP for group in groups for meta in group.metas for finish in meta.finishes])
+    own = np.array([each for group in groups for each in group.own], bool)
+    shown = own if own.any() else ~own
+    lengths = np.array([length for group in groups for meta in group.metas for length in meta.lengths])[shown]
+    finishes = [finish for group in groups for meta in group.metas for finish in meta.finishes]
+    ended = np.array([finish is Finish.STOP for finish in finishes])[shown]
     metrics = {
         "completions/mean_length": float(lengths.mean()),
         "completions/min_length": float(lengths.min()),

@@ -20,6 +20,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+Part = Literal["own", "second"]  # of an engine's models: the one it follows, or the one that it mixes in
+
 
 @dataclass(frozen=True)
 class TensorMeta:
@@ -81,6 +83,7 @@ class SyncOrder:
     manifest: Manifest
     rendezvous: Rendezvous | None = None  # collective
     folder: str | None = None  # disk
+    part: Part = "own"
 
 
 @dataclass(frozen=True)

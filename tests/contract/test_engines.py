@@ -38,6 +38,8 @@ SUBJECTS: dict[
     "hf-untied": ("hf", False, {}),
     "hf-bf16": ("hf", True, {"dtype": "bfloat16"}),
     "scripted": ("scripted", True, {}),
+    "vllm-mixing": ("vllm", False, {"mixes": "SECOND"}),
+    "hf-mixing": ("hf", False, {"mixes": "SECOND"}),
 }
 Weights = list[tuple[str, torch.Tensor]]
 
@@ -96,6 +98,8 @@ def build(name: str, root: Path) -> Subject:
 
     kind, tied, settings = SUBJECTS[name]
     folder = tiny_model_folder(root, hidden=128, tied=tied)
+    if settings.get("mixes"):
+        settings = {"mixes": str(tiny_model_folder(root, hidden=64, layers=1, seed=1))}
     spec = EngineSpec(
         kind,
         str(folder),
@@ -183,6 +187,57 @@ def kept_tokens(probs: torch.Tensor, top_k: int = 0, top_p: float = 1.0, min_p: 
     return (
         (rank < top_k if top_k else torch.ones_like(probs).bool()) & (likelier < top_p) & (probs >= min_p * probs.max())
     )
+
+
+@on("vllm-mixing", "hf-mixing")
+def test_every_token_of_a_mixture_is_drawn_from_the_normalised_product_of_both_models(subject: Subject) -> None:
+    """Also after new weights of either, in the middle of samples; and requests without a mixture know nothing of it."""
+    from transformers import AutoModelForCausalLM
+
+    second = AutoModelForCausalLM.from_pretrained(subject.spec.mixes).eval()
+    original = [(name, parameter.detach().clone()) for name, parameter in second.named_parameters()]
+    shares = {"half": 0.5, "most": 0.8, "none": 0.0}
+
+    def mixed(completion: Completion, share: float) -> torch.Tensor:
+        ids = torch.tensor([[*PROMPT, *completion.tokens]])
+        with torch.no_grad():
+            other = second(ids).logits[0, len(PROMPT) - 1 : -1]
+        return ((1 - share) * subject.logits(PROMPT, completion) + share * other).log_softmax(-1)
+
+    def errors(completion: Completion, share: float) -> np.ndarray:
+        chosen = mixed(completion, share).gather(1, torch.tensor(completion.tokens, dtype=torch.long)[:, None])
+        return np.abs(chosen[:, 0].numpy() - completion.logps)
+
+    def requests(name: str) -> list[Request]:
+        return [Request(f"{name}/{of}", PROMPT, 3, Sampling(16), seed=9, mixture=share) for of, share in shares.items()]
+
+    def check(results: dict[str, list[Completion]], since: int = 0) -> None:
+        for name, completions in results.items():
+            share = shares[name.partition("/")[2]]
+            assert all(errors(completion, share)[since:].max(initial=0) < 1e-4 for completion in completions)
+            other = max(errors(completion, 0.3)[since:].max(initial=0) for completion in completions)
+            assert other > 1e-2, "the mixtures do not differ: this test shows nothing"
+
+    check(subject.run(*requests("first")))
+    for request in requests("moved"):
+        subject.engine.add(request)
+    subject.engine.step()
+    torch.manual_seed(3)
+    others = [(name, tensor + 0.1 * torch.randn_like(tensor)) for name, tensor in original]
+    second.load_state_dict(dict(others), strict=False)
+    subject.engine.load_second(others)
+    subject.load(subject.other_weights(2), 1)
+    check(subject.finish(), since=1)
+    greedy = subject.one(Request("greedy", PROMPT, 1, Sampling(8, temperature=0), seed=1, mixture=0.5))
+    assert greedy.tokens.tolist() == mixed(greedy, 0.5).argmax(-1).tolist()
+    subject.engine.load_second(original)
+
+
+@on("vllm-tied", "hf-tied")
+def test_a_mixture_is_refused_by_an_engine_with_one_model(subject: Subject) -> None:
+    with pytest.raises(DataFailure, match="it mixes two models"):
+        subject.engine.add(Request("mixed", PROMPT, 1, Sampling(4), seed=1, mixture=0.5))
+    assert not subject.engine.busy
 
 
 @on(*ENGINES)

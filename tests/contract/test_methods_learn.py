@@ -59,6 +59,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("grpo", {"multi_objective_aggregation": "normalize_then_sum"}, "advantage"),
     ("gfpo", {"num_remains_in_group": 3, "rejected": "advantage_0", "group_filter": "reward_per_token"}, "advantage"),
     ("xpo", {"alpha": 1e-3}, "margin"),
+    ("nash_md", {"token_metrics": True}, "advantage"),
     ("a2po", {"beta2": 0.1}, "advantage"),
     ("rloo", {"normalize_advantages": True, "correction": "sequence_truncate", "updates_per_batch": 2}, "advantage"),
     ("reinforce_pp", {"gamma": 0.9, "minibatches": 2}, "advantage"),
@@ -94,6 +95,7 @@ def made_up(pipeline: Pipeline, policy: ModelWorker) -> Batch:
         "truncated": rows % 7 == 0,
         "sampler": (rows % size).astype(np.int8),
         "optimal_value": np.full(len(rows), 0.5, np.float32),
+        "preference": np.where(rows % 2, 0.73, 0.27).astype(np.float32),
         "completion_tokens": lengths.astype(np.int32) - 2,
     }
     parts = np.stack([of_row["reward"], rng.normal(size=len(rows))], axis=1)

@@ -16,7 +16,6 @@ NOT_BUILT = {  # families of cases: what they belong to
     "gold": "gold",
     "iw_opd": "iw_opd",
     "minillm": "minillm",
-    "nash_md": "nash_md",
     "papo": "papo, which sees images",
     "prm": "process_reward_model",
     "replay_buffer": "the replay of groups",
@@ -219,6 +218,10 @@ def _xpo(keys: Keys, _: Any) -> tuple[str, Options]:
     return "xpo", {**options, "loss_type": keys.case.removeprefix("xpo/")}
 
 
+def _nash_md(keys: Keys, _: Any) -> tuple[str, Options]:
+    return "nash_md", {"beta": keys.take("beta")}
+
+
 def _gkd(keys: Keys, _: Any) -> tuple[str, Options]:
     """`reduction` and `num_items_in_batch` say what the sum over tokens is divided by."""
     for name in ("reduction", "num_items_in_batch"):
@@ -250,6 +253,7 @@ MAPPINGS = {
     "grpo": _grpo,
     "gspo_token": _gspo_token,
     "kto": _kto,
+    "nash_md": _nash_md,
     "online_dpo": _online_dpo,
     "orpo": _orpo,
     "ppo": _ppo,

@@ -326,6 +326,20 @@ def test_a_fit_to_the_optimal_advantage_equals_the_peer(case: dict[str, Any]) ->
     assert_equal(optimise(objective_for(case), rows), {"outputs": expected}, "grad", [[1]] * len(logps))
 
 
+@cases("nash_md/")
+def test_a_game_against_a_mixture_equals_the_peer(case: dict[str, Any]) -> None:
+    inputs = case["inputs"]
+    mask = [[1] * len(inputs["model_logps"][0])] * len(inputs["model_logps"])
+    rows = rows_of(
+        inputs["model_logps"],
+        mask,
+        ref_logps=padded(inputs["ref_logps"]),
+        preference=torch.tensor(inputs["probability"], dtype=torch.float64),
+        truncated=torch.zeros(len(mask)).bool(),
+    )
+    assert_equal(optimise(objective_for(case), rows), case, "grad", mask)
+
+
 # Divergences of whole distributions
 
 

@@ -68,12 +68,14 @@ TAUGHT: dict[str, Any] = {  # by what the teacher samples
     "roles": {"teacher": {"model": "big"}},
 }
 EXPLORED: dict[str, Any] = {**GRPO, "phases": {"a": {"method": "xpo", "train": {"steps": 50}}}}
+OPPOSED: dict[str, Any] = {**GRPO, "phases": {"a": {"method": "nash_md", "train": {"steps": 50}}}}
 LAUNCHES = {  # the others: GRPO
     "value": PPO,
     "reward_model": CLASSIC,
     "teacher": TAUGHT,
     "teacher_rollout": TAUGHT,
     "reference_rollout": EXPLORED,
+    "mixture_rollout": OPPOSED,
 }
 JUDGE: dict[str, Any] = {"url": "https://a.example/v1", "model": "m"}
 JUDGED: dict[str, Any] = {"rewards": [{"judge": [JUDGE]}]}
@@ -205,6 +207,7 @@ PLANNED: dict[str, tuple[Any, dict[str, Any]]] = {
     "roles.*.optimizer.max_grad_norm": (0.5, {}),
     "roles.*.copies": ("value", {}),
     "roles.*.follows": ("value", {}),
+    "roles.*.mixes": ("value", {}),
     "roles.*.model": ("another", {}),
     "roles.*.dtype": ("float16", {}),
     "roles.*.concurrency": (9, {}),

@@ -244,6 +244,14 @@ def test_memory_and_custom_resources_are_reserved_as_given() -> None:
             "does not correct for that",
         ),
         (config("xpo", model={"lora": {}}), "roles.reference_rollout.follows=reference: with model.lora"),
+        (config("nash_md", model={"lora": {}}), "roles.mixture_rollout.mixes=reference: with model.lora"),
+        (config("nash_md", roles={"mixture_rollout": {"mixes": None}}), "roles.mixture_rollout.mixes is not set, and"),
+        (config("nash_md", roles={"mixture_rollout": {"mixes": "reward"}}), "mixes=reward is no role with a model to"),
+        (config("nash_md", roles={"mixture_rollout": {"mixes": "policy"}}), "mixes=policy is the role that it follows"),
+        (
+            config("nash_md", roles={"mixture_rollout": {"tensor_parallel": 2}}),
+            "holds both in one process; set it to 1",
+        ),
         (config("sft", train={"max_staleness": 1}), "sft samples nothing"),
         (config(roles={"policy": {"ranks": 2}}), "set roles.policy.backend=deepspeed"),
         (

@@ -27,7 +27,7 @@ def group(rewards: list[list[float]], *, columns: dict[str, Any] | None = None) 
     meta = GroupMeta("id", "rollout/0", (3,) * count, (Finish.STOP,) * count, 2, 2, 0.1)
     prompt = SimpleNamespace(id=7, prompt="q", columns=columns or {})
     score = ScoreResult(("a", "b"), matrix, total, weights=np.ones(2, np.float32))
-    return PromptGroup("id", 4, prompt, 0, metas=(meta,), oldest_version=2, score=score)
+    return PromptGroup("id", 4, prompt, 0, metas=(meta,), own=(True,) * count, oldest_version=2, score=score)
 
 
 def test_a_row_of_the_table_has_what_the_data_set_and_the_rewards_say_beside_it():
@@ -85,3 +85,20 @@ def test_latency_failures_by_kind_and_constants_are_told_of_each_reward_that_was
     assert (metrics["rewards/judge/failed/timeout"], metrics["rewards/judge/failed/invalid"]) == (3.0, 1.0)
     assert metrics["rewards/judge/frac_constant"] == 0.5
     assert "rewards/model/seconds" not in metrics, "a model is not called so"
+
+
+def test_rewards_and_lengths_are_of_the_policys_own_samples_and_those_of_others_have_a_mean_of_their_own():
+    def sampled(own: tuple[bool, ...], lengths: tuple[int, ...]) -> PromptGroup:
+        plain = group([[1.0, 3.0], [0.0, 1.0], [0.0, 0.0]])
+        return replace(plain, own=own, metas=(replace(plain.metas[0], lengths=lengths),))
+
+    def metrics(*groups: PromptGroup) -> dict[str, float]:
+        return rollout_metrics(Collected(None, (), groups), version=2)  # pyright: ignore[reportArgumentType]
+
+    beside = metrics(sampled((True, False, False), (3, 8, 9)))
+    assert (beside["reward"], beside["rewards/a/mean"], beside["reward_of_others"]) == (4.0, 1.0, 0.5)
+    assert beside["completions/max_length"] == 3
+    for own in ((True,) * 3, (False,) * 3):  # all of them: there is nobody to be told from
+        alike = metrics(sampled(own, (3, 8, 9)))
+        assert (alike["reward"], alike["completions/max_length"]) == (5 / 3, 9)
+        assert "reward_of_others" not in alike

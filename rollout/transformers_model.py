@@ -1,0 +1,39 @@
+"""A model of transformers in an engine's process, whose weights can be replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from actors.errors import InfraFailure
+from actors.pretrained import check_folder, load_config, load_pretrained
+from rollout.engine import EngineSpec
+
+
+def read_model(spec: EngineSpec, path: str, arguments: Mapping[str, Any] | None = None) -> Any:
+    """The model in a folder, in the specification's dtype, in evaluation mode, on the CPU. `arguments` of
+    `from_pretrained` win over what is derived from the specification."""
+    check_folder(path)
+    config = load_config(path, spec.trust_remote_code).get_text_config()
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    # transformers would choose sdpa, which silently ignores the cap: another policy than the trainer's
+    attention = {"attn_implementation": "eager"} if capped else {}
+    options: dict[str, Any] = {"dtype": getattr(torch, spec.dtype), **attention, **(arguments or {})}
+    return load_pretrained(path, spec.trust_remote_code, **options).eval()
+
+
+@torch.no_grad()
+def copy_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Copy into the model's own tensors. Raises InfraFailure unless every parameter is given (a tied one once), and
+    nothing that the model does not have."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    unknown = sorted(set(weights) - set(own))
+    reached = {id(own[name]) for name in weights if name in own}
+    missing = sorted(name for name, parameter in own.items() if id(parameter) not in reached)
+    if unknown or missing:
+        raise InfraFailure(f"weights do not fit the model: not sent {missing[:5]}, not in the model {unknown[:5]}")
+    for name, tensor in weights.items():
+        own[name].copy_(tensor)
