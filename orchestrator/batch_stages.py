@@ -2,6 +2,7 @@
 
 infer, update ──► the ranks of the stage's role      credit ──► the driver; the ranks of the first trained role, if it
 mix ────────────► the ranks of two roles                        reads values per token
+replay ─────────► the driver, which keeps groups of earlier batches (`replay_buffer.py`)
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from actors.worker import Group, Objects, Ref
 from orchestrator.losses.objective import LossObjective
 from orchestrator.pipeline import DRIVER, Pipeline, Stage, Verb, infer
 from orchestrator.publishing.transfer import mix_towards
+from orchestrator.replay_buffer import ReplayBuffer, replayed
 from orchestrator.row_table import RowTable, Share
 from rollout.sampling import Sampling
 
@@ -40,13 +42,15 @@ class PhaseSettings:
 
 @dataclass(frozen=True)
 class Written:
-    """What a batch stage adds to a table: values per row, or columns that lie in blocks."""
+    """What a batch stage makes of a table: values per row, or columns that lie in blocks, or other rows."""
 
     values: Mapping[str, Array] = field(default_factory=dict[str, Array])
     names: frozenset[str] = frozenset()
     parts: tuple[tuple[Array, Ref], ...] = ()
+    instead: RowTable | None = None  # of the table, with other rows
 
     def added_to(self, table: RowTable) -> RowTable:
+        table = table if self.instead is None else self.instead
         table = table.with_values(**self.values) if self.values else table
         return table.with_blocks(self.names, self.parts) if self.names else table
 
@@ -76,11 +80,15 @@ class BatchStages:
             Verb.CREDIT: self._credit,
             Verb.UPDATE: self._update,
             Verb.MIX: self._mix,
+            Verb.REPLAY: self._replay,
         }
+        self.replay_buffer: ReplayBuffer | None = None  # of the phase, if a stage of it replays
 
     def enter(self, phase: PhaseSettings) -> None:
-        """Stages run with these settings from now on."""
+        """Stages run with these settings from now on; nothing of an earlier phase is replayed."""
         self._phase = phase
+        sizes = [stage.options["size"] for stage in phase.pipeline if stage.verb is Verb.REPLAY]
+        self.replay_buffer = ReplayBuffer(sizes[0]) if sizes else None
 
     @property
     def phase(self) -> PhaseSettings:
@@ -213,6 +221,12 @@ class BatchStages:
                 task_name=_label(stage, step),
             )
         return NOTHING, {}
+
+    async def _replay(self, stage: Stage, table: RowTable, step: int) -> tuple[Written, dict[str, float]]:
+        assert self.replay_buffer is not None, "the phase was entered without this stage"
+        settings = {"seed": self.phase.seed, "max_age": stage.options["max_age"], "scale": stage.options["scale"]}
+        other, metrics = replayed(table, self.replay_buffer, step=step, **settings)
+        return Written(instead=other), metrics
 
     def _group_of(self, stage: Stage) -> tuple[str, Group]:
         role = stage.role if stage.role in self._groups else self._stand_ins[stage.role]

@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from actors.errors import RunError
+from orchestrator import replay_buffer
 from orchestrator.batch_stages import PhaseSettings
 from orchestrator.checkpoint import Checkpoint, RunState
 from orchestrator.cluster.shutdown import Stopped
@@ -55,6 +57,7 @@ class PhaseRun:
         with account.spending("log-probabilities"):
             await self._precompute()
         await set_optimizers(context.config, self.phase, roles, self.found)
+        await self._set_replay_buffer()
         with account.spending("publish"):
             async with roles.changing_weights():
                 report = await roles.publish(progress.version, begins=True)
@@ -187,6 +190,19 @@ class PhaseRun:
             shown = rows[:: max(1, len(rows) // logging.completions_shown)]
             self.context.console.completions(shown[: logging.completions_shown])
 
+    async def _set_replay_buffer(self) -> None:
+        """If the phase is resumed and replays groups, those that the checkpoint has."""
+        buffer = self.roles.batch_stages.replay_buffer
+        if buffer is not None and self.found is not None:
+            buffer.groups = await replay_buffer.load(self.roles.objects, self.found.path)
+
+    async def _save_parts(self, folder: Path) -> None:
+        """What a checkpoint of the phase holds, beside where it stands."""
+        await save_weights(self.context.config, self.phase, self.roles, folder)
+        buffer = self.roles.batch_stages.replay_buffer
+        if buffer is not None:
+            await replay_buffer.save(buffer, self.roles.objects, folder)
+
     async def _save_last_step(self) -> None:
         """Saves the last step of a run that was asked to stop, unless a checkpoint has it already."""
         last = self.context.last_checkpoint
@@ -213,9 +229,7 @@ class PhaseRun:
         )
         began, tickets = time.monotonic(), context.requests.checkpoints
         if context.last_checkpoint is None or context.last_checkpoint.state.total_step != total:
-            context.last_checkpoint = await context.store.write(
-                lambda folder: save_weights(context.config, phase, self.roles, folder), state
-            )
+            context.last_checkpoint = await context.store.write(self._save_parts, state)
         context.requests.answered(tickets)
         context.event(
             "checkpoint",

@@ -14,6 +14,7 @@ import asyncio
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from actors.errors import BudgetExhausted, Dropped, RunError
@@ -54,7 +55,8 @@ class GroupCollector:
         self._started: dict[int, int] = {}  # position -> version when it was admitted
         self._ready: dict[int, PromptGroup] = {}
         self._settled: list[int] = []  # dropped or filtered since the last step
-        self._filtered = self._filtered_in_a_row = self._expired = 0
+        self._filtered = self._filtered_in_a_row = self._expired = self._kept = 0
+        self._wasted = Waste()
         self._changed = asyncio.Event()
         self._failure: BaseException | None = None
         self._closed = False
@@ -124,7 +126,7 @@ class GroupCollector:
             for stage in self._pipeline.group_stages:
                 after = await self._roles.run_group(stage, group)
                 if after is None:
-                    self._filter(position)
+                    self._filter(position, group)
                     return
                 group = after
         except RunError as error:
@@ -135,15 +137,17 @@ class GroupCollector:
         self._ledger.accepted()
         self._filtered_in_a_row = 0
         self._accepted += 1
+        self._kept += 1
         self._ready[position] = group
 
     def _drop(self, position: int, reason: str, detail: str) -> None:
         self._settled.append(position)
         self._ledger.drop(reason, detail)
 
-    def _filter(self, position: int) -> None:
+    def _filter(self, position: int, group: PromptGroup) -> None:
         """The group taught nothing (all rewards equal, say): draw another, within reason."""
         self._settled.append(position)
+        self._wasted = self._wasted.and_of(group)
         self._filtered += 1
         self._filtered_in_a_row += 1
         bound = 50 * self._contract.batch
@@ -189,7 +193,28 @@ class GroupCollector:
 
     def _metrics(self) -> dict[str, float]:
         counts = {f"dropped/{reason}": float(count) for reason, count in self._ledger.dropped.items()}
-        return {**counts, "groups/filtered": float(self._filtered), "groups/expired": float(self._expired)}
+        found = {"groups/filtered": float(self._filtered), "groups/expired": float(self._expired)}
+        if any(stage.verb in (Verb.KEEP, Verb.REGROUP) for stage in self._pipeline.group_stages):
+            found |= {"groups/kept": float(self._kept), **self._wasted.metrics()}
+        return {**counts, **found}
+
+
+@dataclass(frozen=True)
+class Waste:
+    """What was spent on groups that taught nothing, since the run or its resumption began. `seconds` are those of their
+    requests in the engines, all together: requests that ran at the same time count each."""
+
+    samples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def and_of(self, group: PromptGroup) -> Waste:
+        lengths = [length for meta in group.metas for length in meta.lengths]
+        seconds = sum(meta.seconds for meta in group.metas)
+        return Waste(self.samples + len(lengths), self.tokens + sum(lengths), self.seconds + seconds)
+
+    def metrics(self) -> dict[str, float]:
+        return {f"groups/filtered_{name}": float(value) for name, value in asdict(self).items()}
 
 
 def _or_newest(version: int | None) -> int:

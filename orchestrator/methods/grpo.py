@@ -38,8 +38,21 @@ from orchestrator.losses.surrogates import (
 )
 from orchestrator.methods.importance_ratio import EPSILON, clips_nothing, correction_options, old_of
 from orchestrator.methods.option_types import Count, NotNegative, Positive, Several
-from orchestrator.pipeline import Pipeline, Prompts, credit, generate, infer, keep, score, update, when
+from orchestrator.pipeline import (
+    Pipeline,
+    Prompts,
+    Stage,
+    credit,
+    generate,
+    infer,
+    keep,
+    replay,
+    score,
+    update,
+    when,
+)
 
+REPLAY_MAX_AGE = 32  # steps
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "gmpo", "vespo", "dppo"]
 
 LEVELS: dict[str, tuple[Level, ...]] = {  # of the importance ratio that a loss is defined for
@@ -83,6 +96,8 @@ def grpo(
     dppo_distance: Distance = "binary_tv",
     dppo_threshold: Positive = 0.15,
     dynamic_sampling: bool = False,
+    replay_buffer_size: Count | None = None,
+    replay_max_age: Count = REPLAY_MAX_AGE,
     updates_per_batch: Count = 1,
     minibatches: Count = 1,
     token_metrics: bool = False,
@@ -98,7 +113,7 @@ def grpo(
         "dppo": partial(trust_region, distance=dppo_distance, threshold=dppo_threshold),
     }
     _check(loss_type, epsilon_high, importance_sampling_level, correction, kl_estimator, use_bias_correction_kl)
-    old = _old(loss_type, several_updates)
+    old = _old(loss_type, several_updates, replays=replay_buffer_size is not None)
     clips = {"epsilon": epsilon != EPSILON, "epsilon_high": epsilon_high is not None, "delta": delta is not None}
     learn: dict[str, Any] = {  # each where it acts: what is not passed on is refused if it is set
         "surrogate": surrogates.get(loss_type, surrogates["clipped"]),
@@ -123,6 +138,7 @@ def grpo(
         generate("rollout", n=num_generations),
         score("reward", parts=separately),
         *when(dynamic_sampling, keep(has_signal)),
+        *_replays(replay_buffer_size, replay_max_age, scale_rewards, dynamic_sampling, correction),
         *when(beta, infer("reference", into="ref_logps")),
         *when(old == "recorded", infer("policy", into="old_logps")),
         *when(mask_truncated_completions, credit(mask_truncated)),
@@ -142,8 +158,32 @@ def _entropy_bounds(coefficient: float, lowest: float, highest: float) -> dict[s
     return {"coefficient": coefficient, "lowest": lowest, "highest": highest}
 
 
-def _old(loss_type: str, several_updates: bool) -> Old:
-    return "sampler" if loss_type in AGAINST_SAMPLER else old_of(several_updates)
+def _old(loss_type: str, several_updates: bool, *, replays: bool) -> Old:
+    """What was replayed was sampled with older weights than the batch: of each row, its own sampler is known."""
+    return "sampler" if replays or loss_type in AGAINST_SAMPLER else old_of(several_updates)
+
+
+def _replays(
+    size: int | None, max_age: int, scale: Scale, dynamic_sampling: bool, correction: str
+) -> tuple[Stage, ...]:
+    """The stage that replays groups; none without a buffer. Raises ConfigError for options that do not go together."""
+    if size is None:
+        if max_age != REPLAY_MAX_AGE:
+            raise ConfigError(
+                f"options.replay_max_age={max_age} does nothing without a buffer: set options.replay_buffer_size"
+            )
+        return ()
+    if dynamic_sampling:
+        raise ConfigError(
+            f"options.replay_buffer_size={size} with options.dynamic_sampling: groups without a spread are drawn "
+            "again, so there is none whose place a replayed one could take; leave out one of the two"
+        )
+    if correction != "none":
+        raise ConfigError(
+            f"options.replay_buffer_size={size}: with replay, ratios are taken to each sample's own sampler; set "
+            "options.correction=none"
+        )
+    return (replay(size=size, max_age=max_age, scale=scale),)
 
 
 def _reduction(loss_type: str, max_completion_length: int | None) -> Reduction:

@@ -17,6 +17,7 @@ def check(data: DataKind, stages: Sequence[Stage]) -> None:
     _check_heads(stages)
     _check_companions(stages)
     _check_mixes(stages)
+    _check_replays(stages)
     _check_precomputed(data, stages)
 
 
@@ -88,6 +89,12 @@ def _check_mixes(stages: Sequence[Stage]) -> None:
                 f"stage {stage.name} moves {stage.role} towards {source}: the one must not be trained and the other "
                 f"must be (trained: {', '.join(trained) or 'nothing'})"
             )
+
+
+def _check_replays(stages: Sequence[Stage]) -> None:
+    found = [stage for stage in stages if stage.verb is Verb.REPLAY]
+    if len(found) > 1:
+        raise ConfigError(f"{len(found)} stages replay prompt groups; a phase has one buffer of them, for one stage")
 
 
 def _check_precomputed(data: DataKind, stages: Sequence[Stage]) -> None:

@@ -58,7 +58,7 @@ class Pipeline:
         changing = {*self.trained, *self.mixed}
         count = 0
         for stage in self.stages:
-            if stage.role in changing or stage.verb is Verb.CREDIT:
+            if stage.role in changing or stage.verb in (Verb.CREDIT, Verb.REPLAY):
                 break
             count += 1
         return self.stages[:count]

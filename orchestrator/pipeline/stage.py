@@ -18,6 +18,7 @@ class Verb(StrEnum):
     SCORE = "score"
     KEEP = "keep"
     REGROUP = "regroup"
+    REPLAY = "replay"
     INFER = "infer"
     CREDIT = "credit"
     UPDATE = "update"

@@ -53,6 +53,16 @@ def regroup(call: Callable[..., Any], *, rows: int | None = None, **options: Any
     return Stage(Verb.REGROUP, DRIVER, frozenset(reads), frozenset(writes), call, {"rows": rows, "call": options})
 
 
+def replay(*, size: int, max_age: int, scale: str) -> Stage:
+    """Put earlier prompt groups in the places of those that teach nothing, all of whose samples have one reward. Of the
+    groups that were trained on, the `size` best are kept, each for `max_age` steps at most. `scale`: of the advantages
+    by which they are compared (`advantages.zscore_by_group`). A replayed group is as it was sampled: its importance
+    ratio is to the sampler of its own version."""
+    rows = generate().writes | {"reward"}
+    options = {"size": size, "max_age": max_age, "scale": scale}
+    return Stage(Verb.REPLAY, DRIVER, frozenset({"reward", "group"}), rows, options=options)
+
+
 def infer(
     role: str, *, into: str, head: Head = Head.VOCABULARY, adapters: bool = True, precomputed: bool = False
 ) -> Stage:

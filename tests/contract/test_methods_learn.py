@@ -56,6 +56,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("grpo", {"top_entropy_quantile": 0.5, "entropy_coef": 0.001, "mask_truncated_completions": True}, "advantage"),
     ("grpo", {"beta": 0.01, "kl_estimator": "k2", "use_bias_correction_kl": False}, "advantage"),
     ("grpo", {"use_adaptive_entropy": True, "entropy_coef": 0.01, "entropy_target": 5.0}, "advantage"),
+    ("grpo", {"replay_buffer_size": 4, "updates_per_batch": 2}, "advantage"),
     ("grpo", {"multi_objective_aggregation": "normalize_then_sum"}, "advantage"),
     ("gfpo", {"num_remains_in_group": 3, "rejected": "advantage_0", "group_filter": "reward_per_token"}, "advantage"),
     ("xpo", {"alpha": 1e-3}, "margin"),

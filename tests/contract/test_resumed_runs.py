@@ -89,6 +89,42 @@ def test_a_run_resumed_from_a_chosen_step_ends_with_the_same_bits(finished: RunR
     assert moved, "the resumed steps must move the weights, or nothing is compared"
 
 
+def test_a_run_that_replays_groups_resumes_to_the_same_bits_with_those_that_the_checkpoint_has(tmp_path: Path):
+    """Every second prompt teaches nothing, so that some group is replayed in each step after the first."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"a{i}", "taught": i % 2}) + "\n" for i in range(12)))
+    reward = tmp_path / "reward.py"
+    reward.write_text(
+        "def spread(completions, taught, **columns):\n"
+        "    return [flag * sum(map(ord, text)) % 7 for text, flag in zip(completions, taught)]\n"
+    )
+    tree: dict[str, Any] = {
+        "method": "grpo",
+        "options": {"num_generations": 4, "replay_buffer_size": 3, "beta": 0.01},
+        "model": {"path": str(tiny_model_folder(tmp_path, hidden=32))},
+        "roles": {"rollout": {"engine": "hf"}},
+        "rewards": [{"fn": f"{reward}:spread"}],
+        "data": {"path": str(rows)},
+        "sampling": {"max_tokens": 4},
+        "train": {"steps": STEPS, "batch_size": 6, "learning_rate": LEARNING_RATE},
+        "output": str(tmp_path / "runs"),
+        "logging": {"tensorboard": False},
+        "checkpoint": {"every": 2, "keep": 9},
+    }
+    whole = run(config_of(tree, [], "test"), local=True)
+    expected = lines(whole.folder, "metrics.jsonl")
+    assert expected[0]["replay/groups_replaced"] == 0 and expected[0]["replay/groups_without_spread"] >= 3
+    assert [line["replay/buffer"] for line in expected] == [3] * STEPS
+    assert all(line["replay/groups_replaced"] == 3 for line in expected[1:])
+    again = resume(Path(shutil.copytree(whole.folder, tmp_path / "again")), step=2)
+    assert differing(again, whole) == []
+    found = lines(again.folder, "metrics.jsonl")
+    assert [line["replay/age"] for line in found[1:]] == [line["replay/age"] for line in expected[1:]]
+    (again.folder / "checkpoints/step-00000004/replay.npz").unlink()
+    with pytest.raises((ConfigError, DiskError)):
+        resume(again.folder, "train.steps=5", step=4)
+
+
 def test_a_run_that_samples_some_completions_and_takes_the_others_resumes_to_the_same_bits(tmp_path: Path):
     """The teacher's own samples would do as well; with the data's, both kinds of rows are in one batch."""
     rows = tmp_path / "rows.jsonl"

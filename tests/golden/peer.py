@@ -18,7 +18,6 @@ NOT_BUILT = {  # families of cases: what they belong to
     "minillm": "minillm",
     "papo": "papo, which sees images",
     "prm": "process_reward_model",
-    "replay_buffer": "the replay of groups",
     "sdft": "sdft and sdpo",
 }
 ELSEWHERE = {  # case: the test that holds the same number, or the same fact

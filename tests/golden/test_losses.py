@@ -41,6 +41,7 @@ from orchestrator.losses.surrogates import clipped
 from orchestrator.losses.views import PolicyTokens
 from orchestrator.methods import METHODS, build
 from orchestrator.pipeline import Pipeline, Verb
+from orchestrator.replay_buffer import Kept, ReplayBuffer
 from orchestrator.returns import whitened
 from orchestrator.row_table import RowTable
 from rewards.combine import weighted_sum
@@ -338,6 +339,14 @@ def test_a_game_against_a_mixture_equals_the_peer(case: dict[str, Any]) -> None:
         truncated=torch.zeros(len(mask)).bool(),
     )
     assert_equal(optimise(objective_for(case), rows), case, "grad", mask)
+
+
+def test_a_buffer_of_groups_keeps_those_that_the_peer_keeps() -> None:
+    case = the("replay_buffer/heap")
+    buffer = ReplayBuffer(case["inputs"]["max_size"])
+    for score in case["inputs"]["scores"]:
+        buffer.add(Kept(score, 0, RowTable(Batch.empty())))
+    assert sorted(kept.score for kept in buffer.groups) == case["outputs"]["kept"]
 
 
 # Divergences of whole distributions

@@ -74,6 +74,7 @@ OTHER_VALUE: dict[str, Any] = {  # of every option, besides `loss_type`, whose n
     "max_completion_length": 99,
     "minibatches": 3,
     "missing_eos_penalty": 0.6,
+    "mixture_coef": (0.3, 0.2),
     "multi_objective_aggregation": "normalize_then_sum",
     "normalize_advantages": True,
     "num_generations": 6,
@@ -86,6 +87,8 @@ OTHER_VALUE: dict[str, Any] = {  # of every option, besides `loss_type`, whose n
     "ref_model_mixup_alpha": 0.2,
     "ref_model_sync_steps": 7,
     "rejected": "advantage_0",
+    "replay_buffer_size": 9,
+    "replay_max_age": 7,
     "reward_clip_range": (-0.3, 0.8),
     "sapo_temperature_neg": 2.0,
     "sapo_temperature_pos": 2.0,
@@ -128,6 +131,7 @@ BESIDE: dict[str, list[dict[str, Any]]] = {  # what else is set: the first besid
         {},
         {"minibatches": 2, "correction": "token_mask"},
         {"use_adaptive_entropy": True, "entropy_coef": 0.3, "entropy_target": 3.0},
+        {"replay_buffer_size": 5},
     ],
     "gfpo": [
         {"updates_per_batch": 2, "num_remains_in_group": 3},
@@ -161,7 +165,7 @@ def behaviour(pipeline: Pipeline) -> list[Any]:
     did: list[Any] = [pipeline.data.name, sorted(pipeline.data.columns)]
     for stage in pipeline:
         did.append((stage.name, stage.precomputed, stage.share))
-        if stage.verb in (Verb.GENERATE, Verb.MIX):
+        if stage.verb in (Verb.GENERATE, Verb.MIX, Verb.REPLAY):
             did.append(dict(stage.options))
         elif stage.verb is Verb.CREDIT:
             did += [{name: values.tolist() for name, values in found.items()} for found in credited(stage)]
