@@ -341,8 +341,8 @@ def test_a_game_against_a_mixture_equals_the_peer(case: dict[str, Any]) -> None:
     assert_equal(optimise(objective_for(case), rows), case, "grad", mask)
 
 
-def test_a_buffer_of_groups_keeps_those_that_the_peer_keeps() -> None:
-    case = the("replay_buffer/heap")
+@cases("replay_buffer/")
+def test_a_buffer_of_groups_keeps_those_that_the_peer_keeps(case: dict[str, Any]) -> None:
     buffer = ReplayBuffer(case["inputs"]["max_size"])
     for score in case["inputs"]["scores"]:
         buffer.add(Kept(score, 0, RowTable(Batch.empty())))

@@ -84,7 +84,7 @@ class Stages(GroupStages):
             raise self.failing[position]
         n = self.samples.get(position, request.n)
         block = Batch.build([2] * n, tokens=[position, 7] * n, mask=[False, True] * n)
-        meta = GroupMeta(request.id, "w", (1,) * n, (Finish.STOP,) * n, started, self.version, 0.0)
+        meta = GroupMeta(request.id, "w", (1,) * n, (Finish.STOP,) * n, started, self.version, 0.25)
         of_row = {"sampler": np.full(n, sampler, np.int8), "completion_tokens": np.ones(n, np.int32)}
         rows = Batch.build([2] * n, group=[position] * n, **of_row)
         return meta, RowTable.of_block(rows, Ref(block), {"tokens", "mask"})
@@ -278,6 +278,11 @@ async def test_groups_without_signal_are_replaced_until_the_batch_is_full():
     collected = await feed.next(0)
     assert collected.positions == (2, 3, 4)
     assert collected.metrics["groups/filtered"] == 2
+    cost = {name: collected.metrics[f"groups/{name}"] for name in ("kept", "filtered_samples", "filtered_tokens")}
+    of_kept = {len(group.metas[0].lengths): sum(group.metas[0].lengths) for group in collected.groups}
+    ((samples, tokens),) = of_kept.items()
+    assert cost == {"kept": 3, "filtered_samples": 2 * samples, "filtered_tokens": 2 * tokens} and tokens > 0
+    assert collected.metrics["groups/filtered_seconds"] == 2 * collected.groups[0].metas[0].seconds > 0
     await feed.close()
 
 
