@@ -114,7 +114,8 @@ class EnvironmentWorker:
         self._sessions[episode] = _Session(environment, phase, route)
         tools = [schema_of(tool, self.name) for tool in getattr(environment, "tools", None) or []]
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        return Opened(_opened_with(messages, said, self._max_chars[phase]), tools)
+        before = [] if getattr(environment, "owns_prompt", False) else messages
+        return Opened(_opened_with(before, said, self._max_chars[phase]), tools)
 
     async def step(self, episode: str, message: Message) -> Reply:
         """Answer a turn of the model's. Raises DataFailure if the environment raises or answers with something else

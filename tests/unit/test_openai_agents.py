@@ -1,0 +1,224 @@
+"""Programs that speak the OpenAI protocol, run by an environment worker; the test is the model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.errors import DataFailure
+from rewards.environment_specs import EnvironmentSpec
+from rewards.environment_worker import EnvironmentWorker, Opened, Reply
+
+pytest.importorskip("openai")
+
+AGENTS = '''
+import asyncio, json, threading
+from openai import AsyncOpenAI, OpenAI, APIStatusError
+from rewards.environments.openai_agent import AgentEnvironment
+
+TOOL = {"type": "function", "function": {"name": "add", "description": "Add.", "parameters": {
+    "type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}}}}
+SEEN = []
+
+def uses_tools(row, base_url, api_key):
+    """A common agent: it appends the message object that it got, and the results of the tools."""
+    client = OpenAI(base_url=base_url, api_key=api_key)
+    messages = [{"role": "system", "content": "Add."}, {"role": "user", "content": row["question"]}]
+    while True:
+        message = client.chat.completions.create(model="policy", messages=messages, tools=[TOOL]).choices[0].message
+        messages.append(message)
+        if not message.tool_calls:
+            return float(message.content == str(row["answer"]))
+        for call in message.tool_calls:
+            numbers = json.loads(call.function.arguments)
+            messages.append({"role": "tool", "tool_call_id": call.id, "content": str(numbers["a"] + numbers["b"])})
+
+async def chats(row, base_url, api_key):
+    client = AsyncOpenAI(base_url=base_url, api_key=api_key)
+    messages = [{"role": "user", "content": [{"type": "text", "text": "Say"}, {"type": "text", "text": " it."}]}]
+    for _ in range(2):
+        text = ""
+        async for piece in await client.chat.completions.create(model="x", messages=messages, stream=True):
+            text += piece.choices[0].delta.content or ""
+        messages += [{"role": "assistant", "content": text}, {"role": "user", "content": "Again."}]
+    assert [model.id async for model in client.models.list()] == ["policy"]
+
+async def forgets(row, base_url, api_key):
+    client = AsyncOpenAI(base_url=base_url, api_key=api_key)
+    await client.chat.completions.create(model="x", messages=[{"role": "user", "content": "first"}])
+    await client.chat.completions.create(model="x", messages=[{"role": "user", "content": "second"}])
+
+async def retools(row, base_url, api_key):
+    client = AsyncOpenAI(base_url=base_url, api_key=api_key)
+    messages = [{"role": "user", "content": "first"}]
+    messages.append((await client.chat.completions.create(model="x", messages=messages)).choices[0].message)
+    messages.append({"role": "user", "content": "second"})
+    await client.chat.completions.create(model="x", messages=messages, tools=[TOOL])
+
+async def repeats(row, base_url, api_key):
+    client = AsyncOpenAI(base_url=base_url, api_key=api_key)
+    messages = [{"role": "user", "content": "first"}]
+    messages.append((await client.chat.completions.create(model="x", messages=messages)).choices[0].message)
+    await client.chat.completions.create(model="x", messages=messages)
+
+async def asks_twice_at_once(row, base_url, api_key):
+    client = AsyncOpenAI(base_url=base_url, api_key=api_key)
+    ask = lambda text: client.chat.completions.create(model="x", messages=[{"role": "user", "content": text}])
+    answers = await asyncio.gather(ask("one"), ask("two"), ask("one"), return_exceptions=True)
+    refused = [answer for answer in answers if isinstance(answer, APIStatusError)]
+    return float(len(refused) == 1 and refused[0].status_code == 400 and "being answered" in str(refused[0]))
+
+async def asks_for_what_is_not_there(row, base_url, api_key):
+    client = AsyncOpenAI(base_url=base_url, api_key=api_key)
+    messages = [{"role": "user", "content": "x"}]
+    as_json = {"response_format": {"type": "json_object"}}
+    for option in ({"n": 2}, {"tool_choice": "required"}, {"stop": ["x"]}, as_json):
+        try:
+            await client.chat.completions.create(model="x", messages=messages, **option)
+        except APIStatusError as error:
+            assert error.status_code == 400 and next(iter(option)) in str(error)
+        else:
+            raise AssertionError(option)
+    await client.chat.completions.create(model="x", messages=messages, n=1, temperature=0.3, max_tokens=5)
+    return 1
+
+async def is_silent(row, base_url, api_key):
+    return 1.0
+
+async def breaks(row, base_url, api_key):
+    raise KeyError("no such thing")
+
+def is_told_that_it_is_over(row, base_url, api_key):
+    try:
+        OpenAI(base_url=base_url, api_key=api_key).chat.completions.create(
+            model="x", messages=[{"role": "user", "content": "x"}])
+    except APIStatusError as error:
+        SEEN.append((error.status_code, "over" in str(error)))
+        raise
+
+def seen(row, base_url, api_key):
+    OpenAI(base_url=base_url, api_key=api_key).chat.completions.create(
+        model="x", messages=[{"role": "user", "content": json.dumps(SEEN)}])
+'''
+
+Talk = Callable[[EnvironmentWorker], Awaitable[Any]]
+
+
+def with_worker(tmp_path: Path, talk: Talk, *agents: str) -> Any:
+    """`talk` with a worker that has the agents as phases of their names."""
+    makers = [f"def make_{agent}(): return AgentEnvironment({agent})" for agent in agents]
+    (tmp_path / "agents.py").write_text("\n".join([AGENTS, *makers]))
+    specs = {agent: EnvironmentSpec.of([], f"{tmp_path}/agents.py:make_{agent}", {}, {}).located() for agent in agents}
+
+    async def run() -> Any:
+        worker = EnvironmentWorker("environment/0", specs, dict.fromkeys(specs, 1000))
+        await worker.ready()
+        try:
+            return await asyncio.wait_for(talk(worker), 60)
+        finally:
+            worker.close()
+
+    return asyncio.run(run())
+
+
+def says(text: str, *calls: dict[str, Any], **others: Any) -> dict[str, Any]:
+    made = [{"type": "function", "function": {"name": "add", "arguments": arguments}} for arguments in calls]
+    return {"role": "assistant", "content": text, **({"tool_calls": made} if made else {}), **others}
+
+
+def test_an_agent_with_tools_is_an_episode(tmp_path: Path):
+    async def talk(worker: EnvironmentWorker) -> tuple[Opened, list[Reply]]:
+        row = {"question": "2+3?", "answer": 5}
+        opened = await worker.open("e", "uses_tools", "not used", row)
+        replies = [await worker.step("e", says("Let me see.", {"a": 2, "b": 3})), await worker.step("e", says("5"))]
+        assert await worker.end("e", score=True) is None
+        return opened, replies
+
+    opened, (first, last) = with_worker(tmp_path, talk, "uses_tools")
+    assert opened.prompt == [{"role": "system", "content": "Add."}, {"role": "user", "content": "2+3?"}]
+    assert [tool["function"]["name"] for tool in opened.tools] == ["add"]
+    (answer,) = first.messages
+    assert (answer["role"], answer["name"], answer["content"], first.done) == ("tool", "add", "5", False)
+    assert (last.messages, last.reward, last.done) == ([], 1.0, True)
+
+
+def test_a_call_that_is_malformed_reaches_the_agent_as_it_is(tmp_path: Path):
+    broken = says("", invalid_tool_calls=[{"name": "add", "arguments": "{a: 2", "error": "no JSON"}])
+
+    async def talk(worker: EnvironmentWorker) -> None:
+        await worker.open("e", "uses_tools", "", {"question": "?", "answer": 1})
+        await worker.step("e", broken)
+
+    with pytest.raises(DataFailure, match="JSONDecodeError"):
+        with_worker(tmp_path, talk, "uses_tools")
+
+
+def test_an_async_agent_may_stream_and_use_parts_and_earn_nothing(tmp_path: Path):
+    async def talk(worker: EnvironmentWorker) -> tuple[Opened, list[Reply]]:
+        opened = await worker.open("e", "chats", "", {})
+        return opened, [await worker.step("e", says(text)) for text in ("ä", "")]
+
+    opened, (first, last) = with_worker(tmp_path, talk, "chats")
+    assert opened.prompt == [{"role": "user", "content": "Say it."}] and opened.tools == []
+    assert first.messages == [{"role": "user", "content": "Again."}] and not first.done
+    assert (last.messages, last.reward, last.done) == ([], None, True)
+
+
+@pytest.mark.parametrize(
+    ("agent", "message"),
+    [
+        ("forgets", r'changed message 0 of its conversation: it was .*"first".*, it is .*"second"'),
+        ("retools", "changed its tools"),
+        ("repeats", "added no message"),
+        ("breaks", "KeyError: 'no such thing'"),
+        ("is_silent", "ended without a request"),
+    ],
+)
+def test_an_agent_that_is_no_single_conversation_fails_with_the_reason(tmp_path: Path, agent: str, message: str):
+    async def talk(worker: EnvironmentWorker) -> None:
+        await worker.open("e", agent, "", {})
+        await worker.step("e", says("a word"))
+
+    with pytest.raises(DataFailure, match=message):
+        with_worker(tmp_path, talk, agent)
+
+
+@pytest.mark.parametrize("agent", ["asks_twice_at_once", "asks_for_what_is_not_there"])
+def test_what_cannot_be_recorded_is_refused_with_a_status_that_is_not_repeated(tmp_path: Path, agent: str):
+    async def talk(worker: EnvironmentWorker) -> Reply:
+        await worker.open("e", agent, "", {})
+        await asyncio.sleep(0.3)  # until the other requests have arrived
+        return await worker.step("e", says("a word"))
+
+    reply = with_worker(tmp_path, talk, agent)
+    assert (reply.reward, reply.done) == (1.0, True)
+
+
+def test_an_agent_whose_episode_was_cut_is_told_so(tmp_path: Path):
+    async def talk(worker: EnvironmentWorker) -> list[Any]:
+        await worker.open("cut", "is_told_that_it_is_over", "", {})
+        assert await worker.end("cut", score=True) is None
+        for _ in range(50):
+            await asyncio.sleep(0.1)
+            opened = await worker.open("later", "seen", "", {})
+            if told := json.loads(opened.prompt[0]["content"]):
+                return told
+        return []
+
+    assert with_worker(tmp_path, talk, "is_told_that_it_is_over", "seen") == [[410, True]]
+
+
+def test_many_sync_agents_wait_at_the_same_time(tmp_path: Path):
+    async def talk(worker: EnvironmentWorker) -> list[bool]:
+        names = [f"e{index}" for index in range(40)]
+        for name in names:
+            await worker.open(name, "uses_tools", "", {"question": name, "answer": name})
+        replies = await asyncio.gather(*[worker.step(name, says(name)) for name in names])
+        return [reply.done and reply.reward == 1.0 for reply in replies]
+
+    assert with_worker(tmp_path, talk, "uses_tools") == [True] * 40
