@@ -5,8 +5,8 @@ score of its rubric as the reward. A user's file has
 
     def wordle(): return of_verifiers(lambda: verifiers.load_environment("wordle"))
 
-and its data set is the environment's own, `load_environment("wordle").get_dataset().to_json("rows.jsonl")`. Rubrics that
-compare the samples of a group (`score_group`) are not called: an episode is scored by itself.
+and its data set is the environment's own, `load_environment("wordle").get_dataset().to_json("rows.jsonl")`. Rubrics
+that compare the samples of a group (`score_group`) are not called: an episode is scored by itself.
 
 Written for the `Environment` of verifiers 0.1.12. Version 0.4 has another interface, and none of that name.
 """
