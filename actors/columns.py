@@ -69,6 +69,9 @@ COLUMNS: dict[str, Column] = {
         _token("teacher_tail_logps", np.float32, "log-probability of all other tokens together; -inf if none", "infer"),
         _token("values", np.float32, "state value before the token, before this batch's updates", "infer"),
         _token("step_reward", np.float32, "reward of the token itself", "score, credit"),
+        _token(
+            "turn_reward", np.float32, "what an environment gave for a turn, at its last token, weighted", "generate"
+        ),
         _token("advantages", np.float32, "advantage of the token", "credit"),
         _token("returns", np.float32, "return from the token on", "credit"),
         _token("step_label", np.int8, "process label at a step's last token: 0, 1, or -1 for none", "source"),

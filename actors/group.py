@@ -53,10 +53,10 @@ class RayWorker:
         return result
 
     async def call_split(
-        self, method: str, *args: Any, timeout_s: float, task_name: str | None = None
-    ) -> tuple[Any, Ref]:
-        first, second = self._submit(method, args, {}, task_name, num_returns=2)
-        return await self._result(first, method, timeout_s), Ref(second)
+        self, method: str, *args: Any, timeout_s: float, task_name: str | None = None, refs: int = 1
+    ) -> tuple[Any, *tuple[Ref, ...]]:
+        first, *others = self._submit(method, args, {}, task_name, num_returns=1 + refs)
+        return await self._result(first, method, timeout_s), *map(Ref, others)
 
     async def kill(self) -> None:
         ray.kill(self.handle, no_restart=True)

@@ -54,9 +54,9 @@ class Worker(Protocol):
         ...
 
     async def call_split(
-        self, method: str, *args: Any, timeout_s: float, task_name: str | None = None
-    ) -> tuple[Any, Ref]:
-        """For a method that returns a pair: the first as a value, the second as a `Ref`."""
+        self, method: str, *args: Any, timeout_s: float, task_name: str | None = None, refs: int = 1
+    ) -> tuple[Any, *tuple[Ref, ...]]:
+        """For a method that returns a tuple: the first as a value, the `refs` others each as a `Ref`."""
         ...
 
     async def kill(self) -> None:
@@ -140,10 +140,11 @@ class LocalWorker:
             death.cancel()
 
     async def call_split(
-        self, method: str, *args: Any, timeout_s: float, task_name: str | None = None
-    ) -> tuple[Any, Ref]:
-        first, second = await self.call(method, *args, timeout_s=timeout_s, task_name=task_name)
-        return first, Ref(second)
+        self, method: str, *args: Any, timeout_s: float, task_name: str | None = None, refs: int = 1
+    ) -> tuple[Any, *tuple[Ref, ...]]:
+        first, *others = await self.call(method, *args, timeout_s=timeout_s, task_name=task_name)
+        assert len(others) == refs, f"{self.name}.{method} returned {1 + len(others)} values, {1 + refs} were asked for"
+        return first, *map(Ref, others)
 
     async def kill(self) -> None:
         if not self._dead.is_set():

@@ -15,7 +15,7 @@ A reward of NaN says that the sample could not be scored: it takes no part in an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -27,11 +27,11 @@ Scale = Literal["group", "batch", "none"]
 CreditCall = TypeVar("CreditCall", bound=Callable[..., Any])
 
 
-def credits(*, reads: set[str], writes: set[str]) -> Callable[[CreditCall], CreditCall]:
-    """Declares the columns of a credit call."""
+def credits(*, reads: set[str], writes: set[str], takes: Set[str] = frozenset()) -> Callable[[CreditCall], CreditCall]:
+    """Declares the columns of a credit call. `takes`: those that it reads of episodes, which alone have them."""
 
     def declare(call: CreditCall) -> CreditCall:
-        call.__dict__.update(reads=frozenset(reads), writes=frozenset(writes))
+        call.__dict__.update(reads=frozenset(reads), writes=frozenset(writes), takes=frozenset(takes))
         return call
 
     return declare

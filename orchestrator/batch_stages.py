@@ -20,6 +20,7 @@ from actors.distributions import TopK
 from actors.worker import Group, Objects, Ref
 from orchestrator.losses.objective import LossObjective
 from orchestrator.pipeline import DRIVER, Pipeline, Stage, Verb, infer
+from orchestrator.planning.episode_settings import EpisodeSettings
 from orchestrator.publishing.transfer import mix_towards
 from orchestrator.replay_buffer import ReplayBuffer, replayed
 from orchestrator.row_table import RowTable, Share
@@ -38,6 +39,7 @@ class PhaseSettings:
     seed: int
     sampling: Sampling
     vocabulary: int | None = None  # entries of a model's vocabulary that stand for tokens; None: all of them
+    episode: EpisodeSettings | None = None  # how its samples talk to an environment, if they do
 
 
 @dataclass(frozen=True)

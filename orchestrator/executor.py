@@ -44,6 +44,7 @@ class Executor:
         start: Callable[[str, str], Awaitable[None]],
         engines: Mapping[str, Pool],
         scorers: Mapping[str, Pool],
+        environments: Mapping[str, Pool] | None = None,
         model_rewards: Sequence[ModelReward],
         publishers: Sequence[Publisher],
         call_timeout_s: Mapping[str, float],
@@ -54,13 +55,13 @@ class Executor:
         self.publishers, self._start = publishers, start
         self.batch_stages = BatchStages(groups, objects, call_timeout_s=call_timeout_s, stand_ins=stand_ins)
         models = {reward: ModelScorer(partial(self.batch_stages.scores, reward.role)) for reward in model_rewards}
-        self.group_stages = GroupStages(engines, scorers, models, objects)
+        self.group_stages = GroupStages(engines, scorers, models, objects, environments)
         self._stand_ins, self._concurrent = stand_ins, concurrent
 
     @property
     def pools(self) -> Mapping[str, Pool]:
         """The elastic roles."""
-        return {**self.group_stages.engines, **self.group_stages.scorers}
+        return {**self.group_stages.engines, **self.group_stages.scorers, **self.group_stages.episodes.environments}
 
     @property
     def paused(self) -> bool:
@@ -70,6 +71,7 @@ class Executor:
     def enter(self, phase: PhaseSettings) -> None:
         """Stages run with these settings from now on."""
         self.batch_stages.enter(phase)
+        self.group_stages.episodes.settings = phase.episode
         changing = {*phase.pipeline.trained, *phase.pipeline.mixed}
         followed = {each.role for each in self.publishers}
         self.group_stages.steady = frozenset(

@@ -85,7 +85,9 @@ class PhaseRun:
     def _enter(self) -> None:
         phase, budget = self.phase, self.phase.config.train.token_budget
         seed, vocabulary = self.context.config.seed, self.context.prepared.vocabulary
-        self.roles.enter(PhaseSettings(phase.pipeline, budget, phase.temperature, seed, phase.sampling, vocabulary))
+        self.roles.enter(
+            PhaseSettings(phase.pipeline, budget, phase.temperature, seed, phase.sampling, vocabulary, phase.episode)
+        )
 
     async def _precompute(self) -> None:
         """Columns that frozen roles compute of the whole data set, read from the cache or computed now. Roles that no

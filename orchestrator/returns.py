@@ -3,7 +3,7 @@ are.
 
 Only trained tokens (`mask` 1) are time steps of an episode. Tokens between two of them (a tool's answer, say) take no
 time: there is no discount over them, and the next state's value is that before the next trained token. A row's reward
-is earned at its last trained token.
+is earned at its last trained token, but for what an environment gave for single turns.
 """
 
 from __future__ import annotations
@@ -47,14 +47,15 @@ def reward_less_kl(batch: Batch, world: World, state: dict[str, Any], *, coeffic
     return {"reward": reward.astype(np.float32)}, {"kl": _mean(log_ratio[mask])}
 
 
-@credits(reads={"mask", "reward"}, writes={"step_reward"})
+@credits(reads={"mask", "reward"}, writes={"step_reward"}, takes={"turn_reward"})
 def reward_at_the_end(batch: Batch, world: World, state: dict[str, Any]) -> Credited:
-    """[T]: each row's reward at its last trained token, and 0 elsewhere."""
+    """[T]: each row's reward at its last trained token, and 0 elsewhere. Of an episode, what the environment gave for a
+    turn is at the last token of that turn, and the last one has the rest."""
     earned, rows = _at_last_tokens(batch)
     return {"step_reward": earned}, {"objective/scores": _mean_over(rows, _scores(batch, rows))}
 
 
-@credits(reads={"mask", "reward", "old_logps", "ref_logps"}, writes={"step_reward"})
+@credits(reads={"mask", "reward", "old_logps", "ref_logps"}, writes={"step_reward"}, takes={"turn_reward"})
 def kl_in_reward(
     batch: Batch,
     world: World,
@@ -65,7 +66,7 @@ def kl_in_reward(
     target: float | None = None,
     horizon: int = 10_000,
 ) -> Credited:
-    """[T]: `-β KL_t`, and each row's reward at its last trained token. `k1`: `lp - ref`; `k3`: `e^(ref-lp) - 1 -
+    """[T]: `-β KL_t`, and each row's reward as in `reward_at_the_end`. `k1`: `lp - ref`; `k3`: `e^(ref-lp) - 1 -
     (ref-lp)`, which is never negative.
 
     With `target`, β follows the KL of whole rows, over all ranks: `β ← β (1 + clip(KL/target - 1, ±0.2) n/horizon)`
@@ -168,13 +169,18 @@ def whitened(values: Array, world: World, *, shift_mean: bool = True) -> Array:
 
 
 def _at_last_tokens(batch: Batch) -> tuple[Array, Array]:
-    """[T] float64: each row's reward at its last trained token; [B] bool: rows that have one."""
+    """[T] float64: each row's reward at its last trained token, less what its turns were given, which is at theirs;
+    [B] bool: rows that have a trained token."""
     trained = np.flatnonzero(batch["mask"])
     last = np.full(len(batch), -1)
     last[batch.row_of_token[trained]] = trained  # of several tokens of a row, the last one stays
     rows = last >= 0
     earned = np.zeros(batch.num_tokens)
     earned[last[rows]] = batch["reward"][rows]
+    if "turn_reward" in batch:
+        of_turns = np.where(batch["mask"], batch["turn_reward"].astype(np.float64), 0.0)
+        earned[last[rows]] -= batch.sum_by_row(of_turns)[rows]
+        earned += of_turns
     return earned, rows
 
 

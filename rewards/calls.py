@@ -81,13 +81,15 @@ class Samples:
         ids: list[list[int]],
         columns: Mapping[str, Sequence[Any]],
         state: TrainerState,
+        conversations: Sequence[Conversation] | None = None,
     ) -> None:
+        """`conversations`: what was said after each prompt, where samples are episodes; they are the completions."""
         self._count, self._state = len(texts), state
         self._texts, self._columns, self._prompts = texts, columns, prompts
         self._given: dict[str, Sequence[Any]] = {
             **columns,
             "prompts": prompts,
-            "completions": [_as_prompt(prompt, text) for prompt, text in zip(prompts, texts, strict=True)],
+            "completions": conversations or list(map(_as_prompt, prompts, texts)),
             "completion_ids": ids,
         }
 

@@ -1,7 +1,8 @@
 """Rewards that come with Troupe. A reward is a plain function; this is what one may ask for, by parameter name:
 
     prompts         list of n prompts: strings, or lists of messages where the data is conversational
-    completions     list of n completions: strings, or one assistant message each, as prompts are
+    completions     list of n completions: strings, or one assistant message each, as prompts are; of episodes, all
+                    messages after the prompt
     completion_ids  list of n lists of token ids
     trainer_state   `.global_step`: the version of the weights that sampled
     log_extra       log_extra(column, values): n values beside the completions in their table
@@ -116,8 +117,10 @@ def completion_length(completion_ids: Sequence[Sequence[int]], *, per_token: flo
 
 
 def text_of(completion: Completion) -> str:
-    """The text of a completion, plain or conversational (its first message)."""
-    return completion if isinstance(completion, str) else completion[0]["content"]
+    """The text of a completion, plain or conversational (the last that the model says in it)."""
+    if isinstance(completion, str):
+        return completion
+    return next(said["content"] for said in reversed(completion) if said["role"] == "assistant")
 
 
 def cosine_between(short: float, long: float, progress: float) -> float:

@@ -17,6 +17,7 @@ function run at the same time; a function that cannot bear that wants a concurre
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import platform
 import threading
@@ -25,7 +26,7 @@ from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -43,6 +44,16 @@ from rewards.judge import JudgeCaller, JudgeSpec
 from rewards.specs import AnySpec
 
 MAX_THREADS = 256  # calls of sync functions at the same time; the pool's own limit is the one that counts
+
+
+class Spoken(Protocol):
+    """What was said in an episode: before the model's first turn, and from it on."""
+
+    @property
+    def prompt(self) -> list[dict[str, Any]]: ...
+
+    @property
+    def messages(self) -> list[dict[str, Any]]: ...
 
 
 @dataclass(frozen=True)
@@ -102,28 +113,37 @@ class RewardWorker:
             return {**health, "alive": True}
 
     async def score(
-        self, rows: Shard, prompt: Prompt, columns: Mapping[str, Any], *blocks: Batch
+        self, rows: Shard, prompt: Prompt, columns: Mapping[str, Any], *blocks: Batch | Spoken
     ) -> tuple[ScoreResult, ScoredTexts]:
         """Rewards of `rows`, all samples of one `prompt`; `columns`: the prompt's other columns; `blocks`: those that
-        the shard refers to.
+        the shard refers to, and of episodes what was said in each.
 
         Raises DataFailure, with the reward's name, if one raises or answers with something else than n rewards;
         InfraFailure if one cannot be reached or passes its deadline; BudgetExhausted if that is to end the run.
         """
         token = self._began()
         try:
-            return await self._score(rows.fetched(blocks).batch, prompt, columns)
+            batches = [block for block in blocks if isinstance(block, Batch)]
+            spoken = [block for block in blocks if not isinstance(block, Batch)]
+            return await self._score(rows.fetched(batches).batch, prompt, columns, spoken)
         finally:
             with self._lock:
                 # Only now: a process that says that it is of no use is killed, and this call's answer with it.
                 self._gave_up |= any(caller.hanging for caller in self._callers)
                 del self._running[token]
 
-    async def _score(self, batch: Batch, prompt: Prompt, columns: Mapping[str, Any]) -> tuple[ScoreResult, ScoredTexts]:
+    async def _score(
+        self, batch: Batch, prompt: Prompt, columns: Mapping[str, Any], spoken: Sequence[Spoken]
+    ) -> tuple[ScoreResult, ScoredTexts]:
         ids, count = _completion_ids(batch), len(batch)
-        texts = tuple(self._tokenizer.batch_decode(ids, skip_special_tokens=True))
         beside = {name: [value] * count for name, value in columns.items()}
-        samples = Samples([prompt] * count, texts, ids, beside, _trainer_state(batch))
+        if spoken:
+            texts = tuple(turns(each.messages) for each in spoken)
+            prompts, conversations = [each.prompt for each in spoken], [each.messages for each in spoken]
+            samples = Samples(prompts, texts, ids, beside, _trainer_state(batch), conversations)
+        else:
+            texts = tuple(self._tokenizer.batch_decode(ids, skip_special_tokens=True))
+            samples = Samples([prompt] * count, texts, ids, beside, _trainer_state(batch))
         scored = await _all_of([caller.score(samples) for caller in self._callers])
         rewards = np.stack([each.values for each in scored], axis=1) if scored else np.zeros((count, 0), np.float32)
         weights = np.array([caller.weight for caller in self._callers], np.float32)
@@ -134,6 +154,7 @@ class RewardWorker:
         logs = {name: each.log for name, each in zip(names, scored, strict=True)}
         metrics = merged({name: log.metrics for name, log in logs.items()})
         extra = merged({name: log.extra for name, log in logs.items()})
+        extra |= {"messages": tuple(each.messages for each in spoken)} if spoken else {}
         calls = tuple(each.statistics for each in scored)
         return ScoreResult(names, rewards, total, metrics, calls, weights=weights), ScoredTexts(texts, extra)
 
@@ -166,6 +187,18 @@ async def _all_of(work: Sequence[Coroutine[Any, Any, Scored]]) -> list[Scored]:
 def _completion_ids(batch: Batch) -> list[list[int]]:
     """The tokens that the policy wrote: those after the prompt, tool output left out."""
     return [batch.row("tokens", row)[batch.row("mask", row)].tolist() for row in range(len(batch))]
+
+
+def turns(messages: Sequence[Mapping[str, Any]]) -> str:
+    """A conversation as a text, one message a line, calls of tools included."""
+    return "\n".join(f"{message['role']}: {_said(message)}" for message in messages)
+
+
+def _said(message: Mapping[str, Any]) -> str:
+    calls = [call["function"] for call in message.get("tool_calls") or ()]
+    called = [f"{call['name']}({json.dumps(call['arguments'], ensure_ascii=False)})" for call in calls]
+    broken = [str(call["arguments"]) for call in message.get("invalid_tool_calls") or ()]
+    return " ".join(part for part in (str(message["content"]), *called, *broken) if part)
 
 
 def _trainer_state(batch: Batch) -> TrainerState:

@@ -60,17 +60,32 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class EpisodeFacts:
+    """What is counted of one episode."""
+
+    turns: int  # of the model
+    calls: int  # of tools
+    failures: int  # calls that were answered with an error
+    answer_tokens: int  # after the prompt, not written by the model
+    engine_s: float  # waiting for the engine
+    environment_s: float  # waiting for the environment, its tools included
+    reward: float | None  # by the environment, over all turns
+
+
+@dataclass(frozen=True)
 class GroupMeta:
     """What the driver keeps of a finished group; its tokens stay in the object store."""
 
     request_id: str
     worker: str
-    lengths: tuple[int, ...]  # completion tokens per sample
+    lengths: tuple[int, ...]  # tokens that the model wrote, per sample
     finishes: tuple[Finish, ...]
     oldest_version: int
     newest_version: int
     seconds: float
     failures: tuple[str, ...] = field(default=())  # samples that failed permanently, each with its reason
+    totals: tuple[int, ...] | None = None  # tokens of each row; None: the request's prompt and `lengths`
+    episodes: tuple[EpisodeFacts, ...] = ()  # one per sample, if the samples are episodes
 
 
 def sample_seed(seed: int, index: int) -> int:

@@ -33,10 +33,13 @@ from torch import Tensor
 import actors
 from actors.batch import Batch
 from actors.errors import InfraFailure, TroupeError
-from actors.worker import WorkerInfo, consume_exception
+from actors.worker import Worker, WorkerInfo, consume_exception
+from rollout.conversation import Conversation, ConversationSpec
 from rollout.engine import Engine, EngineSpec, build_engine
 from rollout.engine_loop import EngineLoop
-from rollout.sampling import Completion, GroupMeta, Request, to_batch
+from rollout.episode import Dialogue, EnvironmentLost, EpisodeRequest, Lost, Transcript
+from rollout.sampling import Completion, Finish, GroupMeta, Request, to_batch
+from rollout.tool_calls import parser_of
 from rollout.weights.protocol import Ack, Part, Receiver, SyncOrder
 
 T = TypeVar("T")
@@ -52,9 +55,20 @@ class RolloutWorker:
     """Generates and receives new weights at the same time. Used from one event loop; `ping` and `close` from any
     thread."""
 
-    def __init__(self, name: str, spec: EngineSpec, initial_version: int = -1, stall_s: float = STALL_S) -> None:
+    def __init__(
+        self,
+        name: str,
+        spec: EngineSpec,
+        initial_version: int = -1,
+        stall_s: float = STALL_S,
+        conversation: ConversationSpec | None = None,
+    ) -> None:
+        """`conversation`: how episodes are rendered; None for a worker that is asked for none."""
         self.name = name
         self._spec = spec
+        self._conversation_spec = conversation
+        self._conversation: Conversation | None = None
+        self._episodes: dict[str, asyncio.Task[Any]] = {}
         self._initial_version = initial_version
         self._stall_s = stall_s
         self._loop = EngineLoop(name, self._build)
@@ -68,6 +82,8 @@ class RolloutWorker:
         """Build the engine, once. Returns the worker's description. Raises ModelError or ConfigError."""
         began = time.monotonic()
         await self._within(self._loop.start(), START_TIMEOUT_S, "the engine's start")
+        if self._conversation_spec is not None:
+            self._conversation = await asyncio.to_thread(self._conversation_spec.load)
         detail = {"engine": self._spec.kind, "dtype": self._spec.dtype, "start_seconds": time.monotonic() - began}
         return WorkerInfo(self.name, os.getpid(), platform.node(), str(Path(actors.__file__).parent), detail)
 
@@ -76,22 +92,53 @@ class RolloutWorker:
         waiting call is cancelled, the request is aborted. Raises InfraFailure if the engine broke, made no progress or
         aborted the request, DataFailure if this request can never run."""
         began = time.monotonic()
-        future = self._loop.generate(request)
-        self._waiters[request.id] += 1
-        try:
-            completions = await self._while_it_moves(future, f"request {request.id}")
-        finally:
-            self._waiters[request.id] -= 1
-            if not self._waiters[request.id]:
-                del self._waiters[request.id]
-                if not future.done():
-                    self._loop.abort([request.id])
+        completions = await self._completions(request)
         return self._meta(request, completions, time.monotonic() - began), to_batch(request, completions)
 
+    async def episode(
+        self, request: EpisodeRequest, environment: Worker
+    ) -> tuple[GroupMeta | EnvironmentLost, Batch, Transcript]:
+        """One episode with the environment in that worker, from its start to its end; a call with the id of one that is
+        under way ends that one. Raises as `generate` does; a failure of the environment is returned, because it says
+        nothing about this worker."""
+        assert self._conversation is not None, "the worker was started without a conversation"
+        began = time.monotonic()
+        parser = parser_of(request.parser, self._conversation.tokenizer)
+        dialogue = Dialogue(request, self._conversation, parser, self._turn, environment)
+        await self._abort_episodes([request.id])
+        task = self._episodes[request.id] = asyncio.ensure_future(dialogue.run())
+        try:
+            episode, transcript, facts = await task
+        except Lost as error:
+            return error.lost, Batch.empty(), Transcript([], [])
+        except asyncio.CancelledError:
+            if self._episodes.get(request.id) is task:  # it is this call that was cancelled
+                raise
+            raise InfraFailure(f"{self.name}: episode {request.id} was aborted") from None
+        finally:
+            task.cancel()
+            if self._episodes.get(request.id) is task:
+                del self._episodes[request.id]
+        row = episode.row()
+        versions = row["version"][row["mask"]]
+        meta = GroupMeta(
+            request_id=request.id,
+            worker=self.name,
+            lengths=(episode.written,),
+            finishes=(Finish.LENGTH if episode.truncated else Finish.STOP,),
+            oldest_version=int(versions.min()),
+            newest_version=int(versions.max()),
+            seconds=time.monotonic() - began,
+            totals=(row.num_tokens,),
+            episodes=(facts,),
+        )
+        return meta, row, transcript
+
     async def abort(self, request_ids: list[str]) -> int:
-        """End requests; their `generate` raises InfraFailure. Returns how many of them were running; unknown ids are
-        ignored."""
-        return await self._within(self._loop.abort(request_ids), VERB_TIMEOUT_S, "abort")
+        """End requests and episodes; their `generate` and `episode` raise InfraFailure. Returns how many of them were
+        running; unknown ids are ignored."""
+        episodes = await self._abort_episodes(request_ids)
+        return episodes + await self._within(self._loop.abort(request_ids), VERB_TIMEOUT_S, "abort")
 
     async def receive(self, order: SyncOrder, payload: Any = None) -> Ack:
         """Receive new weights during decoding and apply them between two steps. An order that was already carried out
@@ -142,6 +189,36 @@ class RolloutWorker:
         self._side.shutdown(wait=False, cancel_futures=True)
         for receiver in self._receivers.values():
             receiver.close()
+
+    async def _completions(self, request: Request) -> list[Completion]:
+        """A request's samples. When the last call that waits for them is cancelled, the request is aborted."""
+        future = self._loop.generate(request)
+        self._waiters[request.id] += 1
+        try:
+            return await self._while_it_moves(future, f"request {request.id}")
+        finally:
+            self._waiters[request.id] -= 1
+            if not self._waiters[request.id]:
+                del self._waiters[request.id]
+                if not future.done():
+                    self._loop.abort([request.id])
+
+    async def _turn(self, request: Request, seconds: float) -> Completion | None:
+        """A turn of an episode; None if it is not there within so many seconds, and then it is aborted."""
+        try:
+            async with asyncio.timeout(seconds):
+                (completion,) = await self._completions(request)
+                return completion
+        except TimeoutError:
+            return None
+
+    async def _abort_episodes(self, ids: list[str]) -> int:
+        """End those of the episodes that are under way, and wait until they have ended."""
+        tasks = [task for each in ids if (task := self._episodes.pop(each, None)) is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return len(tasks)
 
     def _build(self) -> Engine:
         engine = build_engine(self._spec)

@@ -25,15 +25,17 @@ from actors.worker import Group, Worker
 from orchestrator.cluster.base import Cluster
 from orchestrator.cluster.failures import Watchdog
 from orchestrator.cluster.pool import Event, Pool, PoolPolicy
-from orchestrator.config.roles import EngineRole, FrozenRole, RanksRole, ScorersRole, TrainerRole
+from orchestrator.config.roles import EngineRole, EnvironmentsRole, FrozenRole, RanksRole, ScorersRole, TrainerRole
 from orchestrator.config.schema import RunConfig, TrainConfig
 from orchestrator.executor import Executor
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.prepared import Prepared, PreparedPhase
 from orchestrator.plugins import importable
 from orchestrator.publishing.publisher import Publisher
+from rewards.environment_worker import EnvironmentWorker
 from rewards.specs import call_timeout_s, with_deadlines
 from rewards.worker import RewardWorker
+from rollout.conversation import ConversationSpec
 from rollout.engine import EngineSpec
 from rollout.weights.protocol import Part
 from rollout.worker import RolloutWorker
@@ -50,7 +52,8 @@ async def launch(
         starting = _Starting(prepared, plan, cluster, event, watchdog)
         engines = {role: starting.engines(role) for role in plan.roles if isinstance(roles[role], EngineRole)}
         scorers = {role: starting.scorers(role) for role in plan.roles if isinstance(roles[role], ScorersRole)}
-        pools = [*engines.values(), *scorers.values()]
+        hosts = {role: starting.environments(role) for role in plan.roles if isinstance(roles[role], EnvironmentsRole)}
+        pools = [*engines.values(), *scorers.values(), *hosts.values()]
         for pool in pools:
             stack.push_async_callback(pool.close)
 
@@ -74,6 +77,7 @@ async def launch(
             start=start_group,
             engines=engines,
             scorers=scorers,
+            environments=hosts,
             model_rewards=prepared.model_rewards,
             publishers=publishers,
             call_timeout_s={role: roles.ranks(role).call_timeout_s for role in gangs},
@@ -126,7 +130,7 @@ def model_spec(prepared: Prepared, role: str, path: str | None, *, trained: bool
         path=path or model_of(prepared, role),
         head=prepared.heads.get(role, Head.VOCABULARY),
         tokenizer=prepared.tokenizer_path,
-        chat_template=prepared.tokenizer.chat_template if model.chat_template is not None else None,
+        chat_template=chat_template(prepared),
         dtype=settings.dtype or model.dtype,
         lora=prepared.lora if trained else None,
         gradient_checkpointing=model.gradient_checkpointing and trained,
@@ -134,6 +138,11 @@ def model_spec(prepared: Prepared, role: str, path: str | None, *, trained: bool
         router_aux_loss_coef=model.router_aux_loss_coef,
         trust_remote_code=model.trust_remote_code,
     )
+
+
+def chat_template(prepared: Prepared) -> str | None:
+    """The text of the chat template, if it is not the tokenizer's own."""
+    return prepared.tokenizer.chat_template if prepared.config.model.chat_template is not None else None
 
 
 def model_of(prepared: Prepared, role: str) -> str:
@@ -199,17 +208,21 @@ class _Starting:
             mixes=None if settings.mixes is None else model_of(prepared, settings.mixes),
             options=settings.engine_options,
         )
+        episodes = any(phase.episode is not None for phase in prepared.phases)
+        calls = settings.max_concurrency // (1 if episodes else self._samples)  # an episode is a call by itself
         policy = PoolPolicy(
-            slots=max(
-                1, 2 * settings.max_concurrency // self._samples
-            ),  # twice: the engine must never wait for the driver
+            slots=max(1, 2 * calls),  # twice: the engine must never wait for the driver
             max_attempts=settings.max_attempts,
             call_timeout_s=settings.request_timeout_s,
             start_timeout_s=settings.start_timeout_s,
             max_restarts=settings.max_restarts,
             alone_after=settings.max_attempts,  # a worker with a single request is slow: only for the last attempt
         )
-        return self._pool(role, settings.workers, policy, RolloutWorker, {"spec": spec})
+        kwargs: dict[str, Any] = {"spec": spec}
+        if episodes:
+            template, trusted = chat_template(prepared), config.model.trust_remote_code
+            kwargs["conversation"] = ConversationSpec(prepared.tokenizer_path, template, trusted)
+        return self._pool(role, settings.workers, policy, RolloutWorker, kwargs)
 
     def scorers(self, role: str) -> Pool:
         settings = self.prepared.config.roles.scorers(role)
@@ -229,6 +242,23 @@ class _Starting:
             "trust_remote_code": self.prepared.config.model.trust_remote_code,
         }
         return self._pool(role, settings.workers, policy, RewardWorker, kwargs)
+
+    def environments(self, role: str) -> Pool:
+        settings = self.prepared.config.roles.environments(role)
+        policy = PoolPolicy(
+            slots=settings.concurrency,
+            max_attempts=settings.max_attempts,
+            call_timeout_s=settings.timeout_s,
+            start_timeout_s=settings.start_timeout_s,
+            max_restarts=settings.max_restarts,
+            kill_on_timeout=True,
+        )
+        hosted = [phase.episode for phase in self.prepared.phases if phase.episode and phase.episode.role == role]
+        kwargs = {
+            "specs": {each.phase: each.spec for each in hosted},
+            "max_answer_chars": {each.phase: each.max_answer_chars for each in hosted},
+        }
+        return self._pool(role, settings.workers, policy, EnvironmentWorker, kwargs)
 
     def _pool(self, role: str, workers: int, policy: PoolPolicy, target: type, kwargs: dict[str, Any]) -> Pool:
         async def start(index: int) -> Worker:

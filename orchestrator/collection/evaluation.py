@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,12 +19,14 @@ from orchestrator.cluster.failures import Watchdog
 from orchestrator.config.roles import RolesConfig
 from orchestrator.driver import Progress
 from orchestrator.executor import Executor
+from orchestrator.pipeline import Stage, generate
 from orchestrator.planning.prepared import PreparedPhase
 from orchestrator.reporting.console import Console
 from orchestrator.reporting.metrics import METRICS_FILE, MetricsLog, read
+from orchestrator.reporting.rollout_metrics import episode_metrics
 from orchestrator.row_table import RowTable
 from rewards.worker import ScoreResult
-from rollout.sampling import Request, Sampling
+from rollout.sampling import GroupMeta, Sampling
 
 T = TypeVar("T")
 
@@ -101,7 +103,8 @@ class Evaluations:
         engine = self.settings.engine_of(phase.pipeline.trained[0], phase.pipeline.roles)
         assert engine is not None, "the plan refuses what no engine samples from"
         with self.watchdog.waiting(lambda: None if roles.paused else f"evaluation {label}"):
-            result = await evaluate(phase.evaluation, roles, engine, sampling, label=label)
+            stage = _asking(engine, phase.config.environments)
+            result = await evaluate(phase.evaluation, roles, stage, sampling, label=label)
         self.console.evaluation(label, result.score)
         failed = result.metrics["eval_failed"]
         if failed:
@@ -128,24 +131,32 @@ class Evaluation:
     metrics: dict[str, float]
 
 
-async def evaluate(source: Any, roles: Executor, engine: str, sampling: Sampling, *, label: str) -> Evaluation:
-    """Score one completion of every prompt of `source`, sampled by the engine role `engine`. A prompt whose completion
+def _asking(engine: str, environments: str | None) -> Stage:
+    """One completion of each prompt, or one episode."""
+    stage = generate(engine, n=1)
+    return stage if environments is None else replace(stage, options={**stage.options, "episode": environments})
+
+
+async def evaluate(source: Any, roles: Executor, stage: Stage, sampling: Sampling, *, label: str) -> Evaluation:
+    """Score one completion of every prompt of `source`, sampled as the `generate` stage says. A prompt whose completion
     fails for good is counted, not scored as zero. Raises RunError if no prompt has a score."""
 
-    async def one(index: int) -> tuple[int, ScoreResult] | None:
+    async def one(index: int) -> tuple[GroupMeta, ScoreResult] | None:
         prompt = source.item(index)
-        request = Request(f"eval/{label}/{index}", prompt.tokens, 1, sampling, seed=index, group=index)
         try:
-            meta, rows = await roles.group_stages.sample(engine, request)
-            if not meta.lengths:
+            samples = await stages.sampled(stage, prompt, f"eval/{label}/{index}", sampling, index, index)
+            if not samples.count:
                 return None
-            score, _ = await roles.group_stages.score(scorers, prompt, rows)
-            return meta.lengths[0], score
+            (meta,) = samples.metas
+            spoken = (samples.transcripts, meta.episodes) if meta.episodes else ()
+            score, _ = await stages.score(scorers, prompt, samples.rows, *spoken)
+            return meta, score
         except (DataFailure, InfraFailure) as error:
             reasons.append(str(error))
             return None
 
-    scorers = next(iter(roles.group_stages.scorers))
+    stages = roles.group_stages
+    scorers = next(iter(stages.scorers))
     reasons: list[str] = []
     results = await _all_of([one(index) for index in range(len(source))])
     done = [result for result in results if result is not None]
@@ -156,7 +167,11 @@ async def evaluate(source: Any, roles: Executor, engine: str, sampling: Sampling
         raise RunError(f"no reward had an opinion of any of {len(done)} completions")
     metrics = {
         "eval_reward": float(np.nanmean(totals)),
-        "eval_completions/mean_length": float(np.mean([n for n, _ in done])),
+        "eval_completions/mean_length": float(np.mean([meta.lengths[0] for meta, _ in done])),
+    }
+    episodes = [facts for meta, _ in done for facts in meta.episodes]
+    metrics |= {
+        f"eval_{name}": value for name, value in episode_metrics(episodes, [m.lengths[0] for m, _ in done]).items()
     }
     for column, name in enumerate(done[0][1].names):
         values = np.array([score.rewards[0, column] for _, score in done], dtype=np.float64)

@@ -1,6 +1,7 @@
 """The group-wise stages: what happens to a prompt and its samples before they join a batch.
 
-generate ──► a pool of engines          score ──► a pool of scorers
+generate ──► a pool of engines; of engines and environments (`episodes`), if it is one of episodes
+score ─────► a pool of scorers
 take: the data's own completion          keep, regroup: in the driver, on the table of the group's rows
 """
 
@@ -19,13 +20,15 @@ from actors.errors import BudgetExhausted, DataFailure, Dropped, InfraFailure
 from actors.worker import Objects, Ref, Worker
 from orchestrator.cluster.failures import enough_survive
 from orchestrator.cluster.pool import Pool
+from orchestrator.collection.episodes import REWARD, Episodes, abort, rewards_of, rows_of
 from orchestrator.collection.model_scorer import ModelScorer
+from orchestrator.collection.samples import Samples, rows_of_samples
 from orchestrator.pipeline import ROW_SOURCES, Stage, Verb
 from orchestrator.planning.prepared import ModelReward
 from orchestrator.row_table import RowTable
 from rewards.combine import weighted_sum
 from rewards.worker import ScoreResult
-from rollout.sampling import Finish, GroupMeta, Request, Sampling, sample_seed
+from rollout.sampling import EpisodeFacts, Finish, GroupMeta, Request, Sampling, sample_seed
 
 DATA = "data"  # in the place of the worker that sampled a completion
 PLACE = -1  # of the random numbers of a prompt group: those from 0 on are for its samples
@@ -46,6 +49,7 @@ class PromptGroup:
     own: tuple[bool, ...] = ()  # of each sample: whether a policy that is trained sampled it, alone
     passed: int = 0  # stages that bring rows, whether they ran for this group or not
     oldest_version: int | None = None  # of the tokens that changing weights have sampled; None: there are none
+    transcripts: tuple[Ref, ...] = ()  # of each sample, if the samples are episodes
     score: ScoreResult | None = None  # of all samples, whichever became rows
     texts: Ref | None = None  # their `ScoredTexts`, which stay where they were scored
     ended: Mapping[Verb, float] = field(default_factory=dict[Verb, float])  # seconds on the driver's clock
@@ -55,15 +59,22 @@ class PromptGroup:
         """In [0, 1), uniform over positions: which of several stages run for this group (`Stage.share`)."""
         return sample_seed(self.seed, PLACE) / 2**63
 
-    def with_rows(self, rows: RowTable, meta: GroupMeta, version: int | None, *, mixed: bool = False) -> PromptGroup:
-        """What a stage brought, added. `version`: the oldest of its tokens, if they grow old; `mixed`: they are of two
-        models."""
-        versions = [each for each in (self.oldest_version, version) if each is not None]
+    @property
+    def episodes(self) -> tuple[EpisodeFacts, ...]:
+        """Of each sample, if the samples are episodes."""
+        return tuple(facts for meta in self.metas for facts in meta.episodes)
+
+    def with_samples(self, samples: Samples, *, ages: bool, mixed: bool = False) -> PromptGroup:
+        """What a stage brought, added. `ages`: its tokens grow old; `mixed`: they are of two models."""
+        versions = [meta.oldest_version for meta in samples.metas] if ages else []
+        if self.oldest_version is not None:
+            versions.append(self.oldest_version)
         return replace(
             self,
-            rows=RowTable.concat([self.rows, rows]),
-            metas=(*self.metas, meta),
-            own=(*self.own, *[version is not None and not mixed] * len(meta.lengths)),
+            rows=RowTable.concat([self.rows, samples.rows]),
+            metas=(*self.metas, *samples.metas),
+            transcripts=(*self.transcripts, *samples.transcripts),
+            own=(*self.own, *[ages and not mixed] * samples.count),
             oldest_version=min(versions, default=None),
         )
 
@@ -78,8 +89,10 @@ class GroupStages:
         scorers: Mapping[str, Pool],
         models: Mapping[ModelReward, ModelScorer],
         objects: Objects,
+        environments: Mapping[str, Pool] | None = None,
     ) -> None:
         self.engines, self.scorers, self._models, self._objects = engines, scorers, models, objects
+        self.episodes = Episodes(engines, environments or {})
         self.steady: frozenset[str] = frozenset()
         self._verbs: dict[Verb, Callable[[Stage, PromptGroup, Sampling], Awaitable[PromptGroup | None]]] = {
             Verb.GENERATE: self._generate,
@@ -109,55 +122,87 @@ class GroupStages:
                 name, deadline = f"{role}.generate {request.id}", pool.policy.call_timeout_s
                 return await worker.call_split("generate", request, timeout_s=deadline, task_name=name)
             except asyncio.CancelledError:
-                await _abort(worker, request.id)
+                await abort(worker, request.id)
                 raise
 
         meta, block = await pool.call(request.id, work)
-        return meta, _sampled_rows(request, meta, block, sampler)
+        prompt = len(request.prompt)
+        return meta, rows_of_samples(meta, block, group=request.group, sampler=sampler, prompt_tokens=prompt)
 
-    async def score(self, role: str, prompt: Any, rows: RowTable) -> tuple[ScoreResult, Ref]:
-        """Rewards of one prompt's samples: functions, by whichever worker of a scorer role is free, and models. Beside
-        them, where the texts that were scored are."""
+    async def sampled(
+        self,
+        stage: Stage,
+        prompt: Any,
+        name: str,
+        sampling: Sampling,
+        seed: int,
+        group: int,
+        sampler: int = 0,
+        mixture: float = 0.0,
+    ) -> Samples:
+        """The samples of a `generate` stage, in one turn or as episodes."""
+        wanted = int(stage.options["n"])
+        request = Request(name, prompt.tokens, wanted, sampling, seed, group=group, mixture=mixture)
+        if stage.episode is None:
+            meta, rows = await self.sample(stage.role, request, sampler)
+            return Samples(rows, (meta,), failures=meta.failures)
+        played, failures = await self.episodes.played(stage.role, prompt, request)
+        metas, transcripts = tuple(each.meta for each in played), tuple(each.transcript for each in played)
+        return Samples(rows_of(played, group, sampler), metas, transcripts, failures)
+
+    async def score(
+        self,
+        role: str,
+        prompt: Any,
+        rows: RowTable,
+        transcripts: tuple[Ref, ...] = (),
+        episodes: Sequence[EpisodeFacts] = (),
+    ) -> tuple[ScoreResult, Ref]:
+        """Rewards of one prompt's samples: functions, by whichever worker of a scorer role is free, models, and what
+        the environment gave. Beside them, where the texts that were scored are."""
         pool = self.scorers[role]
         name, deadline = f"{role}.score prompt {prompt.id}", pool.policy.call_timeout_s
         whole = rows.only({"tokens", "mask", "version"}).whole()
 
         async def work(worker: Worker) -> tuple[ScoreResult, Ref]:
-            arguments = (whole.shard, prompt.prompt, prompt.columns, *whole.blocks)
+            arguments = (whole.shard, prompt.prompt, prompt.columns, *whole.blocks, *transcripts)
             return await worker.call_split("score", *arguments, timeout_s=deadline, task_name=name)
 
         models = asyncio.gather(*(model.score(rows) for model in self._models.values()))
         (score, texts), said = await asyncio.gather(pool.call(f"score prompt {prompt.id}", work), models)
-        return _with_models(score, dict(zip(self._models, said, strict=True))), texts
+        others = {model.label: (values, model.weight) for model, values in zip(self._models, said, strict=True)}
+        settings = self.episodes.settings
+        if episodes and settings is not None and settings.rewards:
+            others[REWARD] = rewards_of(episodes), settings.reward_weight
+        return _with_others(score, others), texts
 
     async def _generate(self, stage: Stage, group: PromptGroup, sampling: Sampling) -> PromptGroup:
         sampler = group.passed - 1
         seed, name = group.seed, group.id
         if sampler:
             seed, name = sample_seed(seed, sampler), f"{name}/{sampler}"
-        wanted = int(stage.options["n"])
         mixture = at_epoch(stage.options.get("mixture", (0.0,)), group.epoch)
-        request = Request(name, group.prompt.tokens, wanted, sampling, seed, group=group.position, mixture=mixture)
-        meta, rows = await self.sample(stage.role, request, sampler)
-        if not enough_survive(len(meta.lengths), wanted):
-            raise Dropped("too few samples survived", "; ".join(meta.failures))
-        version = None if stage.role in self.steady else meta.oldest_version
-        return group.with_rows(rows, meta, version, mixed=mixture > 0)
+        samples = await self.sampled(stage, group.prompt, name, sampling, seed, group.position, sampler, mixture)
+        if not enough_survive(samples.count, int(stage.options["n"])):
+            raise Dropped("too few samples survived", "; ".join(samples.failures))
+        return group.with_samples(samples, ages=stage.role not in self.steady, mixed=mixture > 0)
 
     async def _take(self, stage: Stage, group: PromptGroup, sampling: Sampling) -> PromptGroup:
         answer: Batch = group.prompt.answer
         tokens = answer.num_tokens
         unknown = {"sample_logps": np.where(answer["mask"], np.nan, 0.0), "version": np.full(tokens, -1)}
         block = await self._objects.put(answer.only({"tokens", "mask"}).with_columns(**unknown))
-        request = Request(group.id, group.prompt.tokens, 1, sampling, group.seed, group=group.position)
-        meta = GroupMeta(group.id, DATA, (tokens - len(request.prompt),), (Finish.STOP,), -1, -1, 0.0)
-        return group.with_rows(_sampled_rows(request, meta, block, group.passed - 1), meta, None)
+        prompt = len(group.prompt.tokens)
+        meta = GroupMeta(group.id, DATA, (tokens - prompt,), (Finish.STOP,), -1, -1, 0.0)
+        rows = rows_of_samples(meta, block, group=group.position, sampler=group.passed - 1, prompt_tokens=prompt)
+        return group.with_samples(Samples(rows, (meta,)), ages=False)
 
     async def _score(self, stage: Stage, group: PromptGroup, sampling: Sampling) -> PromptGroup:
         """For a group that cannot be scored: raises Dropped or BudgetExhausted if the reward's own `on_failure` says
         so, else as the role's says."""
         try:
-            score, texts = await self.score(stage.role, group.prompt, group.rows)
+            spoken = (group.transcripts, group.episodes) if group.episodes else ()
+            score, texts = await self.score(stage.role, group.prompt, group.rows, *spoken)
         except Dropped:
             raise
         except (InfraFailure, DataFailure) as error:
@@ -189,28 +234,15 @@ def at_epoch(values: Sequence[float], epoch: int) -> float:
     return float(values[min(epoch, len(values) - 1)])
 
 
-def _sampled_rows(request: Request, meta: GroupMeta, block: Ref, sampler: int) -> RowTable:
-    """What the driver knows of a finished group, beside where its tokens are."""
-    count = len(meta.lengths)
-    rows = Batch.build(
-        np.asarray(meta.lengths, np.int64) + len(request.prompt),
-        group=np.full(count, request.group, np.int64),
-        truncated=[finish is Finish.LENGTH for finish in meta.finishes],
-        sampler=np.full(count, sampler, np.int8),
-        completion_tokens=np.asarray(meta.lengths, np.int32),
-    )
-    return RowTable.of_block(rows, block, {"tokens", "mask", "sample_logps", "version"})
-
-
-def _with_models(score: ScoreResult, said: Mapping[ModelReward, Array]) -> ScoreResult:
-    """The functions' result, extended by the scores of models."""
-    if not said:
+def _with_others(score: ScoreResult, others: Mapping[str, tuple[Array, float]]) -> ScoreResult:
+    """The functions' result, extended by rewards that come from elsewhere: by name, their values [n] and weight."""
+    if not others:
         return score
-    columns = np.stack(list(said.values()), axis=1)
-    weights = np.array([reward.weight for reward in said], np.float32)
+    columns = np.stack([values for values, _ in others.values()], axis=1)
+    weights = np.array([weight for _, weight in others.values()], np.float32)
     return replace(
         score,
-        names=(*score.names, *(reward.label for reward in said)),
+        names=(*score.names, *others),
         rewards=np.concatenate([score.rewards, columns], axis=1),
         total=weighted_sum(np.column_stack([score.total, columns]), np.array([1.0, *weights])),
         weights=np.concatenate([score.weights, weights]),
@@ -220,11 +252,3 @@ def _with_models(score: ScoreResult, said: Mapping[ModelReward, Array]) -> Score
 def _silent(score: ScoreResult, prompt: Any) -> str:
     names = ", ".join(score.names)
     return f"{names} returned None for each of the {len(score.total)} of prompt {prompt.id}; is the right column read?"
-
-
-async def _abort(worker: Worker, request_id: str) -> None:
-    """Cancel a request on its worker; if the worker is gone, so is the request."""
-    try:
-        await asyncio.shield(worker.call("abort", [request_id], timeout_s=10.0))
-    except InfraFailure:
-        return

@@ -115,6 +115,8 @@ def _of_phase(where: str, config: RunConfig, name: str, pipeline: Pipeline) -> I
         if phase.evaluation is not None and phase.evaluation.max_tokens is not None:
             why = f"{where}.evaluation.max_tokens={phase.evaluation.max_tokens} holds instead"
             yield f"{where}.sampling", phase.sampling, ("max_tokens",), why
+    if phase.episode is not None and not samples and not evaluated:
+        yield f"{where}", phase, ("episode",), f"{phase.method} samples nothing, and nothing is evaluated"
     if phase.evaluation is not None and not evaluated:
         why = "held-out rows are not answered; it is for evaluation.data"
         yield f"{where}.evaluation", phase.evaluation, ("max_tokens",), why

@@ -82,17 +82,28 @@ class FrozenRole(RanksRole):
     """The role whose weights it copies at the start of a phase, unless `model` is set."""
 
 
-class ScorersRole(Section):
-    """A pool of reward actors."""
+class UserCodeRole(Section):
+    """A pool of processes that run users' code; each may be killed and replaced at any time."""
 
-    kind: Literal["scorers"] = "scorers"
-    """Kind of the role."""
     workers: Positive = 1
-    """Number of processes; `troupe scale RUN reward=N` changes the number of a running job."""
+    """Number of processes; `troupe scale RUN ROLE=N` changes the number of a running job."""
     cpus: Annotated[float, Field(ge=0)] = 0.5
     """CPUs reserved per worker, in Ray's book-keeping."""
     gpus: Annotated[float, Field(ge=0)] = 0.0
     """GPUs reserved per worker."""
+    start_timeout_s: Seconds = 120.0
+    """Deadline of a worker's start, including the imports and models of users' classes."""
+    max_restarts: Annotated[int, Field(ge=0)] = 1000
+    """Replacements of dead workers in a run."""
+    colocate: str | None = None
+    """Share that role's bundles."""
+
+
+class ScorersRole(UserCodeRole):
+    """A pool of reward actors."""
+
+    kind: Literal["scorers"] = "scorers"
+    """Kind of the role."""
     concurrency: Positive = 4
     """Groups scored by one worker at a time."""
     timeout_s: Seconds = 60.0
@@ -101,12 +112,19 @@ class ScorersRole(Section):
     """Attempts to score a group."""
     on_failure: Literal["drop", "abort"] = "drop"
     """A group that cannot be scored is dropped and counted, or ends the run. It never gets a reward of zero."""
-    start_timeout_s: Seconds = 120.0
-    """Deadline of a worker's start, including the imports and models of reward classes."""
-    max_restarts: Annotated[int, Field(ge=0)] = 1000
-    """Replacements of dead workers in a run."""
-    colocate: str | None = None
-    """Share that role's bundles."""
+
+
+class EnvironmentsRole(UserCodeRole):
+    """A pool of processes that host the tools and environments of episodes."""
+
+    kind: Literal["environments"] = "environments"
+    """Kind of the role."""
+    concurrency: Positive = 64
+    """Episodes hosted by one worker at a time."""
+    timeout_s: Seconds = 60.0
+    """Deadline of one call; after it the worker is replaced, and its episodes are generated again from their start."""
+    max_attempts: Positive = 3
+    """Attempts of an episode whose environment died or did not answer."""
 
 
 class Fallback(Section):
@@ -196,19 +214,21 @@ RoleConfig = Annotated[
     Annotated[TrainerRole, Tag("trainer")]
     | Annotated[FrozenRole, Tag("frozen")]
     | Annotated[EngineRole, Tag("engine")]
-    | Annotated[ScorersRole, Tag("scorers")],
+    | Annotated[ScorersRole, Tag("scorers")]
+    | Annotated[EnvironmentsRole, Tag("environments")],
     Discriminator(
         _kind_of,
         custom_error_type="role_kind",
-        custom_error_message="a role with a name of your own needs a kind: trainer, frozen, engine or scorers",
+        custom_error_message="a role with a name of your own needs a kind: trainer, frozen, engine, scorers or "
+        "environments",
     ),
 ]
 
 
 class RolesConfig(Section):
-    """Roles by name, each of one of four kinds: `trainer`, `frozen`, `engine`, `scorers`. The kind decides what a role
-    does; the names here are those that methods use, with their defaults. Others may be added, with their `kind`. Which
-    roles are launched follows from the pipelines and the rewards, not from here."""
+    """Roles by name, each of one of five kinds: `trainer`, `frozen`, `engine`, `scorers`, `environments`. The kind
+    decides what a role does; the names here are those that methods use, with their defaults. Others may be added, with
+    their `kind`. Which roles are launched follows from the pipelines, the rewards and the episodes, not from here."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, RoleConfig]  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -225,6 +245,8 @@ class RolesConfig(Section):
     """The model whose distribution or completions a student learns."""
     reward: ScorersRole = Field(default_factory=ScorersRole)
     """The pool that calls reward functions."""
+    environment: EnvironmentsRole = Field(default_factory=EnvironmentsRole)
+    """The pool that hosts the tools and environments of episodes."""
     rollout: EngineRole = Field(default_factory=EngineRole)
     """The fleet that samples completions."""
     teacher_rollout: TeacherEngineRole = Field(default_factory=TeacherEngineRole)
@@ -237,10 +259,10 @@ class RolesConfig(Section):
     def __contains__(self, name: str) -> bool:
         return name in type(self).model_fields or name in self.__pydantic_extra__
 
-    def __getitem__(self, name: str) -> TrainerRole | FrozenRole | EngineRole | ScorersRole:
+    def __getitem__(self, name: str) -> TrainerRole | FrozenRole | EngineRole | ScorersRole | EnvironmentsRole:
         return getattr(self, name)
 
-    def get(self, name: str) -> TrainerRole | FrozenRole | EngineRole | ScorersRole | None:
+    def get(self, name: str) -> TrainerRole | FrozenRole | EngineRole | ScorersRole | EnvironmentsRole | None:
         if name not in self:
             return None
         return self[name]
@@ -259,6 +281,11 @@ class RolesConfig(Section):
     def engine(self, name: str) -> EngineRole:
         role = self[name]
         assert isinstance(role, EngineRole), f"{name} is no engine"
+        return role
+
+    def environments(self, name: str) -> EnvironmentsRole:
+        role = self[name]
+        assert isinstance(role, EnvironmentsRole), f"{name} hosts no episodes"
         return role
 
     def scorers(self, name: str) -> ScorersRole:

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from actors.specs import LoraSpec, OptimSpec, Scheduler
+from orchestrator.config.episode import EpisodeConfig
 from orchestrator.config.rewards import RewardConfig
 from orchestrator.config.roles import RolesConfig
 from orchestrator.config.section import BelowOne, DType, FolderName, Fraction, Positive, Seconds, Section, Seed
@@ -178,7 +179,7 @@ class SamplingConfig(Section):
     """How completions are drawn in a phase that generates."""
 
     max_tokens: Positive = 256
-    """Maximum tokens of a completion."""
+    """Maximum tokens of a completion; of an episode, all tokens after the prompt, answers of tools included."""
     temperature: Annotated[float, Field(ge=0)] = Sampling.temperature
     """0 is greedy; 1 samples from the model's distribution."""
     top_p: Annotated[float, Field(gt=0, le=1)] = Sampling.top_p
@@ -210,6 +211,9 @@ class EvaluationConfig(Section):
     """Evaluate before the first step, too."""
 
 
+ENVIRONMENT = "environment"  # the role that hosts the environments of episodes
+
+
 class PhaseConfig(Section):
     """One method on one data set with one schedule."""
 
@@ -222,8 +226,15 @@ class PhaseConfig(Section):
     data: DataConfig = Field(default_factory=DataConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    episode: EpisodeConfig | None = None
+    """Samples of several turns, with tools or an environment. None: a completion is one turn."""
     evaluation: EvaluationConfig | None = None
     """Evaluation on held-out data. None: none."""
+
+    @property
+    def environments(self) -> str | None:
+        """The role that hosts the phase's episodes, if there are any."""
+        return None if self.episode is None else self.rename_roles.get(ENVIRONMENT, ENVIRONMENT)
 
 
 class WeightsConfig(Section):

@@ -9,13 +9,21 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from actors.columns import Head
 from orchestrator.config.ineffective_keys import ineffective_keys
-from orchestrator.config.roles import EngineRole, FrozenRole, RanksRole, RolesConfig, ScorersRole, TrainerRole
+from orchestrator.config.roles import (
+    EngineRole,
+    EnvironmentsRole,
+    FrozenRole,
+    RanksRole,
+    RolesConfig,
+    ScorersRole,
+    TrainerRole,
+)
 from orchestrator.config.schema import PhaseConfig, RunConfig
 from orchestrator.config.section import Section
 from orchestrator.pipeline import Pipeline, Verb
 from orchestrator.planning.handover import is_handed_over, phase_of
 
-Role = TrainerRole | FrozenRole | EngineRole | ScorersRole
+Role = TrainerRole | FrozenRole | EngineRole | ScorersRole | EnvironmentsRole
 
 COMPANION_KEYS = frozenset({"kind", "model", "dtype"})  # of a role whose model lives in another's ranks
 
@@ -29,7 +37,7 @@ def refusals(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Seq
         if role not in config.roles:
             found.append(
                 f"role {role}: a method or a reward names it, but there is no roles.{role}; describe it there with its "
-                "kind: trainer, frozen, engine or scorers"
+                "kind: trainer, frozen, engine, scorers or environments"
             )
         else:
             found += _of_role(f"roles.{role}", role, config.roles[role], config.roles, launched)
@@ -85,6 +93,10 @@ def _of_kinds(config: RunConfig, pipelines: Mapping[str, Pipeline]) -> Iterator[
                     f"roles.{role}.kind={config.roles[role].kind}: phase {name} ({config.phases[name].method}) {does}, "
                     f"so it must be {kinds}"
                 )
+    for name in pipelines:
+        role = config.phases[name].environments
+        if role is not None and role in config.roles and not isinstance(config.roles[role], EnvironmentsRole):
+            yield f"roles.{role}.kind={config.roles[role].kind}: phase {name} talks to it, so it must be environments"
     for reward in config.rewards:
         settings = None if reward.role is None else config.roles.get(reward.role)
         if settings is not None and not isinstance(settings, RanksRole):
@@ -146,6 +158,11 @@ def _of_phase(
     scored = bool(config.rewards) and any(stage.verb is Verb.SCORE for stage in pipeline)
     if scored and not any(reward.weight for reward in config.rewards):
         yield f"rewards: all weights are 0, so {phase.method} has nothing to learn; give one reward a weight"
+    if phase.episode is not None and any(stage.verb is Verb.TAKE for stage in pipeline):
+        yield (
+            f"{where}.episode: {phase.method} as configured learns from completions of the data, too, which are no "
+            "episodes; choose options with which it samples all of them, or leave the section out"
+        )
     if phase.data.path is not None and phase.data.mixture:
         yield f"{where}.data.path={phase.data.path} beside {where}.data.mixture, which has paths of its own; keep one"
     if "mismatched" in pipeline.data.columns and train.batch_size < 2:

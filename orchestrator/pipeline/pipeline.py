@@ -41,7 +41,12 @@ class Pipeline:
     def roles(self) -> tuple[str, ...]:
         """Roles to launch, in order of appearance; the trained ones first."""
         seen = dict.fromkeys([*self.trained, *(stage.role for stage in self.stages if stage.role != DRIVER)])
-        return tuple(seen)
+        return (*seen, *(role for role in self.environments if role not in seen))
+
+    @property
+    def environments(self) -> tuple[str, ...]:
+        """The roles of environments that samples talk to."""
+        return tuple(dict.fromkeys(stage.episode for stage in self.stages if stage.episode is not None))
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -88,6 +93,21 @@ class Pipeline:
         others = (other for other in self.stages if other is not stage)
         return Pipeline(data, *others, warnings=self.warnings, temperature=self.temperature)
 
+    def with_episodes(self, role: str) -> Pipeline:
+        """The pipeline whose samples are episodes with the environments of a role. What an environment gives for a turn
+        reaches the credit calls that take it."""
+
+        def of_episodes(stage: Stage) -> Stage:
+            if stage.verb is Verb.GENERATE:
+                options = {**stage.options, "episode": role}
+                return replace(stage, options=options, writes=stage.writes | {"turn_reward"})
+            return replace(stage, reads=stage.reads | getattr(stage.call, "takes", frozenset[str]()))
+
+        if not any(stage.verb is Verb.GENERATE for stage in self.stages):
+            return self
+        stages = map(of_episodes, self.stages)
+        return Pipeline(self.data, *stages, warnings=self.warnings, temperature=self.temperature)
+
     def with_roles(self, names: Mapping[str, str]) -> Pipeline:
         """The pipeline with other roles in the places of those that are named. Raises ConfigError for one that no stage
         names."""
@@ -97,7 +117,7 @@ class Pipeline:
 
         def renamed(stage: Stage) -> Stage:
             options = {
-                key: names.get(value, value) if key in ("source", "companion") else value
+                key: names.get(value, value) if key in ("source", "companion", "episode") else value
                 for key, value in stage.options.items()
             }
             return replace(stage, role=names.get(stage.role, stage.role), options=options)

@@ -66,6 +66,11 @@ class Stage:
         return self.options.get("top_k")
 
     @property
+    def episode(self) -> str | None:
+        """The role of the environments that the samples talk to; None if they are of one turn."""
+        return self.options.get("episode")
+
+    @property
     def precomputed(self) -> bool:
         """It runs over the whole data set before the first step, once."""
         return bool(self.options.get("precomputed"))

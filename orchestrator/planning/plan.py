@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from actors.errors import ConfigError
-from orchestrator.config.roles import EngineRole, Fallback, FrozenRole, RanksRole, ScorersRole
+from orchestrator.config.roles import EngineRole, Fallback, FrozenRole, RanksRole, UserCodeRole
 from orchestrator.config.schema import BemaConfig, PhaseConfig, RunConfig
 from orchestrator.config.validation import Role, count, refusals, warnings
 from orchestrator.pipeline import Pipeline, Verb, score
@@ -184,7 +184,8 @@ def _launched(config: RunConfig, pipelines: Mapping[str, Pipeline], stand_ins: M
         evaluation = config.phases[name].evaluation
         if evaluation is not None and evaluation.data is not None:
             engine = config.roles.engine_of(pipeline.trained[0], pipeline.roles)
-            named |= dict.fromkeys((*([engine] if engine else []), score().role))
+            hosts = config.phases[name].environments
+            named |= dict.fromkeys(role for role in (engine, score().role, hosts) if role is not None)
     if any(stage.verb is Verb.SCORE for pipeline in pipelines.values() for stage in pipeline) or score().role in named:
         named |= dict.fromkeys(reward.role for reward in config.rewards if reward.role is not None)
     for role in list(named):
@@ -311,7 +312,7 @@ def _memory(
     role: str, config: RunConfig, pipelines: Mapping[str, Pipeline], parameters_of: Callable[[str], int | None]
 ) -> Memory | None:
     settings = config.roles[role]
-    if isinstance(settings, ScorersRole):
+    if isinstance(settings, UserCodeRole):
         return Memory()
     parameters = parameters_of(settings.follows if isinstance(settings, EngineRole) else role)
     if parameters is None:

@@ -17,6 +17,7 @@ from actors.specs import LoraSpec
 from orchestrator.config.schema import PhaseConfig, RunConfig
 from orchestrator.data.source import RowSource, Source
 from orchestrator.pipeline import Pipeline, Stage, Verb, items_of
+from orchestrator.planning.episode_settings import EpisodeSettings
 from orchestrator.planning.schedule import Schedule
 from rewards.specs import AnySpec
 from rollout.sampling import Sampling
@@ -37,6 +38,7 @@ class PreparedPhase:
     sampling: Sampling
     first_version: int  # of the policy's weights when the phase begins
     kept: tuple[Path, ...] = ()  # folders of columns that were computed for the whole data set
+    episode: EpisodeSettings | None = None  # how its samples talk to an environment, if they do
 
     @property
     def steps(self) -> int:
@@ -60,6 +62,10 @@ class PreparedPhase:
         if self.pipeline.temperature is not None:
             return self.pipeline.temperature
         return (self.sampling.temperature or 1.0) if self.pipeline.generates else 1.0
+
+    def prompt_tokens(self, source: Source) -> int:
+        """Of the longest prompt of a data set, as the engine may see it."""
+        return source.longest.prompt if self.episode is None else self.episode.limits.prompt_tokens
 
     @property
     def row_sources(self) -> dict[str, RowSource]:
@@ -138,7 +144,7 @@ class Prepared:
             limit = max(phase.sampling.max_tokens, _evaluation_tokens(phase))
             for source in (phase.source if phase.pipeline.generates else None, phase.evaluation):
                 if source is not None:
-                    longest.append(source.longest.prompt + limit)
+                    longest.append(phase.prompt_tokens(source) + limit)
         return max(longest)
 
 

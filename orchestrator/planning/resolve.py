@@ -19,22 +19,26 @@ from actors.columns import Head
 from actors.errors import ConfigError, ModelError
 from actors.model import check_architecture
 from actors.pretrained import check_folder
+from orchestrator.collection.episodes import REWARD
 from orchestrator.collection.precompute import recall
-from orchestrator.config.roles import EngineRole, RanksRole
-from orchestrator.config.schema import DataConfig, EvaluationConfig, PhaseConfig, RunConfig
+from orchestrator.config.roles import EngineRole, EnvironmentsRole, RanksRole
+from orchestrator.config.schema import ENVIRONMENT, DataConfig, EvaluationConfig, PhaseConfig, RunConfig
 from orchestrator.data.source import Source, open_source
 from orchestrator.data.synthetic_examples import PREFIX, is_example, model_folder
 from orchestrator.losses.objective import LossObjective
 from orchestrator.methods import build
 from orchestrator.pipeline import DataKind, Pipeline, Prompts, Stage, Verb
+from orchestrator.planning.episode_settings import FIRST_WORDS, EpisodeSettings, episode_settings
 from orchestrator.planning.handover import is_handed_over, phase_of
 from orchestrator.planning.prepared import ModelReward, Prepared, PreparedPhase
 from orchestrator.planning.schedule import Schedule
 from orchestrator.plugins import importable
 from rewards.specs import check_columns, check_names, check_reward
+from rollout.conversation import Conversation
 from rollout.engine import ENGINES, Ability, abilities_of
 from rollout.sampling import Sampling
 from rollout.stopping import resolved_stops
+from rollout.tool_calls import parser_of
 from rollout.vllm_engine import cpu_refusal
 
 VOCABULARY_HEAD = "lm_head."  # how the names of its weights begin, in transformers' classes
@@ -50,7 +54,8 @@ def prepare(config: RunConfig, *, output: Path | None = None) -> Prepared:
         for reward in config.rewards
         if reward.role is not None
     )
-    check_names(reward.label for reward in (*rewards, *scoring))
+    given = [REWARD] if any(phase.episode is not None for phase in config.phases.values()) else []
+    check_names([*(reward.label for reward in (*rewards, *scoring)), *given])
     for role, settings in config.roles:
         if isinstance(settings, EngineRole):
             importable(settings.engine, f"roles.{role}.engine")
@@ -97,6 +102,7 @@ def prepare(config: RunConfig, *, output: Path | None = None) -> Prepared:
 def build_pipeline(phase: PhaseConfig) -> Pipeline:
     """What the phase's method is under its options, with the roles that the phase gives it."""
     pipeline = build(phase.method, phase.options, {"max_completion_length": phase.sampling.max_tokens})
+    pipeline = pipeline.with_episodes(ENVIRONMENT) if phase.episode is not None else pipeline
     return pipeline.with_roles(phase.rename_roles) if phase.rename_roles else pipeline
 
 
@@ -196,21 +202,60 @@ def _prepare_phase(
     evaluation, held_out = _open_evaluation(phase, name, pipeline, tokenizer, config.seed, room)
     first_version = sum(earlier.steps for earlier in before)
     sampling = resolved_stops(Sampling(**phase.sampling.model_dump()), tokenizer, vocab, f"phases.{name}.sampling")
+    episode = _episode(config, name, [each for each in (source, evaluation) if each is not None], tokenizer, room)
     for where, each in ((f"phases.{name}.data", source), (f"phases.{name}.evaluation.rows", held_out)):
         if each is not None:
-            _refuse_too_long(each, pipeline, phase, where, f"phases.{name}.train.token_budget")
+            prompt = each.longest.prompt if episode is None else episode.limits.prompt_tokens
+            _refuse_too_long(each, prompt, pipeline, phase, where, f"phases.{name}.train.token_budget")
     return PreparedPhase(
-        name, len(before), phase, pipeline, source, evaluation, held_out, schedule, sampling, first_version
+        name,
+        len(before),
+        phase,
+        pipeline,
+        source,
+        evaluation,
+        held_out,
+        schedule,
+        sampling,
+        first_version,
+        episode=episode,
     )
 
 
-def _refuse_too_long(source: Source, pipeline: Pipeline, phase: PhaseConfig, where: str, budget: str) -> None:
-    """A micro-batch holds whole rows, or whole items where a loss compares the rows of one."""
+def _episode(config: RunConfig, name: str, sources: list[Source], tokenizer: Any, room: int) -> EpisodeSettings | None:
+    """The episodes of a phase, with users' code found and the chat template tried. Raises ConfigError."""
+    phase = config.phases[name]
+    if phase.episode is None or phase.environments is None:
+        return None
+    role = config.roles.get(phase.environments)
+    if not isinstance(role, EnvironmentsRole):
+        raise ConfigError(
+            f"phases.{name}.episode is hosted by the role {phase.environments}; describe it as "
+            f"roles.{phase.environments} with kind environments"
+        )
+    settings = episode_settings(phase, name, role, prompt_tokens=0)
+    spec = settings.spec.located()
+    conversation, schemas = Conversation(tokenizer), spec.schemas()
+    parser_of(settings.parser, tokenizer)
+    conversation.refuse_rewriting(["user" if phase.episode.environment is not None else "tool"], schemas)
+    prompt_tokens = settings.limits.prompt_tokens
+    if not prompt_tokens:
+        around = len(conversation.prompt([{"role": "user", "content": ""}], schemas, {}))
+        needed = max(source.longest.prompt for source in sources) + around + (FIRST_WORDS if spec.environments else 0)
+        prompt_tokens = max(1, min(needed, room - phase.sampling.max_tokens))
+    return replace(settings, spec=spec, limits=replace(settings.limits, prompt_tokens=prompt_tokens))
+
+
+def _refuse_too_long(
+    source: Source, prompt: int, pipeline: Pipeline, phase: PhaseConfig, where: str, budget: str
+) -> None:
+    """A micro-batch holds whole rows, or whole items where a loss compares the rows of one. `prompt`: tokens of the
+    longest one that is sampled from."""
     whole = any(LossObjective.of(update).keep_groups for update in pipeline.updates)
     longest = source.longest.item if whole else source.longest.row
     what = f"all rows of an item of {pipeline.data.name} together" if whole else "a row"
     limit = f"{where}.max_length"
-    sampled = source.longest.prompt + phase.sampling.max_tokens
+    sampled = prompt + phase.sampling.max_tokens
     if pipeline.generates and sampled >= longest:
         longest, what = sampled, "a prompt with sampling.max_tokens"
         limit = f"{where}.max_prompt_length or sampling.max_tokens"
@@ -313,7 +358,8 @@ def _check_rewards(prepared: Prepared) -> None:
         scored = {"its data": phase.source} if any(stage.verb is Verb.SCORE for stage in phase.pipeline) else {}
         if phase.evaluation is not None:
             scored["its evaluation data"] = phase.evaluation
-        if scored and not (prepared.rewards or prepared.model_rewards):
+        given = phase.episode is not None and phase.episode.rewards
+        if scored and not (prepared.rewards or prepared.model_rewards or given):
             raise ConfigError(
                 f"phase {phase.name} scores completions, but the run has no rewards; "
                 "add some, for example rewards: [{fn: exact_match}]"

@@ -12,7 +12,7 @@ import numpy as np
 from orchestrator.collection.collected import Collected
 from orchestrator.collection.group_stages import DATA, PromptGroup
 from rewards.worker import ScoredTexts, ScoreResult
-from rollout.sampling import Finish
+from rollout.sampling import EpisodeFacts, Finish
 
 
 def rollout_metrics(collected: Collected, version: int) -> dict[str, float]:
@@ -23,9 +23,33 @@ def rollout_metrics(collected: Collected, version: int) -> dict[str, float]:
         return {}
     groups = [group for group in collected.groups if group.score is not None]
     own = [_of_policy(group) for group in groups]
-    metrics = {**_rewards(own), **_lengths(collected.groups), **_staleness(collected.groups, version)}
+    episodes = [facts for group in collected.groups for facts in group.episodes]
+    metrics = {
+        **_rewards(own),
+        **_lengths(collected.groups),
+        **_staleness(collected.groups, version),
+        **episode_metrics(episodes, [n for group in collected.groups for meta in group.metas for n in meta.lengths]),
+    }
     others = np.concatenate([_others(group) for group in groups]) if groups else np.zeros(0)
     return {**metrics, "reward_of_others": _nanmean(others)} if len(others) else metrics
+
+
+def episode_metrics(episodes: Sequence[EpisodeFacts], written: Sequence[int]) -> dict[str, float]:
+    """Turns, tools and where the time went; empty if the samples are no episodes. `written`: tokens by the model of
+    each. The names of the first two are TRL's."""
+    if not episodes:
+        return {}
+    calls, failures = sum(each.calls for each in episodes), sum(each.failures for each in episodes)
+    answers = sum(each.answer_tokens for each in episodes)
+    return {
+        "tools/call_frequency": calls / len(episodes),  # calls of an episode
+        "tools/failure_frequency": failures / calls if calls else 0.0,
+        "episodes/mean_turns": float(np.mean([each.turns for each in episodes])),
+        "episodes/max_turns": float(max(each.turns for each in episodes)),
+        "episodes/model_token_share": sum(written) / max(1, sum(written) + answers),  # of the tokens after the prompt
+        "episodes/engine_seconds": float(np.mean([each.engine_s for each in episodes])),
+        "episodes/environment_seconds": float(np.mean([each.environment_s for each in episodes])),
+    }
 
 
 def _of_policy(group: PromptGroup) -> ScoreResult:
@@ -64,6 +88,9 @@ def completion_rows(group: PromptGroup, scored: ScoredTexts) -> list[dict[str, A
             "worker": workers[index],
             "position": group.position,
         }
+        if group.episodes:
+            facts = group.episodes[index]
+            row |= {"turns": facts.turns, "tool_calls": facts.calls, "tool_failures": facts.failures}
         taken = {"step", *row}
         logged = {name: values[index] for name, values in scored.extra.items()}
         row |= {(f"extra/{name}" if name in taken else name): value for name, value in logged.items()}

@@ -27,7 +27,7 @@ from orchestrator.cluster.failures import Watchdog
 from orchestrator.cluster.launch import _Starting, average_spec, model_spec, optim_spec
 from orchestrator.config.error_messages import schema_keys
 from orchestrator.config.overrides import dotted
-from orchestrator.config.roles import EngineRole, RanksRole, RolesConfig
+from orchestrator.config.roles import EngineRole, EnvironmentsRole, RanksRole, RolesConfig
 from orchestrator.config.schema import (
     BemaConfig,
     DataConfig,
@@ -43,6 +43,7 @@ from orchestrator.data.source import open_source
 from orchestrator.executor import Executor
 from orchestrator.methods import build
 from orchestrator.pipeline import Completions, Pipeline, Verb
+from orchestrator.planning.episode_settings import EpisodeSettings, episode_settings
 from orchestrator.planning.plan import Machine, Plan, draft_plan
 from orchestrator.planning.prepared import ModelReward, Prepared, PreparedPhase
 from orchestrator.planning.resolve import build_pipeline
@@ -69,7 +70,13 @@ TAUGHT: dict[str, Any] = {  # by what the teacher samples
 }
 EXPLORED: dict[str, Any] = {**GRPO, "phases": {"a": {"method": "xpo", "train": {"steps": 50}}}}
 OPPOSED: dict[str, Any] = {**GRPO, "phases": {"a": {"method": "nash_md", "train": {"steps": 50}}}}
+TALKING: dict[str, Any] = {  # episodes with a tool
+    **GRPO,
+    "phases": {"a": {**GRPO["phases"]["a"], "episode": {"tools": ["add.py:add"]}}},
+}
+PLAYING: dict[str, Any] = {"phases": {"a": {"episode": {"tools": (), "environment": "game.py:Game"}}}}
 LAUNCHES = {  # the others: GRPO
+    "environment": TALKING,
     "value": PPO,
     "reward_model": CLASSIC,
     "teacher": TAUGHT,
@@ -107,6 +114,18 @@ PLANNED: dict[str, tuple[Any, dict[str, Any]]] = {
     "phases.NAME.method": ("dpo", {}),
     "phases.NAME.rename_roles": ({"reference": "teacher"}, {}),
     "phases.NAME.options": ({"beta": 0.0}, {}),
+    "phases.NAME.episode": ({"tools": ["add.py:add"]}, {}),
+    "phases.NAME.episode.tools": (["subtract.py:subtract"], TALKING),
+    "phases.NAME.episode.environment": ("chess.py:Chess", PLAYING),
+    "phases.NAME.episode.environment_factory": ("game.py:Game", TALKING),
+    "phases.NAME.episode.options": ({"level": 2}, PLAYING),
+    "phases.NAME.episode.max_turns": (3, TALKING),
+    "phases.NAME.episode.max_turn_tokens": (9, TALKING),
+    "phases.NAME.episode.max_prompt_tokens": (99, TALKING),
+    "phases.NAME.episode.timeout_s": (9, TALKING),
+    "phases.NAME.episode.max_answer_chars": (99, TALKING),
+    "phases.NAME.episode.tool_parser": ("hermes", TALKING),
+    "phases.NAME.episode.reward_weight": (0.5, TALKING),
     "phases.NAME.train.batch_size": (8, {}),
     "phases.NAME.train.steps": (9, {}),
     "phases.NAME.train.learning_rate": (1e-3, {}),
@@ -277,7 +296,7 @@ READ_WHILE_RUNNING: dict[str, str] = {  # no test sees them: the line that reads
     "cluster.watchdog_s": "orchestrator/run_context.py: cluster.watchdog_s",
     "debug": "orchestrator/run.py: config.debug",
 }
-KINDS = {"trainer", "frozen", "engine", "scorers"}
+KINDS = {"trainer", "frozen", "engine", "scorers", "environments"}
 FIXED = {f"roles.{role}.kind" for role in RolesConfig.model_fields}  # a usual name has one kind, and says it at most
 NO_MATTER = {"phases.NAME.evaluation.data.shuffle": "all of it is evaluated, in any order"}
 
@@ -346,7 +365,7 @@ def made_of(tree: dict[str, Any]) -> str:
                 [optim_spec(phase, role, config.roles.ranks(role)) for role in phase.pipeline.trained]
                 for phase in phases
             ],
-            [(average_spec(phase), phase.sampling) for phase in phases],
+            [(average_spec(phase), phase.sampling, phase.episode) for phase in phases],
             [model_spec(prepared, role, None, trained=False) for role in companions],
             prepared.model_rewards,
             asyncio.run(_started(prepared, plan, recorder)),
@@ -368,7 +387,15 @@ def _prepared_phase(index: int, name: str, config: RunConfig, pipeline: Pipeline
         schedule=Schedule.of_steps(phase.train.steps or 1, phase.train.batch_size),
         sampling=Sampling(**phase.sampling.model_dump()),
         first_version=0,
+        episode=_episode(config, name),
     )
+
+
+def _episode(config: RunConfig, name: str) -> EpisodeSettings | None:
+    phase = config.phases[name]
+    if phase.environments is None:
+        return None
+    return episode_settings(phase, name, config.roles.environments(phase.environments), prompt_tokens=20)
 
 
 def _prepared(config: RunConfig, phases: tuple[PreparedPhase, ...]) -> Prepared:
@@ -402,8 +429,11 @@ async def _started(prepared: Prepared, plan: Plan, recorder: Any) -> list[Any]:
     for role in groups:
         await starting.group(role)
     for role in plan.roles.keys() - set(groups):
-        engine = isinstance(prepared.config.roles[role], EngineRole)
-        pool: Any = starting.engines(role) if engine else starting.scorers(role)
+        settings = prepared.config.roles[role]
+        engine, hosts = isinstance(settings, EngineRole), isinstance(settings, EnvironmentsRole)
+        pool: Any = (
+            starting.engines(role) if engine else starting.environments(role) if hosts else starting.scorers(role)
+        )
         policies.append((role, pool.policy))
         await pool._start(0)
     recorder.started.sort(key=str)

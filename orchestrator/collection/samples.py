@@ -1,0 +1,45 @@
+"""What the driver keeps of sampled completions: a table of rows, and where their tokens are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from actors.batch import Batch
+from actors.worker import Ref
+from orchestrator.row_table import RowTable
+from rollout.sampling import Finish, GroupMeta
+
+SAMPLED = frozenset({"tokens", "mask", "sample_logps", "version"})  # columns of every sample, which lie in its block
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What was sampled of a prompt. `failures`: why some samples are missing."""
+
+    rows: RowTable
+    metas: tuple[GroupMeta, ...]
+    transcripts: tuple[Ref, ...] = ()
+    failures: tuple[str, ...] = ()
+
+    @property
+    def count(self) -> int:
+        return sum(len(meta.lengths) for meta in self.metas)
+
+
+def rows_of_samples(
+    meta: GroupMeta, block: Ref, *, group: int, sampler: int, prompt_tokens: int = 0, also: Iterable[str] = ()
+) -> RowTable:
+    """A table of the samples that lie in one block. `prompt_tokens`: of each, unless `meta` has whole
+    lengths. `also`: columns of the block besides `SAMPLED`."""
+    count, wrote = len(meta.lengths), np.asarray(meta.lengths, np.int32)
+    rows = Batch.build(
+        wrote.astype(np.int64) + prompt_tokens if meta.totals is None else np.asarray(meta.totals, np.int64),
+        group=np.full(count, group, np.int64),
+        truncated=[finish is Finish.LENGTH for finish in meta.finishes],
+        sampler=np.full(count, sampler, np.int8),
+        completion_tokens=wrote,
+    )
+    return RowTable.of_block(rows, block, SAMPLED | frozenset(also))
