@@ -26,6 +26,7 @@ from orchestrator.pipeline import GROUPWISE, Stage, Verb, in_conflict
 from orchestrator.planning.prepared import ModelReward
 from orchestrator.publishing.publisher import Publisher, SyncReport
 from orchestrator.row_table import RowTable
+from rewards.judge import JudgeSpec
 
 Clock = Callable[[str], AbstractContextManager[None]]
 
@@ -50,12 +51,13 @@ class Executor:
         call_timeout_s: Mapping[str, float],
         stand_ins: Mapping[str, str],
         concurrent: bool,
+        judges: Sequence[JudgeSpec] = (),
     ) -> None:
         self.groups, self.objects = groups, objects
         self.publishers, self._start = publishers, start
         self.batch_stages = BatchStages(groups, objects, call_timeout_s=call_timeout_s, stand_ins=stand_ins)
         models = {reward: ModelScorer(partial(self.batch_stages.scores, reward.role)) for reward in model_rewards}
-        self.group_stages = GroupStages(engines, scorers, models, objects, environments)
+        self.group_stages = GroupStages(engines, scorers, models, objects, environments, judges)
         self._stand_ins, self._concurrent = stand_ins, concurrent
 
     @property

@@ -182,11 +182,15 @@ class PhaseRun:
 
     async def _show_completions(self, record: StepRecord, last: bool) -> None:
         logging = self.context.config.logging
-        groups = [group for group in record.collected.groups if group.texts is not None]
+        groups = [group for group in record.collected.groups if group.texts]
         if not groups or logging.completions_every is None:
             return
-        scored = await self.roles.fetch([group.texts for group in groups if group.texts is not None])
-        rows = [row for group, texts in zip(groups, scored, strict=True) for row in completion_rows(group, texts)]
+        scored = await asyncio.gather(*(self.roles.fetch(group.texts) for group in groups))
+        rows = [
+            row
+            for group, (texts, *logged) in zip(groups, scored, strict=True)
+            for row in completion_rows(group, texts.with_extra(logged))
+        ]
         self.context.log.write_completions(self.phase.first_version + record.step, rows)
         if last or record.step % logging.completions_every == 0:
             shown = rows[:: max(1, len(rows) // logging.completions_shown)]

@@ -85,7 +85,8 @@ class Samples:
     ) -> None:
         """`conversations`: what was said after each prompt, where samples are episodes; they are the completions."""
         self._count, self._state = len(texts), state
-        self._texts, self._columns, self._prompts = texts, columns, prompts
+        self.texts = tuple(texts)
+        self._columns, self._prompts = columns, prompts
         self._given: dict[str, Sequence[Any]] = {
             **columns,
             "prompts": prompts,
@@ -99,7 +100,7 @@ class Samples:
     @property
     def cases(self) -> Cases:
         """As a judge reads them."""
-        return Cases([as_text(prompt) for prompt in self._prompts], list(self._texts), self._columns)
+        return Cases([as_text(prompt) for prompt in self._prompts], self.texts, self._columns)
 
     async def awaited(self, reward: Reward) -> tuple[Array, Log]:
         """[n] float32 of an async reward, NaN for None; and what it logged. Raises AttemptFailed."""

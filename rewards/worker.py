@@ -5,8 +5,8 @@
     pool ── ping ──► a thread of its own: it answers while functions work, or hang
 
 Functions run here; named actors, HTTP endpoints and judges behind one are called from here, as async functions are
-(`named_actor`, `http_endpoint`, `judge`). What is done around each call, and what follows if it gives no rewards, is in
-`caller` and `attempts`.
+(`named_actor`, `http_endpoint`, `judge`); for a judge that is an engine role, questions are written and answers read
+here (`engine_judge`). What is done around each call, and what follows if it gives no rewards: `caller`, `attempts`.
 
 A function that raises, whatever it raises, is a `DataFailure` and never a reward; if it raises `InfraFailure`, the
 samples are tried elsewhere. One that hangs is ended from outside: the pool's deadline, or a ping that says so, kills
@@ -22,9 +22,10 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,6 +41,7 @@ from rewards.attempts import CallStatistics
 from rewards.caller import RewardCaller, Scored
 from rewards.calls import Prompt, Samples, TrainerState, merged
 from rewards.combine import weighted_sum
+from rewards.engine_judge import EngineJudges, Question
 from rewards.judge import JudgeCaller, JudgeSpec
 from rewards.specs import AnySpec
 
@@ -58,33 +60,47 @@ class Spoken(Protocol):
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """Rewards of `n` samples under `k` functions. NaN: the function returned None, it had no opinion; in `total`: none
-    had."""
+    """What `k` rewards say of `n` samples. NaN: the reward had no opinion; in `total`: none had."""
 
     names: tuple[str, ...]  # [k]
     rewards: Array  # [n, k] float32
     total: Array  # [n] float32, weighted
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])  # logged by the functions themselves
-    calls: tuple[CallStatistics, ...] = ()  # [functions, actors and endpoints]: those first `names`
+    calls: tuple[CallStatistics, ...] = ()  # of those first rewards that were asked
     weights: Array = field(kw_only=True)  # [k] float32
 
 
 @dataclass(frozen=True)
 class ScoredTexts:
-    """What was scored, and what the functions logged of each: for the table of completions, and long."""
+    """What was scored, and what the rewards logged of each: for the table of completions, and long."""
 
     texts: tuple[str, ...]  # [n] completions as the functions saw them
     extra: Mapping[str, tuple[Any, ...]] = field(default_factory=dict[str, tuple[Any, ...]])  # columns [n]
 
+    def with_extra(self, others: Sequence[ScoredTexts]) -> ScoredTexts:
+        """The same, with what others logged of the same completions."""
+        return replace(self, extra={name: values for one in (self, *others) for name, values in one.extra.items()})
+
 
 class RewardWorker:
-    """Scores the samples of one prompt at a time, several prompts at once. `tokenizer`: a folder or hub name."""
+    """Scores the samples of one prompt at a time, several prompts at once. `tokenizer`: a folder or hub name;
+    `judge_tokenizers`: those of engine roles that judge."""
 
     def __init__(
-        self, name: str, rewards: Sequence[AnySpec], tokenizer: str, *, trust_remote_code: bool = False
+        self,
+        name: str,
+        rewards: Sequence[AnySpec],
+        tokenizer: str,
+        *,
+        judge_tokenizers: Mapping[str, str] | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         self.name = name
-        self._specs, self._tokenizer_path, self._trust = tuple(rewards), tokenizer, trust_remote_code
+        self._specs = [spec for spec in rewards if not _asks_engines(spec)]
+        self._engine_specs = [spec for spec in rewards if isinstance(spec, JudgeSpec) and spec.by_engine]
+        self._tokenizer_path, self._trust = tokenizer, trust_remote_code
+        self._judge_tokenizers = judge_tokenizers or {}
+        self._engine_judges = EngineJudges((), {})
         self._callers: tuple[RewardCaller | JudgeCaller, ...] = ()
         self._tokenizer: Any = None
         self._threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="reward")
@@ -97,6 +113,8 @@ class RewardWorker:
         """Load the functions and the tokenizer. Raises ConfigError."""
         self._callers = tuple(self._caller(spec) for spec in self._specs)
         self._tokenizer = load_tokenizer(self._tokenizer_path, self._trust)
+        of_judges = {role: load_tokenizer(path, self._trust) for role, path in self._judge_tokenizers.items()}
+        self._engine_judges = EngineJudges(self._engine_specs, of_judges)
         packages = str(Path(actors.__file__).parent)
         detail = {"rewards": [caller.name for caller in self._callers]}
         return WorkerInfo(self.name, os.getpid(), platform.node(), packages, detail)
@@ -121,29 +139,56 @@ class RewardWorker:
         Raises DataFailure, with the reward's name, if one raises or answers with something else than n rewards;
         InfraFailure if one cannot be reached or passes its deadline; BudgetExhausted if that is to end the run.
         """
+        batches, spoken = _apart(blocks)
+        with self._one_call():
+            return await self._score(rows.fetched(batches).batch, prompt, columns, spoken)
+
+    async def questions(
+        self, judge: str, rows: Shard, prompt: Prompt, columns: Mapping[str, Any], *blocks: Any
+    ) -> list[Question]:
+        """What the engines of a judge are asked about `rows`, which are as in `score`."""
+        batches, spoken = _apart(blocks)
+        with self._one_call():
+            samples = self._samples(rows.fetched(batches).batch, prompt, columns, spoken)
+            return await asyncio.to_thread(self._engine_judges.questions, judge, samples)
+
+    async def judged(
+        self, judge: str, rows: Shard, prompt: Prompt, columns: Mapping[str, Any], held: int, *blocks: Any
+    ) -> tuple[tuple[Array, dict[str, float]], ScoredTexts]:
+        """([n] float32 rewards of a judge, NaN for no opinion; its metrics), and what it said. `held`: so many batches
+        are those of the rows; the others are the answers to each of `questions`."""
+        batches, spoken = _apart(blocks)
+        with self._one_call():
+            samples = self._samples(rows.fetched(batches[:held]).batch, prompt, columns, spoken)
+            values, log = await asyncio.to_thread(self._engine_judges.judged, judge, samples, batches[held:])
+            return (values, log.metrics), ScoredTexts((), log.extra)
+
+    @contextmanager
+    def _one_call(self) -> Iterator[None]:
         token = self._began()
         try:
-            batches = [block for block in blocks if isinstance(block, Batch)]
-            spoken = [block for block in blocks if not isinstance(block, Batch)]
-            return await self._score(rows.fetched(batches).batch, prompt, columns, spoken)
+            yield
         finally:
             with self._lock:
                 # Only now: a process that says that it is of no use is killed, and this call's answer with it.
                 self._gave_up |= any(caller.hanging for caller in self._callers)
                 del self._running[token]
 
-    async def _score(
-        self, batch: Batch, prompt: Prompt, columns: Mapping[str, Any], spoken: Sequence[Spoken]
-    ) -> tuple[ScoreResult, ScoredTexts]:
+    def _samples(self, batch: Batch, prompt: Prompt, columns: Mapping[str, Any], spoken: Sequence[Spoken]) -> Samples:
         ids, count = _completion_ids(batch), len(batch)
         beside = {name: [value] * count for name, value in columns.items()}
         if spoken:
             texts = tuple(turns(each.messages) for each in spoken)
             prompts, conversations = [each.prompt for each in spoken], [each.messages for each in spoken]
-            samples = Samples(prompts, texts, ids, beside, _trainer_state(batch), conversations)
-        else:
-            texts = tuple(self._tokenizer.batch_decode(ids, skip_special_tokens=True))
-            samples = Samples([prompt] * count, texts, ids, beside, _trainer_state(batch))
+            return Samples(prompts, texts, ids, beside, _trainer_state(batch), conversations)
+        texts = tuple(self._tokenizer.batch_decode(ids, skip_special_tokens=True))
+        return Samples([prompt] * count, texts, ids, beside, _trainer_state(batch))
+
+    async def _score(
+        self, batch: Batch, prompt: Prompt, columns: Mapping[str, Any], spoken: Sequence[Spoken]
+    ) -> tuple[ScoreResult, ScoredTexts]:
+        samples = self._samples(batch, prompt, columns, spoken)
+        count = len(samples)
         scored = await _all_of([caller.score(samples) for caller in self._callers])
         rewards = np.stack([each.values for each in scored], axis=1) if scored else np.zeros((count, 0), np.float32)
         weights = np.array([caller.weight for caller in self._callers], np.float32)
@@ -156,7 +201,7 @@ class RewardWorker:
         extra = merged({name: log.extra for name, log in logs.items()})
         extra |= {"messages": tuple(each.messages for each in spoken)} if spoken else {}
         calls = tuple(each.statistics for each in scored)
-        return ScoreResult(names, rewards, total, metrics, calls, weights=weights), ScoredTexts(texts, extra)
+        return ScoreResult(names, rewards, total, metrics, calls, weights=weights), ScoredTexts(samples.texts, extra)
 
     def close(self) -> None:
         """End connections. From a thread, while the loop that calls went through still runs."""
@@ -172,6 +217,16 @@ class RewardWorker:
             self._calls += 1
             self._running[self._calls] = time.monotonic()
             return self._calls
+
+
+def _apart(blocks: Sequence[Any]) -> tuple[list[Batch], list[Spoken]]:
+    """The batches, and what was said in episodes."""
+    batches = [block for block in blocks if isinstance(block, Batch)]
+    return batches, [block for block in blocks if not isinstance(block, Batch)]
+
+
+def _asks_engines(spec: AnySpec) -> bool:
+    return isinstance(spec, JudgeSpec) and spec.by_engine
 
 
 async def _all_of(work: Sequence[Coroutine[Any, Any, Scored]]) -> list[Scored]:

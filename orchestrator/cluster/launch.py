@@ -79,6 +79,7 @@ async def launch(
             scorers=scorers,
             environments=hosts,
             model_rewards=prepared.model_rewards,
+            judges=prepared.engine_judges,
             publishers=publishers,
             call_timeout_s={role: roles.ranks(role).call_timeout_s for role in gangs},
             stand_ins=plan.stand_ins,
@@ -224,6 +225,11 @@ class _Starting:
             kwargs["conversation"] = ConversationSpec(prepared.tokenizer_path, template, trusted)
         return self._pool(role, settings.workers, policy, RolloutWorker, kwargs)
 
+    def _tokenizer_of(self, engine: str) -> str:
+        """Where the tokenizer of an engine role is: with the model of the role that it follows, if that is one of its
+        own."""
+        return self.prepared.models.get(self.prepared.config.roles.engine(engine).follows, self.prepared.tokenizer_path)
+
     def scorers(self, role: str) -> Pool:
         settings = self.prepared.config.roles.scorers(role)
         rewards = with_deadlines(self.prepared.rewards, settings.timeout_s)
@@ -239,6 +245,7 @@ class _Starting:
         kwargs = {
             "rewards": rewards,
             "tokenizer": self.prepared.tokenizer_path,
+            "judge_tokenizers": {asked: self._tokenizer_of(asked) for asked in self.prepared.judging_roles},
             "trust_remote_code": self.prepared.config.model.trust_remote_code,
         }
         return self._pool(role, settings.workers, policy, RewardWorker, kwargs)

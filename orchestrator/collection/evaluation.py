@@ -16,6 +16,7 @@ import numpy as np
 
 from actors.errors import DataFailure, InfraFailure, RunError
 from orchestrator.cluster.failures import Watchdog
+from orchestrator.collection.scoring import ToScore
 from orchestrator.config.roles import RolesConfig
 from orchestrator.driver import Progress
 from orchestrator.executor import Executor
@@ -142,14 +143,14 @@ async def evaluate(source: Any, roles: Executor, stage: Stage, sampling: Samplin
     fails for good is counted, not scored as zero. Raises RunError if no prompt has a score."""
 
     async def one(index: int) -> tuple[GroupMeta, ScoreResult] | None:
-        prompt = source.item(index)
+        prompt, name = source.item(index), f"eval/{label}/{index}"
         try:
-            samples = await stages.sampled(stage, prompt, f"eval/{label}/{index}", sampling, index, index)
+            samples = await stages.sampled(stage, prompt, name, sampling, index, index)
             if not samples.count:
                 return None
             (meta,) = samples.metas
-            spoken = (samples.transcripts, meta.episodes) if meta.episodes else ()
-            score, _ = await stages.score(scorers, prompt, samples.rows, *spoken)
+            scored = ToScore(name, index, prompt, samples.rows, samples.transcripts, meta.episodes)
+            score, _ = await stages.score(scorers, scored)
             return meta, score
         except (DataFailure, InfraFailure) as error:
             reasons.append(str(error))

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.batch import Array, Batch
+from actors.batch import Batch
 from actors.errors import BudgetExhausted, DataFailure, Dropped, InfraFailure
 from actors.worker import Objects, Ref, Worker
 from orchestrator.cluster.failures import enough_survive
@@ -23,10 +23,11 @@ from orchestrator.cluster.pool import Pool
 from orchestrator.collection.episodes import REWARD, Episodes, abort, rewards_of, rows_of
 from orchestrator.collection.model_scorer import ModelScorer
 from orchestrator.collection.samples import Samples, rows_of_samples
+from orchestrator.collection.scoring import Given, Scoring, ToScore
 from orchestrator.pipeline import ROW_SOURCES, Stage, Verb
 from orchestrator.planning.prepared import ModelReward
 from orchestrator.row_table import RowTable
-from rewards.combine import weighted_sum
+from rewards.judge import JudgeSpec
 from rewards.worker import ScoreResult
 from rollout.sampling import EpisodeFacts, Finish, GroupMeta, Request, Sampling, sample_seed
 
@@ -51,7 +52,7 @@ class PromptGroup:
     oldest_version: int | None = None  # of the tokens that changing weights have sampled; None: there are none
     transcripts: tuple[Ref, ...] = ()  # of each sample, if the samples are episodes
     score: ScoreResult | None = None  # of all samples, whichever became rows
-    texts: Ref | None = None  # their `ScoredTexts`, which stay where they were scored
+    texts: tuple[Ref, ...] = ()  # their `ScoredTexts`, which stay where they were scored
     ended: Mapping[Verb, float] = field(default_factory=dict[Verb, float])  # seconds on the driver's clock
 
     @property
@@ -90,9 +91,11 @@ class GroupStages:
         models: Mapping[ModelReward, ModelScorer],
         objects: Objects,
         environments: Mapping[str, Pool] | None = None,
+        judges: Sequence[JudgeSpec] = (),
     ) -> None:
-        self.engines, self.scorers, self._models, self._objects = engines, scorers, models, objects
+        self.engines, self.scorers, self._objects = engines, scorers, objects
         self.episodes = Episodes(engines, environments or {})
+        self._scoring = Scoring(scorers, models, judges, self._answers)
         self.steady: frozenset[str] = frozenset()
         self._verbs: dict[Verb, Callable[[Stage, PromptGroup, Sampling], Awaitable[PromptGroup | None]]] = {
             Verb.GENERATE: self._generate,
@@ -150,31 +153,15 @@ class GroupStages:
         metas, transcripts = tuple(each.meta for each in played), tuple(each.transcript for each in played)
         return Samples(rows_of(played, group, sampler), metas, transcripts, failures)
 
-    async def score(
-        self,
-        role: str,
-        prompt: Any,
-        rows: RowTable,
-        transcripts: tuple[Ref, ...] = (),
-        episodes: Sequence[EpisodeFacts] = (),
-    ) -> tuple[ScoreResult, Ref]:
-        """Rewards of one prompt's samples: functions, by whichever worker of a scorer role is free, models, and what
-        the environment gave. Beside them, where the texts that were scored are."""
-        pool = self.scorers[role]
-        name, deadline = f"{role}.score prompt {prompt.id}", pool.policy.call_timeout_s
-        whole = rows.only({"tokens", "mask", "version"}).whole()
+    async def score(self, role: str, asked: ToScore) -> tuple[ScoreResult, tuple[Ref, ...]]:
+        """Rewards of one prompt's samples, and what the environment gave: see `Scoring.score`."""
+        settings, given = self.episodes.settings, None
+        if asked.episodes and settings is not None and settings.rewards:
+            given = Given(REWARD, settings.reward_weight, rewards_of(asked.episodes))
+        return await self._scoring.score(role, asked, given)
 
-        async def work(worker: Worker) -> tuple[ScoreResult, Ref]:
-            arguments = (whole.shard, prompt.prompt, prompt.columns, *whole.blocks, *transcripts)
-            return await worker.call_split("score", *arguments, timeout_s=deadline, task_name=name)
-
-        models = asyncio.gather(*(model.score(rows) for model in self._models.values()))
-        (score, texts), said = await asyncio.gather(pool.call(f"score prompt {prompt.id}", work), models)
-        others = {model.label: (values, model.weight) for model, values in zip(self._models, said, strict=True)}
-        settings = self.episodes.settings
-        if episodes and settings is not None and settings.rewards:
-            others[REWARD] = rewards_of(episodes), settings.reward_weight
-        return _with_others(score, others), texts
+    async def _answers(self, role: str, request: Request) -> RowTable:
+        return (await self.sample(role, request))[1]
 
     async def _generate(self, stage: Stage, group: PromptGroup, sampling: Sampling) -> PromptGroup:
         sampler = group.passed - 1
@@ -201,8 +188,8 @@ class GroupStages:
         """For a group that cannot be scored: raises Dropped or BudgetExhausted if the reward's own `on_failure` says
         so, else as the role's says."""
         try:
-            spoken = (group.transcripts, group.episodes) if group.episodes else ()
-            score, texts = await self.score(stage.role, group.prompt, group.rows, *spoken)
+            asked = ToScore(group.id, group.seed, group.prompt, group.rows, group.transcripts, group.episodes)
+            score, texts = await self.score(stage.role, asked)
         except Dropped:
             raise
         except (InfraFailure, DataFailure) as error:
@@ -232,21 +219,6 @@ class GroupStages:
 def at_epoch(values: Sequence[float], epoch: int) -> float:
     """Of one value per epoch of the data, the last of which holds for all later ones."""
     return float(values[min(epoch, len(values) - 1)])
-
-
-def _with_others(score: ScoreResult, others: Mapping[str, tuple[Array, float]]) -> ScoreResult:
-    """The functions' result, extended by rewards that come from elsewhere: by name, their values [n] and weight."""
-    if not others:
-        return score
-    columns = np.stack([values for values, _ in others.values()], axis=1)
-    weights = np.array([weight for _, weight in others.values()], np.float32)
-    return replace(
-        score,
-        names=(*score.names, *others),
-        rewards=np.concatenate([score.rewards, columns], axis=1),
-        total=weighted_sum(np.column_stack([score.total, columns]), np.array([1.0, *weights])),
-        weights=np.concatenate([score.weights, weights]),
-    )
 
 
 def _silent(score: ScoreResult, prompt: Any) -> str:

@@ -68,6 +68,12 @@ class RewardConfig(Section):
     """Concurrent calls of this reward per worker, of a judge questions. None: the role's concurrency; of a judge 16."""
 
     @property
+    def roles(self) -> tuple[str, ...]:
+        """Roles of the run that it asks."""
+        asked = (self.role, *(judge.role for judge in self.judge or ()))
+        return tuple(role for role in asked if role is not None)
+
+    @property
     def judges(self) -> tuple[Judge, ...]:
         return tuple(judge.built() for judge in self.judge or ())
 

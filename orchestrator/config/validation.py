@@ -101,12 +101,8 @@ def _of_kinds(config: RunConfig, pipelines: Mapping[str, Pipeline]) -> Iterator[
         settings = None if reward.role is None else config.roles.get(reward.role)
         if settings is not None and not isinstance(settings, RanksRole):
             yield f"rewards: {reward.role} has no model to score with; name a role of kind trainer or frozen"
-    yield from (
-        f"rewards: the judge {judge.role} is a role, and only endpoints can be asked yet; give it a url"
-        for reward in config.rewards
-        for judge in reward.judge or ()
-        if judge.role is not None
-    )
+    for role in dict.fromkeys(judge.role for reward in config.rewards for judge in reward.judge or ()):
+        yield from _of_judge(role, None if role is None else config.roles.get(role))
     asked: dict[str, Head] = {reward.role: Head.ROW_SCALAR for reward in config.rewards if reward.role is not None}
     for pipeline in pipelines.values():
         for role, head in pipeline.heads.items():
@@ -115,6 +111,18 @@ def _of_kinds(config: RunConfig, pipelines: Mapping[str, Pipeline]) -> Iterator[
                     f"roles.{role}: one stage or reward asks for a model with a {asked[role]} head, another for a "
                     f"{head} head; a role's model has one: use two roles"
                 )
+
+
+def _of_judge(role: str | None, settings: Role | None) -> Iterator[str]:
+    if settings is None:
+        return  # an endpoint; or a role that is not described, which is refused as such
+    if not isinstance(settings, EngineRole):
+        yield f"rewards: the judge {role} cannot be asked: roles.{role}.kind={settings.kind}, and it must be engine"
+    elif settings.max_model_len is None:
+        yield (
+            f"roles.{role}.max_model_len is not set: what a judge is asked holds a prompt and two completions, and is "
+            f"longer than what is sampled otherwise; set it, with room for the answer (4096, say)"
+        )
 
 
 def _of_handovers(config: RunConfig) -> Iterator[str]:
@@ -337,6 +345,11 @@ def _of_source(
         yield f"roles.{role}.{key}={name} is no role with a model to sample from"
     elif key == "mixes" and name == engine.follows:
         yield f"roles.{role}.mixes={name} is the role that it follows: a mixture of a model with itself; name another"
+    elif source.model is not None and is_handed_over(source.model):
+        yield (
+            f"roles.{role}.{key}={name}: its model is there only when an earlier phase has ended, and engines start "
+            f"with the run; set roles.{name}.model to a folder or hub name"
+        )
     elif name not in launched:  # another role without its adapters stands in for it
         yield (
             f"roles.{role}.{key}={name}: with model.lora {name} is a trained role without its adapters, and those "

@@ -187,7 +187,7 @@ def _launched(config: RunConfig, pipelines: Mapping[str, Pipeline], stand_ins: M
             hosts = config.phases[name].environments
             named |= dict.fromkeys(role for role in (engine, score().role, hosts) if role is not None)
     if any(stage.verb is Verb.SCORE for pipeline in pipelines.values() for stage in pipeline) or score().role in named:
-        named |= dict.fromkeys(reward.role for reward in config.rewards if reward.role is not None)
+        named |= dict.fromkeys(role for reward in config.rewards for role in reward.roles)
     for role in list(named):
         settings = config.roles.get(role)
         if isinstance(settings, EngineRole):

@@ -19,6 +19,8 @@ from orchestrator.data.source import RowSource, Source
 from orchestrator.pipeline import Pipeline, Stage, Verb, items_of
 from orchestrator.planning.episode_settings import EpisodeSettings
 from orchestrator.planning.schedule import Schedule
+from rewards.judge import JudgeSpec
+from rewards.reward import OnFailure
 from rewards.specs import AnySpec
 from rollout.sampling import Sampling
 
@@ -93,6 +95,7 @@ class ModelReward:
     role: str
     weight: float
     label: str
+    on_failure: OnFailure = "retry"
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,17 @@ class Prepared:
     @property
     def scores(self) -> bool:
         return bool(self.rewards or self.model_rewards) and self.generates
+
+    @property
+    def engine_judges(self) -> tuple[JudgeSpec, ...]:
+        """Those that ask engine roles."""
+        return tuple(spec for spec in self.rewards if isinstance(spec, JudgeSpec) and spec.by_engine)
+
+    @property
+    def judging_roles(self) -> tuple[str, ...]:
+        """Engine roles that are asked by judges."""
+        roles = (judge.role for spec in self.engine_judges for judge in spec.judges)
+        return tuple(dict.fromkeys(role for role in roles if role is not None))
 
     @property
     def heads(self) -> dict[str, Head]:

@@ -50,7 +50,7 @@ def prepare(config: RunConfig, *, output: Path | None = None) -> Prepared:
     pipelines = {name: build_pipeline(phase) for name, phase in config.phases.items()}
     rewards = tuple(check_reward(reward) for reward in config.rewards if reward.role is None)
     scoring = tuple(
-        ModelReward(reward.role, reward.weight, reward.name or reward.role)
+        ModelReward(reward.role, reward.weight, reward.name or reward.role, reward.on_failure)
         for reward in config.rewards
         if reward.role is not None
     )

@@ -122,7 +122,7 @@ def _rewards(scores: Sequence[ScoreResult]) -> dict[str, float]:
 
 
 def _call_metrics(scores: Sequence[ScoreResult]) -> dict[str, float]:
-    """How the calls of functions, actors and endpoints went: seconds of the attempt that counted, failed attempts by
+    """How the calls of each reward went: seconds of the attempt that counted, failed attempts by
     kind, of all groups together, and the share of groups for which a constant stands (`on_failure`)."""
     metrics: dict[str, float] = {}
     for column, name in enumerate(scores[0].names[: len(scores[0].calls)]):

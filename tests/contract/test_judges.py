@@ -4,6 +4,7 @@ score, and what cannot be read is no opinion."""
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import time
 from collections.abc import Iterator
@@ -287,3 +288,42 @@ def test_online_dpo_learns_from_the_pairs_that_a_judge_chose_and_drops_ties(
     assert lines[-1]["rewards/judge/frac_unparsable"] == 0.0
     assert sum(value for name, value in lines[-1].items() if name.startswith("rewards/judge/failed/")) > 0
     assert lines[-1]["groups/filtered"] > 0, "and they are counted"
+
+
+def test_an_engine_role_of_the_run_judges_and_what_it_says_is_in_the_table(tmp_path: Path) -> None:
+    """The judge is a frozen role with an engine of its own, which prefers the longer answer."""
+    engine = f"{Path(__file__).parents[1] / 'judge_engine.py'}:RuleEngine"
+    judge = {"kind": "pairwise", "role": "judge_rollout", "max_tokens": 90}
+    changes = {
+        "output": str(tmp_path),
+        "rewards": [{"judge": judge}, {"fn": "exact_match", "weight": 0.5}],
+        "options": {"num_generations": 3},
+        "roles": {
+            "rollout": {"engine": "scripted"},
+            "judge": {"kind": "frozen"},
+            "judge_rollout": {
+                "kind": "engine",
+                "follows": "judge",
+                "engine": engine,
+                "engine_options": {"model": "long"},
+                "max_model_len": 4096,
+            },
+        },
+        "train": {**ARITHMETIC["train"], "steps": 2, "batch_size": 4},
+        "logging": {"completions_every": 1, "tensorboard": False},
+        "weights": {"transport": "disk"},
+    }
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(merged(ARITHMETIC, changes)))
+    folder = run(load_config(recipe), local=True).folder
+    rows = [row for file in (folder / "completions").glob("*.parquet") for row in pq.read_table(file).to_pylist()]
+    assert len(rows) == 2 * 4 * 3
+    for row in rows:
+        others = [other for other in rows if other["position"] == row["position"] and other is not row]
+        lengths = [(len(row["completion"]), len(other["completion"])) for other in others]
+        won = [(mine > theirs) + (mine == theirs) / 2 for mine, theirs in lengths]
+        assert row["rewards/judge_rollout"] == pytest.approx(np.mean(won))
+        assert all("Verdict:" in said for said in json.loads(row["judge_rollout/said"]))
+    assert sum(len(json.loads(row["judge_rollout/said"])) for row in rows) > 30, "six a group, but of equal texts"
+    line = [line for line in read(folder / METRICS_FILE) if "loss" in line][-1]
+    assert line["rewards/judge_rollout/frac_unparsable"] == 0.0 and line["rewards/judge_rollout/seconds"] > 0

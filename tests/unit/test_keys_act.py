@@ -198,7 +198,7 @@ PLANNED: dict[str, tuple[Any, dict[str, Any]]] = {
     },
     "rewards.N.judge.N.score_range": ([1.0, 5.0], RUBRIC),
     "rewards.N.judge.N.judgements": (3, {"rewards": [{"judge": [{**JUDGE, "temperature": 1.0}]}]}),
-    "rewards.N.judge.N.role": ("other", {"rewards": [{"judge": [{"role": "rollout"}]}]}),
+    "rewards.N.judge.N.role": ("reference_rollout", {"rewards": [{"judge": [{"role": "rollout"}]}]}),
     "roles.*.backend": ("deepspeed", {}),
     "roles.*.ranks": (2, DEEPSPEED),
     "roles.*.workers": (3, {}),
@@ -414,7 +414,7 @@ def _prepared(config: RunConfig, phases: tuple[PreparedPhase, ...]) -> Prepared:
         phases=phases,
         rewards=tuple(spec_of(reward) for reward in config.rewards if reward.role is None),
         model_rewards=tuple(
-            ModelReward(reward.role, reward.weight, reward.name or reward.role)
+            ModelReward(reward.role, reward.weight, reward.name or reward.role, reward.on_failure)
             for reward in config.rewards
             if reward.role is not None
         ),
@@ -606,6 +606,21 @@ IDLE: list[tuple[dict[str, Any], str]] = [  # a configuration, and the key that 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     (merged(GRPO, {"phases": {"a": {"sampling": {"temperature": 0}}}}), "phases.a.sampling.temperature=0"),
     (merged(GRPO, {"rewards": [{"fn": "exact_match", "weight": 0}]}), "rewards: all weights are 0"),
+    (
+        merged(
+            CLASSIC,
+            {
+                "rewards": [{"judge": {"role": "asked"}}],
+                "roles": {
+                    "judge": {"kind": "frozen", "model": "${phases.a.model}"},
+                    "asked": {"kind": "engine", "follows": "judge", "max_model_len": 99},
+                },
+            },
+        ),
+        "roles.asked.follows=judge: its model is there only when an earlier phase has ended",
+    ),
+    (merged(GRPO, {"rewards": [{"judge": {"role": "reference"}}]}), "the judge reference cannot be asked"),
+    (merged(GRPO, {"rewards": [{"judge": {"role": "rollout"}}]}), "roles.rollout.max_model_len is not set"),
     (
         merged(GRPO, {"phases": {"a": {"data": {"path": "x", "mixture": [{"path": "y", "fraction": 1}]}}}}),
         "phases.a.data.path=x beside phases.a.data.mixture",

@@ -1,0 +1,199 @@
+"""The rewards of one prompt's samples, from whatever gives them, at the same time:
+
+    functions, actors, endpoints   one call of a worker of the scorer role         ─┐
+    the score of a role's model    `ModelScorer`, with the groups that wait, too    ├─► one `ScoreResult`
+    a judge that is an engine      a scorer's worker writes the questions, engines ─┘
+                                   answer them, the worker reads the answers
+
+Each failure has its reward's name and is handled as that reward's `on_failure` says (`rewards/attempts.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from actors.batch import Array
+from actors.errors import BudgetExhausted, DataFailure, Dropped, InfraFailure, NoAnswer, RunError
+from actors.worker import Ref, Worker
+from orchestrator.cluster.pool import Pool
+from orchestrator.collection.model_scorer import ModelScorer
+from orchestrator.planning.prepared import ModelReward
+from orchestrator.row_table import RowTable
+from rewards.attempts import CallStatistics, GaveUp, call_statistics, instead
+from rewards.combine import weighted_sum
+from rewards.judge import JudgeSpec
+from rewards.reward import AttemptFailed, FailureKind, Handling
+from rewards.worker import Question, ScoreResult
+from rollout.sampling import EpisodeFacts, Request, Sampling, sample_seed
+
+Sample = Callable[[str, Request], Awaitable[RowTable]]
+QUESTIONS = 1 << 20  # places of random numbers of a prompt group from here on are for the answers of judges
+
+
+@dataclass(frozen=True)
+class ToScore:
+    """What is scored: a prompt and the table of its rows. `id` is unique among what is scored in the run; `seed` fixes
+    what is drawn on the way. Of episodes: where each row's transcript is, and what the driver knows of it."""
+
+    id: str
+    seed: int
+    prompt: Any  # orchestrator.data.source.Prompt
+    rows: RowTable
+    transcripts: tuple[Ref, ...] = ()
+    episodes: Sequence[EpisodeFacts] = ()
+
+
+@dataclass(frozen=True)
+class Given:
+    """A reward that came with the samples: `values` [n] float32, NaN for no opinion."""
+
+    label: str
+    weight: float
+    values: Array
+
+
+@dataclass(frozen=True)
+class _Said(Given):
+    """What a reward says when it is asked, and how its call went."""
+
+    statistics: CallStatistics
+    metrics: Mapping[str, float] = field(default_factory=dict[str, float])
+    texts: tuple[Ref, ...] = ()
+
+
+class Scoring:
+    """Used from one event loop. `sample`: draws answers from an engine role."""
+
+    def __init__(
+        self,
+        scorers: Mapping[str, Pool],
+        models: Mapping[ModelReward, ModelScorer],
+        judges: Sequence[JudgeSpec],
+        sample: Sample,
+    ) -> None:
+        self._scorers, self._models, self._judges, self._sample = scorers, models, judges, sample
+
+    async def score(
+        self, role: str, samples: ToScore, given: Given | None = None
+    ) -> tuple[ScoreResult, tuple[Ref, ...]]:
+        """The rewards, functions by whichever worker of a scorer role is free, and the one that was `given`. Beside
+        them, where the texts that were scored are, and what was logged of them."""
+        pool = self._scorers[role]
+        others = [
+            *(self._model(reward, scorer, samples) for reward, scorer in self._models.items()),
+            *(self._judge(judge, pool, samples) for judge in self._judges),
+        ]
+        (score, texts), *found = await _all_of([self._call(pool, samples), *others])
+        return _joined(score, found, given), (texts, *(ref for one in found for ref in one.texts))
+
+    async def _call(self, pool: Pool, samples: ToScore) -> tuple[ScoreResult, Ref]:
+        return await self._on_worker(pool, samples, "score")
+
+    async def _model(self, reward: ModelReward, scorer: ModelScorer, samples: ToScore) -> _Said:
+        async def scores() -> tuple[Array, Mapping[str, float], tuple[Ref, ...]]:
+            found = await scorer.score(samples.rows)
+            if not np.isfinite(found).all():
+                raise DataFailure(f"reward {reward.label}: the model of {reward.role} gave {found.tolist()}")
+            return found, {}, ()
+
+        return await _handled(reward.label, reward.weight, Handling(on_failure=reward.on_failure), samples, scores)
+
+    async def _judge(self, judge: JudgeSpec, pool: Pool, samples: ToScore) -> _Said:
+        async def scores() -> tuple[Array, Mapping[str, float], tuple[Ref, ...]]:
+            questions = await self._on_worker(pool, samples, "questions", judge.label)
+            asked = (self._answers(judge, samples, number, each) for number, each in enumerate(questions))
+            answers = await _all_of(list(asked))
+            blocks = [block for table in answers for block in table.blocks]
+            (values, metrics), texts = await self._on_worker(pool, samples, "judged", judge.label, more=blocks)
+            return values, metrics, (texts,)
+
+        return await _handled(judge.label, judge.weight, judge.handling, samples, scores)
+
+    async def _answers(self, judge: JudgeSpec, samples: ToScore, number: int, question: Question) -> RowTable:
+        sampling = Sampling(question.max_tokens, question.temperature)
+        seed = sample_seed(samples.seed, QUESTIONS + number)
+        name = f"{samples.id}/{judge.label}/{number}"
+        return await self._sample(question.role, Request(name, question.tokens, question.judgements, sampling, seed))
+
+    async def _on_worker(
+        self, pool: Pool, samples: ToScore, method: str, *first: str, more: Sequence[Ref] | None = None
+    ) -> Any:
+        """A method of whichever worker is free, with the samples, and more blocks if there are any."""
+        whole = samples.rows.only({"tokens", "mask", "version"}).whole()
+        prompt = samples.prompt
+        blocks = whole.blocks if more is None else (len(whole.blocks), *whole.blocks, *more)
+        spoken = samples.transcripts if samples.episodes else ()
+        arguments = (*first, whole.shard, prompt.prompt, prompt.columns, *blocks, *spoken)
+        name, limit = f"{pool.role}.{method} prompt {prompt.id}", pool.policy.call_timeout_s
+
+        async def work(worker: Worker) -> Any:
+            call = worker.call if method == "questions" else worker.call_split
+            return await call(method, *arguments, timeout_s=limit, task_name=name)
+
+        return await pool.call(f"{method} prompt {prompt.id}", work)
+
+
+async def _handled(
+    label: str,
+    weight: float,
+    handling: Handling,
+    samples: ToScore,
+    scores: Callable[[], Awaitable[tuple[Array, Mapping[str, float], tuple[Ref, ...]]]],
+) -> _Said:
+    """One reward's call. For what it raises: what `on_failure` says, in the time that it took."""
+    began, failures = time.monotonic(), Counter[str]()
+    metrics: Mapping[str, float] = {}
+    texts: tuple[Ref, ...] = ()
+    stood_in = False
+    try:
+        values, metrics, texts = await scores()
+    except (Dropped, BudgetExhausted):
+        raise
+    except (InfraFailure, DataFailure) as error:
+        gave_up = GaveUp(AttemptFailed(_kind(error), str(error)), 1, time.monotonic() - began)
+        values = instead(label, handling, gave_up, len(samples.rows), error)
+        failures[gave_up.kind], stood_in = 1, True
+    seconds = time.monotonic() - began
+    statistics = call_statistics(seconds, failures, handling.on_failure, stood_in=stood_in)
+    return _Said(label, weight, values, statistics, metrics, texts)
+
+
+def _kind(error: RunError) -> FailureKind:
+    if isinstance(error, NoAnswer):
+        return FailureKind.TIMEOUT
+    return FailureKind.UNREACHABLE if isinstance(error, InfraFailure) else FailureKind.INVALID
+
+
+def _joined(score: ScoreResult, found: Sequence[_Said], given: Given | None) -> ScoreResult:
+    """The functions' result, extended by that of the others."""
+    others = [*found, *([given] if given else [])]
+    if not others:
+        return score
+    columns = np.stack([one.values for one in others], axis=1)
+    weights = np.array([one.weight for one in others], np.float32)
+    return replace(
+        score,
+        names=(*score.names, *(one.label for one in others)),
+        rewards=np.concatenate([score.rewards, columns], axis=1),
+        total=weighted_sum(np.column_stack([score.total, columns]), np.array([1.0, *weights])),
+        weights=np.concatenate([score.weights, weights]),
+        calls=(*score.calls, *(one.statistics for one in found)),
+        metrics={**score.metrics, **{name: value for one in found for name, value in one.metrics.items()}},
+    )
+
+
+async def _all_of(work: Sequence[Awaitable[Any]]) -> list[Any]:
+    """All results, or the first error; then the others are cancelled."""
+    tasks = [asyncio.ensure_future(each) for each in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -1,0 +1,131 @@
+"""The rewards of a prompt's samples from functions, models and judges together: what each says, and what follows if one
+fails."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.batch import Batch
+from actors.errors import BudgetExhausted, DataFailure, Dropped, InfraFailure, NoAnswer, RunError
+from actors.worker import Ref
+from orchestrator.collection.collected import Collected
+from orchestrator.collection.group_stages import PromptGroup
+from orchestrator.collection.scoring import Scoring, ToScore
+from orchestrator.planning.prepared import ModelReward
+from orchestrator.reporting.rollout_metrics import rollout_metrics
+from orchestrator.row_table import RowTable
+from rewards.attempts import CallStatistics
+from rewards.worker import ScoreResult
+from rollout.sampling import Finish, GroupMeta
+
+FUNCTIONS = ScoreResult(
+    ("f",),
+    np.array([[1.0], [np.nan]], np.float32),
+    np.array([1.0, np.nan], np.float32),
+    calls=(CallStatistics(0.125, {"raised": 2}),),
+    weights=np.ones(1, np.float32),
+)
+
+
+class Functions:
+    """A pool whose worker scores with one function."""
+
+    role = "reward"
+    policy = SimpleNamespace(call_timeout_s=5.0)
+
+    def __init__(self) -> None:
+        self.cancelled = False
+        self.seconds = 0.0
+
+    async def call(self, name: str, work: Any) -> Any:
+        try:
+            await asyncio.sleep(self.seconds)
+        except asyncio.CancelledError:
+            self.cancelled = True
+            raise
+        return FUNCTIONS, Ref(None)
+
+
+class Model:
+    """A role's model, or what it raises."""
+
+    def __init__(self, says: list[float] | Exception) -> None:
+        self._says = says
+
+    async def score(self, rows: RowTable) -> np.ndarray:
+        if isinstance(self._says, Exception):
+            raise self._says
+        return np.array(self._says, np.float32)
+
+
+def samples() -> ToScore:
+    block = Batch.build([2, 2], tokens=[7] * 4, mask=[True] * 4)
+    rows = RowTable.of_block(Batch.build([2, 2], group=[0, 0]), Ref(block), {"tokens", "mask"})
+    return ToScore("run/0", 3, SimpleNamespace(id=0, prompt="q", columns={}), rows)
+
+
+async def scored(says: list[float] | Exception, on_failure: Any = "retry", pool: Any = None) -> ScoreResult:
+    reward = ModelReward("reward_model", 2.0, "rm", on_failure)
+    models: dict[ModelReward, Any] = {reward: Model(says)}
+    scoring = Scoring({"reward": pool or Functions()}, models, (), _nobody)
+    return (await scoring.score("reward", samples()))[0]
+
+
+async def _nobody(*_: Any) -> Any:
+    raise AssertionError("no judge is asked")
+
+
+async def test_a_model_adds_to_what_functions_say_and_stands_alone_where_they_have_no_opinion() -> None:
+    result = await scored([0.5, -1.0])
+    assert result.names == ("f", "rm") and result.weights.tolist() == [1.0, 2.0]
+    assert result.total.tolist() == [2.0, -2.0]
+    np.testing.assert_array_equal(result.rewards, np.array([[1.0, 0.5], [np.nan, -1.0]], np.float32))
+
+
+@pytest.mark.parametrize(
+    ("fails", "kind", "for_the_pool"),
+    [
+        (InfraFailure("the ranks died"), "unreachable", InfraFailure),
+        (NoAnswer("no answer within 9 s"), "timeout", NoAnswer),
+        (DataFailure("too long"), "invalid", DataFailure),
+        ([np.nan, 1.0], "invalid", DataFailure),
+        ([np.inf, 1.0], "invalid", DataFailure),
+    ],
+)
+async def test_on_failure_of_a_model_decides_what_follows_and_no_score_is_made_up(
+    fails: Any, kind: str, for_the_pool: type[RunError]
+) -> None:
+    with pytest.raises(for_the_pool):
+        await scored(fails)
+    with pytest.raises(Dropped) as dropped:
+        await scored(fails, "drop")
+    assert dropped.value.reason == f"reward rm: {kind}"
+    with pytest.raises(BudgetExhausted, match="of the reward rm, on_failure=fail ends the run"):
+        await scored(fails, "fail")
+    result = await scored(fails, -0.5)
+    assert result.rewards[:, 1].tolist() == [-0.5, -0.5] and result.calls[-1].failures == {kind: 1}
+    assert (await scored([1.0, 1.0], -0.5)).calls[-1].stood_in is False
+
+
+async def test_when_one_reward_fails_for_good_the_others_are_given_up() -> None:
+    slow = Functions()
+    slow.seconds = 30.0
+    with pytest.raises(Dropped):
+        await asyncio.wait_for(scored(InfraFailure("gone"), "drop", slow), 5)
+    await asyncio.sleep(0)
+    assert slow.cancelled
+
+
+async def test_seconds_and_failures_of_a_model_are_metrics_as_those_of_functions_are() -> None:
+    result = await scored(InfraFailure("gone"), 0.25)
+    meta = GroupMeta("id", "rollout/0", (1, 1), (Finish.STOP, Finish.STOP), 0, 0, 0.1)
+    group = PromptGroup("id", 0, samples().prompt, 0, metas=(meta,), oldest_version=0, score=result)
+    metrics = rollout_metrics(Collected(RowTable(Batch.empty()), (0,), (group,), {}), version=0)
+    assert metrics["rewards/rm/failed/unreachable"] == 1.0 and metrics["rewards/rm/frac_constant"] == 1.0
+    assert metrics["rewards/rm/seconds"] >= 0.0 and metrics["rewards/f/seconds"] == 0.125
+    assert metrics["rewards/f/failed/raised"] == 2.0 and "rewards/f/frac_constant" not in metrics
