@@ -124,7 +124,7 @@ async def test_when_one_reward_fails_for_good_the_others_are_given_up() -> None:
 async def test_seconds_and_failures_of_a_model_are_metrics_as_those_of_functions_are() -> None:
     result = await scored(InfraFailure("gone"), 0.25)
     meta = GroupMeta("id", "rollout/0", (1, 1), (Finish.STOP, Finish.STOP), 0, 0, 0.1)
-    group = PromptGroup("id", 0, samples().prompt, 0, metas=(meta,), oldest_version=0, score=result)
+    group = PromptGroup("id", 0, samples().prompt, 0, metas=(meta,), own=(True, True), oldest_version=0, score=result)
     metrics = rollout_metrics(Collected(RowTable(Batch.empty()), (0,), (group,), {}), version=0)
     assert metrics["rewards/rm/failed/unreachable"] == 1.0 and metrics["rewards/rm/frac_constant"] == 1.0
     assert metrics["rewards/rm/seconds"] >= 0.0 and metrics["rewards/f/seconds"] == 0.125
