@@ -11,6 +11,8 @@ from enum import StrEnum
 
 import numpy as np
 
+ADMITTED = "admitted_ids"  # where sampling cut the distribution: the tokens that it left
+
 
 class Axis(StrEnum):
     """The unit of a column's entries."""
@@ -58,6 +60,9 @@ COLUMNS: dict[str, Column] = {
         _token("tokens", np.int32, "token ids, prompt and completion", "source, generate"),
         _token("mask", np.bool_, "1 where the token is learned from", "source, generate"),
         _token("sample_logps", np.float32, "log-probability under the sampler, nats", "generate"),
+        _token(
+            ADMITTED, np.int32, "the tokens that sampling could draw; -1 fills up, or admits all", "generate", wide=True
+        ),
         _token("version", np.int32, "weights version that produced the token; -1 on prompts", "generate"),
         _token("old_logps", np.float32, "log-probability under the policy before this batch's updates, nats", "infer"),
         _token("ref_logps", np.float32, "log-probability under the reference, nats", "infer"),

@@ -121,16 +121,17 @@ class _OfLogits(torch.autograd.Function):
         hidden, weight, bias = ctx.saved_tensors
         asked: Asked = ctx.asked
         projection, vocabulary = Vocabulary(weight, bias, ctx.scaling), asked.vocabulary(weight)
+        factor = ctx.scaling.cast(weight[:vocabulary])
         hidden_grad = torch.zeros_like(hidden)
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         bias_grad = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         for part in _chunks(len(hidden), ctx.chunk_rows):
             logits = projection.logits(hidden[part], vocabulary)
             given = asked.given(part, vocabulary)
-            grad = ctx.scaling.backward_(_gradient(asked.call, logits, given, grads[0][part]), logits).to(hidden.dtype)
-            hidden_grad[part] = grad @ weight[:vocabulary]
+            grad = ctx.scaling.backward_(_gradient(asked.call, logits, given, grads[0][part]), logits).to(factor.dtype)
+            hidden_grad[part] = grad @ factor
             if weight_grad is not None:
-                add_product(weight_grad[:vocabulary], grad.t(), hidden[part])
+                add_product(weight_grad[:vocabulary], grad.t(), hidden[part].to(grad.dtype))
             if bias_grad is not None:
                 bias_grad[:vocabulary] += grad.sum(0, dtype=torch.float32)
             del logits, given, grad  # or they would stand beside the next chunk's

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from actors.columns import Head
+from actors.columns import ADMITTED, Head
 from actors.distributions import Asked, TopK
 from actors.errors import RunError
 from actors.model import LanguageModel
@@ -37,6 +37,7 @@ def forward(
     to the head, the others' entries are 0; `all_tokens`, or a batch without a mask, means every token but each row's
     first. `chunk_rows` bounds how many tokens' logits exist at a time (default: 2**24 logits' worth).
     `of_logits` says what is made of whole distributions, which may be those of a `companion`, too: a frozen model.
+    If the batch says which tokens could be drawn (`actors.columns.ADMITTED`), distributions are over these alone.
     `top_k`, in a pass without gradient: the most likely tokens of each distribution; nothing else is computed.
     """
     tokens = micro["tokens"]
@@ -46,7 +47,8 @@ def forward(
         predicted = predicted_tokens(micro, all_tokens=all_tokens or "all_tokens" in needs)
     asked = top_k if of_logits is None else _asked(of_logits, micro, predicted, companion)
     lengths, needs = tuple(micro.lengths.tolist()), needs - {"all_tokens"}
-    found = model(tokens, lengths, predicted, temperature, needs, chunk_rows, asked)
+    admitted = micro[ADMITTED].index_select(0, predicted) if head is Head.VOCABULARY and ADMITTED in micro else None
+    found = model(tokens, lengths, predicted, temperature, needs, chunk_rows, asked, admitted)
 
     def over_all_tokens(values: Tensor) -> Tensor:
         return values.new_zeros(len(tokens), *values.shape[1:]).index_copy(0, predicted, values)

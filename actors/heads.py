@@ -18,6 +18,7 @@ from actors.distributions import Asked, TopK, most_likely, of_logits
 from actors.logits import CHUNK_LOGITS, LogitScaling, Vocabulary, add_product
 from actors.objective import DIVERGENCE, EXTRAS
 
+OUTSIDE = -1e30  # a logit
 NEEDS = frozenset({*EXTRAS, "entropy_grad"})
 
 
@@ -54,12 +55,20 @@ class Projection:
         return rows <= self.chunk_rows and self.scaling.softcap is None
 
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """[n, V] float32: what the model itself would put out, a tensor of our own."""
-        logits = F.linear(hidden, weight, bias).float()
-        return self.scaling.apply_(logits)
+        return self.scaling.project(hidden, weight, bias)
 
-    def log_probs(self, logits: Tensor) -> Tensor:
-        return torch.log_softmax(logits if self.temperature == 1.0 else logits / self.temperature, dim=-1)
+    def log_probs(self, logits: Tensor, admitted: Tensor | None) -> Tensor:
+        logits = logits if self.temperature == 1.0 else logits / self.temperature
+        return torch.log_softmax(logits if admitted is None else restricted(logits, admitted), dim=-1)
+
+
+def restricted(logits: Tensor, admitted: Tensor) -> Tensor:
+    """[n, V]: far below all others outside the `admitted` tokens [n, k] (-1 fills up), so that their probability is 0.
+    A row of -1 alone admits all. Not minus infinity: times a probability of 0 that is no number."""
+    vocabulary = logits.shape[1]
+    ids = torch.where(admitted < 0, vocabulary, admitted).long()
+    inside = torch.zeros(len(logits), vocabulary + 1, dtype=torch.bool, device=logits.device).scatter_(1, ids, True)
+    return logits.masked_fill(~(inside[:, :vocabulary] | (admitted < 0).all(1, keepdim=True)), OUTSIDE)
 
 
 class _TokenQuantities(torch.autograd.Function):
@@ -67,50 +76,65 @@ class _TokenQuantities(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, projection: Projection
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        admitted: Tensor | None,
+        projection: Projection,
     ) -> tuple[Tensor, ...]:
         outputs = [hidden.new_empty(len(hidden), dtype=torch.float32) for _ in ("logps", *projection.extras)]
         keeps = projection.keeps_log_probs(len(hidden)) and any(ctx.needs_input_grad)
         ctx.log_probs = None
         for part in projection.chunks(len(hidden)):
-            log_probs = _measure(hidden[part], weight, bias, targets[part], projection, [o[part] for o in outputs])
+            chunk = hidden[part], weight, bias, targets[part], None if admitted is None else admitted[part]
+            log_probs = _measure(*chunk, projection, [o[part] for o in outputs])
             ctx.log_probs = log_probs if keeps else None
             del log_probs  # or it would stand beside the next chunk's
         graded = projection.with_gradient
         ctx.mark_non_differentiable(*(o for o, name in zip(outputs[1:], projection.extras) if name not in graded))
         ctx.projection = projection
-        ctx.save_for_backward(hidden, weight, bias, targets, outputs[1] if "entropy" in graded else None)
+        ctx.save_for_backward(hidden, weight, bias, targets, admitted, outputs[1] if "entropy" in graded else None)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, entropy = ctx.saved_tensors
+        hidden, weight, bias, targets, admitted, entropy = ctx.saved_tensors
         projection: Projection = ctx.projection
+        factor = projection.scaling.cast(weight)
+        assert factor is not None
         graded = {"logps", *projection.with_gradient}
         given = {name: grad for name, grad in zip(("logps", *projection.extras), grads, strict=True) if name in graded}
         hidden_grad = torch.zeros_like(hidden)
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         bias_grad = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         for part in projection.chunks(len(hidden)):
-            chunk = hidden[part], weight, bias, targets[part], None if entropy is None else entropy[part]
-            grad = _logits_gradient(
-                *chunk, {name: grad[part] for name, grad in given.items()}, projection, ctx.log_probs
-            )
-            hidden_grad[part] = grad @ weight
+            limits = (None if values is None else values[part] for values in (admitted, entropy))
+            grads_here = {name: grad[part] for name, grad in given.items()}
+            chunk = hidden[part], factor, bias, targets[part], *limits
+            grad = _logits_gradient(*chunk, grads_here, projection, ctx.log_probs)
+            hidden_grad[part] = grad @ factor
             if weight_grad is not None:
-                add_product(weight_grad, grad.t(), hidden[part])
+                add_product(weight_grad, grad.t(), hidden[part].to(grad.dtype))
             if bias_grad is not None:
                 bias_grad += grad.sum(0, dtype=torch.float32)
             del grad  # or it would stand beside the next chunk's
-        return hidden_grad, _cast(weight_grad, weight), _cast(bias_grad, bias), None, None
+        return hidden_grad, _cast(weight_grad, weight), _cast(bias_grad, bias), None, None, None
 
 
 def _measure(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, projection: Projection, outputs: list[Tensor]
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    admitted: Tensor | None,
+    projection: Projection,
+    outputs: list[Tensor],
 ) -> Tensor:
     """Fill the outputs of one chunk; its log-probabilities. Logits do not outlive the call."""
     logits = projection.logits(hidden, weight, bias)
-    log_probs = projection.log_probs(logits)
+    log_probs = projection.log_probs(logits, admitted)
     outputs[0].copy_(log_probs.gather(1, targets[:, None]).squeeze(1))
     for output, name in zip(outputs[1:], projection.extras, strict=True):
         output.copy_(_extra(name, log_probs, logits, outputs[0], projection))
@@ -122,23 +146,24 @@ def _logits_gradient(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
+    admitted: Tensor | None,
     entropy: Tensor | None,
     grads: Mapping[str, Tensor],
     projection: Projection,
     log_probs: Tensor | None,
 ) -> Tensor:
-    """[n, V] in the dtype of `hidden`: the gradient of one chunk's logits, before scaling. `log_probs`: if kept."""
+    """[n, V] in the dtype of `weight`: the gradient of one chunk's logits, before scaling. `log_probs`: if kept."""
     logits = None
     if log_probs is None:
         logits = projection.logits(hidden, weight, bias)
-        log_probs = projection.log_probs(logits)
+        log_probs = projection.log_probs(logits, admitted)
         logits = logits if projection.scaling.softcap is not None else None  # not read any more: free the memory
     grad = _logps_gradient(log_probs, targets, grads["logps"])
     if entropy is not None:
         grad -= log_probs.exp() * (log_probs + entropy[:, None]) * grads["entropy"][:, None]
     if "mean_logps" in grads:
         grad += grads["mean_logps"][:, None] * (1 / log_probs.shape[1] - log_probs.exp())
-    return projection.scaling.backward_(grad.div_(projection.temperature), logits).to(hidden.dtype)
+    return projection.scaling.backward_(grad.div_(projection.temperature), logits).to(weight.dtype)
 
 
 def _extra(name: str, log_probs: Tensor, logits: Tensor, logps: Tensor, projection: Projection) -> Tensor:
@@ -192,14 +217,16 @@ class VocabularyHead(nn.Module):
         needs: frozenset[str],
         chunk_rows: int | None,
         asked: Asked | TopK | None = None,
+        admitted: Tensor | None = None,
     ) -> Mapping[str, Tensor]:
         """`hidden` [N, H] and the tokens [N] that they are to predict -> `main`, their log-probabilities, what `needs`
-        names, and as `divergence` what is `asked`, each [N]. Asked for a `TopK`: what `most_likely` finds."""
+        names, and as `divergence` what is `asked`, each [N]. Asked for a `TopK`: what `most_likely` finds. `admitted`
+        [N, k]: of each distribution, the tokens that it is restricted to (`restricted`); not for what is `asked`."""
         if isinstance(asked, TopK):
             return most_likely(self.projection, hidden, targets, asked, chunk_rows)
         rows = chunk_rows or max(1, CHUNK_LOGITS // self.weight.shape[0])
         projection = Projection(self.scaling, temperature, needs, rows)
-        outputs = _TokenQuantities.apply(hidden, self.weight, self.bias, targets, projection)
+        outputs = _TokenQuantities.apply(hidden, self.weight, self.bias, targets, admitted, projection)
         found = dict(zip(("main", *projection.extras), outputs, strict=True))
         if asked is not None:
             found[DIVERGENCE] = of_logits(self.projection, hidden, asked, chunk_rows)

@@ -13,18 +13,28 @@ CHUNK_LOGITS = 2**24  # logits of one chunk (64 MiB in float32) where the caller
 
 @dataclass(frozen=True)
 class LogitScaling:
-    """What a model does to its logits after the projection: `softcap * tanh(multiplier * x / softcap)`."""
+    """How a model makes logits of states: a projection, then `softcap * tanh(multiplier * x / softcap)`."""
 
     multiplier: float = 1.0
     softcap: float | None = None
+    float32: bool = False  # the projection itself is computed in float32, whatever the dtype of states and weights
 
     @classmethod
-    def of(cls, config: Any) -> LogitScaling:
+    def of(cls, config: Any, *, float32: bool = False) -> LogitScaling:
         """Read from a model's configuration: `logit_scale` (Cohere), `logits_scaling` (Granite: a divisor),
         `final_logit_softcapping` (Gemma)."""
         multiplier = getattr(config, "logit_scale", None) or 1.0
         divisor = getattr(config, "logits_scaling", None) or 1.0
-        return cls(multiplier / divisor, getattr(config, "final_logit_softcapping", None))
+        return cls(multiplier / divisor, getattr(config, "final_logit_softcapping", None), float32)
+
+    def cast(self, factor: Tensor | None) -> Tensor | None:
+        """A factor of the projection, in the dtype that it is computed in."""
+        return factor.float() if self.float32 and factor is not None else factor
+
+    def project(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """[n, V] float32: what the model itself would put out, a tensor of our own."""
+        hidden, weight, bias = (self.cast(factor) for factor in (hidden, weight, bias))  # pyright: ignore
+        return self.apply_(F.linear(hidden, weight, bias).float())
 
     def apply_(self, logits: Tensor) -> Tensor:
         """In place."""
@@ -53,7 +63,7 @@ class Vocabulary:
         """[n, first] float32: what the model itself would put out of the `first` entries of its vocabulary; a tensor of
         our own."""
         bias = None if self.bias is None else self.bias[:first]
-        return self.scaling.apply_(F.linear(hidden, self.weight[:first], bias).float())
+        return self.scaling.project(hidden, self.weight[:first], bias)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -38,6 +38,7 @@ class ModelSpec:
     gradient_checkpointing: bool = False
     neftune_noise_alpha: float = 0.0
     router_aux_loss_coef: float | None = None  # None: the model's own value
+    lm_head_fp32: bool = False  # compute logits in float32, whatever the dtype
     trust_remote_code: bool = False
     attn_implementation: str | None = None  # None: the packed attention of `actors/attention.py`
 
@@ -51,7 +52,12 @@ class LanguageModel(nn.Module):
     """
 
     def __init__(
-        self, causal: Any, *, neftune_noise_alpha: float = 0.0, router_aux_loss_coef: float | None = None
+        self,
+        causal: Any,
+        *,
+        neftune_noise_alpha: float = 0.0,
+        router_aux_loss_coef: float | None = None,
+        lm_head_fp32: bool = False,
     ) -> None:
         super().__init__()
         self.causal = causal
@@ -59,7 +65,8 @@ class LanguageModel(nn.Module):
         if hasattr(causal, "score"):
             self.head = ScalarHead(causal.score)
         else:
-            self.head = VocabularyHead(causal.get_output_embeddings(), LogitScaling.of(causal.config))
+            scaling = LogitScaling.of(causal.config, float32=lm_head_fp32)
+            self.head = VocabularyHead(causal.get_output_embeddings(), scaling)
         self.neftune_noise_alpha = neftune_noise_alpha
         own = getattr(causal.config, "router_aux_loss_coef", None) or 0.0
         self.router_aux_loss_coef: float = own if router_aux_loss_coef is None else router_aux_loss_coef
@@ -77,10 +84,12 @@ class LanguageModel(nn.Module):
         needs: frozenset[str] = frozenset(),
         chunk_rows: int | None = None,
         asked: Asked | TopK | None = None,
+        admitted: Tensor | None = None,
     ) -> Mapping[str, Tensor]:
         """`tokens` [T], documents end to end, each of `lengths` tokens; `predicted` [N] are indices of tokens, none of
         them a document's first: the head is asked about the states before them. Returns `main` [N], what `needs` names
-        [N], what is `asked` of whole distributions (`actors/distributions.py`), `aux_loss` (scalar, its coefficient
+        [N] (of distributions that are restricted to the `admitted` tokens [N, k], if there are such limits), what is
+        `asked` of whole distributions (`actors/distributions.py`), `aux_loss` (scalar, its coefficient
         applied) if the model has experts to balance, and `rows` (scalar), how many rows were computed."""
         decoded, documents = self._decode(tokens, lengths)
         hidden = documents.at_tokens(decoded.last_hidden_state[0], predicted - 1)
@@ -88,7 +97,8 @@ class LanguageModel(nn.Module):
             outputs: dict[str, Tensor] = {"main": self.head(hidden)}
         else:
             # one call for all of it: a backend that partitions the projection gathers it around this
-            outputs = dict(self.head(hidden, tokens.index_select(0, predicted), temperature, needs, chunk_rows, asked))
+            targets = tokens.index_select(0, predicted)
+            outputs = dict(self.head(hidden, targets, temperature, needs, chunk_rows, asked, admitted))
         if self.router_aux_loss_coef:
             outputs["aux_loss"] = self.router_aux_loss_coef * self._balancing_loss(decoded.router_logits)
         outputs["rows"] = torch.tensor(decoded.last_hidden_state.shape[1])
@@ -185,7 +195,10 @@ def prepare(causal: Any, spec: ModelSpec, *, trainable: bool) -> LanguageModel:
     if spec.gradient_checkpointing and trainable:
         causal.gradient_checkpointing_enable({"use_reentrant": False})
     model = LanguageModel(
-        causal, neftune_noise_alpha=spec.neftune_noise_alpha, router_aux_loss_coef=spec.router_aux_loss_coef
+        causal,
+        neftune_noise_alpha=spec.neftune_noise_alpha,
+        router_aux_loss_coef=spec.router_aux_loss_coef,
+        lm_head_fp32=spec.lm_head_fp32,
     )
     return model.train(trainable)
 

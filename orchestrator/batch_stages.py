@@ -104,7 +104,7 @@ class BatchStages:
     async def evaluate(self, stage: Stage, table: RowTable) -> dict[str, float]:
         """What an update stage would report of the batch, without learning from it."""
         objective = LossObjective.of(stage)
-        found = await self._on_every_rank("evaluate", stage, _read(table, objective), objective, step=-1)
+        found = await self._on_every_rank("evaluate", stage, _read(table, objective, stage), objective, step=-1)
         return _with_margins(found[0])
 
     async def scores(self, role: str, table: RowTable) -> Array:
@@ -136,7 +136,7 @@ class BatchStages:
         top_k = TopK(stage.top_k, temperature, self.phase.vocabulary) if stage.top_k is not None else None
         role, group = self._group_of(stage)
         adapters = role == stage.role and bool(stage.options["adapters"])
-        read = table.only({"tokens", "mask", "group", "learned"})
+        read = table.only({"tokens", "mask", "group", "learned", *stage.reads})
         cut = read.shard_groups if groups_apart else read.shard
         shares = cut(len(group.workers), self.phase.token_budget)
         asked = into, head, temperature, adapters, top_k
@@ -179,7 +179,7 @@ class BatchStages:
     async def _update(self, stage: Stage, table: RowTable, step: int) -> tuple[Written, dict[str, float]]:
         """One optimizer step per minibatch and epoch; metrics are means over them, times sums."""
         objective = LossObjective.of(stage)
-        needed = _read(table, objective)
+        needed = _read(table, objective, stage)
         reports: list[dict[str, float]] = []
         for epoch in range(stage.options["epochs"]):
             for rows in _minibatches(needed, stage.options["minibatches"], (self.phase.seed, step, epoch)):
@@ -265,11 +265,11 @@ def _with_margins(metrics: dict[str, float]) -> dict[str, float]:
     return metrics if chosen is None or rejected is None else {"rewards/margins": chosen - rejected, **metrics}
 
 
-def _read(table: RowTable, objective: LossObjective) -> RowTable:
+def _read(table: RowTable, objective: LossObjective, stage: Stage) -> RowTable:
     """The columns that a trainer needs of a batch."""
     missing = objective.columns - table.columns
     assert not missing, f"the pipeline was checked to write {sorted(missing)}"
-    return table.only({"tokens", "mask", "group", "learned", *objective.columns})
+    return table.only({"tokens", "mask", "group", "learned", *objective.columns, *stage.reads})
 
 
 def _minibatches(table: RowTable, count: int, seed: tuple[int, int, int]) -> Iterator[Array | None]:

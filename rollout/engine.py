@@ -31,6 +31,8 @@ class Ability(StrEnum):
     """What some engines can do and others cannot. An engine's class names its own in `abilities`; a run that needs one
     which its engine lacks is refused before anything starts."""
 
+    ADMITTED = "admitted"  # it says of each token which ones a truncated distribution left (`replay_truncation`)
+    FLOAT32_HEAD = "float32_head"  # it computes logits in float32 (`EngineSpec.lm_head_fp32`)
     MIXES = "mixes"  # it holds a second model, and samples from the geometric mixture of both
 
 
@@ -50,6 +52,8 @@ class EngineSpec:
     seed: int = 0
     trust_remote_code: bool = False
     mixes: str | None = None  # a second model, in the logits of requests with a `mixture`; None: there is none
+    lm_head_fp32: bool = False  # compute logits in float32, whatever the dtype
+    max_admitted: int = 0  # the largest `top_k` of requests with `replay_truncation`
     options: dict[str, Any] = field(default_factory=dict)  # passed to the engine itself, e.g. vLLM's EngineArgs
 
 

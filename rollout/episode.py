@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from actors.batch import Batch
+from actors.columns import ADMITTED
 from actors.errors import DataFailure, InfraFailure, NoAnswer
 from actors.worker import Worker
 from rollout.conversation import Conversation
@@ -103,6 +104,8 @@ class Episode:
         self._mask: list[bool] = [False] * len(prompt)
         self._logps: list[float] = [0.0] * len(prompt)
         self._versions: list[int] = [-1] * len(prompt)
+        self._whole = [-1] * max(request.sampling.top_k, 0)  # of a token that nothing was cut for
+        self._admitted: list[list[int]] = [self._whole] * len(prompt)
         self._rewards: dict[int, float] = {}  # by the place of a turn's last token
         self.turns = 0
         self.over = self.truncated = False
@@ -136,6 +139,7 @@ class Episode:
         self._mask += [True] * count
         self._logps += completion.logps.tolist()
         self._versions += completion.versions.tolist()
+        self._admitted += completion.admitted.tolist() if completion.admitted is not None else [self._whole] * count
         self.turns += 1
         self._awaits_answer = True
         if completion.finish is Finish.LENGTH:
@@ -156,6 +160,7 @@ class Episode:
             self._mask += [False] * len(tokens)
             self._logps += [0.0] * len(tokens)
             self._versions += [-1] * len(tokens)
+            self._admitted += [self._whole] * len(tokens)
 
     def earned(self, reward: float | None) -> None:
         """A reward for the last turn, at its last token."""
@@ -184,7 +189,14 @@ class Episode:
             turn_reward=reward,
             group=np.asarray([self._request.group], np.int64),
             truncated=[self.truncated],
+            **self._recorded(length),
         )
+
+    def _recorded(self, length: int) -> dict[str, np.ndarray]:
+        """What each of the model's tokens could have been, if that is asked for."""
+        if not self._request.sampling.records_admitted:
+            return {}
+        return {ADMITTED: np.asarray(self._admitted[:length], np.int32)}
 
     @property
     def _left(self) -> int:

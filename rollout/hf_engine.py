@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from actors.errors import ConfigError, DataFailure
@@ -37,6 +38,7 @@ class _Row:
     tokens: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
+    admitted: list[list[int]] = field(default_factory=list)
     finish: Finish | None = None
 
     def completion(self) -> Completion:
@@ -47,6 +49,7 @@ class _Row:
             np.asarray(self.logps, dtype=np.float32),
             np.asarray(self.versions, dtype=np.int32),
             self.finish,
+            np.asarray(self.admitted, dtype=np.int32) if self.admitted else None,
         )
 
 
@@ -65,7 +68,7 @@ class HfEngine:
     """`options` are keyword arguments of `from_pretrained`. A request of more than `max_concurrency` samples is decoded
     in parts of that many."""
 
-    abilities = frozenset({Ability.MIXES})
+    abilities = frozenset({Ability.ADMITTED, Ability.FLOAT32_HEAD, Ability.MIXES})
 
     def __init__(self, spec: EngineSpec) -> None:
         if spec.tensor_parallel != 1:
@@ -106,6 +109,9 @@ class HfEngine:
         part = self._waiting[0]
         logits = self._next_logits(part)
         tokens, logps = draw(logits, part.request.sampling, [row.draw for row in part.rows])
+        if part.request.sampling.records_admitted:
+            for row, ids in zip(part.rows, admitted(logits, part.request.sampling, tokens).tolist(), strict=True):
+                row.admitted.append(ids)
         for row, token, logp in zip(part.rows, tokens.tolist(), logps.tolist(), strict=True):
             row.tokens.append(token)
             row.logps.append(logp)
@@ -224,6 +230,16 @@ def truncate(logits: Tensor, sampling: Sampling) -> Tensor:
         outside = (before >= sampling.top_p).scatter(-1, order, before >= sampling.top_p)
         logits = logits.masked_fill(outside, -torch.inf)
     return logits
+
+
+def admitted(logits: Tensor, sampling: Sampling, drawn: Tensor) -> Tensor:
+    """[R, top_k]: the tokens that truncation leaves, the likeliest first; -1 fills up. The `drawn` one [R] is among
+    them also where several tokens are as likely as the last of them."""
+    found = truncate(logits / sampling.temperature, sampling).topk(min(sampling.top_k, logits.shape[-1]))
+    ids = found.indices.masked_fill(found.values == -torch.inf, -1)
+    ids = F.pad(ids, (0, sampling.top_k - ids.shape[1]), value=-1)
+    missing = (ids != drawn[:, None]).all(1)
+    return torch.where(missing[:, None] & (torch.arange(ids.shape[1]) == ids.shape[1] - 1), drawn[:, None], ids)
 
 
 def _generator(request: Request, index: int, device: torch.device) -> torch.Generator:

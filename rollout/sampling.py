@@ -9,6 +9,7 @@ from hashlib import blake2b
 import numpy as np
 
 from actors.batch import Batch
+from actors.columns import ADMITTED
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,17 @@ class Sampling:
     min_p: float = 0.0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    replay_truncation: bool = False  # say of each token which ones it could have been, `top_k` at most
 
     @property
     def truncates_distribution(self) -> bool:
         """True if the sampler renormalises over a subset, so that its log-probabilities are not the policy's."""
         return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
+
+    @property
+    def records_admitted(self) -> bool:
+        """True if each sampled token comes with the tokens that it could have been."""
+        return self.replay_truncation and self.truncates_distribution
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,7 @@ class Completion:
     logps: np.ndarray  # float32, of the distribution that was sampled from (after temperature and truncation)
     versions: np.ndarray  # int32, weights version that produced each token
     finish: Finish
+    admitted: np.ndarray | None = None  # int32 [C, top_k], if asked for: what truncation left; -1 fills up
 
 
 @dataclass(frozen=True)
@@ -104,6 +112,13 @@ def to_batch(request: Request, completions: list[Completion]) -> Batch:
         parts = [np.concatenate([np.full(len(prompt), on_prompt, dtype), getattr(c, name)]) for c in ordered]
         return np.concatenate(parts) if parts else np.zeros(0, dtype)
 
+    def admitted() -> dict[str, np.ndarray]:
+        if not request.sampling.records_admitted:
+            return {}
+        on_prompt = np.full((len(prompt), request.sampling.top_k), -1, np.int32)
+        parts = [part for completion in ordered for part in (on_prompt, completion.admitted)]
+        return {ADMITTED: np.concatenate(parts) if parts else on_prompt[:0]}
+
     lengths = [len(prompt) + len(completion.tokens) for completion in ordered]
     tokens = [np.concatenate([prompt, completion.tokens]) for completion in ordered]
     mask = [np.arange(length) >= len(prompt) for length in lengths]
@@ -115,4 +130,5 @@ def to_batch(request: Request, completions: list[Completion]) -> Batch:
         version=flat(-1, "versions", np.int32),
         group=np.full(len(ordered), request.group, dtype=np.int64),
         truncated=[completion.finish is Finish.LENGTH for completion in ordered],
+        **admitted(),
     )

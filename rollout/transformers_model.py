@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from actors.errors import InfraFailure
@@ -22,7 +24,16 @@ def read_model(spec: EngineSpec, path: str, arguments: Mapping[str, Any] | None 
     # transformers would choose sdpa, which silently ignores the cap: another policy than the trainer's
     attention = {"attn_implementation": "eager"} if capped else {}
     options: dict[str, Any] = {"dtype": getattr(torch, spec.dtype), **attention, **(arguments or {})}
-    return load_pretrained(path, spec.trust_remote_code, **options).eval()
+    model = load_pretrained(path, spec.trust_remote_code, **options).eval()
+    if spec.lm_head_fp32:
+        head = model.get_output_embeddings()
+        head.forward = partial(_float32_projection, head)
+    return model
+
+
+def _float32_projection(head: Any, states: Tensor) -> Tensor:
+    bias = None if head.bias is None else head.bias.float()
+    return F.linear(states.float(), head.weight.float(), bias)
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ class VllmEngine:
     """`options` are `EngineArgs` of vLLM and win over what is derived from the specification. A second model
     (`EngineSpec.mixes`) is one of transformers in this process, outside vLLM's key-value cache and memory budget."""
 
-    abilities = frozenset({Ability.MIXES})
+    abilities = frozenset({Ability.ADMITTED, Ability.FLOAT32_HEAD, Ability.MIXES})
 
     def __init__(self, spec: EngineSpec) -> None:
         check_folder(spec.model)
@@ -107,7 +107,9 @@ class VllmEngine:
         for output in cast("list[RequestOutput]", self._llm.step()):
             request_id, _, index = output.request_id.rpartition("#")
             running = self._running[request_id]
-            running.completions.append(_completion(int(index), output.outputs[0]))
+            asked = running.request.sampling
+            completion = _completion(int(index), output.outputs[0], asked.top_k if asked.records_admitted else 0)
+            running.completions.append(completion)
             if len(running.completions) == running.request.n:
                 del self._running[request_id]
                 finished.append(Finished(running.request, running.completions))
@@ -155,7 +157,7 @@ class VllmEngine:
             ignore_eos=True,  # all end tokens are in `stop_token_ids`; vLLM's tokenizer knows only one
             include_stop_str_in_output=True,
             detokenize=bool(sampling.stop),
-            logprobs=0,  # of the sampled token only
+            logprobs=sampling.top_k if sampling.records_admitted else 0,  # beside the sampled token
             flat_logprobs=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
             extra_args={MIXTURE: request.mixture} if request.mixture else None,
@@ -208,6 +210,8 @@ def _start(spec: EngineSpec, second: SecondModel | None) -> LLMEngine:
         "generation_config": "vllm",  # requests are complete: ignore a model's generation_config.json
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
+        **({"hf_overrides": {"head_dtype": "float32"}} if spec.lm_head_fp32 else {}),
+        **({"max_logprobs": spec.max_admitted} if spec.max_admitted else {}),
         **_mixture(second),
     }
     set_num_threads = torch.set_num_threads
@@ -275,16 +279,29 @@ def _sample_id(request_id: str, index: int) -> str:
     return f"{request_id}#{index}"
 
 
-def _completion(index: int, output: CompletionOutput) -> Completion:
+def _completion(index: int, output: CompletionOutput, top_k: int) -> Completion:
+    """`top_k`: how many of the likeliest tokens vLLM reports at each position, after the sampled one."""
     tokens = np.asarray(output.token_ids, dtype=np.int32)
-    logps: Any = output.logprobs
+    flat: Any = output.logprobs
+    logps = np.asarray(flat.logprobs, dtype=np.float32).reshape(len(tokens), 1 + top_k)
+    ids = np.asarray(flat.token_ids, dtype=np.int32).reshape(len(tokens), 1 + top_k)
     return Completion(
         index=index,
         tokens=tokens,
-        logps=np.asarray(logps.logprobs, dtype=np.float32),  # flat: one entry per token, as `logprobs=0` asks for
+        logps=logps[:, 0],
         versions=_versions(len(tokens), output.weight_versions or []),
+        admitted=_admitted(ids, logps) if top_k else None,
         finish=Finish(output.finish_reason),  # vLLM also uses `stop` and `length`; any other reason is an error
     )
+
+
+def _admitted(ids: np.ndarray, logps: np.ndarray) -> np.ndarray:
+    """[C, k]: of the k likeliest tokens after the sampled one, those that truncation left; -1 in place of others. The
+    sampled one is among them also where several are as likely as the last."""
+    found = np.where(np.isfinite(logps[:, 1:]), ids[:, 1:], -1).astype(np.int32)
+    missing = (found != ids[:, :1]).all(axis=1)
+    found[missing, -1] = ids[missing, 0]
+    return found
 
 
 def _versions(count: int, spans: list[Any]) -> np.ndarray:

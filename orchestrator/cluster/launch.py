@@ -137,6 +137,7 @@ def model_spec(prepared: Prepared, role: str, path: str | None, *, trained: bool
         gradient_checkpointing=model.gradient_checkpointing and trained,
         neftune_noise_alpha=model.neftune_noise_alpha if trained else 0.0,
         router_aux_loss_coef=model.router_aux_loss_coef,
+        lm_head_fp32=model.lm_head_fp32,
         trust_remote_code=model.trust_remote_code,
     )
 
@@ -151,6 +152,11 @@ def model_of(prepared: Prepared, role: str) -> str:
     settings, models = prepared.config.roles.ranks(role), prepared.models
     copied = models.get(settings.copies) if isinstance(settings, FrozenRole) else None
     return models.get(role) or copied or prepared.model
+
+
+def _admitted(phase: PreparedPhase) -> int:
+    """Tokens that are recorded beside each one that is sampled."""
+    return phase.sampling.top_k if phase.sampling.records_admitted else 0
 
 
 @dataclass(frozen=True)
@@ -207,6 +213,8 @@ class _Starting:
             seed=config.seed,
             trust_remote_code=config.model.trust_remote_code,
             mixes=None if settings.mixes is None else model_of(prepared, settings.mixes),
+            lm_head_fp32=config.model.lm_head_fp32,
+            max_admitted=max(_admitted(phase) for phase in prepared.phases),
             options=settings.engine_options,
         )
         episodes = any(phase.episode is not None for phase in prepared.phases)

@@ -113,11 +113,10 @@ class Episodes:
         return await pool.call(request.id, work)
 
 
-def rows_of(played: Sequence[Played], group: int, sampler: int) -> RowTable:
-    """What the driver knows of finished episodes, beside where their tokens are."""
-    tables = (
-        rows_of_samples(each.meta, each.block, group=group, sampler=sampler, also={"turn_reward"}) for each in played
-    )
+def rows_of(played: Sequence[Played], group: int, sampler: int, also: frozenset[str] = frozenset()) -> RowTable:
+    """What the driver knows of finished episodes, beside where their tokens are. `also`: columns of the blocks."""
+    also |= {"turn_reward"}
+    tables = (rows_of_samples(each.meta, each.block, group=group, sampler=sampler, also=also) for each in played)
     return RowTable.concat(list(tables))
 
 

@@ -22,7 +22,7 @@ from orchestrator.cluster.failures import enough_survive
 from orchestrator.cluster.pool import Pool
 from orchestrator.collection.episodes import REWARD, Episodes, abort, rewards_of, rows_of
 from orchestrator.collection.model_scorer import ModelScorer
-from orchestrator.collection.samples import Samples, rows_of_samples
+from orchestrator.collection.samples import Samples, recorded, rows_of_samples
 from orchestrator.collection.scoring import Given, Scoring, ToScore
 from orchestrator.pipeline import ROW_SOURCES, Stage, Verb
 from orchestrator.planning.prepared import ModelReward
@@ -130,7 +130,8 @@ class GroupStages:
 
         meta, block = await pool.call(request.id, work)
         prompt = len(request.prompt)
-        return meta, rows_of_samples(meta, block, group=request.group, sampler=sampler, prompt_tokens=prompt)
+        also = recorded(request.sampling)
+        return meta, rows_of_samples(meta, block, group=request.group, sampler=sampler, prompt_tokens=prompt, also=also)
 
     async def sampled(
         self,
@@ -151,7 +152,7 @@ class GroupStages:
             return Samples(rows, (meta,), failures=meta.failures)
         played, failures = await self.episodes.played(stage.role, prompt, request)
         metas, transcripts = tuple(each.meta for each in played), tuple(each.transcript for each in played)
-        return Samples(rows_of(played, group, sampler), metas, transcripts, failures)
+        return Samples(rows_of(played, group, sampler, recorded(sampling)), metas, transcripts, failures)
 
     async def score(self, role: str, asked: ToScore) -> tuple[ScoreResult, tuple[Ref, ...]]:
         """Rewards of one prompt's samples, and what the environment gave: see `Scoring.score`."""

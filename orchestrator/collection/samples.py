@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from actors.batch import Batch
+from actors.columns import ADMITTED
 from actors.worker import Ref
 from orchestrator.row_table import RowTable
-from rollout.sampling import Finish, GroupMeta
+from rollout.sampling import Finish, GroupMeta, Sampling
 
 SAMPLED = frozenset({"tokens", "mask", "sample_logps", "version"})  # columns of every sample, which lie in its block
 
@@ -27,6 +28,11 @@ class Samples:
     @property
     def count(self) -> int:
         return sum(len(meta.lengths) for meta in self.metas)
+
+
+def recorded(sampling: Sampling) -> frozenset[str]:
+    """Columns that samples have besides `SAMPLED`, because they were asked for."""
+    return frozenset({ADMITTED}) if sampling.records_admitted else frozenset()
 
 
 def rows_of_samples(

@@ -24,7 +24,7 @@ from orchestrator.pipeline import Pipeline, Verb
 
 OF_VLLM = ("kv_cache_gib",)  # keys of the rollout role that only the vllm engine reads
 OF_OPTIMIZER = tuple(OptimizerConfig.model_fields)
-RANDOM = ("temperature", "top_p", "top_k", "min_p")
+RANDOM = ("temperature", "top_p", "top_k", "min_p", "replay_truncation")
 
 
 def ineffective_keys(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Sequence[str]) -> list[str]:
@@ -62,6 +62,8 @@ def _ineffective(
     elif config.weights.transport != "collective":
         why = f"only weights.transport=collective has a topology, not {config.weights.transport}"
         yield "weights", config.weights, ("topology",), why
+    if config.model.dtype == "float32" and all(_of_float32(role) for _, role in config.roles):
+        yield "model", config.model, ("lm_head_fp32",), "all of the model is computed in float32"
     if config.cluster.address:
         keys, why = ("num_cpus", "object_store_mib", "dashboard"), f"that at {config.cluster.address} has what it has"
         yield "cluster", config.cluster, keys, f"they are for a Ray of our own; {why}"
@@ -131,6 +133,11 @@ def _of_phase(where: str, config: RunConfig, name: str, pipeline: Pipeline) -> I
     if 0 < total <= phase.train.warmup_steps:
         why = f"the phase has {total} optimizer steps, so the learning rate never reaches {phase.train.learning_rate:g}"
         yield f"{where}.train", phase.train, ("warmup_steps",), why
+
+
+def _of_float32(settings: object) -> bool:
+    """Whether a role has no other dtype of its own."""
+    return getattr(settings, "dtype", None) in (None, "float32")
 
 
 def _says(settings: TrainerRole, key: str) -> bool:

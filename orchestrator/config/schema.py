@@ -67,6 +67,8 @@ class ModelConfig(Section):
     """Weight of the load-balancing loss of a mixture-of-experts model. None: the model's own value."""
     chat_template: str | None = None
     """A Jinja file that replaces the tokenizer's chat template."""
+    lm_head_fp32: bool = False
+    """Compute logits in float32 whatever `dtype` is, in training and in rollout (arXiv:2506.13585)."""
     trust_remote_code: bool = False
     """Run Python code from the model's folder."""
 
@@ -192,6 +194,8 @@ class SamplingConfig(Section):
     """Texts that end a completion."""
     stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = Sampling.stop_token_ids
     """Tokens that end a completion, in addition to the end-of-sequence token."""
+    replay_truncation: bool = Sampling.replay_truncation
+    """Record which tokens top_k, top_p and min_p left, and train the distribution over the same; needs top_k."""
 
 
 class EvaluationConfig(Section):

@@ -56,9 +56,9 @@ def warnings(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Seq
     ]
     biased = [
         f"phases.{name}.sampling: top_p, top_k or min_p cut the distribution that is sampled from, while the policy's "
-        "log-probabilities are of the whole: ratios between the two are biased"
+        "log-probabilities are of the whole: ratios between the two are biased; set replay_truncation=true"
         for name, pipeline in pipelines.items()
-        if pipeline.generates and _truncates(config.phases[name])
+        if pipeline.generates and _truncates(config.phases[name]) and not config.phases[name].sampling.replay_truncation
     ]
     lost = [
         f"phases.{name}.train.bema: the average is in the checkpoints of that phase, of which later ones leave "
@@ -180,6 +180,7 @@ def _of_phase(
             f"{where}.evaluation.data: {phase.method} trains {pipeline.trained[0]}, and no engine samples from it; add "
             f"a role with kind engine and follows {pipeline.trained[0]}, or evaluate on rows (evaluation.rows)"
         )
+    yield from _of_truncation(where, phase, pipeline)
     for stage in pipeline.generates:
         engine = config.roles.get(stage.role)
         if "mixture" in stage.options and isinstance(engine, EngineRole) and engine.mixes is None:
@@ -195,6 +196,22 @@ def _of_phase(
         yield from _of_mixed(where, config, phase, role)
     for update in pipeline.updates:
         yield from _of_update(where, config, phase, update.role, int(update.options.get("minibatches", 1)))
+
+
+def _of_truncation(where: str, phase: PhaseConfig, pipeline: Pipeline) -> Iterator[str]:
+    """What is recorded of truncated sampling must be bounded, and be read."""
+    if not (phase.sampling.replay_truncation and pipeline.generates):
+        return
+    said = f"{where}.sampling.replay_truncation"
+    if not _truncates(phase):
+        yield f"{said}: nothing cuts the distribution that is sampled from; set top_k beside it, or leave it out"
+    elif phase.sampling.top_k <= 0:
+        yield (
+            f"{said} records the tokens that each sampled one could have been, and nothing bounds their number; set "
+            f"{where}.sampling.top_k (128, say) beside top_p or min_p"
+        )
+    if pipeline.teachers or len(pipeline.row_sources) > len(pipeline.generates):
+        yield f"{said}: {phase.method} learns from whole distributions, or from rows of the data; leave it out"
 
 
 def _samples_get_stale(config: RunConfig, pipeline: Pipeline) -> bool:

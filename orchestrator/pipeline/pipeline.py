@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from actors.columns import Head
+from actors.columns import ADMITTED, Head
 from actors.errors import ConfigError
 from orchestrator.pipeline.checks import check
 from orchestrator.pipeline.data_kinds import Completions, DataKind
@@ -106,6 +106,19 @@ class Pipeline:
         if not any(stage.verb is Verb.GENERATE for stage in self.stages):
             return self
         stages = map(of_episodes, self.stages)
+        return Pipeline(self.data, *stages, warnings=self.warnings, temperature=self.temperature)
+
+    def with_admitted_tokens(self) -> Pipeline:
+        """The pipeline whose samples say which tokens each of theirs could have been, and whose models restrict their
+        distributions to these."""
+        only = frozenset({ADMITTED})
+
+        def restricted(stage: Stage) -> Stage:
+            if stage.verb is Verb.GENERATE:
+                return replace(stage, writes=stage.writes | only)
+            return replace(stage, reads=stage.reads | only) if stage.head is Head.VOCABULARY else stage
+
+        stages = map(restricted, self.stages)
         return Pipeline(self.data, *stages, warnings=self.warnings, temperature=self.temperature)
 
     def with_roles(self, names: Mapping[str, str]) -> Pipeline:

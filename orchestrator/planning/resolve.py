@@ -103,6 +103,8 @@ def build_pipeline(phase: PhaseConfig) -> Pipeline:
     """What the phase's method is under its options, with the roles that the phase gives it."""
     pipeline = build(phase.method, phase.options, {"max_completion_length": phase.sampling.max_tokens})
     pipeline = pipeline.with_episodes(ENVIRONMENT) if phase.episode is not None else pipeline
+    if phase.sampling.replay_truncation and pipeline.generates:
+        pipeline = pipeline.with_admitted_tokens()
     return pipeline.with_roles(phase.rename_roles) if phase.rename_roles else pipeline
 
 
@@ -427,6 +429,17 @@ def _check_engines(prepared: Prepared) -> None:
             raise ConfigError(
                 f"{where}={settings.engine} cannot sample from the mixture of two models, which {phase.config.method} "
                 f"does; use {_engines_with(Ability.MIXES)}, or an engine of your own with that ability"
+            )
+        if phase.sampling.records_admitted and Ability.ADMITTED not in found:
+            raise ConfigError(
+                f"phases.{phase.name}.sampling.replay_truncation: {where}={settings.engine} does not say which tokens "
+                f"a truncated distribution left; use {_engines_with(Ability.ADMITTED)}, or leave it out"
+            )
+        if prepared.config.model.lm_head_fp32 and Ability.FLOAT32_HEAD not in found:
+            raise ConfigError(
+                f"model.lm_head_fp32: {where}={settings.engine} computes logits in the model's dtype, so it would "
+                "sample from another distribution than the one that is trained; use "
+                f"{_engines_with(Ability.FLOAT32_HEAD)}, or leave it out"
             )
 
 

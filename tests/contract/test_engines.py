@@ -40,6 +40,9 @@ SUBJECTS: dict[
     "scripted": ("scripted", True, {}),
     "vllm-mixing": ("vllm", False, {"mixes": "SECOND"}),
     "hf-mixing": ("hf", False, {"mixes": "SECOND"}),
+    "vllm-cut": ("vllm", True, {"max_admitted": 64}),
+    "vllm-bf16-head": ("vllm", False, {"dtype": "bfloat16", "lm_head_fp32": True}),
+    "hf-bf16-head": ("hf", False, {"dtype": "bfloat16", "lm_head_fp32": True}),
 }
 Weights = list[tuple[str, torch.Tensor]]
 
@@ -187,6 +190,53 @@ def kept_tokens(probs: torch.Tensor, top_k: int = 0, top_p: float = 1.0, min_p: 
     return (
         (rank < top_k if top_k else torch.ones_like(probs).bool()) & (likelier < top_p) & (probs >= min_p * probs.max())
     )
+
+
+@on("vllm-cut", "hf-tied")
+def test_each_token_comes_with_the_tokens_that_truncation_left(subject: Subject) -> None:
+    cut = {"top_k": 6, "top_p": 0.5, "min_p": 0.1}
+    sampling = Sampling(24, temperature=0.8, replay_truncation=True, **cut)
+    sizes = set[int]()
+    for completion in subject.run(Request("cut", PROMPT, 3, sampling, seed=3))["cut"]:
+        assert completion.admitted is not None and completion.admitted.shape == (len(completion.tokens), 6)
+        probs = (subject.logits(PROMPT, completion) / 0.8).softmax(-1)
+        for place, ids in enumerate(completion.admitted):
+            kept = kept_one_after_the_other(probs[place])
+            assert set(ids[ids >= 0].tolist()) == kept and completion.tokens[place] in kept
+            logp = float((probs[place, completion.tokens[place]] / probs[place, sorted(kept)].sum()).log())
+            assert completion.logps[place] == pytest.approx(logp, abs=1e-3)
+            sizes.add(len(kept))
+    assert len(sizes) > 2, "the cut is always of one size: this test shows little"
+    whole = subject.one(Request("whole", PROMPT, 1, Sampling(4, **cut), seed=3))
+    assert whole.admitted is None
+
+
+def kept_one_after_the_other(probs: torch.Tensor) -> set[int]:
+    """min_p, then the 6 likeliest, then the fewest that reach a half of what is left by then."""
+    kept = [int(token) for token in probs.argsort(descending=True) if probs[token] >= 0.1 * probs.max()][:6]
+    left = (probs[kept] / probs[kept].sum()).cumsum(0)
+    return set(kept[: 1 + int((left < 0.5).sum())])
+
+
+@on("vllm-bf16-head", "hf-bf16-head")
+def test_a_head_in_float32_says_the_log_probabilities_that_the_trainer_computes(subject: Subject) -> None:
+    """Of the same states in bfloat16, whose computation differs a little from engine to engine."""
+    model = subject.reference
+    samples = subject.run(Request("a", PROMPT, 4, Sampling(32), seed=2))["a"]
+
+    def errors(*, float32: bool) -> float:
+        found: list[np.ndarray] = []
+        for completion in samples:
+            with torch.no_grad():
+                ids = torch.tensor([[*PROMPT, *completion.tokens]])
+                states = model.model(ids).last_hidden_state[0, len(PROMPT) - 1 : -1]
+            weight = model.lm_head.weight
+            logits = states.float() @ weight.float().T if float32 else (states @ weight.T).float()
+            chosen = torch.tensor(completion.tokens, dtype=torch.long)[:, None]
+            found.append(np.abs(logits.log_softmax(-1).gather(1, chosen)[:, 0].numpy() - completion.logps))
+        return float(np.median(np.concatenate(found)))
+
+    assert errors(float32=True) < 0.5 * errors(float32=False)
 
 
 @on("vllm-mixing", "hf-mixing")

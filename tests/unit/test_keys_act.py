@@ -110,6 +110,7 @@ PLANNED: dict[str, tuple[Any, dict[str, Any]]] = {
     "model.gradient_checkpointing": (True, {}),
     "model.neftune_noise_alpha": (5.0, {}),
     "model.router_aux_loss_coef": (0.1, {}),
+    "model.lm_head_fp32": (True, {}),
     "model.trust_remote_code": (True, {}),
     "phases.NAME.method": ("dpo", {}),
     "phases.NAME.rename_roles": ({"reference": "teacher"}, {}),
@@ -161,6 +162,7 @@ PLANNED: dict[str, tuple[Any, dict[str, Any]]] = {
             "min_p": 0.1,
             "stop": ("x",),
             "stop_token_ids": (5,),
+            "replay_truncation": True,
         }.items()
     },
     "phases.NAME.evaluation.data": ({"path": "x"}, {}),
@@ -601,6 +603,10 @@ IDLE: list[tuple[dict[str, Any], str]] = [  # a configuration, and the key that 
         "phases.a.train.min_lr_ratio=0.5",
     ),
     (merged(GRPO, {"phases": {"a": {"train": {"warmup_steps": 50}}}}), "phases.a.train.warmup_steps=50"),
+    (merged(GRPO, {"roles": {"rollout": {"mixes": "reference"}}}), "roles.rollout.mixes=reference"),
+    (merged(GRPO, {"model": {"lm_head_fp32": True}}), "model.lm_head_fp32=True"),
+    (merged(SFT, {"phases": {"a": {"sampling": {"replay_truncation": True}}}}), "sampling.replay_truncation=True"),
+    (merged(GRPO, {"phases": {"a": {"sampling": {"top_p": 0.9}}}}), "set replay_truncation=true"),
     (merged(GRPO, {"phases": {"a": {"options": {"epsilon": 0.1}}}}), "phases.a: options.epsilon"),
 ]
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -621,6 +627,18 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (merged(GRPO, {"rewards": [{"judge": {"role": "reference"}}]}), "the judge reference cannot be asked"),
     (merged(GRPO, {"rewards": [{"judge": {"role": "rollout"}}]}), "roles.rollout.max_model_len is not set"),
+    (
+        merged(GRPO, {"phases": {"a": {"sampling": {"replay_truncation": True}}}}),
+        "phases.a.sampling.replay_truncation: nothing cuts",
+    ),
+    (
+        merged(GRPO, {"phases": {"a": {"sampling": {"replay_truncation": True, "top_p": 0.9}}}}),
+        "set phases.a.sampling.top_k (128, say)",
+    ),
+    (
+        merged(TAUGHT, {"phases": {"a": {"sampling": {"replay_truncation": True, "top_k": 9}}}}),
+        "phases.a.sampling.replay_truncation: gkd learns from whole distributions",
+    ),
     (
         merged(GRPO, {"phases": {"a": {"data": {"path": "x", "mixture": [{"path": "y", "fraction": 1}]}}}}),
         "phases.a.data.path=x beside phases.a.data.mixture",

@@ -1,0 +1,66 @@
+"""What a run asks of an engine that the engine cannot do is refused before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.errors import ConfigError
+from orchestrator.config.loading import config_of
+from orchestrator.planning.resolve import prepare
+from rollout.engine import ENGINES, Ability, abilities_of
+from tests.unit.source_stub import write_rows
+from tests.unit.tiny import tiny_model_folder
+
+OWN = """
+from rollout.hf_engine import HfEngine
+
+
+class Plain(HfEngine):
+    abilities = frozenset()
+"""
+
+
+def run_of(tmp_path: Path, engine: str, method: str = "grpo", **changes: Any) -> Any:
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "1+1=", "answer": "2"}])
+    roles = {name: {"engine": engine} for name in ("rollout", "mixture_rollout")}
+    tree: dict[str, Any] = {
+        "method": method,
+        "model": {"path": str(tiny_model_folder(tmp_path, hidden=128)), "dtype": "bfloat16"},
+        "data": {"path": str(rows)},
+        "train": {"steps": 1, "batch_size": 1},
+        "sampling": {"max_tokens": 4},
+        "rewards": [{"fn": "completion_length"}],
+        "roles": roles,
+    }
+    for section, keys in changes.items():
+        tree[section] = {**tree[section], **keys}
+    return config_of(tree, [], "test")
+
+
+ASKED: list[tuple[dict[str, Any], str]] = [
+    ({"method": "nash_md"}, "cannot sample from the mixture of two models, which nash_md does; use vllm or hf"),
+    ({"sampling": {"replay_truncation": True, "top_k": 4}}, "does not say which tokens a truncated distribution left"),
+    ({"model": {"lm_head_fp32": True}}, "computes logits in the model's dtype"),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), ASKED, ids=[said for _, said in ASKED])
+def test_an_engine_without_the_ability_is_refused_and_the_others_are_not(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(OWN)
+    for engine in ("scripted", f"{file}:Plain"):
+        with pytest.raises(ConfigError, match=said) as caught:
+            prepare(run_of(tmp_path, engine, **changes))
+        assert engine in str(caught.value)
+    for engine in ("hf", "vllm"):
+        assert prepare(run_of(tmp_path, engine, **changes)).generates
+
+
+def test_every_ability_has_an_engine_and_one_that_says_nothing_has_none() -> None:
+    assert {ability for kind in ENGINES for ability in abilities_of(kind)} == set(Ability)
+    assert abilities_of("scripted") == frozenset()
