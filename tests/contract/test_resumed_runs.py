@@ -104,7 +104,7 @@ def test_a_run_that_replays_groups_resumes_to_the_same_bits_with_those_that_the_
         "model": {"path": str(tiny_model_folder(tmp_path, hidden=32))},
         "roles": {"rollout": {"engine": "hf"}},
         "rewards": [{"fn": f"{reward}:spread"}],
-        "data": {"path": str(rows)},
+        "data": {"path": str(rows), "shuffle": False},
         "sampling": {"max_tokens": 4},
         "train": {"steps": STEPS, "batch_size": 6, "learning_rate": LEARNING_RATE},
         "output": str(tmp_path / "runs"),
