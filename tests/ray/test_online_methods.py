@@ -17,7 +17,6 @@ def test_every_method_that_samples_takes_three_steps_with_vllm(tmp_path: Path) -
     small = {name: {"cpus": 0.1} for name in ("policy", "value", "reference", "reward")}
     tree = recipe(tmp_path, engine, cluster={"num_cpus": 4, "object_store_mib": 100})
     tree["roles"] |= small
-    tree["roles"]["teacher"]["cpus"] = 0.1
     run = Run(tmp_path, base=tree)
     run.wait()
     assert_three_steps_of_each(run.folder, tolerance=2e-3)

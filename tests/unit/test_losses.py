@@ -169,6 +169,7 @@ def _columns(lengths: Tensor, size: int, rng: torch.Generator) -> dict[str, Tens
         "preferred": member == 0,
         "sampler": (member > 0).to(torch.int8),
         "optimal_value": torch.rand(len(lengths), generator=rng, dtype=torch.float64),
+        "preference": torch.rand(len(lengths), generator=rng, dtype=torch.float64),
         "gold": member == 2,
         "mismatched": member == 1,
         "label": (rows // size) % 2 == 0,

@@ -17,6 +17,7 @@ from orchestrator.regrouping import (
     keep_highest,
     most_reward_per_token,
     penalise_missing_eos,
+    preference_over_opponent,
     shortest,
     with_optimal_value,
 )
@@ -90,6 +91,17 @@ def test_a_truncated_completion_is_penalised_before_the_comparison() -> None:
 def sampled_by_two(rewards: list[float]) -> RowTable:
     """The first two by the first sampler, the others by another."""
     return group(rewards).with_values(sampler=np.array([0, 0, *([1] * (len(rewards) - 2))], np.int8))
+
+
+def test_the_policys_samples_have_the_probability_that_they_are_preferred_to_the_opponents() -> None:
+    table = preference_over_opponent(sampled_by_two([1.0, 0.0, 1.0, math.nan, 3.0]))
+    assert table is not None and samples(table) == [0, 1]
+    expected = [(1 / (1 + np.exp(each))).mean() for each in (np.array([0.0, 2.0]), np.array([1.0, 3.0]))]
+    np.testing.assert_allclose(table["preference"], expected, rtol=1e-6)
+    extreme = preference_over_opponent(sampled_by_two([1e9, math.nan, -1e9]))
+    assert extreme is not None and samples(extreme) == [0] and extreme["preference"] == [1.0]
+    assert preference_over_opponent(sampled_by_two([1.0, 0.0, math.nan])) is None
+    assert preference_over_opponent(sampled_by_two([math.nan, math.nan, 1.0])) is None
 
 
 def test_a_prompts_optimal_value_is_that_of_the_other_samplers_rewards_at_each_sample_of_the_first() -> None:
