@@ -83,16 +83,21 @@ def load_tokenizer(path: str, trust_remote_code: bool, chat_template: str | None
 def load_pretrained(
     path: str, trust_remote_code: bool, *, head: Head = Head.VOCABULARY, may_draw: bool = False, **options: Any
 ) -> Any:
-    """The model with that head, on the CPU. A scalar head that the folder does not have is drawn at random if
-    `may_draw`; any other weight that it lacks is refused. `options` are those of `from_pretrained`. Raises ModelError.
-    """
+    """The model with that head, on the CPU. A scalar head that the folder does not have is drawn at random, near zero,
+    if `may_draw`; any other weight that it lacks is refused. `options` are those of `from_pretrained`. Raises
+    ModelError."""
     import transformers
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # its bars of reading and writing files would draw over the driver's console
     check_folder(path)
     if head is not Head.VOCABULARY:
-        options["num_labels"] = 1
+        options["config"] = config = load_config(path, trust_remote_code)
+        config.num_labels = 1
+        # Nothing but a new head is drawn. It begins near zero: with the deviation of the model's other layers, a state
+        # of norm sqrt(H) would get values as far apart as rewards are, which a critic would first have to unlearn.
+        for part in _drawn_parts(config):
+            part.initializer_range = 1 / (config.get_text_config().hidden_size + 1)
     with _refusing(f"a model with a {head} head", path), LOADING, _without_report():
         auto = getattr(transformers, CLASSES[head])
         causal, found = auto.from_pretrained(
@@ -106,6 +111,10 @@ def load_pretrained(
             f"{path}: {type(causal).__name__} has no layer `{SCORE}`, which the classes of most decoders have; use a "
             "model of another architecture"
         )
+    if head is not Head.VOCABULARY:
+        own = _drawn_parts(load_config(path, trust_remote_code))
+        for part, before in zip(_drawn_parts(causal.config), own, strict=True):
+            part.initializer_range = before.initializer_range  # it is saved with the model
     return causal
 
 
@@ -119,6 +128,13 @@ def skeleton(path: str, trust_remote_code: bool, head: Head = Head.VOCABULARY) -
         config.num_labels = 1
     with _refusing(f"a model with a {head} head", path), LOADING, torch.device("meta"):
         return getattr(transformers, CLASSES[head]).from_config(config, trust_remote_code=trust_remote_code)
+
+
+def _drawn_parts(config: Any) -> list[Any]:
+    """The parts of a configuration that say how weights are drawn: the whole, and that of the text model if there is
+    one."""
+    parts = {id(part): part for part in (config, config.get_text_config())}
+    return [part for part in parts.values() if hasattr(part, "initializer_range")]
 
 
 def padding_token(tokenizer: Any, config: Any) -> str:

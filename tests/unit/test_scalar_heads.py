@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
 from actors import lora
 from actors.batch import Batch
@@ -111,6 +111,16 @@ def test_a_new_head_is_the_same_for_a_seed_and_another_for_another(folder: Path)
     one, same, other = (scores(worker(folder, seed=seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, same)
     assert np.abs(one - other).min() > 1e-6
+
+
+def test_a_new_head_finds_next_to_no_difference_between_rows(folder: Path, tmp_path: Path) -> None:
+    """A critic's first values are noise: far apart, they would take many updates to unlearn."""
+    made = worker(folder)
+    assert 0 < np.abs(scores(made)).max() < 0.3
+    learn(made, steps=3)
+    assert np.abs(scores(made)).max() > 0.3
+    ranges = [AutoConfig.from_pretrained(place).initializer_range for place in (folder, saved(made, tmp_path))]
+    assert ranges[0] == ranges[1]
 
 
 def test_the_head_of_a_reward_model_is_kept_trained_or_frozen(judge: Path) -> None:
