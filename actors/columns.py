@@ -93,6 +93,9 @@ COLUMNS: dict[str, Column] = {
         _row(
             "optimal_value", np.float32, "what the prompt is worth under the best policy near the reference", "regroup"
         ),
+        _row(
+            "win_rate", np.float32, "share of its siblings that a judge finds worse; NaN without such a judge", "score"
+        ),
         _row("preference", np.float32, "probability that the row is preferred to its opponent's", "regroup"),
         _row("preferred", np.bool_, "of a pair: the chosen one", "source, regroup"),
         _row("label", np.bool_, "unpaired preference: desirable", "source"),

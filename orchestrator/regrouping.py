@@ -72,17 +72,19 @@ def with_optimal_value(table: RowTable, *, beta: float, drop_unsolved: bool) -> 
     return table.select(own).with_values(optimal_value=np.full(len(own), value, np.float32))
 
 
-@regroups(reads={"reward", "sampler"}, writes={"preference"})
+@regroups(reads={"reward", "win_rate", "sampler"}, writes={"preference"})
 def preference_over_opponent(table: RowTable) -> RowTable | None:
-    """The samples of the group's first sampler, each with the probability that it is preferred to a sample of the other
-    one, its opponent: `P = σ(r - r')`, the mean over the opponent's samples.
+    """The sample of the group's first sampler, with the probability that it is preferred to that of the other one, its
+    opponent: what a pairwise judge says (`win_rate`); else `P = σ(r - r')`, the mean over the opponent's samples.
 
     Samples that could not be scored take no part; None if either sampler has no other.
-    Source: arXiv:2312.00886, with rewards in the place of a preference model (Bradley-Terry)."""
+    Source: arXiv:2312.00886, with rewards in the place of a preference model (Bradley-Terry) unless a judge is one."""
     scored, first = ~np.isnan(table["reward"]), table["sampler"] == 0
     own, opponents = np.flatnonzero(scored & first), np.flatnonzero(scored & ~first)
     if not len(own) or not len(opponents):
         return None
+    if not np.isnan(table["win_rate"]).all():
+        return table.select(own).with_values(preference=table["win_rate"][own])
     rewards = table["reward"].astype(np.float64)
     ahead = (rewards[own][:, None] - rewards[opponents][None, :]).clip(-500, 500)  # beyond, e^x is no number
     return table.select(own).with_values(preference=(1 / (1 + np.exp(-ahead))).mean(axis=1).astype(np.float32))

@@ -31,6 +31,8 @@ class Scored:
 class RewardCaller:
     """Calls one reward. Used from one event loop; sync functions run in `threads`."""
 
+    is_preference = False
+
     def __init__(self, reward: Reward, threads: ThreadPoolExecutor) -> None:
         self.reward, self.name, self.weight = reward, reward.name, reward.weight
         self.hanging = 0  # calls of a sync function that passed their deadline and still run

@@ -146,7 +146,7 @@ class JudgeCaller:
     hanging = 0  # a question is cancelled at its deadline
 
     def __init__(self, spec: JudgeSpec) -> None:
-        self.name, self.weight, self._spec = spec.label, spec.weight, spec
+        self.name, self.weight, self.is_preference, self._spec = spec.label, spec.weight, spec.is_preference, spec
         self._chats = [ChatEndpoint(judge, allow_private=spec.allow_private) for judge in spec.judges]
         self._attempts = Attempts(spec.handling.retries, spec.handling.concurrency)
 

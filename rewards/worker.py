@@ -68,6 +68,15 @@ class ScoreResult:
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])  # logged by the functions themselves
     calls: tuple[CallStatistics, ...] = ()  # of those first rewards that were asked
     weights: Array = field(kw_only=True)  # [k] float32
+    preferring: frozenset[str] = frozenset()  # of the names, those whose rewards are win rates over siblings
+
+    @property
+    def win_rates(self) -> Array:
+        """[n] float32: those of the one reward that has a weight, if it is of that kind; else NaN."""
+        weighted = [index for index, weight in enumerate(self.weights) if weight]
+        if len(weighted) == 1 and self.names[weighted[0]] in self.preferring:
+            return self.rewards[:, weighted[0]]
+        return np.full(len(self.total), np.nan, np.float32)
 
 
 @dataclass(frozen=True)
@@ -201,7 +210,9 @@ class RewardWorker:
         extra = merged({name: log.extra for name, log in logs.items()})
         extra |= {"messages": tuple(each.messages for each in spoken)} if spoken else {}
         calls = tuple(each.statistics for each in scored)
-        return ScoreResult(names, rewards, total, metrics, calls, weights=weights), ScoredTexts(samples.texts, extra)
+        preferring = frozenset(caller.name for caller in self._callers if caller.is_preference)
+        result = ScoreResult(names, rewards, total, metrics, calls, weights=weights, preferring=preferring)
+        return result, ScoredTexts(samples.texts, extra)
 
     def close(self) -> None:
         """End connections. From a thread, while the loop that calls went through still runs."""

@@ -205,6 +205,8 @@ class GroupStages:
         columns = {"reward": score.total}
         if "reward_parts" in stage.writes:
             columns |= {"reward_parts": score.rewards, "reward_weights": np.tile(score.weights, (len(score.total), 1))}
+        if "win_rate" in stage.writes:
+            columns["win_rate"] = score.win_rates
         return replace(group, rows=group.rows.with_values(**columns), score=score, texts=texts)
 
     async def _keep(self, stage: Stage, group: PromptGroup, sampling: Sampling) -> PromptGroup | None:

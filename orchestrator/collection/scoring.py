@@ -66,6 +66,7 @@ class _Said(Given):
     statistics: CallStatistics
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
     texts: tuple[Ref, ...] = ()
+    is_preference: bool = False
 
 
 class Scoring:
@@ -114,7 +115,8 @@ class Scoring:
             (values, metrics), texts = await self._on_worker(pool, samples, "judged", judge.label, more=blocks)
             return values, metrics, (texts,)
 
-        return await _handled(judge.label, judge.weight, judge.handling, samples, scores)
+        said = await _handled(judge.label, judge.weight, judge.handling, samples, scores)
+        return replace(said, is_preference=judge.is_preference)
 
     async def _answers(self, judge: JudgeSpec, samples: ToScore, number: int, question: Question) -> RowTable:
         sampling = Sampling(question.max_tokens, question.temperature)
@@ -184,6 +186,7 @@ def _joined(score: ScoreResult, found: Sequence[_Said], given: Given | None) -> 
         rewards=np.concatenate([score.rewards, columns], axis=1),
         total=weighted_sum(np.column_stack([score.total, columns]), np.array([1.0, *weights])),
         weights=np.concatenate([score.weights, weights]),
+        preferring=score.preferring | {one.label for one in found if one.is_preference},
         calls=(*score.calls, *(one.statistics for one in found)),
         metrics={**score.metrics, **{name: value for one in found for name, value in one.metrics.items()}},
     )

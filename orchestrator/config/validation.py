@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from actors.columns import Head
 from orchestrator.config.ineffective_keys import ineffective_keys
+from orchestrator.config.judges import JudgeConfig
 from orchestrator.config.roles import (
     EngineRole,
     EnvironmentsRole,
@@ -113,6 +114,29 @@ def _of_kinds(config: RunConfig, pipelines: Mapping[str, Pipeline]) -> Iterator[
                 )
 
 
+def _of_preferences(where: str, config: RunConfig, phase: PhaseConfig, pipeline: Pipeline) -> Iterator[str]:
+    """What a judge prefers is a probability: nothing can be added to it."""
+    judges = [reward for reward in config.rewards if reward.weight and any(map(_prefers, reward.judge or ()))]
+    if not judges or not any("win_rate" in stage.reads for stage in pipeline):
+        return
+    others = [reward for reward in config.rewards if reward.weight and reward is not judges[0]]
+    if others:
+        yield (
+            f"rewards: {phase.method} learns from what a pairwise judge prefers, and {len(others)} other rewards have "
+            "a weight: a preference and a score do not add up; set the weight of one side to 0"
+        )
+    adjusts = (stage for stage in pipeline if stage.verb is Verb.REGROUP and "reward" in stage.writes)
+    if any(adjusts):
+        yield (
+            f"{where}.options.missing_eos_penalty changes a reward, and {phase.method} learns from what a pairwise "
+            "judge prefers instead; leave it out"
+        )
+
+
+def _prefers(judge: JudgeConfig) -> bool:
+    return judge.kind == "pairwise" and judge.against is None
+
+
 def _of_judge(role: str | None, settings: Role | None) -> Iterator[str]:
     if settings is None:
         return  # an endpoint; or a role that is not described, which is refused as such
@@ -188,6 +212,7 @@ def _of_phase(
                 f"roles.{stage.role}.mixes is not set, and {phase.method} samples there from a mixture of two models; "
                 "set it to the role whose model is mixed in (reference, say)"
             )
+    yield from _of_preferences(where, config, phase, pipeline)
     for role in pipeline.teachers:
         yield from _of_teacher(where, config, phase, role)
     for role, companion in pipeline.companions.items():

@@ -27,7 +27,7 @@ def nash_md(
         Prompts,
         generate("rollout", n=1),
         generate("mixture_rollout", n=1, mixture=mixture_coef),
-        score("reward"),
+        score("reward", win_rates=True),
         *when(missing_eos_penalty, regroup(penalise_missing_eos, penalty=missing_eos_penalty)),
         regroup(preference_over_opponent, rows=1),
         infer("reference", into="ref_logps"),

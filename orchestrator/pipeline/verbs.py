@@ -33,9 +33,10 @@ def one_of(share: float, first: Stage, other: Stage) -> tuple[Stage, Stage]:
     return replace(first, share=(0.0, share)), replace(other, share=(share, 1.0))
 
 
-def score(role: str = "reward", *, parts: bool = False) -> Stage:
-    """Reward each completion, by all rewards of the run. `parts`: write each of the rewards and its weight, too."""
-    writes = {"reward", *(("reward_parts", "reward_weights") if parts else ())}
+def score(role: str = "reward", *, parts: bool = False, win_rates: bool = False) -> Stage:
+    """Reward each completion, by all rewards of the run. `parts`: write each of the rewards and its weight, too;
+    `win_rates`: and what a pairwise judge prefers, where it is the only one of them."""
+    writes = {"reward", *(("reward_parts", "reward_weights") if parts else ()), *(("win_rate",) if win_rates else ())}
     return Stage(Verb.SCORE, role, frozenset({"tokens", "mask"}), frozenset(writes))
 
 

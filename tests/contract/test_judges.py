@@ -91,7 +91,12 @@ async def test_a_server_is_asked_as_openai_clients_do_and_the_completions_table_
     judge |= {"max_tokens": 9, "request": {"seed": 7, "temperature": None}}
     async with Asked(tokenizer, judge, weight=0.5) as asked:
         result, texts = await asked.score("abc", "a")
-    assert result.names == ("judge",) and same(result, 3.0, 1.0) and result.total.tolist() == [1.5, 0.5]
+    assert (
+        result.names == ("judge",)
+        and same(result, 3.0, 1.0)
+        and not result.preferring
+        and result.total.tolist() == [1.5, 0.5]
+    )
     assert texts.extra == {"judge/said": (["A fair attempt.\nScore: 3"], ["A fair attempt.\nScore: 1"])}
     call = server.calls("score?sent")[0]
     assert call["headers"]["Authorization"] == "Bearer secret-key"
@@ -114,7 +119,7 @@ async def test_win_rates_are_what_a_judge_says_in_both_orders_and_nothing_where_
 ) -> None:
     third = "xx" if model == "moody" else "bb"
     result = await judged(tokenizer, server, "ccc", "a", third, model=model)
-    assert same(result, *values)
+    assert same(result, *values) and result.preferring == {"judge"}
     assert result.metrics["rewards/judge/frac_unparsable"] == pytest.approx(unparsable)
     assert result.metrics["rewards/judge/frac_order_decides"] == pytest.approx(order_decides)
 

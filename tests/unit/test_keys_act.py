@@ -625,6 +625,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         ),
         "roles.asked.follows=judge: its model is there only when an earlier phase has ended",
     ),
+    (
+        merged(GRPO, {**JUDGED, "phases": {"a": {"method": "nash_md", "options": {"missing_eos_penalty": 1.0}}}}),
+        "missing_eos_penalty changes a reward, and nash_md learns from what a pairwise judge prefers",
+    ),
+    (
+        merged(GRPO, {"rewards": [*JUDGED["rewards"], *GRPO["rewards"]], "phases": {"a": {"method": "nash_md"}}}),
+        "a preference and a score do not add up",
+    ),
     (merged(GRPO, {"rewards": [{"judge": {"role": "reference"}}]}), "the judge reference cannot be asked"),
     (merged(GRPO, {"rewards": [{"judge": {"role": "rollout"}}]}), "roles.rollout.max_model_len is not set"),
     (

@@ -159,3 +159,11 @@ def test_samples_that_are_not_chosen_have_advantage_0_count_and_move_no_mean_of_
     found = group_zscore_of_some(table, chosen=highest, scores=shortest, count=2, scale="none")
     np.testing.assert_allclose(found["advantages"], [0.5, -0.5, 0, 1, 0, -1, 0])
     assert found["learned"].tolist() == [True, True, True, True, False, True, True]
+
+
+def test_a_judge_says_the_preference_over_an_opponent_itself_and_rewards_say_it_by_their_difference() -> None:
+    table = group([1.0, 0.0]).with_values(sampler=np.array([0, 1], np.int8))
+    scored = preference_over_opponent(table.with_values(win_rate=np.full(2, np.nan, np.float32)))
+    assert scored is not None and scored["preference"] == pytest.approx([1 / (1 + math.exp(-1.0))])
+    judged = preference_over_opponent(table.with_values(win_rate=np.array([1.0, 0.0], np.float32)))
+    assert judged is not None and judged["preference"].tolist() == [1.0] and samples(judged) == [0]

@@ -129,3 +129,23 @@ async def test_seconds_and_failures_of_a_model_are_metrics_as_those_of_functions
     assert metrics["rewards/rm/failed/unreachable"] == 1.0 and metrics["rewards/rm/frac_constant"] == 1.0
     assert metrics["rewards/rm/seconds"] >= 0.0 and metrics["rewards/f/seconds"] == 0.125
     assert metrics["rewards/f/failed/raised"] == 2.0 and "rewards/f/frac_constant" not in metrics
+
+
+@pytest.mark.parametrize(
+    ("weights", "preferring", "rates"),
+    [
+        ([1.0, 0.0], {"judge"}, [1.0, 0.0]),
+        ([2.0, 0.0], {"judge"}, [1.0, 0.0]),
+        ([1.0, 1.0], {"judge"}, [np.nan, np.nan]),
+        ([0.0, 1.0], {"judge"}, [np.nan, np.nan]),
+        ([1.0, 0.0], set[str](), [np.nan, np.nan]),
+    ],
+)
+def test_win_rates_are_those_of_a_judge_that_is_the_only_reward_with_a_weight(
+    weights: list[float], preferring: set[str], rates: list[float]
+) -> None:
+    rewards = np.array([[1.0, 5.0], [0.0, 6.0]], np.float32)
+    total = (rewards * np.array(weights, np.float32)).sum(axis=1)
+    weighed, names = np.array(weights, np.float32), frozenset(preferring)
+    result = ScoreResult(("judge", "f"), rewards, total, weights=weighed, preferring=names)
+    np.testing.assert_array_equal(result.win_rates, np.array(rates, np.float32))
