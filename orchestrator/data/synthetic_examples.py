@@ -6,6 +6,8 @@ arithmetic   a model of 1.3M parameters with random weights; two-digit additions
              worked additions that omit most carries of the ones, so that supervised fine-tuning alone stops improving;
              and, as `arithmetic_pairs`, `_triples` and `_labelled`, right answers paired with wrongly carried ones,
              with which preference optimisation continues
+calculator   the same model with a chat template, two-digit multiplications as conversations, and, as `calculator_sft`,
+             conversations with calls of a calculator that is used badly
 skewed       models with random weights that end their completions at a constant rate, and random text whose lengths
              are as skewed as those of real data: a workload for measuring speed
 """
@@ -30,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actors.errors import DataError, ModelError
+from orchestrator.data import calculator_examples
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -104,6 +107,20 @@ def arithmetic_labelled(
     return {"prompt": [f"{a}+{b}=" for a, b in problems], "completion": answers, "label": labels}
 
 
+def calculator(*, seed: int, split: str, rows: int | None = None) -> dict[str, list[Any]]:
+    """Two-digit multiplications: `prompt`, a conversation, and `answer`; split as `arithmetic` is."""
+    return calculator_examples.problems(_shuffled(_problems(split), seed, rows))
+
+
+def calculator_sft(
+    *, seed: int, split: str, rows: int | None = None, from_memory: float = 0.75, mistyped: float = 0.25
+) -> dict[str, list[Any]]:
+    """Conversations with a calculator, as `calculator_examples.traces` describes them; right ones in `test`."""
+    pairs, rng = _shuffled(_problems(split), seed, rows), np.random.default_rng([seed, 5])
+    shares = (from_memory, mistyped) if split == "train" else (0.0, 0.0)
+    return calculator_examples.traces(pairs, rng, *shares)
+
+
 def skewed(*, seed: int, split: str, rows: int = 512, max_length: int = 256) -> dict[str, list[str]]:
     """Random letters: `prompt`, `completion`, together `max_length` x Beta(0.9, 2.1) tokens with the end-of-sequence
     token; a quarter of that is the prompt."""
@@ -123,6 +140,8 @@ DATASETS: dict[str, Callable[..., dict[str, Any]]] = {
     "arithmetic_pairs": arithmetic_pairs,
     "arithmetic_triples": arithmetic_triples,
     "arithmetic_labelled": arithmetic_labelled,
+    "calculator": calculator,
+    "calculator_sft": calculator_sft,
     "skewed": skewed,
 }
 
@@ -171,7 +190,7 @@ def _with_wrong_carry(a: int, b: int) -> str:
 @dataclass(frozen=True)
 class ModelRecipe:
     """A Qwen2-architecture model with random weights. `ends_after`: if set, completions end at a constant rate per
-    token, such that their mean length is 30 % of this limit."""
+    token, such that their mean length is 30 % of this limit. `talks`: the tokenizer has a chat template."""
 
     hidden: int
     layers: int
@@ -182,10 +201,12 @@ class ModelRecipe:
     init_std: float
     max_position: int = 1024
     ends_after: int | None = None
+    talks: bool = False
 
 
 MODELS: dict[str, ModelRecipe] = {
     "arithmetic": ModelRecipe(256, 2, 8, 8, 512, tied=True, init_std=0.05),
+    "calculator": ModelRecipe(256, 2, 8, 8, 512, tied=True, init_std=0.05, talks=True),
     "skewed-2.6m": ModelRecipe(256, 4, 8, 4, 544, tied=False, init_std=0.02, ends_after=96),
     "skewed-26m": ModelRecipe(512, 8, 8, 8, 1408, tied=False, init_std=0.02, ends_after=96),
 }
@@ -250,7 +271,7 @@ def _save(recipe: ModelRecipe, seed: int, folder: Path) -> None:
     """The files of `save_pretrained`, without its imports and its output, which would slow down a user's first run."""
     from safetensors.torch import save_file
 
-    words = tokenizer()
+    words = calculator_examples.tokenizer(tokenizer()) if recipe.talks else tokenizer()
     model = _build(recipe, seed, len(words))
     weights = model.state_dict()
     if recipe.tied:
