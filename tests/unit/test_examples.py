@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,6 +33,8 @@ def test_no_held_out_problem_nor_its_mirror_is_in_any_training_split_of_any_seed
     for name in ("arithmetic", "arithmetic_sft"):
         trained = {problem(prompt) for prompt in examples.dataset(name, seed=seed + 1, split="train")["prompt"]}
         assert not trained & held_out
+    multiplied = examples.dataset("calculator_sft", seed=seed + 1, split="train")["messages"]
+    assert not {problem(messages[0]["content"].replace("*", "+")) for messages in multiplied} & held_out
 
 
 def test_sft_data_omits_most_carries_of_the_ones_and_is_otherwise_right() -> None:
@@ -173,3 +176,30 @@ def test_a_label_is_true_exactly_for_right_answers_and_with_the_requested_freque
 def _columns(name: str, *columns: str, **options: float) -> list[list]:
     data = examples.dataset(name, seed=0, split="train", **options)
     return [list(data[column]) for column in columns]
+
+
+def test_a_calculators_traces_answer_easy_problems_from_memory_and_mistype_others() -> None:
+    data = examples.dataset("calculator_sft", seed=0, split="train")["messages"]
+    by_heart = [len(messages) == 2 for messages in data]
+    easy = [min(map(int, messages[0]["content"].split("*"))) < 50 for messages in data]
+    assert not np.any(np.array(by_heart) & ~np.array(easy))
+    assert np.mean(np.array(by_heart)[easy]) == pytest.approx(0.8, abs=0.02)
+    calls = [messages for messages in data if len(messages) == 4]
+    typed = [messages[1]["tool_calls"][0]["function"]["arguments"]["expression"] for messages in calls]
+    wrong = [a != messages[0]["content"] for a, messages in zip(typed, calls, strict=True)]
+    assert np.mean(wrong) == pytest.approx(0.25, abs=0.02)
+    for expression, (_, _, tool, last) in zip(typed, calls, strict=True):
+        a, b = map(int, expression.split("*"))
+        assert tool["content"] == last["content"] == str(a * b)
+    guesses = [messages for messages in data if len(messages) == 2]
+    assert not any(eval(question["content"]) == int(answer["content"]) for question, answer in guesses)
+
+
+def test_a_call_of_the_calculator_is_read_back_and_has_few_tokens(tmp_path: Path) -> None:
+    words = AutoTokenizer.from_pretrained(examples.model_folder("calculator", seed=0, cache_dir=tmp_path))
+    messages = examples.dataset("calculator_sft", seed=0, split="test", rows=1)["messages"][0]
+    text = words.apply_chat_template(messages, tokenize=False)
+    call = text[text.index("<tool_call>") : text.index("</tool_call>")].removeprefix("<tool_call>")
+    assert json.loads(call) == {"name": "calculator", "arguments": {"expression": messages[0]["content"]}}
+    assert len(words(text, add_special_tokens=False).input_ids) < 30
+    assert words.decode(words(text, add_special_tokens=False).input_ids) == text

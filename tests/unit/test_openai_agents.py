@@ -8,11 +8,18 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from actors.errors import DataFailure
+from actors.worker import LocalWorker
 from rewards.environment_specs import EnvironmentSpec
 from rewards.environment_worker import EnvironmentWorker, Opened, Reply
+from rollout.conversation import Conversation
+from rollout.episode import Dialogue, EpisodeRequest, Limits
+from rollout.sampling import Completion, Finish, Request, Sampling
+from rollout.tool_calls import parser_of
+from tests.conversations import byte_tokenizer
 
 pytest.importorskip("openai")
 
@@ -222,3 +229,41 @@ def test_many_sync_agents_wait_at_the_same_time(tmp_path: Path):
         return [reply.done and reply.reward == 1.0 for reply in replies]
 
     assert with_worker(tmp_path, talk, "uses_tools") == [True] * 40
+
+
+def test_what_was_sampled_is_recorded_as_it_was_and_never_tokenised_again(tmp_path: Path):
+    """The tokenizer has one token for the opening of a call. This model spells it instead, letter by letter, and the
+    agent sends it back as text; then the model uses the token."""
+    opening, rest = '<tool_call>{"name": "add", "arguments": ', '{"a": 2, "b": 3}}</tool_call><eos>'
+    tokenizer = byte_tokenizer()
+    spelled = [*tokenizer(opening + rest, add_special_tokens=False).input_ids]
+    tokenizer.add_tokens([opening])
+    merged = tokenizer(opening + rest, add_special_tokens=False).input_ids
+    assert len(merged) == len(spelled) - len(opening) + 1 and tokenizer.decode(merged) == tokenizer.decode(spelled)
+    turns = [spelled, merged, tokenizer("5<eos>", add_special_tokens=False).input_ids]
+
+    async def sample(request: Request, seconds: float) -> Completion:
+        turn = int(request.id.rpartition(".")[2])
+        said = np.asarray(turns[turn], np.int32)
+        return Completion(
+            0, said, np.full(len(said), -1.0, np.float32), np.full(len(said), turn, np.int32), Finish.STOP
+        )
+
+    async def talk(worker: EnvironmentWorker) -> Any:
+        limits = Limits(turns=9, tokens=9999, prompt_tokens=9999, timeout_s=60.0, call_timeout_s=30.0)
+        row = {"question": "2+3?", "answer": 5}
+        request = EpisodeRequest("e", "uses_tools", "", row, Sampling(9999), seed=0, limits=limits)
+        host = LocalWorker("environment/0", worker)
+        dialogue = Dialogue(request, Conversation(tokenizer), parser_of("auto", tokenizer), sample, host)
+        return await dialogue.run()
+
+    episode, transcript, facts = with_worker(tmp_path, talk, "uses_tools")
+    row = episode.row()
+    assert row["tokens"][row["mask"]].tolist() == [*spelled, *merged, *turns[2]]
+    roles = [message["role"] for message in [*transcript.prompt, *transcript.messages]]
+    assert roles == ["system", "user", "assistant", "tool", "assistant", "tool", "assistant"]
+    assert tokenizer.decode(row["tokens"].tolist()).endswith(
+        f"[user]2+3?<eos>\n[assistant]{opening}{rest}\n[tool]5<eos>\n[assistant]{opening}{rest}"
+        "\n[tool]5<eos>\n[assistant]5<eos>"
+    )
+    assert (facts.turns, facts.reward, row["turn_reward"][-1]) == (3, 1.0, 1.0)
