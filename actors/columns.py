@@ -1,8 +1,10 @@
 """The vocabulary of a batch: one line per column.
 
 Index convention, fixed here once: entry `x[t]` of a per-token column concerns *predicting* token `t` from the tokens
-before it in the same row. So `mask[0]` of a row is always 0 and `logps[0]` is always 0.0. The only place where indices
-are shifted is `actors/forward.py`, which matches hidden states with the tokens that they predict."""
+before it in the same row. So `mask[0]` of a row is always 0 and `logps[0]` is always 0.0. The one exception are steps:
+`step_label[t]` and what a `step_scalar` head gives concern the step that ends with token `t`, and the model has read
+that token. The only place where indices are shifted is `actors/forward.py`, which matches hidden states with what they
+predict."""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ class Head(StrEnum):
     """The output of a model's last layer."""
 
     VOCABULARY = "vocabulary"  # of each token: its log-probability
-    TOKEN_SCALAR = "token_scalar"  # of each token: one number (a state's value, a step's reward)
+    TOKEN_SCALAR = "token_scalar"  # of each token: one number, before it is read (a state's value)
+    STEP_SCALAR = "step_scalar"  # of each token: one number, once it is read (whether a step that ends here is right)
     ROW_SCALAR = "row_scalar"  # of each row: one number, at its last token (a reward model's score)
 
     @property

@@ -22,14 +22,14 @@ from torch import Tensor
 
 from actors.logits import CHUNK_LOGITS, LogitScaling, Vocabulary, add_product
 
-TOP_K = ("topk_ids", "topk_logps", "tail_logps")  # what `most_likely` finds, in the order of the columns that take it
+TOP_K = ("topk_ids", "topk_logps", "tail_logps", "main")  # what `most_likely` finds, in the order of its columns
 HELD = 8  # tensors of a chunk's size that a call with its gradient may hold at a time
 
 
 @dataclass(frozen=True)
 class Asked:
-    """`call(logits [n, V], *given) -> [n]`, float32. `given` are, for the same n tokens: if there is one `beside`, with
-    its states [N, H'], the other model's logits [n, V]; then the entries [n, ...] of `columns`.
+    """`call(logits [n, V], *given) -> [n]`, or [n, width], float32. `given` are, for the same n tokens: if there is one
+    `beside`, with its states [N, H'], the other model's logits [n, V]; then the entries [n, ...] of `columns`.
 
     Of two models with padded vocabularies of different sizes, V is the smaller one: the rows beyond it stand for no
     token of their common tokenizer."""
@@ -37,6 +37,7 @@ class Asked:
     call: Callable[..., Tensor]
     columns: tuple[Tensor, ...] = ()
     beside: tuple[Vocabulary, Tensor] | None = None
+    width: int = 1
 
     def vocabulary(self, weight: Tensor) -> int:
         """V."""
@@ -66,7 +67,7 @@ def most_likely(
 ) -> dict[str, Tensor]:
     """Of the distributions of `hidden` [N, H], without gradient: `topk_ids` int32 [N, k], `topk_logps` [N, k] in
     descending order, and `tail_logps` [N], the log-probability of all other tokens, -inf where k is all of them.
-    `main` [N]: the log-probabilities of the `targets`."""
+    `main` [N]: the log-probabilities of the `targets`. Each may become a column; the last one need not."""
     known = min(asked.vocabulary or projection.weight.shape[0], projection.weight.shape[0])
     found = {
         "main": hidden.new_empty(len(hidden), dtype=torch.float32),
@@ -85,8 +86,8 @@ def most_likely(
 
 
 def of_logits(projection: Vocabulary, hidden: Tensor, asked: Asked, chunk_rows: int | None) -> Tensor:
-    """[N]: what `asked.call` makes of the logits of `hidden` [N, H], with the gradient that its own operations have.
-    Temperature is the call's: it is given what the model itself would put out."""
+    """[N], or [N, width]: what `asked.call` makes of the logits of `hidden` [N, H], with the gradient that its own
+    operations have. Temperature is the call's: it is given what the model itself would put out."""
     rows = _rows_at_once(projection, chunk_rows)
     return _OfLogits.apply(hidden, projection.weight, projection.bias, asked, projection.scaling, rows)
 
@@ -108,7 +109,8 @@ class _OfLogits(torch.autograd.Function):
     ) -> Tensor:
         ctx.asked, ctx.scaling, ctx.chunk_rows = asked, scaling, chunk_rows
         ctx.save_for_backward(hidden, weight, bias)
-        values = hidden.new_empty(len(hidden), dtype=torch.float32)
+        several = (asked.width,) if asked.width > 1 else ()
+        values = hidden.new_empty((len(hidden), *several), dtype=torch.float32)
         projection, vocabulary = Vocabulary(weight, bias, scaling), asked.vocabulary(weight)
         for part in _chunks(len(hidden), chunk_rows):
             logits = projection.logits(hidden[part], vocabulary)
@@ -143,7 +145,8 @@ class _OfLogits(torch.autograd.Function):
 
 
 def _gradient(call: Callable[..., Tensor], logits: Tensor, given: list[Tensor], grad: Tensor) -> Tensor:
-    """[n, V], a tensor of our own: of the call's values with respect to the logits, times `grad` [n]."""
+    """[n, V], a tensor of our own: of the call's values with respect to the logits, times `grad`, which is of their
+    shape."""
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_()
         return torch.autograd.grad(call(leaf, *given), leaf, grad)[0].contiguous()

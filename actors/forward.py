@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ def forward(
     top_k: TopK | None = None,
 ) -> Outputs:
     """Outputs by the convention of `actors/columns.py`: entry t of `T` tokens concerns predicting token t. A number per
-    row [B] is said at the row's last token.
+    row [B] is said at the row's last token; a step's number [T] at the step's own last token.
 
     `model` is a `LanguageModel` with that head, or a backend's wrapper of one. Only tokens whose `mask` is 1 are given
     to the head, the others' entries are 0; `all_tokens`, or a batch without a mask, means every token but each row's
@@ -45,10 +44,11 @@ def forward(
         predicted = micro.offsets[1:]  # the state after a row's last token
     else:
         predicted = predicted_tokens(micro, all_tokens=all_tokens or "all_tokens" in needs)
-    asked = top_k if of_logits is None else _asked(of_logits, micro, predicted, companion)
+    read = predicted + 1 if head is Head.STEP_SCALAR else predicted  # the head is given the states before these tokens
+    asked = top_k if of_logits is None else _asked(of_logits, micro, predicted, companion, temperature)
     lengths, needs = tuple(micro.lengths.tolist()), needs - {"all_tokens"}
     admitted = micro[ADMITTED].index_select(0, predicted) if head is Head.VOCABULARY and ADMITTED in micro else None
-    found = model(tokens, lengths, predicted, temperature, needs, chunk_rows, asked, admitted)
+    found = model(tokens, lengths, read, temperature, needs, chunk_rows, asked, admitted)
 
     def over_all_tokens(values: Tensor) -> Tensor:
         return values.new_zeros(len(tokens), *values.shape[1:]).index_copy(0, predicted, values)
@@ -58,17 +58,20 @@ def forward(
     return Outputs(main, extra, found.get("aux_loss"), int(found["rows"]))
 
 
-def _asked(of_logits: OfLogits, micro: MicroBatch, predicted: Tensor, companion: LanguageModel | None) -> Asked:
+def _asked(
+    of_logits: OfLogits, micro: MicroBatch, predicted: Tensor, companion: LanguageModel | None, temperature: float
+) -> Asked:
     """What the model's head is to make of its logits. A dummy has nothing to predict, and no columns."""
-    call = partial(of_logits.call, **of_logits.options)
+    call = of_logits.at(temperature)
     if not len(predicted):
-        return Asked(call)
+        return Asked(call, width=of_logits.width)
     columns = tuple(micro[name].index_select(0, predicted) for name in of_logits.columns)
     if not of_logits.companion:
-        return Asked(call, columns)
+        return Asked(call, columns, width=of_logits.width)
     if companion is None:
         raise RunError("the objective compares with a companion, and the role was started without one")
-    return Asked(call, columns, companion.states(micro["tokens"], tuple(micro.lengths.tolist()), predicted))
+    beside = companion.states(micro["tokens"], tuple(micro.lengths.tolist()), predicted)
+    return Asked(call, columns, beside, of_logits.width)
 
 
 def predicted_tokens(micro: MicroBatch, *, all_tokens: bool = False) -> Tensor:

@@ -24,6 +24,7 @@ ADAPTER = "default"
 TASKS = {  # PEFT's task type of a model with that head
     Head.VOCABULARY: "CAUSAL_LM",
     Head.TOKEN_SCALAR: "TOKEN_CLS",
+    Head.STEP_SCALAR: "TOKEN_CLS",
     Head.ROW_SCALAR: "SEQ_CLS",
 }
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]

@@ -139,7 +139,7 @@ class ModelWorker:
     ) -> tuple[float, Batch]:
         """The head's outputs for the shard's rows, from a pass without gradient: (seconds, a block with the columns
         `into`, rows in the shard's order). 0 at unmasked tokens. `adapters=False` uses the base model. `top_k`: `into`
-        are three columns, for the most likely tokens (`actors.distributions.TOP_K`)."""
+        are the columns for the most likely tokens (`actors.distributions.TOP_K`)."""
         with self._doing("infer"), contextlib.nullcontext() if adapters else self.backend.adapters_off():
             began = time.perf_counter()
             shard = shard.fetched(blocks)

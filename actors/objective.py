@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -79,9 +80,9 @@ class Outputs:
     per row [B].
 
     `extra` [T] holds what the objective asked for in `needs`: `entropy` (nats), `log_sum_sq_probs`, `mean_logits`,
-    `is_top1`, each without gradient unless `needs` says `entropy_grad`; and as `divergence`, with gradient, what its
-    `of_logits` is. Of a pass that is asked for the most likely tokens, it holds those instead: `topk_ids` and
-    `topk_logps` [T, k], `tail_logps` [T].
+    `is_top1`, each without gradient unless `needs` says `entropy_grad`; and as `divergence` ([T], or [T, width]), with
+    gradient, what its `of_logits` is. Of a pass that is asked for the most likely tokens, it holds those instead:
+    `topk_ids` and `topk_logps` [T, k], `tail_logps` [T].
     """
 
     main: Tensor
@@ -102,13 +103,19 @@ class Outputs:
 @dataclass(frozen=True)
 class OfLogits:
     """What an objective makes of the whole distribution that a token is predicted by, one chunk of tokens at a time:
-    `call(logits [n, V], *given, **options) -> [n]`. `given` is, with `companion`, that model's logits [n, V] of the
-    same tokens; then the entries of `columns`. Must pickle."""
+    `call(logits [n, V], *given, **options) -> [n]`, or [n, width] where it makes several numbers of each. `given` is,
+    with `companion`, that model's logits [n, V] of the same tokens; then the entries of `columns`. Must pickle."""
 
     call: Callable[..., Tensor]
     options: Mapping[str, Any] = field(default_factory=dict)
     columns: tuple[str, ...] = ()
     companion: bool = False
+    width: int = 1
+
+    def at(self, temperature: float) -> Callable[..., Tensor]:
+        """The call with its options, of which a `temperature` of None is the one of the pass."""
+        follows = "temperature" in self.options and self.options["temperature"] is None
+        return partial(self.call, **{**self.options, **({"temperature": temperature} if follows else {})})
 
 
 @dataclass(frozen=True)

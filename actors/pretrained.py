@@ -23,6 +23,7 @@ LOADING = threading.Lock()
 CLASSES = {
     Head.VOCABULARY: "AutoModelForCausalLM",
     Head.TOKEN_SCALAR: "AutoModelForTokenClassification",
+    Head.STEP_SCALAR: "AutoModelForTokenClassification",
     Head.ROW_SCALAR: "AutoModelForSequenceClassification",
 }
 SCORE = "score"  # the layer that is a scalar head, in transformers' classes
@@ -84,16 +85,18 @@ def load_pretrained(
     path: str, trust_remote_code: bool, *, head: Head = Head.VOCABULARY, may_draw: bool = False, **options: Any
 ) -> Any:
     """The model with that head, on the CPU. A scalar head that the folder does not have is drawn at random, near zero,
-    if `may_draw`; any other weight that it lacks is refused. `options` are those of `from_pretrained`. Raises
-    ModelError."""
+    if `may_draw`; any other weight that it lacks is refused. Of a process reward model with two labels, wrong and
+    right, the difference of their logits is taken. `options` are those of `from_pretrained`. Raises ModelError."""
     import transformers
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # its bars of reading and writing files would draw over the driver's console
     check_folder(path)
+    two_labels = False
     if head is not Head.VOCABULARY:
         options["config"] = config = load_config(path, trust_remote_code)
-        config.num_labels = 1
+        two_labels = head is Head.STEP_SCALAR and _has_two_labels(config)
+        config.num_labels = 2 if two_labels else 1
         # Nothing but a new head is drawn. It begins near zero: with the deviation of the model's other layers, a state
         # of norm sqrt(H) would get values as far apart as rewards are, which a critic would first have to unlearn.
         for part in _drawn_parts(config):
@@ -115,6 +118,8 @@ def load_pretrained(
         own = _drawn_parts(load_config(path, trust_remote_code))
         for part, before in zip(_drawn_parts(causal.config), own, strict=True):
             part.initializer_range = before.initializer_range  # it is saved with the model
+    if two_labels:
+        _take_difference(causal)
     return causal
 
 
@@ -135,6 +140,24 @@ def _drawn_parts(config: Any) -> list[Any]:
     one."""
     parts = {id(part): part for part in (config, config.get_text_config())}
     return [part for part in parts.values() if hasattr(part, "initializer_range")]
+
+
+def _has_two_labels(config: Any) -> bool:
+    names: list[str] = config.architectures or []
+    return config.num_labels == 2 and any(name.endswith("ForTokenClassification") for name in names)
+
+
+def _take_difference(classifier: Any) -> None:
+    """Two labels become one number: the logit of label 1 (right) minus that of label 0 (wrong)."""
+    from torch import nn
+
+    two = classifier.score
+    with_bias = two.bias is not None
+    one = nn.Linear(two.in_features, 1, bias=with_bias, device=two.weight.device, dtype=two.weight.dtype)
+    one.weight.data = two.weight.data[1:] - two.weight.data[:1]
+    if with_bias:
+        one.bias.data = two.bias.data[1:] - two.bias.data[:1]
+    classifier.score, classifier.num_labels, classifier.config.num_labels = one, 1, 1
 
 
 def padding_token(tokenizer: Any, config: Any) -> str:

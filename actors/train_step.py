@@ -156,10 +156,11 @@ def infer(
     top_k: TopK | None = None,
 ) -> Batch:
     """The columns `into` of the shard's rows: the one that takes what the head says; or those that take the most likely
-    tokens of each distribution, their log-probabilities and that of all others."""
+    tokens of each distribution, their log-probabilities and that of all others, and, if there is a fourth, that of the
+    row's own token."""
     batch = shard.batch
     per_row = head is Head.ROW_SCALAR
-    names = dict(zip(into, ("main",) if top_k is None else TOP_K, strict=True))
+    names = dict(zip(into, ("main",) if top_k is None else TOP_K[: len(into)], strict=True))
     size = len(batch) if per_row else batch.num_tokens
     columns = {name: np.zeros(_shape(name, size, top_k), COLUMNS[name].dtype) for name in names}
     micros = micro_batches(batch, shard.micro_batches, backend)

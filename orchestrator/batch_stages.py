@@ -132,7 +132,7 @@ class BatchStages:
         self, stage: Stage, table: RowTable, step: int, *, groups_apart: bool = False
     ) -> tuple[Written, dict[str, float]]:
         into, head = stage.options["into"], stage.options["head"]
-        temperature = stage.options.get("temperature", self.phase.temperature)
+        temperature = stage.options.get("temperature") or self.phase.temperature
         top_k = TopK(stage.top_k, temperature, self.phase.vocabulary) if stage.top_k is not None else None
         role, group = self._group_of(stage)
         adapters = role == stage.role and bool(stage.options["adapters"])

@@ -127,6 +127,8 @@ def _of_phase(where: str, config: RunConfig, name: str, pipeline: Pipeline) -> I
     yield f"{where}.train", phase.train, own, "every role that the phase trains has one of its own, in its optimizer"
     if {each.optimizer.scheduler or phase.train.scheduler for each in trained} == {"constant"}:
         yield f"{where}.train", phase.train, ("min_lr_ratio",), "with scheduler=constant the rate does not fall"
+    if "step_label" in pipeline.data.columns:
+        yield f"{where}.data", phase.data, ("append_eos",), "an answer in labelled steps ends with their separator"
     if phase.data.mixture:
         yield f"{where}.data", phase.data, ("split",), "each entry of data.mixture has a split of its own"
     total = (phase.train.steps or 0) * pipeline.optimizer_steps_per_batch

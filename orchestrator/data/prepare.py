@@ -110,6 +110,11 @@ def truncation_of(data: DataConfig, kind: DataKind) -> Truncation:
             f"data.truncation={data.truncation} would cut rows that are judged as a whole: a part of an answer is "
             "another answer. Leave it out, and pairs with a side that is too long are left out; or set it to error"
         )
+    if "step_label" in kind.columns and data.truncation == "keep_end":
+        raise DataError(
+            "data.truncation=keep_end would cut off the problem that the steps are about, so that their labels would "
+            "be those of another one. Set keep_start (steps at the end lose their labels), drop or error"
+        )
     return data.truncation
 
 

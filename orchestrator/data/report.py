@@ -58,8 +58,9 @@ class Counts:
         """A reason with its number of rows, as in a report."""
         return {"nothing to learn from in any piece of it (data.packing)": self.unused_rows} if self.unused_rows else {}
 
-    def notes(self, remarks: Mapping[str, int]) -> tuple[str, ...]:
-        """Lines for a report. `remarks`: what rows have, and how many of them."""
+    def notes(self, remarks: Mapping[str, int], cut_labels: int = 0) -> tuple[str, ...]:
+        """Lines for a report. `remarks`: what rows have, and how many of them. `cut_labels`: of steps that lost theirs,
+        because their end was cut off."""
         notes = [f"{count:,} rows have {remark}" for remark, count in remarks.items()]
         if self.split_rows:
             notes.append(f"{self.split_rows:,} rows are split into pieces, which do not see one another (data.packing)")
@@ -67,6 +68,8 @@ class Counts:
             notes.append(
                 f"{self.unused_tokens:,} tokens are left out, in pieces with nothing to learn from (data.packing)"
             )
+        if cut_labels:
+            notes.append(f"{cut_labels:,} steps have no label, because their end was cut off")
         if bool(self.true_labels) != bool(self.false_labels):
             labels, only = (self.true_labels, "true") if self.true_labels else (self.false_labels, "false")
             notes.append(f"one class only: {labels:,} of {labels:,} labels are {only}")

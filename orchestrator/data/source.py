@@ -43,7 +43,7 @@ from orchestrator.pipeline import DataKind
 
 WORTH_CACHING = 20_000  # rows; fewer are tokenised within a second or two
 UNBOUNDED = 2**31  # the maximum length if the model is unknown
-VERSION = 5  # of the cached data: raise it when the same rows give other tokens
+VERSION = 6  # of the cached data: raise it when the same rows give other tokens
 
 
 class Source(Protocol):
@@ -93,7 +93,8 @@ def open_source(
 ) -> Source:
     """The data of a phase, read, checked and tokenised. Raises DataError for everything that a user can correct."""
     bad = BadRows(data.max_bad_rows)
-    tokeniser = Tokeniser(tokenizer, data.completion_only, data.assistant_only, data.append_eos)
+    of_data = (data.completion_only, data.assistant_only, data.append_eos)
+    tokeniser = Tokeniser(tokenizer, *of_data, kind.step_separator, kind.last_step_only)
     limits = limits_of(data, kind, model_max_length)
     if data.streaming:
         refuse_weights_of_stream(data, kind)
@@ -287,6 +288,7 @@ def _cache_key(kind: DataKind, rows: raw.Rows, columns: list[str], preparer: Pre
         preparer.limits,
         preparer.prompts_only,
         (tokeniser.completion_only, tokeniser.assistant_only, tokeniser.append_eos),
+        (tokeniser.step_separator, tokeniser.last_step_only) if kind.name == "step_labels" else (),
         *tokenizer_parts(tokeniser.tokenizer, date.today()),
     ]
     return blake2b(printed(parts), digest_size=16).hexdigest()
@@ -322,7 +324,7 @@ def _report(rows: raw.Rows, unread: int, preparer: Preparer, record: Record, ite
         dropped=dict(record.dropped.most_common()) | counts.dropped,
         truncated=dict(record.truncated.most_common()),
         bad=bad.check(),
-        notes=(*rows.notes, *counts.notes(record.remarks)),
+        notes=(*rows.notes, *counts.notes(record.remarks, record.cut_labels)),
     )
 
 

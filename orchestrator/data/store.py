@@ -30,13 +30,14 @@ NO_LABEL = -1
 @dataclass
 class Record:
     """Outcomes of the raw rows, for `DataReport`: reasons with their counts, remarks with the number of items to which
-    they apply, bad rows as (row, reason)."""
+    they apply, bad rows as (row, reason), and how many step labels were cut off with the end of their step."""
 
     rows: int = 0
     dropped: Counter[str] = field(default_factory=Counter[str])
     truncated: Counter[str] = field(default_factory=Counter[str])
     remarks: Counter[str] = field(default_factory=Counter[str])
     bad: list[tuple[int, str]] = field(default_factory=list[tuple[int, str]])
+    cut_labels: int = 0
 
     def add(self, fit: Fit) -> None:
         """Note the outcome of one item."""
@@ -46,6 +47,7 @@ class Record:
             self.truncated[fit.truncated] += 1
         if not fit.dropped:
             self.remarks.update(fit.encoded.remarks)
+            self.cut_labels += fit.cut_labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +160,8 @@ def load(folder: Path) -> tuple[Store, Record] | None:
         return None
     kept = json.loads((folder / "record.json").read_text())
     bad = [(row, reason) for row, reason in kept["bad"]]
-    record = Record(kept["rows"], Counter(kept["dropped"]), Counter(kept["truncated"]), Counter(kept["remarks"]), bad)
+    counted = (Counter[str](kept[name]) for name in ("dropped", "truncated", "remarks"))
+    record = Record(kept["rows"], *counted, bad, kept["cut_labels"])
     return Store(**{entry.name: _mapped(folder / f"{entry.name}.npy") for entry in fields(Store)}), record
 
 

@@ -94,7 +94,7 @@ class StreamSource:
             dropped=dict(self._record.dropped.most_common()) | self._counts.dropped,
             truncated=dict(self._record.truncated.most_common()),
             bad=self._bad.check(),
-            notes=self._counts.notes(self._record.remarks),
+            notes=self._counts.notes(self._record.remarks, self._record.cut_labels),
         )
 
     @property

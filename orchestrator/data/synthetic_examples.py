@@ -5,7 +5,8 @@ Everything is generated from a seed, so that the same name and seed are the same
 arithmetic   a model of 1.3M parameters with random weights; two-digit additions with answers; as `arithmetic_sft`,
              worked additions that omit most carries of the ones, so that supervised fine-tuning alone stops improving;
              and, as `arithmetic_pairs`, `_triples` and `_labelled`, right answers paired with wrongly carried ones,
-             with which preference optimisation continues
+             with which preference optimisation continues; as `arithmetic_worked`, additions worked in three steps, and
+             as `arithmetic_steps`, such steps with labels, of which one is wrong in half of the answers
 calculator   the same model with a chat template, two-digit multiplications as conversations, and, as `calculator_sft`,
              conversations with calls of a calculator that is used badly
 skewed       models with random weights that end their completions at a constant rate, and random text whose lengths
@@ -107,6 +108,26 @@ def arithmetic_labelled(
     return {"prompt": [f"{a}+{b}=" for a, b in problems], "completion": answers, "label": labels}
 
 
+def arithmetic_worked(*, seed: int, split: str, rows: int | None = None) -> dict[str, list[str]]:
+    """Additions worked in three steps of a line each: `prompt` (37+58=), `completion` (7+8=15, 30+50=80, 15+80=95)."""
+    problems = _shuffled(_problems(split), seed, rows)
+    worked = ["".join(f"{step}\n" for step in _worked(a, b)) for a, b in problems]
+    return {"prompt": [f"{a}+{b}=" for a, b in problems], "completion": worked}
+
+
+def arithmetic_steps(*, seed: int, split: str, rows: int | None = None, wrong: float = 0.5) -> dict[str, list[Any]]:
+    """The steps of `arithmetic_worked` with labels: `prompt`, `completions`, `labels`. With probability `wrong` one of
+    the three, any, has another result. Steps after it go on from that result, and are labelled wrong like it: they lead
+    to no right answer."""
+    rng = np.random.default_rng([seed, 5])
+    problems = _shuffled(_problems(split), seed, rows)
+    errs = np.where(rng.random(len(problems)) < wrong, rng.integers(0, 3, len(problems)), 3)
+    off_by = rng.integers(1, 10, len(problems)) * rng.choice([-1, 1], len(problems))
+    steps = [_worked(a, b, int(at), int(off)) for (a, b), at, off in zip(problems, errs, off_by, strict=True)]
+    labels = [[step < at for step in range(3)] for at in errs.tolist()]
+    return {"prompt": [f"{a}+{b}=" for a, b in problems], "completions": steps, "labels": labels}
+
+
 def calculator(*, seed: int, split: str, rows: int | None = None) -> dict[str, list[Any]]:
     """Two-digit multiplications: `prompt`, a conversation, and `answer`; split as `arithmetic` is."""
     return calculator_examples.problems(_shuffled(_problems(split), seed, rows))
@@ -140,6 +161,8 @@ DATASETS: dict[str, Callable[..., dict[str, Any]]] = {
     "arithmetic_pairs": arithmetic_pairs,
     "arithmetic_triples": arithmetic_triples,
     "arithmetic_labelled": arithmetic_labelled,
+    "arithmetic_worked": arithmetic_worked,
+    "arithmetic_steps": arithmetic_steps,
     "calculator": calculator,
     "calculator_sft": calculator_sft,
     "skewed": skewed,
@@ -185,6 +208,21 @@ def _without_carry(a: int, b: int) -> str:
 def _with_wrong_carry(a: int, b: int) -> str:
     """The sum with the carry from the ones omitted, or with one added if there is none."""
     return str(a + b - 10) if a % 10 + b % 10 >= 10 else str(a + b + 10)
+
+
+def _worked(a: int, b: int, wrong: int = 3, off_by: int = 0) -> list[str]:
+    """The sum of the ones, of the tens and of both. The result of step `wrong` is off, by tens where it is the tens."""
+    ones = a % 10 + b % 10
+    ones = _off(ones, off_by) if wrong == 0 else ones
+    tens = (a // 10 + b // 10) * 10
+    tens = _off(tens, 10 * off_by) if wrong == 1 else tens
+    result = _off(ones + tens, off_by) if wrong == 2 else ones + tens
+    return [f"{a % 10}+{b % 10}={ones}", f"{a // 10 * 10}+{b // 10 * 10}={tens}", f"{ones}+{tens}={result}"]
+
+
+def _off(value: int, by: int) -> int:
+    """Another number, not below 0."""
+    return value + by if value + by >= 0 else value - by
 
 
 @dataclass(frozen=True)

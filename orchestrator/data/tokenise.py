@@ -29,9 +29,6 @@ from orchestrator.data.template import (
 )
 from orchestrator.data.time_limit import TimeLimit
 
-STEP_SEPARATOR = "\n"  # after each step of an answer with process labels; the label is at its last token
-
-
 STRADDLES = "a token that straddles prompt and completion: it is the completion's"
 UNMARKED = "a turn of the assistant's that the chat template does not mark: it is not learned from"
 PROBES = ("a", "1", " ", "\n", "<")  # every vocabulary has at least one of these texts
@@ -50,12 +47,15 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Tokeniser:
-    """How examples are tokenised. `completion_only=None`: train on completions only if there is a prompt."""
+    """How examples are tokenised. `completion_only=None`: train on completions only if there is a prompt.
+    `step_separator` follows each step of an answer with step labels, of which `last_step_only` keeps one."""
 
     tokenizer: PreTrainedTokenizerBase
     completion_only: bool | None = None
     assistant_only: bool = False
     append_eos: bool = True
+    step_separator: str = "\n"
+    last_step_only: bool = False
     render_limit_s: float = RENDER_LIMIT_S
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded | RowError]:
@@ -81,7 +81,7 @@ class Tokeniser:
                 self._check_ids(example.input_ids)
                 return Encoded([example.input_ids], [_after_first(example.mask or [True] * len(example.input_ids))])
             if example.step_labels is not None:
-                return self._encode_steps(example)
+                return self._queue_steps(example, texts)
             if all(isinstance(part, str) for part in (example.prompt or "", *example.completions)):
                 return self._queue_text(example, texts)
             return self._queue_conversation(example, texts, template)
@@ -98,6 +98,11 @@ class Tokeniser:
             raise RowError("data.assistant_only needs conversations, and this is text")
         prompt = None if example.prompt is None else texts.add(str(example.prompt))
         return _Pending(prompt, [texts.add(f"{example.prompt or ''}{end}") for end in example.completions], text=True)
+
+    def _queue_steps(self, example: Example, texts: _Texts) -> _Pending:
+        """Steps and separators are tokenised apart, so that where a step ends does not depend on what follows it."""
+        steps = [texts.add(str(step)) for step in example.completions]
+        return _Pending(texts.add(str(example.prompt)), steps, separator=texts.add(self.step_separator))
 
     def _queue_conversation(self, example: Example, texts: _Texts, template: ChatTemplate) -> _Pending:
         """Raises RowError if an answer would be tokenised differently from sampling."""
@@ -128,6 +133,8 @@ class Tokeniser:
         if not example.completions and not prompt:
             return RowError("no token in it")
         rows = [texts.ids(whole) for whole in pending.wholes]
+        if pending.separator is not None:
+            return self._joined_steps(example, self._opened(prompt), rows, texts.ids(pending.separator))
         if pending.text:
             prompt, rows = self._opened(prompt), [self._ended(self._opened(row)) for row in rows]
         if not rows:
@@ -176,29 +183,33 @@ class Tokeniser:
     def _size(self) -> int:
         return len(self.tokenizer)
 
-    def _encode_steps(self, example: Example) -> Encoded:
-        """Prompt, then each step with a separator; -1 except at a step's last token."""
-        tokens = self._opened(list(self.tokenizer(str(example.prompt), add_special_tokens=False)["input_ids"]))
-        boundary = len(tokens)
-        separator = self.tokenizer(STEP_SEPARATOR, add_special_tokens=False)["input_ids"]
-        labels = [-1] * boundary
-        for step, label in zip(example.completions, example.step_labels or (), strict=True):
-            ids = [*self.tokenizer(str(step), add_special_tokens=False)["input_ids"], *separator]
-            tokens += ids
-            labels += [-1] * (len(ids) - 1) + [int(label)]
-        mask = [position >= max(1, boundary) for position in range(len(tokens))]
-        return Encoded([tokens], [mask], boundary, step_labels=[labels])
+    def _joined_steps(
+        self, example: Example, prompt: list[int], steps: list[list[int]], separator: list[int]
+    ) -> Encoded | RowError:
+        """The prompt, then each step with its separator. The label of a step is at its last token, the separator's, so
+        that no step is read before it is labelled; elsewhere -1."""
+        tokens, labels = list(prompt), [-1] * len(prompt)
+        for number, (step, label) in enumerate(zip(steps, example.step_labels or (), strict=True), start=1):
+            ended = [*step, *separator]
+            if not ended:
+                return RowError("completions: a step has no token")
+            counts = not self.last_step_only or number == len(steps)
+            tokens += ended
+            labels += [-1] * (len(ended) - 1) + [int(label) if counts else -1]
+        mask = [position >= max(1, len(prompt)) for position in range(len(tokens))]
+        return Encoded([tokens], [mask], len(prompt), step_labels=[labels])
 
 
 @dataclass(frozen=True, slots=True)
 class _Pending:
     """Handles of one example's texts until all texts of the batch are tokenised. `marked`: marked spans of each whole
-    conversation."""
+    conversation. With a `separator`, the `wholes` are the steps of one answer."""
 
     prompt: int | None
     wholes: list[int]
     text: bool = False
     marked: list[tuple[Span, ...]] | None = None
+    separator: int | None = None
     remarks: tuple[str, ...] = ()
 
 

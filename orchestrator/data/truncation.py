@@ -13,11 +13,13 @@ Truncation = Literal["keep_start", "keep_end", "drop", "error"]
 
 @dataclass(frozen=True)
 class Fit:
-    """The outcome for one item: `dropped` or `truncated` is the reason; both are None if it fits."""
+    """The outcome for one item: `dropped` or `truncated` is the reason; both are None if it fits. `cut_labels`: step
+    labels that it lost."""
 
     encoded: Encoded
     dropped: str | None = None
     truncated: str | None = None
+    cut_labels: int = 0
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Limits:
     def fit_rows(self, encoded: Encoded) -> Fit:
         """Prompt and completion. Items without a trained token are dropped, and so are pairs whose sides have the same
         tokens. Raises RowError if it is refused."""
-        cut = None
+        cut, labels = None, _labels_of(encoded)
         if self.max_prompt_length is not None and encoded.boundary > self.max_prompt_length:
             cut = f"its prompt is longer than data.max_prompt_length={self.max_prompt_length}"
             if refusal := self._refused(encoded, cut, encoded.boundary):
@@ -43,12 +45,13 @@ class Limits:
             if refusal := self._refused(encoded, cut, longest):
                 return refusal
             encoded = _cut_rows(encoded, self.max_length, keep_end=self.truncation == "keep_end")
-        if not all(map(any, encoded.masks)):
+        left = _labels_of(encoded)
+        if not all(map(any, encoded.masks)) or left == 0:
             return Fit(encoded, dropped=f"nothing to learn from is left: {cut}" if cut else "nothing to learn from")
         if encoded.rows[1:] and encoded.rows[0] == encoded.rows[1]:
             same = "chosen and rejected are the same tokens: nothing is preferred"
             return Fit(encoded, dropped=f"{same} (cut: {cut})" if cut else same)
-        return Fit(encoded, truncated=cut)
+        return Fit(encoded, truncated=cut, cut_labels=(labels or 0) - (left or 0))
 
     def fit_prompt(self, encoded: Encoded) -> Fit:
         """A prompt to be completed. Its beginning alone would be useless: `keep_start` drops it, `keep_end` keeps its
@@ -83,6 +86,11 @@ def _cut_rows(encoded: Encoded, limit: int, *, keep_end: bool) -> Encoded:
     labels = None if encoded.step_labels is None else [cut(row) for row in encoded.step_labels]
     rows, masks = [cut(row) for row in encoded.rows], [cut_mask(mask) for mask in encoded.masks]
     return Encoded(rows, masks, min(encoded.boundary, limit), encoded.remarks, labels)
+
+
+def _labels_of(encoded: Encoded) -> int | None:
+    """How many steps are labelled; None if the data has no such labels."""
+    return None if encoded.step_labels is None else sum(label >= 0 for row in encoded.step_labels for label in row)
 
 
 def _cut_prompt(encoded: Encoded, limit: int, *, keep_end: bool) -> Encoded:

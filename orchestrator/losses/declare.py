@@ -98,15 +98,19 @@ class Comparison:
     call: Callable[..., Tensor]
     columns: tuple[str, ...]
     companion: bool
+    width: int
 
 
-def compares(call: Callable[..., Tensor], *columns: str, companion: bool = False) -> Callable[[Decorated], Decorated]:
-    """Declares the function that computes a loss's `divergence`: `call(logits [n, V], *given, **options) -> [n]`, in
-    float32, computed for a chunk of tokens at a time. `given`: with `companion`, that model's logits [n, V], then the
-    entries of `columns`. It is called with those options of the loss that it has as parameters."""
+def compares(
+    call: Callable[..., Tensor], *columns: str, companion: bool = False, width: int = 1
+) -> Callable[[Decorated], Decorated]:
+    """Declares the function that computes a loss's `divergence`: `call(logits [n, V], *given, **options) -> [n]`, or
+    [n, width], in float32, computed for a chunk of tokens at a time. `given`: with `companion`, that model's logits
+    [n, V], then the entries of `columns`. It is called with those options of the loss that it has as parameters; a
+    `temperature` of None is that at which the phase takes log-probabilities."""
 
     def declare(loss: Decorated) -> Decorated:
-        loss.__dict__["compares"] = Comparison(call, columns, companion)
+        loss.__dict__["compares"] = Comparison(call, columns, companion, width)
         return reads(*columns)(loss)
 
     return declare
@@ -140,7 +144,7 @@ class Term:
     def of_logits(self) -> OfLogits | None:
         """The loss's comparison of distributions under these options; None if it has none."""
         found: Comparison | None = self.loss.__dict__.get("compares")
-        return found and OfLogits(found.call, self.named(found.call), found.columns, found.companion)
+        return found and OfLogits(found.call, self.named(found.call), found.columns, found.companion, found.width)
 
     def named(self, function: Callable[..., Any]) -> dict[str, Any]:
         """Those of this term's options, with defaults, that are parameters of `function`."""

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from actors.objective import Stat
-from orchestrator.losses.declare import Loss, compares
-from orchestrator.losses.views import Distilled
+from orchestrator.losses.declare import Loss, compares, is_on, reads
+from orchestrator.losses.views import Distilled, require
 
 TEACHER_TOP_K = ("teacher_topk_ids", "teacher_topk_logps", "teacher_tail_logps")
 
@@ -57,35 +57,43 @@ def top_k_jensen_shannon(
 
 def _divergence(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     if beta == 0:
-        return _kl(teacher, student)
+        return kl_divergence(teacher, student)
     if beta == 1:
-        return _kl(student, teacher)
+        return kl_divergence(student, teacher)
     mixture = torch.logaddexp(student + math.log1p(-beta), teacher + math.log(beta))
-    return beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)
+    return beta * kl_divergence(teacher, mixture) + (1 - beta) * kl_divergence(student, mixture)
 
 
-def _kl(of: Tensor, to: Tensor) -> Tensor:
+def kl_divergence(of: Tensor, to: Tensor) -> Tensor:
+    """[n, V], [n, V] -> [n]: of two log-softmaxes."""
     return (of.exp() * (of - to)).sum(-1)
 
 
+@reads("entropy", token_metrics=is_on)
 @compares(jensen_shannon, companion=True)
-def distil(tokens: Distilled, *, beta: float = 0.5, temperature: float = 1.0) -> Loss:
+def distil(
+    tokens: Distilled, *, beta: float = 0.5, temperature: float | None = 1.0, token_metrics: bool = False
+) -> Loss:
     """[T]: `jensen_shannon` of the student and the teacher that lives beside it.
 
     Source: arXiv:2306.13649, eq. 2.
     """
-    return tokens.divergence, _metrics(tokens)
+    return tokens.divergence, _metrics(tokens, token_metrics)
 
 
+@reads("entropy", token_metrics=is_on)
 @compares(top_k_jensen_shannon, *TEACHER_TOP_K)
-def distil_top_k(tokens: Distilled, *, beta: float = 0.5, temperature: float = 1.0) -> Loss:
+def distil_top_k(
+    tokens: Distilled, *, beta: float = 0.5, temperature: float | None = 1.0, token_metrics: bool = False
+) -> Loss:
     """[T]: `top_k_jensen_shannon` of the student and a teacher in other processes, which `infer` asked for its k most
     likely tokens at that temperature.
 
     Source: arXiv:2306.13649, eq. 2, of distributions over k + 1 outcomes.
     """
-    return tokens.divergence, _metrics(tokens)
+    return tokens.divergence, _metrics(tokens, token_metrics)
 
 
-def _metrics(tokens: Distilled) -> dict[str, Stat]:
-    return {"divergence": tokens.token_stat(tokens.divergence), "nll": tokens.token_stat(-tokens.logps)}
+def _metrics(tokens: Distilled, token_metrics: bool) -> dict[str, Stat]:
+    found = {"divergence": tokens.token_stat(tokens.divergence), "nll": tokens.token_stat(-tokens.logps)}
+    return found | ({"entropy": tokens.token_stat(require(tokens.entropy))} if token_metrics else {})

@@ -117,13 +117,39 @@ class Distilled(Tokens):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Taught(Tokens):
+    """The student's samples, with their log-probabilities under a teacher."""
+
+    teacher_logps: Tensor  # [T]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scalars(View):
-    """One number per token: the value of a state, the reward of a step."""
+    """One number per token: the value of a state."""
 
     head: ClassVar[Head] = Head.TOKEN_SCALAR
     main: ClassVar[str] = "scalars"
 
     scalars: Tensor  # [T], carries the gradient
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledSteps(Scalars):
+    """One number per step, at the step's last token, which the model has read; the loss is summed over the steps that
+    are labelled."""
+
+    head: ClassVar[Head] = Head.STEP_SCALAR
+
+    step_label: Tensor  # [T] int8: 1 right, 0 wrong, -1 where no labelled step ends
+
+    @staticmethod
+    def mask_of(micro: MicroBatch) -> Tensor:
+        return micro["mask"] & (micro["step_label"] >= 0)
+
+    @property
+    def is_right(self) -> Tensor:
+        """[T] bool."""
+        return self.step_label > 0
 
 
 @dataclass(frozen=True, kw_only=True)

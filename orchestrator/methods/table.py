@@ -10,8 +10,10 @@ from orchestrator.methods.gfpo import gfpo
 from orchestrator.methods.gkd import gkd
 from orchestrator.methods.grpo import grpo
 from orchestrator.methods.nash_md import nash_md
+from orchestrator.methods.on_policy_distillation import iw_opd, minillm, on_policy_distillation
 from orchestrator.methods.online_dpo import online_dpo
 from orchestrator.methods.ppo import ppo
+from orchestrator.methods.process_reward_model import process_reward_model
 from orchestrator.methods.reference_free import alphapo, cpo, orpo, simpo, tpo
 from orchestrator.methods.reinforce import reinforce_pp, reinforce_pp_baseline, rloo
 from orchestrator.methods.reward_model import reward_model
@@ -31,6 +33,7 @@ METHODS: dict[str, Callable[..., Pipeline]] = {
     "kto": kto,
     "bco": bco,
     "reward_model": reward_model,
+    "process_reward_model": process_reward_model,
     "grpo": grpo,
     "gfpo": gfpo,
     "rloo": rloo,
@@ -42,4 +45,7 @@ METHODS: dict[str, Callable[..., Pipeline]] = {
     "nash_md": nash_md,
     "xpo": xpo,
     "gkd": gkd,
+    "on_policy_distillation": on_policy_distillation,
+    "iw_opd": iw_opd,
+    "minillm": minillm,
 }

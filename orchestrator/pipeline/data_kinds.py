@@ -16,6 +16,8 @@ class DataKind:
     prompts_only: bool = False
     answered: bool = False  # prompts, each with a completion that a `take` stage makes a row of the group
     uncut: bool = False  # a row is judged as a whole: an item with one that is too long is left out, not cut
+    step_separator: str = "\n"  # of an answer in labelled steps: the text after each of them
+    last_step_only: bool = False  # of its labels, only that of the last step counts
 
 
 def items_of(kind: DataKind) -> str:

@@ -173,8 +173,9 @@ class Pipeline:
 
     @property
     def teachers(self) -> tuple[str, ...]:
-        """Roles whose distributions over the vocabulary a loss compares with those of a trained role."""
-        asked = (stage.role for stage in self.stages if stage.top_k is not None)
+        """Roles whose distributions over the vocabulary a loss compares with those of a trained role, whole, by their
+        most likely tokens, or by the tokens of the rows."""
+        asked = (stage.role for stage in self.stages if stage.top_k is not None or "teacher_logps" in stage.writes)
         return tuple(dict.fromkeys([*self.companions.values(), *asked]))
 
     @property

@@ -73,9 +73,10 @@ def infer(
     return Stage(Verb.INFER, role, frozenset({"tokens"}), frozenset({into}), options=options)
 
 
-def infer_top_k(role: str, *, into: tuple[str, str, str], k: int, temperature: float = 1.0) -> Stage:
-    """The `k` tokens that a role's model finds most likely at each position, at a temperature, written to three
-    columns: their ids [T, k], their log-probabilities [T, k], and the log-probability of all other tokens [T]."""
+def infer_top_k(role: str, *, into: tuple[str, ...], k: int, temperature: float | None = 1.0) -> Stage:
+    """The `k` tokens that a role's model finds most likely at each position, at a temperature (None: that at which the
+    phase takes log-probabilities), written to three columns: their ids [T, k], their log-probabilities [T, k], and the
+    log-probability of all other tokens [T]. A fourth column takes the log-probability of the row's own token [T]."""
     options = {"into": into, "head": Head.VOCABULARY, "adapters": True, "top_k": k, "temperature": temperature}
     return Stage(Verb.INFER, role, frozenset({"tokens"}), frozenset(into), options=options)
 

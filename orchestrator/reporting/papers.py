@@ -1,5 +1,5 @@
 """The papers whose settings ship as recipes. A recipe's first line names its paper: `# TITLE, arXiv:NUMBER: what it
-is.`"""
+is.`; what is not on arXiv has its year: `# TITLE, AUTHORS, 2025: what it is.`"""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 from orchestrator.config.loading import RECIPES, recipe_name
 from orchestrator.config.overrides import load_yaml
 
-FIRST_LINE = re.compile(r"# (?P<title>.+), arXiv:(?P<number>\d{4}\.\d{5}): ")
+FIRST_LINE = re.compile(r"# (?P<title>.+), (arXiv:(?P<number>\d{4}\.\d{5})|(?P<year>\d{4})): ")
 
 
 @dataclass(frozen=True)
 class Paper:
-    """A paper, and the recipe that reproduces it."""
+    """A paper, and the recipe that reproduces it. `number`: arXiv's, which begins with year and month, or the year."""
 
     title: str
     number: str
@@ -28,7 +28,12 @@ class Paper:
 
 def papers() -> Iterator[Paper]:
     """Sorted by arXiv number, that is, by date."""
-    return iter(sorted(map(_read, (RECIPES / "papers").glob("*.yaml")), key=lambda paper: (paper.number, paper.recipe)))
+    return iter(sorted(map(_read, (RECIPES / "papers").glob("*.yaml")), key=lambda paper: (_date(paper), paper.recipe)))
+
+
+def _date(paper: Paper) -> str:
+    """In the order of arXiv numbers: 2510.12345 is of October 2025."""
+    return paper.number if "." in paper.number else paper.number[2:]
 
 
 def _read(file: Path) -> Paper:
@@ -36,4 +41,6 @@ def _read(file: Path) -> Paper:
     named = FIRST_LINE.match(text)
     assert named is not None, f"{file}: its first line must be `# TITLE, arXiv:NUMBER: what it is.`"
     tree, _ = load_yaml(text, str(file))
-    return Paper(named["title"], named["number"], tree["method"], tree.get("options", {}), recipe_name(file))
+    return Paper(
+        named["title"], named["number"] or named["year"], tree["method"], tree.get("options", {}), recipe_name(file)
+    )

@@ -29,7 +29,8 @@ from orchestrator.reporting.plot import EXPLAINED, KL, PANELS, REWARD, draw
 
 REPOSITORY = Path(__file__).parent.parent.parent
 CURVES = REPOSITORY / "docs" / "methods" / "curves"
-OFFLINE = ("sft", "dpo", "cpo", "simpo", "alphapo", "orpo", "tpo", "kto", "bco", "reward_model", "gkd")
+PREFERENCES = ("dpo", "cpo", "simpo", "alphapo", "orpo", "tpo", "kto", "bco", "reward_model")
+OFFLINE = ("sft", *PREFERENCES, "process_reward_model", "gkd")
 METHODS = (*OFFLINE, "online_dpo", "ppo")
 EVERY = 10  # steps between evaluations
 DPI = 70  # the pictures are part of the repository

@@ -28,6 +28,7 @@ BUDGET = 96  # several micro-batches
 VOCAB = 32
 OPTIM = OptimSpec(learning_rate=1e-2, total_steps=1000, adam_eps=1e-3)
 DISTIL = LossObjective.of(build("gkd", {"lmbda": 0.0}).updates[0])
+SEQUENCE = LossObjective.of(build("minillm", {"gamma": 0.5}).updates[0])
 IMITATE = LossObjective.of(build("sft", {}).updates[0])
 
 
@@ -116,18 +117,26 @@ def test_the_companion_stays_as_it_is_and_is_no_part_of_what_is_saved(
         distance(alone, batch)
 
 
-def test_adapters_learn_from_a_companion(student: ModelSpec, teacher: ModelSpec) -> None:
+@pytest.mark.parametrize("objective", [DISTIL, SEQUENCE], ids=["gkd", "minillm"])
+def test_adapters_learn_from_a_companion(student: ModelSpec, teacher: ModelSpec, objective: LossObjective) -> None:
     policy, batch = worker(replace(student, lora=LoraSpec(r=4, alpha=8)), teacher), sampled(teacher, seed=1)
-    steps = [update(policy, batch) for _ in range(3)]
+    steps = [update(policy, batch, objective) for _ in range(3)]
     assert all(step["grad_norm"] > 0 for step in steps)
     assert steps[2]["divergence"] < steps[0]["divergence"]
 
 
-def test_all_tokens_over_the_wire_teach_what_a_companion_teaches(student: ModelSpec, teacher: ModelSpec) -> None:
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("gkd", {"lmbda": 0.0}), ("on_policy_distillation", {}), ("minillm", {"gamma": 0.5})],
+    ids=str,
+)
+def test_all_tokens_over_the_wire_teach_what_a_companion_teaches(
+    student: ModelSpec, teacher: ModelSpec, method: str, options: dict[str, Any]
+) -> None:
     batch = sampled(teacher, seed=1)
-    beside = worker(student, teacher)
-    expected = [update(beside, batch) for _ in range(3)]
-    pipeline = build("gkd", {"lmbda": 0.0, "teacher_top_k": VOCAB})
+    beside, objective = worker(student, teacher), LossObjective.of(build(method, options).updates[0])
+    expected = [update(beside, batch, objective) for _ in range(3)]
+    pipeline = build(method, {**options, "teacher_top_k": VOCAB})
     apart = ModelWorker("teacher", teacher, BackendSpec("single", None), threads=1)
     apart.ready()
     executor = executor_of(pipeline, {"policy": worker(student), "teacher": apart}, token_budget=BUDGET)
@@ -138,18 +147,18 @@ def test_all_tokens_over_the_wire_teach_what_a_companion_teaches(student: ModelS
     assert found[2]["loss"] < 0.99 * found[0]["loss"]
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize(("objective", "stage"), [(DISTIL, 2), (SEQUENCE, 2), (DISTIL, 3)])
 def test_two_ranks_learn_from_their_companions_what_one_process_learns(
-    student: ModelSpec, teacher: ModelSpec, two_ranks: Any, stage: int
+    student: ModelSpec, teacher: ModelSpec, two_ranks: Any, objective: LossObjective, stage: int
 ) -> None:
     batch = sampled(teacher, seed=1)
     policy = worker(student, teacher)
-    expected = [update(policy, batch) for _ in range(3)]
+    expected = [update(policy, batch, objective) for _ in range(3)]
     gang = Role(two_ranks, batch)
     gang.call("start", student, BackendSpec("deepspeed", OPTIM, None, stage))
     gang.act("set_companion", teacher)
     for step in expected:
         dealt = shard(batch, 2, BUDGET)
-        reports = gang.call("act_on", "update", DISTIL, 1.0, "policy.update", per_rank=[part for _, part in dealt])
+        reports = gang.call("act_on", "update", objective, 1.0, "policy.update", per_rank=[part for _, part in dealt])
         assert reports[0].metrics["divergence"] == pytest.approx(step["divergence"], rel=2e-3)
         assert reports[0].grad_norm == pytest.approx(step["grad_norm"], rel=2e-3)

@@ -1,4 +1,4 @@
-"""Whole runs of gkd in this process, with engines that sample: of a tiny student, and of a tiny teacher."""
+"""Whole runs in this process of methods that distil, with engines that sample: of a tiny student and a tiny teacher."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from orchestrator.config.loading import config_of
@@ -15,13 +16,15 @@ from tests.unit.tiny import tiny_model_folder
 STEPS = 3
 
 
-def ran(tmp_path: Path, options: dict[str, Any], max_staleness: int = 0) -> tuple[list[dict[str, Any]], list[float]]:
+def ran(
+    tmp_path: Path, options: dict[str, Any], max_staleness: int = 0, method: str = "gkd", steps: int = STEPS
+) -> tuple[list[dict[str, Any]], list[float]]:
     """(the metrics of each step, the divergence on held-out rows before and after)."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"a{i}", "completion": f"b{i}"}) + "\n" for i in range(12)))
     tree: dict[str, Any] = {
-        "method": "gkd",
-        "options": {"beta": 0.0, **options},
+        "method": method,
+        "options": options,
         "model": {"path": str(tiny_model_folder(tmp_path, hidden=32))},
         "roles": {
             "teacher": {"model": str(tiny_model_folder(tmp_path, hidden=32, seed=1))},
@@ -30,7 +33,7 @@ def ran(tmp_path: Path, options: dict[str, Any], max_staleness: int = 0) -> tupl
         },
         "data": {"path": str(rows)},
         "sampling": {"max_tokens": 4},
-        "train": {"steps": STEPS, "batch_size": 8, "learning_rate": 0.01, "max_staleness": max_staleness},
+        "train": {"steps": steps, "batch_size": 8, "learning_rate": 0.01, "max_staleness": max_staleness},
         "evaluation": {"rows": {"path": str(rows)}},
         "output": str(tmp_path / "runs"),
         "logging": {"tensorboard": False},
@@ -47,7 +50,7 @@ def test_a_student_learns_from_what_its_teacher_samples_which_does_not_grow_old(
 ) -> None:
     """The teacher alone may sample ahead. With two engine roles, each follows a role of its own: they share the
     process, and no weights."""
-    steps, (before, after) = ran(tmp_path, {"lmbda": lmbda, "seq_kd": True}, max_staleness)
+    steps, (before, after) = ran(tmp_path, {"beta": 0.0, "lmbda": lmbda, "seq_kd": True}, max_staleness)
     assert len(steps) == STEPS and all(step["grad_norm"] > 0 for step in steps)
     assert all(step["groups/expired"] == 0 for step in steps)
     assert [step.get("staleness/max") for step in steps] == [0.0 if lmbda else None] * STEPS
@@ -55,6 +58,25 @@ def test_a_student_learns_from_what_its_teacher_samples_which_does_not_grow_old(
 
 
 def test_a_student_learns_from_a_teacher_s_most_likely_tokens_on_its_own_samples(tmp_path: Path) -> None:
-    steps, (before, after) = ran(tmp_path, {"teacher_top_k": 8})
+    steps, (before, after) = ran(tmp_path, {"beta": 0.0, "teacher_top_k": 8})
     assert len(steps) == STEPS and all(step["grad_norm"] > 0 for step in steps)
     assert after < 0.9 * before
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "measure"),
+    [
+        ("on_policy_distillation", {}, "divergence"),
+        ("on_policy_distillation", {"teacher_top_k": 8, "beta": 0.5, "token_metrics": True}, "divergence"),
+        ("minillm", {"gamma": 0.5}, "divergence"),
+        ("minillm", {"single_step_decomposition": False}, "reverse_kl"),
+        ("iw_opd", {}, "reverse_kl"),
+    ],
+    ids=str,
+)
+def test_a_student_comes_nearer_to_its_teacher_on_its_own_samples(
+    tmp_path: Path, method: str, options: dict[str, Any], measure: str
+) -> None:
+    steps, _ = ran(tmp_path, options, method=method, steps=24)
+    first, last = (np.mean([step[measure] for step in part]) for part in (steps[:4], steps[-4:]))
+    assert last < 0.9 * first and all(step["grad_norm"] > 0 for step in steps)

@@ -40,6 +40,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("online_dpo", {"loss_type": "ipo", "token_metrics": True}),
     ("ppo", {"num_mini_batches": 2, "kl_target": 0.01, "missing_eos_penalty": 0.5, "whiten_rewards": True}),
     ("gkd", {"teacher_top_k": 4}),
+    ("minillm", {"gamma": 0.5, "teacher_top_k": 4}),
 ]
 every_method = pytest.mark.parametrize(("method", "options"), CASES, ids=[f"{m} {o}" for m, o in CASES])
 

@@ -50,6 +50,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("online_dpo", {}, "margin"),
     ("online_dpo", {"loss_type": "ipo", "missing_eos_penalty": 1.0, "token_metrics": True}, "margin"),
     ("reward_model", {}, "order"),
+    ("process_reward_model", {}, "labels"),
     ("grpo", {}, "advantage"),
     ("grpo", {"loss_type": "grpo", "beta": 0.01, "updates_per_batch": 2, "minibatches": 2}, "advantage"),
     ("grpo", {"loss_type": "cispo", "epsilon_high": 5.0, "correction": "token_truncate"}, "advantage"),
@@ -101,12 +102,18 @@ def made_up(pipeline: Pipeline, policy: ModelWorker) -> Batch:
     }
     parts = np.stack([of_row["reward"], rng.normal(size=len(rows))], axis=1)
     of_row |= {"reward_parts": parts, "reward_weights": np.tile([1.0, 0.1], (len(rows), 1))}
+    step_label = np.where(mask, rng.integers(-1, 2, lengths.sum()), -1)
     samples = any(stage.head is Head.VOCABULARY for stage in pipeline.updates)
     sampled = said_of(policy, batch) if samples else np.zeros(batch.num_tokens, np.float32)
-    return batch.with_columns(**of_row, sample_logps=sampled)
+    return batch.with_columns(**of_row, sample_logps=sampled, step_label=step_label)
 
 
-SAID = {Head.VOCABULARY: "old_logps", Head.TOKEN_SCALAR: "values", Head.ROW_SCALAR: "reward"}
+SAID = {
+    Head.VOCABULARY: "old_logps",
+    Head.TOKEN_SCALAR: "values",
+    Head.STEP_SCALAR: "step_reward",
+    Head.ROW_SCALAR: "reward",
+}
 
 
 def said_of(worker: ModelWorker, batch: Batch, head: Head = Head.VOCABULARY, *, adapters: bool = True) -> np.ndarray:
@@ -148,7 +155,13 @@ def order(reward_model: ModelWorker, batch: Batch) -> float:
     return float(scores[batch["preferred"]].mean() - scores[~batch["preferred"]].mean())
 
 
-MEASURES = {"likelihood": likelihood, "margin": margin, "advantage": advantage, "order": order}
+def labels(reward_model: ModelWorker, batch: Batch) -> float:
+    """By how much right steps are above wrong ones."""
+    said, label = said_of(reward_model, batch, Head.STEP_SCALAR), batch["step_label"]
+    return float(said[label == 1].mean() - said[label == 0].mean())
+
+
+MEASURES = {"likelihood": likelihood, "margin": margin, "advantage": advantage, "order": order, "labels": labels}
 
 
 @pytest.mark.parametrize(("method", "options", "aim"), CASES, ids=[f"{m} {o}" for m, o, _ in CASES])

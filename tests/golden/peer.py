@@ -12,12 +12,8 @@ from typing import Any
 Options = dict[str, Any]
 
 NOT_BUILT = {  # families of cases: what they belong to
-    "distillation": "on-policy distillation",
     "gold": "gold",
-    "iw_opd": "iw_opd",
-    "minillm": "minillm",
     "papo": "papo, which sees images",
-    "prm": "process_reward_model",
     "sdft": "sdft and sdpo",
 }
 ELSEWHERE = {  # case: the test that holds the same number, or the same fact
@@ -34,6 +30,7 @@ NOT_COMPARABLE = {
     "data/collator_padding_free": "the layout of the peer's batches; ours are ragged and have no padding to free",
     "data/repeat_sampler": "the order of the peer's sampler; ours draws prompts, and an engine repeats them",
     "dpo/real_tiny_sigmoid": "needs the weights of a model that is not in the file",
+    "minillm/full": "needs the weights of models that are not in the file",
     "sft/real_tiny_nll": "needs the weights of a model that is not in the file",
 }
 
@@ -158,6 +155,10 @@ def _reward(keys: Keys, inputs: Mapping[str, Any]) -> tuple[str, Options]:
     return "reward_model", {"use_margin": use_margin, "center_rewards_coefficient": centering}
 
 
+def _prm(keys: Keys, _: Any) -> tuple[str, Options]:
+    return "process_reward_model", {name: keys.take(name) for name in ("step_separator", "train_on_last_step_only")}
+
+
 def _grpo(keys: Keys, inputs: Mapping[str, Any]) -> tuple[str, Options]:
     """`ga` and `spg` slice the batch, and `isr` and `tool` only say that the inputs hold such a column."""
     for name in ("ga", "spg", "isr", "tool"):
@@ -228,6 +229,22 @@ def _gkd(keys: Keys, _: Any) -> tuple[str, Options]:
     return "gkd", {"beta": keys.take("beta"), "temperature": keys.take("temperature")}
 
 
+def _distillation(keys: Keys, _: Any) -> tuple[str, Options]:
+    """The temperature of ours is that of sampling, which is no option of the method."""
+    keys.take("temperature")
+    return "on_policy_distillation", {"beta": keys.take("beta")}
+
+
+def _iw_opd(keys: Keys, _: Any) -> tuple[str, Options]:
+    return "iw_opd", {"gamma": keys.take("gamma")}
+
+
+def _minillm(keys: Keys, _: Any) -> tuple[str, Options]:
+    """With a gamma of 0 there is nothing to normalise."""
+    gamma, normalized = keys.take("gamma", 0.0), keys.take("length_normalization", True)
+    return "minillm", {"gamma": gamma, **({"length_normalization": normalized} if gamma else {})}
+
+
 def _dppo(keys: Keys, _: Any) -> tuple[str, Options]:
     distance = keys.case.removeprefix("dppo/mask_")
     return "grpo", {"loss_type": "dppo", "dppo_distance": distance, "dppo_threshold": keys.take("delta")}
@@ -245,17 +262,21 @@ MAPPINGS = {
     "a2po": _a2po,
     "bco": _bco,
     "cpo": _cpo,
+    "distillation": _distillation,
     "dpo": _dpo,
     "dppo": _dppo,
     "gkd": _gkd,
     "gmpo": _gmpo,
     "grpo": _grpo,
     "gspo_token": _gspo_token,
+    "iw_opd": _iw_opd,
     "kto": _kto,
+    "minillm": _minillm,
     "nash_md": _nash_md,
     "online_dpo": _online_dpo,
     "orpo": _orpo,
     "ppo": _ppo,
+    "prm": _prm,
     "reward": _reward,
     "rloo": _rloo,
     "rloo_adv": _rloo_adv,

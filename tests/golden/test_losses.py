@@ -17,7 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Sequence, Split, Whitespace
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from actors.backends.single import SoloWorld
 from actors.batch import Batch
@@ -27,7 +32,7 @@ from actors.errors import ConfigError
 from actors.heads import VocabularyHead
 from actors.logits import LogitScaling, Vocabulary
 from actors.lora import resident
-from actors.objective import MicroBatch
+from actors.objective import MicroBatch, Outputs
 from actors.weight_averaging import Average, AverageSpec
 from actors.weight_swap import mix_in
 from orchestrator.advantages import mask_truncated, zscore_by_group
@@ -38,7 +43,7 @@ from orchestrator.losses.pairwise import odds_ratio
 from orchestrator.losses.policy_gradient import engine_correction, policy_gradient
 from orchestrator.losses.reduce import item_mean, token_mean
 from orchestrator.losses.surrogates import clipped
-from orchestrator.losses.views import PolicyTokens
+from orchestrator.losses.views import PolicyTokens, Taught
 from orchestrator.methods import METHODS, build
 from orchestrator.pipeline import Pipeline, Verb
 from orchestrator.replay_buffer import Kept, ReplayBuffer
@@ -54,6 +59,7 @@ from tests.golden.peer import (
     Inexpressible,
     ours,
 )
+from tests.unit.source_stub import opened, write_rows
 from tests.unit.trainer_stub import Result, Rows, optimise
 
 FILE = json.loads((Path(__file__).parent / "losses.json").read_text())
@@ -370,6 +376,76 @@ def test_a_divergence_of_distributions_equals_the_peer(case: dict[str, Any]) -> 
     assert float(total.detach()) / divisor == pytest.approx(outputs["loss"], abs=1e-6)
     assert student.grad is not None
     torch.testing.assert_close(student.grad, torch.tensor(outputs["grad_student_logits"]), atol=1e-6, rtol=1e-5)
+
+
+@cases("distillation/")
+def test_a_divergence_of_projected_states_of_two_widths_equals_the_peer(case: dict[str, Any]) -> None:
+    """The peer's is the mean over the completions' tokens, and it sums their entropies."""
+    inputs, outputs = case["inputs"], case["outputs"]
+    mask = torch.tensor(inputs["mask"]).bool()
+    hidden, weight = (torch.tensor(inputs[f"student_{name}"]).requires_grad_() for name in ("hidden", "w"))
+    teacher = Vocabulary(torch.tensor(inputs["teacher_w"]), None, LogitScaling())
+    objective, temperature = objective_for(case), case["config"]["temperature"]
+    assert objective.of_logits is not None
+    asked = Asked(objective.of_logits.at(temperature), (), (teacher, torch.tensor(inputs["teacher_hidden"])[mask]))
+    mean = of_logits_of(Vocabulary(weight, None, LogitScaling()), hidden[mask], asked, 2).mean()
+    mean.backward()
+    assert float(mean.detach()) == pytest.approx(outputs["loss"], abs=1e-6)
+    for found, name in ((hidden.grad, "grad_hidden"), (weight.grad, "grad_w")):
+        assert found is not None
+        torch.testing.assert_close(found, torch.tensor(outputs[name]), atol=1e-6, rtol=1e-4)
+    head = VocabularyHead(nn.Linear(*reversed(weight.shape), bias=False), LogitScaling())
+    head.weight.data = weight.detach()
+    anything = torch.zeros(int(mask.sum()), dtype=torch.int64)
+    entropy = head(hidden[mask].detach(), anything, temperature, frozenset({"entropy"}), 2)["entropy"]
+    assert float(entropy.sum()) == pytest.approx(outputs["entropy_sum"], abs=1e-5)
+
+
+@cases("iw_opd/")
+def test_tokens_that_weigh_less_the_further_the_student_has_drifted_equal_the_peer(case: dict[str, Any]) -> None:
+    inputs, outputs = case["inputs"], case["outputs"]
+    logits = torch.tensor(inputs["student_logits"], dtype=torch.float64).requires_grad_()
+    logps = logits.log_softmax(-1).gather(-1, torch.tensor(inputs["ids"])[..., None]).squeeze(-1)
+    mask = (torch.tensor(inputs["labels"]) != -100).int().tolist()
+    rows = rows_of(logps.tolist(), mask, teacher_logps=padded(inputs["teacher_logps"]))
+    result = optimise(objective_for(case), rows)
+    assert result.value == pytest.approx(outputs["loss"], abs=1e-6)
+    logps.backward(unpadded(result.gradient, len(mask)))
+    torch.testing.assert_close(logits.grad, torch.tensor(outputs["grad"]).double(), atol=1e-6, rtol=1e-5)
+
+
+@cases("minillm/adv")
+def test_returns_of_the_log_ratio_equal_the_peer(case: dict[str, Any]) -> None:
+    """The peer's powers of gamma begin at the row's first token: a quotient of two such sums is the same from any. To
+    the sum of weights that it divides by, its padding adds 1e-4 each."""
+    inputs, (method, options) = case["inputs"], ours(case)
+    returns = build(method, {**options, "single_step_decomposition": False}).updates[0]
+    rows = rows_of(inputs["student_logps"], inputs["mask"], teacher_logps=padded(inputs["teacher_logps"]))
+    view = Taught.of(rows.micro, Outputs(rows.logps), frozenset({"mask", "teacher_logps"}), {})
+    assert returns.call is not None
+    values, _ = returns.call(view, **returns.options["loss_options"])
+    expected = torch.tensor(case["outputs"]["advantages"]).double()
+    torch.testing.assert_close(
+        -unpadded(values, len(expected)) * torch.tensor(inputs["mask"]),
+        expected,
+        atol=1e-6,
+        rtol=2e-4 if options["gamma"] else 1e-6,
+    )
+
+
+@cases("minillm/single_step")
+def test_the_exact_divergence_of_each_step_equals_the_peer(case: dict[str, Any]) -> None:
+    """The peer's function takes the mean over the mask, as ours does; its trainer hands it one that is 1 on padding."""
+    student, teacher = (
+        torch.tensor(case["inputs"][f"{name}_log_probs"]).flatten(0, 1) for name in ("student", "teacher")
+    )
+    of_logits = objective_for(case).of_logits
+    assert of_logits is not None and of_logits.width == 2
+    ids = torch.arange(len(student)) % 7
+    sampled, divergence = of_logits.at(1.0)(student, teacher, ids).unbind(-1)
+    learned = torch.tensor(case["inputs"]["mask"]).flatten()
+    assert float(divergence[learned].mean()) == pytest.approx(case["outputs"]["loss"], abs=1e-6)
+    torch.testing.assert_close(sampled, teacher.log_softmax(-1)[torch.arange(len(ids)), ids])
 
 
 # SFT
@@ -975,6 +1051,29 @@ def test_a_reward_models_loss_equals_the_peer(case: dict[str, Any]) -> None:
     result = optimise(objective_for(case), rows)
     assert result.value == pytest.approx(case["outputs"]["loss"], abs=1e-6)
     torch.testing.assert_close(result.gradient, torch.tensor(case["outputs"]["grad"]).double(), atol=1e-6, rtol=1e-6)
+
+
+# Process reward models
+
+
+def tokenizer_of_the_peer(case: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """One token per character, after one that begins a sequence; a space or a line break is none."""
+    inputs, ids = case["inputs"], case["outputs"]["input_ids"]
+    text = "".join(("".join([inputs["prompt"], *inputs["completions"]])).split())
+    vocabulary = {"<unk>": 0, "<bos>": ids[0], **dict(zip(text, ids[1:], strict=True))}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = Sequence([Whitespace(), Split("", "isolated")])
+    words.post_processor = TemplateProcessing("<bos> $A", None, [("<bos>", ids[0])])
+    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<bos>", unk_token="<unk>")
+
+
+@cases("prm/")
+def test_steps_and_their_labels_equal_the_peer(case: dict[str, Any], tmp_path: Path) -> None:
+    inputs, (method, options) = case["inputs"], ours(case)
+    file = write_rows(tmp_path / "steps.jsonl", [inputs])
+    batch = opened(file, build(method, options).data, tokenizer_of_the_peer(case)).item(0).batch
+    assert batch["tokens"].tolist() == case["outputs"]["input_ids"]
+    assert batch["step_label"].tolist() == [-1 if label == -100 else label for label in case["outputs"]["labels"]]
 
 
 # Weights that move besides training

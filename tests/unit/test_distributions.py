@@ -129,7 +129,7 @@ def said_by(teacher: Any, micro: MicroBatch, k: int, temperature: float, vocabul
     """The micro-batch with what a teacher says of its tokens."""
     with torch.no_grad():
         found = forward(language_model(teacher), micro, top_k=TopK(k, temperature, vocabulary), chunk_rows=4).extra
-    columns = dict(zip(TEACHER, (found[name] for name in TOP_K), strict=True))
+    columns = dict(zip(TEACHER, (found[name] for name in TOP_K[: len(TEACHER)]), strict=True))
     return MicroBatch(micro.lengths, {**micro.columns, **columns})
 
 

@@ -57,6 +57,21 @@ def test_every_row_of_the_sft_test_split_is_right() -> None:
     assert list(data["completion"]) == sums
 
 
+def test_labelled_steps_are_right_until_one_has_another_result_than_its_sum() -> None:
+    data = examples.dataset("arithmetic_steps", seed=0, split="train")
+    worked = examples.dataset("arithmetic_worked", seed=0, split="train")
+    wrong = 0
+    for steps, labels, right in zip(data["completions"], data["labels"], worked["completion"], strict=True):
+        first = labels.index(False) if False in labels else len(labels)
+        assert labels == [True] * first + [False] * (3 - first)
+        assert steps[:first] == right.split()[:first]
+        if first < 3:
+            a, b = map(int, steps[first].split("=")[0].split("+"))
+            assert int(steps[first].split("=")[1]) != a + b
+            wrong += 1
+    assert wrong / len(data) == pytest.approx(0.5, abs=0.02)
+
+
 def test_each_problem_is_used_once_before_any_is_repeated() -> None:
     all_problems = len(examples.dataset("arithmetic", seed=0, split="train"))
     prompts = list(examples.dataset("arithmetic", seed=0, split="train", rows=all_problems + 100)["prompt"])

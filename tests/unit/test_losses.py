@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any, get_args, get_type_hints
 
 import numpy as np
@@ -66,10 +67,17 @@ METHOD_OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("bco", {"density_ratio": True}),
     ("reward_model", {}),
     ("reward_model", {"use_margin": True, "center_rewards_coefficient": 0.1}),
+    ("process_reward_model", {}),
     *[("online_dpo", {"loss_type": name, "token_metrics": name == "ipo"}) for name in ("sigmoid", "ipo")],
     ("gkd", {}),
     ("gkd", {"lmbda": 0.0, "beta": 0.0, "temperature": 2.0}),
     *[("gkd", {"teacher_top_k": 3, "beta": beta, "temperature": 0.7}) for beta in (0.0, 0.4, 1.0)],
+    ("on_policy_distillation", {"token_metrics": True}),
+    ("on_policy_distillation", {"teacher_top_k": 3, "beta": 0.4}),
+    ("iw_opd", {}),
+    ("minillm", {}),
+    ("minillm", {"gamma": 0.9, "teacher_top_k": 3}),
+    ("minillm", {"gamma": 0.5, "length_normalization": False, "single_step_decomposition": False}),
     *[("grpo", {"loss_type": name}) for name in ("grpo", "dapo", "luspo", "sapo", "vespo", "dppo")],
     *[("grpo", {"loss_type": name, "updates_per_batch": 2, **WEIGHTED}) for name in ("grpo", "bnpo", "gmpo")],
     ("grpo", {"loss_type": "cispo", "epsilon_high": 1.2, "updates_per_batch": 2}),
@@ -92,6 +100,7 @@ METHOD_OPTIONS: list[tuple[str, dict[str, Any]]] = [
 
 # A stop-gradient makes the gradient another thing than the slope of the value; the golden cases hold those gradients.
 STOPS_GRADIENT = ("dft", "use_weighting", "cispo", "vespo", "dppo", "current", "sequence_token")
+SAMPLED_DISTILLATION = ("iw_opd", "minillm")  # as above; and test_the_reverse_kl_of_a_sequence...
 
 
 def test_every_method_and_every_loss_type_is_among_those_that_are_tried() -> None:
@@ -159,14 +168,17 @@ def _columns(lengths: Tensor, size: int, rng: torch.Generator) -> dict[str, Tens
     prompt = torch.randint(1, 3, (len(lengths),), generator=rng)
     member = rows % size
     advantages = torch.randn(len(lengths), generator=rng, dtype=torch.float64)
-    columns = {name: -_positive(lengths, rng) for name in ("old_logps", "sample_logps", "ref_logps")}
+    names = ("old_logps", "sample_logps", "ref_logps", "teacher_logps")
+    columns = {name: -_positive(lengths, rng) for name in names}
     return columns | {
+        "tokens": torch.randint(0, VOCABULARY, (int(lengths.sum()),), generator=rng),
         "mask": position >= prompt.repeat_interleave(lengths),
         "group": 7 * (rows // size) + 3,  # numbers need not be dense
         "advantages": advantages.repeat_interleave(lengths),
         "values": -columns["old_logps"],
         "returns": -columns["ref_logps"],
         "preferred": member == 0,
+        "step_label": (torch.randint(0, 3, (int(lengths.sum()),), generator=rng) - 1).to(torch.int8),
         "sampler": (member > 0).to(torch.int8),
         "optimal_value": torch.rand(len(lengths), generator=rng, dtype=torch.float64),
         "preference": torch.rand(len(lengths), generator=rng, dtype=torch.float64),
@@ -234,6 +246,8 @@ def test_order_micro_batches_and_ranks_change_neither_value_nor_gradient(
 
 def _gradient_is_the_slope(method: str, options: dict[str, Any]) -> bool:
     has_ratio = "updates_per_batch" in inspect.signature(METHODS[method]).parameters
+    if method in SAMPLED_DISTILLATION:
+        return False
     if has_ratio and options.get("updates_per_batch", 1) * options.get("minibatches", 1) == 1:
         return False  # it is 1 by a stop-gradient
     return not any(name in (*options.values(), *options) for name in STOPS_GRADIENT)
@@ -255,9 +269,12 @@ def test_the_gradient_is_the_slope_of_the_value(method: str, options: dict[str, 
         assert slope == pytest.approx(float(result.gradient[token]), rel=1e-4, abs=1e-7), f"token {token}"
 
 
-@pytest.mark.parametrize("options", [o for name, o in METHOD_OPTIONS if name == "gkd"], ids=str)
-def test_the_gradient_of_logits_is_the_slope_of_the_value(options: dict[str, Any]) -> None:
-    objective, rows = objective_of("gkd", options), random_rows("gkd", options, seed=11, groups=2)
+DISTIL = [each for each in METHOD_OPTIONS if each[0] in ("gkd", "on_policy_distillation")]
+
+
+@pytest.mark.parametrize(("method", "options"), DISTIL, ids=[name_of(*each) for each in DISTIL])
+def test_the_gradient_of_logits_is_the_slope_of_the_value(method: str, options: dict[str, Any]) -> None:
+    objective, rows = objective_of(method, options), random_rows(method, options, seed=11, groups=2)
     gradient = optimise(objective, rows).extra_gradients["logits"]
     assert gradient[rows.micro["mask"]].all() and not gradient[~rows.micro["mask"]].any()
 
@@ -269,6 +286,52 @@ def test_the_gradient_of_logits_is_the_slope_of_the_value(options: dict[str, Any
         nudge[token, entry] = 1e-6
         slope = (value(rows.extra["logits"] + nudge) - value(rows.extra["logits"] - nudge)) / 2e-6
         assert slope == pytest.approx(float(gradient[token, entry]), rel=1e-4, abs=1e-7), f"token {token} {entry}"
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("normalized", [False, True])
+def test_the_reverse_kl_of_a_sequence_has_the_returns_and_the_gradient_of_their_definition(
+    gamma: float, normalized: bool
+) -> None:
+    """`-(R_t ∇ log π_t + ∇R_t)`, R the discounted sum over the rest of the row, in a loop."""
+    options = {
+        "single_step_decomposition": False,
+        "gamma": gamma,
+        **({"length_normalization": normalized} if gamma else {}),
+    }
+    rows = random_rows("minillm", options, seed=6)
+    result, expected, value = optimise(objective_of("minillm", options), rows), torch.zeros_like(rows.logps), 0.0
+    mask, gain = rows.micro["mask"], rows.micro["teacher_logps"] - rows.logps
+    for start, stop in pairwise(rows.micro.offsets.tolist()):
+        for token in filter(lambda token: mask[token], range(start, stop)):
+            powers = {k: gamma ** (k - token) for k in range(token, stop) if mask[k]}
+            whole = sum(powers.values()) if normalized else 1.0
+            returned = sum(power * float(gain[k]) for k, power in powers.items()) / whole
+            value -= returned
+            expected[token] -= returned
+            for k, power in powers.items():
+                expected[k] += power / whole
+    assert result.value == pytest.approx(value / int(mask.sum()))
+    torch.testing.assert_close(result.gradient, expected / mask.sum())
+
+
+def test_with_the_teachers_whole_distribution_over_the_wire_minillm_is_that_of_a_companion() -> None:
+    """And it is not without the exact divergence of each step."""
+    rows, options = random_rows("minillm", {}, seed=8), {"teacher_top_k": VOCABULARY}
+    teacher = rows.extra["companion_logits"].log_softmax(-1)
+    logps, ids = teacher.topk(VOCABULARY)
+    said = {
+        "teacher_topk_ids": ids,
+        "teacher_topk_logps": logps,
+        "teacher_tail_logps": torch.full_like(rows.logps, -torch.inf),
+    }
+    said["teacher_logps"] = teacher.gather(-1, rows.micro["tokens"][:, None]).squeeze(-1)
+    apart = replace(rows, micro=MicroBatch(rows.micro.lengths, {**rows.micro.columns, **said}))
+    beside, wire = optimise(objective_of("minillm", {}), rows), optimise(objective_of("minillm", options), apart)
+    alone = optimise(objective_of("minillm", {"single_step_decomposition": False}), apart)
+    assert beside.value == pytest.approx(wire.value) and alone.value < beside.value - 0.01
+    torch.testing.assert_close(beside.gradient, wire.gradient)
+    torch.testing.assert_close(beside.extra_gradients["logits"], wire.extra_gradients["logits"])
 
 
 def value_of(objective: LossObjective, rows: Rows, *, frozen: bool) -> Callable[[Tensor], float]:

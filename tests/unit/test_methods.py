@@ -132,6 +132,16 @@ def test_gkd_takes_each_prompt_s_completion_from_where_lmbda_and_seq_kd_say() ->
     assert sources(lmbda=0.3, seq_kd=True) == ("prompts", taught)
 
 
+def test_a_teacher_of_sampled_tokens_is_a_role_and_one_of_whole_distributions_a_companion() -> None:
+    beside, alone = build("minillm", {}), build("minillm", {"single_step_decomposition": False})
+    assert beside.companions == {"policy": "teacher"} and "teacher" not in beside.roles
+    assert alone.companions == {} and "teacher.infer" in verbs(alone) and verbs(alone) == verbs(build("iw_opd", {}))
+    wire = build("minillm", {"teacher_top_k": 4})
+    assert verbs(wire) == verbs(alone) and "teacher_logps" in wire.updates[0].reads  # one pass says both
+    for pipeline in (beside, alone, wire, build("on_policy_distillation", {})):
+        assert pipeline.teachers == ("teacher",) and pipeline.temperature is None  # that of sampling
+
+
 def test_a_pipeline_must_bring_rows_into_every_prompt_group_and_can_take_only_completions_that_are_there() -> None:
     first, other = one_of(0.25, generate(n=4), take())
     assert Pipeline(AnsweredPrompts, first, other).rows_per_item == 4

@@ -65,6 +65,7 @@ OTHER_VALUE: dict[str, Any] = {  # of every option, besides `loss_type`, whose n
     "kl_estimator": "k3",
     "kl_horizon": 50,
     "kl_target": 0.2,
+    "length_normalization": False,
     "lmbda": 0.0,
     "label_smoothing": 0.2,
     "lam": 0.3,
@@ -95,6 +96,8 @@ OTHER_VALUE: dict[str, Any] = {  # of every option, besides `loss_type`, whose n
     "scale_rewards": "none",
     "seq_kd": True,
     "simpo_gamma": 0.8,
+    "single_step_decomposition": False,
+    "step_separator": ";",
     "sync_ref_model": True,
     "ties": "keep",
     "temperature": 0.7,
@@ -103,6 +106,7 @@ OTHER_VALUE: dict[str, Any] = {  # of every option, besides `loss_type`, whose n
     "top_entropy_quantile": 0.4,
     "tpo_alpha": 0.2,
     "tpo_l_gamma": 0.9,
+    "train_on_last_step_only": True,
     "undesirable_weight": 0.3,
     "updates_per_batch": 3,
     "use_adaptive_entropy": True,
@@ -138,6 +142,7 @@ BESIDE: dict[str, list[dict[str, Any]]] = {  # what else is set: the first besid
         {"correction": "token_mask", "rejected": "advantage_0", "num_remains_in_group": 3},
     ],
     "gkd": [{}, {"lmbda": 0.0}, {"lmbda": 0.3}],
+    "minillm": [{}, {"gamma": 0.3}],
     **{
         name: [{"updates_per_batch": 2}, {"correction": "token_mask"}]
         for name in ("rloo", "reinforce_pp", "reinforce_pp_baseline")
@@ -162,7 +167,7 @@ def made(method: str, options: dict[str, Any]) -> Pipeline | None:
 
 def behaviour(pipeline: Pipeline) -> list[Any]:
     """What the pipeline does, on rows that hold everything that any loss reads."""
-    did: list[Any] = [pipeline.data.name, sorted(pipeline.data.columns)]
+    did: list[Any] = [pipeline.data]
     for stage in pipeline:
         did.append((stage.name, stage.precomputed, stage.share))
         if stage.verb in (Verb.GENERATE, Verb.MIX, Verb.REPLAY):
@@ -182,8 +187,10 @@ def updated(stage: Stage, rows: Rows) -> Iterator[Any]:
     entropies are higher."""
     objective, states = LossObjective.of(stage), [dict[str, Any]()]
     yield objective.of_logits
+    width = objective.of_logits.width if objective.of_logits is not None else 1
+    compared = rows.extra[DIVERGENCE] if width == 1 else torch.stack([rows.extra[DIVERGENCE]] * width, dim=-1)
     for factor in (1, 20, 20) if objective.coupled else (1,):
-        extra = {**rows.extra, "entropy": rows.extra["entropy"] * factor}
+        extra = {**rows.extra, DIVERGENCE: compared, "entropy": rows.extra["entropy"] * factor}
         found = optimise(objective, replace(rows, extra=extra), states=states)
         yield found.value, found.metrics, found.gradient.tolist()
         yield {name: gradient.tolist() for name, gradient in found.extra_gradients.items()}

@@ -57,7 +57,9 @@ def rows() -> Batch:
     tokens = [np.append(rng.integers(2, 64, length - 1), 1) for length in lengths]
     mask = np.concatenate([np.arange(length) >= 2 for length in lengths])
     index = np.arange(len(lengths))
-    return Batch.build(lengths, tokens=np.concatenate(tokens), mask=mask, group=index // 2, preferred=index % 2 == 0)
+    step_label = np.where(mask, rng.integers(-1, 2, lengths.sum()), -1)
+    of_row = {"group": index // 2, "preferred": index % 2 == 0}
+    return Batch.build(lengths, tokens=np.concatenate(tokens), mask=mask, step_label=step_label, **of_row)
 
 
 def learn(made: ModelWorker, steps: int = 1) -> None:
@@ -140,6 +142,59 @@ def test_a_value_model_starts_from_a_reward_model_and_opens_as_a_token_classifie
         np.testing.assert_allclose(found, logits[row, 1 : length - 1], rtol=1e-4, atol=1e-5)  # the states before them
     last = logits[np.arange(8), rows().lengths - 1]
     np.testing.assert_allclose(last, transformers_scores(judge), rtol=1e-4, atol=1e-5)
+
+
+def said_of_steps(made: ModelWorker, batch: Batch | None = None) -> list[np.ndarray]:
+    """Of each row, at its completion's tokens."""
+    batch = rows() if batch is None else batch
+    order, part = shard(batch, 1, 1000)[0]
+    block = made.infer(part, ("step_reward",), Head.STEP_SCALAR, 1.0, True)[1]
+    split = np.split(block["step_reward"], np.cumsum(batch.lengths[order])[:-1])
+    return [split[list(order).index(row)][2:] for row in range(len(batch))]
+
+
+@torch.no_grad()
+def transformers_logits(folder: Path) -> np.ndarray:
+    return AutoModelForTokenClassification.from_pretrained(folder).eval()(**padded(folder)).logits.numpy()
+
+
+def test_a_process_reward_model_opens_as_a_token_classifier_that_says_of_each_token_read_what_it_says(
+    folder: Path, tmp_path: Path
+) -> None:
+    made = worker(folder, Head.STEP_SCALAR)
+    before = said_of_steps(made)
+    objective = LossObjective.of(build("process_reward_model", {}).updates[0])
+    made.update(shard(rows(), 1, 40)[0][1], objective, 1.0, "judge.update")
+    found, logits = said_of_steps(made), transformers_logits(saved(made, tmp_path))
+    assert np.abs(np.concatenate(found) - np.concatenate(before)).max() > 1e-3 and logits.shape[-1] == 1
+    for row, length in enumerate(rows().lengths):
+        np.testing.assert_allclose(found[row], logits[row, 2:length, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_said_of_a_step_depends_on_no_label_and_on_no_later_step(folder: Path) -> None:
+    made, batch = worker(folder, Head.STEP_SCALAR), rows()
+    changed = batch["tokens"].copy()
+    changed[batch.lengths.cumsum() - 1] = 7  # the last token of each row
+    other = batch.with_columns(step_label=-batch["step_label"], tokens=changed)
+    for now, then in zip(said_of_steps(made), said_of_steps(made, other), strict=True):
+        np.testing.assert_allclose(now[:-1], then[:-1], rtol=1e-5, atol=1e-6)
+        assert abs(now[-1] - then[-1]) > 1e-4
+
+
+def test_of_a_process_reward_model_with_two_labels_the_difference_of_their_logits_is_read(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Label 1 is right; a value model is no such model, and starts with a new head."""
+    torch.manual_seed(3)
+    AutoModelForTokenClassification.from_pretrained(folder, num_labels=2, pad_token_id=0).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    made = worker(tmp_path, Head.STEP_SCALAR, trained=False)
+    found, logits = said_of_steps(made), transformers_logits(tmp_path)
+    for row, length in enumerate(rows().lengths):
+        wrong, right = logits[row, 2:length].T
+        np.testing.assert_allclose(found[row], right - wrong, rtol=1e-4, atol=1e-5)
+    again = transformers_logits(saved(worker(tmp_path, Head.STEP_SCALAR), tmp_path / "again"))
+    np.testing.assert_allclose(again[..., 0], logits[..., 1] - logits[..., 0], rtol=1e-4, atol=1e-5)
 
 
 def test_adapters_are_saved_with_the_head_that_was_trained_beside_them(folder: Path, tmp_path: Path) -> None:

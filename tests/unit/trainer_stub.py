@@ -177,7 +177,7 @@ def _outputs(objective: Objective, part: Rows) -> Outputs:
         return Outputs(part.logps, part.extra)
     given = [part.extra["companion_logits"]] if asked.companion else []
     given += [part.micro[name] for name in asked.columns]
-    found = asked.call(part.extra["logits"], *given, **asked.options)
+    found = asked.at(1.0)(part.extra["logits"], *given)
     return Outputs(part.logps, {**part.extra, DIVERGENCE: found})
 
 
