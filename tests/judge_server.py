@@ -1,10 +1,10 @@
 """An OpenAI-compatible server in a process of its own, whose model is a rule: it reads the prompts of judges that come
 with Troupe, and can be as unfit as a language model may be. As a base address `http://HOST:PORT/PATH/v1`:
 
-/score/v1, /FAULT/v1, /first/FAULT/N/KEY/v1, /every/KEY/v1      as of `reward_server`; `said` in its record of calls
-                                                                 is the content of the answer, None if there was a fault
+/v1, /FAULT/v1, /first/FAULT/N/KEY/v1, /every/KEY/v1     as of `reward_server`; `said` in its record of calls is the
+                                                         content of the answer, None if there was a fault
 
-    python tests/judge_server.py 8000                            serves http://127.0.0.1:8000/score/v1
+    python tests/judge_server.py 8000                    serves http://127.0.0.1:8000/v1
 
 Of two answers to an arithmetic problem the right one is better; of others the longer one. The name of the model says
 how it behaves: `fair`; `long`, to which the longer answer is always the better one; `first`, which always prefers what
@@ -72,7 +72,7 @@ class JudgeHandler(Handler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.path = self.path.removesuffix("/v1/chat/completions")
+        self.path = self.path.removesuffix("/v1/chat/completions") or "/score"
         fault = self._fault()
         said = judgement(body["messages"][0]["content"], body["model"]) if fault is None else None
         with self.lock:
