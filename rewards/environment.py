@@ -32,8 +32,9 @@ class Environment(Protocol):
     """What an environment worker runs; one instance is in one episode at a time, and in many after one another.
 
     It may have `tools`: functions, or JSON schemas, that the chat template shows to the model. `step` carries out their
-    calls. It may have `get_reward() -> float | None`: what the whole episode earned, asked once at its end. With
-    `owns_prompt = True` the messages of its `reset` are the whole conversation so far, and the row's prompt is none."""
+    calls. It may have `get_reward() -> float | None`: what the whole episode earned, asked once at its end; and
+    `abandon()`, called where an episode ends without that. With `owns_prompt = True` the messages of its `reset` are
+    the whole conversation so far, and the row's prompt is none."""
 
     def reset(self, row: dict[str, Any]) -> Any:
         """Begin an episode. `row`: the data set's columns, `prompt` among them. Returns the messages that follow the

@@ -22,6 +22,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -99,7 +100,7 @@ class EnvironmentWorker:
     async def open(self, episode: str, phase: str, prompt: str | list[Message], columns: Mapping[str, Any]) -> Opened:
         """Begin an episode; one that has that name already is forgotten. Raises DataFailure if the environment raises,
         or the row names none."""
-        self._sessions.pop(episode, None)
+        await self._abandon(episode)
         route = str(columns.get(ROUTED_BY, "")) if self._specs[phase].routed else ""
         if route not in self._makers[phase]:
             known = ", ".join(self._makers[phase])
@@ -130,7 +131,8 @@ class EnvironmentWorker:
             answer = await self._run(what, environment.step, message)
             messages, reward, done = _checked_step(what, answer, max_chars)
         except DataFailure:
-            del self._sessions[episode]  # who knows in which state it is: another one is built for the next episode
+            # Who knows in which state it is: another one is built for the next episode.
+            await self._abandon(episode)
             raise
         seconds = time.monotonic() - began
         calls, failures = len(message.get("tool_calls") or []), 0
@@ -141,13 +143,15 @@ class EnvironmentWorker:
     async def end(self, episode: str, *, score: bool) -> float | None:
         """Forget an episode. With `score`, what the environment says that all of it earned. Unknown ones are
         ignored, unless they are to be scored."""
-        if episode not in self._sessions and not score:
+        if not score:
+            if (left := await self._abandon(episode)) is not None:
+                self._idle[left.phase, left.route].append(left.environment)
             return None
         session = self._session(episode)
         del self._sessions[episode]
         environment, reward = session.environment, None
         ask = getattr(environment, "get_reward", None)
-        if score and ask is not None:
+        if ask is not None:
             what = f"{type(environment).__name__}.get_reward"
             reward = _number(what, await self._run(what, ask))
         self._idle[session.phase, session.route].append(environment)
@@ -155,6 +159,15 @@ class EnvironmentWorker:
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _abandon(self, episode: str) -> _Session | None:
+        """Forget an episode, if it is here, and tell its environment. What that raises is of no interest any more."""
+        session = self._sessions.pop(episode, None)
+        stop = None if session is None else getattr(session.environment, "abandon", None)
+        if stop is not None:
+            with suppress(DataFailure, InfraFailure):
+                await self._run("abandon", stop)
+        return session
 
     def _session(self, episode: str) -> _Session:
         if episode not in self._sessions:

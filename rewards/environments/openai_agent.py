@@ -90,6 +90,10 @@ class AgentEnvironment:
         """The reward came with the last turn. An episode that was cut has none: its agent is stopped."""
         self._end()
 
+    async def abandon(self) -> None:
+        """The episode ends here, for a reason that is not the agent's."""
+        self._end()
+
     async def _ask(self, body: Body) -> Message:
         """A request of the agent's. One that a client repeats while it waits is the same request."""
         if self._pending is None:

@@ -206,10 +206,14 @@ def test_what_cannot_be_recorded_is_refused_with_a_status_that_is_not_repeated(t
     assert (reply.reward, reply.done) == (1.0, True)
 
 
-def test_an_agent_whose_episode_was_cut_is_told_so(tmp_path: Path):
+@pytest.mark.parametrize("how", ["cut", "dropped", "begun again"])
+def test_an_agent_whose_episode_ends_without_it_is_told_so(tmp_path: Path, how: str):
     async def talk(worker: EnvironmentWorker) -> list[Any]:
         await worker.open("cut", "is_told_that_it_is_over", "", {})
-        assert await worker.end("cut", score=True) is None
+        if how == "begun again":
+            await worker.open("cut", "seen", "", {})
+        else:
+            assert await worker.end("cut", score=how == "cut") is None
         for _ in range(50):
             await asyncio.sleep(0.1)
             opened = await worker.open("later", "seen", "", {})
