@@ -210,11 +210,11 @@ def _messages(what: str, said: Any, max_chars: int) -> list[Message]:
         return []
     if isinstance(said, str):
         said = {"role": "user", "content": said}
-    listed = cast(list[Any], [said] if isinstance(said, Mapping) else said)
+    listed: object = [said] if isinstance(said, Mapping) else said
     if not isinstance(listed, list | tuple):
         raise DataFailure(f"environment: {what} must say messages, not {_shown(said)}")
     checked: list[Message] = []
-    for message in listed:
+    for message in cast(list[Any], listed):
         is_message = isinstance(message, Mapping) and isinstance(cast(Message, message).get("role"), str)
         content = cast(Message, message).get("content") if is_message else None
         if not isinstance(content, str):
