@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,12 @@ from actors.columns import COLUMNS, Axis, Head
 from actors.distributions import TopK
 from actors.worker import Group, Objects, Ref
 from orchestrator.losses.objective import LossObjective
-from orchestrator.pipeline import DRIVER, Pipeline, Stage, Verb, infer
+from orchestrator.pipeline import DRIVER, Pipeline, Stage, Verb, credit, infer
 from orchestrator.planning.episode_settings import EpisodeSettings
 from orchestrator.publishing.transfer import mix_towards
 from orchestrator.replay_buffer import ReplayBuffer, replayed
 from orchestrator.row_table import RowTable, Share
+from orchestrator.step_rewards import Steps, reward_of_steps
 from rollout.sampling import Sampling
 
 FETCH_TIMEOUT_S = 120.0
@@ -107,12 +108,17 @@ class BatchStages:
         found = await self._on_every_rank("evaluate", stage, _read(table, objective, stage), objective, step=-1)
         return _with_margins(found[0])
 
-    async def scores(self, role: str, table: RowTable) -> Array:
-        """[B] float32: what a role's model says of rows, as a reward. The scores of a group do not depend on the other
-        groups in the table."""
-        stage = infer(role, into="reward", head=Head.ROW_SCALAR)
+    async def scores(self, role: str, table: RowTable, *, steps: Steps | None = None) -> Array:
+        """[B] float32: what a role's model says of rows, as a reward; with `steps`, what it says of their steps, which
+        become one number where the tokens are. The scores of a group do not depend on the other groups in the table."""
+        if steps is None:
+            stage = infer(role, into="reward", head=Head.ROW_SCALAR)
+            written, _ = await self._infer(stage, table, step=-1, groups_apart=True)
+            return written.values["reward"]
+        stage = infer(role, into="step_reward", head=Head.STEP_SCALAR)
         written, _ = await self._infer(stage, table, step=-1, groups_apart=True)
-        return written.values["reward"]
+        call = replace(credit(reward_of_steps, steps=steps), role=role)
+        return (await self._credit_of(call, role, written.added_to(table)))[0].values["reward"]
 
     async def fetch(self, refs: Sequence[Ref]) -> list[Any]:
         """What refs stand for, brought into the driver."""
@@ -147,7 +153,12 @@ class BatchStages:
         assert stage.call is not None
         if not stage.reads_tokens:
             return Written(values=stage.call(table, **stage.options)), {}
-        role = self.phase.pipeline.trained[0]
+        return await self._credit_of(stage, self.phase.pipeline.trained[0], table, step)
+
+    async def _credit_of(
+        self, stage: Stage, role: str, table: RowTable, step: int = -1
+    ) -> tuple[Written, dict[str, float]]:
+        """A credit call on the ranks of a role."""
         group = self._groups[role]
         shares = table.only({"group", "learned", *stage.reads}).shard(len(group.workers), self.phase.token_budget)
         name = f"{stage.name} {getattr(stage.call, '__qualname__', type(stage.call).__name__)}"

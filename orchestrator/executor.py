@@ -56,7 +56,8 @@ class Executor:
         self.groups, self.objects = groups, objects
         self.publishers, self._start = publishers, start
         self.batch_stages = BatchStages(groups, objects, call_timeout_s=call_timeout_s, stand_ins=stand_ins)
-        models = {reward: ModelScorer(partial(self.batch_stages.scores, reward.role)) for reward in model_rewards}
+        scores = self.batch_stages.scores
+        models = {each: ModelScorer(partial(scores, each.role, steps=each.steps)) for each in model_rewards}
         self.group_stages = GroupStages(engines, scorers, models, objects, environments, judges)
         self._stand_ins, self._concurrent = stand_ins, concurrent
 

@@ -100,7 +100,8 @@ class Scoring:
     async def _model(self, reward: ModelReward, scorer: ModelScorer, samples: ToScore) -> _Said:
         async def scores() -> tuple[Array, Mapping[str, float], tuple[Ref, ...]]:
             found = await scorer.score(samples.rows)
-            if not np.isfinite(found).all():
+            silent = np.isnan(found) if reward.steps is not None else False  # an answer without steps
+            if not (np.isfinite(found) | silent).all():
                 raise DataFailure(f"reward {reward.label}: the model of {reward.role} gave {found.tolist()}")
             return found, {}, ()
 

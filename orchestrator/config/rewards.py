@@ -24,6 +24,8 @@ KINDS_WITH = {  # a key -> the kinds of rewards that it says something about; th
     "retries": (*CALLED, "judge"),
     "concurrency": (*CALLED, "judge"),
     "columns": ("actor", "url"),
+    "steps": ("role",),
+    "step_separator": ("role",),
     "method": ("actor",),
     "headers_from_env": ("url",),
     "allow_private": ("url", "judge"),
@@ -44,6 +46,10 @@ class RewardConfig(Section):
     """Instead of `fn`: a language model that judges, or a list of binary judges that must all say yes."""
     role: str | None = None
     """Instead of `fn`: the role whose model scores prompt and completion with one number."""
+    steps: Literal["min", "product", "last", "mean"] | None = None
+    """Of a process reward model: how its probabilities that the steps are right become one. None: no such model."""
+    step_separator: str = "\n"
+    """Text at which a step ends."""
     weight: float = 1.0
     """Factor of this reward in the sum."""
     name: str | None = None
@@ -90,6 +96,8 @@ class RewardConfig(Section):
                 raise ValueError(
                     f"{key} is for {' or '.join(KINDS[kind] for kind in kinds)}; this is {KINDS[given[0]]}"
                 )
+        if self.steps is None and self.step_separator != "\n":
+            raise ValueError("step_separator is for a process reward model; set steps=min, product, last or mean, too")
         return self._one_judge_or_binary_ones()
 
     def _one_judge_or_binary_ones(self) -> RewardConfig:

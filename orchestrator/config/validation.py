@@ -104,7 +104,11 @@ def _of_kinds(config: RunConfig, pipelines: Mapping[str, Pipeline]) -> Iterator[
             yield f"rewards: {reward.role} has no model to score with; name a role of kind trainer or frozen"
     for role in dict.fromkeys(judge.role for reward in config.rewards for judge in reward.judge or ()):
         yield from _of_judge(role, None if role is None else config.roles.get(role))
-    asked: dict[str, Head] = {reward.role: Head.ROW_SCALAR for reward in config.rewards if reward.role is not None}
+    asked: dict[str, Head] = {
+        reward.role: Head.ROW_SCALAR if reward.steps is None else Head.STEP_SCALAR
+        for reward in config.rewards
+        if reward.role is not None
+    }
     for pipeline in pipelines.values():
         for role, head in pipeline.heads.items():
             if asked.setdefault(role, head) is not head:

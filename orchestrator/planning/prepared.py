@@ -19,6 +19,7 @@ from orchestrator.data.source import RowSource, Source
 from orchestrator.pipeline import Pipeline, Stage, Verb, items_of
 from orchestrator.planning.episode_settings import EpisodeSettings
 from orchestrator.planning.schedule import Schedule
+from orchestrator.step_rewards import Steps
 from rewards.judge import JudgeSpec
 from rewards.reward import OnFailure
 from rewards.specs import AnySpec
@@ -90,12 +91,18 @@ class PreparedPhase:
 
 @dataclass(frozen=True)
 class ModelReward:
-    """A reward that is the score of a role's model."""
+    """A reward that is the score of a role's model: of the whole answer, or made of what it says of its steps."""
 
     role: str
     weight: float
     label: str
     on_failure: OnFailure = "retry"
+    steps: Steps | None = None
+
+    @property
+    def head(self) -> Head:
+        """What its model must have as its last layer."""
+        return Head.ROW_SCALAR if self.steps is None else Head.STEP_SCALAR
 
 
 @dataclass(frozen=True)
@@ -142,7 +149,7 @@ class Prepared:
     @property
     def heads(self) -> dict[str, Head]:
         """What each role's model must have as its last layer."""
-        scoring = {reward.role: Head.ROW_SCALAR for reward in self.model_rewards}
+        scoring = {reward.role: reward.head for reward in self.model_rewards}
         return {**scoring, **{role: head for phase in self.phases for role, head in phase.pipeline.heads.items()}}
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from actors.pretrained import check_folder
 from orchestrator.collection.episodes import REWARD
 from orchestrator.collection.precompute import recall
 from orchestrator.config.roles import EngineRole, EnvironmentsRole, RanksRole
-from orchestrator.config.schema import ENVIRONMENT, DataConfig, EvaluationConfig, PhaseConfig, RunConfig
+from orchestrator.config.schema import ENVIRONMENT, DataConfig, EvaluationConfig, PhaseConfig, RewardConfig, RunConfig
 from orchestrator.data.source import Source, open_source
 from orchestrator.data.synthetic_examples import PREFIX, is_example, model_folder
 from orchestrator.losses.objective import LossObjective
@@ -33,6 +33,7 @@ from orchestrator.planning.handover import is_handed_over, phase_of
 from orchestrator.planning.prepared import ModelReward, Prepared, PreparedPhase
 from orchestrator.planning.schedule import Schedule
 from orchestrator.plugins import importable
+from orchestrator.step_rewards import Steps
 from rewards.specs import check_columns, check_names, check_reward
 from rollout.conversation import Conversation
 from rollout.engine import ENGINES, Ability, abilities_of
@@ -49,11 +50,7 @@ def prepare(config: RunConfig, *, output: Path | None = None) -> Prepared:
     """Resolve and open everything that a run names. Raises ConfigError, ModelError or DataError."""
     pipelines = {name: build_pipeline(phase) for name, phase in config.phases.items()}
     rewards = tuple(check_reward(reward) for reward in config.rewards if reward.role is None)
-    scoring = tuple(
-        ModelReward(reward.role, reward.weight, reward.name or reward.role, reward.on_failure)
-        for reward in config.rewards
-        if reward.role is not None
-    )
+    scoring = _scoring(config.rewards, None)
     given = [REWARD] if any(phase.episode is not None for phase in config.phases.values()) else []
     check_names([*(reward.label for reward in (*rewards, *scoring)), *given])
     for role, settings in config.roles:
@@ -87,7 +84,7 @@ def prepare(config: RunConfig, *, output: Path | None = None) -> Prepared:
         tokenizer=tokenizer,
         phases=tuple(phases),
         rewards=rewards,
-        model_rewards=scoring,
+        model_rewards=_scoring(config.rewards, tokenizer),
         parameters=count_parameters(model),
     )
     prepared = replace(prepared, own_parameters=_own_parameters(prepared))
@@ -97,6 +94,20 @@ def prepare(config: RunConfig, *, output: Path | None = None) -> Prepared:
     _refuse_no_room(prepared, room)
     _check_vocabularies(prepared)
     return prepared
+
+
+def _scoring(rewards: Iterable[RewardConfig], tokenizer: Any) -> tuple[ModelReward, ...]:
+    """Rewards that models give. The separators of steps are looked for in the tokenizer, if there is one."""
+
+    def steps_of(reward: RewardConfig) -> Steps | None:
+        steps = None if reward.steps is None else Steps(reward.steps, reward.step_separator)
+        return steps if steps is None or tokenizer is None else steps.found_in(tokenizer)
+
+    return tuple(
+        ModelReward(reward.role, reward.weight, reward.name or reward.role, reward.on_failure, steps_of(reward))
+        for reward in rewards
+        if reward.role is not None
+    )
 
 
 def build_pipeline(phase: PhaseConfig) -> Pipeline:

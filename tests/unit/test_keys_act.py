@@ -45,8 +45,8 @@ from orchestrator.methods import build
 from orchestrator.pipeline import Completions, Pipeline, Verb
 from orchestrator.planning.episode_settings import EpisodeSettings, episode_settings
 from orchestrator.planning.plan import Machine, Plan, draft_plan
-from orchestrator.planning.prepared import ModelReward, Prepared, PreparedPhase
-from orchestrator.planning.resolve import build_pipeline
+from orchestrator.planning.prepared import Prepared, PreparedPhase
+from orchestrator.planning.resolve import _scoring, build_pipeline
 from orchestrator.planning.schedule import Schedule
 from orchestrator.row_table import RowTable
 from rewards.specs import spec_of
@@ -182,6 +182,8 @@ PLANNED: dict[str, tuple[Any, dict[str, Any]]] = {
     "rewards.N.url": ("https://b.example", {"rewards": [{"url": "https://a.example"}]}),
     "rewards.N.headers_from_env": ({"Authorization": "TOKEN"}, {"rewards": [{"url": "https://a.example"}]}),
     "rewards.N.allow_private": (True, {"rewards": [{"url": "https://a.example"}]}),
+    "rewards.N.steps": ("min", {"rewards": [{"role": "reward_model"}]}),
+    "rewards.N.step_separator": (";", {"rewards": [{"role": "reward_model", "steps": "min"}]}),
     "rewards.N.judge": ({**JUDGE, "model": "other"}, JUDGED),
     **{
         f"rewards.N.judge.N.{key}": (value, JUDGED)
@@ -415,11 +417,7 @@ def _prepared(config: RunConfig, phases: tuple[PreparedPhase, ...]) -> Prepared:
         tokenizer=None,
         phases=phases,
         rewards=tuple(spec_of(reward) for reward in config.rewards if reward.role is None),
-        model_rewards=tuple(
-            ModelReward(reward.role, reward.weight, reward.name or reward.role, reward.on_failure)
-            for reward in config.rewards
-            if reward.role is not None
-        ),
+        model_rewards=_scoring(config.rewards, None),
         parameters=1_000_000,
     )
 
