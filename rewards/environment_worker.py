@@ -30,7 +30,7 @@ from typing import Any, cast
 import actors
 from actors.errors import DataFailure, InfraFailure
 from actors.worker import WorkerInfo
-from rewards.environment import Counts, Environment, Message
+from rewards.environment import Counts, Environment, Message, ToolEnvironment
 from rewards.environment_specs import ROUTED_BY, EnvironmentSpec, Schema, schema_of
 from rewards.user_calls import Raised, UserCalls
 
@@ -75,6 +75,7 @@ class EnvironmentWorker:
         self._specs, self._max_chars = dict(specs), dict(max_answer_chars)
         self._makers: dict[str, dict[str, Callable[[UserCalls], Environment]]] = {}
         self._idle: defaultdict[tuple[str, str], list[Environment]] = defaultdict(list)  # built once, reset often
+        self._schemas: dict[tuple[str, str], list[Schema]] = {}  # of tools, which take a while to be made
         self._sessions: dict[str, _Session] = {}
         self._threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="environment")
         self._call = UserCalls(self._threads)
@@ -87,7 +88,9 @@ class EnvironmentWorker:
         for phase, spec in self._specs.items():
             self._makers[phase] = spec.makers()
             for route, make in self._makers[phase].items():
-                self._idle[phase, route].append(await asyncio.to_thread(make, self._call))
+                environment = await asyncio.to_thread(make, self._call)
+                self._schemas[phase, route] = await asyncio.to_thread(_schemas_of, environment)
+                self._idle[phase, route].append(environment)
         packages = str(Path(actors.__file__).parent)
         return WorkerInfo(self.name, os.getpid(), platform.node(), packages, {"phases": list(self._specs)})
 
@@ -113,7 +116,8 @@ class EnvironmentWorker:
         }
         said = await self._run(f"{type(environment).__name__}.reset", environment.reset, row)
         self._sessions[episode] = _Session(environment, phase, route)
-        tools = [schema_of(tool, self.name) for tool in getattr(environment, "tools", None) or []]
+        is_fixed = isinstance(environment, ToolEnvironment)  # others may have other tools in each episode
+        tools = self._schemas[phase, route] if is_fixed else _schemas_of(environment)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         before = [] if getattr(environment, "owns_prompt", False) else messages
         return Opened(_opened_with(before, said, self._max_chars[phase]), tools)
@@ -186,6 +190,11 @@ class EnvironmentWorker:
         finally:
             with self._lock:
                 del self._running[token]
+
+
+def _schemas_of(environment: Environment) -> list[Schema]:
+    tools = getattr(environment, "tools", None) or []
+    return [schema_of(tool, getattr(tool, "__name__", "of an environment")) for tool in tools]
 
 
 def _opened_with(prompt: list[Message], said: Any, max_chars: int) -> list[Message]:
