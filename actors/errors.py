@@ -10,6 +10,7 @@ TroupeError
 └── RunError           something broke during a run
     ├── DiskError          a disk is full or not writable
     ├── InfraFailure       an actor, an engine or a wait died: retry elsewhere, bounded
+    │   ├── BlockLost          a value in the object store is gone: make it again, bounded
     │   └── NoAnswer           a worker died, is out of reach, or passed its deadline
     │       └── WorkerDied         it died
     ├── DataFailure        this sample always fails: drop it and count it
@@ -70,6 +71,11 @@ class DiskError(RunError):
 
 class InfraFailure(RunError):
     """The infrastructure failed, not the sample: the same work may succeed elsewhere."""
+
+
+class BlockLost(InfraFailure):
+    """A value in the object store is gone, with the node that held it. No other worker will find it either: only what
+    made it can make it again."""
 
 
 class NoAnswer(InfraFailure):

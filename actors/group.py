@@ -21,10 +21,10 @@ from typing import Any, TypeVar
 import ray
 from ray import ObjectRef
 from ray.actor import ActorClass
-from ray.exceptions import ActorDiedError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, ObjectLostError, RayError, RayTaskError
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from actors.errors import InfraFailure, NoAnswer, WorkerDied, first_lines
+from actors.errors import BlockLost, InfraFailure, NoAnswer, WorkerDied, first_lines
 from actors.worker import NAMESPACE, Ref, WorkerInfo, consume_exception
 
 T = TypeVar("T")
@@ -84,7 +84,11 @@ class RayWorker:
         try:
             return future.result()
         except RayTaskError as error:
+            if isinstance(error.cause, ObjectLostError):
+                raise BlockLost(self._failure(method, started, _loss(error.cause))) from error
             raise error.cause from error
+        except ObjectLostError as error:
+            raise BlockLost(self._failure(method, started, _loss(error))) from error
         except ActorDiedError as error:
             raise WorkerDied(self._failure(method, started, _death(error))) from error
         except RayError as error:
@@ -176,6 +180,8 @@ class RayObjects:
             return future.result()
         except RayTaskError as error:
             raise error.cause from error
+        except ObjectLostError as error:
+            raise BlockLost(_loss(error)) from error
         except RayError as error:
             raise InfraFailure(f"object {ref.target.hex()[:16]} is lost: {first_lines(error, 3)}") from error
 
@@ -277,6 +283,10 @@ def _label(name: str) -> str:
 
 def _target(value: Any) -> Any:
     return value.target if isinstance(value, Ref) else value
+
+
+def _loss(error: ObjectLostError) -> str:
+    return f"object {error.object_ref_hex[:16]} is lost: the node that held it is gone"
 
 
 def _death(error: ActorDiedError) -> str:

@@ -191,6 +191,9 @@ class ModelWorker:
             state = deepcopy(self._objective_states.get(stage, {}))
             return Pass(self.backend, shard.fetched(blocks), objective, temperature, state, self._companion).measure()
 
+    def hold(self, *blocks: Batch) -> None:
+        """Nothing: that it was called means that the blocks have reached this rank's node."""
+
     def export(
         self, consumer: Callable[[Iterator[tuple[str, Tensor]]], Any], bucket_bytes: int, as_saved: bool = True
     ) -> Any:

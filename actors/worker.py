@@ -11,11 +11,13 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from actors.errors import NoAnswer, WorkerDied
+
+T = TypeVar("T")
 
 NAMESPACE = "troupe"  # of all our actors, in Ray
 
@@ -206,6 +208,17 @@ class LocalObjects:
 
     async def get(self, ref: Ref, *, timeout_s: float) -> Any:
         return ref.target
+
+
+async def all_or_first_error(work: Iterable[Awaitable[T]]) -> list[T]:
+    """All results, or the first error; nothing goes on after that."""
+    tasks = [asyncio.ensure_future(each) for each in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def consume_exception(future: asyncio.Future[Any]) -> None:

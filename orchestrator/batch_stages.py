@@ -124,6 +124,14 @@ class BatchStages:
         """What refs stand for, brought into the driver."""
         return list(await asyncio.gather(*(self._objects.get(ref, timeout_s=FETCH_TIMEOUT_S) for ref in refs)))
 
+    async def held(self, table: RowTable) -> None:
+        """Brings the blocks of a table to the nodes of the first trained role's ranks, as these will read them. Raises
+        BlockLost if one is gone."""
+        role = self.phase.pipeline.trained[0]
+        shares = table.only({"tokens", "mask"}).shard(len(self._groups[role].workers), self.phase.token_budget)
+        blocks, deadline = [share.blocks for share in shares], self._call_timeout_s[role]
+        await self._groups[role].call("hold", blocks=blocks, timeout_s=deadline, task_name=f"{role}.hold")
+
     def ranks(self, stage: Stage) -> int:
         """Processes that share the work of a stage."""
         return len(self._group_of(stage)[1].workers)

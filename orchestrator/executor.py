@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 from actors.batch import Array
+from actors.errors import BlockLost
 from actors.worker import Group, Objects, Ref
 from orchestrator.batch_stages import BatchStages, PhaseSettings
 from orchestrator.cluster.pool import Pool
@@ -100,6 +101,18 @@ class Executor:
     async def run_group(self, stage: Stage, group: PromptGroup) -> PromptGroup | None:
         """One group-wise stage: see `GroupStages.run`."""
         return await self.group_stages.run(stage, group, self.phase.sampling)
+
+    async def lost(self, tables: Sequence[RowTable]) -> list[bool]:
+        """Which of the tables have blocks that are gone with their node. The blocks of the others are on the nodes of
+        the first trained role's ranks afterwards, where the loss of another node does not matter."""
+        try:
+            await self.batch_stages.held(RowTable.concat(tables))
+        except BlockLost:
+            each = await asyncio.gather(*map(self.batch_stages.held, tables), return_exceptions=True)
+            if other := next((found for found in each if found and not isinstance(found, BlockLost)), None):
+                raise other from None
+            return [found is not None for found in each]
+        return [False] * len(tables)
 
     async def run(
         self, stages: Sequence[Stage], table: RowTable, step: int = -1, clock: Clock | None = None

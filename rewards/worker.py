@@ -22,7 +22,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -36,9 +36,9 @@ from actors.batch import Array, Batch
 from actors.errors import DataFailure
 from actors.pretrained import load_tokenizer
 from actors.sharding import Shard
-from actors.worker import WorkerInfo
+from actors.worker import WorkerInfo, all_or_first_error
 from rewards.attempts import CallStatistics
-from rewards.caller import RewardCaller, Scored
+from rewards.caller import RewardCaller
 from rewards.calls import Prompt, Samples, TrainerState, merged
 from rewards.combine import weighted_sum
 from rewards.engine_judge import EngineJudges, Question
@@ -198,7 +198,7 @@ class RewardWorker:
     ) -> tuple[ScoreResult, ScoredTexts]:
         samples = self._samples(batch, prompt, columns, spoken)
         count = len(samples)
-        scored = await _all_of([caller.score(samples) for caller in self._callers])
+        scored = await all_or_first_error([caller.score(samples) for caller in self._callers])
         rewards = np.stack([each.values for each in scored], axis=1) if scored else np.zeros((count, 0), np.float32)
         weights = np.array([caller.weight for caller in self._callers], np.float32)
         total = weighted_sum(rewards, weights)
@@ -238,16 +238,6 @@ def _apart(blocks: Sequence[Any]) -> tuple[list[Batch], list[Spoken]]:
 
 def _asks_engines(spec: AnySpec) -> bool:
     return isinstance(spec, JudgeSpec) and spec.by_engine
-
-
-async def _all_of(work: Sequence[Coroutine[Any, Any, Scored]]) -> list[Scored]:
-    """All results, or the first error; then the others are given up."""
-    tasks = [asyncio.ensure_future(each) for each in work]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
 
 
 def _completion_ids(batch: Batch) -> list[list[int]]:

@@ -60,24 +60,6 @@ def margin_of(pairs):
     return pair_scores(pairs, pairs.logps - pairs.ref_logps).difference
 """
 
-ENGINE = '''
-from rollout.hf_engine import HfEngine
-
-
-class CountingEngine(HfEngine):
-    """An engine that leaves a word of every request that it was given."""
-
-    def add(self, request):
-        with open({told!r}, "a") as stream:
-            stream.write("asked\\\\n")
-        super().add(request)
-
-
-def spread(completions, **columns):
-    """Another number for nearly every completion, so that there is something to learn."""
-    return [sum(map(ord, text)) % 7 for text in completions]
-'''
-
 ONLINE = '''
 """REINFORCE with an advantage, a loss, a reward and an engine of one's own."""
 
@@ -144,10 +126,4 @@ def written(folder: Path) -> Path:
     (folder / "beside.py").write_text(BESIDE)
     file = folder / "mine.py"
     file.write_text(METHOD)
-    return file
-
-
-def engine(folder: Path, told: Path) -> Path:
-    file = folder / "my_engine.py"
-    file.write_text(ENGINE.replace("{told!r}", repr(str(told))).replace("\\\\n", "\\n"))
     return file

@@ -23,7 +23,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from actors.errors import InfraFailure, NoAnswer
+from actors.errors import BlockLost, InfraFailure, NoAnswer
 from actors.worker import Worker, WorkerInfo
 from orchestrator.cluster.failures import Watchdog
 from orchestrator.cluster.fleet import Fleet, Start, State, Stop
@@ -128,7 +128,8 @@ class Pool:
     async def call(self, key: str, work: Callable[[Worker], Awaitable[T]]) -> T:
         """Run `work` on a serving member; on an InfraFailure on another one, up to `max_attempts` times. The death of a
         worker counts as an attempt of a call that was alone with it, or that lost a worker before; of the others it
-        does not. Other errors are the caller's. Raises InfraFailure when the attempts are used up."""
+        does not. Other errors are the caller's. Raises InfraFailure when the attempts are used up, BlockLost at once if
+        what the call needs is gone."""
         tried: frozenset[int] = frozenset()
         attempts = deaths = 0
         while True:
@@ -140,6 +141,8 @@ class Pool:
                 result = await work(self.workers[index])
                 self._returned(index)
                 return result
+            except BlockLost:  # no worker would find it
+                raise
             except InfraFailure as error:
                 tried |= {index}
                 await self._suspect(index, error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -50,6 +51,10 @@ class RoleClient(Protocol):
     async def run_group(self, stage: Stage, group: PromptGroup) -> PromptGroup | None: ...
 
     async def run_batch_stages(self, table: RowTable) -> RowTable: ...
+
+    async def lost(self, tables: Sequence[RowTable]) -> list[bool]:
+        """Which of the tables have blocks that are gone with their node."""
+        ...
 
 
 async def cancel(tasks: list[asyncio.Task[Any]]) -> None:

@@ -10,11 +10,12 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from actors.errors import DataFailure, InfraFailure, RunError
+from actors.worker import all_or_first_error
 from orchestrator.cluster.failures import Watchdog
 from orchestrator.collection.scoring import ToScore
 from orchestrator.config.roles import RolesConfig
@@ -28,8 +29,6 @@ from orchestrator.reporting.rollout_metrics import episode_metrics
 from orchestrator.row_table import RowTable
 from rewards.worker import ScoreResult
 from rollout.sampling import GroupMeta, Sampling
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -159,7 +158,7 @@ async def evaluate(source: Any, roles: Executor, stage: Stage, sampling: Samplin
     stages = roles.group_stages
     scorers = next(iter(stages.scorers))
     reasons: list[str] = []
-    results = await _all_of([one(index) for index in range(len(source))])
+    results = await all_or_first_error([one(index) for index in range(len(source))])
     done = [result for result in results if result is not None]
     if not done:
         raise RunError(f"all {len(results)} prompts failed, the last because: {''.join(reasons[-1:]) or 'no samples'}")
@@ -179,17 +178,6 @@ async def evaluate(source: Any, roles: Executor, stage: Stage, sampling: Samplin
         metrics[f"eval_rewards/{name}/mean"] = float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")
     metrics["eval_failed"] = float(len(results) - len(done))
     return Evaluation(metrics["eval_reward"], len(done), metrics)
-
-
-async def _all_of(work: list[Coroutine[Any, Any, T]]) -> list[T]:
-    """All results, or the first error; nothing goes on after that."""
-    tasks = [asyncio.ensure_future(each) for each in work]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def evaluate_rows(source: Any, roles: Executor) -> dict[str, float]:

@@ -5,7 +5,8 @@ slow reward or a dead engine delays one group and not the batch. It may run ahea
       ▲         ▲ the staleness contract                       ├─► batch stages ─► next()
       └─────────┴──── dropped, filtered or too old: draw another
 
-One batch is assembled ahead. What is trained on is settled in the cursor only after the step.
+Samples that are lost with the node that held them are drawn again, from the same seeds. One batch is assembled ahead.
+What is trained on is settled in the cursor only after the step.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from actors.errors import BudgetExhausted, Dropped, RunError
+from actors.errors import BlockLost, BudgetExhausted, Dropped, RunError
 from orchestrator.cluster.failures import Kind, Ledger, Watchdog, classify
 from orchestrator.collection.collected import Collected, RoleClient, cancel
 from orchestrator.collection.cursor import Cursor
@@ -26,6 +28,8 @@ from orchestrator.collection.staleness import Contract
 from orchestrator.pipeline import Pipeline, Verb
 from orchestrator.row_table import RowTable
 from rollout.sampling import sample_seed
+
+TIMES_LOST = 3  # of one group, before it is dropped
 
 
 class GroupCollector:
@@ -56,6 +60,7 @@ class GroupCollector:
         self._ready: dict[int, PromptGroup] = {}
         self._settled: list[int] = []  # dropped or filtered since the last step
         self._filtered = self._filtered_in_a_row = self._expired = self._kept = 0
+        self._lost = Counter[int]()  # position -> how many times its samples were lost with a node
         self._wasted = Waste()
         self._changed = asyncio.Event()
         self._failure: BaseException | None = None
@@ -66,6 +71,8 @@ class GroupCollector:
         self._admit()
         with self._watchdog.waiting(self._what_is_waited_for):
             collected = await (self._ahead or asyncio.ensure_future(self._assemble(version)))
+            while await self._make_again(collected.groups):
+                collected = await self._assemble(version)
         self._contract.check((group.oldest_version for group in collected.groups), version=version)
         self._ahead = asyncio.ensure_future(self._assemble(version + 1))
         return collected
@@ -120,7 +127,7 @@ class GroupCollector:
     async def _collect(self, position: int) -> None:
         """One group's way through the group-wise stages. It ends in `_ready`, or settled and replaced by another."""
         epoch, index = self._source.order.at(position)
-        name = f"{self._run}/{position}/v{self._version}"
+        name = "/".join([f"{self._run}/{position}/v{self._version}", *["again"] * self._lost[position]])
         group = PromptGroup(name, position, self._source.item(index), sample_seed(self._seed, position), epoch)
         try:
             for stage in self._pipeline.group_stages:
@@ -129,6 +136,9 @@ class GroupCollector:
                     self._filter(position, group)
                     return
                 group = after
+        except BlockLost as error:
+            self._lose(position, error)
+            return
         except RunError as error:
             if classify(error) is Kind.BUG:
                 raise
@@ -139,6 +149,29 @@ class GroupCollector:
         self._accepted += 1
         self._kept += 1
         self._ready[position] = group
+
+    def _lose(self, position: int, error: BlockLost) -> None:
+        """What was sampled is gone with its node: sample it again, from the same seed, within reason."""
+        self._lost[position] += 1
+        if self._lost[position] > TIMES_LOST:
+            self._drop(position, str(Kind.INFRA), f"lost {self._lost[position]} times, the last time: {error}")
+        else:
+            self._redraw = sorted([*self._redraw, position])
+
+    async def _make_again(self, groups: Sequence[PromptGroup]) -> bool:
+        """Whether some of the groups of a batch are lost, and the batch must be assembled again. The others are as
+        ready as they were."""
+        lost = await self._roles.lost([group.rows for group in groups])
+        if not any(lost):
+            return False
+        for group, gone in zip(groups, lost, strict=True):
+            if gone:
+                self._accepted -= 1
+                self._lose(group.position, BlockLost("its node is gone"))
+            else:
+                self._ready[group.position] = group
+        self._admit()
+        return True
 
     def _drop(self, position: int, reason: str, detail: str) -> None:
         self._settled.append(position)
@@ -158,13 +191,19 @@ class GroupCollector:
 
     async def _assemble(self, version: int) -> Collected:
         """A batch that may be trained at `version`: the oldest groups first, then in the order of their prompts."""
-        await self._until_enough(version)
-        positions = sorted(self._usable(version)[: self._contract.size(version)])
-        groups = tuple(self._ready.pop(position) for position in positions)
-        assembled = time.perf_counter()
-        table = await self._roles.run_batch_stages(RowTable.concat([group.rows for group in groups]))
-        seconds = {**_seconds(groups), "time/batch_stages": time.perf_counter() - assembled}
-        return Collected(table, tuple(positions), groups, {**self._metrics(), **seconds})
+        while True:
+            await self._until_enough(version)
+            positions = sorted(self._usable(version)[: self._contract.size(version)])
+            groups = tuple(self._ready.pop(position) for position in positions)
+            assembled = time.perf_counter()
+            try:
+                table = await self._roles.run_batch_stages(RowTable.concat([group.rows for group in groups]))
+            except BlockLost:
+                if not await self._make_again(groups):
+                    raise  # a block that is none of the groups': made by a role whose node is gone
+                continue
+            seconds = {**_seconds(groups), "time/batch_stages": time.perf_counter() - assembled}
+            return Collected(table, tuple(positions), groups, {**self._metrics(), **seconds})
 
     def _usable(self, version: int) -> list[int]:
         ages = {position: group.oldest_version for position, group in self._ready.items()}
@@ -194,6 +233,7 @@ class GroupCollector:
     def _metrics(self) -> dict[str, float]:
         counts = {f"dropped/{reason}": float(count) for reason, count in self._ledger.dropped.items()}
         found = {"groups/filtered": float(self._filtered), "groups/expired": float(self._expired)}
+        found["groups/lost"] = float(self._lost.total())
         if any(stage.verb in (Verb.KEEP, Verb.REGROUP) for stage in self._pipeline.group_stages):
             found |= {"groups/kept": float(self._kept), **self._wasted.metrics()}
         return {**counts, **found}

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from actors.batch import Batch
-from actors.errors import BudgetExhausted, DataFailure, Dropped, InfraFailure
+from actors.errors import BlockLost, BudgetExhausted, DataFailure, Dropped, InfraFailure
 from actors.worker import Objects, Ref, Worker
 from orchestrator.cluster.failures import enough_survive
 from orchestrator.cluster.pool import Pool
@@ -191,7 +191,7 @@ class GroupStages:
         try:
             asked = ToScore(group.id, group.seed, group.prompt, group.rows, group.transcripts, group.episodes)
             score, texts = await self.score(stage.role, asked)
-        except Dropped:
+        except (Dropped, BlockLost):
             raise
         except (InfraFailure, DataFailure) as error:
             if not self.scorers[stage.role].policy.abort_on_failure:

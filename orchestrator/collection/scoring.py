@@ -10,7 +10,6 @@ Each failure has its reward's name and is handled as that reward's `on_failure` 
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -21,7 +20,7 @@ import numpy as np
 
 from actors.batch import Array
 from actors.errors import BudgetExhausted, DataFailure, Dropped, InfraFailure, NoAnswer, RunError
-from actors.worker import Ref, Worker
+from actors.worker import Ref, Worker, all_or_first_error
 from orchestrator.cluster.pool import Pool
 from orchestrator.collection.model_scorer import ModelScorer
 from orchestrator.planning.prepared import ModelReward
@@ -87,11 +86,12 @@ class Scoring:
         """The rewards, functions by whichever worker of a scorer role is free, and the one that was `given`. Beside
         them, where the texts that were scored are, and what was logged of them."""
         pool = self._scorers[role]
-        others = [
+        work: list[Awaitable[Any]] = [
+            self._call(pool, samples),
             *(self._model(reward, scorer, samples) for reward, scorer in self._models.items()),
             *(self._judge(judge, pool, samples) for judge in self._judges),
         ]
-        (score, texts), *found = await _all_of([self._call(pool, samples), *others])
+        (score, texts), *found = await all_or_first_error(work)
         return _joined(score, found, given), (texts, *(ref for one in found for ref in one.texts))
 
     async def _call(self, pool: Pool, samples: ToScore) -> tuple[ScoreResult, Ref]:
@@ -111,7 +111,7 @@ class Scoring:
         async def scores() -> tuple[Array, Mapping[str, float], tuple[Ref, ...]]:
             questions = await self._on_worker(pool, samples, "questions", judge.label)
             asked = (self._answers(judge, samples, number, each) for number, each in enumerate(questions))
-            answers = await _all_of(list(asked))
+            answers = await all_or_first_error(list(asked))
             blocks = [block for table in answers for block in table.blocks]
             (values, metrics), texts = await self._on_worker(pool, samples, "judged", judge.label, more=blocks)
             return values, metrics, (texts,)
@@ -191,13 +191,3 @@ def _joined(score: ScoreResult, found: Sequence[_Said], given: Given | None) -> 
         calls=(*score.calls, *(one.statistics for one in found)),
         metrics={**score.metrics, **{name: value for one in found for name, value in one.metrics.items()}},
     )
-
-
-async def _all_of(work: Sequence[Awaitable[Any]]) -> list[Any]:
-    """All results, or the first error; then the others are cancelled."""
-    tasks = [asyncio.ensure_future(each) for each in work]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()

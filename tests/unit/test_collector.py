@@ -1,6 +1,7 @@
 """Collection by prompt group: what is drawn, dropped, filtered, expired and trained on."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from actors.batch import Batch
-from actors.errors import BudgetExhausted, DataFailure, Dropped, InfraFailure, RunError
+from actors.errors import BlockLost, BudgetExhausted, DataFailure, Dropped, InfraFailure, RunError
 from actors.worker import LocalObjects, Ref
 from orchestrator.cluster.failures import Ledger, Watchdog
 from orchestrator.collection.collected import Collected
@@ -61,11 +62,15 @@ class Stages(GroupStages):
     slow: set[int] = field(default_factory=set)
     failing: dict[int, Exception] = field(default_factory=dict)
     unscorable: dict[int, Exception] = field(default_factory=dict)
+    scorable_again: bool = False  # what is unscorable is so once
     rewards: dict[int, list[float]] = field(default_factory=dict)
     samples: dict[int, int] = field(default_factory=dict)
     on_failure: Literal["drop", "abort"] = "drop"
     seen: list[int] = field(default_factory=list)
     seeds: dict[int, int] = field(default_factory=dict)
+    all_seeds: dict[int, list[int]] = field(default_factory=dict)
+    gone: set[int] = field(default_factory=set)  # positions whose blocks are lost once they were collected
+    gone_again: bool = False
     staged: int = 0  # batches that passed the stages before learning
     paused: bool = False
 
@@ -77,6 +82,7 @@ class Stages(GroupStages):
         position = request.group
         self.seen.append(position)
         self.seeds[position] = request.seed
+        self.all_seeds.setdefault(position, []).append(request.seed)
         started = self.version
         while position in self.slow:
             await asyncio.sleep(0.001)
@@ -93,7 +99,7 @@ class Stages(GroupStages):
     async def score(self, role: str, asked: ToScore) -> tuple[ScoreResult, tuple[Ref, ...]]:
         prompt, rows = asked.prompt, asked.rows
         if prompt.id in self.unscorable:
-            raise self.unscorable[prompt.id]
+            raise self.unscorable.pop(prompt.id) if self.scorable_again else self.unscorable[prompt.id]
         total = np.array(self.rewards.get(prompt.id, [0.0, 1.0][: len(rows)]), dtype=np.float32)
         parts, weights = total[:, None], np.ones(1, np.float32)
         return ScoreResult(names=("r",), rewards=parts, total=total, weights=weights), (Ref(None),)
@@ -104,6 +110,11 @@ class Stages(GroupStages):
     async def run_batch_stages(self, table: RowTable) -> RowTable:
         self.staged += 1
         return table
+
+    async def lost(self, tables: Sequence[RowTable]) -> list[bool]:
+        found = [int(table["group"][0]) in self.gone for table in tables]
+        self.gone = self.gone if self.gone_again else set()
+        return found
 
 
 def spread(rewards: np.ndarray) -> bool:
@@ -264,6 +275,36 @@ async def test_a_run_whose_every_reward_is_no_opinion_ends_with_the_rewards_name
         BudgetExhausted, match="no reward has an opinion on any sample: r returned None for each of the 2"
     ):
         await feed.next(0)
+    await feed.close()
+
+
+async def test_samples_lost_before_they_were_learned_are_drawn_again_from_the_same_seed_and_no_others_are():
+    stages = Stages(gone={1})
+    feed = collector(stages)
+    collected = await feed.next(0)
+    assert collected.positions == (0, 1, 2)
+    assert sorted(stages.seen) == [0, 1, 1, 2]
+    assert stages.all_seeds[1][0] == stages.all_seeds[1][1] != stages.all_seeds[2][0]
+    assert (collected.metrics["groups/lost"], stages.staged) == (1, 2)
+    assert [group.id for group in collected.groups] == ["test/0/v0", "test/1/v0/again", "test/2/v0"]
+    await feed.close()
+
+
+async def test_samples_lost_before_they_were_scored_are_drawn_again():
+    stages = Stages(unscorable={1: BlockLost("its node is gone")}, scorable_again=True)
+    feed = collector(stages)
+    collected = await feed.next(0)
+    assert (collected.positions, stages.seen.count(1), collected.metrics["groups/lost"]) == ((0, 1, 2), 2, 1)
+    assert not any(name.startswith("dropped/") for name in collected.metrics)
+    await feed.close()
+
+
+async def test_a_group_whose_samples_are_lost_again_and_again_is_dropped():
+    stages = Stages(gone={1}, gone_again=True)
+    feed = collector(stages)
+    collected = await feed.next(0)
+    assert (collected.positions, stages.seen.count(1)) == ((0, 2, 3), 4)
+    assert (collected.metrics["groups/lost"], collected.metrics["dropped/infra"]) == (4, 1)
     await feed.close()
 
 
