@@ -50,6 +50,8 @@ TARGETS = {
     ("sft", "plain"): Target(2.0, "token"),
     ("sft", "group_by_length"): Target(1.0, "token"),
     ("dpo", "plain"): Target(2.0, "token"),
+    ("gkd", "plain"): Target(4.0, "step"),
+    ("on_policy_distillation", "plain"): Target(4.0, "step"),
 }
 
 
@@ -171,7 +173,7 @@ def _options() -> argparse.Namespace:
         help="let TRL's idle threads sleep as Troupe's do: slower on a quiet machine, many times quicker on a busy one",
     )
     parser.add_argument("--rounds", type=int, default=1, help="both sides in turn; medians are shown")
-    parser.add_argument("--steps", type=int, help="counted steps per run; default: 8, of grpo 6")
+    parser.add_argument("--steps", type=int, help="counted steps per run; default: 8; 6 where completions are sampled")
     return parser.parse_args()
 
 

@@ -18,7 +18,19 @@ import torch
 from datasets import Dataset
 from length_reward import length_reward
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DistillationConfig,
+    DistillationTrainer,
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 GENERATE, SCORE, LOGPS, UPDATE = "generate", "score", "logps", "update"
 
@@ -66,7 +78,9 @@ class Tokens:
         self.real = self.computed = self.decoded = 0
 
     def count(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tokens, mask = kwargs["input_ids"], kwargs.get("attention_mask")
+        tokens, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+        if tokens is None:  # TRL's distillation calls the decoder itself, inside a call of the model without tokens
+            return
         if self._clock.phase == GENERATE:
             self.decoded += len(tokens)
             return
@@ -115,6 +129,7 @@ def timed(owner: Any, name: str, phase: Callable[[], str], clock: Clock) -> None
 def time_phases(trainer: Any, clock: Clock) -> None:
     """A pass without gradient is `logps` (of the reference, or of the policy for an estimate), one with it `update`."""
     phases = {"_generate": GENERATE, "_calculate_rewards": SCORE, "_compute_kl_logps": LOGPS, "compute_loss": UPDATE}
+    phases["generate_on_policy_outputs"] = GENERATE
     for name, phase in phases.items():
         if hasattr(trainer, name):
             timed(trainer, name, lambda phase=phase: phase, clock)
@@ -160,7 +175,26 @@ def make_trainer(job: dict[str, Any], model: Any, tokenizer: Any, rows: Dataset,
                 **common | {"per_device_train_batch_size": job["rows"]}, **sampled, beta=job["beta"], temperature=1.0
             )
             return GRPOTrainer(args=config, reward_funcs=length_reward, **given)
+        case "on_policy_distillation":
+            sampled = {"max_completion_length": job["max_tokens"], "shuffle_dataset": False, "temperature": 1.0}
+            config = DistillationConfig(**common, **sampled, beta=job["beta"])
+            return DistillationTrainer(args=config, teacher_model=teacher(job), **given)
+        case "gkd":
+            sampled = {"max_new_tokens": job["max_tokens"], "temperature": 1.0, "lmbda": 1.0}
+            in_order = {"train_sampling_strategy": "sequential", "max_length": job["max_length"]}
+            config = GKDConfig(**common, **sampled, **in_order, beta=job["beta"])
+            tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+            return GKDTrainer(args=config, teacher_model=teacher(job), **given | {"train_dataset": rows.map(answered)})
     raise ValueError(f"no such method: {job['method']}")
+
+
+def teacher(job: dict[str, Any]) -> Any:
+    return AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job["dtype"]))
+
+
+def answered(row: dict[str, Any]) -> dict[str, Any]:
+    """A prompt as TRL's GKD takes it. The answer is never trained on: every completion is sampled."""
+    return {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": "."}]}
 
 
 def _batching(job: dict[str, Any], rows: Dataset) -> dict[str, Any]:
@@ -198,7 +232,8 @@ def main() -> None:
 def summary(job: dict[str, Any], trainer: Any, steps: Steps, clock: Clock, tokens: Tokens) -> dict[str, Any]:
     counted = steps.durations[job["warmup"] :]
     history = [entry for entry in trainer.state.log_history if "num_tokens" in entry]
-    seen = history[-1]["num_tokens"] - history[job["warmup"] - 1]["num_tokens"]
+    counts = [entry["num_tokens"] for entry in history]
+    seen = counts[-1] - counts[job["warmup"] - 1] if counts else tokens.real
     lengths = [entry["completions/mean_length"] for entry in history if "completions/mean_length" in entry]
     phases = {phase: clock.seconds[phase] / len(counted) for phase in (GENERATE, SCORE, LOGPS, UPDATE)}
     step_s = sum(counted) / len(counted)
@@ -208,8 +243,8 @@ def summary(job: dict[str, Any], trainer: Any, steps: Steps, clock: Clock, token
         "step_s": step_s,
         "tokens": seen / len(counted),
         "phases": {**phases, "publish": 0.0, "rest": step_s - sum(phases.values())},
-        "padding": 1 - tokens.real / tokens.computed,
-        "decoded_in_vain": 1 - sampled / tokens.decoded if tokens.decoded else None,
+        "padding": 1 - tokens.real / tokens.computed if tokens.computed else 0.0,  # not counted
+        "decoded_in_vain": 1 - sampled / tokens.decoded if tokens.decoded and lengths else None,
         "mean_length": mean_length,
     }
 

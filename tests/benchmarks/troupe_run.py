@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 from processes import Ran, run
-from workload import Job
+from workload import DISTILLING, SAMPLING, Job
 
 HERE = Path(__file__).parent
 TIMEOUT_S = 1800.0
@@ -38,7 +38,7 @@ def run_troupe(job: Job, checkout: Path = HERE.parent.parent) -> Figures:
     phases = {
         "generate": mean("time/generate"),
         "score": mean("time/score"),
-        "logps": mean("time/batch_stages" if job.method == "grpo" else "time/collect"),
+        "logps": mean("time/batch_stages" if job.method in SAMPLING else "time/collect"),
         "update": sum(update.values()),
         "publish": mean("time/publish"),
     }
@@ -85,11 +85,15 @@ def _recipe(job: Job, data: Path, folder: str) -> Figures:
         "logging": {"completions_every": None, "tensorboard": False, "ray_metrics": False},
         "cluster": {"num_cpus": 8},
     }
-    if job.method == "grpo":
-        recipe["options"] = {"num_generations": job.samples, "beta": job.beta}
+    if job.method in SAMPLING:
         recipe["sampling"] = {"max_tokens": job.max_tokens}
-        recipe["rewards"] = [{"fn": f"{HERE / 'length_reward.py'}:length_reward"}]
         recipe["roles"] = {"rollout": {"workers": job.threads, "threads": 1, "kv_cache_gib": 0.25}}
+    if job.method in DISTILLING:
+        recipe["options"] = {"beta": job.beta}
+        recipe["roles"]["teacher"] = {"model": recipe["model"]["path"]}
+    elif job.method == "grpo":
+        recipe["options"] = {"num_generations": job.samples, "beta": job.beta}
+        recipe["rewards"] = [{"fn": f"{HERE / 'length_reward.py'}:length_reward"}]
     elif job.method != "sft":
         recipe["options"] = {"beta": job.beta}
     return recipe

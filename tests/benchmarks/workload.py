@@ -17,7 +17,9 @@ import numpy as np
 
 from orchestrator.data.synthetic_examples import model_folder, skewed
 
-METHODS = ("sft", "dpo", "kto", "grpo")
+DISTILLING = ("gkd", "on_policy_distillation")  # from a teacher that is the model itself: as much to compute
+SAMPLING = ("grpo", *DISTILLING)
+METHODS = ("sft", "dpo", "kto", *SAMPLING)
 SIZES = ("2.6m", "26m")
 BATCHING = {"sft": ("plain", "packing", "group_by_length")}  # how TRL is asked to make batches; else plain
 ROWS = 512  # of a data set
@@ -49,6 +51,8 @@ class Job:
         if method == "grpo":
             prompts = 8 if size == "2.6m" else 4
             job = replace(job, rows=8 * prompts, samples=8, beta=0.04, warmup=1, steps=6)
+        if method in DISTILLING:
+            job = replace(job, rows=32, beta=0.5 if method == "gkd" else 1.0, warmup=1, steps=6)
         return job if steps is None else replace(job, steps=steps)
 
     @property
@@ -65,13 +69,13 @@ class Job:
         file.write_text("".join(json.dumps(row) + "\n" for row in self.data()))
 
     def data(self) -> list[Row]:
-        rows = {"sft": completions, "dpo": pairs, "kto": labelled, "grpo": prompts}[self.method]
-        return list(rows(self.max_length))
+        rows = {"sft": completions, "dpo": pairs, "kto": labelled}
+        return list(rows.get(self.method, prompts)(self.max_length))
 
     def tokens(self) -> list[int] | None:
         """Tokens of each counted step, those of completions that KTO borrows for its KL estimate not included; None
         where they are sampled."""
-        if self.method == "grpo":
+        if self.method in SAMPLING:
             return None
         lengths = [length_of(row) for row in self.data()]
         steps = range(self.warmup, self.warmup + self.steps)
