@@ -117,13 +117,12 @@ def arithmetic_worked(*, seed: int, split: str, rows: int | None = None) -> dict
 
 def arithmetic_steps(*, seed: int, split: str, rows: int | None = None, wrong: float = 0.5) -> dict[str, list[Any]]:
     """The steps of `arithmetic_worked` with labels: `prompt`, `completions`, `labels`. With probability `wrong` one of
-    the three, any, has another result. Steps after it go on from that result, and are labelled wrong like it: they lead
-    to no right answer."""
+    the three, any, is off by ten. Steps after it go on from that result, and are labelled wrong like it: they lead to
+    no right answer."""
     rng = np.random.default_rng([seed, 5])
     problems = _shuffled(_problems(split), seed, rows)
     errs = np.where(rng.random(len(problems)) < wrong, rng.integers(0, 3, len(problems)), 3)
-    off_by = rng.integers(1, 10, len(problems)) * rng.choice([-1, 1], len(problems))
-    steps = [_worked(a, b, int(at), int(off)) for (a, b), at, off in zip(problems, errs, off_by, strict=True)]
+    steps = [_worked(a, b, int(at)) for (a, b), at in zip(problems, errs, strict=True)]
     labels = [[step < at for step in range(3)] for at in errs.tolist()]
     return {"prompt": [f"{a}+{b}=" for a, b in problems], "completions": steps, "labels": labels}
 
@@ -210,19 +209,14 @@ def _with_wrong_carry(a: int, b: int) -> str:
     return str(a + b - 10) if a % 10 + b % 10 >= 10 else str(a + b + 10)
 
 
-def _worked(a: int, b: int, wrong: int = 3, off_by: int = 0) -> list[str]:
-    """The sum of the ones, of the tens and of both. The result of step `wrong` is off, by tens where it is the tens."""
-    ones = a % 10 + b % 10
-    ones = _off(ones, off_by) if wrong == 0 else ones
-    tens = (a // 10 + b // 10) * 10
-    tens = _off(tens, 10 * off_by) if wrong == 1 else tens
-    result = _off(ones + tens, off_by) if wrong == 2 else ones + tens
+def _worked(a: int, b: int, wrong: int = 3) -> list[str]:
+    """The sum of the ones, of the tens and of both. The result of step `wrong` has a carry too many or too few."""
+    carries = a % 10 + b % 10 >= 10
+    off_by = [-10 if carries and step == wrong else 10 if step == wrong else 0 for step in range(3)]
+    ones = a % 10 + b % 10 + off_by[0]
+    tens = (a // 10 + b // 10) * 10 + off_by[1]
+    result = ones + tens + off_by[2]
     return [f"{a % 10}+{b % 10}={ones}", f"{a // 10 * 10}+{b // 10 * 10}={tens}", f"{ones}+{tens}={result}"]
-
-
-def _off(value: int, by: int) -> int:
-    """Another number, not below 0."""
-    return value + by if value + by >= 0 else value - by
 
 
 @dataclass(frozen=True)
