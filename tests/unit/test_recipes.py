@@ -53,6 +53,7 @@ def test_recipes_of_papers_are_told_by_the_paper_with_its_number() -> None:
     assert listed["papers/alphapo"].number == "2501.03884"
     assert listed["papers/on_policy_distillation"].number == "2025"  # not on arXiv
     assert list(listed).index("papers/on_policy_distillation") > list(listed).index("papers/alphapo")  # by date
+    assert listed["papers/icepop"].number == "2025"
     assert listed["papers/robust_dpo"].options == {"loss_type": "robust", "beta": 0.01, "label_smoothing": 0.1}
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from actors.batch import Batch
+from actors.errors import ConfigError
 from actors.worker import Ref
 from orchestrator.advantages import group_zscore_of_some
+from orchestrator.methods import build
+from orchestrator.pipeline import Verb
 from orchestrator.regrouping import (
     best_and_worst,
     highest,
@@ -22,6 +26,18 @@ from orchestrator.regrouping import (
     with_optimal_value,
 )
 from orchestrator.row_table import RowTable
+
+OWN_FILTER = """
+import numpy as np
+
+
+def even_lengths(table):
+    return (table["completion_tokens"] % 2 == 0).astype(float)
+
+
+def too_few(table):
+    return np.zeros(1)
+"""
 
 
 def group(rewards: list[float], truncated: list[bool] | None = None) -> RowTable:
@@ -167,3 +183,21 @@ def test_a_judge_says_the_preference_over_an_opponent_itself_and_rewards_say_it_
     assert scored is not None and scored["preference"] == pytest.approx([1 / (1 + math.exp(-1.0))])
     judged = preference_over_opponent(table.with_values(win_rate=np.array([1.0, 0.0], np.float32)))
     assert judged is not None and judged["preference"].tolist() == [1.0] and samples(judged) == [0]
+
+
+def test_the_filter_of_a_users_own_file_says_which_samples_are_learned_from(tmp_path: Path) -> None:
+    file = tmp_path / "filters.py"
+    file.write_text(OWN_FILTER)
+
+    def kept(name: str) -> list[int]:
+        options = {"num_generations": 5, "num_remains_in_group": 2, "group_filter": name}
+        (stage,) = (stage for stage in build("gfpo", options) if stage.verb is Verb.REGROUP)
+        assert stage.call is not None and stage.options["rows"] == 2
+        return samples(stage.call(group([0.0, 1.0, 0.5, 0.2, 0.1]), **stage.options["call"]))
+
+    assert kept(f"{file}:even_lengths") == [1, 3], "samples of 1, 2, 3 ... tokens"
+    assert kept("length") == [0, 1]
+    with pytest.raises(ValueError, match=r"one score for each of 5 samples, got \(1,\)"):
+        kept(f"{file}:too_few")
+    with pytest.raises(ConfigError, match="no_such"):
+        kept(f"{file}:no_such")
