@@ -13,6 +13,7 @@ from enum import StrEnum
 
 import numpy as np
 
+ROUTES = "routed_experts"  # where experts were chosen by the sampler
 ADMITTED = "admitted_ids"  # where sampling cut the distribution: the tokens that it left
 
 
@@ -66,6 +67,7 @@ COLUMNS: dict[str, Column] = {
         _token(
             ADMITTED, np.int32, "the tokens that sampling could draw; -1 fills up, or admits all", "generate", wide=True
         ),
+        _token(ROUTES, np.int16, "the token's own experts, layer by layer; -1: not known", "generate", wide=True),
         _token("version", np.int32, "weights version that produced the token; -1 on prompts", "generate"),
         _token("old_logps", np.float32, "log-probability under the policy before this batch's updates, nats", "infer"),
         _token("ref_logps", np.float32, "log-probability under the reference, nats", "infer"),

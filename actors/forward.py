@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from actors.columns import ADMITTED, Head
+from actors.columns import ADMITTED, ROUTES, Head
 from actors.distributions import Asked, TopK
 from actors.errors import RunError
 from actors.model import LanguageModel
@@ -48,7 +48,8 @@ def forward(
     asked = top_k if of_logits is None else _asked(of_logits, micro, predicted, companion, temperature)
     lengths, needs = tuple(micro.lengths.tolist()), needs - {"all_tokens"}
     admitted = micro[ADMITTED].index_select(0, predicted) if head is Head.VOCABULARY and ADMITTED in micro else None
-    found = model(tokens, lengths, read, temperature, needs, chunk_rows, asked, admitted)
+    routes = micro.columns.get(ROUTES)
+    found = model(tokens, lengths, read, temperature, needs, chunk_rows, asked, admitted, routes)
 
     def over_all_tokens(values: Tensor) -> Tensor:
         return values.new_zeros(len(tokens), *values.shape[1:]).index_copy(0, predicted, values)

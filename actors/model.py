@@ -19,6 +19,7 @@ from actors.logits import LogitScaling, Vocabulary
 from actors.lora import attach
 from actors.prefixes import shared_prefixes
 from actors.pretrained import load_config, load_pretrained, load_tokenizer, padding_token
+from actors.routing import Routers
 from actors.specs import LoraSpec
 
 PACKABLE = frozenset({"full_attention", "sliding_attention"})  # kinds of layers, as transformers names them
@@ -70,6 +71,8 @@ class LanguageModel(nn.Module):
         self.neftune_noise_alpha = neftune_noise_alpha
         own = getattr(causal.config, "router_aux_loss_coef", None) or 0.0
         self.router_aux_loss_coef: float = own if router_aux_loss_coef is None else router_aux_loss_coef
+        self._routers: Routers | None = None
+        self._experts = int(getattr(causal.config, "num_experts_per_tok", None) or 0)  # of each token and layer
         self._packs = causal.config._attn_implementation == VARLEN
         self._drops_out = bool(getattr(causal.config, "attention_dropout", 0.0)) or any(
             isinstance(module, nn.Dropout) and module.p > 0 for module in causal.get_decoder().modules()
@@ -85,13 +88,14 @@ class LanguageModel(nn.Module):
         chunk_rows: int | None = None,
         asked: Asked | TopK | None = None,
         admitted: Tensor | None = None,
+        routes: Tensor | None = None,
     ) -> Mapping[str, Tensor]:
         """`tokens` [T], documents end to end, each of `lengths` tokens; `predicted` [N] are indices of tokens, none of
         them a document's first: the head is asked about the states before them. Returns `main` [N], what `needs` names
         [N] (of distributions that are restricted to the `admitted` tokens [N, k], if there are such limits), what is
         `asked` of whole distributions (`actors/distributions.py`), `aux_loss` (scalar, its coefficient
         applied) if the model has experts to balance, and `rows` (scalar), how many rows were computed."""
-        decoded, documents = self._decode(tokens, lengths)
+        decoded, documents = self._decode(tokens, lengths, routes)
         hidden = documents.at_tokens(decoded.last_hidden_state[0], predicted - 1)
         if isinstance(self.head, ScalarHead):
             outputs: dict[str, Tensor] = {"main": self.head(hidden)}
@@ -111,8 +115,14 @@ class LanguageModel(nn.Module):
         decoded, documents = self._decode(tokens, lengths)
         return self.head.projection, documents.at_tokens(decoded.last_hidden_state[0], predicted - 1)
 
-    def _decode(self, tokens: Tensor, lengths: tuple[int, ...]) -> tuple[Any, Documents]:
+    def _decode(self, tokens: Tensor, lengths: tuple[int, ...], routes: Tensor | None = None) -> tuple[Any, Documents]:
+        """`routes` [T, layers x k]: the experts that the tokens are sent to, where the routers are not to choose."""
         documents = Documents(lengths, tokens.device, shared_prefixes(tokens, lengths) if self._may_share else None)
+        if routes is not None:
+            self._routers = self._routers or Routers(self.causal)
+            self._routers.given = documents.of_rows(routes).view(-1, self._routers.layers, self._experts)
+        elif self._routers is not None:
+            self._routers.given = None
         inputs = self._inputs(documents.of_rows(tokens), documents)
         if self.router_aux_loss_coef:
             inputs["output_router_logits"] = True

@@ -33,6 +33,7 @@ class Ability(StrEnum):
 
     ADMITTED = "admitted"  # it says of each token which ones a truncated distribution left (`replay_truncation`)
     FLOAT32_HEAD = "float32_head"  # it computes logits in float32 (`EngineSpec.lm_head_fp32`)
+    ROUTES = "routes"  # it says which experts each token was sent to (`replay_routing`)
     MIXES = "mixes"  # it holds a second model, and samples from the geometric mixture of both
 
 

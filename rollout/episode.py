@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from actors.batch import Batch
-from actors.columns import ADMITTED
+from actors.columns import ADMITTED, ROUTES
 from actors.errors import DataFailure, InfraFailure, NoAnswer
 from actors.worker import Worker
 from rollout.conversation import Conversation
@@ -106,6 +106,7 @@ class Episode:
         self._versions: list[int] = [-1] * len(prompt)
         self._whole = [-1] * max(request.sampling.top_k, 0)  # of a token that nothing was cut for
         self._admitted: list[list[int]] = [self._whole] * len(prompt)
+        self._routes: np.ndarray | None = None
         self._rewards: dict[int, float] = {}  # by the place of a turn's last token
         self.turns = 0
         self.over = self.truncated = False
@@ -139,6 +140,7 @@ class Episode:
         self._mask += [True] * count
         self._logps += completion.logps.tolist()
         self._versions += completion.versions.tolist()
+        self._routes = completion.routes  # of all tokens up to here
         self._admitted += completion.admitted.tolist() if completion.admitted is not None else [self._whole] * count
         self.turns += 1
         self._awaits_answer = True
@@ -193,10 +195,11 @@ class Episode:
         )
 
     def _recorded(self, length: int) -> dict[str, np.ndarray]:
-        """What each of the model's tokens could have been, if that is asked for."""
-        if not self._request.sampling.records_admitted:
-            return {}
-        return {ADMITTED: np.asarray(self._admitted[:length], np.int32)}
+        """What each of the model's tokens could have been, and the experts that tokens were sent to, if asked for."""
+        found: dict[str, np.ndarray] = {} if self._routes is None else {ROUTES: self._routes[:length]}
+        if self._request.sampling.records_admitted:
+            found[ADMITTED] = np.asarray(self._admitted[:length], np.int32)
+        return found
 
     @property
     def _left(self) -> int:

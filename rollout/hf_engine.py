@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from actors.errors import ConfigError, DataFailure
+from actors.routing import Routers
 from rollout.engine import Ability, EngineSpec, Finished
 from rollout.sampling import Completion, Finish, Request, Sampling, sample_seed
 from rollout.stopping import StopRule, end_token_ids, token_budget
@@ -39,6 +40,7 @@ class _Row:
     logps: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
     admitted: list[list[int]] = field(default_factory=list)
+    routes: list[Tensor] = field(default_factory=list)  # [tokens, layers x k] of what was read, piece by piece
     finish: Finish | None = None
 
     def completion(self) -> Completion:
@@ -50,7 +52,15 @@ class _Row:
             np.asarray(self.versions, dtype=np.int32),
             self.finish,
             np.asarray(self.admitted, dtype=np.int32) if self.admitted else None,
+            self._all_routes(),
         )
+
+    def _all_routes(self) -> np.ndarray | None:
+        """[P + C, layers x k]: the last token was sampled, and never read."""
+        if not self.routes:
+            return None
+        read = torch.cat(self.routes).to(torch.int16).cpu().numpy()
+        return np.concatenate([read, np.full((1, read.shape[1]), -1, np.int16)])
 
 
 @dataclass
@@ -68,7 +78,7 @@ class HfEngine:
     """`options` are keyword arguments of `from_pretrained`. A request of more than `max_concurrency` samples is decoded
     in parts of that many."""
 
-    abilities = frozenset({Ability.ADMITTED, Ability.FLOAT32_HEAD, Ability.MIXES})
+    abilities = frozenset({Ability.ADMITTED, Ability.FLOAT32_HEAD, Ability.MIXES, Ability.ROUTES})
 
     def __init__(self, spec: EngineSpec) -> None:
         if spec.tensor_parallel != 1:
@@ -80,6 +90,7 @@ class HfEngine:
         paths = [spec.model, *([spec.mixes] if spec.mixes is not None else [])]
         self._models = [read_model(spec, path, spec.options).to(self.device) for path in paths]
         self._stop = StopRule(spec.model, end_token_ids(spec.model, spec.trust_remote_code), spec.trust_remote_code)
+        self._routers: Routers | None = None  # of the own model, once they are asked
         self._waiting: deque[_Part] = deque()  # the first one is running
         self._done: dict[str, list[Completion]] = {}
 
@@ -169,9 +180,20 @@ class HfEngine:
 
     def _forward(self, which: int, ids: Tensor, part: _Part) -> Tensor:
         model, cache = self._models[which], part.caches[which]
+        if which == OWN and part.request.sampling.replay_routing:
+            self._routers = self._routers or Routers(model)
         output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         part.caches[which] = output.past_key_values
+        if which == OWN and part.request.sampling.replay_routing:
+            self._record_routes(part, len(ids), afresh=cache is None)
         return output.logits[:, -1].float()
+
+    def _record_routes(self, part: _Part, read: int, *, afresh: bool) -> None:
+        """The experts of the tokens that were just read, in `read` rows: of the prompt, one stands for all."""
+        assert self._routers is not None
+        routes = self._routers.chosen.flatten(1).unflatten(0, (read, -1)).expand(len(part.rows), -1, -1)
+        for row, mine in zip(part.rows, routes, strict=True):
+            row.routes = [mine] if afresh else [*row.routes, mine]
 
     def _retire(self, part: _Part) -> list[Finished]:
         """Removes the rows that ended, and the part if none remains."""

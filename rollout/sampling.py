@@ -9,7 +9,7 @@ from hashlib import blake2b
 import numpy as np
 
 from actors.batch import Batch
-from actors.columns import ADMITTED
+from actors.columns import ADMITTED, ROUTES
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Sampling:
     min_p: float = 0.0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    replay_routing: bool = False  # say of each token which experts it was sent to
     replay_truncation: bool = False  # say of each token which ones it could have been, `top_k` at most
 
     @property
@@ -65,6 +66,9 @@ class Completion:
     versions: np.ndarray  # int32, weights version that produced each token
     finish: Finish
     admitted: np.ndarray | None = None  # int32 [C, top_k], if asked for: what truncation left; -1 fills up
+    routes: np.ndarray | None = (
+        None  # int16 [P + C, layers x k], if asked for: experts of prompt and completion; -1: not known
+    )
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,7 @@ def to_batch(request: Request, completions: list[Completion]) -> Batch:
         parts = [part for completion in ordered for part in (on_prompt, completion.admitted)]
         return {ADMITTED: np.concatenate(parts) if parts else on_prompt[:0]}
 
+    routes = [completion.routes for completion in ordered if completion.routes is not None]
     lengths = [len(prompt) + len(completion.tokens) for completion in ordered]
     tokens = [np.concatenate([prompt, completion.tokens]) for completion in ordered]
     mask = [np.arange(length) >= len(prompt) for length in lengths]
@@ -131,4 +136,5 @@ def to_batch(request: Request, completions: list[Completion]) -> Batch:
         group=np.full(len(ordered), request.group, dtype=np.int64),
         truncated=[completion.finish is Finish.LENGTH for completion in ordered],
         **admitted(),
+        **({ROUTES: np.concatenate(routes)} if routes else {}),
     )

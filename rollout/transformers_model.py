@@ -39,12 +39,33 @@ def _float32_projection(head: Any, states: Tensor) -> Tensor:
 @torch.no_grad()
 def copy_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Copy into the model's own tensors. Raises InfraFailure unless every parameter is given (a tied one once), and
-    nothing that the model does not have."""
+    nothing that the model does not have; the model holds a mixture then.
+
+    Weights have the names of the model's files. Where transformers keeps several of these in one parameter, as of
+    experts, each goes to its part of it."""
     own = dict(model.named_parameters(remove_duplicate=False))
-    unknown = sorted(set(weights) - set(own))
+    left = {name: tensor for name, tensor in weights.items() if name not in own}
     reached = {id(own[name]) for name in weights if name in own}
+    for name in weights.keys() & own.keys():
+        own[name].copy_(weights[name])
+    if left and getattr(model, "_weight_conversions", None):
+        for name, parameter in own.items():
+            if id(parameter) not in reached and _copy_parts(model, name, parameter, left):
+                reached.add(id(parameter))
     missing = sorted(name for name, parameter in own.items() if id(parameter) not in reached)
-    if unknown or missing:
-        raise InfraFailure(f"weights do not fit the model: not sent {missing[:5]}, not in the model {unknown[:5]}")
-    for name, tensor in weights.items():
-        own[name].copy_(tensor)
+    if left or missing:
+        raise InfraFailure(f"weights do not fit the model: not sent {missing[:5]}, not in the model {sorted(left)[:5]}")
+
+
+def _copy_parts(model: Any, name: str, parameter: Tensor, given: dict[str, Tensor]) -> bool:
+    """Fill a parameter from what files hold of it, which is taken out of `given`; False if that is not all there.
+    Which element goes where is asked of transformers, by the numbers of the elements in the place of their values."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    numbers = torch.arange(parameter.numel(), device=parameter.device).view(parameter.shape)
+    parts = revert_weight_conversion(model, {name: numbers})
+    if not parts.keys() <= given.keys():
+        return False
+    for part, places in parts.items():
+        parameter.view(-1)[places.flatten()] = given.pop(part).to(parameter).flatten()
+    return True

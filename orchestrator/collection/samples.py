@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from actors.batch import Batch
-from actors.columns import ADMITTED
+from actors.columns import ADMITTED, ROUTES
 from actors.worker import Ref
 from orchestrator.row_table import RowTable
 from rollout.sampling import Finish, GroupMeta, Sampling
@@ -32,7 +32,8 @@ class Samples:
 
 def recorded(sampling: Sampling) -> frozenset[str]:
     """Columns that samples have besides `SAMPLED`, because they were asked for."""
-    return frozenset({ADMITTED}) if sampling.records_admitted else frozenset()
+    asked = {ADMITTED: sampling.records_admitted, ROUTES: sampling.replay_routing}
+    return frozenset(name for name, wanted in asked.items() if wanted)
 
 
 def rows_of_samples(

@@ -24,7 +24,7 @@ from orchestrator.pipeline import Pipeline, Verb
 
 OF_VLLM = ("kv_cache_gib",)  # keys of the rollout role that only the vllm engine reads
 OF_OPTIMIZER = tuple(OptimizerConfig.model_fields)
-RANDOM = ("temperature", "top_p", "top_k", "min_p", "replay_truncation")
+RANDOM = ("temperature", "top_p", "top_k", "min_p", "replay_routing", "replay_truncation")
 
 
 def ineffective_keys(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Sequence[str]) -> list[str]:

@@ -194,6 +194,8 @@ class SamplingConfig(Section):
     """Texts that end a completion."""
     stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = Sampling.stop_token_ids
     """Tokens that end a completion, in addition to the end-of-sequence token."""
+    replay_routing: bool = Sampling.replay_routing
+    """Record which experts each token was sent to, and send it to the same in training (mixture of experts)."""
     replay_truncation: bool = Sampling.replay_truncation
     """Record which tokens top_k, top_p and min_p left, and train the distribution over the same; needs top_k."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from actors.columns import ADMITTED, Head
+from actors.columns import ADMITTED, ROUTES, Head
 from actors.errors import ConfigError
 from orchestrator.pipeline.checks import check
 from orchestrator.pipeline.data_kinds import Completions, DataKind
@@ -106,6 +106,20 @@ class Pipeline:
         if not any(stage.verb is Verb.GENERATE for stage in self.stages):
             return self
         stages = map(of_episodes, self.stages)
+        return Pipeline(self.data, *stages, warnings=self.warnings, temperature=self.temperature)
+
+    def with_routes(self) -> Pipeline:
+        """The pipeline whose samples say which experts their tokens were sent to, and whose trained roles send them to
+        the same."""
+        only = frozenset({ROUTES})
+
+        def routed(stage: Stage) -> Stage:
+            if stage.verb is Verb.GENERATE:
+                return replace(stage, writes=stage.writes | only)
+            asks = stage.head is Head.VOCABULARY and stage.role in self.trained
+            return replace(stage, reads=stage.reads | only) if asks else stage
+
+        stages = map(routed, self.stages)
         return Pipeline(self.data, *stages, warnings=self.warnings, temperature=self.temperature)
 
     def with_admitted_tokens(self) -> Pipeline:

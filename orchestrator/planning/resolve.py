@@ -19,6 +19,7 @@ from actors.columns import Head
 from actors.errors import ConfigError, ModelError
 from actors.model import check_architecture
 from actors.pretrained import check_folder
+from actors.routing import check_routers
 from orchestrator.collection.episodes import REWARD
 from orchestrator.collection.precompute import recall
 from orchestrator.config.roles import EngineRole, EnvironmentsRole, RanksRole
@@ -89,8 +90,8 @@ def prepare(config: RunConfig, *, output: Path | None = None) -> Prepared:
     )
     prepared = replace(prepared, own_parameters=_own_parameters(prepared))
     _check_rewards(prepared)
-    _check_models(prepared)
     _check_engines(prepared)
+    _check_models(prepared)
     _refuse_no_room(prepared, room)
     _check_vocabularies(prepared)
     return prepared
@@ -116,6 +117,8 @@ def build_pipeline(phase: PhaseConfig) -> Pipeline:
     pipeline = pipeline.with_episodes(ENVIRONMENT) if phase.episode is not None else pipeline
     if phase.sampling.replay_truncation and pipeline.generates:
         pipeline = pipeline.with_admitted_tokens()
+    if phase.sampling.replay_routing and pipeline.generates:
+        pipeline = pipeline.with_routes()
     return pipeline.with_roles(phase.rename_roles) if phase.rename_roles else pipeline
 
 
@@ -446,6 +449,11 @@ def _check_engines(prepared: Prepared) -> None:
                 f"phases.{phase.name}.sampling.replay_truncation: {where}={settings.engine} does not say which tokens "
                 f"a truncated distribution left; use {_engines_with(Ability.ADMITTED)}, or leave it out"
             )
+        if phase.sampling.replay_routing and Ability.ROUTES not in found:
+            raise ConfigError(
+                f"phases.{phase.name}.sampling.replay_routing: {where}={settings.engine} does not say which experts a "
+                f"token was sent to; use {_engines_with(Ability.ROUTES)}, or leave it out"
+            )
         if prepared.config.model.lm_head_fp32 and Ability.FLOAT32_HEAD not in found:
             raise ConfigError(
                 f"model.lm_head_fp32: {where}={settings.engine} computes logits in the model's dtype, so it would "
@@ -464,6 +472,8 @@ def _check_models(prepared: Prepared) -> None:
     configs = {path: pretrained.load_config(path, trusted) for path in {prepared.model, *prepared.models.values()}}
     for path, found in configs.items():
         check_architecture(found, path)
+    if any(phase.sampling.replay_routing for phase in prepared.phases):
+        check_routers(configs[prepared.model], prepared.model)
     trained = dict.fromkeys(role for phase in prepared.phases for role in phase.pipeline.trained)
     for role in trained:
         path, head = prepared.models.get(role) or prepared.model, prepared.heads.get(role, Head.VOCABULARY)

@@ -233,7 +233,7 @@ def test_a_head_in_float32_says_the_log_probabilities_that_the_trainer_computes(
             weight = model.lm_head.weight
             logits = states.float() @ weight.float().T if float32 else (states @ weight.T).float()
             chosen = torch.tensor(completion.tokens, dtype=torch.long)[:, None]
-            found.append(np.abs(logits.log_softmax(-1).gather(1, chosen)[:, 0].numpy() - completion.logps))
+            found.append(np.abs(logits.detach().log_softmax(-1).gather(1, chosen)[:, 0].numpy() - completion.logps))
         return float(np.median(np.concatenate(found)))
 
     assert errors(float32=True) < 0.5 * errors(float32=False)

@@ -61,6 +61,11 @@ def test_an_engine_without_the_ability_is_refused_and_the_others_are_not(
         assert prepare(run_of(tmp_path, engine, **changes)).generates
 
 
+def test_experts_that_the_engine_does_not_say_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not say which experts a token was sent to; use hf"):
+        prepare(run_of(tmp_path, "vllm", sampling={"replay_routing": True}))
+
+
 def test_every_ability_has_an_engine_and_one_that_says_nothing_has_none() -> None:
     assert {ability for kind in ENGINES for ability in abilities_of(kind)} == set(Ability)
     assert abilities_of("scripted") == frozenset()

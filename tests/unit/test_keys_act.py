@@ -162,6 +162,7 @@ PLANNED: dict[str, tuple[Any, dict[str, Any]]] = {
             "min_p": 0.1,
             "stop": ("x",),
             "stop_token_ids": (5,),
+            "replay_routing": True,
             "replay_truncation": True,
         }.items()
     },
