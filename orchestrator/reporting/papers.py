@@ -32,8 +32,8 @@ def papers() -> Iterator[Paper]:
 
 
 def _date(paper: Paper) -> str:
-    """In the order of arXiv numbers: 2510.12345 is of October 2025."""
-    return paper.number if "." in paper.number else paper.number[2:]
+    """In the order of arXiv numbers: 2510.12345 is of October 2025. A year alone comes after its months."""
+    return paper.number if "." in paper.number else f"{paper.number[2:]}99"
 
 
 def _read(file: Path) -> Paper:

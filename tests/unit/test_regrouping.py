@@ -106,7 +106,8 @@ def test_a_truncated_completion_is_penalised_before_the_comparison() -> None:
 
 def sampled_by_two(rewards: list[float]) -> RowTable:
     """The first two by the first sampler, the others by another."""
-    return group(rewards).with_values(sampler=np.array([0, 0, *([1] * (len(rewards) - 2))], np.int8))
+    table = group(rewards).with_values(sampler=np.array([0, 0, *([1] * (len(rewards) - 2))], np.int8))
+    return table.with_values(win_rate=np.full(len(rewards), np.nan, np.float32))  # there is no judge
 
 
 def test_the_policys_samples_have_the_probability_that_they_are_preferred_to_the_opponents() -> None:
