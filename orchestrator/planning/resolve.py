@@ -444,6 +444,11 @@ def _check_engines(prepared: Prepared) -> None:
                 f"{where}={settings.engine} cannot sample from the mixture of two models, which {phase.config.method} "
                 f"does; use {_engines_with(Ability.MIXES)}, or an engine of your own with that ability"
             )
+        if phase.sampling.records_admitted and phase.sampling.top_k > prepared.vocabulary:
+            raise ConfigError(
+                f"phases.{phase.name}.sampling.top_k={phase.sampling.top_k}: with replay_truncation so many tokens are "
+                f"recorded, and the tokenizer has {prepared.vocabulary}; lower it"
+            )
         if phase.sampling.records_admitted and Ability.ADMITTED not in found:
             raise ConfigError(
                 f"phases.{phase.name}.sampling.replay_truncation: {where}={settings.engine} does not say which tokens "

@@ -66,6 +66,11 @@ def test_experts_that_the_engine_does_not_say_are_refused(tmp_path: Path) -> Non
         prepare(run_of(tmp_path, "vllm", sampling={"replay_routing": True}))
 
 
+def test_more_tokens_than_there_are_cannot_be_recorded(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"sampling\.top_k=65: .* the tokenizer has 64"):
+        prepare(run_of(tmp_path, "hf", sampling={"replay_truncation": True, "top_k": 65}))
+
+
 def test_every_ability_has_an_engine_and_one_that_says_nothing_has_none() -> None:
     assert {ability for kind in ENGINES for ability in abilities_of(kind)} == set(Ability)
     assert abilities_of("scripted") == frozenset()

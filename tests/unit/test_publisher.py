@@ -12,10 +12,11 @@ import pytest
 from actors.errors import InfraFailure, WeightSyncError
 from actors.worker import LocalGroup, LocalObjects, LocalWorker, WorkerInfo
 from orchestrator.cluster.failures import Watchdog
+from orchestrator.cluster.fleet import State
 from orchestrator.cluster.pool import Pool, PoolPolicy
 from orchestrator.config.schema import WeightsConfig
 from orchestrator.publishing.publisher import Publisher
-from rollout.weights import DiskWrite
+from rollout.weights import DiskWrite, PackBuckets
 from rollout.weights.protocol import Ack, Manifest, SendReport, SyncOrder
 
 POLICY = PoolPolicy(slots=1, max_attempts=2, call_timeout_s=5.0, start_timeout_s=5.0, max_restarts=9, ping_every_s=0.02)
@@ -102,4 +103,60 @@ async def test_a_publish_that_every_member_fails_is_an_error(tmp_path: Path):
     async with publisher.changing:
         with pytest.raises(WeightSyncError, match=r"version 1: none of 2 rollout worker\(s\) confirmed the weights"):
             await publisher.publish(1)
+    await pool.close()
+
+
+class TwoModels(Receiver):
+    """Confirms everything, and notes of which of its models the weights were."""
+
+    def __init__(self, name: str, received: list[tuple[str, str]]) -> None:
+        super().__init__(name, None)
+        self._received = received
+
+    async def receive(self, order: SyncOrder, payload: Any) -> Ack:
+        self._received.append((self._name, order.part))
+        return Ack(self._name, order.version, "same")
+
+
+class PackingTrainer(Trainer):
+    def export(self, consumer: Any, bucket_bytes: int) -> Any:
+        if isinstance(consumer, PackBuckets):
+            return SendReport(consumer.version, "same", ()), None
+        return super().export(consumer, bucket_bytes)
+
+
+async def test_a_member_with_two_models_serves_when_it_holds_both_also_one_that_joins_late(
+    tmp_path: Path,
+) -> None:
+    received: list[tuple[str, str]] = []
+
+    async def start(index: int) -> LocalWorker:
+        name = f"mixture/{index}"
+        return LocalWorker(name, TwoModels(name, received))
+
+    pool = Pool("mixture", 1, POLICY, start=start, stop=lambda w: w.kill(), event=lambda *_: None, watchdog=Watchdog())
+
+    def publisher(source: str, part: Any, second: Publisher | None = None) -> Publisher:
+        group = LocalGroup(source, LocalWorker(f"{source}/0", PackingTrainer()))
+        names = {"role": "mixture", "source": source, "dtype": "float32", "folder": str(tmp_path / part)}
+        config = WeightsConfig(transport="disk")
+        return Publisher(group, pool, LocalObjects(), config, **names, event=lambda *_: None, part=part, second=second)
+
+    second = publisher("reference", "second")
+    own = publisher("policy", "own", second)
+    pool.admit = own.admit
+    await pool.open()
+    async with second.changing, own.changing:
+        await second.publish(0)
+        assert pool.indices(State.SERVING) == [], "with the reference alone nobody serves"
+        report = await own.publish(0)
+    assert report.members == (0,)
+    pool.resize(2)
+    while len(pool.indices(State.SERVING)) < 2:
+        await asyncio.sleep(0.01)
+    for index in pool.indices(State.SERVING):
+        assert [part for name, part in received if name == f"mixture/{index}"] == ["second", "own"]
+    async with second.changing, own.changing:
+        await own.publish(1)
+    assert [part for _, part in received[4:]] == ["own", "own"], "what does not change is not sent again"
     await pool.close()
