@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from actors.errors import ModelError
 from actors.prefixes import SharedPrefixes
 from actors.scored_attention import scored_attention
+from actors.transfers import on_device
 
 VARLEN = "troupe_varlen"  # the name of this attention in transformers
 HALF = (torch.float16, torch.bfloat16)
@@ -48,22 +49,29 @@ class Documents:
     documents of 10 to 128 tokens, buckets filled at least by half were as fast as one bucket for all, and 1.4 times as
     fast as buckets of equal lengths only; unlike a single bucket they bound the padding when lengths differ widely."""
 
-    def __init__(self, lengths: Sequence[int], device: torch.device, shared: SharedPrefixes | None = None) -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        device: torch.device,
+        shared: SharedPrefixes | None = None,
+        attention_dtype: torch.dtype | None = None,
+    ) -> None:
         self.lengths = list(lengths)
         self.device = device
         self.shared = shared
+        self.attention_dtype = attention_dtype  # of queries, keys and values; None: as they come
         self.longest = max(self.lengths, default=0)
 
     @cached_property
     def positions(self) -> Tensor:
         lengths = torch.tensor(self.lengths)
         starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-        return (torch.arange(len(starts)) - starts).to(self.device)
+        return on_device(torch.arange(len(starts)) - starts, self.device)
 
     @cached_property
     def boundaries(self) -> Tensor:
         """[B+1] int32, cumulative lengths, for kernels with variable lengths."""
-        return F.pad(torch.tensor(self.lengths).cumsum(0), (1, 0)).to(self.device, torch.int32)
+        return on_device(F.pad(torch.tensor(self.lengths).cumsum(0), (1, 0)).int(), self.device)
 
     @cached_property
     def buckets(self) -> list[Bucket]:
@@ -172,17 +180,18 @@ def varlen_attention(
             "compute; use a model of another architecture"
         )
     window = sliding_window if sliding_window is not None and sliding_window < documents.longest else None
-    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    dtype = query.dtype
+    q, k, v = (states[0].transpose(0, 1).to(documents.attention_dtype or dtype) for states in (query, key, value))
     by_kernel = softcap is None and s_aux is None
-    if by_kernel and query.is_cuda and query.dtype in HALF and dropout == 0:
-        return _flat_attention(q, k, v, documents, scaling, window)[None], None
+    if by_kernel and query.is_cuda and q.dtype in HALF and dropout == 0:
+        return _flat_attention(q, k, v, documents, scaling, window)[None].to(dtype), None
     if by_kernel:
         attend = partial(_kernel_of_a_bucket, dropout=dropout, scaling=scaling, window=window)
     else:
         attend = partial(
             scored_attention, scaling=scaling, softcap=softcap, sinks=s_aux, window=window, dropout=dropout
         )
-    return _bucket_attention(q, k, v, documents, attend)[None], None
+    return _bucket_attention(q, k, v, documents, attend)[None].to(dtype), None
 
 
 def _flat_attention(
@@ -231,6 +240,9 @@ def _kernel_of_a_bucket(
 ) -> Tensor:
     mask = _window_mask(query.shape[2], window, query.device)
     gqa = query.shape[1] != key.shape[1]
+    if gqa and query.is_cuda:  # in float32, the only kernel for grouped heads is the one that holds every score
+        key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
+        gqa = False
     return F.scaled_dot_product_attention(query, key, value, mask, dropout, mask is None, scale=scaling, enable_gqa=gqa)
 
 
@@ -256,13 +268,8 @@ def _window_mask(length: int, window: int | None, device: torch.device) -> Tenso
 
 
 def register() -> None:
-    """Make `attn_implementation="troupe_varlen"` known to transformers; a forward pass then takes `documents=`."""
+    """Make `attn_implementation="troupe_varlen"` known to transformers; a forward pass then takes `documents=`. Nothing
+    is registered for its mask, so transformers makes none, and does not look for packed documents in the positions."""
     from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
 
     AttentionInterface.register(VARLEN, varlen_attention)
-    AttentionMaskInterface.register(VARLEN, _no_mask)
-
-
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    return None

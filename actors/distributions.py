@@ -13,14 +13,14 @@ log-probabilities, and that of all others together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from actors.logits import CHUNK_LOGITS, LogitScaling, Vocabulary, add_product
+from actors.logits import LogitScaling, Vocabulary, add_product, chunk_logits, chunks
 
 TOP_K = ("topk_ids", "topk_logps", "tail_logps", "main")  # what `most_likely` finds, in the order of its columns
 HELD = 8  # tensors of a chunk's size that a call with its gradient may hold at a time
@@ -75,7 +75,7 @@ def most_likely(
         "topk_logps": hidden.new_empty((len(hidden), asked.k), dtype=torch.float32),
         "tail_logps": hidden.new_empty(len(hidden), dtype=torch.float32),
     }
-    for part in _chunks(len(hidden), _rows_at_once(projection, chunk_rows)):
+    for part in chunks(len(hidden), _rows_at_once(projection, chunk_rows)):
         log_probs = torch.log_softmax(projection.logits(hidden[part], known) / asked.temperature, dim=-1)
         found["main"][part] = log_probs.gather(1, targets[part, None]).squeeze(1)
         logps, ids = log_probs.topk(asked.k, dim=-1)
@@ -93,7 +93,7 @@ def of_logits(projection: Vocabulary, hidden: Tensor, asked: Asked, chunk_rows: 
 
 
 def _rows_at_once(projection: Vocabulary, chunk_rows: int | None) -> int:
-    return chunk_rows or max(1, CHUNK_LOGITS // (HELD * projection.weight.shape[0]))
+    return chunk_rows or max(1, chunk_logits(projection.weight.device) // (HELD * projection.weight.shape[0]))
 
 
 class _OfLogits(torch.autograd.Function):
@@ -112,7 +112,7 @@ class _OfLogits(torch.autograd.Function):
         several = (asked.width,) if asked.width > 1 else ()
         values = hidden.new_empty((len(hidden), *several), dtype=torch.float32)
         projection, vocabulary = Vocabulary(weight, bias, scaling), asked.vocabulary(weight)
-        for part in _chunks(len(hidden), chunk_rows):
+        for part in chunks(len(hidden), chunk_rows):
             logits = projection.logits(hidden[part], vocabulary)
             values[part] = asked.call(logits, *asked.given(part, vocabulary))
             del logits  # or it would stand beside the next chunk's
@@ -127,7 +127,7 @@ class _OfLogits(torch.autograd.Function):
         hidden_grad = torch.zeros_like(hidden)
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         bias_grad = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
-        for part in _chunks(len(hidden), ctx.chunk_rows):
+        for part in chunks(len(hidden), ctx.chunk_rows):
             logits = projection.logits(hidden[part], vocabulary)
             given = asked.given(part, vocabulary)
             grad = ctx.scaling.backward_(_gradient(asked.call, logits, given, grads[0][part]), logits).to(factor.dtype)
@@ -150,7 +150,3 @@ def _gradient(call: Callable[..., Tensor], logits: Tensor, given: list[Tensor], 
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_()
         return torch.autograd.grad(call(leaf, *given), leaf, grad)[0].contiguous()
-
-
-def _chunks(rows: int, chunk_rows: int) -> Iterator[slice]:
-    return (slice(start, start + chunk_rows) for start in range(0, rows, chunk_rows))

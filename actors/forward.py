@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from actors.batch import Batch
 from actors.columns import ADMITTED, ROUTES, Head
 from actors.distributions import Asked, TopK
 from actors.errors import RunError
 from actors.model import LanguageModel
 from actors.objective import MicroBatch, OfLogits, Outputs
+from actors.transfers import on_device
 
 NOT_EXTRA = frozenset({"main", "aux_loss", "rows"})  # of what a model returns
 
@@ -34,7 +37,7 @@ def forward(
 
     `model` is a `LanguageModel` with that head, or a backend's wrapper of one. Only tokens whose `mask` is 1 are given
     to the head, the others' entries are 0; `all_tokens`, or a batch without a mask, means every token but each row's
-    first. `chunk_rows` bounds how many tokens' logits exist at a time (default: 2**24 logits' worth).
+    first. `chunk_rows` bounds how many tokens' logits exist at a time (default: `actors.logits.chunk_logits`).
     `of_logits` says what is made of whole distributions, which may be those of a `companion`, too: a frozen model.
     If the batch says which tokens could be drawn (`actors.columns.ADMITTED`), distributions are over these alone.
     `top_k`, in a pass without gradient: the most likely tokens of each distribution; nothing else is computed.
@@ -46,10 +49,11 @@ def forward(
         predicted = predicted_tokens(micro, all_tokens=all_tokens or "all_tokens" in needs)
     read = predicted + 1 if head is Head.STEP_SCALAR else predicted  # the head is given the states before these tokens
     asked = top_k if of_logits is None else _asked(of_logits, micro, predicted, companion, temperature)
-    lengths, needs = tuple(micro.lengths.tolist()), needs - {"all_tokens"}
+    needs = needs - {"all_tokens"}
     admitted = micro[ADMITTED].index_select(0, predicted) if head is Head.VOCABULARY and ADMITTED in micro else None
     routes = micro.columns.get(ROUTES)
-    found = model(tokens, lengths, read, temperature, needs, chunk_rows, asked, admitted, routes)
+    on_host = None if micro.host is None else micro.host["tokens"]
+    found = model(tokens, micro.row_lengths, read, temperature, needs, chunk_rows, asked, admitted, routes, on_host)
 
     def over_all_tokens(values: Tensor) -> Tensor:
         return values.new_zeros(len(tokens), *values.shape[1:]).index_copy(0, predicted, values)
@@ -71,15 +75,25 @@ def _asked(
         return Asked(call, columns, width=of_logits.width)
     if companion is None:
         raise RunError("the objective compares with a companion, and the role was started without one")
-    beside = companion.states(micro["tokens"], tuple(micro.lengths.tolist()), predicted)
+    beside = companion.states(micro["tokens"], micro.row_lengths, predicted)
     return Asked(call, columns, beside, of_logits.width)
 
 
 def predicted_tokens(micro: MicroBatch, *, all_tokens: bool = False) -> Tensor:
-    """[N] int64, ascending: indices of the tokens whose prediction is computed. Never a row's first token."""
+    """[N] int64, ascending: indices of the tokens whose prediction is computed. Never a row's first token. Found on the
+    host where it has the rows: how many there are is not known to a GPU's host before the GPU has counted them."""
+    if micro.host is not None:
+        return on_device(_predicted_on_host(micro.host, all_tokens), micro["tokens"].device)
     wanted = torch.ones_like(micro["tokens"], dtype=torch.bool)
     if "mask" in micro and not all_tokens:
         wanted = micro["mask"].clone()
     starts = micro.offsets[:-1]
     wanted[starts[micro.lengths > 0]] = False
     return wanted.nonzero().squeeze(1)
+
+
+def _predicted_on_host(batch: Batch, all_tokens: bool) -> np.ndarray:
+    learned = "mask" in batch and not all_tokens
+    wanted = batch["mask"].astype(np.bool_) if learned else np.ones(batch.num_tokens, np.bool_)
+    wanted[batch.offsets[:-1][batch.lengths > 0]] = False
+    return np.flatnonzero(wanted)

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from actors import fused_kernels
 from actors.attention import VARLEN, Documents, register
 from actors.columns import Head
 from actors.distributions import Asked, TopK
@@ -42,6 +44,8 @@ class ModelSpec:
     lm_head_fp32: bool = False  # compute logits in float32, whatever the dtype
     trust_remote_code: bool = False
     attn_implementation: str | None = None  # None: the packed attention of `actors/attention.py`
+    attention_dtype: str | None = None  # of queries, keys and values in the packed attention; None: the model's
+    fused_kernels: bool | None = None  # Liger's, on a GPU; None: where there are any for the architecture
 
 
 class LanguageModel(nn.Module):
@@ -59,6 +63,7 @@ class LanguageModel(nn.Module):
         neftune_noise_alpha: float = 0.0,
         router_aux_loss_coef: float | None = None,
         lm_head_fp32: bool = False,
+        attention_dtype: str | None = None,
     ) -> None:
         super().__init__()
         self.causal = causal
@@ -69,10 +74,12 @@ class LanguageModel(nn.Module):
             scaling = LogitScaling.of(causal.config, float32=lm_head_fp32)
             self.head = VocabularyHead(causal.get_output_embeddings(), scaling)
         self.neftune_noise_alpha = neftune_noise_alpha
+        self._attention_dtype = None if attention_dtype is None else getattr(torch, attention_dtype)
         own = getattr(causal.config, "router_aux_loss_coef", None) or 0.0
         self.router_aux_loss_coef: float = own if router_aux_loss_coef is None else router_aux_loss_coef
         self._routers: Routers | None = None
         self._experts = int(getattr(causal.config, "num_experts_per_tok", None) or 0)  # of each token and layer
+        self.kernels = ""  # whose fused kernels compute parts of its layers, for the worker's description
         self._packs = causal.config._attn_implementation == VARLEN
         self._drops_out = bool(getattr(causal.config, "attention_dropout", 0.0)) or any(
             isinstance(module, nn.Dropout) and module.p > 0 for module in causal.get_decoder().modules()
@@ -89,13 +96,15 @@ class LanguageModel(nn.Module):
         asked: Asked | TopK | None = None,
         admitted: Tensor | None = None,
         routes: Tensor | None = None,
+        on_host: np.ndarray | None = None,
     ) -> Mapping[str, Tensor]:
         """`tokens` [T], documents end to end, each of `lengths` tokens; `predicted` [N] are indices of tokens, none of
-        them a document's first: the head is asked about the states before them. Returns `main` [N], what `needs` names
+        them a document's first: the head is asked about the states before them. `on_host` are the tokens once more,
+        where the host has them: then it does not wait for the device. Returns `main` [N], what `needs` names
         [N] (of distributions that are restricted to the `admitted` tokens [N, k], if there are such limits), what is
         `asked` of whole distributions (`actors/distributions.py`), `aux_loss` (scalar, its coefficient
         applied) if the model has experts to balance, and `rows` (scalar), how many rows were computed."""
-        decoded, documents = self._decode(tokens, lengths, routes)
+        decoded, documents = self._decode(tokens, lengths, routes, on_host)
         hidden = documents.at_tokens(decoded.last_hidden_state[0], predicted - 1)
         if isinstance(self.head, ScalarHead):
             outputs: dict[str, Tensor] = {"main": self.head(hidden)}
@@ -115,9 +124,19 @@ class LanguageModel(nn.Module):
         decoded, documents = self._decode(tokens, lengths)
         return self.head.projection, documents.at_tokens(decoded.last_hidden_state[0], predicted - 1)
 
-    def _decode(self, tokens: Tensor, lengths: tuple[int, ...], routes: Tensor | None = None) -> tuple[Any, Documents]:
+    def _decode(
+        self,
+        tokens: Tensor,
+        lengths: tuple[int, ...],
+        routes: Tensor | None = None,
+        on_host: np.ndarray | None = None,
+    ) -> tuple[Any, Documents]:
         """`routes` [T, layers x k]: the experts that the tokens are sent to, where the routers are not to choose."""
-        documents = Documents(lengths, tokens.device, shared_prefixes(tokens, lengths) if self._may_share else None)
+        shared = None
+        if self._may_share:
+            on_host = tokens.cpu().numpy() if on_host is None else on_host
+            shared = shared_prefixes(on_host, lengths, tokens.device)
+        documents = Documents(lengths, tokens.device, shared, self._attention_dtype)
         if routes is not None:
             self._routers = self._routers or Routers(self.causal)
             self._routers.given = documents.of_rows(routes).view(-1, self._routers.layers, self._experts)
@@ -189,7 +208,12 @@ def load_model(spec: ModelSpec, device: torch.device | str = "cpu", *, trainable
         dtype=getattr(torch, spec.dtype),
         attn_implementation=spec.attn_implementation or VARLEN,
     )
-    return prepare(causal, spec, trainable=trainable).to(device)
+    device = torch.device(device)
+    model = prepare(causal, spec, trainable=trainable).to(device)
+    model.kernels = fused_kernels.use(causal, device, spec.fused_kernels)
+    if isinstance(model.head, VocabularyHead):
+        model.head.fused = device.type == "cuda" and spec.fused_kernels is not False
+    return model
 
 
 def prepare(causal: Any, spec: ModelSpec, *, trainable: bool) -> LanguageModel:
@@ -209,6 +233,7 @@ def prepare(causal: Any, spec: ModelSpec, *, trainable: bool) -> LanguageModel:
         neftune_noise_alpha=spec.neftune_noise_alpha,
         router_aux_loss_coef=spec.router_aux_loss_coef,
         lm_head_fp32=spec.lm_head_fp32,
+        attention_dtype=spec.attention_dtype,
     )
     return model.train(trainable)
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.utils.deterministic
 from torch import Tensor
 
 import actors
@@ -45,6 +46,8 @@ from actors.worker import WorkerInfo
 # Torch has one random state per process: of two roles that draw in one process at once (`--local`), each would go on
 # with the other's numbers.
 DRAWING = threading.RLock()
+# cuBLAS gives the same bits only if its work space has a fixed size.
+CUBLAS_WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 CreditCall = Callable[..., tuple[dict[str, np.ndarray], dict[str, Stat]]]
 
 
@@ -96,6 +99,8 @@ class ModelWorker:
         with self._doing("ready"):
             if self._backend is None:
                 torch.set_num_threads(self._threads)
+                if self._backend_spec.deterministic:
+                    os.environ.setdefault(*CUBLAS_WORKSPACE)  # read at the first matrix product
                 with _random_stream(self._seed):  # the same on all ranks: new adapters must be equal
                     self._backend = build_backend(self._model_spec, self._backend_spec, self._placement)
             packages = str(Path(actors.__file__).parent)
@@ -169,9 +174,10 @@ class ModelWorker:
                 raise RunError(f"{self.name} is frozen: it was built without an optimizer")
             state = self._objective_states.setdefault(stage, {})
             batch_pass = Pass(self.backend, shard.fetched(blocks), objective, temperature, state, self._companion)
-            metrics = batch_pass.learn(self._drawing)
+            batch_pass.learn(self._drawing)
             with batch_pass.clock.measure("step"):
                 info = self.backend.step()
+            metrics = batch_pass.metrics()
             if not np.isfinite(info.grad_norm):
                 raise RunError(f"{self.name}: the gradient norm of step {self._steps_done + 1} is {info.grad_norm}")
             self._steps_done += 1
@@ -326,6 +332,7 @@ class ModelWorker:
             "dtype": self._model_spec.dtype,
             "device": str(backend.device),
             "backend": self._backend_spec.kind,
+            "kernels": getattr(getattr(backend.model, "module", backend.model), "kernels", ""),
             "trained": self._backend_spec.optim is not None,
             "threads": self._threads,
             "torch": torch.__version__,
@@ -337,9 +344,26 @@ class ModelWorker:
             raise RunError(f"{self.name} sleeps, and its weights are not on its device: `wake` comes before `{verb}`")
         self._busy = (verb, time.monotonic())
         try:
-            yield
+            with _deterministic(self._backend_spec.deterministic):
+                yield
         finally:
             self._busy = None
+
+
+@contextlib.contextmanager
+def _deterministic(wanted: bool) -> Generator[None]:
+    """Inside this context the same inputs give the same bits on a GPU, too; an operation that cannot raises an error.
+    Torch has one setting for the whole process."""
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it would write NaN to all memory first
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 @contextlib.contextmanager

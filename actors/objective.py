@@ -17,6 +17,7 @@ from torch import Tensor
 
 from actors.batch import Batch
 from actors.columns import COLUMNS, Axis, Head
+from actors.transfers import on_device
 
 Counts = dict[str, float]
 DIVERGENCE = "divergence"  # in `Outputs.extra`: what an objective's `of_logits` makes of each token's distribution
@@ -29,16 +30,19 @@ class MicroBatch:
 
     lengths: Tensor  # [B] int64
     columns: Mapping[str, Tensor]  # per-token [T] or per-row [B]; `tokens` is int64
+    host: Batch | None = None  # the same rows on the host: what is read there need not wait for the device
 
     @classmethod
     def of(cls, batch: Batch, device: torch.device | str = "cpu") -> MicroBatch:
-        def tensor(values: Any) -> Tensor:
-            return torch.tensor(values, device=device)  # copies: object-store arrays are read-only
-
-        columns = {name: tensor(values) for name, values in batch.columns.items()}
+        columns = {name: on_device(values, device) for name, values in batch.columns.items()}
         if "tokens" in columns:
             columns["tokens"] = columns["tokens"].long()
-        return cls(tensor(batch.lengths), columns)
+        return cls(on_device(batch.lengths, device), columns, batch)
+
+    @property
+    def row_lengths(self) -> tuple[int, ...]:
+        """Tokens of each row, as numbers."""
+        return tuple((self.lengths if self.host is None else self.host.lengths).tolist())
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from actors.transfers import on_device
+
 WORTH_SHARING = (
     0.9  # computed rows per token; above that, spreading rows out for attention costs more than sharing saves
 )
@@ -28,13 +30,16 @@ class SharedPrefixes:
     row_of_token: Tensor  # [T] int64, into the R rows
 
 
-def shared_prefixes(tokens: Tensor, lengths: Sequence[int]) -> SharedPrefixes | None:
-    """The beginnings that documents (`tokens` [T], end to end) have in common; None if they are not worth it."""
-    first = _first_alike(tokens.cpu().numpy(), lengths)
+def shared_prefixes(
+    tokens: np.ndarray, lengths: Sequence[int], device: torch.device | str = "cpu"
+) -> SharedPrefixes | None:
+    """The beginnings that documents (`tokens` [T], end to end, on the host) have in common; None if they are not worth
+    it."""
+    first = _first_alike(tokens, lengths)
     kept, row_of_token = np.unique(first, return_inverse=True)
     if len(kept) > WORTH_SHARING * len(first):
         return None
-    return SharedPrefixes(*(torch.from_numpy(rows).to(tokens.device) for rows in (kept, row_of_token)))
+    return SharedPrefixes(*(on_device(rows, device) for rows in (kept, row_of_token)))
 
 
 def _first_alike(tokens: np.ndarray, lengths: Sequence[int]) -> np.ndarray:

@@ -49,3 +49,4 @@ class BackendSpec:
     deepspeed: dict[str, Any] | None = None
     zero_stage: int = 2  # used where `deepspeed` does not say
     gpus: float = 0.0  # of this rank; 0: it computes on the CPU, whatever the machine has
+    deterministic: bool = False  # the same inputs give the same bits on a GPU, too

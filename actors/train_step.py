@@ -14,7 +14,6 @@ import contextlib
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,17 +37,39 @@ Drawing = Callable[
 ]  # a context in which random numbers start from the beginning of the update's stream
 
 
-@dataclass
 class Clock:
-    """Seconds by part of an update."""
+    """Seconds by part of an update. What a GPU does is not done when a call returns: there a part lasts from when the
+    GPU begins its work to when it ends it. The process does not wait for that before `seconds` are asked for."""
 
-    seconds: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "backward": 0.0, "step": 0.0})
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seconds = {"forward": 0.0, "backward": 0.0, "step": 0.0}
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextlib.contextmanager
     def measure(self, part: str) -> Generator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
+        if self._device.type == "cuda":
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            yield
+            after.record()
+            self._events.append((part, before, after))
+        else:
+            start = time.perf_counter()
+            yield
+            self._add(part, time.perf_counter() - start)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        if self._events:
+            torch.cuda.synchronize(self._device)
+        for part, before, after in self._events:
+            self._add(part, before.elapsed_time(after) / 1000)
+        self._events.clear()
+        return dict(self._seconds)
+
+    def _add(self, part: str, seconds: float) -> None:
+        self._seconds[part] = self._seconds.get(part, 0.0) + seconds
 
 
 class Pass:
@@ -74,11 +95,11 @@ class Pass:
         if not self.tokens.get("learned"):
             raise RunError("an empty batch: there is nothing to compute a loss from")
         self._statistics: dict[str, Any] = {}
-        self.clock = Clock()
+        self.clock = Clock(backend.device)
+        self._stats: list[Stats] = []
 
-    def learn(self, drawing: Drawing) -> dict[str, float]:
-        """Adds the gradient of the batch's loss to the model's. Returns the metrics. To be called inside
-        `drawing()`."""
+    def learn(self, drawing: Drawing) -> None:
+        """Adds the gradient of the batch's loss to the model's. To be called inside `drawing()`."""
         ready: list[Outputs] = []  # outputs with gradient that the statistics needed
         if self._objective.coupled and self._objective.statistics_rows is None and len(self._micros) == 1:
             ready = [self._forward(self._micros[0])]  # one pass serves both statistics and loss
@@ -87,18 +108,21 @@ class Pass:
             seen = self._micros if self._objective.statistics_rows is None else self._statistics_rows
             with torch.no_grad(), drawing():  # the same dropout and noise as in the pass with gradient
                 self._couple(seen, [self._forward(micro, "statistics") for micro in seen])
-        metrics: list[Stats] = []
         for micro in self._micros:  # one graph exists at a time
             outputs = ready.pop() if ready else self._forward(micro)
             with self.clock.measure("forward"):
                 loss, stats = self._loss(micro, outputs)
             with self.clock.measure("backward"):
                 self._backend.backward(loss, last=micro is self._micros[-1])
-            metrics.append(_measured(micro, outputs, loss, stats))
-        return self._combined(metrics)
+            self._stats.append(_measured(micro, outputs, loss, stats))
+
+    def metrics(self) -> dict[str, float]:
+        """Of what was learned. Reading their values waits for a GPU: ask after the optimizer's step, or the GPU is idle
+        until that is launched."""
+        return self._combined(self._stats)
 
     def measure(self) -> dict[str, float]:
-        """The metrics that `learn` would report, including the loss."""
+        """The metrics that there would be after `learn`, including the loss."""
         outputs = self._without_noise(self._micros)
         if self._objective.coupled and self._objective.statistics_rows is None:
             self._couple(self._micros, outputs)
@@ -209,12 +233,12 @@ def filled(micro: MicroBatch) -> MicroBatch:
 
 def _measured(micro: MicroBatch, outputs: Outputs, loss: Tensor, stats: Stats) -> Stats:
     """A micro-batch's metrics, its part of the loss, and the share of its tokens that a shared prefix saved."""
-    size = int(micro.lengths.sum())
+    size = sum(micro.row_lengths)
     shared = Stat(size - outputs.rows, size) if size else Stat(0.0, 0.0)
     return {**stats, "loss": Stat(loss.detach(), combine="sum"), "shared_share": shared}
 
 
 def _sizes(micro: MicroBatch) -> Counts:
     """Tokens of a micro-batch: all, those that count as trained on, and those that the model computes."""
-    real = float(micro.lengths.sum())
+    real = float(sum(micro.row_lengths))
     return {"real": real, "learned": real, "computed": max(real, 1.0)}

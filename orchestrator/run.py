@@ -51,7 +51,13 @@ def run(
         refuse_surroundings(config, local=local, resume=resume)
         prepared = prepare(config)
         pipelines = {phase.name: phase.pipeline for phase in prepared.phases}
-        plan = make_plan(config, pipelines, parameters=prepared.parameters, own_parameters=prepared.own_parameters)
+        plan = make_plan(
+            config,
+            pipelines,
+            parameters=prepared.parameters,
+            own_parameters=prepared.own_parameters,
+            shapes=prepared.shapes,
+        )
         if resume is None:
             folder, resumed = _new_folder(config), None
             stack.enter_context(driving(folder))

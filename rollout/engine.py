@@ -37,6 +37,9 @@ class Ability(StrEnum):
     MIXES = "mixes"  # it holds a second model, and samples from the geometric mixture of both
 
 
+CPU_KV_CACHE_GIB = 0.25  # on a CPU the cache is taken from memory that all processes share
+
+
 @dataclass(frozen=True)
 class EngineSpec:
     """How to build an engine. `kind` is a key of `rollout.engine.ENGINES`."""
@@ -49,7 +52,7 @@ class EngineSpec:
     threads: int = 1
     tensor_parallel: int = 1
     gpus: float = 0.0
-    kv_cache_gib: float = 0.25
+    kv_cache_gib: float | None = None  # None: on a GPU, what the engine finds left; on a CPU, CPU_KV_CACHE_GIB
     seed: int = 0
     trust_remote_code: bool = False
     mixes: str | None = None  # a second model, in the logits of requests with a `mixture`; None: there is none

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from actors.errors import ConfigError, DataFailure, InfraFailure
 from actors.pretrained import check_folder
-from rollout.engine import Ability, EngineSpec, Finished
+from rollout.engine import CPU_KV_CACHE_GIB, Ability, EngineSpec, Finished
 from rollout.sampling import Completion, Finish, Request, sample_seed
 from rollout.stopping import end_token_ids, token_budget
 from rollout.vllm_mixture import MIXTURE, SecondModel
@@ -197,7 +197,7 @@ def _start(spec: EngineSpec, second: SecondModel | None) -> LLMEngine:
         "seed": spec.seed,
         "max_model_len": spec.max_model_len,
         "max_num_seqs": spec.max_concurrency,
-        "kv_cache_memory_bytes": int(spec.kv_cache_gib * 2**30),
+        **_cache_size(spec),
         **_share_of_gpu(spec),
         "tensor_parallel_size": spec.tensor_parallel,
         "distributed_executor_backend": "uni" if spec.tensor_parallel == 1 else "mp",
@@ -229,6 +229,15 @@ def _mixture(second: SecondModel | None) -> dict[str, Any]:
         return {}
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     return {"logits_processors": [second.processor()]}
+
+
+def _cache_size(spec: EngineSpec) -> dict[str, Any]:
+    """Bytes for keys and values. Nothing is said on a GPU without `kv_cache_gib`: vLLM then takes what the model leaves
+    of its share of the memory."""
+    size = spec.kv_cache_gib
+    if size is None and spec.gpus == 0:
+        size = CPU_KV_CACHE_GIB
+    return {} if size is None else {"kv_cache_memory_bytes": int(size * 2**30)}
 
 
 def _share_of_gpu(spec: EngineSpec) -> dict[str, Any]:

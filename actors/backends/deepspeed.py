@@ -155,7 +155,7 @@ class DeepSpeedBackend:
     def step(self) -> StepInfo:
         learning_rate = self._engine.get_lr()[0]
         # In stage 0 and float32 DeepSpeed tells no norm; but then every rank holds the whole gradient by now.
-        told = hasattr(self._engine.optimizer, "_global_grad_norm")
+        told = self._stage > 0 or self._dtype != "float32"
         norm = None if told else torch.nn.utils.get_total_norm(w.grad for _, w in self._trained() if w.grad is not None)
         self._engine.step()
         return StepInfo(float(self._engine.get_global_grad_norm() if norm is None else norm), learning_rate)

@@ -74,6 +74,7 @@ class SingleBackend:
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
+        hand_over([weight for weight in self._weights.values() if weight.master is not weight.parameter])
 
     def step(self) -> StepInfo:
         info = self.stepper.step()
@@ -125,9 +126,12 @@ class SingleBackend:
         """All objects with tensors: model, float32 weights, moments."""
         return self.model, self._weights, self._stepper
 
+    @torch.no_grad()
     def _round_weights(self) -> None:
-        for weight in self._weights.values():
-            weight.round()
+        """Sets each parameter to its rounded master, all of them by a few launches of a kernel."""
+        halves = [weight for weight in self._weights.values() if weight.master is not weight.parameter]
+        if halves:
+            torch._foreach_copy_([weight.parameter for weight in halves], [weight.master for weight in halves])
 
 
 class Weight:
@@ -138,17 +142,24 @@ class Weight:
         self.master: Tensor = parameter
         if parameter.dtype != torch.float32:
             self.master = parameter.detach().float().requires_grad_()
-            parameter.register_post_accumulate_grad_hook(self._hand_over)
 
-    def _hand_over(self, parameter: Tensor) -> None:
-        """Adds the half-precision gradient of a micro-batch to the float32 sum and frees it."""
-        assert parameter.grad is not None  # this hook runs right after it was accumulated
-        grad = parameter.grad.float()
-        self.master.grad = grad if self.master.grad is None else self.master.grad.add_(grad)
-        parameter.grad = None
 
-    @torch.no_grad()
-    def round(self) -> None:
-        """Set the parameter to its rounded master."""
-        if self.master is not self.parameter:
-            self.parameter.copy_(self.master)
+@torch.no_grad()
+def hand_over(weights: list[Weight]) -> None:
+    """After the backward pass of a micro-batch: adds half-precision gradients to float32 sums and frees them. Not in
+    hooks of the parameters, which would call Python from within the backward pass, and all of them at once: a GPU that
+    computes a small model waits for launches."""
+    found = [(weight, weight.parameter.grad) for weight in weights]
+    added = [(weight, grad) for weight, grad in found if grad is not None and weight.master.grad is not None]
+    if added:
+        torch._foreach_add_([weight.master.grad for weight, _ in added], [grad for _, grad in added])
+    first = [(weight, grad) for weight, grad in found if grad is not None and weight.master.grad is None]
+    if first:
+        flat = torch.empty(sum(grad.numel() for _, grad in first), dtype=torch.float32, device=first[0][1].device)
+        pieces = flat.split([grad.numel() for _, grad in first])
+        sums = [piece.view_as(grad) for piece, (_, grad) in zip(pieces, first, strict=True)]
+        torch._foreach_copy_(sums, [grad for _, grad in first])
+        for (weight, _), total in zip(first, sums, strict=True):
+            weight.master.grad = total
+    for weight in weights:
+        weight.parameter.grad = None

@@ -134,6 +134,8 @@ def model_spec(prepared: Prepared, role: str, path: str | None, *, trained: bool
         chat_template=chat_template(prepared),
         dtype=settings.dtype or model.dtype,
         lora=prepared.lora if trained else None,
+        attention_dtype=model.attention_dtype,
+        fused_kernels=model.fused_kernels,
         gradient_checkpointing=model.gradient_checkpointing and trained,
         neftune_noise_alpha=model.neftune_noise_alpha if trained else 0.0,
         router_aux_loss_coef=model.router_aux_loss_coef,
@@ -179,6 +181,7 @@ class _Starting:
             optim=None if trained is None else optim_spec(trained, role, settings),
             deepspeed=_deepspeed_config(role, settings),
             zero_stage=settings.zero_stage,
+            deterministic=any(phase.config.train.deterministic for phase in prepared.phases),
         )
         common = {
             "model": model_spec(prepared, role, model, trained=trained is not None),

@@ -165,8 +165,8 @@ class EngineRole(Section):
     """GPUs over which each worker's engine splits the model."""
     dtype: DType | None = None
     """Type in which the engine holds the weights. Default: the model's."""
-    kv_cache_gib: Annotated[float, Field(gt=0)] = EngineSpec.kv_cache_gib
-    """Memory of each worker's key-value cache."""
+    kv_cache_gib: Annotated[float, Field(gt=0)] | None = EngineSpec.kv_cache_gib
+    """Memory of each worker's key-value cache. None: on a GPU what the model leaves of it, on a CPU 0.25."""
     max_concurrency: Positive = EngineSpec.max_concurrency
     """Sequences decoded by one worker at a time."""
     max_model_len: Positive | None = None

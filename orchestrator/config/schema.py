@@ -59,6 +59,10 @@ class ModelConfig(Section):
     """Type in which the weights are held and trained."""
     lora: LoraConfig | None = None
     """Train adapters instead of the weights; `{}` takes the defaults. None: train all weights."""
+    attention_dtype: Literal["bfloat16"] | None = None
+    """Type of queries, keys and values in attention: bfloat16 has the fast kernel on GPUs. None: the model's."""
+    fused_kernels: bool | None = None
+    """Fused kernels on a GPU; true demands those of liger-kernel, too. None: those that there are."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     neftune_noise_alpha: Annotated[float, Field(ge=0)] = 0.0
@@ -173,6 +177,8 @@ class TrainConfig(Section):
     """Longer gradients are scaled to this norm. None: no limit."""
     max_staleness: Annotated[int, Field(ge=0)] = 0
     """How many optimizer steps older than the trained weights a sample may be; 0 is synchronous training."""
+    deterministic: bool = False
+    """The same bits each time on a GPU, too, in all phases of the run; a resumed run is then exact; slower."""
     bema: BemaConfig | None = None
     """Average the weights; `{}` takes the defaults. None: no average."""
 

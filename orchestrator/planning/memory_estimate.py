@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -10,6 +11,39 @@ PROCESS_GIB = 0.8  # an interpreter with torch, transformers and Ray
 LORA_SHARE_PER_RANK = (
     1 / 1600
 )  # adapters' share of all parameters for each unit of r, on every linear layer of a 7B model
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Widths of a decoder's layers: `queries` and `keys` of all heads together, `gated` inside the feed-forward, of all
+    experts that a token passes through."""
+
+    layers: int
+    hidden: int
+    queries: int
+    keys: int
+    gated: int
+
+    @classmethod
+    def of(cls, config: Any) -> Shape | None:
+        """Read from a Hugging Face configuration; None where it has other names than the usual ones."""
+        text = config.get_text_config()
+        try:
+            heads, size = text.num_attention_heads, getattr(text, "head_dim", None)
+            size = size or text.hidden_size // heads
+            experts = getattr(text, "num_experts_per_tok", None)
+            gated = getattr(text, "moe_intermediate_size", None) if experts else None
+            inside = (gated or text.intermediate_size) * (experts or 1)
+            keys = (getattr(text, "num_key_value_heads", None) or heads) * size
+            return cls(text.num_hidden_layers, text.hidden_size, heads * size, keys, inside)
+        except AttributeError:
+            return None
+
+    @property
+    def stored(self) -> int:
+        """Values of a token and layer that the backward pass reads: input and output of both norms; queries, keys,
+        values and the output of attention; the gate, its activation, the other half and their product."""
+        return 4 * self.hidden + 2 * self.queries + 2 * self.keys + 4 * self.gated
 
 
 @dataclass(frozen=True)
@@ -43,15 +77,21 @@ class Training:
 
 
 def estimate(
-    parameters: int, dtype: str, *, tokens: int = 0, training: Training | None = None, kv_cache_gib: float = 0.0
+    parameters: int,
+    dtype: str,
+    *,
+    tokens: int = 0,
+    training: Training | None = None,
+    kv_cache_gib: float = 0.0,
+    shape: Shape | None = None,
 ) -> Memory:
-    """One process that holds a model. `tokens`: of its largest micro-batch.
+    """One process that holds a model. `tokens`: of its largest micro-batch. Without a `shape`, a usual one.
 
     Gradients and Adam's two moments are float32, and so are the master weights of a half-precision model. ZeRO shards
     optimizer states from stage 1 on, gradients from 2, weights from 3."""
     width = BYTES[dtype]
     if training is None:
-        activations = _activation_bytes(parameters, width, tokens, layers_kept=1)
+        activations = _activation_bytes(shape or _usual(parameters), width, tokens, layers_kept=1)
         return Memory(parameters * width / GIB, activations=activations / GIB, kv_cache=kv_cache_gib)
     lora = training.lora_rank
     trained = parameters if lora is None else min(1.0, lora * LORA_SHARE_PER_RANK) * parameters
@@ -60,7 +100,7 @@ def estimate(
         weights=parameters * width / GIB / _share(training, 3),
         gradients=trained * 4 / GIB / _share(training, 2),
         optimizer=trained * (8 if dtype == "float32" else 12) / GIB / _share(training, 1),
-        activations=_activation_bytes(parameters, width, tokens, layers_kept) / GIB,
+        activations=_activation_bytes(shape or _usual(parameters), width, tokens, layers_kept) / GIB,
         companion=training.companion_bytes / GIB,
         averages=trained * 12 / GIB / training.ranks if training.averaged else 0.0,
     )
@@ -70,12 +110,15 @@ def _share(training: Training, from_stage: int) -> int:
     return training.ranks if training.zero_stage >= from_stage else 1
 
 
-def _activation_bytes(parameters: int, width: int, tokens: int, layers_kept: int | None) -> float:
-    """17 values per token, layer and hidden unit without the attention matrix, which no kernel of ours stores; plus one
-    per layer where layers are recomputed. Source: arXiv:2205.05198, section 4.
+def _activation_bytes(shape: Shape, width: int, tokens: int, layers_kept: int | None) -> float:
+    """What the backward pass reads of each layer, without the attention matrix, which no kernel of ours stores; plus an
+    input per layer where layers are recomputed."""
+    if layers_kept is None:
+        return tokens * width * shape.layers * shape.stored
+    return tokens * width * (layers_kept * shape.stored + shape.layers * shape.hidden)
 
-    Hidden size and depth follow from the parameters of a usual shape: 12 h^2 per layer, and h / 128 layers."""
-    hidden = (parameters * 128 / 12) ** (1 / 3)
-    layers = max(1.0, hidden / 128)
-    stored = layers if layers_kept is None else layers_kept + layers / 17
-    return 17 * tokens * hidden * stored * width
+
+def _usual(parameters: int) -> Shape:
+    """12 h^2 parameters per layer, h / 128 layers, as many key heads as query heads, 8/3 h inside the feed-forward."""
+    hidden = max(1, round((parameters * 128 / 12) ** (1 / 3)))
+    return Shape(max(1, hidden // 128), hidden, hidden, hidden, hidden * 8 // 3)

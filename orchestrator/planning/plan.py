@@ -19,12 +19,16 @@ from orchestrator.config.schema import BemaConfig, PhaseConfig, RunConfig
 from orchestrator.config.validation import Role, count, refusals, warnings
 from orchestrator.pipeline import Pipeline, Verb, score
 from orchestrator.planning.bundles import GIB, Bundle, ClusterView, Resources, shortages
-from orchestrator.planning.memory_estimate import BYTES, Memory, Training, estimate
+from orchestrator.planning.memory_estimate import BYTES, Memory, Shape, Training, estimate
 from orchestrator.planning.node_selectors import Selector
+from rollout.engine import CPU_KV_CACHE_GIB
 
 # Spins of an idle OpenMP thread before it sleeps: they bridge two operations. Five times as many were not faster,
 # and slowed a step down by half if another program used the core; this many, by a seventh.
 SPINS = 1_000
+# Of ranks on GPUs. With segments that grow, micro-batches of many sizes leave no gaps in the memory, and steps with
+# several of them take a tenth less time. cuBLAS sums in the same order each time only in a work space of a fixed size.
+GPU_RANK = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 SMALL_MODEL = 100_000_000  # parameters; below, an engine on the CPU is fastest with one thread
 
 
@@ -124,11 +128,13 @@ def make_plan(
     *,
     parameters: int | None = None,
     own_parameters: Mapping[str, int | None] | None = None,
+    shapes: Mapping[str, Shape] | None = None,
     machine: Machine | None = None,
 ) -> Plan:
     """The plan of a run, `pipelines` by phase. `parameters` of the run's model, `own_parameters` of the models of roles
-    that differ from it. Raises ConfigError with all refusals."""
-    plan = draft_plan(config, pipelines, parameters=parameters, own_parameters=own_parameters, machine=machine)
+    that differ from it, `shapes` by role. Raises ConfigError with all refusals."""
+    known = {"parameters": parameters, "own_parameters": own_parameters, "shapes": shapes}
+    plan = draft_plan(config, pipelines, machine=machine, **known)
     if plan.refusals:
         raise ConfigError("\n".join(plan.refusals))
     return plan
@@ -140,6 +146,7 @@ def draft_plan(
     *,
     parameters: int | None = None,
     own_parameters: Mapping[str, int | None] | None = None,
+    shapes: Mapping[str, Shape] | None = None,
     machine: Machine | None = None,
 ) -> Plan:
     """A plan that may have `refusals`, for display and not for launching."""
@@ -155,7 +162,7 @@ def draft_plan(
         has_own = isinstance(settings, RanksRole) and settings.model is not None
         return own.get(role, None if has_own else parameters)
 
-    memory = {role: _memory(role, config, pipelines, parameters_of) for role in sized}
+    memory = {role: _memory(role, config, pipelines, parameters_of, (shapes or {}).get(role)) for role in sized}
     roles = {role: _role_plan(role, config, threads[role], seats.get(role, ()), memory[role]) for role in sized}
     phases = tuple(_phase_plan(name, config, pipeline) for name, pipeline in pipelines.items())
     found = tuple(refused), tuple(warnings(config, pipelines, launched))
@@ -241,11 +248,18 @@ def _threads(
 
 
 def _overlaps(config: RunConfig, roles: list[str]) -> bool:
-    """Whether frozen roles may work on the next batch while another is trained: if each has a device of its own, or
-    its `threads` are set. Otherwise they share the cores: each would get half of them, and during the longer training
-    step the other half would be idle."""
-    settings = [each for role in roles if isinstance(each := config.roles[role], RanksRole)]
-    return all(each.gpus > 0 or each.threads is not None for each in settings)
+    """Whether frozen roles may work on the next batch while another is trained: if each has a GPU of its own, or its
+    `threads` on the CPU are set. Otherwise they share a device. On a CPU each would get half of the cores, and during
+    the longer training step the other half would be idle; on a GPU the peaks of their memory would add up."""
+    settings = {role: each for role in roles if isinstance(each := config.roles[role], RanksRole)}
+    hosts = {each.colocate for each in settings.values()}
+
+    def has_its_own(role: str, each: RanksRole) -> bool:
+        if each.gpus == 0:
+            return each.threads is not None
+        return each.gpus >= 1 and each.colocate is None and role not in hosts
+
+    return all(has_its_own(role, each) for role, each in settings.items())
 
 
 def _gang(config: RunConfig, roles: list[str]) -> tuple[tuple[Bundle, ...], dict[str, tuple[int, ...]]]:
@@ -289,6 +303,8 @@ def _role_plan(role: str, config: RunConfig, threads: int, bundles: tuple[int, .
     settings = config.roles[role]
     ahead = any(phase.train.max_staleness for phase in config.phases.values())
     env = _environment(settings, threads, alone=isinstance(settings, RanksRole) and not ahead)
+    if isinstance(settings, RanksRole) and settings.gpus > 0:
+        env |= GPU_RANK
     resources, selectors = _resources(settings), _selectors(settings)
     pool = not isinstance(settings, RanksRole)
     return RolePlan(role, count(settings), resources, threads, env, memory, settings.colocate, bundles, pool, selectors)
@@ -309,7 +325,11 @@ def _environment(settings: Role, threads: int, *, alone: bool) -> dict[str, str]
 
 
 def _memory(
-    role: str, config: RunConfig, pipelines: Mapping[str, Pipeline], parameters_of: Callable[[str], int | None]
+    role: str,
+    config: RunConfig,
+    pipelines: Mapping[str, Pipeline],
+    parameters_of: Callable[[str], int | None],
+    shape: Shape | None,
 ) -> Memory | None:
     settings = config.roles[role]
     if isinstance(settings, UserCodeRole):
@@ -321,12 +341,13 @@ def _memory(
         second = 0 if settings.mixes is None else parameters_of(settings.mixes)
         if second is None:
             return None
+        cache = settings.kv_cache_gib or (CPU_KV_CACHE_GIB if settings.gpus == 0 else 0.0)  # on a GPU, what is left
         per_gpu = parameters // settings.tensor_parallel + second
-        return estimate(per_gpu, settings.dtype or config.model.dtype, kv_cache_gib=settings.kv_cache_gib)
+        return estimate(per_gpu, settings.dtype or config.model.dtype, kv_cache_gib=cache)
     tokens = max(phase.train.token_budget for phase in config.phases.values())
     dtype = settings.dtype or config.model.dtype
     if not any(role in pipeline.trained for pipeline in pipelines.values()):
-        return estimate(parameters, dtype, tokens=tokens)
+        return estimate(parameters, dtype, tokens=tokens, shape=shape)
     lora = config.model.lora.r if config.model.lora else None
     stage = _zero_stage(settings) if settings.backend == "deepspeed" else 0
     averaged = any(
@@ -341,7 +362,7 @@ def _memory(
             return None
         beside = max(beside, size * float(BYTES[config.roles.ranks(companion).dtype or config.model.dtype]))
     training = Training(stage, settings.ranks, lora, config.model.gradient_checkpointing, beside, averaged)
-    return estimate(parameters, dtype, tokens=tokens, training=training)
+    return estimate(parameters, dtype, tokens=tokens, training=training, shape=shape)
 
 
 def _zero_stage(settings: RanksRole) -> int:

@@ -18,6 +18,7 @@ from orchestrator.config.schema import PhaseConfig, RunConfig
 from orchestrator.data.source import RowSource, Source
 from orchestrator.pipeline import Pipeline, Stage, Verb, items_of
 from orchestrator.planning.episode_settings import EpisodeSettings
+from orchestrator.planning.memory_estimate import Shape
 from orchestrator.planning.schedule import Schedule
 from orchestrator.step_rewards import Steps
 from rewards.judge import JudgeSpec
@@ -120,6 +121,7 @@ class Prepared:
     model_rewards: tuple[ModelReward, ...]
     parameters: int | None
     own_parameters: Mapping[str, int | None] = field(default_factory=dict[str, int | None])  # of roles that differ
+    shapes: Mapping[str, Shape] = field(default_factory=dict[str, Shape])  # of roles' models, where they are known
 
     @property
     def lora(self) -> LoraSpec | None:

@@ -31,6 +31,7 @@ from orchestrator.methods import build
 from orchestrator.pipeline import DataKind, Pipeline, Prompts, Stage, Verb
 from orchestrator.planning.episode_settings import FIRST_WORDS, EpisodeSettings, episode_settings
 from orchestrator.planning.handover import is_handed_over, phase_of
+from orchestrator.planning.memory_estimate import Shape
 from orchestrator.planning.prepared import ModelReward, Prepared, PreparedPhase
 from orchestrator.planning.schedule import Schedule
 from orchestrator.plugins import importable
@@ -88,7 +89,7 @@ def prepare(config: RunConfig, *, output: Path | None = None) -> Prepared:
         model_rewards=_scoring(config.rewards, tokenizer),
         parameters=count_parameters(model),
     )
-    prepared = replace(prepared, own_parameters=_own_parameters(prepared))
+    prepared = replace(prepared, own_parameters=_own_parameters(prepared), shapes=_shapes(prepared))
     _check_rewards(prepared)
     _check_engines(prepared)
     _check_models(prepared)
@@ -153,6 +154,18 @@ def _own_parameters(prepared: Prepared) -> dict[str, int | None]:
         path = prepared.models.get(first_of.get(left or "", role)) or prepared.model
         found[role] = count_parameters(path, prepared.heads.get(role, Head.VOCABULARY))
     return found
+
+
+def _shapes(prepared: Prepared) -> dict[str, Shape]:
+    """Of the models of roles that hold one."""
+    trusted = prepared.config.model.trust_remote_code
+    paths = {
+        name: prepared.models.get(name) or prepared.model
+        for name, role in prepared.config.roles
+        if isinstance(role, RanksRole)
+    }
+    of_path = {path: Shape.of(pretrained.load_config(path, trusted)) for path in set(paths.values())}
+    return {role: shape for role, path in paths.items() if (shape := of_path[path]) is not None}
 
 
 def count_parameters(model: str, head: Head = Head.VOCABULARY) -> int | None:

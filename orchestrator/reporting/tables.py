@@ -137,7 +137,13 @@ def show_plan(config: RunConfig) -> bool:
     refuse_surroundings(config)
     prepared = prepare(config)
     pipelines = {phase.name: phase.pipeline for phase in prepared.phases}
-    plan = draft_plan(config, pipelines, parameters=prepared.parameters, own_parameters=prepared.own_parameters)
+    plan = draft_plan(
+        config,
+        pipelines,
+        parameters=prepared.parameters,
+        own_parameters=prepared.own_parameters,
+        shapes=prepared.shapes,
+    )
     cluster = cluster_at_hand(config.cluster, plan)
     _print(render(plan, cluster))
     for phase in prepared.phases:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,9 @@ from torch import Tensor
 
 from actors.attention import Documents, varlen_attention
 from actors.batch import Batch
+from actors.columns import Head
+from actors.heads import VocabularyHead
+from actors.logits import LogitScaling, add_product
 from actors.model import ModelSpec
 from actors.model_worker import ModelWorker, UpdateReport
 from actors.sharding import shard
@@ -26,6 +31,18 @@ HEADS, HEAD_DIM = 8, 64
 HALF = {"rtol": 2e-2, "atol": 2e-2}  # two roundings of a number around 1 to 8 bits
 BUDGET = 256  # tokens per micro-batch: several of them
 OPTIM = OptimSpec(learning_rate=1e-2, total_steps=8, adam_eps=1e-3, scheduler="constant", max_grad_norm=0.7)
+
+
+BACKENDS: dict[str, dict[str, Any]] = {
+    "single": {"kind": "single"},
+    **{f"ZeRO {stage}": {"kind": "deepspeed", "zero_stage": stage} for stage in (0, 1, 2, 3)},
+}
+on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def needs_deepspeed(backend: str) -> None:
+    if backend != "single":
+        pytest.importorskip("deepspeed")
 
 
 @dataclass(frozen=True)
@@ -64,6 +81,58 @@ def test_float32_on_the_gpu_equals_the_cpu():
     torch.testing.assert_close(found.out, expected.out, rtol=2e-3, atol=2e-3)  # where a GPU multiplies in TF32
 
 
+def test_float32_with_grouped_heads_never_holds_all_scores():
+    lengths, heads, size = [2048] * 4, 14, 64
+    inputs = [torch.randn(1, n, sum(lengths), size, device="cuda", requires_grad=True) for n in (heads, 2, 2)]
+    documents = Documents(lengths, torch.device("cuda"))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out, _ = varlen_attention(torch.nn.Module(), *inputs, None, documents=documents)
+    out.sum().backward()
+    scores = 4 * heads * 2048**2 * 4  # bytes, of all documents
+    assert torch.cuda.max_memory_allocated() - before < 0.6 * scores
+
+
+def test_float32_may_attend_in_bfloat16_by_the_kernel(tmp_path: Path):
+    folder = str(tiny_model_folder(tmp_path, hidden=256))
+    exact, half = (updates(started(ModelSpec(folder, attention_dtype=dtype)), 2) for dtype in (None, "bfloat16"))
+    for ours, theirs in zip(half, exact, strict=True):
+        assert ours.metrics["loss"] == pytest.approx(theirs.metrics["loss"], rel=5e-3)
+        assert ours.metrics["loss"] != theirs.metrics["loss"]
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 100])
+@pytest.mark.parametrize("needs", [frozenset(), frozenset({"entropy_grad"})])
+def test_the_head_in_bfloat16_follows_the_one_in_float32(chunk_rows: int | None, needs: frozenset[str]):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(384, 64, generator=generator), torch.randn(1000, 64, generator=generator) / 8
+    targets, cotangent = torch.randint(0, 1000, (384,), generator=generator), torch.randn(384, generator=generator)
+    found: list[list[Tensor]] = []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        head = VocabularyHead(torch.nn.Linear(64, 1000, bias=False), LogitScaling())
+        head.weight = torch.nn.Parameter(weight.bfloat16().to(device, dtype))
+        states = hidden.bfloat16().to(device, dtype).requires_grad_()
+        outputs = head(states, targets.to(device), 1.0, needs, chunk_rows)
+        total = sum((values * cotangent.to(device)).sum() for values in outputs.values())
+        assert isinstance(total, Tensor)
+        total.backward()
+        assert states.grad is not None and head.weight.grad is not None
+        found.append([outputs["main"].detach(), states.grad, head.weight.grad])
+    for exact, half in zip(*found, strict=True):
+        assert (half.float().cpu() - exact).norm() < 0.01 * exact.norm()
+
+
+def test_products_of_chunks_are_summed_in_float32():
+    generator = torch.Generator("cuda").manual_seed(0)
+    parts = [torch.randn(2, 64, 128, device="cuda", generator=generator).bfloat16() for _ in range(64)]
+    total = torch.zeros(128, 128, device="cuda")
+    for left, right in parts:
+        add_product(total, left.t(), right)
+    exact = sum(left.double().t() @ right.double() for left, right in parts)
+    assert isinstance(exact, Tensor)
+    assert (total - exact).norm() < 1e-5 * exact.norm(), "of products rounded to bfloat16 it would be 1e-3"
+
+
 def batch() -> Batch:
     generator = np.random.default_rng(0)
     lengths = generator.integers(8, 90, size=16)
@@ -74,11 +143,14 @@ def batch() -> Batch:
     return Batch.build(lengths.tolist(), tokens=generator.integers(2, 64, size=total), mask=mask)
 
 
-def trainer(folder: Path, dtype: str) -> ModelWorker:
-    spec = BackendSpec(gpus=1.0, optim=OPTIM)
-    trainable = ModelWorker("policy", ModelSpec(str(folder), dtype=dtype), spec, threads=2)
+def started(model: ModelSpec, **backend: Any) -> ModelWorker:
+    trainable = ModelWorker("policy", model, BackendSpec(**{"gpus": 1.0, "optim": OPTIM, **backend}), threads=2)
     assert trainable.ready().detail["device"] == "cuda"
     return trainable
+
+
+def trainer(folder: Path, dtype: str) -> ModelWorker:
+    return started(ModelSpec(str(folder), dtype=dtype, fused_kernels=False))
 
 
 def updates(trainable: ModelWorker, steps: int) -> list[UpdateReport]:
@@ -108,3 +180,68 @@ def test_a_sleeping_trainer_releases_its_memory_and_continues_where_it_stopped(t
     assert [r.metrics["loss"] for r in updates(trainable, 2)] == pytest.approx(
         [r.metrics["loss"] for r in updates(other, 2)], rel=1e-3
     )
+
+
+@on_every_backend
+def test_a_sleeping_role_gives_its_memory_to_others_and_wakes_to_the_bit(tmp_path: Path, backend: str):
+    needs_deepspeed(backend)
+    folder = tiny_model_folder(tmp_path, hidden=256, layers=8)
+    deterministic = started(ModelSpec(str(folder), dtype="bfloat16"), deterministic=True, **BACKENDS[backend])
+    updates(deterministic, 1)
+    state = {name: weight.clone() for name, weight in deterministic.backend.trained_weights()}
+    awake = torch.cuda.memory_reserved()
+    deterministic.sleep()
+    weights = sum(weight.numel() for weight in state.values())
+    assert awake - torch.cuda.memory_reserved() > 0.8 * weights * (2 + 4 + 8)
+    deterministic.wake()
+    for name, weight in deterministic.backend.trained_weights():
+        assert torch.equal(weight, state[name])
+    again = updates(deterministic, 1)[0]
+    assert np.isfinite(again.metrics["loss"]) and again.grad_norm > 0
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_deterministic_trainer_resumes_to_the_bit(tmp_path: Path, backend: str, dtype: str):
+    needs_deepspeed(backend)
+    model = ModelSpec(str(tiny_model_folder(tmp_path, hidden=256)), dtype=dtype)
+    settings = {"deterministic": True, **BACKENDS[backend]}
+    straight = started(model, **settings)
+    updates(straight, 2)
+    (tmp_path / "state").mkdir()
+    straight.save_state(str(tmp_path / "state"))
+    ahead = updates(straight, 3)
+    resumed = started(model, **settings)
+    resumed.load_state(str(tmp_path / "state"))
+    again = updates(resumed, 3)
+    assert [(r.metrics["loss"], r.grad_norm) for r in again] == [(r.metrics["loss"], r.grad_norm) for r in ahead]
+    assert len({r.metrics["loss"] for r in ahead}) == 3, "it learns, so equality says something"
+    for (name, ours), (_, theirs) in zip(
+        resumed.backend.trained_weights(), straight.backend.trained_weights(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
+
+
+def test_the_fused_kernels_compute_the_same_model(tmp_path: Path):
+    pytest.importorskip("liger_kernel")
+    folder = str(tiny_model_folder(tmp_path, hidden=256))
+    plain, fused = (started(ModelSpec(folder, dtype="bfloat16", fused_kernels=wanted)) for wanted in (False, True))
+    assert plain.ready().detail["kernels"] == "" and fused.ready().detail["kernels"] == "liger"
+    for ours, theirs in zip(updates(fused, 3), updates(plain, 3), strict=True):
+        assert ours.metrics["loss"] == pytest.approx(theirs.metrics["loss"], rel=5e-3)
+        assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=0.05)
+    on_cpu = ModelWorker("reference", ModelSpec(folder), BackendSpec(), threads=2)
+    on_cpu.ready()  # in the process in which the kernels are: it must keep its own layers
+    [(_, part)] = shard(batch(), 1, BUDGET)
+    _, block = on_cpu.infer(part, ("ref_logps",), Head.VOCABULARY, 1.0, True)
+    assert np.isfinite(block["ref_logps"]).all() and block["ref_logps"].min() < 0
+
+
+def test_forward_and_backward_are_timed_until_the_gpu_is_done(tmp_path: Path):
+    trainable = trainer(tiny_model_folder(tmp_path, hidden=256, layers=8), "bfloat16")
+    updates(trainable, 1)
+    began = time.perf_counter()
+    [report] = updates(trainable, 1)
+    whole = time.perf_counter() - began
+    assert 0.5 * whole < sum(report.seconds.values()) <= whole
+    assert report.seconds["backward"] > 0.5 * report.seconds["forward"]

@@ -81,6 +81,15 @@ def test_every_layout_of_documents_gives_the_same_logps(lengths: list[int]) -> N
     torch.testing.assert_close(forward(language_model(causal), micro).logps, plain_logps(causal, micro), **FLOAT32)
 
 
+def test_attention_in_half_precision_rounds_only_queries_keys_and_values() -> None:
+    causal, micro = tiny_model(), rows()
+    exact = forward(language_model(causal), micro).logps
+    half = forward(LanguageModel(causal, attention_dtype="bfloat16"), micro).logps
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, exact, rtol=0.05, atol=0.05)
+    assert not torch.equal(half, exact)
+
+
 def test_packed_documents_never_attend_to_one_another() -> None:
     model = language_model()
     with torch.no_grad():
@@ -325,8 +334,9 @@ def test_capped_scores_and_sinks_are_computed_packed_as_transformers_does_row_by
 def test_rows_that_begin_alike_share_their_computation_under_capped_scores_too() -> None:
     causal = tiny_gemma2()
     prompt = torch.randint(2, 64, (1, 9), generator=torch.Generator().manual_seed(0)).expand(3, 9)
-    micro = rows([14, 14, 14])
-    micro["tokens"].view(3, 14)[:, :9] = prompt
+    tokens = rows([14, 14, 14])["tokens"].view(3, 14)
+    tokens[:, :9] = prompt
+    micro = MicroBatch.of(Batch.build([14, 14, 14], tokens=tokens.flatten().numpy()))
     found = forward(language_model(causal), micro)
     assert found.rows < 3 * 14
     torch.testing.assert_close(found.logps, plain_logps(causal, micro), **FLOAT32)

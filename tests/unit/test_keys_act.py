@@ -108,6 +108,8 @@ PLANNED: dict[str, tuple[Any, dict[str, Any]]] = {
     "model.lora.use_rslora": (True, LORA),
     "model.lora.use_dora": (True, LORA),
     "model.gradient_checkpointing": (True, {}),
+    "model.attention_dtype": ("bfloat16", {}),
+    "model.fused_kernels": (True, {}),
     "model.neftune_noise_alpha": (5.0, {}),
     "model.router_aux_loss_coef": (0.1, {}),
     "model.lm_head_fp32": (True, {}),
@@ -139,6 +141,7 @@ PLANNED: dict[str, tuple[Any, dict[str, Any]]] = {
     "phases.NAME.train.max_grad_norm": (0.5, {}),
     "phases.NAME.train.max_staleness": (1, {"phases": {"a": {"options": {"correction": "token_mask"}}}}),
     "phases.NAME.train.token_budget": (999, {"phases": {"a": {"data": {"max_prompt_length": 8}}}}),
+    "phases.NAME.train.deterministic": (True, {}),
     "phases.NAME.train.bema": ({}, {}),
     **{
         f"phases.NAME.train.bema.{key}": (value, BEMA)

@@ -488,6 +488,17 @@ def test_an_invalid_specification_is_refused_with_a_remedy(
         ModelWorker("policy", ModelSpec(str(folder), **model), backend, threads=1, world_size=ranks).ready()
 
 
+def test_a_deterministic_worker_restores_torch_s_setting_after_each_verb(folder: Path) -> None:
+    seen: list[bool] = []
+    worker = ModelWorker("policy", ModelSpec(str(folder)), BackendSpec(deterministic=True), threads=1)
+    worker.ready()
+    worker.run(lambda: seen.append(torch.are_deterministic_algorithms_enabled()))
+    other = ModelWorker("policy", ModelSpec(str(folder)), BackendSpec(), threads=1)
+    other.ready()
+    other.run(lambda: seen.append(torch.are_deterministic_algorithms_enabled()))
+    assert seen == [True, False] and not torch.are_deterministic_algorithms_enabled()
+
+
 def test_sleep_and_wake_do_not_change_training(folder: Path) -> None:
     rested, restless = trainable(folder, dtype="bfloat16"), trainable(folder, dtype="bfloat16")
     train(rested, range(1))

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from transformers import Qwen2Config
 
 from actors.errors import ConfigError
 from orchestrator.config.schema import RunConfig
@@ -18,7 +19,7 @@ from orchestrator.losses.reduce import token_mean
 from orchestrator.methods import build
 from orchestrator.pipeline import Completions, Pairs, Pipeline, Prompts, generate, infer, score, update
 from orchestrator.planning.bundles import Bundle, ClusterView, Node, fit, shortages
-from orchestrator.planning.memory_estimate import Training, estimate
+from orchestrator.planning.memory_estimate import Shape, Training, estimate
 from orchestrator.planning.node_selectors import meets
 from orchestrator.planning.plan import Machine, Plan, draft_plan, make_plan, problems
 from orchestrator.reporting.plan_report import render
@@ -129,6 +130,14 @@ def test_a_reference_and_the_trainer_have_all_cores_by_turns() -> None:
 def test_a_reference_works_ahead_of_the_trainer_where_both_have_what_they_need(own: dict[str, int]) -> None:
     assert planned(config("dpo", roles={"policy": own, "reference": own}), cores=4).overlaps
     assert not planned(config("dpo", roles={"policy": own}), cores=4).overlaps
+
+
+def test_a_reference_that_shares_the_trainer_s_gpu_takes_turns_with_it() -> None:
+    """Their peaks of memory would add up."""
+    beside = {"policy": {"gpus": 0.7}, "reference": {"gpus": 0.3, "colocate": "policy"}}
+    assert not planned(config("dpo", roles=beside)).overlaps
+    fractions = {"policy": {"gpus": 0.5}, "reference": {"gpus": 0.5}}  # which Ray may put on one GPU
+    assert not planned(config("dpo", roles=fractions)).overlaps
 
 
 def test_idle_threads_spin_only_in_roles_that_compute_alone() -> None:
@@ -438,6 +447,29 @@ def test_zero_stages_divide_what_they_shard_and_adapters_cost_little() -> None:
     assert adapters.weights == plain.weights and adapters.optimizer < 0.02 * plain.optimizer
 
 
+def test_activations_follow_from_the_shape_where_it_is_known() -> None:
+    """Qwen2's 0.5B has a feed-forward of 5.4 times its width; a usual shape has 2.7 times."""
+    config = Qwen2Config(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+                         num_key_value_heads=2)  # fmt: skip
+    shape = Shape.of(config)
+    assert shape == Shape(layers=24, hidden=896, queries=896, keys=128, gated=4864)
+    training = Training(0, 1, None, gradient_checkpointing=False)
+    told, guessed = (
+        estimate(390_000_000, "bfloat16", tokens=16_384, training=training, shape=each) for each in (shape, None)
+    )
+    assert told.activations == pytest.approx(16_384 * 24 * 25_088 * 2 / 2**30)
+    assert 1.3 < told.activations / guessed.activations < 2 and told.weights == guessed.weights
+
+
+@pytest.mark.parametrize(("tokens", "gib"), [(6131, 14.7), (12_205, 18.1), (23_250, 30.1)])
+def test_the_estimate_is_near_the_peak_that_was_measured_on_an_h100(tokens: int, gib: float) -> None:
+    """docs/performance.md: `sft` of the 0.5B shape in bfloat16; `tokens` of the largest micro-batch."""
+    shape = Shape(layers=24, hidden=896, queries=896, keys=128, gated=4864)
+    training = Training(0, 1, None, gradient_checkpointing=False)
+    found = estimate(386_567_040, "bfloat16", tokens=tokens, training=training, shape=shape)
+    assert found.total - found.process == pytest.approx(gib, rel=0.2)
+
+
 def test_recomputing_activations_takes_a_fraction_of_storing_them() -> None:
     kept = Training(0, 1, None, gradient_checkpointing=False)
     stored = estimate(SEVEN_BILLION, "bfloat16", tokens=8192, training=kept)
@@ -626,3 +658,17 @@ def test_a_role_without_gpus_sees_none() -> None:
     plan = planned(config(roles={"policy": {"gpus": 1}, "rollout": {"gpus": 1}}))
     hidden = {name: role.env.get("CUDA_VISIBLE_DEVICES") for name, role in plan.roles.items()}
     assert hidden == {"policy": None, "rollout": None, "reward": ""}
+    segments = {name: role.env.get("PYTORCH_ALLOC_CONF") for name, role in plan.roles.items()}
+    assert segments == {"policy": "expandable_segments:True", "rollout": None, "reward": None}
+
+
+def test_an_engine_s_cache_is_what_is_left_of_a_gpu_and_small_on_a_cpu() -> None:
+    def cache(**rollout: Any) -> float:
+        plan = planned(config(roles={"policy": {"gpus": 1}, "rollout": {"gpus": 1, **rollout}}), parameters=10**9)
+        memory = plan.roles["rollout"].memory
+        assert memory is not None
+        return memory.kv_cache
+
+    assert cache() == 0 and cache(kv_cache_gib=2.0) == 2.0
+    on_cpu = planned(config(), parameters=10**9).roles["rollout"].memory
+    assert on_cpu is not None and on_cpu.kv_cache == 0.25
