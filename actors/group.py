@@ -16,16 +16,18 @@ import inspect
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from functools import cache
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 from ray import ObjectRef
 from ray.actor import ActorClass
 from ray.exceptions import ActorDiedError, ObjectLostError, RayError, RayTaskError
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from actors.errors import BlockLost, InfraFailure, NoAnswer, WorkerDied, first_lines
 from actors.worker import NAMESPACE, Ref, WorkerInfo, consume_exception
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 T = TypeVar("T")
 
@@ -221,7 +223,7 @@ def start_ranks(
     A single rank needs no rendezvous: its `master` is None.
     """
     size = len(kwargs_per_rank)
-    store = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False) if size > 1 else None
+    store = _bound_store() if size > 1 else None
     master = (ray.util.get_node_ip_address(), store.port) if store else None
     options = ray_options_per_rank or [{}] * size
     workers = [
@@ -235,6 +237,12 @@ def start_ranks(
         for rank, kwargs in enumerate(kwargs_per_rank)
     ]
     return RayGroup(name, workers, store)
+
+
+def _bound_store() -> TCPStore:
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]  # torch takes seconds to import
+
+    return TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
 
 
 @cache

@@ -1,12 +1,14 @@
 """Coroutine tests run on an event loop of their own, without a plugin."""
 
 import asyncio
+import gc
 import inspect
 import os
 
 import pytest
 
 DEADLINE_S = 280.0
+gc.disable()  # while the tests are imported, all that is made stays
 os.environ.pop("COLUMNS", None)  # pytest-xdist sets it in its workers; a user whose output is no terminal has none
 
 
@@ -17,6 +19,12 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
     asyncio.run(asyncio.wait_for(pyfuncitem.obj(**arguments), DEADLINE_S))
     return True
+
+
+def pytest_collection_finish() -> None:
+    """The garbage collector need not look again and again at the million objects of imported libraries."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

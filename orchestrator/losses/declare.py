@@ -148,7 +148,7 @@ class Term:
 
     def named(self, function: Callable[..., Any]) -> dict[str, Any]:
         """Those of this term's options, with defaults, that are parameters of `function`."""
-        known = inspect.signature(function).parameters
+        known = _signature(function).parameters
         return {name: value for name, value in _bound(self.loss, self.options).items() if name in known}
 
 
@@ -216,10 +216,15 @@ def _reads(loss: LossFunction, options: Mapping[str, Any]) -> frozenset[str]:
     return view_of(loss).always_reads().union(*(read.names for read in declared if read.applies(bound)))
 
 
+@cache
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
+
+
 def _bound(loss: LossFunction, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options with the signature's defaults filled in. Raises ConfigError for one that the loss does not take."""
     try:
-        bound = inspect.signature(loss).bind(None, **options)
+        bound = _signature(loss).bind(None, **options)
     except TypeError as error:
         raise ConfigError(f"the loss {loss.__name__}: {error}") from None
     bound.apply_defaults()

@@ -24,9 +24,11 @@ HINTS = 6  # values that a refusal names
 def refuse_ineffective(method: Callable[..., Pipeline], options: Options, pipeline: Pipeline, make: Make) -> None:
     """Raises ConfigError for an option that is set to something else than its default, and acts in no way."""
     parameters, hints = inspect.signature(method).parameters, types_of(method)
-    for name, value in options.items():
-        if value != parameters[name].default and not _acts(name, hints[name], options, pipeline, make):
-            raise ConfigError(f"options.{name}={value!r} {_where_it_acts(method, name, options, make)}")
+    changed = [name for name, value in options.items() if value != parameters[name].default]
+    whole = content(pipeline) if changed else None
+    for name in changed:
+        if not _acts(name, hints[name], options, whole, make):
+            raise ConfigError(f"options.{name}={options[name]!r} {_where_it_acts(method, name, options, make)}")
 
 
 @cache
@@ -53,18 +55,18 @@ def content(value: Any) -> Any:
     return value
 
 
-def _acts(name: str, annotation: Any, options: Options, pipeline: Pipeline, make: Make) -> bool:
-    """Whether the pipeline differs without the option, or with another value of it: what is given may happen to be
-    what holds anyway."""
+def _acts(name: str, annotation: Any, options: Options, whole: Any, make: Make) -> bool:
+    """Whether the pipeline, of which `whole` is the content, differs without the option, or with another value of it:
+    what is given may happen to be what holds anyway."""
     others = ({**options, name: value} for value in _other_values(annotation, options[name]))
-    return _differs(pipeline, _without(name, options), make, if_refused=True) or any(
-        _differs(pipeline, changed, make, if_refused=False) for changed in others
+    return _differs(whole, _without(name, options), make, if_refused=True) or any(
+        _differs(whole, changed, make, if_refused=False) for changed in others
     )
 
 
-def _differs(pipeline: Pipeline, changed: Options, make: Make, *, if_refused: bool) -> bool:
+def _differs(whole: Any, changed: Options, make: Make, *, if_refused: bool) -> bool:
     try:
-        return content(make(changed)) != content(pipeline)
+        return content(make(changed)) != whole
     except ConfigError:
         return if_refused
 
@@ -80,7 +82,7 @@ def _where_it_acts(method: Callable[..., Pipeline], name: str, options: Options,
     def acts_with(other: str, value: Any) -> bool:
         changed = {**options, other: value}
         try:
-            return _differs(make(changed), _without(name, changed), make, if_refused=True)
+            return _differs(content(make(changed)), _without(name, changed), make, if_refused=True)
         except ConfigError:
             return False
 

@@ -124,7 +124,7 @@ def test_data_that_fits_a_method_is_reported(troupe: Troupe):
 
 
 def test_a_valid_plan_shows_stages_roles_and_placement_and_no_refusal(troupe: Troupe):
-    done = troupe("plan", "grpo_arithmetic", "cluster.num_cpus=4")
+    done = troupe("plan", "grpo_arithmetic", "cluster.num_cpus=4", "phases.sft.data.limit=64")
     assert done.returncode == 0, done.stderr
     for part in (
         "rollout.generate",
@@ -143,7 +143,7 @@ def test_trained_tokens_are_coloured_and_the_middle_of_a_long_row_is_left_out():
 
 
 def test_a_plan_that_does_not_fit_the_machine_names_role_and_resource_and_exits_with_2(troupe: Troupe):
-    done = troupe("plan", "grpo_arithmetic", "roles.policy.gpus=80", "weights.transport=object_store")
+    done = troupe("plan", "grpo_arithmetic", "roles.policy.gpus=80", "weights.transport=object_store", "phases.sft.data.limit=64")
     assert done.returncode == 2
     assert "policy: no place for 1 of 1, each needs 80 GPU" in done.stdout
 

@@ -120,25 +120,24 @@ def double(number: int):
 
 
 async def test_every_call_is_answered_exactly_once_while_workers_die_all_the_time():
-    pool, events = make_pool(3)
+    """A worker dies with every tenth answer: deaths by the clock would be more the slower the machine is, and exceed
+    the pool's limit of restarts on a busy one."""
+    pool, events = make_pool(3, replace(POLICY, max_attempts=20))  # enough for whoever is unlucky
     await pool.open()
     done: Counter[int] = Counter()
+    killed: list[int] = []
 
     async def one(number: int) -> None:
         assert await pool.call(str(number), double(number)) == 2 * number
         done[number] += 1
+        if done.total() % 10 == 0 and (serving := pool.indices(State.SERVING)):
+            killed.append(serving[0])
+            await pool.workers[serving[0]].kill()
 
-    async def chaos() -> None:
-        while True:
-            await asyncio.sleep(0.03)
-            if pool.indices(State.SERVING):
-                await pool.workers[pool.indices(State.SERVING)[0]].kill()
-
-    killer = asyncio.ensure_future(chaos())
-    await asyncio.wait_for(asyncio.gather(*(one(number) for number in range(300))), 30)
-    killer.cancel()
+    await asyncio.wait_for(asyncio.gather(*(one(number) for number in range(300))), 120)
     await pool.close()
     assert done == Counter(range(300))
+    assert len(set(killed)) > 10
     assert any(kind == "retry" for kind, _ in events), "the test killed nobody who had work"
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.batch import Batch
@@ -128,7 +128,6 @@ def tokens_of_micro_batches(dealt: list[tuple[list[int], Shard]]) -> list[list[i
     return sorted(micro for micro in micro_batches if micro)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, BUDGET)), min_size=1, max_size=8), rank_counts)
 def test_with_groups_apart_which_rows_share_a_micro_batch_depends_on_their_group_alone(
     groups: list[tuple[int, int]], ranks: int

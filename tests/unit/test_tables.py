@@ -62,7 +62,10 @@ def test_a_word_with_a_hyphen_stays_whole():
         (("methods", "grpo"), "correction default none; type none | token_truncate | token_mask | sequence_truncate"),
         (("methods", "--papers"), "papers/dft arXiv 2508.05629 On the Generalization of SFT sft loss_type=dft"),
         (("recipes",), "Two-digit addition from worked examples, all of them right: the shortest run there is"),
-        (("plan", "grpo_arithmetic", "cluster.num_cpus=4"), "reads mask, tokens; writes reward; part collect"),
+        (
+            ("plan", "grpo_arithmetic", "cluster.num_cpus=4", "phases.sft.data.limit=64"),
+            "reads mask, tokens; writes reward; part collect",
+        ),
         (("keys", "roles.rollout"), "fallback_strategy [section, ...], default [] Other nodes, tried in turn"),
     ],
 )

@@ -84,7 +84,7 @@ def trainer() -> Iterator[Stage]:
     bucket=st.integers(1, 300),
     buffers=st.sampled_from([None, 1, 2, 3]),
 )
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_weights_of_any_shapes_and_dtypes_come_out_of_the_buckets_as_they_went_in(shapes, dtypes, bucket, buffers):
     given_weights = [
         (f"w{index}", (torch.rand(shape) * 9 - 4).to(getattr(torch, dtype)))
@@ -100,7 +100,7 @@ def test_weights_of_any_shapes_and_dtypes_come_out_of_the_buckets_as_they_went_i
 
 
 @given(bucket=st.integers(1, 20_000))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_a_bucket_is_within_its_limit_unless_one_tensor_alone_exceeds_it(bucket):
     manifest = ManifestOf("float32", bucket)(weights())
     for metas in manifest.buckets():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import string
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -56,8 +59,20 @@ def tiny_model(
 def tiny_model_folder(
     tmp_path: Path, *, vocab: int = 64, hidden: int = 64, layers: int = 2, tied: bool = True, seed: int = 0
 ) -> Path:
-    """A Hugging Face folder with a tiny model and its tokenizer; the name says what is in it."""
-    folder = tmp_path / f"tiny-v{vocab}-h{hidden}-l{layers}-{'tied' if tied else 'untied'}-s{seed}"
+    """A Hugging Face folder with a tiny model and its tokenizer, the test's own; the name says what is in it."""
+    made = _made_folder(vocab, hidden, layers, tied, seed)
+    return Path(shutil.copytree(made, tmp_path / made.name, dirs_exist_ok=True))
+
+
+@cache
+def _made_folder(vocab: int, hidden: int, layers: int, tied: bool, seed: int) -> Path:
+    """Made once per process, as most tests want the same one."""
+    folder = Path(_temporary().name) / f"tiny-v{vocab}-h{hidden}-l{layers}-{'tied' if tied else 'untied'}-s{seed}"
     tiny_model(vocab=vocab, hidden=hidden, layers=layers, tied=tied, seed=seed).save_pretrained(folder)
     tiny_tokenizer(vocab).save_pretrained(folder)
     return folder
+
+
+@cache
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="tiny-")  # removed when the process ends
