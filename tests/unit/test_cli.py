@@ -143,7 +143,9 @@ def test_trained_tokens_are_coloured_and_the_middle_of_a_long_row_is_left_out():
 
 
 def test_a_plan_that_does_not_fit_the_machine_names_role_and_resource_and_exits_with_2(troupe: Troupe):
-    done = troupe("plan", "grpo_arithmetic", "roles.policy.gpus=80", "weights.transport=object_store", "phases.sft.data.limit=64")
+    done = troupe(
+        "plan", "grpo_arithmetic", "roles.policy.gpus=80", "weights.transport=object_store", "phases.sft.data.limit=64"
+    )
     assert done.returncode == 2
     assert "policy: no place for 1 of 1, each needs 80 GPU" in done.stdout
 

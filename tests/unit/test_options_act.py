@@ -240,6 +240,7 @@ def sampled() -> Batch:
         reward=rewards,
         reward_parts=np.stack([rewards, rewards % 2], axis=1),
         reward_weights=np.tile([0.7, 0.3], (len(rewards), 1)),
+        win_rate=np.linspace(0.0, 1.0, len(rewards)),
         group=[0, 0, 0, 0, 0, 1, 1, 1, 2, 2],
         sampler=np.array([0, 1, 1, 1, 1, 0, 1, 1, 0, 1], np.int8),
         truncated=np.arange(len(lengths)) == 1,
