@@ -1,4 +1,5 @@
-"""What a large vocabulary costs in memory: a training pass with the chunked projection beside one with plain logits.
+"""What a large vocabulary costs in memory: a training pass with the chunked projection beside one with plain logits,
+and one that compares whole distributions with those of a teacher in the same process (`distilled`), chunked as well.
 
     python tests/benchmarks/vocabulary.py --vocabularies 32000 151936 --tokens 512 2048 --dtype float32
 
@@ -23,7 +24,7 @@ from processes import run
 from rich.console import Console
 from rich.table import Table
 
-HEADS = ("chunked", "plain")
+HEADS = ("chunked", "distilled", "plain")
 HIDDEN, LAYERS, ROW_TOKENS, WARMUP_TOKENS = 256, 2, 128, 64
 MIB = 2**20
 TIMEOUT_S = 600.0
@@ -53,7 +54,7 @@ def measure(head: str, vocabulary: int, tokens: int, dtype: str) -> dict[str, fl
 
     torch.manual_seed(0)
     model = _model(vocabulary, getattr(torch, dtype))
-    step = _chunked_step(model) if head == "chunked" else _plain_step(model)
+    step = {"chunked": _chunked_step, "distilled": _distilled_step, "plain": _plain_step}[head](model)
     step(WARMUP_TOKENS)
     model.zero_grad(set_to_none=True)
     before = _forget_peak()
@@ -105,6 +106,25 @@ def _chunked_step(model: Any) -> Callable[[int], None]:
         lengths, ids = _rows(model, tokens)
         micro = MicroBatch.of(Batch.build(lengths, tokens=ids.tolist()))
         forward(model, micro).logps.sum().neg().backward()
+
+    return step
+
+
+def _distilled_step(model: Any) -> Callable[[int], None]:
+    """Reverse KL from a companion of the same size."""
+    from actors.batch import Batch
+    from actors.forward import forward
+    from actors.objective import MicroBatch, OfLogits
+    from orchestrator.losses.distillation import jensen_shannon
+
+    teacher = _model(model.causal.config.vocab_size, model.causal.dtype).requires_grad_(False)
+    asked = OfLogits(jensen_shannon, {"beta": 1.0}, companion=True)
+
+    def step(tokens: int) -> None:
+        lengths, ids = _rows(model, tokens)
+        micro = MicroBatch.of(Batch.build(lengths, tokens=ids.tolist()))
+        found = forward(model, micro, of_logits=asked, companion=teacher)
+        found.extra["divergence"].sum().backward()
 
     return step
 
