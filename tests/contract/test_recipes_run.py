@@ -35,6 +35,11 @@ ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
     "pairs": lambda i: {"prompt": f"{i}+1=", "chosen": str(i + 1), "rejected": str(i + 11)},
     "labelled": lambda i: {"prompt": f"{i}+1=", "completion": str(i + i % 2), "label": i % 2 == 1},
 }
+ROWS["step_labels"] = lambda i: {
+    "prompt": f"{i}+1=",
+    "completions": [str(i), str(i + 1)],
+    "labels": [i % 2 == 0, False],
+}
 ROWS["triples"] = lambda i: {**ROWS["pairs"](i), "reference": str(i + 1)}
 ROWS["pairs_with_margin"] = lambda i: {**ROWS["pairs"](i), "margin": i % 4 / 3}
 ROWS |= {f"{how}_labelled": ROWS["labelled"] for how in ("mismatched", "weighted")}
