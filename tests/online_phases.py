@@ -1,4 +1,5 @@
-"""One run with a phase of three steps for every method that samples: one start of the processes for all of them.
+"""Runs with a phase of three steps for every method that samples: one start of the processes for all of them; and for
+some of them another one of episodes.
 
 Each phase begins with the policy as the phase before left it, and with a reference that is a copy of that.
 """
@@ -6,6 +7,7 @@ Each phase begins with the policy as the phase before left it, and with a refere
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,11 @@ from tests.unit.tiny import tiny_model_folder
 STEPS = 3
 REWARD = """
 def spread(completions, **columns):
-    return [sum(place * ord(each) for place, each in enumerate(text, 1)) % 97 / 97 + 0.1 for text in completions]
+    texts = [
+        text if isinstance(text, str) else "".join(said["content"] for said in text if said["role"] == "assistant")
+        for text in completions
+    ]
+    return [sum(place * ord(each) for place, each in enumerate(text, 1)) % 97 / 97 + 0.1 for text in texts]
 """
 
 # options, and what tells the distance of a policy from its reference
@@ -51,6 +57,7 @@ class Phase:
     distance: str
     sampling: dict[str, Any] = field(default_factory=dict)
     ratio: bool = True  # whether policy and sampler have the same distribution
+    episodes: bool = False
 
 
 ONLINE: dict[str, Phase] = {
@@ -58,9 +65,34 @@ ONLINE: dict[str, Phase] = {
     "cut": Phase("grpo", CORRECTED, "kl", {**CUT, "replay_truncation": True}),
     "cut_and_biased": Phase("grpo", CORRECTED, "kl", CUT, ratio=False),
 }
+EPISODES: dict[str, Phase] = {  # of whole rows, of returns, with a critic, of pairs and two models
+    "grpo_episodes": Phase("grpo", {"num_generations": 4, **METHODS_THAT_SAMPLE["grpo"][0]}, "kl", episodes=True),
+    **{
+        f"{name}_episodes": Phase(name, *METHODS_THAT_SAMPLE[name], episodes=True)
+        for name in ("reinforce_pp", "ppo", "nash_md")
+    },
+}
+GAME = """
+class Game:
+    def __init__(self, turns):
+        self.turns = turns
+
+    def reset(self, row):
+        self.turn = 0
+        return [{"role": "user", "content": "say " + row["completion"]}]
+
+    def step(self, message):
+        self.turn += 1
+        earned = sum(place * ord(each) for place, each in enumerate(message["content"], 1)) % 97 / 97
+        return [{"role": "user", "content": "more"}], earned, self.turn == self.turns
+"""
+TEMPLATE = """{% for m in messages %}
+{{ m.role }}: {{ m.content }}<eos>
+{% endfor %}
+{% if add_generation_prompt %}assistant: {% endif %}"""
 
 
-def recipe(where: Path, engine: dict[str, Any], **changes: Any) -> dict[str, Any]:
+def recipe(where: Path, engine: dict[str, Any], phases: Mapping[str, Phase] = ONLINE, **changes: Any) -> dict[str, Any]:
     """The configuration of the run. `engine`: of every role that samples."""
     (where / "rewards.py").write_text(REWARD)
     rows = where / "prompts.jsonl"
@@ -69,15 +101,26 @@ def recipe(where: Path, engine: dict[str, Any], **changes: Any) -> dict[str, Any
         "data": {"path": str(rows)},
         "train": {"steps": STEPS, "batch_size": 8, "learning_rate": 1e-3, "scheduler": "constant"},
     }
+    (where / "game.py").write_text(GAME)
+    (where / "template.jinja").write_text(TEMPLATE)
+    talking = {"environment": f"{where / 'game.py'}:Game", "options": {"turns": 2}}
+    several = {"max_tokens": 160, "stop_token_ids": list(range(2, 64, 4))}  # a turn is about four tokens
     folder = tiny_model_folder(where, hidden=128)
     return {
         "name": "t",
         "output": str(where),
-        "model": {"path": str(folder)},
+        "model": {"path": str(folder), "chat_template": str(where / "template.jinja")},
         "rewards": [{"fn": f"{where / 'rewards.py'}:spread"}],
         "phases": {
-            name: {**phase, "method": of.method, "options": of.options, "sampling": {"max_tokens": 6, **of.sampling}}
-            for name, of in ONLINE.items()
+            name: {
+                **phase,
+                "method": of.method,
+                "options": of.options,
+                "train": {**phase["train"], "batch_size": 4 if of.episodes else 8},
+                "sampling": {**(several if of.episodes else {"max_tokens": 6}), **of.sampling},
+                "episode": talking if of.episodes else None,
+            }
+            for name, of in phases.items()
         },
         "roles": {
             **{name: dict(engine) for name in ("rollout", "reference_rollout", "mixture_rollout")},
@@ -88,13 +131,13 @@ def recipe(where: Path, engine: dict[str, Any], **changes: Any) -> dict[str, Any
     }
 
 
-def assert_three_steps_of_each(folder: Path, tolerance: float) -> None:
+def assert_three_steps_of_each(folder: Path, tolerance: float, phases: Mapping[str, Phase] = ONLINE) -> None:
     """Every method has learned something in three steps, each phase from a policy that is its own reference and its own
     sampler: at its first step the divergence is 0, and ratios are 1."""
     sampling = {name for name in METHODS if build(name, {}).generates}
     assert set(METHODS_THAT_SAMPLE) == sampling, "a method that samples has no phase here, or one that does not has"
     lines = [line for line in read(folder / METRICS_FILE) if any(key.endswith("loss") for key in line)]
-    for name, phase in ONLINE.items():
+    for name, phase in phases.items():
         steps = [line for line in lines if line["phase"] == name]
         assert len(steps) == STEPS, name
         first, *others = steps
@@ -107,6 +150,9 @@ def assert_three_steps_of_each(folder: Path, tolerance: float) -> None:
         ratio = first.get("sampling/importance_sampling_ratio/mean", 1.0)
         assert (abs(ratio - 1) <= tolerance) is phase.ratio, f"{name}: {ratio}"
         assert first.get("staleness/max", 0.0) == 0.0
+        if phase.episodes:
+            assert first["episodes/mean_turns"] == 2 and 0 < first["episodes/model_token_share"] < 0.5, name
+            assert first["rewards/environment/mean"] > 0, name
 
 
 def numbers(line: dict[str, Any]) -> list[float]:

@@ -1,0 +1,135 @@
+"""Whole runs of episodes in this process, with the hf engine. With vLLM and Ray: `tests/ray/test_online_methods.py`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from actors.batch import Batch
+from actors.model import ModelSpec
+from actors.model_worker import ModelWorker
+from actors.sharding import shard
+from actors.specs import BackendSpec
+from actors.worker import LocalWorker
+from orchestrator.advantages import zscore_by_group
+from orchestrator.cluster.launch import optim_spec
+from orchestrator.collection.episodes import rewards_of
+from orchestrator.config.loading import config_of
+from orchestrator.config.schema import RunConfig
+from orchestrator.losses.objective import LossObjective
+from orchestrator.planning.resolve import prepare
+from orchestrator.reporting.metrics import METRICS_FILE, read
+from orchestrator.run import run
+from rewards.environment_worker import EnvironmentWorker
+from rollout.conversation import ConversationSpec
+from rollout.engine import EngineSpec
+from rollout.episode import EpisodeRequest
+from rollout.sampling import GroupMeta, sample_seed
+from rollout.worker import RolloutWorker
+from tests.online_phases import EPISODES, assert_three_steps_of_each, recipe
+
+pytestmark = pytest.mark.timeout(600)
+STEPS, PROMPTS, SAMPLES = 3, 4, 4
+
+
+def test_methods_of_every_kind_take_three_steps_on_episodes(tmp_path: Path) -> None:
+    """Ratios are 1 and divergences 0 at the first step, over rows with holes in their masks."""
+    result = run(config_of(recipe(tmp_path, {"engine": "hf"}, EPISODES), [], "test"), local=True)
+    assert_three_steps_of_each(result.folder, tolerance=1e-5, phases=EPISODES)
+
+
+def configured(where: Path, **evaluation: Any) -> RunConfig:
+    tree = recipe(where, {"engine": "hf"}, {"grpo_episodes": EPISODES["grpo_episodes"]}, rewards=[])
+    phase = tree["phases"]["grpo_episodes"]
+    phase |= {"options": {"num_generations": SAMPLES}, **evaluation}
+    tree |= {"phases": {"a": phase}, "checkpoint": {"every": 1, "keep": 9}}
+    tree["logging"]["completions_every"] = 1
+    return RunConfig.model_validate(tree)
+
+
+def naive_loop(config: RunConfig, to: Path) -> None:
+    """Play the episodes of a step, compare their rewards, step, and give the engine the weights: one after the
+    other."""
+    (prepared,) = prepare(config).phases
+    (stage,), settings, train = prepared.pipeline.updates, prepared.episode, prepared.config.train
+    assert settings is not None
+    objective = LossObjective.of(stage)
+    optim = optim_spec(prepared, "policy", config.roles.policy)
+    policy = ModelWorker(
+        "policy", ModelSpec(config.model.path), BackendSpec("single", optim), threads=torch.get_num_threads()
+    )
+    policy.ready()
+    spec = EngineSpec("hf", config.model.path, max_model_len=500)
+    assert config.model.chat_template is not None
+    template = Path(config.model.chat_template).read_text()
+    rollout = RolloutWorker("rollout", spec, 0, conversation=ConversationSpec(config.model.path, template))
+    host = LocalWorker("environment", EnvironmentWorker("e", {"a": settings.spec}, {"a": 1000}))
+
+    async def play(position: int, index: int) -> Batch:
+        _, item = prepared.source.order.at(position)
+        prompt: Any = prepared.source.item(item)
+        seed = sample_seed(sample_seed(config.seed, position), index)
+        request = EpisodeRequest(
+            f"{position}#{index}", "a", prompt.prompt, prompt.columns, prepared.sampling, seed, settings.limits,
+            group=position,
+        )  # fmt: skip
+        meta, row, _ = await rollout.episode(request, host)
+        assert isinstance(meta, GroupMeta)
+        return row.with_columns(reward=rewards_of(meta.episodes))
+
+    async def loop() -> None:
+        await rollout.ready()
+        await host.call("ready", timeout_s=60.0)
+        for step in range(STEPS):
+            positions = range(step * PROMPTS, (step + 1) * PROMPTS)
+            rows = [await play(position, index) for position in positions for index in range(SAMPLES)]
+            batch = Batch.concat(rows)
+            advantages = zscore_by_group(batch["reward"], batch["group"])
+            batch = batch.with_columns(advantages=np.repeat(advantages, batch.lengths))
+            needed = batch.only({"tokens", "mask", "group"} | objective.columns)
+            ((_, part),) = shard(needed, 1, train.token_budget, keep_groups=objective.keep_groups)
+            policy.update(part, objective, prepared.temperature, stage.name)
+            weights = [(name, value.detach().clone()) for name, value in policy.backend.model.named_parameters()]
+            await asyncio.wrap_future(
+                rollout._loop.load([(n.removeprefix("causal."), v) for n, v in weights], step + 1)
+            )
+
+    try:
+        asyncio.run(loop())
+    finally:
+        rollout.close()
+    policy.save_model(str(to))
+
+
+def test_with_no_staleness_the_updates_equal_those_of_a_naive_loop_bit_for_bit(tmp_path: Path) -> None:
+    config = configured(tmp_path)
+    result = run(config, local=True)
+    naive_loop(config, tmp_path / "naive")
+    assert result.checkpoint is not None
+    found, expected, began = (
+        load_file(folder / "model.safetensors")
+        for folder in (result.checkpoint / "model", tmp_path / "naive", Path(config.model.path))
+    )
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+    assert not all(torch.equal(found[name], began[name]) for name in expected)
+
+
+def test_tables_and_evaluation_show_the_turns(tmp_path: Path) -> None:
+    held_out = {"data": {"path": str(tmp_path / "prompts.jsonl"), "limit": 2}}
+    config = configured(tmp_path, evaluation=held_out)
+    folder = run(config, local=True).folder
+    (first, *_) = [line for line in read(folder / METRICS_FILE) if "eval_reward" in line]
+    assert first["eval_episodes/mean_turns"] == 2 and first["eval_rewards/environment/mean"] == first["eval_reward"]
+    row, *_ = pq.read_table(folder / "completions" / "step_000001.parquet").to_pylist()
+    messages = json.loads(row["messages"])
+    assert [said["role"] for said in messages] == ["assistant", "user", "assistant", "user"]
+    said = "\n".join(f"{each['role']}: {each['content']}" for each in messages)
+    assert (row["turns"], row["tool_calls"], row["completion"]) == (2, 0, said)
