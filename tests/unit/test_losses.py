@@ -291,6 +291,22 @@ def test_the_gradient_of_logits_is_the_slope_of_the_value(method: str, options: 
         assert slope == pytest.approx(float(gradient[token, entry]), rel=1e-4, abs=1e-7), f"token {token} {entry}"
 
 
+def test_the_first_error_is_found_if_no_step_before_it_is_judged_wrong() -> None:
+    """Rows of two steps, at their tokens 1 and 3; the last row has no label."""
+    said = [[2.0, -1.0], [-3.0, -1.0], [1.0, 2.0], [1.0, -1.0], [5.0, 5.0]]
+    label = [[1, 0], [1, 0], [1, 0], [1, 1], [-1, -1]]
+    scalars, labels = (torch.tensor([[0.0, one, 0.0, two] for one, two in each]) for each in (said, label))
+    labels = torch.where(torch.tensor([False, True, False, True]), labels, -1).to(torch.int8).flatten()
+    micro = MicroBatch(torch.full((5,), 4), {"mask": torch.ones(20).bool(), "step_label": labels})
+    found = optimise(objective_of("process_reward_model", {}), Rows(micro, scalars.flatten().double()))
+    assert found.metrics["first_error"] == pytest.approx(1 / 4)  # only the first row's
+    assert found.metrics["accuracy"] == pytest.approx(5 / 8)
+    of_right, of_wrong = (torch.tensor(each).sigmoid().mean() for each in ([2.0, -3, 1, 1, -1], [-1.0, -1, 2]))
+    assert found.metrics["mean_right"] == pytest.approx(float(of_right))
+    assert found.metrics["mean_wrong"] == pytest.approx(float(of_wrong))
+    assert not found.gradient.view(5, 4)[4].any() and found.gradient.view(5, 4)[:4, 1::2].all()
+
+
 @pytest.mark.parametrize("gamma", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("normalized", [False, True])
 def test_the_reverse_kl_of_a_sequence_has_the_returns_and_the_gradient_of_their_definition(

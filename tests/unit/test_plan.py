@@ -252,6 +252,7 @@ def test_memory_and_custom_resources_are_reserved_as_given() -> None:
             ),
             "does not correct for that",
         ),
+        (config("iw_opd"), "learns from the distributions of teacher, and roles.teacher.model is not set"),
         (config("xpo", model={"lora": {}}), "roles.reference_rollout.follows=reference: with model.lora"),
         (config("nash_md", model={"lora": {}}), "roles.mixture_rollout.mixes=reference: with model.lora"),
         (config("nash_md", roles={"mixture_rollout": {"mixes": None}}), "roles.mixture_rollout.mixes is not set, and"),
