@@ -102,13 +102,18 @@ def check_reward(settings: Settings) -> AnySpec:
 
 def with_deadlines(specs: Iterable[AnySpec], timeout_s: float) -> list[AnySpec]:
     """Each reward outside our processes that has no deadline of its own gets that one: it may be out of reach, and a
-    function of ours that hangs is ended with its worker."""
+    function of ours that hangs is ended with its worker. Engines have their role's."""
     return [
         spec
-        if isinstance(spec, RewardSpec) or spec.handling.timeout_s is not None
+        if isinstance(spec, RewardSpec) or asks_engines(spec) or spec.handling.timeout_s is not None
         else replace(spec, handling=replace(spec.handling, timeout_s=timeout_s))
         for spec in specs
     ]
+
+
+def asks_engines(spec: AnySpec) -> bool:
+    """Whether it is a judge that is an engine role of the run."""
+    return isinstance(spec, JudgeSpec) and spec.by_engine
 
 
 def call_timeout_s(specs: Sequence[AnySpec], timeout_s: float, calls: int, completions: int = 1) -> float:

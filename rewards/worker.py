@@ -43,7 +43,7 @@ from rewards.calls import Prompt, Samples, TrainerState, merged
 from rewards.combine import weighted_sum
 from rewards.engine_judge import EngineJudges, Question
 from rewards.judge import JudgeCaller, JudgeSpec
-from rewards.specs import AnySpec
+from rewards.specs import AnySpec, asks_engines
 
 MAX_THREADS = 256  # calls of sync functions at the same time; the pool's own limit is the one that counts
 
@@ -105,7 +105,7 @@ class RewardWorker:
         trust_remote_code: bool = False,
     ) -> None:
         self.name = name
-        self._specs = [spec for spec in rewards if not _asks_engines(spec)]
+        self._specs = [spec for spec in rewards if not asks_engines(spec)]
         self._engine_specs = [spec for spec in rewards if isinstance(spec, JudgeSpec) and spec.by_engine]
         self._tokenizer_path, self._trust = tokenizer, trust_remote_code
         self._judge_tokenizers = judge_tokenizers or {}
@@ -234,10 +234,6 @@ def _apart(blocks: Sequence[Any]) -> tuple[list[Batch], list[Spoken]]:
     """The batches, and what was said in episodes."""
     batches = [block for block in blocks if isinstance(block, Batch)]
     return batches, [block for block in blocks if not isinstance(block, Batch)]
-
-
-def _asks_engines(spec: AnySpec) -> bool:
-    return isinstance(spec, JudgeSpec) and spec.by_engine
 
 
 def _completion_ids(batch: Batch) -> list[list[int]]:

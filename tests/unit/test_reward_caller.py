@@ -13,6 +13,7 @@ from actors.errors import BudgetExhausted, DataFailure, Dropped, InfraFailure, N
 from actors.worker import LocalWorker
 from orchestrator.cluster.failures import Watchdog
 from orchestrator.cluster.pool import Pool, PoolPolicy
+from rewards.judge import Judge, JudgeSpec
 from rewards.loading import RewardSpec
 from rewards.named_actor import ActorSpec
 from rewards.reward import LONGEST_PAUSE_S, Handling, pause_s
@@ -201,6 +202,15 @@ def test_a_worker_s_call_lasts_as_long_as_the_attempts_that_it_may_make() -> Non
     assert call_timeout_s([plain, quick], 60.0, 4) == 60.0
     patient = ActorSpec("ray://a/b", handling=Handling(timeout_s=50.0, retries=2, concurrency=2))
     assert call_timeout_s([plain, patient], 60.0, 4) == 2 * 3 * 50.0 + 2 * LONGEST_PAUSE_S + GRACE_S
+
+
+def test_a_call_with_a_judge_lasts_as_long_as_all_questions_about_its_completions_may() -> None:
+    judge = JudgeSpec((Judge(urls=("https://a/v1",), model="m"),), handling=Handling(50.0, retries=2, concurrency=10))
+    (same,) = with_deadlines([judge], 7.0)
+    turns = 3  # 2 calls with 4 completions each make 2 * 4 * 3 questions, which are asked ten at a time
+    assert call_timeout_s([same], 60.0, 2, completions=4) == turns * 3 * 50.0 + 2 * LONGEST_PAUSE_S + GRACE_S
+    by_engine = JudgeSpec((Judge(role="judge_rollout"),))
+    assert with_deadlines([by_engine], 7.0) == [by_engine], "whose engines have deadlines of their own"
 
 
 def test_an_actor_without_a_deadline_has_that_of_its_role_and_a_function_none_of_its_own() -> None:

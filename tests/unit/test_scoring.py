@@ -4,6 +4,7 @@ fails."""
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,8 +21,11 @@ from orchestrator.planning.prepared import ModelReward
 from orchestrator.reporting.rollout_metrics import rollout_metrics
 from orchestrator.row_table import RowTable
 from rewards.attempts import CallStatistics
+from rewards.engine_judge import Question
+from rewards.judge import Judge, JudgeSpec
+from rewards.reward import Handling
 from rewards.worker import ScoreResult
-from rollout.sampling import Finish, GroupMeta
+from rollout.sampling import Finish, GroupMeta, Request
 
 FUNCTIONS = ScoreResult(
     ("f",),
@@ -149,3 +153,51 @@ def test_win_rates_are_those_of_a_judge_that_is_the_only_reward_with_a_weight(
     weighed, names = np.array(weights, np.float32), frozenset(preferring)
     result = ScoreResult(("judge", "f"), rewards, total, weights=weighed, preferring=names)
     np.testing.assert_array_equal(result.win_rates, np.array(rates, np.float32))
+
+
+class Questions(Functions):
+    """A pool whose worker writes two questions, and reads the answers as it is told."""
+
+    async def call(self, name: str, work: Any) -> Any:
+        if name.startswith("questions"):
+            return [Question("judge_rollout", (5, 6), 1, 9, 0.0), Question("judge_rollout", (6, 5), 1, 9, 0.0)]
+        if name.startswith("judged"):
+            return (np.array([1.0, 0.0], np.float32), {"rewards/j/frac_unparsable": 0.0}), Ref("said")
+        return await super().call(name, work)
+
+
+async def judged(answers: Callable[[Request], RowTable], on_failure: Any) -> tuple[ScoreResult, tuple[Ref, ...]]:
+    async def sample(role: str, request: Request) -> RowTable:
+        return answers(request)
+
+    spec = JudgeSpec((Judge(role="judge_rollout"),), name="j", handling=Handling(on_failure=on_failure))
+    pool: Any = Questions()
+    return await Scoring({"reward": pool}, {}, [spec], sample).score("reward", samples())
+
+
+async def test_an_engine_role_is_asked_each_question_with_a_name_and_a_seed_of_its_own() -> None:
+    asked: list[Request] = []
+
+    def answer(request: Request) -> RowTable:
+        asked.append(request)
+        return samples().rows
+
+    result, texts = await judged(answer, "retry")
+    assert result.names == ("f", "j") and result.rewards[:, 1].tolist() == [1.0, 0.0]
+    assert result.preferring == {"j"} and result.metrics == {"rewards/j/frac_unparsable": 0.0}
+    assert [each.target for each in texts] == [None, "said"]
+    assert [(each.id, each.prompt, each.n) for each in asked] == [("run/0/j/0", (5, 6), 1), ("run/0/j/1", (6, 5), 1)]
+    assert len({each.seed for each in asked}) == 2
+
+
+async def test_an_engine_role_that_cannot_answer_is_a_failure_of_the_judge_and_no_verdict() -> None:
+    def fails(request: Request) -> RowTable:
+        raise InfraFailure("no engine answers")
+
+    with pytest.raises(InfraFailure, match="no engine answers"):
+        await judged(fails, "retry")
+    with pytest.raises(Dropped) as dropped:
+        await judged(fails, "drop")
+    assert dropped.value.reason == "reward j: unreachable"
+    result, _ = await judged(fails, 0.5)
+    assert result.rewards[:, 1].tolist() == [0.5, 0.5] and result.calls[-1].failures == {"unreachable": 1}
