@@ -160,8 +160,8 @@ def load(folder: Path) -> tuple[Store, Record] | None:
         return None
     kept = json.loads((folder / "record.json").read_text())
     bad = [(row, reason) for row, reason in kept["bad"]]
-    counted = (Counter[str](kept[name]) for name in ("dropped", "truncated", "remarks"))
-    record = Record(kept["rows"], *counted, bad, kept["cut_labels"])
+    dropped, truncated, remarks = (Counter[str](kept[name]) for name in ("dropped", "truncated", "remarks"))
+    record = Record(kept["rows"], dropped, truncated, remarks, bad, kept["cut_labels"])
     return Store(**{entry.name: _mapped(folder / f"{entry.name}.npy") for entry in fields(Store)}), record
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -55,7 +55,7 @@ def minillm(
     single step.
 
     Source: arXiv:2306.08543, section 2.2."""
-    returns = {"gamma": gamma, **({"length_normalization": length_normalization} if gamma else {})}
+    returns: dict[str, Any] = {"gamma": gamma, **({"length_normalization": length_normalization} if gamma else {})}
     if not single_step_decomposition:
         learn = _from_sampled_tokens(returns)
     elif teacher_top_k is None:
@@ -65,19 +65,19 @@ def minillm(
     return Pipeline(Prompts, generate("rollout"), *learn)
 
 
-def _from_sampled_tokens(returns: dict[str, float]) -> tuple[Stage, ...]:
+def _from_sampled_tokens(returns: dict[str, Any]) -> tuple[Stage, ...]:
     return (
         infer("teacher", into="teacher_logps"),
         update("policy", sequence_reverse_kl, reduce=token_mean, **returns),
     )
 
 
-def _from_companion(returns: dict[str, float]) -> tuple[Stage, ...]:
+def _from_companion(returns: dict[str, Any]) -> tuple[Stage, ...]:
     loss = sequence_reverse_kl_beside
     return (update("policy", loss, reduce=token_mean, companion="teacher", **returns),)
 
 
-def _from_top_k(k: int, returns: dict[str, float]) -> tuple[Stage, ...]:
+def _from_top_k(k: int, returns: dict[str, Any]) -> tuple[Stage, ...]:
     single_step = {"beta": 1.0, "temperature": None}
     both = Sum(
         Term(sequence_reverse_kl, token_mean, options=returns), Term(distil_top_k, token_mean, options=single_step)
