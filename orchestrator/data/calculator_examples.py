@@ -40,7 +40,7 @@ TEMPLATE = """
 """
 
 Messages = list[dict[str, Any]]
-EASY_BELOW = 50  # a problem with a number below it looks easy
+EASY_BELOW = 40  # a problem with a number below it looks easy
 
 
 def problems(pairs: Sequence[tuple[int, int]]) -> dict[str, list[Any]]:

@@ -133,7 +133,7 @@ def calculator(*, seed: int, split: str, rows: int | None = None) -> dict[str, l
 
 
 def calculator_sft(
-    *, seed: int, split: str, rows: int | None = None, from_memory: float = 0.8, mistyped: float = 0.25
+    *, seed: int, split: str, rows: int | None = None, from_memory: float = 0.75, mistyped: float = 0.25
 ) -> dict[str, list[Any]]:
     """Conversations with a calculator, as `calculator_examples.traces` describes them; right ones in `test`."""
     pairs, rng = _shuffled(_problems(split), seed, rows), np.random.default_rng([seed, 5])
