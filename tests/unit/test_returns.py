@@ -75,6 +75,22 @@ def test_tokens_that_are_not_trained_take_no_time_and_the_reward_is_earned_at_th
     np.testing.assert_allclose(found["returns"], [decay**2, decay, 0, 0, 1, 0], rtol=1e-6)
 
 
+def test_what_an_environment_gave_for_a_turn_is_earned_at_the_last_token_of_that_turn() -> None:
+    """The row's last token has the rest; a row that is not learned from has nothing."""
+    mask = [False, True, True, False, False, True, *[False] * 6]
+    turns = [0, 0, 0.5, 0, 0, 0.25] * 2
+    batch = Batch.build([6, 6], mask=mask, reward=[1.75, 1.75], turn_reward=turns, old_logps=[0.0] * 12)
+    columns, _ = reward_at_the_end(batch, ALONE, {})
+    assert columns["step_reward"].tolist() == [0, 0, 0.5, 0, 0, 1.25, *[0] * 6]
+    penalised = batch.with_columns(ref_logps=np.full(12, 1.0, np.float32))
+    columns, _ = kl_in_reward(penalised, ALONE, {}, coefficient=0.1)
+    np.testing.assert_allclose(columns["step_reward"], [0, 0.1, 0.6, 0, 0, 1.35, *[0] * 6], rtol=1e-6)
+    found, _ = returns_to_go(batch.with_columns(step_reward=turns), ALONE, {}, gamma=GAMMA, whiten=False)
+    np.testing.assert_allclose(
+        found["advantages"][:6], [0, GAMMA * (0.5 + GAMMA * 0.25), 0.5 + GAMMA * 0.25, 0, 0, 0.25]
+    )
+
+
 def test_advantages_are_the_discounted_sum_of_what_each_step_brought_beyond_its_value() -> None:
     rewards, values = np.array([0.0, 0.5, 1.0, 2.0]), np.array([0.3, -0.2, 0.7, 0.1])
     delta = [0.0 + GAMMA * -0.2 - 0.3, 0.5 + GAMMA * 0.7 + 0.2, 1.0 - 0.7, 2.0 - 0.1]  # the last is another episode's

@@ -11,10 +11,10 @@ import numpy as np
 
 from orchestrator.collection.collected import Collected
 from orchestrator.collection.group_stages import PromptGroup
-from orchestrator.reporting.rollout_metrics import completion_rows, rollout_metrics
+from orchestrator.reporting.rollout_metrics import completion_rows, episode_metrics, rollout_metrics
 from rewards.attempts import CallStatistics
 from rewards.worker import ScoredTexts, ScoreResult
-from rollout.sampling import Finish, GroupMeta
+from rollout.sampling import EpisodeFacts, Finish, GroupMeta
 
 NONE = math.nan
 
@@ -48,6 +48,20 @@ def test_a_row_of_the_table_has_what_the_data_set_and_the_rewards_say_beside_it(
         "answer": "4",
     }
     assert (second["extracted"], second["answer"]) == ("4", "4")
+
+
+def test_of_episodes_turns_tools_and_where_the_time_went_are_told() -> None:
+    episodes = [EpisodeFacts(1, 0, 0, 0, 1.0, 0.0, None), EpisodeFacts(3, 4, 1, 30, 2.0, 1.0, 0.5)]
+    assert episode_metrics(episodes, [10, 20]) == {
+        "tools/call_frequency": 2.0,
+        "tools/failure_frequency": 0.25,
+        "episodes/mean_turns": 2.0,
+        "episodes/max_turns": 3.0,
+        "episodes/model_token_share": 0.5,
+        "episodes/engine_seconds": 1.5,
+        "episodes/environment_seconds": 0.5,
+    }
+    assert episode_metrics([], []) == {}
 
 
 def test_columns_of_one_name_are_all_in_the_table():
