@@ -62,12 +62,12 @@ class ToolEnvironment:
     def __init__(self, functions: Sequence[Callable[..., Any]], instance: Any, call: UserCalls) -> None:
         self.tools = [*functions, *tool_methods(instance)]
         self.counts = Counts()
-        self._instance, self._call = instance, call
+        self.instance, self._call = instance, call
         self._by_name = {function.__name__: function for function in self.tools}
 
     async def reset(self, row: dict[str, Any]) -> Any:
         self.counts = Counts()
-        return None if self._instance is None else await self._call(self._instance.reset, **row)
+        return None if self.instance is None else await self._call(self.instance.reset, **row)
 
     async def step(self, message: Message) -> Step:
         """A message without calls ends the episode."""
@@ -77,7 +77,7 @@ class ToolEnvironment:
         return answers, None, not answers
 
     async def get_reward(self) -> float | None:
-        score = getattr(self._instance, "get_reward", None)
+        score = getattr(self.instance, "get_reward", None)
         return None if score is None else await self._call(score)
 
     async def _answer(self, call: Mapping[str, Any]) -> Message:

@@ -55,6 +55,7 @@ class EnvironmentSpec:
     tools: tuple[Named, ...] = ()
     environments: Mapping[str, Named] = field(default_factory=dict[str, Named])
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    tool_schemas: tuple[Schema, ...] = ()  # of `tools`, once they are located: making them takes seconds of imports
 
     @classmethod
     def of(
@@ -83,14 +84,17 @@ class EnvironmentSpec:
             tools=tuple(tool.located() for tool in self.tools),
             environments={name: each.located() for name, each in self.environments.items()},
         )
-        spec.schemas()
         for each in spec.environments.values():
             _check_class(each, spec.options)
-        return spec
+        return replace(spec, tool_schemas=tuple(schema_of(tool.found(), tool.fn) for tool in spec.tools))
 
-    def schemas(self) -> list[Schema]:
-        """Of the tools that are functions; those of environments are known once there is an instance."""
-        return [schema_of(tool.found(), tool.fn) for tool in self.tools]
+    def schemas_of(self, environment: Environment) -> list[Schema]:
+        """Of all tools that the model may call in an episode with this one. Raises ConfigError."""
+        if isinstance(environment, ToolEnvironment):
+            methods = tool_methods(environment.instance)
+            return [*self.tool_schemas, *(schema_of(method, method.__qualname__) for method in methods)]
+        tools = getattr(environment, "tools", None) or []
+        return [schema_of(tool, getattr(tool, "__name__", "of an environment")) for tool in tools]
 
     def makers(self) -> dict[str, Callable[[UserCalls], Environment]]:
         """By the value of the column: what makes a new instance. Raises ConfigError."""
@@ -108,8 +112,6 @@ class EnvironmentSpec:
                 return _checked(instance, named)
             if not callable(getattr(instance, "reset", None)):
                 raise ConfigError(f"{named.kind.word} {named.fn}: its instances need a method `reset(**row)`")
-            for method in tool_methods(instance):
-                schema_of(method, f"{named.fn}.{method.__name__}")
             return ToolEnvironment(functions, instance, call)
 
         return make

@@ -31,7 +31,7 @@ import actors
 from actors.errors import DataFailure, InfraFailure
 from actors.worker import WorkerInfo
 from rewards.environment import Counts, Environment, Message, ToolEnvironment
-from rewards.environment_specs import ROUTED_BY, EnvironmentSpec, Schema, schema_of
+from rewards.environment_specs import ROUTED_BY, EnvironmentSpec, Schema
 from rewards.user_calls import Raised, UserCalls
 
 MAX_THREADS = 256  # sync calls at the same time; the pool's own limit is the one that counts
@@ -89,7 +89,7 @@ class EnvironmentWorker:
             self._makers[phase] = spec.makers()
             for route, make in self._makers[phase].items():
                 environment = await asyncio.to_thread(make, self._call)
-                self._schemas[phase, route] = await asyncio.to_thread(_schemas_of, environment)
+                self._schemas[phase, route] = await asyncio.to_thread(spec.schemas_of, environment)
                 self._idle[phase, route].append(environment)
         packages = str(Path(actors.__file__).parent)
         return WorkerInfo(self.name, os.getpid(), platform.node(), packages, {"phases": list(self._specs)})
@@ -117,7 +117,7 @@ class EnvironmentWorker:
         said = await self._run(f"{type(environment).__name__}.reset", environment.reset, row)
         self._sessions[episode] = _Session(environment, phase, route)
         is_fixed = isinstance(environment, ToolEnvironment)  # others may have other tools in each episode
-        tools = self._schemas[phase, route] if is_fixed else _schemas_of(environment)
+        tools = self._schemas[phase, route] if is_fixed else self._specs[phase].schemas_of(environment)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         before = [] if getattr(environment, "owns_prompt", False) else messages
         return Opened(_opened_with(before, said, self._max_chars[phase]), tools)
@@ -190,11 +190,6 @@ class EnvironmentWorker:
         finally:
             with self._lock:
                 del self._running[token]
-
-
-def _schemas_of(environment: Environment) -> list[Schema]:
-    tools = getattr(environment, "tools", None) or []
-    return [schema_of(tool, getattr(tool, "__name__", "of an environment")) for tool in tools]
 
 
 def _opened_with(prompt: list[Message], said: Any, max_chars: int) -> list[Message]:

@@ -264,7 +264,7 @@ def _episode(config: RunConfig, name: str, sources: list[Source], tokenizer: Any
         )
     settings = episode_settings(phase, name, role, prompt_tokens=0)
     spec = settings.spec.located()
-    conversation, schemas = Conversation(tokenizer), spec.schemas()
+    conversation, schemas = Conversation(tokenizer), spec.tool_schemas
     parser_of(settings.parser, tokenizer)
     conversation.refuse_rewriting(["user" if phase.episode.environment is not None else "tool"], schemas)
     prompt_tokens = settings.limits.prompt_tokens

@@ -173,7 +173,7 @@ def test_an_environment_factory_works_as_in_trl(code: str):
         said = [(await worker.step("e", calling("up", {"by": by}))).messages[0]["content"] for by in (2, 3)]
         reward = await worker.end("e", score=True)
         again = await worker.open("f", "a", "Count.", {"who": "you"})
-        built = type(worker._sessions["f"].environment._instance).built  # pyright: ignore
+        built = type(worker._sessions["f"].environment.instance).built  # pyright: ignore
         return opened, said, reward, again, built
 
     spec = EnvironmentSpec.of([f"{code}:add"], None, {"": f"{code}:Counter"}, {"start": 4})
