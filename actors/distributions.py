@@ -1,14 +1,14 @@
-"""What is made of whole distributions, without ever holding the logits of all tokens.
+"""Computes functions of whole distributions without ever holding the logits of all tokens.
 
     states [N, H] ──chunk──► logits [n, V] ─┐
                                             ├─ call(logits, *given) ──► [n]
     another model's states [N, H'] ──► its logits [n, V], columns per token [n, ...]
 
-What is made of the logits is the caller's: any differentiable function, a divergence from another model's distribution,
-say. The gradient recomputes each chunk.
+The caller passes the function of the logits: any differentiable one, such as a divergence from another model's
+distribution. The backward pass recomputes each chunk.
 
-For a model in other processes, what it finds most likely stands for its distribution (`TopK`): k tokens with their
-log-probabilities, and that of all others together.
+The distribution of a model in other processes is represented by its k most likely tokens (`TopK`): their
+log-probabilities, and that of all other tokens together.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One forward pass over a flat micro-batch. The only place where hidden states are matched with what they predict."""
+"""One forward pass over a flat micro-batch. The only place where a token is paired with the state that predicts it."""
 
 from __future__ import annotations
 

@@ -33,8 +33,7 @@ class SharedPrefixes:
 def shared_prefixes(
     tokens: np.ndarray, lengths: Sequence[int], device: torch.device | str = "cpu"
 ) -> SharedPrefixes | None:
-    """The beginnings that documents (`tokens` [T], end to end, on the host) have in common; None if they are not worth
-    it."""
+    """The prefixes that documents (`tokens` [T], end to end, on the host) share; None if sharing saves too little."""
     first = _first_alike(tokens, lengths)
     kept, row_of_token = np.unique(first, return_inverse=True)
     if len(kept) > WORTH_SHARING * len(first):
@@ -45,10 +44,10 @@ def shared_prefixes(
 def _first_alike(tokens: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
     """[T] int64: for each token the one that stands for it, which has the same tokens up to it; itself, if none has.
 
-    Sorted, a document has its longest beginning in common with the one before it."""
+    Among sorted documents, a document shares its longest prefix with the one before it."""
     ends = np.cumsum(lengths)
     documents = [tokens[end - length : end] for end, length in zip(ends, lengths, strict=True)]
-    keys = [document.astype(">i8").tobytes() for document in documents]  # big end first: bytes sort as the tokens do
+    keys = [document.astype(">i8").tobytes() for document in documents]  # big-endian: sorts as the tokens do
     first = np.arange(len(tokens))
     for before, this in pairwise(sorted(range(len(documents)), key=keys.__getitem__)):
         common = _common(documents[before], documents[this])
@@ -58,7 +57,7 @@ def _first_alike(tokens: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
 
 
 def _common(one: np.ndarray, other: np.ndarray) -> int:
-    """Length of the beginning that two documents share."""
+    """Length of the common prefix of two documents."""
     shorter = min(len(one), len(other))
     differs = np.flatnonzero(one[:shorter] != other[:shorter])
     return int(differs[0]) if len(differs) else shorter

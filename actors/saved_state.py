@@ -22,7 +22,9 @@ from actors.errors import DiskError, RunError, TroupeError, first_lines
 
 DATA_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch's own switch: it holds for every `torch.load` of the process
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-TORCH_WRITER = "inline_container"  # all that torch says when it could not write: the file of its own in which it failed
+TORCH_WRITER = (
+    "inline_container"  # the only sign in torch's message that a write failed: the name of its own source file
+)
 
 
 def save(state: Mapping[str, Any], file: Path) -> None:
@@ -37,15 +39,15 @@ def save(state: Mapping[str, Any], file: Path) -> None:
 
 
 def load(file: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What `save` wrote. Raises RunError if the file is none of that kind; nothing that it holds is executed."""
+    """The state that `save` wrote. Raises RunError for any other file; nothing in the file is executed."""
     with data_only(file.parent):
         return torch.load(file, map_location=device)
 
 
 @contextlib.contextmanager
 def data_only(folder: Path, allowed: Sequence[type] = ()) -> Generator[None]:
-    """Every `torch.load` in the block, by whomever, reads tensors, plain containers and objects of `allowed`. Anything
-    else in a file is a RunError, and is not executed."""
+    """Within this block every `torch.load`, including those of libraries, reads only tensors, plain containers and
+    objects of `allowed`. Anything else in a file is a RunError and is not executed."""
     before = os.environ.get(DATA_ONLY)
     os.environ[DATA_ONLY] = "1"
     try:
@@ -89,7 +91,7 @@ def free_space(folder: Path) -> str:
 
 
 def _not_data(value: Any, where: str = "state") -> str | None:
-    """The first part of a value that is not data, None if all of it is."""
+    """The first part of a value that is not plain data; None if there is none."""
     if value is None or type(value) in (bool, int, float, str, Tensor):
         return None
     parts: list[tuple[str, Any]]
@@ -107,6 +109,6 @@ def _not_data(value: Any, where: str = "state") -> str | None:
 
 
 def _unsupported(error: Exception) -> str:
-    """What torch names in its long advice."""
+    """The class that torch names in its error message."""
     lines = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line]
     return lines[0].split(". Please")[0].split(" was not an allowed")[0] if lines else first_lines(error)

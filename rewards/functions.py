@@ -44,7 +44,7 @@ def accuracy_reward(completions: Sequence[Completion], solution: Sequence[str]) 
 def reasoning_accuracy_reward(
     completions: Sequence[Completion], solution: Sequence[str], *, reasoning_delimiters: Sequence[str] = ("</think>",)
 ) -> Scores:
-    """`accuracy_reward` of what follows the last delimiter; 0 where there is none: the thought never ended."""
+    """`accuracy_reward` of the text after the last delimiter; 0 if there is none, because the reasoning never ended."""
 
     def judged(completion: Completion, gold: str) -> float | None:
         answer = _after_last(text_of(completion), reasoning_delimiters)
@@ -112,7 +112,7 @@ def cosine_scaled(
 
 
 def completion_length(completion_ids: Sequence[Sequence[int]], *, per_token: float = 1.0) -> Scores:
-    """`per_token` for each token of the completion: with a negative value, a price on length."""
+    """`per_token` for each token of the completion; a negative value penalises length."""
     return [per_token * len(ids) for ids in completion_ids]
 
 

@@ -4,7 +4,7 @@
                       │ of a file it carries the text (`rewards.user_code`), so that a worker on any node has it
     worker   spec.load() ──► Reward
 
-A function's file is run in the driver, too, to look at it; a class is built in the workers only: it may load a model.
+The driver also runs a function's file, to inspect it. A class is built only in the workers: it may load a model.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class RewardSpec:
 
     @property
     def label(self) -> str:
-        """What it is called in metrics."""
+        """The name of the reward in metrics."""
         return self.name or split(self.fn, REWARD)[1]
 
     def located(self) -> RewardSpec:
@@ -81,7 +81,7 @@ class RewardSpec:
 
 @dataclass(frozen=True)
 class _Found:
-    """What is known of a reward before it is built. `options` are passed with every call, `built_with` to a class."""
+    """A reward before it is built. `options` are passed with every call, `built_with` to the constructor of a class."""
 
     target: Any
     signature: inspect.Signature  # of the call
@@ -100,7 +100,7 @@ def load_reward(fn: str, options: Mapping[str, Any] | None = None) -> Reward:
 
 
 def _bound(target: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
-    """Options win over columns of the same name: they were written on purpose."""
+    """Options take precedence over columns of the same name, because the user set them explicitly."""
 
     def call(**given: Any) -> Any:
         return target(**{**given, **options})

@@ -58,12 +58,12 @@ def fitted(
 
 
 def sent(columns: tuple[str, ...] | None) -> frozenset[str] | None:
-    """The names of what a reward outside our processes gets; None: any name."""
+    """The names of the arguments that are sent to a reward outside our processes; None: any name."""
     return None if columns is None else frozenset((*SENT, *columns))
 
 
 def not_sent() -> frozenset[str]:
-    """What it never gets: functions and objects of ours, and token ids."""
+    """Arguments that are never sent: functions and objects of this process, and token ids."""
     return frozenset(OFFERED) - frozenset(SENT)
 
 
@@ -81,14 +81,17 @@ def _types(target: Callable[..., Any]) -> dict[str, Any]:
         function = type(function).__call__
     try:
         return {name: kind for name, kind in typing.get_type_hints(function).items() if name != "return"}
-    except Exception:  # names that exist for the type checker only
+    except Exception:  # an annotation names something that is imported only for the type checker
         return {}
 
 
 def _typed(name: str, value: Any, kind: Any, fn: str) -> Any:
     try:
         adapter: TypeAdapter[Any] = TypeAdapter(kind)
-    except (PydanticSchemaGenerationError, PydanticUserError):  # a class of the user's own: it can only be tried
+    except (
+        PydanticSchemaGenerationError,
+        PydanticUserError,
+    ):  # a class of the user's own, whose values cannot be checked
         return value
     try:
         # Strict as JSON is: no text for a number, no `true` for 1, but a list for a tuple and 1 for a float.

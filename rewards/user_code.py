@@ -25,7 +25,7 @@ from types import ModuleType
 from typing import Any
 
 OURS = ("actors", "rollout", "rewards", "orchestrator")
-MAX_MIB = 16  # of text: it travels to every worker
+MAX_MIB = 16  # characters; the text is sent to every worker
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ def carry(texts: Iterable[Sequence[tuple[str, str, str, bool]]]) -> None:
 
 
 def _imported(text: str) -> Iterator[str]:
-    """First parts of the names that a text imports. A text that is no Python imports nothing: running it says why."""
+    """First parts of the names that a text imports. Text that is not valid Python imports nothing here; running it
+    raises the error."""
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError):
@@ -120,7 +121,7 @@ def _member(folder: Path, file: Path) -> File:
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Finds the modules of carried code, by their private names. It is the loader of them, too."""
+    """Finds and loads the modules of carried code by their private names."""
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[File, UserCode]] = {}
@@ -135,7 +136,7 @@ class _Finder(MetaPathFinder, Loader):
         if fullname not in self._known:
             return None
         file, _ = self._known[fullname]
-        is_package = file.is_package or not file.name  # the user's file holds what lies beside it
+        is_package = file.is_package or not file.name  # the user's file acts as the package of the modules beside it
         return ModuleSpec(fullname, self, origin=file.path, is_package=is_package)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
@@ -151,7 +152,7 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def _finder() -> _Finder:
-    """The one of this process."""
+    """The finder of this process, installed when it is first needed."""
     for finder in sys.meta_path:
         if isinstance(finder, _Finder):
             return finder

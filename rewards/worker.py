@@ -49,7 +49,7 @@ MAX_THREADS = 256  # calls of sync functions at the same time; the pool's own li
 
 
 class Spoken(Protocol):
-    """What was said in an episode: before the model's first turn, and from it on."""
+    """The messages of an episode: those before the model's first turn, and those from it on."""
 
     @property
     def prompt(self) -> list[dict[str, Any]]: ...
@@ -81,7 +81,7 @@ class ScoreResult:
 
 @dataclass(frozen=True)
 class ScoredTexts:
-    """What was scored, and what the rewards logged of each: for the table of completions, and long."""
+    """The texts that were scored, with what the rewards logged of each. Large; only for the completions table."""
 
     texts: tuple[str, ...]  # [n] completions as the functions saw them
     extra: Mapping[str, tuple[Any, ...]] = field(default_factory=dict[str, tuple[Any, ...]])  # columns [n]
@@ -129,8 +129,8 @@ class RewardWorker:
         return WorkerInfo(self.name, os.getpid(), platform.node(), packages, detail)
 
     def ping(self) -> dict[str, Any]:
-        """How many calls run, and since when the oldest does (seconds); and whether this process is of use: not if a
-        function hangs in it that was given up."""
+        """The number of running calls, the age of the oldest in seconds, and `alive`: False if a function hangs in this
+        process although its call was given up."""
         hanging = [caller.name for caller in self._callers if caller.hanging]
         with self._lock:
             ages = [time.monotonic() - began for began in self._running.values()]
@@ -179,7 +179,7 @@ class RewardWorker:
             yield
         finally:
             with self._lock:
-                # Only now: a process that says that it is of no use is killed, and this call's answer with it.
+                # Not earlier: a process that is not `alive` is killed, and the answer of this call would be lost.
                 self._gave_up |= any(caller.hanging for caller in self._callers)
                 del self._running[token]
 
@@ -231,7 +231,7 @@ class RewardWorker:
 
 
 def _apart(blocks: Sequence[Any]) -> tuple[list[Batch], list[Spoken]]:
-    """The batches, and what was said in episodes."""
+    """Splits blocks into batches of rows and the messages of episodes."""
     batches = [block for block in blocks if isinstance(block, Batch)]
     return batches, [block for block in blocks if not isinstance(block, Batch)]
 

@@ -50,7 +50,7 @@ class PreparedPhase:
 
     @property
     def drawn(self) -> str:
-        """How much of the data the phase learns from, in a line."""
+        """One line: how much of the data the phase learns from."""
         length = None if self.config.data.streaming else len(self.source)
         return self.schedule.describe(items_of(self.pipeline.data), length)
 
@@ -61,8 +61,8 @@ class PreparedPhase:
 
     @property
     def temperature(self) -> float:
-        """At which log-probabilities are taken: what the method says, else the sampling temperature; 1 where nothing
-        is sampled, or greedily."""
+        """The temperature at which log-probabilities are taken: the method's, else the sampling temperature; 1 if
+        nothing is sampled or sampling is greedy."""
         if self.pipeline.temperature is not None:
             return self.pipeline.temperature
         return (self.sampling.temperature or 1.0) if self.pipeline.generates else 1.0
@@ -73,7 +73,7 @@ class PreparedPhase:
 
     @property
     def row_sources(self) -> dict[str, RowSource]:
-        """By field: the data, and held-out rows, which take the same way through the pipeline."""
+        """By field: the training data and the held-out rows, which pass the same stages."""
         fields = {"source": self.source, "held_out": self.held_out}
         return {name: source for name, source in fields.items() if isinstance(source, RowSource)}
 
@@ -102,7 +102,7 @@ class ModelReward:
 
     @property
     def head(self) -> Head:
-        """What its model must have as its last layer."""
+        """The last layer that its model must have."""
         return Head.ROW_SCALAR if self.steps is None else Head.STEP_SCALAR
 
 
@@ -139,18 +139,18 @@ class Prepared:
 
     @property
     def engine_judges(self) -> tuple[JudgeSpec, ...]:
-        """Those that ask engine roles."""
+        """Judges whose questions an engine role answers."""
         return tuple(spec for spec in self.rewards if isinstance(spec, JudgeSpec) and spec.by_engine)
 
     @property
     def judging_roles(self) -> tuple[str, ...]:
-        """Engine roles that are asked by judges."""
+        """Engine roles that answer the questions of judges."""
         roles = (judge.role for spec in self.engine_judges for judge in spec.judges)
         return tuple(dict.fromkeys(role for role in roles if role is not None))
 
     @property
     def heads(self) -> dict[str, Head]:
-        """What each role's model must have as its last layer."""
+        """The last layer that each role's model must have."""
         scoring = {reward.role: reward.head for reward in self.model_rewards}
         return {**scoring, **{role: head for phase in self.phases for role, head in phase.pipeline.heads.items()}}
 

@@ -1,5 +1,5 @@
-"""Everything that can be wrong with a run is found here, before an actor starts: method and options, model folder,
-tokenizer, data sets, rewards, batch sizes."""
+"""Checks everything that a run names before an actor starts: method and options, model folder, tokenizer, data sets,
+rewards, batch sizes."""
 
 # pyright: basic
 # (tokenizers and model configurations are typed in part only)
@@ -44,8 +44,8 @@ from rollout.stopping import resolved_stops
 from rollout.tool_calls import parser_of
 from rollout.vllm_engine import cpu_refusal
 
-VOCABULARY_HEAD = "lm_head."  # how the names of its weights begin, in transformers' classes
-UNBOUNDED = 2**31  # of a model that does not say how far its positions reach
+VOCABULARY_HEAD = "lm_head."  # prefix of a scalar head's weights in transformers' classes
+UNBOUNDED = 2**31  # assumed for a model that states no maximum length
 
 
 def prepare(config: RunConfig, *, output: Path | None = None) -> Prepared:
@@ -188,13 +188,13 @@ def _weights(model: str) -> Iterator[tuple[str, list[int]]]:
 
 
 def model_length(model: str, trust_remote_code: bool) -> int:
-    """Tokens that the model's positions reach to."""
+    """The largest number of tokens in a row that the model has positions for."""
     config = pretrained.load_config(model, trust_remote_code)
     return int(getattr(config.get_text_config(), "max_position_embeddings", UNBOUNDED))
 
 
 def vocabulary_size(model: str, trust_remote_code: bool) -> int:
-    """Tokens that the model can tell apart."""
+    """Number of entries in the model's vocabulary."""
     return int(pretrained.load_config(model, trust_remote_code).get_text_config().vocab_size)
 
 
@@ -324,7 +324,7 @@ def phase_schedule(phase: PhaseConfig, name: str, source: Source, least: int) ->
 
 
 def _check_something_happens(phase: PhaseConfig, name: str, pipeline: Pipeline, steps: int) -> None:
-    """Raises ConfigError for what is asked for every so many steps, and would not come up in this many."""
+    """Raises ConfigError if an interval (`every: N`) is longer than the phase, so that nothing would ever happen."""
     for stage in pipeline.mixes:
         if stage.options["every"] > steps:
             raise ConfigError(
@@ -434,7 +434,7 @@ def _check_vocabularies(prepared: Prepared) -> None:
 
 
 def _mixed_in(prepared: Prepared) -> set[str]:
-    """Roles whose model engines of the run hold beside their own."""
+    """Roles whose model an engine holds as a second model, to sample from a mixture."""
     return {engine.mixes for _, _, engine in _sampling_engines(prepared) if engine.mixes is not None}
 
 
@@ -448,7 +448,7 @@ def _sampling_engines(prepared: Prepared) -> Iterator[tuple[PreparedPhase, Stage
 
 
 def _check_engines(prepared: Prepared) -> None:
-    """What the stages ask of an engine, and its kind cannot do."""
+    """Raises ConfigError if a stage needs an ability that the engine does not have."""
     for phase, stage, settings in _sampling_engines(prepared):
         where = f"roles.{stage.role}.engine"
         found = abilities_of(importable(settings.engine, where))
@@ -485,7 +485,7 @@ def _engines_with(ability: Ability) -> str:
 
 
 def _check_models(prepared: Prepared) -> None:
-    """What only the first step, or the first sample, would find in a model's configuration."""
+    """Raises errors about a model's configuration that otherwise only the first step or sample would raise."""
     trusted, rollout = prepared.config.model.trust_remote_code, prepared.config.roles.rollout
     configs = {path: pretrained.load_config(path, trusted) for path in {prepared.model, *prepared.models.values()}}
     for path, found in configs.items():

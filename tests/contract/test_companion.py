@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from actors.batch import Batch
+from actors.columns import Head
+from actors.distributions import TopK
 from actors.errors import RunError
 from actors.model import ModelSpec, load_model
 from actors.model_worker import ModelWorker
@@ -162,3 +164,23 @@ def test_two_ranks_learn_from_their_companions_what_one_process_learns(
         reports = gang.call("act_on", "update", objective, 1.0, "policy.update", per_rank=[part for _, part in dealt])
         assert reports[0].metrics["divergence"] == pytest.approx(step["divergence"], rel=2e-3)
         assert reports[0].grad_norm == pytest.approx(step["grad_norm"], rel=2e-3)
+
+
+def test_a_teacher_spread_over_two_ranks_by_zero_3_names_the_tokens_that_one_process_names(
+    teacher: ModelSpec, two_ranks: Any
+) -> None:
+    names = ("teacher_topk_ids", "teacher_topk_logps", "teacher_tail_logps")
+    batch, asked = sampled(teacher, seed=2), (names, Head.VOCABULARY, 1.0, True, TopK(4, 0.7))
+    whole = ModelWorker("teacher", teacher, BackendSpec("single", None), threads=1)
+    whole.ready()
+    ((order, everything),) = shard(batch, 1, BUDGET)
+    expected = whole.infer(everything, *asked)[1].select(np.argsort(order))
+    gang = Role(two_ranks, batch)
+    gang.call("start", teacher, BackendSpec("deepspeed", None, None, 3))
+    dealt = shard(batch, 2, BUDGET)
+    found = gang.call("act_on", "infer", *asked, per_rank=[part for _, part in dealt])
+    for (rows, _), (_, block) in zip(dealt, found, strict=True):
+        mine = expected.select(rows)
+        for name in names:
+            np.testing.assert_allclose(block[name], mine[name], atol=1e-5)
+    assert np.ptp(expected["teacher_topk_logps"]) > 0.1
