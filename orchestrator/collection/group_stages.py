@@ -123,7 +123,8 @@ class GroupStages:
         async def work(worker: Worker) -> tuple[GroupMeta, Ref]:
             try:
                 name, deadline = f"{role}.generate {request.id}", pool.policy.call_timeout_s
-                return await worker.call_split("generate", request, timeout_s=deadline, task_name=name)
+                meta, block = await worker.call_split("generate", request, timeout_s=deadline, task_name=name)
+                return meta, block
             except asyncio.CancelledError:
                 await abort(worker, request.id)
                 raise

@@ -109,11 +109,11 @@ class RewardConfig(Section):
             raise ValueError(f"several judges are a mixture: each must be kind=binary; one is {others[0]}")
         if len({judge.role is None for judge in judges}) > 1:
             raise ValueError("the judges of a mixture are all endpoints, or all engine roles; make it two rewards")
-        by_role = judges[0].role is not None
+        role = next(judge.role for judge in judges)
         idle = [key for key in ("timeout_s", "retries", "concurrency", "allow_private") if getattr(self, key)]
-        if by_role and idle:
+        if role is not None and idle:
             raise ValueError(
                 f"{idle[0]} is for a judge with a url; an engine role has limits of its own: "
-                f"roles.{judges[0].role}.request_timeout_s, max_attempts and max_concurrency"
+                f"roles.{role}.request_timeout_s, max_attempts and max_concurrency"
             )
         return self
