@@ -162,5 +162,5 @@ def test_a_folder_with_modules_of_our_names_does_not_disturb_the_command(tmp_pat
     (tmp_path / "rewards.py").write_text("raise RuntimeError('the user\\'s module was imported')\n")
     (tmp_path / "actors").mkdir()
     (tmp_path / "actors" / "__init__.py").write_text("raise RuntimeError('the user\\'s package was imported')\n")
-    done = troupe_process("methods", cwd=tmp_path)
+    done = troupe_process("keys", cwd=tmp_path)  # which reads settings of all four packages
     assert done.returncode == 0, done.stderr

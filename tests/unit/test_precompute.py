@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -98,18 +95,19 @@ def test_a_folder_without_weights_has_no_fingerprint(tmp_path: Path) -> None:
         weights_fingerprint(str(tmp_path))
 
 
-def test_a_model_of_the_hub_is_known_by_its_revision(model: Path, tmp_path: Path) -> None:
-    commit, cached = "0123456789abcdef" * 2 + "01234567", tmp_path / "hub" / "models--some--model"
+def test_a_model_of_the_hub_is_known_by_its_revision(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit, cached = "0123456789abcdef" * 2 + "01234567", tmp_path / "models--some--model"
     shutil.copytree(model, cached / "snapshots" / commit)
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(commit)
-    code = (
-        "from orchestrator.collection.precompute import weights_fingerprint; print(weights_fingerprint('some/model'))"
-    )
-    offline = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}  # read when the hub's library is imported
-    offline.pop("HF_HUB_CACHE", None)
-    found = subprocess.run([sys.executable, "-c", code], env=offline, capture_output=True, text=True, timeout=120)
-    assert found.stdout.strip() == f"some/model@{commit}", found.stderr
+    # As HF_HUB_CACHE and HF_HUB_OFFLINE, which are read when the hub's library is imported.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert weights_fingerprint("some/model") == f"some/model@{commit}"
+    with pytest.raises(OSError, match="in the cached files"):
+        weights_fingerprint("another/model")
 
 
 # What is kept
