@@ -35,6 +35,7 @@ while (found := list(left())) and time.monotonic() - began < 60:
     time.sleep(0.2)
 """
 GRACE_S = 3.0
+_watchers: set[subprocess.Popen[bytes]] = set()  # else the pipe would close when a `Leftovers` is garbage
 
 
 class Leftovers:
@@ -45,8 +46,10 @@ class Leftovers:
         self._watcher = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
+        _watchers.add(self._watcher)
 
     def end(self) -> None:
         """This process goes on, but that Ray was shut down: end what is left of it now. Returns at once."""
         assert self._watcher.stdin is not None
         self._watcher.stdin.close()
+        _watchers.discard(self._watcher)

@@ -100,7 +100,7 @@ class RayCluster:
         self._workers: dict[str, PlacedWorker] = {}
         self._board: RayWorker | None = None
         self._daemons = own_daemons()
-        self._leftovers = Leftovers(session(self._daemons)) if self._daemons else None
+        self._leftovers = Leftovers(session(self._daemons)) if self._daemons and disconnect else None
 
     async def reserve(self, plan: Plan) -> None:
         self._plan = plan

@@ -30,7 +30,13 @@ from orchestrator.planning.plan import Plan, make_plan, problems
 
 READY_S = 60.0
 ROOT = Path(actors.__file__).parents[1]
-GPUS_PER_NODE = 64  # invented: four nodes are 256 GPUs
+GPUS_PER_NODE = 128  # invented: two nodes are 256 GPUs
+ZONE = "z"
+PATIENT = {
+    "health_check_timeout_ms": 60_000,
+    "health_check_failure_threshold": 20,
+}  # a raylet that a busy machine keeps
+# waiting is not dead: Ray would end it, and with it every process that is connected to it, this one too
 
 
 class Resident:
@@ -57,11 +63,17 @@ class Resident:
 
 @pytest.fixture(scope="module")
 def invented() -> Iterator[InventedCluster]:
-    cluster = InventedCluster(
-        initialize_head=True, head_node_args={"num_cpus": 32, "num_gpus": 0, "object_store_memory": 100 * 2**20}
-    )
-    for _ in range(4):
-        cluster.add_node(num_cpus=128, num_gpus=GPUS_PER_NODE, object_store_memory=80 * 2**20)
+    """A head and two nodes with labels, each with room for two rollout workers that want a resource of its own."""
+    head = {"num_cpus": 32, "num_gpus": 0, "object_store_memory": 100 * 2**20, "_system_config": PATIENT}
+    cluster = InventedCluster(initialize_head=True, head_node_args=head)
+    for role in ("rollout", "spare"):
+        cluster.add_node(
+            num_cpus=256,
+            num_gpus=GPUS_PER_NODE,
+            object_store_memory=80 * 2**20,
+            resources={"engine": 2},
+            labels={"role": role, "zone": ZONE},
+        )
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     cluster.wait_for_nodes()
     yield cluster
@@ -237,8 +249,9 @@ async def test_a_plan_that_does_not_fit_is_an_error_within_the_deadline_that_nam
         await cluster.reserve(planned(wanted))
     assert time.monotonic() - began < 5
     message = str(caught.value)
-    assert "reference: no place for 1 of 1, each needs 65 GPU" in message and "the largest node has 64 GPU" in message
-    assert "rollout: no place for 1 of 1, each needs 1 GPU and 1000 CPU: the largest node has 128 CPU" in message
+    assert f"reference: no place for 1 of 1, each needs {GPUS_PER_NODE + 1} GPU" in message
+    assert f"the largest node has {GPUS_PER_NODE} GPU" in message
+    assert "rollout: no place for 1 of 1, each needs 1 GPU and 1000 CPU: the largest node has 256 CPU" in message
     assert "policy" not in message
     assert groups_alive() == before
     await cluster.close()
@@ -257,33 +270,18 @@ async def test_a_cluster_that_others_use_is_not_reported_as_too_small(invented: 
         await second.close()
 
 
-@pytest.fixture(scope="module")
-def labelled(invented: InventedCluster) -> Iterator[str]:
-    """Two small nodes that are labelled, for rollout workers with a resource of their own. Yields their zone."""
-    nodes = [
-        invented.add_node(
-            num_cpus=2, resources={"engine": 2}, labels={"role": role, "zone": "z"}, object_store_memory=80 * 2**20
-        )
-        for role in ("rollout", "spare")
-    ]
-    invented.wait_for_nodes()
-    yield "z"
-    for node in nodes:
-        invented.remove_node(node)
-
-
 def labels_of(node_id: str) -> dict[str, str]:
     [labels] = [node["Labels"] for node in ray.nodes() if node["NodeID"] == node_id]
     return labels
 
 
 async def test_labels_choose_the_nodes_of_rollout_workers_and_a_fallback_takes_those_that_do_not_fit(
-    invented: InventedCluster, labelled: str, anyone: str
+    invented: InventedCluster, anyone: str
 ) -> None:
     rollout = {
         "workers": 2,
         "resources": {"engine": 1},
-        "label_selector": {"role": "rollout", "zone": labelled},
+        "label_selector": {"role": "rollout", "zone": ZONE},
         "fallback_strategy": [{"label_selector": {"role": "in(spare, other)"}}],
     }
     wanted = config({"rollout": rollout}, beta=0.0, timeout_s=1.0)

@@ -1,4 +1,5 @@
-"""`troupe run` twice on the same data and weights: the first run asks a reference and ends it, the second has none."""
+"""`troupe run` twice on the same data and weights: the first run asks a reference and ends it, the second has none, and
+needs no Ray to show it."""
 
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ PAIRS: dict[str, Any] = {
     "method": "dpo",
     "options": {"precompute_ref_log_probs": True},
     "data": {"path": "example:arithmetic_pairs", "limit": 64},
+    "roles": {"policy": {"threads": 1}, "reference": {"threads": 1}},
     "train": {"steps": 2, "batch_size": 16, "learning_rate": 1e-3},
     "cluster": {"num_cpus": 4, "object_store_mib": 100},
     "logging": {"tensorboard": False, "ray_metrics": False},
@@ -25,7 +27,7 @@ def test_a_second_run_reads_the_first_ones_values_and_launches_no_reference(tmp_
     kept = {"data": {"cache_dir": str(tmp_path / "cache")}}
     first = Run(tmp_path / "first", kept, base=PAIRS)
     first.wait()
-    second = Run(tmp_path / "second", kept, base=PAIRS)
+    second = Run(tmp_path / "second", kept, "--local", base=PAIRS, environment={"OMP_NUM_THREADS": "1"})
     second.wait()
     assert [event["from"] for event in first.events("precomputed")] == ["reference"]
     assert [event["role"] for event in first.events("released")] == ["reference"]

@@ -12,14 +12,21 @@ import psutil
 from orchestrator.import_pin import ROOT
 
 DRIVER = """
-import subprocess, sys, time
+import gc, os, subprocess, sys, time
 from orchestrator.cluster.leftovers import Leftovers
 
 agent = [sys.executable, "-c", "import time; time.sleep(60)"]
 named = subprocess.Popen([*agent, "--session=session_2026-01-01_00-00-00_1_2"], start_new_session=True)
 other = subprocess.Popen([*agent, "--session=session_2026-01-01_00-00-00_1_3"], start_new_session=True)
+def pipes():
+    return sorted(os.readlink(f"/proc/self/fd/{fd}") for fd in range(3, 20) if os.path.exists(f"/proc/self/fd/{fd}"))
+
 leftovers = Leftovers("session_2026-01-01_00-00-00_1_2")
-print(named.pid, other.pid, flush=True)
+before = pipes()
+leftovers.itself = leftovers  # as in the traceback of an exception
+del leftovers
+gc.collect()
+print(named.pid, other.pid, int(pipes() == before != []), flush=True)
 time.sleep(60)
 """
 
@@ -27,7 +34,9 @@ time.sleep(60)
 def test_after_kill_9_of_the_driver_processes_of_its_session_end_and_no_others():
     driver = subprocess.Popen([sys.executable, "-c", DRIVER], stdout=subprocess.PIPE, text=True, cwd=Path(ROOT))
     assert driver.stdout is not None
-    named, other = map(psutil.Process, map(int, driver.stdout.readline().split()))
+    *pids, lives_on = map(int, driver.stdout.readline().split())
+    assert lives_on, "the watcher's pipe is open although nobody holds the object"
+    named, other = map(psutil.Process, pids)
     family = psutil.Process(driver.pid).children(recursive=True)
     (watcher,) = [process for process in family if process not in (named, other)]
     driver.send_signal(signal.SIGKILL)
