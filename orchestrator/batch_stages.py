@@ -245,8 +245,10 @@ class BatchStages:
 
     async def _replay(self, stage: Stage, table: RowTable, step: int) -> tuple[Written, dict[str, float]]:
         assert self.replay_buffer is not None, "the phase was entered without this stage"
-        settings = {"seed": self.phase.seed, "max_age": stage.options["max_age"], "scale": stage.options["scale"]}
-        other, metrics = replayed(table, self.replay_buffer, step=step, **settings)
+        max_age, scale = stage.options["max_age"], stage.options["scale"]
+        other, metrics = replayed(
+            table, self.replay_buffer, step=step, seed=self.phase.seed, max_age=max_age, scale=scale
+        )
         return Written(instead=other), metrics
 
     def _group_of(self, stage: Stage) -> tuple[str, Group]:
