@@ -11,8 +11,8 @@ computation in torch's operations.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
+import triton  # pyright: ignore[reportMissingImports]: it comes with a torch for CUDA
+import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 BLOCK = 8192  # logits that a program holds at a time

@@ -236,6 +236,7 @@ def _logits_gradient(
         del logits  # not read any more: free the memory
         return _logps_gradient(probs, targets, grads["logps"] / projection.temperature, weight.dtype)
     if log_probs is None:
+        assert logits is not None
         log_probs = projection.log_probs(logits, admitted)
         logits = logits if projection.scaling.softcap is not None else None
     grad = _logps_gradient(log_probs.exp(), targets, grads["logps"], torch.float32)

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from actors.errors import ConfigError
 from orchestrator.config.roles import EngineRole, Fallback, FrozenRole, RanksRole, UserCodeRole
@@ -133,7 +134,7 @@ def make_plan(
 ) -> Plan:
     """The plan of a run, `pipelines` by phase. `parameters` of the run's model, `own_parameters` of the models of roles
     that differ from it, `shapes` by role. Raises ConfigError with all refusals."""
-    known = {"parameters": parameters, "own_parameters": own_parameters, "shapes": shapes}
+    known: dict[str, Any] = {"parameters": parameters, "own_parameters": own_parameters, "shapes": shapes}
     plan = draft_plan(config, pipelines, machine=machine, **known)
     if plan.refusals:
         raise ConfigError("\n".join(plan.refusals))
