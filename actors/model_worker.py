@@ -358,7 +358,7 @@ def _deterministic(wanted: bool) -> Generator[None]:
         yield
         return
     before = torch.are_deterministic_algorithms_enabled()
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it would write NaN to all memory first
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010  (its stubs lack it; else NaN is written first)
     torch.use_deterministic_algorithms(True)
     try:
         yield
