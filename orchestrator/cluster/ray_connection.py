@@ -60,7 +60,7 @@ def connect(cluster: ClusterConfig, plan: Plan, *, debug: bool = False) -> str |
         )
 
     try:
-        context = started(start, _end_half_started, _warn) if address == LOCAL else start()
+        context = started(start, end_half_started, _warn) if address == LOCAL else start()
     except (ConnectionError, RuntimeError) as error:
         raise PlacementError(f"cannot connect to the Ray at {address}: {first_lines(error)}") from None
     return f"http://{context.dashboard_url}" if context.dashboard_url else None
@@ -85,7 +85,7 @@ def started(start: Callable[[], T], clean_up: Callable[[], None], warn: Callable
     )
 
 
-def _end_half_started() -> None:
+def end_half_started() -> None:
     ray.shutdown()
     for _, daemon in own_daemons():
         daemon.kill()

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
@@ -22,7 +23,7 @@ import actors
 from actors.errors import ConfigError, InfraFailure, PlacementError, RunError
 from actors.worker import WorkerInfo
 from orchestrator.cluster.ray_cluster import RayCluster
-from orchestrator.cluster.ray_connection import connect, view_cluster
+from orchestrator.cluster.ray_connection import connect, end_half_started, started, view_cluster
 from orchestrator.config.roles import RolesConfig
 from orchestrator.config.schema import ClusterConfig, PhaseConfig, RunConfig, TrainConfig
 from orchestrator.methods import build
@@ -32,11 +33,6 @@ READY_S = 60.0
 ROOT = Path(actors.__file__).parents[1]
 GPUS_PER_NODE = 128  # invented: two nodes are 256 GPUs
 ZONE = "z"
-PATIENT = {
-    "health_check_timeout_ms": 60_000,
-    "health_check_failure_threshold": 20,
-}  # a raylet that a busy machine keeps
-# waiting is not dead: Ray would end it, and with it every process that is connected to it, this one too
 
 
 class Resident:
@@ -64,16 +60,21 @@ class Resident:
 @pytest.fixture(scope="module")
 def invented() -> Iterator[InventedCluster]:
     """A head and two nodes with labels, each with room for two rollout workers that want a resource of its own."""
-    head = {"num_cpus": 32, "num_gpus": 0, "object_store_memory": 100 * 2**20, "_system_config": PATIENT}
-    cluster = InventedCluster(initialize_head=True, head_node_args=head)
-    for role in ("rollout", "spare"):
-        cluster.add_node(
-            num_cpus=256,
-            num_gpus=GPUS_PER_NODE,
-            object_store_memory=80 * 2**20,
-            resources={"engine": 2},
-            labels={"role": role, "zone": ZONE},
-        )
+    head = {"num_cpus": 32, "num_gpus": 0, "object_store_memory": 100 * 2**20}
+
+    def start() -> InventedCluster:
+        cluster = InventedCluster(initialize_head=True, head_node_args=head)
+        for role in ("rollout", "spare"):
+            cluster.add_node(
+                num_cpus=256,
+                num_gpus=GPUS_PER_NODE,
+                object_store_memory=80 * 2**20,
+                resources={"engine": 2},
+                labels={"role": role, "zone": ZONE},
+            )
+        return cluster
+
+    cluster = started(start, end_half_started, warnings.warn)  # each of the three may take more than Ray's 30 s
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     cluster.wait_for_nodes()
     yield cluster
