@@ -161,9 +161,10 @@ class _TokenQuantities(torch.autograd.Function):
         given = {name: grad for name, grad in zip(("logps", *projection.extras), grads, strict=True) if name in graded}
         sums = _Gradients(ctx.needs_input_grad, hidden, weight, bias, projection)
         for part in sums.parts:
-            limits = (None if values is None else values[part] for values in (admitted, entropy))
+            limit = None if admitted is None else admitted[part]
+            spread = None if entropy is None else entropy[part]
             grads_here = {name: grad[part] for name, grad in given.items()}
-            chunk = hidden[part], sums.factor, bias, targets[part], *limits
+            chunk = hidden[part], sums.factor, bias, targets[part], limit, spread
             grad = _logits_gradient(*chunk, grads_here, projection, ctx.log_probs)
             sums.add(part, grad)
             del grad  # or it would stand beside the next chunk's
