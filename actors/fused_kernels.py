@@ -101,7 +101,7 @@ def _apply(causal: Any) -> None:
     before = dict(vars(module))
     function(model=causal, **off)
     changed = {name: was for name, was in before.items() if vars(module)[name] is not was}
-    liger_rotary = getattr(module, ROTARY, None)
+    liger_rotary: Any = getattr(module, ROTARY, None)
     for name, was in changed.items():
         setattr(module, name, was)
     if ROTARY in changed:

@@ -10,15 +10,18 @@ computation in torch's operations.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton  # pyright: ignore[reportMissingImports]: it comes with a torch for CUDA
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
+jit: Any = triton.jit  # what it makes is called with a grid in brackets
 BLOCK = 8192  # logits that a program holds at a time
 
 
-@triton.jit
+@jit
 def _normalise(logits, stride, targets, logps, normalisers, vocabulary, scale, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     start = logits + row * stride
@@ -36,7 +39,7 @@ def _normalise(logits, stride, targets, logps, normalisers, vocabulary, scale, B
     tl.store(normalisers + row, normaliser)
 
 
-@triton.jit
+@jit
 def _differentiate(logits, stride, targets, grads, normalisers, vocabulary, scale, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -233,7 +233,7 @@ def _logits_gradient(
     """[n, V] in the dtype of `weight`: the gradient of one chunk's logits, before scaling. `log_probs`: if kept."""
     logits = projection.logits(hidden, weight, bias) if log_probs is None else None
     if grads.keys() == {"logps"} and projection.scaling.changes_nothing:
-        probs = log_probs.exp() if logits is None else projection.probs(logits, admitted)
+        probs = projection.probs(logits, admitted) if log_probs is None else log_probs.exp()  # pyright: ignore[reportArgumentType]
         del logits  # not read any more: free the memory
         return _logps_gradient(probs, targets, grads["logps"] / projection.temperature, weight.dtype)
     if log_probs is None:

@@ -131,7 +131,9 @@ class SingleBackend:
         """Sets each parameter to its rounded master, all of them by a few launches of a kernel."""
         halves = [weight for weight in self._weights.values() if weight.master is not weight.parameter]
         if halves:
-            torch._foreach_copy_([weight.parameter for weight in halves], [weight.master for weight in halves])
+            torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
+                [weight.parameter for weight in halves], [weight.master for weight in halves]
+            )
 
 
 class Weight:
@@ -152,13 +154,16 @@ def hand_over(weights: list[Weight]) -> None:
     found = [(weight, weight.parameter.grad) for weight in weights]
     added = [(weight, grad) for weight, grad in found if grad is not None and weight.master.grad is not None]
     if added:
-        torch._foreach_add_([weight.master.grad for weight, _ in added], [grad for _, grad in added])
+        sums: Any = [weight.master.grad for weight, _ in added]
+        torch._foreach_add_(sums, [grad for _, grad in added])  # pyright: ignore[reportPrivateImportUsage]
     first = [(weight, grad) for weight, grad in found if grad is not None and weight.master.grad is None]
     if first:
         flat = torch.empty(sum(grad.numel() for _, grad in first), dtype=torch.float32, device=first[0][1].device)
         pieces = flat.split([grad.numel() for _, grad in first])
         sums = [piece.view_as(grad) for piece, (_, grad) in zip(pieces, first, strict=True)]
-        torch._foreach_copy_(sums, [grad for _, grad in first])
+        torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
+            sums, [grad for _, grad in first]
+        )
         for (weight, _), total in zip(first, sums, strict=True):
             weight.master.grad = total
     for weight in weights:
