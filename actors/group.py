@@ -141,10 +141,11 @@ class RayGroup:
         task_name: str | None = None,
     ) -> list[tuple[Any, Ref]]:
         arguments = self._arguments(method, shared, per_rank, blocks)
-        return await _all_or_first_cause(
+        results = await _all_or_first_cause(
             worker.call_split(method, *mine, timeout_s=timeout_s, task_name=task_name)
             for worker, mine in zip(self.workers, arguments, strict=True)
         )
+        return [(value, ref) for value, ref in results]
 
     def _arguments(
         self,

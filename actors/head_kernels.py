@@ -10,14 +10,15 @@ computation in torch's operations.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import triton  # pyright: ignore[reportMissingImports]: it comes with a torch for CUDA
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-jit: Any = triton.jit  # what it makes is called with a grid in brackets
+jit = cast(Callable[..., Any], triton.jit)  # what it makes is called with a grid in brackets
 BLOCK = 8192  # logits that a program holds at a time
 
 

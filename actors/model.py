@@ -45,7 +45,7 @@ class ModelSpec:
     trust_remote_code: bool = False
     attn_implementation: str | None = None  # None: the packed attention of `actors/attention.py`
     attention_dtype: str | None = None  # of queries, keys and values in the packed attention; None: the model's
-    fused_kernels: bool | None = None  # Liger's, on a GPU; None: where there are any for the architecture
+    fused_kernels: bool | None = None  # on a GPU; None: Liger's, for architectures that have any; true: the head's, too
 
 
 class LanguageModel(nn.Module):
@@ -212,7 +212,7 @@ def load_model(spec: ModelSpec, device: torch.device | str = "cpu", *, trainable
     model = prepare(causal, spec, trainable=trainable).to(device)
     model.kernels = fused_kernels.use(causal, device, spec.fused_kernels)
     if isinstance(model.head, VocabularyHead):
-        model.head.fused = device.type == "cuda" and spec.fused_kernels is not False
+        model.head.fused = device.type == "cuda" and spec.fused_kernels is True
     return model
 
 

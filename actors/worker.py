@@ -194,7 +194,8 @@ class LocalGroup:
         task_name: str | None = None,
     ) -> list[tuple[Any, Ref]]:
         arguments = (per_rank[0], *shared, *blocks[0])
-        return [await self.workers[0].call_split(method, *arguments, timeout_s=timeout_s, task_name=task_name)]
+        value, ref = await self.workers[0].call_split(method, *arguments, timeout_s=timeout_s, task_name=task_name)
+        return [(value, ref)]
 
     async def kill(self) -> None:
         await self.workers[0].kill()

@@ -122,7 +122,7 @@ def schema_of(tool: Any, name: str) -> Schema:
     itself. Raises ConfigError."""
     if isinstance(tool, Mapping):
         return dict(tool)
-    from transformers.utils import get_json_schema
+    from transformers.utils.chat_template_utils import get_json_schema
 
     try:
         return get_json_schema(tool)

@@ -120,7 +120,9 @@ def to_batch(request: Request, completions: list[Completion]) -> Batch:
         if not request.sampling.records_admitted:
             return {}
         on_prompt = np.full((len(prompt), request.sampling.top_k), -1, np.int32)
-        parts = [part for completion in ordered for part in (on_prompt, completion.admitted)]
+        recorded = [completion.admitted for completion in ordered if completion.admitted is not None]
+        assert len(recorded) == len(ordered), "the engine did not record what truncation left"
+        parts = [part for admitted in recorded for part in (on_prompt, admitted)]
         return {ADMITTED: np.concatenate(parts) if parts else on_prompt[:0]}
 
     routes = [completion.routes for completion in ordered if completion.routes is not None]

@@ -19,11 +19,11 @@ async def export_payload(source: Group, *arguments: Any, timeout_s: float) -> tu
     """What `export`, called with these arguments, makes of the source's weights where its consumer returns a pair: the
     second stays in the object store. All ranks take part, because weights are gathered."""
     first, *others = source.workers
-    results = await asyncio.gather(
+    (value, ref), *_ = await asyncio.gather(
         first.call_split("export", *arguments, timeout_s=timeout_s),
         *(worker.call("export", *arguments, timeout_s=timeout_s) for worker in others),
     )
-    return results[0]
+    return value, ref
 
 
 async def mix_towards(source: Group, target: Group, share: float, *, timeout_s: float, task_name: str) -> None:

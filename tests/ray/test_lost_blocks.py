@@ -1,0 +1,150 @@
+"""A node of a cluster dies with samples that nobody has learned from yet. Real Ray, several raylets on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+import actors
+from actors.batch import Batch
+from actors.group import RayObjects, RayWorker, start_ranks, start_worker
+from actors.worker import WorkerInfo
+from orchestrator.batch_stages import PhaseSettings
+from orchestrator.cluster.failures import Ledger, Watchdog
+from orchestrator.cluster.pool import Pool, PoolPolicy
+from orchestrator.collection.cursor import Cursor
+from orchestrator.collection.group_collector import GroupCollector
+from orchestrator.collection.staleness import Contract
+from orchestrator.executor import Executor
+from orchestrator.losses.likelihood import nll
+from orchestrator.pipeline import Pipeline, Prompts, generate, update
+from orchestrator.row_table import RowTable
+from rollout.sampling import Finish, GroupMeta, Request, Sampling, sample_seed
+
+READY_S = 60.0
+MANY_TOKENS = 40_000  # of a sample: Ray leaves a block so large on the node that made it
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """A head that stays, and two nodes with room for one sampler each."""
+    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 80 * 2**20})
+    ray.init(address=found.address, log_to_driver=False, logging_level="ERROR")
+    yield found
+    ray.shutdown()
+    found.shutdown()
+
+
+class Resident:
+    def __init__(self, rank: int = 0, world_size: int = 1, master: Any = None) -> None:
+        self.rank = rank
+
+    def ready(self) -> WorkerInfo:
+        node = ray.get_runtime_context().get_node_id()
+        return WorkerInfo(type(self).__name__, os.getpid(), node, str(Path(actors.__file__).parent), {})
+
+    def ping(self) -> dict[str, Any]:
+        return {"alive": True}
+
+
+class Sampler(Resident):
+    """Stands in for a rollout worker: what it samples is a function of the request's seed."""
+
+    def generate(self, request: Request) -> tuple[GroupMeta, Batch]:
+        node = ray.get_runtime_context().get_node_id()
+        finishes = (Finish.STOP,) * request.n
+        meta = GroupMeta(request.id, node, (MANY_TOKENS - 1,) * request.n, finishes, 0, 0, 0.0)
+        return meta, sampled(request.seed, request.n)
+
+
+class Holder(Resident):
+    """Stands in for a rank of the policy, on a node that stays."""
+
+    def hold(self, *blocks: Batch) -> None:
+        pass
+
+
+class NodeThatDies(Executor):
+    """Once a batch is collected, and before it is learned, the node that holds it dies."""
+
+    async def run_batch_stages(self, table: RowTable) -> RowTable:
+        if self.die is not None:
+            die, self.die = self.die, None
+            await die()
+        return table
+
+    die: Callable[[], Awaitable[None]] | None = None
+
+
+def sampled(seed: int, count: int) -> Batch:
+    tokens = np.random.default_rng(seed).integers(0, 1000, count * MANY_TOKENS)
+    rest = {"sample_logps": np.zeros(len(tokens)), "version": np.zeros(len(tokens), np.int32)}
+    return Batch.build([MANY_TOKENS] * count, tokens=tokens, mask=tokens > 0, **rest)
+
+
+async def test_samples_that_are_lost_with_their_node_are_sampled_again_elsewhere_to_the_bit(
+    cluster: Cluster,
+) -> None:
+    room = {"num_cpus": 0, "resources": {"sampler": 1}, "object_store_memory": 80 * 2**20}
+    by_id = {node.node_id: node for node in (cluster.add_node(wait=False, **room) for _ in range(2))}
+    cluster.wait_for_nodes()
+    events: list[str] = []
+
+    async def start(index: int) -> RayWorker:
+        options = {"num_cpus": 0, "resources": {"sampler": 1}}
+        return start_worker(f"lost/rollout/{index}", Sampler, {}, ray_options=options)
+
+    async def stop(worker: RayWorker) -> None:
+        await worker.kill()
+
+    async def die() -> None:
+        [info] = engines.infos.values()
+        await asyncio.to_thread(cluster.remove_node, by_id.pop(info.node))
+
+    pool = PoolPolicy(slots=4, max_attempts=3, call_timeout_s=30, start_timeout_s=READY_S, max_restarts=3)
+    engines = Pool(
+        "rollout", 1, pool, start=start, stop=stop, event=lambda kind, _: events.append(kind), watchdog=Watchdog()
+    )
+    policy = start_ranks("lost/policy", Holder, [{}], ray_options_per_rank=[{"num_cpus": 1}])
+    roles = NodeThatDies(
+        {"policy": policy},
+        RayObjects(),
+        start=lambda role, model: asyncio.sleep(0),
+        engines={"rollout": engines},
+        scorers={},
+        model_rewards=(),
+        publishers=(),
+        call_timeout_s={"policy": READY_S},
+        stand_ins={},
+        concurrent=False,
+    )
+    pipeline = Pipeline(Prompts, generate("rollout", n=2), update("policy", nll))
+    roles.enter(PhaseSettings(pipeline, 10**6, 1.0, 0, Sampling(max_tokens=MANY_TOKENS)))
+    roles.die = die
+    prompts = SimpleNamespace(
+        order=SimpleNamespace(at=lambda position: (0, position)),
+        item=lambda index: SimpleNamespace(id=index, tokens=(1,), prompt="", columns={}),
+    )
+    settings = {"run": "lost", "seed": 3, "version": 0, "ledger": Ledger(100), "watchdog": Watchdog()}
+    feed = GroupCollector(prompts, roles, pipeline, Cursor(), Contract(0, 3, batches=1), **settings)
+    try:
+        await engines.open()
+        collected = await feed.next(0)
+        assert collected.positions == (0, 1, 2)
+        assert (collected.metrics["groups/lost"], events.count("evicted")) == (3, 1)
+        assert {group.metas[0].worker for group in collected.groups} == by_id.keys(), "sampled on the node that is left"
+        expected = Batch.concat(sampled(sample_seed(3, position), 2) for position in range(3))
+        np.testing.assert_array_equal(await roles.column("tokens", collected.table), expected["tokens"])
+    finally:
+        await feed.close()
+        await engines.close()
+        await policy.kill()
