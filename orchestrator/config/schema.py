@@ -62,8 +62,7 @@ class ModelConfig(Section):
     attention_dtype: Literal["bfloat16"] | None = None
     """Type of queries, keys and values in attention: bfloat16 has the fast kernel on GPUs. None: the model's."""
     fused_kernels: bool | None = None
-    """Fused kernels on a GPU: liger-kernel's, where there are any for the architecture. true: demand them, and use
-    Troupe's own for the vocabulary head, which have not run on a GPU yet; false: none."""
+    """On a GPU: liger-kernel's where it has any; true: demand them, and use Troupe's own for the head; false: none."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     neftune_noise_alpha: Annotated[float, Field(ge=0)] = 0.0

@@ -1,6 +1,7 @@
 """Phases that hand models over: a run that is killed in a later one goes on there, with what the earlier ones left.
 
-The run that is never interrupted is in one process (`--local`), to save starting Ray once more; the bits are the same.
+The run that is never interrupted is in one process (`--local`), and so is the killed one between its two kills, to save
+starting Ray twice more; the bits are the same.
 """
 
 import signal
@@ -68,7 +69,7 @@ def weights(run: Run, step: int) -> dict[str, bytes]:
 def learned(run: Run) -> list[dict[str, Any]]:
     """What each step reports of rewards and gradients, times aside."""
     lines = [line for line in run.lines("metrics.jsonl") if "step_time" in line]
-    timed = ("time", "tokens_per", "_per_second")
+    timed = ("time", "seconds", "tokens_per", "_per_second")
     return [{name: value for name, value in line.items() if not any(part in name for part in timed)} for line in lines]
 
 
@@ -94,9 +95,9 @@ def test_sft_reward_model_and_ppo_in_one_run_go_on_to_the_same_bits_where_each_o
     tmp_path: Path,
 ):
     whole, run = started(tmp_path / "whole", "--local"), started(tmp_path / "killed")  # at the same time
-    for phase in ("rm", "ppo"):
+    for phase, how in (("rm", ["--local"]), ("ppo", [])):
         kill_in(phase, run)
-        run.resume()
+        run.resume(*how)
     run.wait(400)
     whole.wait(400)
     resumed_from = [event["step"] for event in run.events("resumed")]
