@@ -6,20 +6,15 @@ rewards, batch sizes."""
 
 from __future__ import annotations
 
-import json
-import math
-import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from actors import lora, pretrained
+from actors import pretrained
 from actors.columns import Head
-from actors.errors import ConfigError, ModelError
-from actors.model import check_architecture
+from actors.errors import ConfigError
 from actors.pretrained import check_folder
-from actors.routing import check_routers
 from orchestrator.collection.episodes import REWARD
 from orchestrator.collection.precompute import recall
 from orchestrator.config.roles import EngineRole, EnvironmentsRole, RanksRole
@@ -28,24 +23,21 @@ from orchestrator.data.source import Source, open_source
 from orchestrator.data.synthetic_examples import PREFIX, is_example, model_folder
 from orchestrator.losses.objective import LossObjective
 from orchestrator.methods import build
-from orchestrator.pipeline import DataKind, Pipeline, Prompts, Stage, Verb
+from orchestrator.pipeline import DataKind, Pipeline, Prompts
+from orchestrator.planning.checks import check_engines, check_models, check_rewards, check_vocabularies, refuse_no_room
 from orchestrator.planning.episode_settings import FIRST_WORDS, EpisodeSettings, episode_settings
 from orchestrator.planning.handover import is_handed_over, phase_of
 from orchestrator.planning.memory_estimate import Shape
+from orchestrator.planning.model_files import count_parameters, model_length, vocabulary_size
 from orchestrator.planning.prepared import ModelReward, Prepared, PreparedPhase
 from orchestrator.planning.schedule import Schedule
 from orchestrator.plugins import importable
 from orchestrator.step_rewards import Steps
-from rewards.specs import check_columns, check_names, check_reward
+from rewards.specs import check_names, check_reward
 from rollout.conversation import Conversation
-from rollout.engine import ENGINES, Ability, abilities_of
 from rollout.sampling import Sampling
 from rollout.stopping import resolved_stops
 from rollout.tool_calls import parser_of
-from rollout.vllm_engine import cpu_refusal
-
-VOCABULARY_HEAD = "lm_head."  # prefix of a scalar head's weights in transformers' classes
-UNBOUNDED = 2**31  # assumed for a model that states no maximum length
 
 
 def prepare(config: RunConfig, *, output: Path | None = None) -> Prepared:
@@ -90,11 +82,11 @@ def prepare(config: RunConfig, *, output: Path | None = None) -> Prepared:
         parameters=count_parameters(model),
     )
     prepared = replace(prepared, own_parameters=_own_parameters(prepared), shapes=_shapes(prepared))
-    _check_rewards(prepared)
-    _check_engines(prepared)
-    _check_models(prepared)
-    _refuse_no_room(prepared, room)
-    _check_vocabularies(prepared)
+    check_rewards(prepared)
+    check_engines(prepared)
+    check_models(prepared)
+    refuse_no_room(prepared, room)
+    check_vocabularies(prepared)
     return prepared
 
 
@@ -166,53 +158,6 @@ def _shapes(prepared: Prepared) -> dict[str, Shape]:
     }
     of_path = {path: Shape.of(pretrained.load_config(path, trusted)) for path in set(paths.values())}
     return {role: shape for role, path in paths.items() if (shape := of_path[path]) is not None}
-
-
-def count_parameters(model: str, head: Head = Head.VOCABULARY) -> int | None:
-    """Of a model with that head, from the headers of a folder's safetensors files; None where there are none to read.
-    The numbers of a scalar head are not worth counting."""
-    counted = (
-        math.prod(shape)
-        for name, shape in _weights(model)
-        if head is Head.VOCABULARY or not name.startswith(VOCABULARY_HEAD)
-    )
-    return sum(counted) or None
-
-
-def _weights(model: str) -> Iterator[tuple[str, list[int]]]:
-    """(name, shape), as far as a folder's safetensors files say."""
-    for file in Path(model).glob("*.safetensors"):
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
-        yield from ((name, entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-
-
-def model_length(model: str, trust_remote_code: bool) -> int:
-    """The largest number of tokens in a row that the model has positions for."""
-    config = pretrained.load_config(model, trust_remote_code)
-    return int(getattr(config.get_text_config(), "max_position_embeddings", UNBOUNDED))
-
-
-def vocabulary_size(model: str, trust_remote_code: bool) -> int:
-    """Number of entries in the model's vocabulary."""
-    return int(pretrained.load_config(model, trust_remote_code).get_text_config().vocab_size)
-
-
-def _refuse_no_room(prepared: Prepared, room: int) -> None:
-    """Raises ConfigError for a context of the engine that does not hold what will be sampled, or that the model does
-    not reach."""
-    given = prepared.config.roles.rollout.max_model_len
-    if given is None or not prepared.generates:
-        return
-    if given > room:
-        raise ConfigError(
-            f"roles.rollout.max_model_len={given}, but the model holds {room} tokens; set it to {room} at most"
-        )
-    if given < prepared.longest:
-        raise ConfigError(
-            f"roles.rollout.max_model_len={given} is less than the {prepared.longest} tokens of the longest prompt "
-            "with its completion; raise it or leave it out, or lower data.max_prompt_length or sampling.max_tokens"
-        )
 
 
 def _prepare_phase(
@@ -379,135 +324,3 @@ def _wrong_with(evaluation: EvaluationConfig, where: str, method: str, kind: Dat
                 f"{where}.{name}.limit if that is too much"
             )
     return None
-
-
-def _check_rewards(prepared: Prepared) -> None:
-    """Every data set that is scored has rewards, and the columns that they ask for."""
-    for phase in prepared.phases:
-        scored = {"its data": phase.source} if any(stage.verb is Verb.SCORE for stage in phase.pipeline) else {}
-        if phase.evaluation is not None:
-            scored["its evaluation data"] = phase.evaluation
-        given = phase.episode is not None and phase.episode.rewards
-        if scored and not (prepared.rewards or prepared.model_rewards or given):
-            raise ConfigError(
-                f"phase {phase.name} scores completions, but the run has no rewards; "
-                "add some, for example rewards: [{fn: exact_match}]"
-            )
-        for what, source in scored.items():
-            check_columns(prepared.rewards, source.report.columns, f"phase {phase.name}, {what}")
-
-
-def _check_vocabularies(prepared: Prepared) -> None:
-    """A loss that compares distributions needs the same tokens in both: of the same tokenizer. Padded rows beyond it
-    may differ in number; they are compared as far as both models have them."""
-    trusted, known = prepared.config.model.trust_remote_code, prepared.tokenizer.get_vocab()
-    teaching = {role for phase in prepared.phases for role in phase.pipeline.teachers} | _mixed_in(prepared)
-    for phase in prepared.phases:
-        for stage in phase.pipeline:
-            if stage.top_k is not None and stage.top_k > prepared.vocabulary:
-                raise ConfigError(
-                    f"phase {phase.name}: {stage.role} is asked for its {stage.top_k} most likely tokens, and the "
-                    f"tokenizer {prepared.tokenizer_path} has {prepared.vocabulary}; ask for as many at most"
-                )
-    for role in sorted(teaching & prepared.models.keys()):
-        path = prepared.models[role]
-        try:
-            own = pretrained.load_tokenizer(path, trusted).get_vocab()
-        except ModelError as error:
-            raise ConfigError(
-                f"roles.{role}.model={path} has no tokenizer to compare with the run's: {error}; put the tokenizer "
-                "that it was trained with into that folder"
-            ) from None
-        if own != known:
-            raise ConfigError(
-                f"roles.{role}.model={path} has another tokenizer than {prepared.tokenizer_path} "
-                f"({len(own.items() ^ known.items())} entries differ), so its distributions are over other tokens; use "
-                "a model with the same tokenizer"
-            )
-        for key, model in (("model.path", prepared.model), (f"roles.{role}.model", path)):
-            rows = pretrained.load_config(model, trusted).get_text_config().vocab_size
-            if rows <= max(known.values()):
-                raise ConfigError(
-                    f"{key}={model} predicts {rows} tokens, and the tokenizer has ids up to {max(known.values())}; the "
-                    "two distributions cannot be compared"
-                )
-
-
-def _mixed_in(prepared: Prepared) -> set[str]:
-    """Roles whose model an engine holds as a second model, to sample from a mixture."""
-    return {engine.mixes for _, _, engine in _sampling_engines(prepared) if engine.mixes is not None}
-
-
-def _sampling_engines(prepared: Prepared) -> Iterator[tuple[PreparedPhase, Stage, EngineRole]]:
-    """Every stage that samples, with its engine. Roles of other kinds are refused by the plan."""
-    for phase in prepared.phases:
-        for stage in phase.pipeline.generates:
-            engine = prepared.config.roles.get(stage.role)
-            if isinstance(engine, EngineRole):
-                yield phase, stage, engine
-
-
-def _check_engines(prepared: Prepared) -> None:
-    """Raises ConfigError if a stage needs an ability that the engine does not have."""
-    for phase, stage, settings in _sampling_engines(prepared):
-        where = f"roles.{stage.role}.engine"
-        found = abilities_of(importable(settings.engine, where))
-        if "mixture" in stage.options and Ability.MIXES not in found:
-            raise ConfigError(
-                f"{where}={settings.engine} cannot sample from the mixture of two models, which {phase.config.method} "
-                f"does; use {_engines_with(Ability.MIXES)}, or an engine of your own with that ability"
-            )
-        if phase.sampling.records_admitted and phase.sampling.top_k > prepared.vocabulary:
-            raise ConfigError(
-                f"phases.{phase.name}.sampling.top_k={phase.sampling.top_k}: with replay_truncation so many tokens are "
-                f"recorded, and the tokenizer has {prepared.vocabulary}; lower it"
-            )
-        if phase.sampling.records_admitted and Ability.ADMITTED not in found:
-            raise ConfigError(
-                f"phases.{phase.name}.sampling.replay_truncation: {where}={settings.engine} does not say which tokens "
-                f"a truncated distribution left; use {_engines_with(Ability.ADMITTED)}, or leave it out"
-            )
-        if phase.sampling.replay_routing and Ability.ROUTES not in found:
-            raise ConfigError(
-                f"phases.{phase.name}.sampling.replay_routing: {where}={settings.engine} does not say which experts a "
-                f"token was sent to; use {_engines_with(Ability.ROUTES)}, or leave it out"
-            )
-        if prepared.config.model.lm_head_fp32 and Ability.FLOAT32_HEAD not in found:
-            raise ConfigError(
-                f"model.lm_head_fp32: {where}={settings.engine} computes logits in the model's dtype, so it would "
-                "sample from another distribution than the one that is trained; use "
-                f"{_engines_with(Ability.FLOAT32_HEAD)}, or leave it out"
-            )
-
-
-def _engines_with(ability: Ability) -> str:
-    return " or ".join(kind for kind in ENGINES if ability in abilities_of(kind))
-
-
-def _check_models(prepared: Prepared) -> None:
-    """Raises errors about a model's configuration that otherwise only the first step or sample would raise."""
-    trusted, rollout = prepared.config.model.trust_remote_code, prepared.config.roles.rollout
-    configs = {path: pretrained.load_config(path, trusted) for path in {prepared.model, *prepared.models.values()}}
-    for path, found in configs.items():
-        check_architecture(found, path)
-    if any(phase.sampling.replay_routing for phase in prepared.phases):
-        check_routers(configs[prepared.model], prepared.model)
-    trained = dict.fromkeys(role for phase in prepared.phases for role in phase.pipeline.trained)
-    for role in trained:
-        path, head = prepared.models.get(role) or prepared.model, prepared.heads.get(role, Head.VOCABULARY)
-        if prepared.lora is not None:
-            lora.check(path, prepared.lora, trusted, head)
-        if head is not Head.VOCABULARY:
-            pretrained.padding_token(prepared.tokenizer, configs[path])
-    for role, head in prepared.heads.items():
-        path = prepared.models.get(role) or prepared.model
-        weights = {name for name, _ in _weights(path)}
-        new = weights and f"{pretrained.SCORE}.weight" not in weights
-        if new and head is not Head.VOCABULARY and role not in {*trained, *prepared.handed_over}:
-            raise ConfigError(
-                f"roles.{role}.model: {path} has no head that gives a number, and nothing trains the role; set it to "
-                "the folder of a reward model, or to the phase that trains one (${phases.NAME.model})"
-            )
-    sampled_by_vllm = prepared.generates and ENGINES.get(rollout.engine) == ENGINES["vllm"]
-    if sampled_by_vllm and rollout.gpus == 0 and (refusal := cpu_refusal(configs[prepared.model])):
-        raise ConfigError(f"roles.rollout.engine={rollout.engine}: {refusal}")

@@ -100,7 +100,8 @@ def show_data(path: str, method: str, model: str | None, overrides: Sequence[str
 def _examined(config: RunConfig, *, tokenised: bool) -> list[Text]:
     """A report, and with a model a row with its trained tokens marked."""
     from orchestrator.data.source import open_source, validate
-    from orchestrator.planning.resolve import build_pipeline, load_tokenizer, model_length, resolve_model
+    from orchestrator.planning.model_files import model_length
+    from orchestrator.planning.resolve import build_pipeline, load_tokenizer, resolve_model
 
     (phase,) = config.phases.values()
     kind, model = build_pipeline(phase).data, config.model

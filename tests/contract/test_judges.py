@@ -30,7 +30,6 @@ from tests.judge_server import judge_server
 from tests.reward_server import RewardServer
 from tests.runs import ARITHMETIC, merged
 from tests.unit.test_rewards import samples
-from tests.unit.tiny import tiny_tokenizer
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -39,13 +38,6 @@ pytestmark = pytest.mark.timeout(120)
 def server() -> Iterator[RewardServer]:
     with judge_server() as started:
         yield started
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 def settings(judge: Any, **keys: Any) -> RewardConfig:

@@ -33,7 +33,6 @@ from rewards.worker import RewardWorker, ScoreResult
 from tests.reward_server import RewardServer, reward_server
 from tests.runs import ARITHMETIC, merged
 from tests.unit.test_rewards import samples
-from tests.unit.tiny import tiny_tokenizer
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -42,13 +41,6 @@ pytestmark = pytest.mark.timeout(120)
 def server() -> Iterator[RewardServer]:
     with reward_server() as started:
         yield started
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 class Scorer:
