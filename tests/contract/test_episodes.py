@@ -55,9 +55,13 @@ def {name}(how: str) -> str:
         return "x" * 5_000_000
     if how == "end":
         return "a<eos>b"
+    died = HERE / "dieonce.once"
+    while how == "hangonce" and (not died.exists() or died.read_text() in ("", str(os.getpid()))):
+        time.sleep(0.01)  # until this process has been ended by the other call: this one hangs in the next process
     first = HERE / f"{how}.once"
     again = not how.endswith("once") or not first.exists()
-    first.touch()
+    if not first.exists():
+        first.write_text(str(os.getpid()))
     if again and how.startswith("die"):
         os._exit(1)
     if again and how.startswith("hang"):
