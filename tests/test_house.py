@@ -27,7 +27,6 @@ RAY_AT_MODULE_LEVEL = {
     "actors/group.py",
     "orchestrator/cluster/ray_cluster.py",
     "orchestrator/cluster/ray_connection.py",
-    "orchestrator/cli.py",
 }
 PURE = (  # of the orchestrator: neither Ray nor transformers
     "orchestrator/config",

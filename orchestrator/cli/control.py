@@ -1,0 +1,66 @@
+"""Commands that watch and steer a run in progress, by its folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from orchestrator.cli.application import RunFolder, app
+
+if TYPE_CHECKING:
+    from orchestrator.api import RunHandle
+
+
+@app.command()
+def scale(folder: RunFolder, target: Annotated[str, typer.Argument(help="ROLE=N, for example rollout=4.")]) -> None:
+    """Change the number of a running job's workers."""
+    from orchestrator.cluster.control_actor import parse_scale
+
+    role, count = parse_scale(target)
+    _handle(folder).scale(role, count)
+    typer.echo(f"asked for {count} {role} worker(s); `troupe status {folder}` shows them come and go")
+
+
+@app.command()
+def pause(folder: RunFolder) -> None:
+    """Hold a run before its next step; its processes stay."""
+    typer.echo(f"paused after step {_handle(folder).pause()}; `troupe unpause {folder}` lets it go on")
+
+
+@app.command()
+def unpause(folder: RunFolder) -> None:
+    """Let a paused run go on."""
+    typer.echo(f"goes on after step {_handle(folder).resume()}")
+
+
+@app.command()
+def checkpoint(folder: RunFolder) -> None:
+    """Let a running job write a checkpoint before its next step."""
+    typer.echo(str(_handle(folder).checkpoint()))
+
+
+@app.command()
+def stop(folder: RunFolder) -> None:
+    """End a running job after its step and a checkpoint."""
+    last = _handle(folder).stop()
+    typer.echo(f"stopped; {f'`troupe resume {folder}` continues it from {last.name}' if last else 'no checkpoint yet'}")
+
+
+@app.command()
+def status(folder: RunFolder) -> None:
+    """Say how a run stands, and what it measured last."""
+    run = _handle(folder)
+    seen = run.status()
+    typer.echo(f"{typer.style(run.folder.name, bold=True)}: {seen.state}")
+    for table, indent in ((seen.workers, 2), (seen.metrics, None)):
+        if table:
+            typer.echo(json.dumps(dict(table), indent=indent))
+
+
+def _handle(folder: Path) -> RunHandle:
+    from orchestrator.api import attach
+
+    return attach(folder)

@@ -1,0 +1,47 @@
+"""Commands that train: a run from its recipe, or on from where it stopped."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli.application import Local, Overrides, Recipe, RunFolder, app
+
+Restarts = Annotated[
+    int, typer.Option("--restarts", min=0, help="After a failure, go on from the last checkpoint, up to N times.")
+]
+
+
+@app.command()
+def run(recipe: Recipe, overrides: Overrides = None, local: Local = False, restarts: Restarts = 0) -> None:
+    """Train as a recipe says."""
+    from orchestrator.config.loading import load_config
+
+    config = load_config(recipe, overrides or [])
+    if restarts:
+        from orchestrator.restarts import supervise_run
+
+        flags = ["--local"] if local else []
+        raise typer.Exit(supervise_run(config.output, [recipe, *(overrides or []), *flags], flags, restarts))
+    from orchestrator.run import run as run_config
+
+    run_config(config, local=local)
+
+
+@app.command()
+def resume(
+    folder: RunFolder,
+    overrides: Overrides = None,
+    step: Annotated[
+        int | None, typer.Option("--step", min=1, help="Go on from this step's checkpoint; later ones are given up.")
+    ] = None,
+    local: Local = False,
+) -> None:
+    """Continue a run from its newest checkpoint, exactly, or with other settings, which the run keeps from then on."""
+    from orchestrator.config.loading import load_run
+
+    config = load_run(folder, overrides or [])
+    from orchestrator.run import run as run_config
+
+    run_config(config, local=local, resume=folder, from_step=step)
