@@ -44,7 +44,7 @@ def attach(causal: Any, spec: LoraSpec, head: Head = Head.VOCABULARY) -> None:
         use_rslora=spec.use_rslora,
         use_dora=spec.use_dora,
         task_type=TASKS[head],
-        # Scalar heads have no adapter: they are trained themselves, and saved beside the adapters.
+        # A scalar head has no adapter: all its weights are trained, and saved beside the adapters.
         exclude_modules=None if head is Head.VOCABULARY else [SCORE],
         modules_to_save=None,
         base_model_name_or_path=str(Path(path).absolute()) if Path(path).is_dir() else path,
@@ -54,23 +54,22 @@ def attach(causal: Any, spec: LoraSpec, head: Head = Head.VOCABULARY) -> None:
     except ValueError as error:
         raise ModelError(f"model.lora: {error}") from error
     if head is not Head.VOCABULARY:
-        config.modules_to_save = [
-            SCORE
-        ]  # set after the injection, which would copy the head; PEFT reads it when it opens the folder
+        # PEFT reads it when it opens a saved folder. Set only now: the injection would copy the head.
+        config.modules_to_save = [SCORE]
     _refuse_unread(causal, spec)
 
 
 def check(path: str, spec: LoraSpec, trust_remote_code: bool, head: Head = Head.VOCABULARY) -> None:
-    """Raises ModelError for everything that `attach` would refuse, given only the configuration of the model at
-    `path`."""
+    """Raises the ModelError that `attach` would raise. Reads only the configuration of the model at `path`, not its
+    weights."""
     with torch.random.fork_rng(devices=[]):
         attach(skeleton(path, trust_remote_code, head), spec, head)
 
 
 def _refuse_unread(causal: Any, spec: LoraSpec) -> None:
-    """Raises ModelError for an adapter on a weight that other code reads without its adapter: the vocabulary's
-    projection, whose weight `VocabularyHead` reads, and a weight that two modules share. It checks the layers that have
-    an adapter, not the given names, which may be patterns."""
+    """Raises ModelError if an adapter is on a weight that other code reads directly and so would miss the adapter: the
+    projection to the vocabulary, whose weight `VocabularyHead` reads, or a weight that two modules share. It checks the
+    layers that got an adapter, because the names in `target_modules` may be patterns."""
     where = f"model.lora.target_modules={spec.target_modules!r}"
     advice = "name other layers, or use 'all-linear', which leaves embeddings and output head out"
     head = causal.get_output_embeddings()
@@ -94,8 +93,8 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def adapter_layers(model: nn.Module) -> dict[str, Any]:
-    """Qualified name -> layer, for every layer that carries an adapter (recognised by its attributes: PEFT is slow to
-    import)."""
+    """Qualified name -> layer, for every layer with an adapter. Layers are recognised by their attributes, not by
+    class, because PEFT is slow to import."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -150,7 +149,7 @@ class Entry:
 
 
 def resident(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
-    """For models whose parameters are not partitioned."""
+    """The `gather` of a model whose parameters are not partitioned: nothing needs to be gathered."""
     return nullcontext()
 
 
@@ -158,7 +157,8 @@ def merged_tensors(causal: Any, bucket_bytes: int, gather: Gather = resident) ->
     """(name in the model without adapters, full tensor with adapters merged); training weights are not touched.
 
     `gather` makes the given parameters whole while its context lasts; it is entered once per bucket of at most
-    `bucket_bytes` (or one tensor). Tied weights come once. The order is fixed; a tensor is valid until the next.
+    `bucket_bytes` (or of one larger tensor). Tied weights are yielded once. The order is fixed; a tensor is valid until
+    the next one is asked for.
     """
     for bucket in buckets(entries(causal), bucket_bytes):
         with gather([parameter for entry in bucket for parameter in entry.parameters]):
@@ -167,9 +167,9 @@ def merged_tensors(causal: Any, bucket_bytes: int, gather: Gather = resident) ->
 
 
 def full_tensors(causal: Any, bucket_bytes: int, gather: Gather = resident) -> Iterator[tuple[str, Tensor]]:
-    """`merged_tensors` under the names of a saved Hugging Face folder, which is what an engine loads.
+    """`merged_tensors` with the names that a saved Hugging Face folder has, which are those that an engine loads.
 
-    The two differ if transformers fuses weights in memory that it saves separately: a layer's experts.
+    They differ from the names in memory where transformers fuses weights that it saves one by one: a layer's experts.
     """
     converted = bool(getattr(causal, "_weight_conversions", None))
     for name, tensor in merged_tensors(causal, bucket_bytes, gather):
@@ -182,8 +182,8 @@ def full_tensors(causal: Any, bucket_bytes: int, gather: Gather = resident) -> I
 
 
 def adapter_weights(causal: Any, gather: Gather = resident) -> dict[str, Tensor]:
-    """The adapters' tensors, and those of a scalar head trained with them, with the names of a PEFT folder, copied to
-    the host."""
+    """Copies on the host of the adapters' tensors, and of a scalar head's that is trained with them. The names are
+    those of a PEFT folder."""
     from peft import get_peft_model_state_dict
 
     named = dict(causal.named_parameters())
@@ -208,7 +208,7 @@ def write_adapter(causal: Any, folder: Path, weights: dict[str, Tensor]) -> None
 
 
 def entries(causal: Any) -> list[Entry]:
-    """Every weight of the model once, adapters with the weight that they belong to; the order is fixed."""
+    """Every weight of the model once, each with the adapter layer on it, if there is one; the order is fixed."""
     layers = adapter_layers(causal)
     found: dict[int, Entry] = {}
     for key, tensor in causal.state_dict(keep_vars=True).items():
@@ -221,7 +221,7 @@ def entries(causal: Any) -> list[Entry]:
 
 
 def buckets(of: list[Entry], bucket_bytes: int) -> Iterator[list[Entry]]:
-    """Consecutive entries of at most `bucket_bytes` together, at least one each."""
+    """Splits entries into runs of at most `bucket_bytes`; an entry that is larger is a bucket by itself."""
     bucket: list[Entry] = []
     for entry in of:
         if bucket and sum(other.nbytes for other in bucket) + entry.nbytes > bucket_bytes:

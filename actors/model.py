@@ -49,11 +49,11 @@ class ModelSpec:
 
 
 class LanguageModel(nn.Module):
-    """A causal language model whose forward pass returns what its head says of tokens or rows, and never logits.
+    """A causal language model whose forward pass returns its head's outputs (log-probabilities of tokens, scores) and
+    never logits.
 
-    `causal` is the Hugging Face model, with whichever head: its parameter names are the ones that leave the process.
-    Everything that needs parameters happens inside this module's forward pass, so a backend may partition them outside
-    of it.
+    `causal` is the Hugging Face model with its head; exported weights have its parameter names. Parameters are read
+    only inside this module's forward pass, so that a backend may partition them outside of it (ZeRO stage 3).
     """
 
     def __init__(
@@ -78,8 +78,8 @@ class LanguageModel(nn.Module):
         own = getattr(causal.config, "router_aux_loss_coef", None) or 0.0
         self.router_aux_loss_coef: float = own if router_aux_loss_coef is None else router_aux_loss_coef
         self._routers: Routers | None = None
-        self._experts = int(getattr(causal.config, "num_experts_per_tok", None) or 0)  # of each token and layer
-        self.kernels = ""  # whose fused kernels compute parts of its layers, for the worker's description
+        self._experts = int(getattr(causal.config, "num_experts_per_tok", None) or 0)  # per token and layer
+        self.kernels = ""  # the library whose fused kernels are in use, for the worker's description
         self._packs = causal.config._attn_implementation == VARLEN
         self._drops_out = bool(getattr(causal.config, "attention_dropout", 0.0)) or any(
             isinstance(module, nn.Dropout) and module.p > 0 for module in causal.get_decoder().modules()
@@ -98,18 +98,20 @@ class LanguageModel(nn.Module):
         routes: Tensor | None = None,
         on_host: np.ndarray | None = None,
     ) -> Mapping[str, Tensor]:
-        """`tokens` [T], documents end to end, each of `lengths` tokens; `predicted` [N] are indices of tokens, none of
-        them a document's first: the head is asked about the states before them. `on_host` are the tokens once more,
-        where the host has them: then it does not wait for the device. Returns `main` [N], what `needs` names
-        [N] (of distributions that are restricted to the `admitted` tokens [N, k], if there are such limits), what is
-        `asked` of whole distributions (`actors/distributions.py`), `aux_loss` (scalar, its coefficient
-        applied) if the model has experts to balance, and `rows` (scalar), how many rows were computed."""
+        """`tokens` [T] are concatenated documents of `lengths` tokens each. `predicted` [N] are indices of tokens, none
+        of them a document's first; the head is given the state before each. `on_host` is a copy of the tokens on the
+        host, which saves waiting for the device.
+
+        Returns `main` [N]; the columns [N] that `needs` names, of distributions restricted to the `admitted` tokens
+        [N, k] if given; what `asked` requests of whole distributions (`actors/distributions.py`); `aux_loss` (scalar,
+        its coefficient applied) if the model balances experts; and `rows` (scalar), the number of tokens that were
+        computed, which is below T if prefixes are shared."""
         decoded, documents = self._decode(tokens, lengths, routes, on_host)
         hidden = documents.at_tokens(decoded.last_hidden_state[0], predicted - 1)
         if isinstance(self.head, ScalarHead):
             outputs: dict[str, Tensor] = {"main": self.head(hidden)}
         else:
-            # one call for all of it: a backend that partitions the projection gathers it around this
+            # One call for everything: a backend that partitions the projection gathers it once, around this call.
             targets = tokens.index_select(0, predicted)
             outputs = dict(self.head(hidden, targets, temperature, needs, chunk_rows, asked, admitted))
         if self.router_aux_loss_coef:
@@ -119,8 +121,9 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def states(self, tokens: Tensor, lengths: tuple[int, ...], predicted: Tensor) -> tuple[Vocabulary, Tensor]:
-        """This model beside another one: its projection, and the states [N, H] before the `predicted` tokens."""
-        assert isinstance(self.head, VocabularyHead), "a companion says whole distributions"
+        """For a model that is another one's companion: its projection, and its states [N, H] before the `predicted`
+        tokens, from which the loss computes its distributions chunk by chunk."""
+        assert isinstance(self.head, VocabularyHead), "a companion needs a vocabulary head"
         decoded, documents = self._decode(tokens, lengths)
         return self.head.projection, documents.at_tokens(decoded.last_hidden_state[0], predicted - 1)
 
@@ -131,7 +134,7 @@ class LanguageModel(nn.Module):
         routes: Tensor | None = None,
         on_host: np.ndarray | None = None,
     ) -> tuple[Any, Documents]:
-        """`routes` [T, layers x k]: the experts that the tokens are sent to, where the routers are not to choose."""
+        """`routes` [T, layers x k] are the experts of each token, in place of those that the routers would choose."""
         shared = None
         if self._may_share:
             on_host = tokens.cpu().numpy() if on_host is None else on_host
@@ -151,8 +154,8 @@ class LanguageModel(nn.Module):
 
     @property
     def _may_share(self) -> bool:
-        """False where a token's states depend on more than the tokens up to it: dropout and noise, which differ from
-        document to document, or experts, whose load counts every token."""
+        """Whether documents with equal prefixes may share the prefix's states. Not with dropout or noise, which differ
+        between documents, nor with a balancing loss, which counts every token."""
         random = self.training and (self._drops_out or self.neftune_noise_alpha > 0)
         return self._packs and not random and not self.router_aux_loss_coef
 
@@ -182,8 +185,9 @@ class LanguageModel(nn.Module):
 
 
 def check_architecture(config: Any, path: str) -> None:
-    """Raises ModelError for a model whose layers carry something from token to token other than by an attention that
-    can be packed: the documents of a micro-batch would see one another. `config` is that of the model at `path`."""
+    """Raises ModelError for a model with layers that pass information between tokens by anything but an attention that
+    can be packed (a recurrent state, a convolution): packed documents would see one another. `config` is that of the
+    model at `path`."""
     text = config.get_text_config()
     kinds = {str(kind) for kind in getattr(text, "layer_types", None) or ()} - PACKABLE
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -217,12 +221,12 @@ def load_model(spec: ModelSpec, device: torch.device | str = "cpu", *, trainable
 
 
 def prepare(causal: Any, spec: ModelSpec, *, trainable: bool) -> LanguageModel:
-    """What `load_model` does once the weights are there: adapters, which parameters are trained, checkpointing."""
+    """The part of `load_model` after the weights are loaded: adapters, trainable parameters, checkpointing."""
     causal.requires_grad_(trainable and spec.lora is None)
     if spec.lora is not None:
         attach(causal, spec.lora, spec.head)
     if spec.head is not Head.VOCABULARY and trainable:
-        causal.score.requires_grad_(True)  # with adapters, too: it is new, as a rule
+        causal.score.requires_grad_(True)  # beside adapters, too, because it was usually drawn at random
         tokenizer = _tokenizer(spec)
         token = padding_token(tokenizer, causal.config)
         causal.config.get_text_config().pad_token_id = tokenizer.convert_tokens_to_ids(token)
@@ -239,7 +243,7 @@ def prepare(causal: Any, spec: ModelSpec, *, trainable: bool) -> LanguageModel:
 
 
 def tokenizer_of(spec: ModelSpec) -> Any:
-    """The tokenizer that belongs to the model, as it is to be saved beside it. Raises ModelError."""
+    """The model's tokenizer, as it is saved beside the model. Raises ModelError."""
     tokenizer = _tokenizer(spec)
     if spec.head is not Head.VOCABULARY:
         tokenizer.pad_token = padding_token(tokenizer, load_config(spec.path, spec.trust_remote_code))

@@ -1,11 +1,12 @@
 """DeepSpeed: ZeRO stages 0 to 3 over gloo on CPUs and NCCL on GPUs, any DeepSpeed configuration passed through.
 
-    stage 0   every rank holds everything, gradients are summed at the step (data parallelism)
+    stage 0   every rank holds everything; gradients are summed at the step (data parallelism)
     stage 1   optimizer states are partitioned          stage 2   gradients too          stage 3   parameters too
 
-What this file adds is agreement with the other backends: gradients *add up* over ranks (DeepSpeed averages them, so the
-loss is scaled by the world size), the norm is always known, weights leave whole, in buckets, adapters merged, and a
-frozen role needs no optimizer. In bfloat16 gradients are accumulated and stepped in float32, as in `single`.
+This file makes DeepSpeed agree with the other backends: gradients are *summed* over ranks (DeepSpeed averages them, so
+the loss is scaled by the world size), the gradient norm is always known, weights are exported whole, in buckets, with
+adapters merged, and a frozen role needs no optimizer. In bfloat16, gradients are accumulated and applied in float32, as
+in `single`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from actors.model import LanguageModel, ModelSpec, load_model
 from actors.specs import BackendSpec, OptimSpec
 from actors.weight_swap import Instead, mix_in, replaced
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # of one collective: then the ranks that wait raise instead of hanging
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # of one collective; after it, the waiting ranks raise
 LAYOUT_FILE = "layout.json"
 TAG = "deepspeed"
 
@@ -47,7 +48,7 @@ class ProcessGroupWorld:
 
     def __init__(self, device: torch.device) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self._device = device  # NCCL moves only what is on the GPU
+        self._device = device  # NCCL transfers only tensors that are on the GPU
 
     def sum(self, values: Tensor) -> Tensor:
         total = values.detach().to(self._device, copy=True)
@@ -93,19 +94,19 @@ class DeepSpeedBackend:
         )
 
     def _load(self, model: ModelSpec, *, trainable: bool) -> LanguageModel:
-        """The model; in stage 3 a rank keeps only its share of each weight as it is read, so that a model which fits no
-        single rank can be loaded."""
+        """The model. In stage 3, each rank keeps only its share of a weight as soon as it is read, so that a model too
+        large for one rank can be loaded."""
         if self._stage != 3:
             return load_model(model, self.device, trainable=trainable)
         from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-        partition_on_load = HfDeepSpeedConfig(self._config)  # in force for as long as the object lives
+        partition_on_load = HfDeepSpeedConfig(self._config)  # takes effect while the object exists
         loaded = load_model(model, self.device, trainable=trainable)
         del partition_on_load
         return loaded
 
     def _initialize(self, optim: OptimSpec | None) -> Any:
-        """The engine. Raises ConfigError for what DeepSpeed itself refuses in its configuration."""
+        """DeepSpeed's engine. Raises ConfigError if DeepSpeed refuses its configuration."""
         parts: dict[str, Any] = {}
         if optim is not None:
             optimizer = build_optimizer(self._trained(), optim)
@@ -130,16 +131,18 @@ class DeepSpeedBackend:
         return [(name, weight) for name, weight in self._module.named_parameters() if weight.requires_grad]
 
     def reset_optimizer(self, optim: OptimSpec) -> None:
-        """Fresh moments and schedule on the same weights. In place, because partitions are tied to the moments."""
+        """New moments and schedule for the same weights. In place, because the partitions refer to the moments."""
         if "optimizer" in self._config:
-            raise ConfigError("a DeepSpeed configuration with an `optimizer` of its own serves one phase; remove it")
+            raise ConfigError(
+                "a DeepSpeed configuration with its own `optimizer` works for one phase only; remove that section"
+            )
         clipping = self._resolved(optim)["gradient_clipping"]
         _forget_moments(_innermost(self._engine.optimizer))
         self._optim = optim
         self._configure(clipping, steps_done=0)
 
     def _configure(self, clipping: float, steps_done: int) -> None:
-        """Let the optimizer go on after that many steps, with the settings of the phase."""
+        """Set the optimizer and its schedule to the phase's settings, as they are after `steps_done` steps."""
         assert self._optim is not None
         optimizer = _innermost(self._engine.optimizer)
         set_hyperparameters(optimizer, build_optimizer(self._trained(), self._optim))
@@ -154,9 +157,13 @@ class DeepSpeedBackend:
 
     def step(self) -> StepInfo:
         learning_rate = self._engine.get_lr()[0]
-        # In stage 0 and float32 DeepSpeed tells no norm; but then every rank holds the whole gradient by now.
-        told = self._stage > 0 or self._dtype != "float32"
-        norm = None if told else torch.nn.utils.get_total_norm(w.grad for _, w in self._trained() if w.grad is not None)
+        # In stage 0 with float32, DeepSpeed reports no norm; but there each rank has the whole gradient at this point.
+        reported = self._stage > 0 or self._dtype != "float32"
+        norm = (
+            None
+            if reported
+            else torch.nn.utils.get_total_norm(w.grad for _, w in self._trained() if w.grad is not None)
+        )
         self._engine.step()
         return StepInfo(float(self._engine.get_global_grad_norm() if norm is None else norm), learning_rate)
 
@@ -167,17 +174,16 @@ class DeepSpeedBackend:
     def trained_weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, weight in self._module.causal.named_parameters():
             if weight.requires_grad:
-                stepped = self._deepspeed.utils.safe_get_full_fp32_param(weight)
-                yield (
-                    name,
-                    weight.detach() if stepped is None else stepped,
-                )  # stage 0 in float32 steps the weight itself
+                master = self._deepspeed.utils.safe_get_full_fp32_param(weight)
+                # None in stage 0 with float32, where the weight is its own master copy.
+                yield name, weight.detach() if master is None else master
 
     def mix(self, weights: Iterator[tuple[str, Tensor]], share: float, bucket_bytes: int) -> None:
         mix_in(self._module.causal, weights, share, bucket_bytes, partial(self._gathered, written=True))
 
     def _gathered(self, parameters: list[nn.Parameter], *, written: bool = False) -> AbstractContextManager[Any]:
-        """Whole on every rank. What is `written` into them is kept: on leaving, every rank's is that of rank 0."""
+        """Makes the parameters whole on every rank while the context lasts. If they are `written`, what rank 0 wrote is
+        what all ranks have afterwards."""
         if self._stage != 3:
             return nullcontext()
         return self._deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if written else None)
@@ -186,7 +192,7 @@ class DeepSpeedBackend:
         return adapters_off(self._module)
 
     def save_state(self, folder: Path) -> None:
-        """Each rank's share. With adapters the frozen base stays in the model's own folder."""
+        """Saves each rank's share; with adapters, without the frozen base model."""
         if self._spec.optim is None:
             return
         if self.world.rank == 0:
@@ -208,7 +214,7 @@ class DeepSpeedBackend:
         if loaded is None:
             raise ConfigError(f"{folder} lacks files of backend 'deepspeed'; resume from another checkpoint")
         assert self._optim is not None
-        # DeepSpeed has restored the settings of the run that saved as well.
+        # DeepSpeed has also restored the settings of the run that saved; the present ones apply.
         self._configure(self._resolved(self._optim)["gradient_clipping"], self._engine.lr_scheduler.last_epoch)
 
     @property
@@ -241,14 +247,14 @@ class DeepSpeedBackend:
 
     @property
     def held(self) -> tuple[Any, ...]:
-        """Whatever has tensors: the model, and DeepSpeed's flat buffers, partitions and moments."""
+        """The objects that hold tensors: the model, and DeepSpeed's flat buffers, partitions and moments."""
         return self._module, self._engine
 
 
 def _import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed, told which accelerator to use and not to compile anything at start-up."""
+    """Imports DeepSpeed with the accelerator set and compilation at start-up switched off."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ["LOCAL_RANK"] = "0"  # Ray shows a process its own GPUs only, so its own is always the first
+    os.environ["LOCAL_RANK"] = "0"  # Ray shows a process only its own GPUs, so the first is its own
     try:
         import deepspeed
     except ImportError as error:
@@ -259,18 +265,20 @@ def _import_deepspeed(device: torch.device) -> Any:
     computing = accelerator.device_name()
     if computing != device.type:
         raise ConfigError(
-            f"DeepSpeed computes on {computing} in this process, and a role of it wants {device.type} (by its gpus); "
-            "unset DS_ACCELERATOR, and with --local give all its DeepSpeed roles a GPU, or none"
+            f"DeepSpeed computes on {computing} in this process, but a role in it needs {device.type} (by its `gpus`); "
+            "unset DS_ACCELERATOR, and with --local give all DeepSpeed roles a GPU, or none of them"
         )
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else half a minute of g++; gloo does the same
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
+        False  # it would compile for half a minute; gloo does the same
+    )
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # It calls collectives by names that torch has deprecated; those warnings do not help the reader of a run's output.
+    # It uses collectives that torch has deprecated; a reader of a run's output can do nothing about that.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
     return deepspeed
 
 
 def _join(placement: Placement, device: torch.device) -> None:
-    """Make torch's default process group, at a store that is bound already (`master`), or at our own if alone."""
+    """Create torch's default process group, at the store `master`, which exists; a single rank makes its own."""
     if dist.is_initialized():
         if (dist.get_rank(), dist.get_world_size()) != (placement.rank, placement.world_size):
             raise ConfigError("one process cannot be a rank of two groups of different size")
@@ -290,7 +298,7 @@ def _join(placement: Placement, device: torch.device) -> None:
 
 
 def _parts_of_its_state() -> list[type]:
-    """DeepSpeed's classes whose objects stand in its checkpoints: fields and nothing that acts when it is loaded."""
+    """DeepSpeed's classes that occur in its checkpoints. They hold data and run no code when they are loaded."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

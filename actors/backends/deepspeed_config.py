@@ -1,5 +1,5 @@
-"""A user's DeepSpeed configuration, completed. All of it passes through; a few keys must agree with the run's settings:
-absent or "auto", they are filled in; equal, they stay; anything else is an error that says where to set it instead.
+"""Completes a user's DeepSpeed configuration. All keys are passed on; a few must agree with the run's settings: if
+absent or "auto", they are filled in; if different, an error says where to set them instead.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ def resolve(
         _own(_section(config, section), "enabled", dtype == name, f"set model.dtype={name} instead", f"{section}.")
     stage = _section(config, "zero_optimization").setdefault("stage", zero_stage)
     if dtype == "bfloat16" and stage > 0:
-        # Micro-batches add up: in bfloat16 the small ones would be rounded away. Stage 0 of DeepSpeed cannot do better.
+        # Gradients of micro-batches are summed; in bfloat16, small ones would be rounded away. DeepSpeed's stage 0 has
+        # no such setting.
         _section(config, "data_types").setdefault("grad_accum_dtype", "fp32")
-    # The optimizer is torch's own AdamW also where its state is offloaded, so that nothing is compiled at start-up.
+    # torch's own AdamW also where the optimizer's state is offloaded, so that nothing is compiled at start-up.
     config.setdefault("zero_force_ds_cpu_optimizer", False)
     if optim is None:
         return _frozen(config)
@@ -79,7 +80,7 @@ def _section(config: Json, name: str) -> Json:
 
 
 def _own(config: Json, key: str, value: Any, advice: str, prefix: str = "") -> None:
-    """Set a key whose value the run decides; a different one given by the user is refused, never overwritten."""
+    """Set a key whose value the run determines; a different value from the user is refused, never overwritten."""
     given = config.get(key, AUTO)
     if given != AUTO and given != value:
         raise ConfigError(_refusal(prefix + key, repr(given), f"the run has {value!r}; {advice}"))
@@ -87,7 +88,7 @@ def _own(config: Json, key: str, value: Any, advice: str, prefix: str = "") -> N
 
 
 def _own_optimizer(config: Json, optim: OptimSpec) -> None:
-    """A section `optimizer` chooses another kind than ours; what `train` decides in it may be absent or "auto"."""
+    """A section `optimizer` selects another optimizer; keys that `train` determines may be absent or "auto"."""
     if config.get("optimizer", AUTO) == AUTO:
         config.pop("optimizer", None)
         return
@@ -99,7 +100,7 @@ def _own_optimizer(config: Json, optim: OptimSpec) -> None:
         "eps": optim.adam_eps,
         "weight_decay": optim.weight_decay,
     }
-    # Every kind of Adam takes all four; another kind takes a rate, and those of the others that the user wrote down.
+    # Every kind of Adam takes all four; another optimizer takes a rate, and those of the others that the user gave.
     takes = ours.keys() if "adam" in str(optimizer.get("type", "")).lower() else ours.keys() & params.keys() | {"lr"}
     for key in takes:
         _own(
@@ -108,7 +109,7 @@ def _own_optimizer(config: Json, optim: OptimSpec) -> None:
 
 
 def _frozen(config: Json) -> Json:
-    """For a role that is not trained: no optimizer, and partitions only if the parameters themselves are (stage 3)."""
+    """For a frozen role: no optimizer, and no partitions unless the parameters are partitioned (stage 3)."""
     for key in ("optimizer", "scheduler", "gradient_clipping", "data_types"):
         config.pop(key, None)
     zero = config["zero_optimization"]
