@@ -57,8 +57,10 @@ class Executor:
         self.groups, self.objects = groups, objects
         self.publishers, self._start = publishers, start
         self.batch_stages = BatchStages(groups, objects, call_timeout_s=call_timeout_s, stand_ins=stand_ins)
+        asked = dict.fromkeys((role, reward.steps) for reward in model_rewards for role in reward.roles)
         scores = self.batch_stages.scores
-        models = {each: ModelScorer(partial(scores, each.role, steps=each.steps)) for each in model_rewards}
+        scorers_of = {(role, steps): ModelScorer(partial(scores, role, steps=steps)) for role, steps in asked}
+        models = {each: [scorers_of[role, each.steps] for role in each.roles] for each in model_rewards}
         self.group_stages = GroupStages(engines, scorers, models, objects, environments, judges)
         self._stand_ins, self._concurrent = stand_ins, concurrent
 

@@ -104,7 +104,7 @@ async def _restore(earlier: Sequence[PreparedPhase], run: Path, roles: Executor,
 
 async def _start_handed_over(prepared: Prepared, run: Path, phase: PreparedPhase, roles: Executor) -> None:
     """Roles whose model an earlier phase leaves start with the first phase that needs them."""
-    scoring = [reward.role for reward in prepared.model_rewards] if phase.scores else []
+    scoring = [role for reward in prepared.model_rewards for role in reward.roles] if phase.scores else []
     for role in dict.fromkeys((*phase.pipeline.roles, *scoring)):
         model = prepared.handed_over.get(role)
         if model is not None and role not in roles.groups:

@@ -88,7 +88,7 @@ class GroupStages:
         self,
         engines: Mapping[str, Pool],
         scorers: Mapping[str, Pool],
-        models: Mapping[ModelReward, ModelScorer],
+        models: Mapping[ModelReward, Sequence[ModelScorer]],
         objects: Objects,
         environments: Mapping[str, Pool] | None = None,
         judges: Sequence[JudgeSpec] = (),

@@ -2,6 +2,7 @@
 
     functions, actors, endpoints   one call of a worker of the scorer role         ─┐
     the score of a role's model    `ModelScorer`, with the groups that wait, too    ├─► one `ScoreResult`
+    (of an ensemble: of each)                                                       │
     a judge that is an engine      a scorer's worker writes the questions, engines ─┘
                                    answer them, the worker reads the answers
 
@@ -26,7 +27,7 @@ from orchestrator.collection.model_scorer import ModelScorer
 from orchestrator.planning.prepared import ModelReward
 from orchestrator.row_table import RowTable
 from rewards.attempts import CallStatistics, GaveUp, call_statistics, instead
-from rewards.combine import weighted_sum
+from rewards.combine import of_ensemble, weighted_sum
 from rewards.judge import JudgeSpec
 from rewards.reward import AttemptFailed, FailureKind, Handling
 from rewards.worker import Question, ScoreResult
@@ -74,7 +75,7 @@ class Scoring:
     def __init__(
         self,
         scorers: Mapping[str, Pool],
-        models: Mapping[ModelReward, ModelScorer],
+        models: Mapping[ModelReward, Sequence[ModelScorer]],
         judges: Sequence[JudgeSpec],
         sample: Sample,
     ) -> None:
@@ -88,7 +89,7 @@ class Scoring:
         pool = self._scorers[role]
         work: list[Awaitable[Any]] = [
             self._call(pool, samples),
-            *(self._model(reward, scorer, samples) for reward, scorer in self._models.items()),
+            *(self._model(reward, scorers, samples) for reward, scorers in self._models.items()),
             *(self._judge(judge, pool, samples) for judge in self._judges),
         ]
         (score, texts), *found = await all_or_first_error(work)
@@ -97,13 +98,23 @@ class Scoring:
     async def _call(self, pool: Pool, samples: ToScore) -> tuple[ScoreResult, Ref]:
         return await self._on_worker(pool, samples, "score")
 
-    async def _model(self, reward: ModelReward, scorer: ModelScorer, samples: ToScore) -> _Said:
-        async def scores() -> tuple[Array, Mapping[str, float], tuple[Ref, ...]]:
+    async def _model(self, reward: ModelReward, scorers: Sequence[ModelScorer], samples: ToScore) -> _Said:
+        async def score_of(role: str, scorer: ModelScorer) -> Array:
             found = await scorer.score(samples.rows)
             silent = np.isnan(found) if reward.steps is not None else False  # an answer without steps
             if not (np.isfinite(found) | silent).all():
-                raise DataFailure(f"reward {reward.label}: the model of {reward.role} gave {found.tolist()}")
-            return found, {}, ()
+                raise DataFailure(f"reward {reward.label}: the model of {role} gave {found.tolist()}")
+            return found
+
+        async def scores() -> tuple[Array, Mapping[str, float], tuple[Ref, ...]]:
+            asked = [score_of(role, scorer) for role, scorer in zip(reward.roles, scorers, strict=True)]
+            members = np.stack(await all_or_first_error(asked), axis=1)
+            if members.shape[1] == 1:
+                return members[:, 0], {}, ()
+            found, spread = of_ensemble(members, reward.combine, reward.deviations), members.std(axis=1)
+            known = spread[~np.isnan(found)]
+            metrics = {f"rewards/{reward.label}/ensemble_std": float(known.mean())} if len(known) else {}
+            return found, metrics, ()
 
         return await _handled(reward.label, reward.weight, Handling(on_failure=reward.on_failure), samples, scores)
 

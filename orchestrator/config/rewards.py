@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from orchestrator.config.judges import JudgeConfig, one_or_several
 from orchestrator.config.section import Positive, Seconds, Section
+from rewards.combine import Combine
 from rewards.judge import Judge
 
 CALLED = ("fn", "actor", "url")  # kinds of rewards that are called with texts as they are, and return numbers
@@ -24,6 +25,8 @@ KINDS_WITH = {  # a key -> the kinds of rewards that it says something about; th
     "retries": (*CALLED, "judge"),
     "concurrency": (*CALLED, "judge"),
     "columns": ("actor", "url"),
+    "combine": ("role",),
+    "deviations": ("role",),
     "steps": ("role",),
     "step_separator": ("role",),
     "method": ("actor",),
@@ -44,8 +47,12 @@ class RewardConfig(Section):
     """Instead of `fn`: the address of an HTTP endpoint, or a list of the addresses of its replicas."""
     judge: Annotated[tuple[JudgeConfig, ...], BeforeValidator(one_or_several), Field(min_length=1)] | None = None
     """Instead of `fn`: a language model that judges, or a list of binary judges that must all say yes."""
-    role: str | None = None
-    """Instead of `fn`: the role whose model scores prompt and completion with one number."""
+    role: Annotated[tuple[str, ...], BeforeValidator(one_or_several), Field(min_length=1)] | None = None
+    """Instead of `fn`: the role whose model scores prompt and completion with one number; or several, an ensemble."""
+    combine: Combine = "mean"
+    """Of an ensemble: how its scores become one. mean_minus_std: less `deviations` standard deviations over them."""
+    deviations: Annotated[float, Field(gt=0)] = 1.0
+    """Of an ensemble with combine=mean_minus_std: the price of disagreement, in standard deviations."""
     steps: Literal["min", "product", "last", "mean"] | None = None
     """Of a process reward model: how its probabilities that the steps are right become one. None: no such model."""
     step_separator: str = "\n"
@@ -76,7 +83,7 @@ class RewardConfig(Section):
     @property
     def roles(self) -> tuple[str, ...]:
         """Roles of the run that it asks."""
-        asked = (self.role, *(judge.role for judge in self.judge or ()))
+        asked = (*(self.role or ()), *(judge.role for judge in self.judge or ()))
         return tuple(role for role in asked if role is not None)
 
     @property
@@ -98,7 +105,22 @@ class RewardConfig(Section):
                 )
         if self.steps is None and self.step_separator != "\n":
             raise ValueError("step_separator is for a process reward model; set steps=min, product, last or mean, too")
+        self._check_ensemble()
         return self._one_judge_or_binary_ones()
+
+    def _check_ensemble(self) -> None:
+        if self.role is None:
+            return
+        twice = next((role for role in self.role if self.role.count(role) > 1), None)
+        if twice is not None:
+            raise ValueError(f"role names {twice} twice: an ensemble is of different models; name each once")
+        if len(self.role) == 1 and self.combine != "mean":
+            raise ValueError(
+                f"combine={self.combine} says how the scores of several models become one, and role names "
+                f"{self.role[0]} alone; name several, or leave combine out"
+            )
+        if self.combine != "mean_minus_std" and self.deviations != 1.0:
+            raise ValueError(f"deviations={self.deviations:g} is for combine=mean_minus_std; this is {self.combine}")
 
     def _one_judge_or_binary_ones(self) -> RewardConfig:
         judges = self.judge

@@ -99,15 +99,16 @@ def _of_kinds(config: RunConfig, pipelines: Mapping[str, Pipeline]) -> Iterator[
         if role is not None and role in config.roles and not isinstance(config.roles[role], EnvironmentsRole):
             yield f"roles.{role}.kind={config.roles[role].kind}: phase {name} talks to it, so it must be environments"
     for reward in config.rewards:
-        settings = None if reward.role is None else config.roles.get(reward.role)
-        if settings is not None and not isinstance(settings, RanksRole):
-            yield f"rewards: {reward.role} has no model to score with; name a role of kind trainer or frozen"
+        for role in reward.role or ():
+            settings = config.roles.get(role)
+            if settings is not None and not isinstance(settings, RanksRole):
+                yield f"rewards: {role} has no model to score with; name a role of kind trainer or frozen"
     for role in dict.fromkeys(judge.role for reward in config.rewards for judge in reward.judge or ()):
         yield from _of_judge(role, None if role is None else config.roles.get(role))
     asked: dict[str, Head] = {
-        reward.role: Head.ROW_SCALAR if reward.steps is None else Head.STEP_SCALAR
+        role: Head.ROW_SCALAR if reward.steps is None else Head.STEP_SCALAR
         for reward in config.rewards
-        if reward.role is not None
+        for role in reward.role or ()
     }
     for pipeline in pipelines.values():
         for role, head in pipeline.heads.items():

@@ -21,6 +21,7 @@ from orchestrator.planning.episode_settings import EpisodeSettings
 from orchestrator.planning.memory_estimate import Shape
 from orchestrator.planning.schedule import Schedule
 from orchestrator.step_rewards import Steps
+from rewards.combine import Combine
 from rewards.judge import JudgeSpec
 from rewards.reward import OnFailure
 from rewards.specs import AnySpec
@@ -92,13 +93,16 @@ class PreparedPhase:
 
 @dataclass(frozen=True)
 class ModelReward:
-    """A reward that is the score of a role's model: of the whole answer, or made of what it says of its steps."""
+    """A reward that is the score of a role's model: of the whole answer, or made of what it says of its steps. Several
+    roles are an ensemble, whose scores become one as `combine` says."""
 
-    role: str
+    roles: tuple[str, ...]
     weight: float
     label: str
     on_failure: OnFailure = "retry"
     steps: Steps | None = None
+    combine: Combine = "mean"
+    deviations: float = 1.0
 
     @property
     def head(self) -> Head:
@@ -151,7 +155,7 @@ class Prepared:
     @property
     def heads(self) -> dict[str, Head]:
         """The last layer that each role's model must have."""
-        scoring = {reward.role: reward.head for reward in self.model_rewards}
+        scoring = {role: reward.head for reward in self.model_rewards for role in reward.roles}
         return {**scoring, **{role: head for phase in self.phases for role, head in phase.pipeline.heads.items()}}
 
     @property

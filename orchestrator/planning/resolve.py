@@ -39,6 +39,8 @@ from rollout.sampling import Sampling
 from rollout.stopping import resolved_stops
 from rollout.tool_calls import parser_of
 
+ENSEMBLE = "ensemble"  # what a reward of several models is called, unless it has a name
+
 
 def prepare(config: RunConfig, *, output: Path | None = None) -> Prepared:
     """Resolve and open everything that a run names. Raises ConfigError, ModelError or DataError."""
@@ -98,7 +100,15 @@ def _scoring(rewards: Iterable[RewardConfig], tokenizer: Any) -> tuple[ModelRewa
         return steps if steps is None or tokenizer is None else steps.found_in(tokenizer)
 
     return tuple(
-        ModelReward(reward.role, reward.weight, reward.name or reward.role, reward.on_failure, steps_of(reward))
+        ModelReward(
+            reward.role,
+            reward.weight,
+            reward.name or (reward.role[0] if len(reward.role) == 1 else ENSEMBLE),
+            reward.on_failure,
+            steps_of(reward),
+            reward.combine,
+            reward.deviations,
+        )
         for reward in rewards
         if reward.role is not None
     )

@@ -86,6 +86,7 @@ LAUNCHES = {  # the others: GRPO
 }
 JUDGE: dict[str, Any] = {"url": "https://a.example/v1", "model": "m"}
 JUDGED: dict[str, Any] = {"rewards": [{"judge": [JUDGE]}]}
+ENSEMBLE: dict[str, Any] = {"rewards": [{"role": ["reward_model", "other"]}], "roles": {"other": {"kind": "frozen"}}}
 RUBRIC: dict[str, Any] = {"rewards": [{"judge": [{**JUDGE, "kind": "rubric"}]}]}
 RENAMED = {"phases": {"a": {"rename_roles": {"reference": "teacher"}}}}
 DEEPSPEED = {"roles": {"ROLE": {"backend": "deepspeed"}}}
@@ -173,6 +174,8 @@ PLANNED: dict[str, tuple[Any, dict[str, Any]]] = {
     "phases.NAME.evaluation.max_tokens": (999, {"phases": {"a": {"evaluation": {"data": {"path": "x"}}}}}),
     "rewards.N.fn": ("completion_length", {}),
     "rewards.N.role": ("value", {"rewards": [{"role": "reward_model"}]}),
+    "rewards.N.combine": ("min", ENSEMBLE),
+    "rewards.N.deviations": (2.0, {"rewards": [{**ENSEMBLE["rewards"][0], "combine": "mean_minus_std"}]}),
     "rewards.N.weight": (0.5, {}),
     "rewards.N.name": ("right", {}),
     "rewards.N.options": ({"column": "x"}, {}),
@@ -635,6 +638,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         merged(GRPO, {"rewards": [*JUDGED["rewards"], *GRPO["rewards"]], "phases": {"a": {"method": "nash_md"}}}),
         "a preference and a score do not add up",
     ),
+    (merged(GRPO, {"rewards": [{"role": ["reference", "rollout"]}]}), "rewards: rollout has no model to score with"),
     (merged(GRPO, {"rewards": [{"judge": {"role": "reference"}}]}), "the judge reference cannot be asked"),
     (merged(GRPO, {"rewards": [{"judge": {"role": "rollout"}}]}), "roles.rollout.max_model_len is not set"),
     (

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from actors.batch import Batch
 from actors.errors import ConfigError, DataFailure, InfraFailure
@@ -478,6 +479,23 @@ def test_the_configuration_of_a_reward_becomes_its_spec(file: Path) -> None:
     assert (reward.name, reward.weight, reward.is_async) == ("mine", 0.5, True)
     with pytest.raises(ConfigError, match="did you mean exact_match"):
         check_reward(RewardConfig(fn="exact_mach"))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"role": ["a", "b", "a"]}, "role names a twice"),
+        ({"role": "a", "combine": "min"}, "role names a alone"),
+        ({"role": ["a", "b"], "combine": "min", "deviations": 2.0}, "deviations=2 is for combine=mean_minus_std"),
+        ({"fn": "exact_match", "combine": "min"}, "combine is for a model's score"),
+        ({"role": []}, "at least 1 item"),
+    ],
+)
+def test_settings_of_an_ensemble_that_say_nothing_are_refused(given: dict[str, Any], said: str) -> None:
+    RewardConfig.model_validate({"role": ["a", "b"], "combine": "mean_minus_std", "deviations": 2.0})
+    with pytest.raises(ValidationError) as caught:
+        RewardConfig.model_validate(given)
+    assert said in str(caught.value)
 
 
 def test_an_importable_module_is_found() -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -20,7 +20,9 @@ from orchestrator.collection.scoring import Scoring, ToScore
 from orchestrator.planning.prepared import ModelReward
 from orchestrator.reporting.rollout_metrics import rollout_metrics
 from orchestrator.row_table import RowTable
+from orchestrator.step_rewards import Steps
 from rewards.attempts import CallStatistics
+from rewards.combine import Combine, of_ensemble
 from rewards.engine_judge import Question
 from rewards.judge import Judge, JudgeSpec
 from rewards.reward import Handling
@@ -74,8 +76,8 @@ def samples() -> ToScore:
 
 
 async def scored(says: list[float] | Exception, on_failure: Any = "retry", pool: Any = None) -> ScoreResult:
-    reward = ModelReward("reward_model", 2.0, "rm", on_failure)
-    models: dict[ModelReward, Any] = {reward: Model(says)}
+    reward = ModelReward(("reward_model",), 2.0, "rm", on_failure)
+    models: dict[ModelReward, Any] = {reward: [Model(says)]}
     scoring = Scoring({"reward": pool or Functions()}, models, (), _nobody)
     return (await scoring.score("reward", samples()))[0]
 
@@ -114,6 +116,58 @@ async def test_on_failure_of_a_model_decides_what_follows_and_no_score_is_made_u
     result = await scored(fails, -0.5)
     assert result.rewards[:, 1].tolist() == [-0.5, -0.5] and result.calls[-1].failures == {kind: 1}
     assert (await scored([1.0, 1.0], -0.5)).calls[-1].stood_in is False
+
+
+async def ensemble(
+    *says: list[float] | Exception, combine: Combine = "mean", deviations: float = 1.0, on_failure: Any = "retry"
+) -> ScoreResult:
+    names = tuple(f"rm{index}" for index in range(len(says)))
+    steps = Steps("min", ";")  # so that a model may have no opinion
+    reward = ModelReward(names, 2.0, "rms", on_failure, steps, combine, deviations)
+    models: dict[ModelReward, Any] = {reward: [Model(each) for each in says]}
+    pool: Any = Functions()
+    return (await Scoring({"reward": pool}, models, (), _nobody).score("reward", samples()))[0]
+
+
+@pytest.mark.parametrize(
+    ("combine", "deviations", "expected"),
+    [
+        ("mean", 1.0, [3.0, 1.0]),
+        ("min", 1.0, [0.0, 1.0]),
+        ("mean_minus_std", 1.0, [3.0 - np.std([0, 3, 6]), 1.0]),
+        ("mean_minus_std", 2.0, [3.0 - 2 * np.std([0, 3, 6]), 1.0]),
+    ],
+)
+async def test_the_scores_of_several_models_become_one_reward(
+    combine: Combine, deviations: float, expected: list[float]
+) -> None:
+    result = await ensemble([0.0, 1.0], [3.0, 1.0], [6.0, 1.0], combine=combine, deviations=deviations)
+    assert result.names == ("f", "rms")
+    np.testing.assert_allclose(result.rewards[:, 1], expected, rtol=1e-6)
+    np.testing.assert_allclose(result.total, [1.0 + 2 * expected[0], 2 * expected[1]], rtol=1e-6)
+    assert result.metrics["rewards/rms/ensemble_std"] == pytest.approx(np.std([0, 3, 6]) / 2)
+
+
+async def test_of_two_models_the_mean_less_one_deviation_is_the_lower_score() -> None:
+    scores = np.array([[0.25, 4.0], [2.0, -1.0]], np.float32)
+    np.testing.assert_allclose(of_ensemble(scores, "mean_minus_std", 1.0), [0.25, -1.0], rtol=1e-6)
+
+
+async def test_where_one_model_has_no_opinion_the_ensemble_has_none() -> None:
+    for combine in get_args(Combine):
+        result = await ensemble([np.nan, 1.0], [3.0, 5.0], combine=combine)
+        assert np.isnan(result.rewards[0, 1]) and not np.isnan(result.rewards[1, 1])
+        assert result.metrics["rewards/rms/ensemble_std"] == 2.0, "of the answers that all have an opinion of"
+    assert "rewards/rms/ensemble_std" not in (await ensemble([np.nan] * 2, [1.0] * 2)).metrics
+
+
+async def test_an_ensemble_of_which_one_model_fails_has_no_score_of_the_others() -> None:
+    with pytest.raises(InfraFailure, match="gone"):
+        await ensemble([1.0, 2.0], InfraFailure("gone"))
+    with pytest.raises(DataFailure, match="the model of rm1 gave"):
+        await ensemble([1.0, 2.0], [np.inf, 1.0])
+    with pytest.raises(Dropped):
+        await ensemble([1.0, 2.0], InfraFailure("gone"), on_failure="drop")
 
 
 async def test_when_one_reward_fails_for_good_the_others_are_given_up() -> None:
