@@ -638,7 +638,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         merged(GRPO, {"rewards": [*JUDGED["rewards"], *GRPO["rewards"]], "phases": {"a": {"method": "nash_md"}}}),
         "a preference and a score do not add up",
     ),
-    (merged(GRPO, {"rewards": [{"role": ["reference", "rollout"]}]}), "rewards: rollout has no model to score with"),
+    (merged(GRPO, {"rewards": [{"role": ["reward_model", "rollout"]}]}), "rewards: rollout has no model to score with"),
     (merged(GRPO, {"rewards": [{"judge": {"role": "reference"}}]}), "the judge reference cannot be asked"),
     (merged(GRPO, {"rewards": [{"judge": {"role": "rollout"}}]}), "roles.rollout.max_model_len is not set"),
     (
