@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -82,6 +83,7 @@ class Pool:
         self._start, self._stop = start, stop
         self._event, self._watchdog = event, watchdog
         self._changed = asyncio.Event()
+        self._queue: deque[tuple[asyncio.Future[int], frozenset[int]]] = deque()  # calls without a slot, oldest first
         self._wake = asyncio.Event()
         self._carried: dict[int, set[_Call]] = {}  # member -> what it works on
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -159,11 +161,35 @@ class Pool:
                 self._release(index, alone)
 
     async def _acquire(self, avoid: frozenset[int]) -> int:
-        """A serving member with a free slot, which is taken."""
-        while (index := self.fleet.pick(self.policy.slots, avoid)) is None:
-            await self._change()
-        self.fleet.add_load(index, 1)
-        return index
+        """A serving member with a free slot, which is taken. Calls get slots in the order in which they came;
+        `_hand_out` ends the wait."""
+        while True:
+            slot: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+            self._queue.append((slot, avoid))
+            self._hand_out()
+            try:
+                index = await slot
+            except asyncio.CancelledError:
+                if slot.done() and not slot.cancelled() and slot.exception() is None:  # cancelled after it got one
+                    self._release(slot.result(), alone=False)
+                raise
+            if index in self.workers:  # else it was evicted before this call heard of its slot
+                return index
+
+    def _hand_out(self) -> None:
+        """Give free slots to the calls that have waited longest, or the pool's failure to all of them. What a release
+        costs thus does not grow with the number of calls that wait."""
+        while self._queue:
+            slot, avoid = self._queue[0]
+            if not slot.done():
+                if self._failure is not None:
+                    slot.set_exception(self._failure)
+                elif (index := self.fleet.pick(self.policy.slots, avoid)) is not None:
+                    self.fleet.add_load(index, 1)
+                    slot.set_result(index)
+                else:
+                    return
+            self._queue.popleft()
 
     async def _acquire_alone(self, avoid: frozenset[int]) -> int:
         """A member that carries nothing else until it is released."""
@@ -310,7 +336,9 @@ class Pool:
             raise self._failure
 
     def _notify(self) -> None:
-        """Let every waiter look again. Each waits on the event that was current when it looked last."""
+        """Hand out what is free, and let those who wait for another change look again (each waits on the event that was
+        current when it looked last)."""
+        self._hand_out()
         self._changed.set()
         self._changed = asyncio.Event()
 

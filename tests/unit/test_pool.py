@@ -267,6 +267,28 @@ async def test_no_worker_carries_more_calls_than_it_has_slots():
     await pool.close()
 
 
+async def test_waiting_calls_get_slots_in_the_order_in_which_they_came_and_a_cancelled_one_keeps_none():
+    pool, _ = make_pool(1, replace(POLICY, slots=1))
+    await pool.open()
+    ran: list[int] = []
+
+    def work(number: int):
+        async def run(worker) -> None:
+            await worker.call("double", number, timeout_s=5.0)
+            ran.append(number)
+            if number == 4:  # call 5 is given the slot that this one leaves, and is cancelled before it hears of it
+                asyncio.get_running_loop().call_soon(calls[5].cancel)
+
+        return run
+
+    calls = [asyncio.ensure_future(pool.call(str(number), work(number))) for number in range(12)]
+    async with asyncio.timeout(30):
+        await asyncio.gather(*calls, return_exceptions=True)
+    assert calls[5].cancelled() and ran == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11]
+    assert pool.fleet.members[0].load == 0
+    await pool.close()
+
+
 REWARDS = replace(POLICY, max_attempts=3, kill_on_timeout=True)
 
 

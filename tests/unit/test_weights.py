@@ -20,7 +20,7 @@ from actors.errors import InfraFailure
 from rollout.weights import TRANSPORTS, CollectiveSend, DiskWrite, ManifestOf, OpenCollective, PackBuckets, receiver
 from rollout.weights.buckets import Staged, fill, stage
 from rollout.weights.collective import CollectiveReceiver, CollectiveSender, Communicator
-from rollout.weights.fingerprint import Fingerprint
+from rollout.weights.fingerprint import Fingerprint, weighted_sum
 from rollout.weights.protocol import Manifest, Rendezvous, SendReport, SyncOrder
 
 KIB = 1024
@@ -160,6 +160,18 @@ def test_a_flipped_bit_changes_the_fingerprint(data: bytes, bit: int):
         fingerprint.update(torch.frombuffer(content, dtype=torch.uint8))
         digests.append(fingerprint.digest())
     assert digests[0] != digests[1] and digests[0].startswith("xxh3:")
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 39, 40, 41, 4096, 4099])
+def test_the_checksum_of_an_accelerator_is_the_weighted_sum_of_its_words_however_it_is_sliced(size: int):
+    content = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
+    words = np.pad(content, (0, -size % 4)).view("<i4").astype(object)  # exact integers
+    expected = sum(words * np.arange(1, len(words) + 1).astype(object))
+    bucket = torch.from_numpy(content)
+    for slice_words in (1, 7, 10, 2**22):
+        assert (weighted_sum(bucket, slice_words) - expected) % 2**64 == 0
+    bucket[size // 2] ^= 1
+    assert (weighted_sum(bucket) - expected) % 2**64 != 0
 
 
 # The three transports.
