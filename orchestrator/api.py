@@ -2,7 +2,7 @@
 
     start() ──► `troupe run` in a process of its own ──► RUN/events.jsonl, metrics.jsonl ──► events(), metrics()
                        ▲                                                                     result(): exit code
-                       └── control actor, or RUN/requests with `local` ◄── scale, pause, resume, checkpoint, stop
+                       └── RUN/requests ◄── scale, pause, resume, checkpoint, stop
 
 A process of its own, not a thread of this one: a run ends by signals and, when its Ray dies, by killing its process;
 it owns its process' connection to Ray and its main thread. A notebook's kernel survives all that, is not slowed down by
@@ -20,15 +20,17 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
 from actors.errors import ConfigError, Interrupted, RunError
-from orchestrator.cluster import control_actor as control
+from orchestrator.cluster import control
 from orchestrator.cluster.run_lock import driver_of
 from orchestrator.config.loading import find_recipe, load_config, saved_config
 from orchestrator.config.schema import RunConfig
-from orchestrator.reporting.metrics import METRICS_FILE, read
+from orchestrator.json_lines import LineReader, last_lines
+from orchestrator.reporting.metrics import METRICS_FILE
 from orchestrator.restarts import COMMAND, REFUSED, folder_of
 from orchestrator.result import RunResult
 
@@ -137,15 +139,35 @@ def _launched(
     return RunHandle(folder, process)
 
 
+class State(StrEnum):
+    """Of a run, as programs tell them apart."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    PAUSED = "paused"
+    SILENT = "silent"  # its driver seems to live, but puts up no status
+    FINISHED = "finished"
+    STOPPED = "stopped"  # on request or by a signal; `resume` continues it
+    FAILED = "failed"
+
+    @property
+    def over(self) -> bool:
+        """Whether no process drives the run any more."""
+        return self in (State.FINISHED, State.STOPPED, State.FAILED)
+
+
 @dataclass(frozen=True)
 class Status:
     """How a run stands. `state`: `starting`, `running`, `paused`, `finished`, or a sentence that says how it ended or
-    why it does not answer. `step`, `metrics`: what was logged last, with the evaluation after that step. `workers`: of
-    its elastic roles, by role, while it is running on Ray."""
+    why it does not answer; `kind`: the same as one of a few words. `step`, `metrics`: what was logged last, with the
+    evaluation after that step. `workers`: of its elastic roles while it is running: role -> how many are `desired`, how
+    many are `serving`. `members`: role -> each worker with its state and place."""
 
+    kind: State
     state: str
     step: int
-    workers: Mapping[str, Any]
+    workers: Mapping[str, Mapping[str, int]]
+    members: Mapping[str, Sequence[Mapping[str, Any]]]
     metrics: Mapping[str, Any]
 
 
@@ -170,7 +192,7 @@ class RunHandle:
     def events(self, *, timeout_s: float = SILENCE_S) -> Iterator[dict[str, Any]]:
         """The lines of the run's `events.jsonl`, from the first, each as soon as it is there, until the run ends.
         Raises RunError if nothing comes for `timeout_s`."""
-        return self._follow(self.folder / "events.jsonl", timeout_s)
+        return self._follow(self.folder / control.EVENTS_FILE, timeout_s)
 
     def metrics(self, *, timeout_s: float = SILENCE_S) -> Iterator[dict[str, Any]]:
         """The same of `metrics.jsonl`: one mapping for each logged step and evaluation, with `step` and `phase`."""
@@ -179,38 +201,41 @@ class RunHandle:
     def status(self) -> Status:
         """Answers within seconds, whatever has become of the run."""
         last: dict[str, Any] = {}
-        for line in read(self.folder / METRICS_FILE):  # training and evaluation have a line each for the same step
+        for line in last_lines(self.folder / METRICS_FILE):  # training and evaluation have one each for the same step
             last = {**last, **line} if line["step"] == last.get("step") else line
-        state, workers = self._state()
-        return Status(state, int(last.get("step", 0)), workers, last)
+        kind, state, roles = self._state()
+        workers = {role: {"desired": seen["desired"], "serving": seen["serving"]} for role, seen in roles.items()}
+        members = {role: seen["members"] for role, seen in roles.items()}
+        return Status(kind, state, int(last.get("step", 0)), workers, members, last)
 
-    def _state(self) -> tuple[str, Mapping[str, Any]]:
+    def _state(self) -> tuple[State, str, Mapping[str, Any]]:
+        """(state, in words, elastic roles)."""
         if not self.running:
-            return self._last_word(), {}
+            return *self._last_word(), {}
         if not self._reachable():
-            return "starting", {}
-        state = "paused" if self._pausing()["event"] == "paused" else "running"
+            return State.STARTING, "starting", {}
+        state = State.PAUSED if self._pausing()["event"] == "paused" else State.RUNNING
         try:
-            return state, control.board(self.folder, "status")
-        except control.InOneProcess:
-            return state, {}
+            return state, state.value, control.status(self.folder)
         except control.Silent as silent:
-            return f"not answering: {silent}", {}
+            return State.SILENT, f"not answering: {silent}", {}
 
-    def _last_word(self) -> str:
+    def _last_word(self) -> tuple[State, str]:
         """How a run that is not running says that it ended."""
         ended = self._last("finished", "interrupted")
         if ended is None:
             started = (self.folder / control.RUN_FILE).exists()
-            return "failed, or was killed" if started else "ended before its roles were started"
+            why = "failed, or was killed" if started else "ended before its roles were started"
+            return State.FAILED, why
         if ended["event"] == "finished":
-            return "finished"
-        return f"stopped by {ended['signal']}; `troupe resume {self.folder}` continues it"
+            return State.FINISHED, "finished"
+        return State.STOPPED, f"stopped by {ended['signal']}; `troupe resume {self.folder}` continues it"
 
     def scale(self, role: str, count: int) -> None:
         """Ask for `count` workers of an elastic role; they come and go while the run goes on. Returns once the run has
         been told. Raises UserError for a role that has no workers of its own, and for a run with `local`."""
-        self._ask(ANSWER_TIMEOUT_S, control.board, "desire", role, count)
+        request = self._ask(ANSWER_TIMEOUT_S, "scale", role, count)
+        self._await(lambda: not request.exists(), ANSWER_TIMEOUT_S, "the run to take the request")
 
     def pause(self, *, timeout_s: float = ANSWER_TIMEOUT_S) -> int:
         """Hold the run before its next step; its processes and their memory stay. Returns, once it holds, the number
@@ -226,7 +251,7 @@ class RunHandle:
         has written one after its last step: that is the answer then. Raises RunError for a run that is paused before
         its first step: there is nothing to save."""
         ticket = uuid.uuid4().hex
-        self._ask(timeout_s, control.ask, "checkpoint", ticket)
+        self._ask(timeout_s, "checkpoint", ticket)
 
         def written() -> Path | None:
             answer = self._answer(ticket)
@@ -246,7 +271,7 @@ class RunHandle:
                 self._process.terminate()
             else:
                 try:
-                    self._ask(timeout_s, control.ask, "stop")
+                    self._ask(timeout_s, "stop")
                 except RunError:
                     if self.running:
                         raise
@@ -269,7 +294,7 @@ class RunHandle:
 
     def _set_paused(self, hold: bool, timeout_s: float) -> int:
         ticket = uuid.uuid4().hex
-        self._ask(timeout_s, control.ask, "pause", hold, ticket)
+        self._ask(timeout_s, "pause", hold, ticket)
         answer = self._await(
             lambda: self._answer(ticket), timeout_s, "the run to pause" if hold else "the run to go on"
         )
@@ -297,16 +322,11 @@ class RunHandle:
                 last = event
         return last
 
-    def _ask(self, timeout_s: float, call: Callable[..., Any], *request: Any) -> None:
-        """Make a request of the run, once it can be reached: its roles may be starting. Raises RunError if it has
-        ended, or does not answer."""
+    def _ask(self, timeout_s: float, method: str, *arguments: Any) -> Path:
+        """Make a request of the run, once it can be reached: its roles may be starting. Returns the request's file.
+        Raises RunError if it has ended, or does not come so far."""
         self._await(self._reachable, timeout_s, "the run to start")
-        try:
-            call(self.folder, *request)
-        except control.Silent as silent:
-            if not self.running:
-                raise self._ended() from None
-            raise RunError(f"run {self.folder.name} does not answer: {silent}") from None
+        return control.ask(self.folder, method, *arguments)
 
     def _reachable(self) -> bool:
         """Whether the driver that drives the run now has said how it is reached."""
@@ -315,7 +335,7 @@ class RunHandle:
         return False
 
     def _ended(self) -> RunError:
-        return RunError(f"run {self.folder.name} has ended: {self._last_word()}")
+        return RunError(f"run {self.folder.name} has ended: {self._last_word()[1]}")
 
     def _await(self, found: Callable[[], T | None], timeout_s: float, what: str) -> T:
         """The first true answer. Raises RunError if the run ends before it, or after `timeout_s`."""
@@ -332,17 +352,12 @@ class RunHandle:
         return answer
 
     def _follow(self, file: Path, timeout_s: float) -> Iterator[dict[str, Any]]:
-        offset, heard = 0, time.monotonic()
+        lines, heard = LineReader(file), time.monotonic()
         while True:
             running = self.running  # before reading: what the run wrote last must be read
-            with contextlib.suppress(FileNotFoundError), file.open("rb") as stream:
-                stream.seek(offset)
-                text = stream.read()
-                whole = text[: text.rfind(b"\n") + 1]
-                offset += len(whole)
-                for line in whole.splitlines():
-                    yield json.loads(line)
-                    heard = time.monotonic()
+            for line in lines.new():
+                yield line
+                heard = time.monotonic()
             if not running:
                 return
             if time.monotonic() - heard > timeout_s:

@@ -2,7 +2,7 @@
 
 prepare ─► plan ─► cluster ─► launch ─► phase (`phase_run.py`) ─► phase ─► ... ─► result
                                  │
-                   in the background: control actor (requests from outside), watchdog (overdue waits)
+                   in the background: requests from outside, watchdog (overdue waits)
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from pathlib import Path
 from actors.errors import ConfigError, Interrupted, UserError
 from actors.saved_state import writing
 from orchestrator.checkpoint import AVERAGED, MODEL
-from orchestrator.cluster.background_tasks import board_of, supervised, watching
+from orchestrator.cluster.background_tasks import supervised, watching
 from orchestrator.cluster.base import Cluster, LocalCluster
+from orchestrator.cluster.control import RunFile
 from orchestrator.cluster.event_loop import run_to_end
 from orchestrator.cluster.launch import launch
-from orchestrator.cluster.run_lock import driving
+from orchestrator.cluster.run_lock import Driver, driving
 from orchestrator.cluster.shutdown import Ending, hangups_ignored
 from orchestrator.config.schema import RunConfig
 from orchestrator.phase_run import PhaseRun
@@ -133,9 +134,8 @@ class _Run:
         async with (
             self._cluster() as cluster,
             watching(cluster, context.watchdog, console.warn, self._ray_is_gone),
-            board_of(folder, cluster, [role.name for role in plan.elastic]) as board,
             launch(prepared, plan, cluster, folder, context.event, context.watchdog) as roles,
-            supervised(context.config, folder, roles, await board, context.requests, console.warn),
+            supervised(context.config, self._run_file(cluster), folder, roles, context.requests, console.warn),
         ):
             console.placed(cluster.describe())
             console.at(folder, self.dashboard)
@@ -148,6 +148,10 @@ class _Run:
                     inside = found is not None and phase.index == found.state.phase_index
                     await PhaseRun(context, phase, roles, found if inside else None).run()
         return self._finish()
+
+    def _run_file(self, cluster: Cluster) -> RunFile:
+        elastic = tuple(role.name for role in self.context.plan.elastic)
+        return RunFile(self.context.folder.name, cluster.address, Driver.here(), elastic)
 
     def _finish(self) -> RunResult:
         context = self.context

@@ -12,6 +12,7 @@ from typing import Any
 
 from actors.errors import InfraFailure
 from orchestrator.checkpoint import Checkpoint, CheckpointStore
+from orchestrator.cluster.control import EVENTS_FILE
 from orchestrator.cluster.failures import Ledger, Watchdog
 from orchestrator.cluster.requests import Requests
 from orchestrator.cluster.shutdown import Ending
@@ -63,7 +64,7 @@ class RunContext:
     def event(self, kind: str, detail: dict[str, Any]) -> None:
         """One line in `events.jsonl`: parts of the start, joins, deaths, retries, resizes, checkpoints."""
         line = {"time": round(time.time(), 3), "event": kind, **detail}
-        with self.write_errors_as_warnings(f"event {kind}"), (self.folder / "events.jsonl").open("a") as stream:
+        with self.write_errors_as_warnings(f"event {kind}"), (self.folder / EVENTS_FILE).open("a") as stream:
             stream.write(json.dumps(line) + "\n")
         if kind in ("evicted", "resized", "sync_failed"):
             self.console.warn(f"{kind}: " + ", ".join(f"{name}={value}" for name, value in detail.items()))

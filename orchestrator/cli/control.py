@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @app.command()
 def scale(folder: RunFolder, target: Annotated[str, typer.Argument(help="ROLE=N, for example rollout=4.")]) -> None:
     """Change the number of a running job's workers."""
-    from orchestrator.cluster.control_actor import parse_scale
+    from orchestrator.cluster.control import parse_scale
 
     role, count = parse_scale(target)
     _handle(folder).scale(role, count)
@@ -55,9 +55,14 @@ def status(folder: RunFolder) -> None:
     run = _handle(folder)
     seen = run.status()
     typer.echo(f"{typer.style(run.folder.name, bold=True)}: {seen.state}")
-    for table, indent in ((seen.workers, 2), (seen.metrics, None)):
-        if table:
-            typer.echo(json.dumps(dict(table), indent=indent))
+    if seen.workers:
+        typer.echo(json.dumps(dict(seen.workers), indent=2))
+    for role, members in seen.members.items():
+        for member in members:
+            facts = (f"{name} {value}" for name, value in member.items() if name not in ("index", "state"))
+            typer.echo(f"  {role}/{member['index']} {member['state']}: {', '.join(facts)}")
+    if seen.metrics:
+        typer.echo(json.dumps(dict(seen.metrics)))
 
 
 def _handle(folder: Path) -> RunHandle:

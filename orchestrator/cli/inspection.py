@@ -12,14 +12,18 @@ from orchestrator.cli.application import BROKEN, REFUSED, Overrides, Recipe, app
 
 
 @app.command()
-def plan(recipe: Recipe, overrides: Overrides = None) -> None:
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As one line of JSON, for programs.")] = False,
+) -> None:
     """Show what `run` would do, and what it would refuse; launch nothing."""
     from orchestrator.config.loading import load_config
 
     config = load_config(recipe, overrides or [])
     from orchestrator.reporting.tables import show_plan
 
-    if not show_plan(config):
+    if not show_plan(config, as_json=as_json):
         raise typer.Exit(REFUSED)
 
 

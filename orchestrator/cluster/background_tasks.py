@@ -1,8 +1,8 @@
-"""Background tasks of a run: they poll the control actor, ping the ranks, check that Ray is alive, and print overdue
-waits.
+"""Background tasks of a run: they take requests, ping the ranks, check that Ray is alive, and print overdue waits.
 
-troupe scale RUN rollout=4 ──► board ◄── every second: status up, desired counts down ──► pools
-troupe pause RUN           ──►                         pause, checkpoint, stop ──► requests, read between two steps
+troupe scale RUN rollout=4 ──► RUN/requests ── twice a second: desired counts ──► pools
+troupe pause RUN           ──►                        pause, checkpoint, stop ──► requests, read between two steps
+troupe status RUN          ◄── RUN/status.json ◄── every second ── pools
                                ranks ── every two seconds: ping ──► a rank that died or hangs ends the loop
                                Ray ──── every second: gone? ──────► the process ends
                                watchdog ── every five seconds: overdue waits ──► console
@@ -12,52 +12,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
+import math
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from actors.errors import InfraFailure, NoAnswer, WorkerDied
+from actors.errors import ConfigError, InfraFailure, NoAnswer, WorkerDied
 from actors.worker import Worker
 from orchestrator.cluster.base import Cluster
-from orchestrator.cluster.control_actor import Board, Desired, RunFile, board_name, take_requests
+from orchestrator.cluster.control import Desired, RunFile, forget_requests, put_status, take_requests
 from orchestrator.cluster.failures import Watchdog
-from orchestrator.cluster.fleet import State
 from orchestrator.cluster.rank_health import Rank, RankHealth, RankLimits
-from orchestrator.cluster.ray_address import AUTH_MODE
 from orchestrator.cluster.requests import Requests
-from orchestrator.cluster.run_lock import Driver
 from orchestrator.config.schema import RunConfig
 from orchestrator.executor import Executor
 
-BOARD_EVERY_S = 1.0
+LOOK_EVERY_S, STATUS_EVERY_S = 0.5, 1.0
 LOST_EVERY_S = 1.0
 WATCH_EVERY_S = 5.0
 PING_EVERY_S = 2.0
 PING_TIMEOUT_S = 5.0  # of one ping; what ends a run is `roles.ROLE.ping_timeout_s` without any
-
-
-@asynccontextmanager
-async def board_of(folder: Path, cluster: Cluster, elastic: Sequence[str]) -> AsyncIterator[asyncio.Future[Worker]]:
-    """The control actor of the run in this folder; it starts concurrently with the roles. `elastic`: those that can be
-    scaled."""
-
-    async def started() -> Worker:
-        name = board_name(folder.name)
-        board = await cluster.start_board(name, Board, elastic)
-        list(take_requests(folder))  # what was asked of a driver before this one
-        mode = os.environ.get(AUTH_MODE)  # set by Ray itself, if it was started here
-        RunFile(folder.name, cluster.address, name, Driver.here(), mode).write(folder)
-        return board
-
-    starting = asyncio.ensure_future(started())
-    try:
-        yield starting
-    finally:
-        await _cancelled(starting)
 
 
 @asynccontextmanager
@@ -79,10 +56,10 @@ async def watching(
 
 @asynccontextmanager
 async def supervised(
-    config: RunConfig, folder: Path, roles: Executor, board: Worker, requests: Requests, warn: Callable[[str], None]
+    config: RunConfig, run: RunFile, folder: Path, roles: Executor, requests: Requests, warn: Callable[[str], None]
 ) -> AsyncIterator[None]:
-    """While the block runs: polls the control actor and pings the ranks. If a rank died or hangs, the block is
-    cancelled and InfraFailure raised in its place."""
+    """While the block runs: the run can be found and controlled through its folder, and the ranks are pinged. If a rank
+    died or hangs, the block is cancelled and InfraFailure raised in its place."""
     health = RankHealth(partial(rank_limits, config), report_after_s=config.cluster.watchdog_s)
     block, failure = asyncio.current_task(), None
     assert block is not None
@@ -94,7 +71,9 @@ async def supervised(
             await _ping(roles, health)
         block.cancel()
 
-    polling = _poll_control_actor(folder, board, roles, requests)
+    forget_requests(folder)
+    run.write(folder)
+    polling = _take_requests(folder, Desired(run.elastic), roles, requests, warn)
     try:
         async with AsyncExitStack() as stack:
             for work in (look(), _watch(lambda: health.overdue(time.monotonic()), warn), polling):
@@ -142,22 +121,26 @@ async def _watch(overdue: Callable[[], list[str]], warn: Callable[[str], None]) 
             warn(line)
 
 
-async def _poll_control_actor(folder: Path, board: Worker, roles: Executor, requests: Requests) -> None:
-    """Report the status to the control actor, and take over what was requested from outside."""
-    pools = roles.pools
+async def _take_requests(
+    folder: Path, desired: Desired, roles: Executor, requests: Requests, warn: Callable[[str], None]
+) -> None:
+    """Put up how the run stands, and take over what was requested from outside."""
+    put_up = -math.inf
     while True:
-        status = {
-            role: {"desired": pool.fleet.desired, "serving": pool.count(State.SERVING)} for role, pool in pools.items()
-        }
-        for method, *args in take_requests(folder):
-            await board.call(method, *args, timeout_s=10.0)
-        with contextlib.suppress(InfraFailure):  # without the control actor the run goes on, but cannot be controlled
-            desired: Desired = await board.call("exchange", status, timeout_s=10.0)
-            for role, count in desired.workers.items():
-                if role in pools:
-                    pools[role].resize(count)
-            requests.update(desired)
-        await asyncio.sleep(BOARD_EVERY_S)
+        with contextlib.suppress(OSError):  # a full disk must not end the training because of this
+            if time.monotonic() - put_up >= STATUS_EVERY_S:
+                put_status(folder, {role: pool.described() for role, pool in roles.pools.items()})
+                put_up = time.monotonic()
+            for request in take_requests(folder):
+                try:
+                    desired.add(request)
+                except ConfigError as error:
+                    warn(f"a request is refused: {error}")
+        for role, count in desired.workers.items():
+            if role in roles.pools:  # or as soon as a later phase starts it
+                roles.pools[role].resize(count)
+        requests.update(desired)
+        await asyncio.sleep(LOOK_EVERY_S)
 
 
 async def _cancelled(task: asyncio.Future[Any]) -> None:

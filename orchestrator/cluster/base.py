@@ -1,6 +1,6 @@
 """Where the roles of a plan run: over Ray (`orchestrator.cluster.ray_cluster.RayCluster`), or all in this process.
 
-reserve(plan) ─► start_group(role), start_worker(role, i), start_board() ─► ... ─► stop_worker(w) ─► close()
+reserve(plan) ─► start_group(role), start_worker(role, i) ─► ... ─► stop_worker(w) ─► close()
 """
 
 from __future__ import annotations
@@ -47,10 +47,6 @@ class Cluster(Protocol):
         """End a worker of an elastic role and give its room back. Stopping twice is fine."""
         ...
 
-    async def start_board(self, name: str, target: type, elastic: Sequence[str]) -> Worker:
-        """An actor that needs no room, found by other processes under that name. `elastic`: what it can scale."""
-        ...
-
     def describe(self) -> list[dict[str, Any]]:
         """One row per process that is ready: role, name, node, pid, cpus, gpus, threads."""
         ...
@@ -93,9 +89,6 @@ class LocalCluster:
     async def stop_worker(self, worker: Worker) -> None:
         self._workers.pop(worker.name, None)
         await worker.kill()
-
-    async def start_board(self, name: str, target: type, elastic: Sequence[str]) -> Worker:
-        return self._start(name, target, {"name": name, "elastic": elastic})
 
     def describe(self) -> list[dict[str, Any]]:
         plan = self._plan

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 from actors.errors import BlockLost, InfraFailure, NoAnswer
 from actors.worker import Worker, WorkerInfo
 from orchestrator.cluster.failures import Watchdog
-from orchestrator.cluster.fleet import Fleet, Start, State, Stop
+from orchestrator.cluster.fleet import Fleet, Member, Start, State, Stop
 
 T = TypeVar("T")
 Event = Callable[[str, dict[str, Any]], None]
@@ -119,6 +119,21 @@ class Pool:
     def paused(self) -> bool:
         """Whether it has no member because none is wanted."""
         return self.fleet.desired == 0
+
+    def described(self) -> dict[str, Any]:
+        """For those who look from outside: how many members are wanted and serve, and each of them."""
+        return {
+            "desired": self.fleet.desired,
+            "serving": self.count(State.SERVING),
+            "members": [self._described(member) for member in self.fleet.members.values()],
+        }
+
+    def _described(self, member: Member) -> dict[str, Any]:
+        """`version`, `tokens_per_s`: of members that say so when they are pinged."""
+        info, health = self.infos.get(member.index), self.health.get(member.index, {})
+        where = {"node": info.node, "pid": info.pid} if info is not None else {}
+        said = {name: health[name] for name in ("version", "tokens_per_s") if name in health}
+        return {"index": member.index, "state": str(member.state), "calls": member.load, **where, **said}
 
     def count(self, *states: State) -> int:
         return sum(member.state in states for member in self.fleet.members.values())

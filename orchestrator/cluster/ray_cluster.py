@@ -32,7 +32,6 @@ from orchestrator.planning.bundles import Bundle, describe, shortages
 from orchestrator.planning.plan import Plan, RolePlan
 
 POLL_S = 0.05
-BOARD_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,6 @@ class RayCluster:
         self._free: dict[str, deque[Slot]] = {}  # of elastic workers
         self._groups: list[RayGroup] = []
         self._workers: dict[str, PlacedWorker] = {}
-        self._board: RayWorker | None = None
         self._daemons = own_daemons()
         self._leftovers = Leftovers(session(self._daemons)) if self._daemons and disconnect else None
 
@@ -145,11 +143,6 @@ class RayCluster:
         else:
             self._free[placed.role.name].append(placed.slot)
 
-    async def start_board(self, name: str, target: type, elastic: Sequence[str]) -> Worker:
-        self._board = start_worker(name, target, {"name": name, "elastic": elastic}, ray_options={"num_cpus": 0})
-        await self._board.call("ready", timeout_s=BOARD_TIMEOUT_S)
-        return self._board
-
     def describe(self) -> list[dict[str, Any]]:
         ranks = [worker for group in self._groups for worker in group.workers if isinstance(worker, PlacedWorker)]
         rows = [worker.row() for worker in (*ranks, *self._workers.values())]
@@ -164,8 +157,7 @@ class RayCluster:
             return
         workers, self._workers = list(self._workers.values()), {}
         groups, self._groups = self._groups, []
-        ended = [*groups, *workers, *([self._board] if self._board else [])]
-        await asyncio.gather(*(each.kill() for each in ended))
+        await asyncio.gather(*(each.kill() for each in (*groups, *workers)))
         own = [slot.group for slot in (*(w.slot for w in workers), *self._spare()) if slot.own]
         for group in [*own, *([self._gang] if self._gang else [])]:
             await asyncio.to_thread(remove_placement_group, group)

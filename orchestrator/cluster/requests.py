@@ -1,6 +1,6 @@
 """Requests to a running job from outside, kept until the loop is between two steps.
 
-board ──► update() every second ──► the loop, between two steps: a checkpoint that was asked for, then the pause
+RUN/requests ──► update() ──► the loop, between two steps: a checkpoint that was asked for, then the pause
 
 Each request has a ticket, and one event answers it, also where another client has asked for the opposite meanwhile.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from orchestrator.cluster.control_actor import Desired
+from orchestrator.cluster.control import Desired
 
 
 class Requests:

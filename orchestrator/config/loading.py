@@ -8,6 +8,7 @@ import the losses, and torch), so that a misspelt key is reported at once.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -30,12 +31,19 @@ SAVED = "config.json"  # in a run's folder; JSON is YAML
 
 def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The configuration of a run, every key and every method's option checked. Raises ConfigError."""
-    return _checked(Draft.read(find_recipe(recipe)), overrides)
+    return check(_folded(Draft.read(find_recipe(recipe)), overrides))
 
 
 def config_of(tree: dict[str, Any], overrides: Sequence[str], name: str) -> RunConfig:
-    """As `load_config`, for a tree with one phase that a command builds; `name` stands for it in error messages."""
-    return _checked(Draft(name, tree, {}), overrides)
+    """As `load_config`, for a tree that is in no file; `name` stands for it in error messages."""
+    return check(draft_of(tree, overrides, name))
+
+
+def draft_of(tree: dict[str, Any], overrides: Sequence[str], name: str) -> Draft:
+    """A tree that is in no file, with its overrides, in one shape and not checked. `tree` is left as it is."""
+    draft = Draft(name, copy.deepcopy(tree), {})
+    draft.refuse_both_shapes()
+    return _folded(draft, overrides)
 
 
 def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -98,7 +106,7 @@ class Draft:
         if not isinstance(tree, dict):
             raise ConfigError(f"{file} must hold keys and values at its top level, for example `method: grpo`")
         draft = cls(str(file), cast(dict[str, Any], tree), {path: f"{file}, line {n}" for path, n in lines.items()})
-        draft._refuse_both_shapes()
+        draft.refuse_both_shapes()
         return draft
 
     def override(self, override: Override) -> None:
@@ -154,7 +162,7 @@ class Draft:
     def _folded(self, path: Keys) -> Keys:
         return ("phases", str(self.single), *path) if path[0] in PHASE_KEYS else path
 
-    def _refuse_both_shapes(self) -> None:
+    def refuse_both_shapes(self) -> None:
         beside = [key for key in PHASE_KEYS if key in self.tree]
         if "phases" in self.tree and beside:
             key = beside[0]
@@ -164,12 +172,19 @@ class Draft:
             )
 
 
-def _checked(draft: Draft, overrides: Sequence[str]) -> RunConfig:
+def _folded(draft: Draft, overrides: Sequence[str]) -> Draft:
     for override in map(syntax.parse, overrides):
         draft.override(override)
     draft.fold()
+    return draft
+
+
+def check(draft: Draft, *, methods: bool = True) -> RunConfig:
+    """The configuration of a draft that is in one shape. Without `methods` their options are not checked, and the files
+    of users' own are not run. Raises ConfigError."""
     config = _validated(draft)
-    _check_methods(config, draft)
+    if methods:
+        _check_methods(config, draft)
     return config
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from actors.columns import COLUMNS
@@ -15,10 +17,50 @@ from orchestrator.planning.memory_estimate import Memory
 from orchestrator.planning.plan import PhasePlan, Plan, RolePlan, problems
 from orchestrator.reporting.terminal_tables import Rows
 
+REPORT_WIDTH = 120  # columns of the text in `as_data`
+
 
 def render(plan: Plan, cluster: ClusterView) -> RenderableType:
     """Everything about a plan on one screen, compared with a cluster."""
     return Group(*_parts(plan, cluster))
+
+
+def as_data(plan: Plan, cluster: ClusterView, data: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """The same for programs. `data`: phase -> what was found in its data set."""
+    text = io.StringIO()
+    Console(file=text, width=REPORT_WIDTH, highlight=False).print(render(plan, cluster))
+    refused = problems(plan, cluster)
+    return {
+        "accepted": not refused,
+        "problems": refused,
+        "warnings": list(plan.warnings),
+        "roles": [_role_data(role) for role in plan.roles.values()],
+        "phases": [
+            {
+                "name": phase.name,
+                "method": phase.method,
+                "data": _data(phase),
+                "stages": [stage.name for stage in phase.pipeline],
+                "rows_per_step": phase.rows_per_step,
+                "arithmetic": arithmetic(phase),
+                "rows": list(data[phase.name]),
+            }
+            for phase in plan.phases
+        ],
+        "report": text.getvalue(),
+    }
+
+
+def _role_data(role: RolePlan) -> dict[str, Any]:
+    memory = None if role.memory is None else round(role.memory.total, 3)
+    return {
+        "name": role.name,
+        "processes": role.count,
+        "resources": dict(role.resources),
+        "threads": role.threads,
+        "memory_gib": memory,
+        "elastic": role.elastic,
+    }
 
 
 def _parts(plan: Plan, cluster: ClusterView) -> Iterator[RenderableType]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
+import json
 import os
 import re
-import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,10 +12,11 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from actors.errors import ConfigError
-from orchestrator.config.keys import as_yaml, every_key, keys_below, type_name
+from orchestrator.config.keys import as_yaml, every_key, keys_below
 from orchestrator.config.schema import DataConfig, PhaseConfig, RunConfig
 from orchestrator.data.report import LEARNED
 from orchestrator.pipeline import Pipeline
+from orchestrator.reporting.catalogue import described
 from orchestrator.reporting.terminal_tables import Rows, entry
 
 PREVIEW_LIMIT = 4_000  # characters of a rendered row
@@ -28,11 +28,10 @@ def show_methods(*, papers: bool) -> None:
 
     sources = ("source",) if papers else ()
     rows = Rows("method", "data", "roles", "what it does", *sources, prose=("what it does", "source"))
-    for name, method in METHODS.items():
-        pipeline = _default_pipeline(method)
+    for method in map(described, METHODS):
+        pipeline = method.pipeline
         data, roles = (pipeline.data.name, ", ".join(pipeline.roles)) if pipeline else ("", "")
-        what, source = _described(method)
-        rows.add(name, data, roles, what, *([source] if papers else []))
+        rows.add(method.name, data, roles, method.summary, *([method.source] if papers else []))
     _print(rows)
     if papers:
         _print(_papers())
@@ -51,16 +50,13 @@ def _papers() -> Rows:
 
 def show_method(name: str) -> None:
     """A method's description, stages and options."""
-    method = _method(name)
-    _print(Text(inspect.cleandoc(method.__doc__ or "")))
-    pipeline = _default_pipeline(method)
-    if pipeline:
-        _print(_stages(pipeline))
+    method = described(name)
+    _print(Text(method.text))
+    if method.pipeline:
+        _print(_stages(method.pipeline))
     options = Rows("option", "default", "type")
-    hints = typing.get_type_hints(method, include_extras=True)
-    for option, parameter in inspect.signature(method).parameters.items():
-        default = "required" if parameter.default is parameter.empty else as_yaml(parameter.default)
-        options.add(option, default, type_name(hints[option]))
+    for option in method.options:
+        options.add(option.name, "required" if option.default is None else option.default, option.type)
     _print(options)
 
 
@@ -127,13 +123,14 @@ def show_lines(lines: Sequence[RenderableType]) -> None:
         _print(line)
 
 
-def show_plan(config: RunConfig) -> bool:
-    """Prints the plan of a run; True if the run would be accepted. Opens the data and launches nothing."""
+def show_plan(config: RunConfig, *, as_json: bool = False) -> bool:
+    """Prints the plan of a run, `as_json` in one line; True if the run would be accepted. Opens the data and launches
+    nothing."""
     from orchestrator.cluster.ray_connection import cluster_at_hand
     from orchestrator.planning.plan import draft_plan, problems
     from orchestrator.planning.preconditions import refuse_surroundings
     from orchestrator.planning.resolve import prepare
-    from orchestrator.reporting.plan_report import render
+    from orchestrator.reporting.plan_report import as_data, render
 
     refuse_surroundings(config)
     prepared = prepare(config)
@@ -146,12 +143,17 @@ def show_plan(config: RunConfig) -> bool:
         shapes=prepared.shapes,
     )
     cluster = cluster_at_hand(config.cluster, plan)
+    refused = problems(plan, cluster)
+    if as_json:
+        data = {phase.name: [*phase.source.report.lines(), phase.drawn] for phase in prepared.phases}
+        print(json.dumps(as_data(plan, cluster, data)))
+        return not refused
     _print(render(plan, cluster))
     for phase in prepared.phases:
         _print(Text(f"\ndata of {phase.name}", "bold"))
         _print(Text("\n".join([*phase.source.report.lines(), phase.drawn])))
         _print(coloured(phase.source.preview()))
-    return not problems(plan, cluster)
+    return not refused
 
 
 def coloured(preview: str) -> Text:
@@ -168,20 +170,6 @@ def _method(name: str) -> Callable[..., Pipeline]:
     from orchestrator.methods import find_method
 
     return find_method(name)
-
-
-def _default_pipeline(method: Callable[..., Pipeline]) -> Pipeline | None:
-    """With every option at its default; None for a method that has options without one."""
-    needed = [p for p in inspect.signature(method).parameters.values() if p.default is p.empty]
-    return None if needed else method()
-
-
-def _described(method: Callable[..., Pipeline]) -> tuple[str, str]:
-    """First sentence of a method's docstring, and its source."""
-    text = " ".join((method.__doc__ or "").split())
-    source = re.search(r"Sources?: (.+?)\.?$", text)
-    first = re.split(r"(?<=\.)\s", text, maxsplit=1)[0]
-    return first.rstrip("."), source[1] if source else ""
 
 
 def _stages(pipeline: Pipeline) -> Rows:

@@ -12,7 +12,6 @@ import actors
 from actors.errors import ConfigError, InfraFailure, RunError
 from actors.worker import WorkerInfo
 from orchestrator.cluster.base import LocalCluster, refuse_foreign
-from orchestrator.cluster.control_actor import Board
 from orchestrator.config.schema import RunConfig
 from orchestrator.methods import build
 from orchestrator.planning.plan import Machine, Plan, make_plan
@@ -80,18 +79,6 @@ async def test_a_stopped_worker_is_closed_and_calls_to_it_fail() -> None:
 async def test_several_ranks_in_one_process_are_refused_before_anything_starts() -> None:
     with pytest.raises(ConfigError, match=r"roles\.policy\.ranks=2: with --local a role is one rank"):
         await LocalCluster().reserve(planned(policy={"ranks": 2, "backend": "deepspeed"}))
-
-
-async def test_the_board_answers_in_this_process_and_has_no_address() -> None:
-    cluster = LocalCluster()
-    board = await cluster.start_board("troupe/run/control", Board, ["rollout"])
-    await board.call("desire", "rollout", 3, timeout_s=1)
-    with pytest.raises(ConfigError, match=r"no role policy whose workers come and go; it can scale rollout"):
-        await board.call("desire", "policy", 3, timeout_s=1)
-    assert (await board.call("exchange", {}, timeout_s=1)).workers == {"rollout": 3}
-    assert cluster.address is None
-    await cluster.close()
-    await cluster.close()
 
 
 def test_a_worker_with_other_packages_is_refused_with_both_places() -> None:

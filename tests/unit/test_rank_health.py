@@ -9,9 +9,10 @@ import pytest
 
 from actors.errors import InfraFailure
 from orchestrator.cluster.background_tasks import supervised
-from orchestrator.cluster.control_actor import Desired
+from orchestrator.cluster.control import RunFile
 from orchestrator.cluster.rank_health import Rank, RankHealth, RankLimits
 from orchestrator.cluster.requests import Requests
+from orchestrator.cluster.run_lock import Driver
 from orchestrator.config.schema import RunConfig
 
 NODE = "pid 7 on node a"
@@ -101,7 +102,7 @@ def test_a_role_that_was_released_is_not_reported_as_lost():
 
 
 class Answering:
-    """A worker, or the board, as far as it is asked anything here."""
+    """A worker, as far as it is asked anything here."""
 
     where = NODE
 
@@ -109,16 +110,14 @@ class Answering:
         self._busy_s = busy_s
 
     async def call(self, method: str, *_: Any, timeout_s: float) -> Any:
-        return {"verb": "update", "busy_s": self._busy_s} if method == "ping" else Desired()
+        return {"verb": "update", "busy_s": self._busy_s}
 
 
 async def test_a_role_that_starts_with_a_later_phase_is_watched_by_the_limits_of_its_own(tmp_path: Path):
     roles: Any = SimpleNamespace(groups={"policy": SimpleNamespace(workers=[Answering(30.0)])}, pools={})
-    config, board = (
-        RunConfig.model_validate({"phases": {"main": {}}, "roles": {"value": {"call_timeout_s": 20}}}),
-        Answering(0.0),
-    )
+    config = RunConfig.model_validate({"phases": {"main": {}}, "roles": {"value": {"call_timeout_s": 20}}})
+    run = RunFile("t-1", None, Driver.here())
     with pytest.raises(InfraFailure, match=r"value rank 0 .* in `update` for 30 s \(roles.value.call_timeout_s=20\)"):
-        async with supervised(config, tmp_path, roles, board, Requests(lambda: None), print):  # pyright: ignore[reportArgumentType]
+        async with supervised(config, run, tmp_path, roles, Requests(lambda: None), print):
             roles.groups["value"] = SimpleNamespace(workers=[Answering(30.0)])
             await asyncio.sleep(30)

@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 import json
-import socket
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from actors.errors import RunError
+from actors.errors import ConfigError, RunError
 from orchestrator.api import attach
 from orchestrator.cli import main
-from orchestrator.cluster.control_actor import RunFile, board_name, events
+from orchestrator.cluster.control import Desired, RunFile, ask, events, put_status, take_requests
 from orchestrator.cluster.run_lock import Driver, driving
 
 
 @pytest.fixture
-def nowhere() -> Iterator[str]:
-    """An address at which nothing listens."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        yield f"127.0.0.1:{taken.getsockname()[1]}"
-
-
-@pytest.fixture
-def folder(tmp_path: Path, nowhere: str) -> Path:
-    """Of a run whose Ray is gone, after an evaluation in step 2."""
+def folder(tmp_path: Path) -> Path:
+    """Of a run on Ray, after an evaluation in step 2."""
     folder = tmp_path / "t-1"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    RunFile("t-1", nowhere, board_name("t-1"), Driver.here()).write(folder)
+    RunFile("t-1", "10.0.0.1:6379", Driver.here()).write(folder)
     steps = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "eval_reward": 0.5}]
     write(folder / "metrics.jsonl", [{"phase": "sft", **step} for step in steps])
     return folder
@@ -75,12 +65,49 @@ def test_a_run_that_was_killed_after_it_was_resumed_is_not_called_finished(
     assert metrics["loss"] == 2.0
 
 
-def test_a_run_whose_ray_does_not_answer_is_not_called_running(
-    folder: Path, nowhere: str, capsys: pytest.CaptureFixture[str]
+def test_a_run_whose_driver_puts_up_no_status_any_more_is_not_called_running(
+    folder: Path, capsys: pytest.CaptureFixture[str]
 ):
     with driving(folder):
+        put_status(folder, {})
+        assert said(folder, run=capsys)[0] == "t-1: running"
+        put_up = json.loads((folder / "status.json").read_text())
+        (folder / "status.json").write_text(json.dumps({**put_up, "time": put_up["time"] - 100}))
         first, _ = said(folder, run=capsys)
-    assert first.startswith("t-1: not answering: its Ray cannot be reached from here") and nowhere in first
+    assert first.startswith("t-1: not answering: its driver has written nothing to ")
+
+
+def test_a_running_job_says_how_many_workers_it_has_and_where_they_are(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    member = {"index": 0, "state": "serving", "calls": 3, "node": "a", "pid": 7, "version": 4}
+    put_status(folder, {"rollout": {"desired": 2, "serving": 1, "members": [member]}})
+    write(folder / "events.jsonl", [{"event": "prepared"}])
+    with driving(folder):
+        seen = attach(folder).status()
+    assert (seen.kind, seen.workers) == ("running", {"rollout": {"desired": 2, "serving": 1}})
+    assert seen.members == {"rollout": [member]}
+
+
+def test_requests_are_taken_once_in_their_order_and_what_is_none_is_refused(folder: Path):
+    RunFile("t-1", "10.0.0.1:6379", Driver.here(), ("rollout",)).write(folder)
+    for count in (3, 1):
+        ask(folder, "scale", "rollout", count)
+    ask(folder, "pause", True, "a")
+    (folder / "requests" / "9.json").write_text("{")
+    (folder / "requests" / "9z.json").write_text('["__init__"]')
+    taken, desired = list(take_requests(folder)), Desired(("rollout",))
+    assert taken == [["scale", "rollout", 3], ["scale", "rollout", 1], ["pause", True, "a"], "{", ["__init__"]]
+    assert list(take_requests(folder)) == []
+    for request in taken[:3]:
+        desired.add(request)
+    assert (desired.workers, desired.pauses) == ({"rollout": 1}, {"a": True})
+    for foreign in (*taken[3:], ["scale", "rollout", -1], ["stop", 1]):
+        with pytest.raises(ConfigError, match="is no request to a run"):
+            desired.add(foreign)
+    for refuses in (lambda: desired.add(["scale", "policy", 2]), lambda: ask(folder, "scale", "policy", 2)):
+        with pytest.raises(ConfigError, match=r"no role policy whose workers come and go; it can scale rollout"):
+            refuses()
 
 
 def test_an_incomplete_last_line_is_skipped(folder: Path):
@@ -100,18 +127,16 @@ def test_an_incomplete_last_line_is_skipped(folder: Path):
 def test_a_run_in_one_process_shows_how_it_stands_and_its_metrics(
     folder: Path, capsys: pytest.CaptureFixture[str], events: tuple[str, ...], state: str
 ):
-    RunFile("t-1", None, board_name("t-1"), Driver.here()).write(folder)
+    RunFile("t-1", None, Driver.here()).write(folder)
     with driving(folder):
         first, metrics = said(folder, *({"event": event, "step": 2} for event in events), run=capsys)
     assert first == f"t-1: {state}"
     assert metrics["step"] == 2
 
 
-def test_a_run_whose_driver_has_not_started_its_roles_yet_is_starting(
-    folder: Path, nowhere: str, capsys: pytest.CaptureFixture[str]
-):
+def test_a_run_whose_driver_has_not_started_its_roles_yet_is_starting(folder: Path, capsys: pytest.CaptureFixture[str]):
     earlier = replace(Driver.here(), started=0.0)  # the same process id, in a container that was started again
-    RunFile("t-1", nowhere, board_name("t-1"), earlier).write(folder)
+    RunFile("t-1", "10.0.0.1:6379", earlier).write(folder)
     with driving(folder):
         first, _ = said(folder, run=capsys)
     assert first == "t-1: starting"
@@ -139,22 +164,7 @@ def test_a_folder_that_is_no_runs_is_refused_by_every_command(tmp_path: Path, ca
 
 
 def test_a_checkpoint_of_a_run_that_is_paused_before_its_first_step_is_refused(folder: Path):
-    RunFile("t-1", None, board_name("t-1"), Driver.here()).write(folder)
+    RunFile("t-1", None, Driver.here()).write(folder)
     write(folder / "events.jsonl", [{"event": "prepared"}, {"event": "paused", "step": 0, "asked": ["other"]}])
     with driving(folder), pytest.raises(RunError, match="is paused before its first step: there is nothing to save"):
         attach(folder).checkpoint(timeout_s=20)
-
-
-def test_a_process_that_imported_ray_without_the_mode_of_the_runs_token_is_told_so_at_once(
-    folder: Path, nowhere: str, monkeypatch: pytest.MonkeyPatch
-):
-    import ray  # noqa: F401  # as a notebook that uses it
-
-    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
-    RunFile("t-1", nowhere, board_name("t-1"), Driver.here(), "token").write(folder)
-    write(folder / "events.jsonl", [{"event": "prepared"}])
-    with driving(folder):
-        for _ in range(2):
-            assert "set that variable before Ray is imported" in attach(folder).status().state
-        with pytest.raises(RunError, match="does not answer: its Ray wants a token"):
-            attach(folder).scale("rollout", 2)

@@ -1,0 +1,171 @@
+"""Control of a running job from outside, through its folder.
+
+    troupe scale RUN rollout=4 ──► RUN/requests/*.json ──► the driver looks twice a second, and takes each file once
+    RunHandle.pause() ...      ──►
+    troupe status RUN          ◄── RUN/status.json     ◄── the driver, every second
+    who drives it, and how     ◄── RUN/run.json        ◄── the driver, when its roles start
+
+A folder and not an actor, because whoever controls a run has its folder anyway: the events that answer a request are
+there. So a client needs no connection to Ray and no token of it (which is root on the cluster), it is not ended by a
+Ray that dies, and a run in one process (`--local`) is no special case.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from actors.errors import ConfigError, RunError, UserError
+from orchestrator.cluster.run_lock import Driver
+from orchestrator.json_lines import LineReader
+
+RUN_FILE = "run.json"
+EVENTS_FILE = "events.jsonl"
+REQUESTS = "requests"
+STATUS_FILE = "status.json"
+SILENT_S = 60.0  # a driver that has put up no status for so long does not answer
+
+
+@dataclass
+class Desired:
+    """What was asked of a run since its driver started. `elastic`: the roles that it can scale. A ticket is any name
+    that no other request has: the event that answers a request has it in its `asked`."""
+
+    elastic: Sequence[str] = ()
+    workers: dict[str, int] = field(default_factory=dict[str, int])  # by elastic role
+    pauses: dict[str, bool] = field(default_factory=dict[str, bool])  # ticket -> whether to hold; the last one counts
+    checkpoints: list[str] = field(default_factory=list[str])  # tickets
+    stop: bool = False
+
+    def add(self, request: Any) -> None:
+        """Raises ConfigError for what is no request, or of a role that the run cannot scale."""
+        match request:
+            case ["scale", str(role), int(count)] if count >= 0:
+                refuse_fixed(role, self.elastic)
+                self.workers[role] = count
+            case ["pause", bool(hold), str(ticket)]:
+                self.pauses.setdefault(ticket, hold)
+            case ["checkpoint", str(ticket)]:
+                if ticket not in self.checkpoints:
+                    self.checkpoints.append(ticket)
+            case ["stop"]:
+                self.stop = True
+            case _:
+                raise ConfigError(f"{json.dumps(request)[:200]} is no request to a run")
+
+
+def refuse_fixed(role: str, elastic: Sequence[str]) -> None:
+    """Raises ConfigError for a role that a run with these elastic roles cannot scale."""
+    if role not in elastic:
+        can = f"it can scale {', '.join(sorted(elastic))}" if elastic else "it has none at all"
+        raise ConfigError(f"this run has no role {role} whose workers come and go; {can}")
+
+
+@dataclass(frozen=True)
+class RunFile:
+    """`run.json` in a run's folder: who drives it, and what can be asked of it."""
+
+    name: str
+    address: str | None  # of Ray; None for a run in one process
+    driver: Driver
+    elastic: tuple[str, ...] = ()  # roles whose workers come and go
+
+    def write(self, folder: Path) -> None:
+        _replace(folder / RUN_FILE, asdict(self))
+
+    @classmethod
+    def read(cls, folder: Path) -> RunFile:
+        try:
+            read: dict[str, Any] = json.loads((folder / RUN_FILE).read_text())
+            driver, elastic = Driver(**read.pop("driver")), tuple(read.pop("elastic"))
+            return cls(driver=driver, elastic=elastic, **read)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ConfigError(
+                f"{folder} is not a run's folder ({error}); give the folder that `troupe run` printed"
+            ) from None
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    """The complete lines of a run's `events.jsonl`."""
+    return LineReader(folder / EVENTS_FILE).new()
+
+
+def parse_scale(text: str) -> tuple[str, int]:
+    """`rollout=4` -> ("rollout", 4)."""
+    match = re.fullmatch(r"(\w+)=(\d+)", text)
+    if match is None:
+        raise ConfigError(
+            f"cannot scale {text!r}; write ROLE=N with the name of a role and a number of workers, e.g. rollout=4"
+        )
+    return match[1], int(match[2])
+
+
+class InOneProcess(UserError):
+    """A run without Ray (`--local`) has no workers that come and go."""
+
+
+class Silent(RunError):
+    """The driver of a run seems to live, and has put up no status for SILENT_S."""
+
+
+def ask(folder: Path, method: str, *arguments: Any) -> Path:
+    """Put a request where the driver looks, in the notation of `Desired.add`. Returns its file, which is gone once the
+    driver has taken it. Raises ConfigError or InOneProcess for a role that cannot be scaled."""
+    if method == "scale":
+        run = RunFile.read(folder)
+        if run.address is None:
+            raise InOneProcess(f"{run.name} runs in one process (--local): it has no workers that come and go")
+        refuse_fixed(arguments[0], run.elastic)
+    requests = folder / REQUESTS
+    requests.mkdir(exist_ok=True)
+    file = requests / f"{time.time_ns()}-{uuid.uuid4().hex[:8]}.json"
+    _replace(file, [method, *arguments])
+    return file
+
+
+def take_requests(folder: Path) -> Iterator[Any]:
+    """The driver's side: what was asked, in the order of arrival; each is taken once."""
+    for file in sorted((folder / REQUESTS).glob("*.json")):
+        text = file.read_text()
+        file.unlink()
+        try:
+            yield json.loads(text)
+        except ValueError:
+            yield text
+
+
+def put_status(folder: Path, roles: Mapping[str, Any]) -> None:
+    """The driver's side. Raises OSError if the disk does not take it."""
+    _replace(folder / STATUS_FILE, {"time": round(time.time(), 3), "roles": roles})
+
+
+def status(folder: Path) -> Mapping[str, Any]:
+    """The elastic roles of a run as its driver put them up: role -> desired, serving, members. Raises Silent if that
+    was long ago."""
+    try:
+        found: dict[str, Any] = json.loads((folder / STATUS_FILE).read_text())
+    except (OSError, ValueError):
+        return {}  # it has just started
+    age = time.time() - found["time"]
+    if age > SILENT_S:
+        raise Silent(f"its driver has written nothing to {folder / STATUS_FILE} for {age:.0f} s")
+    return found["roles"]
+
+
+def forget_requests(folder: Path) -> None:
+    """What was asked of a driver before this one, and how that one stood."""
+    list(take_requests(folder))
+    (folder / STATUS_FILE).unlink(missing_ok=True)
+
+
+def _replace(file: Path, content: Any) -> None:
+    """Write a JSON file as a whole or not at all."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2))
+    temporary.replace(file)
