@@ -8,6 +8,8 @@ import os
 import pytest
 
 DEADLINE_S = 280.0
+# Ray would start an idle worker for every CPU that a test invents; our actors have processes of their own anyway.
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 gc.disable()  # while the tests are imported, all that is made stays
 os.environ.pop("COLUMNS", None)  # pytest-xdist sets it in its workers; a user whose output is no terminal has none
 

@@ -150,12 +150,12 @@ class RewardServer:
 
     def calls(self, path: str) -> list[dict[str, Any]]:
         """What was asked at a path."""
-        with urllib.request.urlopen(self.url("calls"), timeout=10) as response:
+        with urllib.request.urlopen(self.url("calls"), timeout=50) as response:
             return [call for call in json.load(response) if call["path"] == f"/{path}"]
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait(timeout=10)
+        self.process.wait(timeout=50)
         assert self.process.stdout is not None
         self.process.stdout.close()
 

@@ -32,6 +32,7 @@ from tests.runs import ARITHMETIC, merged
 from tests.unit.test_rewards import samples
 
 pytestmark = pytest.mark.timeout(120)
+PATIENCE_S = 50.0  # of answers that come, on a busy machine, too
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def server() -> Iterator[RewardServer]:
 
 
 def settings(judge: Any, **keys: Any) -> RewardConfig:
-    given = {"name": "judge", "allow_private": True, "retries": 0, "timeout_s": 5.0, "judge": judge, **keys}
+    given = {"name": "judge", "allow_private": True, "retries": 0, "timeout_s": PATIENCE_S, "judge": judge, **keys}
     return RewardConfig.model_validate(given)
 
 
@@ -50,17 +51,17 @@ class Asked:
 
     def __init__(self, tokenizer: str, judge: Any, **keys: Any) -> None:
         spec = check_reward(settings(judge, **keys))
-        self.worker = LocalWorker("reward/0", RewardWorker("reward/0", with_deadlines([spec], 5.0), tokenizer))
+        self.worker = LocalWorker("reward/0", RewardWorker("reward/0", with_deadlines([spec], PATIENCE_S), tokenizer))
 
     async def __aenter__(self) -> Asked:
-        await self.worker.call("ready", timeout_s=10)
+        await self.worker.call("ready", timeout_s=PATIENCE_S)
         return self
 
     async def __aexit__(self, *_: Any) -> None:
         await self.worker.kill()
 
     async def score(self, *texts: str, **columns: Any) -> tuple[ScoreResult, ScoredTexts]:
-        return await self.worker.call("score", samples(*texts), "q", columns, timeout_s=60)
+        return await self.worker.call("score", samples(*texts), "q", columns, timeout_s=100)
 
 
 async def judged(
@@ -69,6 +70,11 @@ async def judged(
     given = {"url": server.url(f"{path}/v1"), "model": "fair", **judge}
     async with Asked(tokenizer, given, **(keys or {})) as asked:
         return (await asked.score(*texts))[0]
+
+
+def deadline_s(fault: str) -> float:
+    """Of each attempt: short for a server that never answers, yet long enough for the attempt after it."""
+    return 1.5 if fault in ("hangs", "trickles") else PATIENCE_S
 
 
 def same(result: ScoreResult, *expected: float) -> bool:
@@ -153,8 +159,8 @@ async def test_a_prompt_of_ones_own_names_columns_and_digits_are_read_by_a_patte
         ("500", InfraFailure, "HTTP 500 .*the model is being loaded"),
         ("429", InfraFailure, "HTTP 429"),
         ("breaks", InfraFailure, "ClientPayloadError"),
-        ("hangs", InfraFailure, r"no answer within 0\.4 s"),
-        ("trickles", InfraFailure, r"no answer within 0\.4 s"),
+        ("hangs", InfraFailure, r"no answer within 1\.5 s"),
+        ("trickles", InfraFailure, r"no answer within 1\.5 s"),
     ],
 )
 async def test_what_is_no_answer_is_a_failure_of_its_kind_and_never_a_score(
@@ -162,8 +168,8 @@ async def test_what_is_no_answer_is_a_failure_of_its_kind_and_never_a_score(
 ) -> None:
     began = time.monotonic()
     with pytest.raises(error, match=f"reward judge: .*{said}"):
-        await judged(tokenizer, server, "abc", "a", path=fault, keys={"timeout_s": 0.4})
-    assert time.monotonic() - began < 5
+        await judged(tokenizer, server, "abc", "a", path=fault, keys={"timeout_s": deadline_s(fault)})
+    assert time.monotonic() - began < 20, "the server would hang for 30 s"
 
 
 async def test_an_answer_without_words_is_no_opinion(server: RewardServer, tokenizer: str) -> None:
@@ -187,7 +193,7 @@ async def test_a_server_that_dies_fails_the_call_and_one_in_its_place_is_asked(t
 @pytest.mark.parametrize("fault", ["500", "hangs", "garbage", "breaks"])
 async def test_only_the_question_that_failed_is_asked_again(server: RewardServer, tokenizer: str, fault: str) -> None:
     path = f"first/{fault}/1/again"
-    keys = {"retries": 1, "timeout_s": 1.0}
+    keys = {"retries": 1, "timeout_s": deadline_s(fault)}
     result = await judged(tokenizer, server, "ccc", "a", "bb", path=path, keys=keys)
     assert same(result, 1.0, 0.0, 0.5) and len(server.calls(path)) == 6 + 1
     kind = {"hangs": "timeout", "garbage": "invalid"}.get(fault, "unreachable")
@@ -196,7 +202,7 @@ async def test_only_the_question_that_failed_is_asked_again(server: RewardServer
 
 @pytest.mark.parametrize(("fault", "kind"), [("500", "unreachable"), ("hangs", "timeout"), ("garbage", "invalid")])
 async def test_on_failure_decides_what_follows(server: RewardServer, tokenizer: str, fault: str, kind: str) -> None:
-    keys: dict[str, Any] = {"timeout_s": 0.4}
+    keys: dict[str, Any] = {"timeout_s": deadline_s(fault)}
     with pytest.raises(Dropped) as dropped:
         await judged(tokenizer, server, "a", "bb", path=fault, keys={**keys, "on_failure": "drop"})
     assert dropped.value.reason == f"reward judge: {kind}"
@@ -214,10 +220,10 @@ async def test_replicas_share_the_questions_and_a_limit_of_questions_holds(
     async with Asked(tokenizer, judge, concurrency=3) as asked:
         assert same((await asked.score("a", "bb", "ccc", "dddd"))[0], 0.0, 1 / 3, 2 / 3, 1.0)
     assert [len(server.calls(path)) for path in paths] == [4, 4, 4]
-    slow = {"url": server.url("first/hangs/3/one/v1"), "model": "fair", "kind": "binary"}
-    async with Asked(tokenizer, slow, concurrency=1, timeout_s=0.5, on_failure=-1.0) as asked:
-        results = await asyncio.gather(*(asked.score("ab") for _ in range(5)))
-    assert [result.calls[0].stood_in for result, _ in results] == [True] * 3 + [False] * 2
+    slow = {"url": server.url("first/hangs/2/one/v1"), "model": "fair", "kind": "binary"}
+    async with Asked(tokenizer, slow, concurrency=1, timeout_s=deadline_s("hangs"), on_failure=-1.0) as asked:
+        results = await asyncio.gather(*(asked.score("ab") for _ in range(4)))
+    assert [result.calls[0].stood_in for result, _ in results] == [True] * 2 + [False] * 2
 
 
 async def test_a_key_that_a_server_repeats_is_blotted_out_and_stands_in_no_text(

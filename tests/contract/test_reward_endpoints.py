@@ -35,6 +35,7 @@ from tests.runs import ARITHMETIC, merged
 from tests.unit.test_rewards import samples
 
 pytestmark = pytest.mark.timeout(120)
+PATIENCE_S = 50.0  # of answers that come, on a busy machine, too
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +48,12 @@ class Scorer:
     """A reward worker in this process, with one endpoint."""
 
     def __init__(self, tokenizer: str, *urls: str, **keys: Any) -> None:
-        settings = {"url": urls, "allow_private": True, "retries": 0, "timeout_s": 5.0, **keys}
+        settings = {"url": urls, "allow_private": True, "retries": 0, "timeout_s": PATIENCE_S, **keys}
         spec = check_reward(RewardConfig.model_validate({"name": "judge", **settings}))
-        self.worker = LocalWorker("reward/0", RewardWorker("reward/0", with_deadlines([spec], 5.0), tokenizer))
+        self.worker = LocalWorker("reward/0", RewardWorker("reward/0", with_deadlines([spec], PATIENCE_S), tokenizer))
 
     async def __aenter__(self) -> Scorer:
-        await self.worker.call("ready", timeout_s=10)
+        await self.worker.call("ready", timeout_s=PATIENCE_S)
         return self
 
     async def __aexit__(self, *_: Any) -> None:
@@ -60,12 +61,17 @@ class Scorer:
 
     async def score(self, *texts: str, prompt: Any = "q", **columns: Any) -> ScoreResult:
         given = samples(*(texts or ("abc", "xy")))
-        return (await self.worker.call("score", given, prompt, columns, timeout_s=60))[0]
+        return (await self.worker.call("score", given, prompt, columns, timeout_s=100))[0]
 
 
 async def scored(tokenizer: str, *urls: str, **keys: Any) -> ScoreResult:
     async with Scorer(tokenizer, *urls, **keys) as scorer:
         return await scorer.score()
+
+
+def deadline_s(fault: str) -> float:
+    """Of each attempt: short for a server that never answers, yet long enough for the attempt after it."""
+    return 1.5 if fault in ("hangs", "trickles") else PATIENCE_S
 
 
 def same(result: ScoreResult, *expected: float) -> bool:
@@ -79,7 +85,7 @@ async def test_what_a_server_answers_are_the_rewards_and_null_is_no_opinion(
         result = await scorer.score("abc", "xy", "a")
     assert result.names == ("judge",) and same(result, 5.0, np.nan, 3.0)
     np.testing.assert_array_equal(result.total, np.array([2.5, np.nan, 1.5], np.float32))
-    assert result.calls[0].failures == {} and 0 < result.calls[0].seconds < 5
+    assert result.calls[0].failures == {} and 0 < result.calls[0].seconds < PATIENCE_S
 
 
 async def test_a_server_is_sent_prompts_completions_columns_and_options_as_the_page_says(
@@ -149,8 +155,8 @@ async def test_an_answer_that_is_none_is_a_data_failure_and_never_a_reward(
         ("503", "HTTP 503"),
         ("429", "HTTP 429"),
         ("breaks", "ClientPayloadError"),
-        ("hangs", "no answer within 0.4 s"),
-        ("trickles", "no answer within 0.4 s"),
+        ("hangs", "no answer within 1.5 s"),
+        ("trickles", "no answer within 1.5 s"),
     ],
 )
 async def test_a_server_that_is_down_slow_or_overloaded_is_an_infra_failure(
@@ -158,15 +164,15 @@ async def test_a_server_that_is_down_slow_or_overloaded_is_an_infra_failure(
 ) -> None:
     began = time.monotonic()
     with pytest.raises(InfraFailure, match=f"reward judge: .*{said}"):
-        await scored(tokenizer, server.url(fault), timeout_s=0.4)
-    assert time.monotonic() - began < 5
+        await scored(tokenizer, server.url(fault), timeout_s=deadline_s(fault))
+    assert time.monotonic() - began < 20, "the server would hang for 30 s"
 
 
 async def test_a_server_that_dies_during_a_call_is_an_infra_failure(tokenizer: str) -> None:
     with reward_server() as dying:
         with pytest.raises(InfraFailure, match=r"reward judge: .*ServerDisconnectedError"):
             await scored(tokenizer, dying.url("dies"))
-        assert dying.process.wait(timeout=10) == 9
+        assert dying.process.wait(timeout=PATIENCE_S) == 9
 
 
 async def test_a_server_that_was_killed_is_an_infra_failure_until_another_is_in_its_place(tokenizer: str) -> None:
@@ -187,7 +193,7 @@ async def test_a_server_that_recovers_within_the_retries_is_scored_and_its_failu
     server: RewardServer, tokenizer: str, fault: str
 ) -> None:
     path = f"first/{fault}/2/recovers"
-    result = await scored(tokenizer, server.url(path), retries=2, timeout_s=1.0)
+    result = await scored(tokenizer, server.url(path), retries=2, timeout_s=deadline_s(fault))
     assert same(result, 5.0, np.nan) and len(server.calls(path)) == 3
     kind = {"hangs": "timeout", "garbage": "invalid", "nan": "invalid", "short": "invalid"}.get(fault, "unreachable")
     assert result.calls[0].failures == {kind: 2}
@@ -227,18 +233,18 @@ async def test_replicas_share_the_calls(server: RewardServer, tokenizer: str) ->
 async def test_a_limit_of_calls_at_the_same_time_holds_and_waiting_for_it_is_no_failure(
     server: RewardServer, tokenizer: str
 ) -> None:
-    keys = {"concurrency": 1, "timeout_s": 0.5, "on_failure": -1.0}
-    async with Scorer(tokenizer, server.url("first/hangs/3/limit"), **keys) as scorer:
-        results = await asyncio.gather(*(scorer.score() for _ in range(5)))
-    assert [result.calls[0].stood_in for result in results] == [True] * 3 + [False] * 2
-    assert all(same(result, 5.0, np.nan) for result in results[3:]), "queued for 1.5 s, with a deadline of 0.5 s"
+    keys = {"concurrency": 1, "timeout_s": deadline_s("hangs"), "on_failure": -1.0}
+    async with Scorer(tokenizer, server.url("first/hangs/2/limit"), **keys) as scorer:
+        results = await asyncio.gather(*(scorer.score() for _ in range(4)))
+    assert [result.calls[0].stood_in for result in results] == [True] * 2 + [False] * 2
+    assert all(same(result, 5.0, np.nan) for result in results[2:]), "queued for 3 s, with a deadline of 1.5 s"
 
 
 @pytest.mark.parametrize("fault", ["500", "hangs", "garbage", "nan", "404"])
 async def test_on_failure_decides_what_follows_whatever_the_failure(
     server: RewardServer, tokenizer: str, fault: str
 ) -> None:
-    keys: dict[str, Any] = {"timeout_s": 0.4}
+    keys: dict[str, Any] = {"timeout_s": deadline_s(fault)}
     with pytest.raises(Dropped) as dropped:
         await scored(tokenizer, server.url(fault), on_failure="drop", **keys)
     kinds = {"500": "unreachable", "hangs": "timeout", "404": "refused"}
@@ -292,9 +298,9 @@ async def test_another_spelling_of_a_private_address_is_refused_when_it_is_calle
 ) -> None:
     spec = EndpointSpec((f"http://{host}:{server.port}/score?ssrf",), name="judge", handling=Handling(5.0))
     worker = LocalWorker("reward/0", RewardWorker("reward/0", [spec], tokenizer))
-    await worker.call("ready", timeout_s=10)
+    await worker.call("ready", timeout_s=PATIENCE_S)
     with pytest.raises(DataFailure, match=said):
-        await worker.call("score", samples("a"), "q", {}, timeout_s=20)
+        await worker.call("score", samples("a"), "q", {}, timeout_s=PATIENCE_S)
     await worker.kill()
     assert server.calls("score?ssrf") == []
 
@@ -338,7 +344,7 @@ async def test_the_server_of_the_documentation_is_one(tokenizer: str, tmp_path: 
             assert same(await scorer.score("abc", "xy", answer="xy"), 0.0, 1.0)
     finally:
         process.kill()
-        process.wait(timeout=10)
+        process.wait(timeout=PATIENCE_S)
 
 
 def test_a_run_is_trained_on_what_the_server_said_and_on_nothing_else(server: RewardServer, tmp_path: Path) -> None:

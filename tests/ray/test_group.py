@@ -8,7 +8,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from actors.group import RayGroup, RayObjects, RayWorker, start_ranks, start_wor
 from actors.worker import Ref, WorkerInfo
 
 READY_S = 60.0
+CALL_S = 60.0
 
 
 class Bench:
@@ -36,6 +38,13 @@ class Bench:
     def block(self, seconds: float) -> str:
         time.sleep(seconds)
         return threading.current_thread().name
+
+    def block_until(self, begun: str, may_end: str) -> None:
+        """Touches the file `begun`, and returns once there is the file `may_end`."""
+        Path(begun).touch()
+        deadline = time.monotonic() + CALL_S
+        while not Path(may_end).exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def fail(self, error: Exception) -> None:
         raise error
@@ -55,11 +64,14 @@ class Bench:
     def identity(self) -> tuple[str, str]:
         return repr(self), ray.get_runtime_context().get_actor_name() or ""
 
-    def fail_or_die(self) -> None:
-        """Rank 1 dies; rank 0 reports the broken collective a moment before anybody can know of the death."""
+    def fail_or_die(self, dying: str) -> None:
+        """Rank 1 dies; rank 0 reports the broken collective as soon as `dying` is there, before anybody can know of the
+        death."""
         if self.rank == 1:
-            time.sleep(0.3)
+            Path(dying).touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        while not Path(dying).exists():  # ended by rank 1, or with the actor
+            time.sleep(0.01)
         raise RuntimeError("connection closed by peer")
 
 
@@ -67,21 +79,29 @@ class Loop:
     """An asynchronous target: what a rollout worker looks like to its pool."""
 
     def __init__(self) -> None:
-        self.cancelled = 0
+        self.begun = self.cancelled = 0
 
-    def ping(self) -> int:
-        return self.cancelled
+    def ping(self) -> tuple[int, int]:
+        return self.begun, self.cancelled
 
     async def ready(self) -> WorkerInfo:
         return WorkerInfo("loop", os.getpid(), socket.gethostname(), "", {})
 
     async def wait(self, seconds: float) -> float:
+        self.begun += 1
         try:
             await asyncio.sleep(seconds)
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
         return seconds
+
+    async def meet(self, others: int) -> int:
+        """Returns once as many calls have begun."""
+        self.begun += 1
+        while self.begun < others:
+            await asyncio.sleep(0.01)
+        return others
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -111,57 +131,65 @@ def fresh(name: str) -> RayWorker:
     return worker
 
 
-def test_ping_answers_while_the_main_group_blocks(bench: RayWorker) -> None:
-    async def scenario() -> tuple[float, bool, str]:
-        busy = asyncio.ensure_future(bench.call("block", 2.0, timeout_s=10))
-        await asyncio.sleep(0.3)
-        began = time.monotonic()
-        await bench.call("ping", timeout_s=1)
-        took, unfinished = time.monotonic() - began, not busy.done()
-        return took, unfinished, await busy
+async def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + CALL_S
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about in time"
+        await asyncio.sleep(0.01)
 
-    took, unfinished, _ = asyncio.run(scenario())
-    assert unfinished
-    assert took < 1
+
+def test_ping_answers_while_the_main_group_blocks(bench: RayWorker, tmp_path: Path) -> None:
+    begun, may_end = tmp_path / "begun", tmp_path / "may_end"
+
+    async def scenario() -> bool:
+        busy = asyncio.ensure_future(bench.call("block_until", str(begun), str(may_end), timeout_s=CALL_S))
+        await until(begun.exists)
+        await bench.call("ping", timeout_s=CALL_S / 2)
+        unfinished = not busy.done()
+        may_end.touch()
+        await busy
+        return unfinished
+
+    assert asyncio.run(scenario())
 
 
 def test_every_call_but_ping_runs_on_one_thread(bench: RayWorker) -> None:
     """torch's thread count and CUDA's current device belong to a thread."""
 
     async def scenario() -> tuple[set[str], str]:
-        calls = await asyncio.gather(*(bench.call("block", 0.01, timeout_s=10) for _ in range(4)))
-        return set(calls), await bench.call("ping", timeout_s=10)
+        calls = await asyncio.gather(*(bench.call("block", 0.01, timeout_s=CALL_S) for _ in range(4)))
+        return set(calls), await bench.call("ping", timeout_s=CALL_S)
 
     threads, health = asyncio.run(scenario())
     assert len(threads) == 1
     assert health not in threads
 
 
-def test_a_killed_actors_call_raises_infra_failure_quickly() -> None:
-    worker = fresh("killed/0")
+def test_a_killed_actors_call_raises_infra_failure_quickly(tmp_path: Path) -> None:
+    worker, begun = fresh("killed/0"), tmp_path / "begun"
 
     async def scenario() -> float:
-        call = asyncio.ensure_future(worker.call("block", 60.0, timeout_s=120))
-        await asyncio.sleep(0.3)
+        call = asyncio.ensure_future(worker.call("block_until", str(begun), "/never", timeout_s=120))
+        await until(begun.exists)
         began = time.monotonic()
         await worker.kill()
         await worker.kill()  # killing twice is fine
-        with pytest.raises(InfraFailure, match=r"troupe/test/killed/0\.block: the worker died: .*pid \d+ on node"):
+        with pytest.raises(InfraFailure, match=r"killed/0\.block_until: the worker died: .*pid \d+ on node"):
             await call
         return time.monotonic() - began
 
-    assert asyncio.run(scenario()) < 5
+    assert asyncio.run(scenario()) < 30, "long before the call would have ended"
 
 
 def test_an_actor_that_kills_itself_raises_infra_failure_on_this_and_later_calls() -> None:
     worker = fresh("suicide/0")
     asyncio.run(worker.kill())
     with pytest.raises(InfraFailure, match="ping"):
-        asyncio.run(worker.call("ping", timeout_s=20))
+        asyncio.run(worker.call("ping", timeout_s=CALL_S))
 
 
 def test_a_deadline_raises_infra_failure_with_verb_and_age(bench: RayWorker) -> None:
-    with pytest.raises(InfraFailure, match=r"bench/0\.block: no answer within 0\.2 s .*0\.2 s into the call"):
+    with pytest.raises(InfraFailure, match=r"bench/0\.block: no answer within 0\.2 s .*\d\.\d s into the call"):
         asyncio.run(bench.call("block", 0.6, timeout_s=0.2))
 
 
@@ -169,7 +197,7 @@ def test_a_call_that_outlived_its_deadline_leaves_the_worker_usable(bench: RayWo
     async def scenario() -> int:
         with pytest.raises(InfraFailure):
             await bench.call("block", 0.5, timeout_s=0.1)
-        return await bench.call("total", np.arange(4), timeout_s=10)
+        return await bench.call("total", np.arange(4), timeout_s=CALL_S)
 
     assert asyncio.run(scenario()) == 6
 
@@ -177,31 +205,36 @@ def test_a_call_that_outlived_its_deadline_leaves_the_worker_usable(bench: RayWo
 def test_an_async_call_nobody_waits_for_is_cancelled_in_the_actor() -> None:
     worker = start_worker("troupe/test/loop/0", Loop, {})
 
-    async def scenario() -> int:
+    async def scenario() -> None:
         await worker.call("ready", timeout_s=READY_S)
-        with pytest.raises(InfraFailure):
-            await worker.call("wait", 60.0, timeout_s=0.2)
-        dropped = asyncio.ensure_future(worker.call("wait", 60.0, timeout_s=120))
-        await asyncio.sleep(0.3)
-        dropped.cancel()
-        deadline = time.monotonic() + 10
-        while (cancelled := await worker.call("ping", timeout_s=5)) < 2 and time.monotonic() < deadline:
-            await asyncio.sleep(0.05)
-        return cancelled
 
-    assert asyncio.run(scenario()) == 2
+        async def until_there_are(begun: int, cancelled: int) -> None:
+            deadline = time.monotonic() + CALL_S
+            while (found := await worker.call("ping", timeout_s=CALL_S)) != (begun, cancelled):
+                assert time.monotonic() < deadline, found
+                await asyncio.sleep(0.02)
+
+        late = asyncio.ensure_future(worker.call("wait", 600.0, timeout_s=3.0))
+        await until_there_are(begun=1, cancelled=0)
+        with pytest.raises(InfraFailure):
+            await late
+        await until_there_are(begun=1, cancelled=1)
+        dropped = asyncio.ensure_future(worker.call("wait", 600.0, timeout_s=700))
+        await until_there_are(begun=2, cancelled=1)
+        dropped.cancel()
+        await until_there_are(begun=2, cancelled=2)
+
+    asyncio.run(scenario())
 
 
 def test_async_calls_of_one_worker_overlap() -> None:
     worker = start_worker("troupe/test/loop/1", Loop, {})
 
-    async def scenario() -> float:
+    async def scenario() -> list[int]:
         await worker.call("ready", timeout_s=READY_S)
-        began = time.monotonic()
-        await asyncio.gather(*(worker.call("wait", 0.5, timeout_s=20) for _ in range(20)))
-        return time.monotonic() - began
+        return await asyncio.gather(*(worker.call("meet", 20, timeout_s=CALL_S) for _ in range(20)))
 
-    assert asyncio.run(scenario()) < 5
+    assert asyncio.run(scenario()) == [20] * 20
 
 
 @pytest.mark.parametrize(
@@ -209,7 +242,7 @@ def test_async_calls_of_one_worker_overlap() -> None:
 )
 def test_errors_of_the_method_keep_their_type_and_message(bench: RayWorker, error: Exception) -> None:
     with pytest.raises(type(error)) as caught:
-        asyncio.run(bench.call("fail", error, timeout_s=10))
+        asyncio.run(bench.call("fail", error, timeout_s=CALL_S))
     assert type(caught.value) is type(error)
     assert caught.value.args == error.args
     assert "in fail" in str(caught.value.__cause__), "the remote traceback must survive"
@@ -217,9 +250,9 @@ def test_errors_of_the_method_keep_their_type_and_message(bench: RayWorker, erro
 
 def test_call_split_leaves_the_second_value_in_the_store(bench: RayWorker) -> None:
     async def scenario() -> tuple[int, Ref, int, np.ndarray]:
-        size, ref = await bench.call_split("report_and_array", 200_000, timeout_s=10)
-        total = await bench.call("total", ref, scale=2, timeout_s=10)
-        return size, ref, total, await RayObjects().get(ref, timeout_s=10)
+        size, ref = await bench.call_split("report_and_array", 200_000, timeout_s=CALL_S)
+        total = await bench.call("total", ref, scale=2, timeout_s=CALL_S)
+        return size, ref, total, await RayObjects().get(ref, timeout_s=CALL_S)
 
     size, ref, total, array = asyncio.run(scenario())
     assert size == 200_000
@@ -232,9 +265,9 @@ def test_values_that_an_actor_returned_survive_its_death() -> None:
     worker = fresh("short-lived/0")
 
     async def scenario() -> np.ndarray:
-        _, ref = await worker.call_split("report_and_array", 200_000, timeout_s=10)
+        _, ref = await worker.call_split("report_and_array", 200_000, timeout_s=CALL_S)
         await worker.kill()
-        return await RayObjects().get(ref, timeout_s=10)
+        return await RayObjects().get(ref, timeout_s=CALL_S)
 
     assert asyncio.run(scenario())[-1] == 199_999
 
@@ -242,13 +275,13 @@ def test_values_that_an_actor_returned_survive_its_death() -> None:
 def test_put_values_reach_methods_as_values(bench: RayWorker) -> None:
     async def scenario() -> tuple[int, int]:
         ref = await RayObjects().put(np.ones(100_000, dtype=np.int64))
-        return await bench.call("total", ref, timeout_s=10), await bench.call("total", array=ref, timeout_s=10)
+        return await bench.call("total", ref, timeout_s=CALL_S), await bench.call("total", array=ref, timeout_s=CALL_S)
 
     assert asyncio.run(scenario()) == (100_000, 100_000)
 
 
 def test_names_and_reprs_say_role_and_index(bench: RayWorker) -> None:
-    representation, name = asyncio.run(bench.call("identity", timeout_s=10))
+    representation, name = asyncio.run(bench.call("identity", timeout_s=CALL_S))
     assert representation == "bench/0"
     assert name == "troupe/test/bench/0"
     assert repr(bench) == "RayWorker(troupe/test/bench/0)"
@@ -257,15 +290,15 @@ def test_names_and_reprs_say_role_and_index(bench: RayWorker) -> None:
 
 
 def test_the_environment_is_set_before_the_actor_starts(bench: RayWorker) -> None:
-    assert asyncio.run(bench.call("environment", "TROUPE_TEST_THREADS", timeout_s=10)) == "3"
+    assert asyncio.run(bench.call("environment", "TROUPE_TEST_THREADS", timeout_s=CALL_S)) == "3"
 
 
 def test_ranks_know_their_place_and_share_a_bound_store(gang: RayGroup) -> None:
-    places = asyncio.run(gang.call("place", timeout_s=10))
+    places = asyncio.run(gang.call("place", timeout_s=CALL_S))
     assert [(rank, size) for rank, size, _ in places] == [(0, 3), (1, 3), (2, 3)]
     masters = {master for _, _, master in places}
     assert len(masters) == 1
-    with socket.create_connection(masters.pop(), timeout=5):
+    with socket.create_connection(masters.pop(), timeout=CALL_S):
         pass  # somebody listens there already
 
 
@@ -276,22 +309,22 @@ def test_a_gang_of_one_has_no_store() -> None:
 
 def test_group_results_are_in_rank_order_whichever_rank_is_first(gang: RayGroup) -> None:
     arrays = [np.full(3, rank) for rank in range(3)]
-    assert asyncio.run(gang.call("total", 10, per_rank=arrays, timeout_s=10)) == [0, 30, 60]
-    assert len(asyncio.run(gang.call("block", per_rank=[0.4, 0.2, 0.0], timeout_s=10))) == 3
+    assert asyncio.run(gang.call("total", 10, per_rank=arrays, timeout_s=CALL_S)) == [0, 30, 60]
+    assert len(asyncio.run(gang.call("block", per_rank=[0.4, 0.2, 0.0], timeout_s=CALL_S))) == 3
 
 
 def test_a_group_call_with_too_few_arguments_is_refused(gang: RayGroup) -> None:
     with pytest.raises(ValueError, match="1 arguments for 3 ranks"):
-        asyncio.run(gang.call("block", per_rank=[0.1], timeout_s=10))
+        asyncio.run(gang.call("block", per_rank=[0.1], timeout_s=CALL_S))
 
 
 def test_one_slow_rank_fails_the_group_call_at_its_deadline(gang: RayGroup) -> None:
     with pytest.raises(InfraFailure, match=r"gang/1\.block: no answer within"):
-        asyncio.run(gang.call("block", per_rank=[0.0, 2.0, 0.0], timeout_s=0.5))
+        asyncio.run(gang.call("block", per_rank=[0.0, 9.0, 0.0], timeout_s=2.0))
 
 
-def test_the_death_of_a_rank_is_reported_rather_than_its_peers_broken_collective() -> None:
+def test_the_death_of_a_rank_is_reported_rather_than_its_peers_broken_collective(tmp_path: Path) -> None:
     group = start_ranks("troupe/test/doomed", Bench, [{}, {}])
     asyncio.run(group.call("ready", timeout_s=READY_S))
     with pytest.raises(InfraFailure, match=r"doomed/1\.fail_or_die"):
-        asyncio.run(group.call("fail_or_die", timeout_s=20))
+        asyncio.run(group.call("fail_or_die", str(tmp_path / "dying"), timeout_s=CALL_S))

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Awaitable, Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-import actors
 from actors.batch import Batch
 from actors.group import RayObjects, RayWorker, start_ranks, start_worker
-from actors.worker import WorkerInfo
 from orchestrator.batch_stages import PhaseSettings
 from orchestrator.cluster.failures import Ledger, Watchdog
 from orchestrator.cluster.pool import Pool, PoolPolicy
@@ -28,10 +23,10 @@ from orchestrator.executor import Executor
 from orchestrator.losses.likelihood import nll
 from orchestrator.pipeline import Pipeline, Prompts, generate, update
 from orchestrator.row_table import RowTable
-from rollout.sampling import Finish, GroupMeta, Request, Sampling, sample_seed
+from rollout.sampling import Sampling, sample_seed
+from tests.lost_samples import MANY_TOKENS, Holder, Sampler, sampled
 
 READY_S = 60.0
-MANY_TOKENS = 40_000  # of a sample: Ray leaves a block so large on the node that made it
 
 
 @pytest.fixture
@@ -44,35 +39,6 @@ def cluster() -> Iterator[Cluster]:
     found.shutdown()
 
 
-class Resident:
-    def __init__(self, rank: int = 0, world_size: int = 1, master: Any = None) -> None:
-        self.rank = rank
-
-    def ready(self) -> WorkerInfo:
-        node = ray.get_runtime_context().get_node_id()
-        return WorkerInfo(type(self).__name__, os.getpid(), node, str(Path(actors.__file__).parent), {})
-
-    def ping(self) -> dict[str, Any]:
-        return {"alive": True}
-
-
-class Sampler(Resident):
-    """Stands in for a rollout worker: what it samples is a function of the request's seed."""
-
-    def generate(self, request: Request) -> tuple[GroupMeta, Batch]:
-        node = ray.get_runtime_context().get_node_id()
-        finishes = (Finish.STOP,) * request.n
-        meta = GroupMeta(request.id, node, (MANY_TOKENS - 1,) * request.n, finishes, 0, 0, 0.0)
-        return meta, sampled(request.seed, request.n)
-
-
-class Holder(Resident):
-    """Stands in for a rank of the policy, on a node that stays."""
-
-    def hold(self, *blocks: Batch) -> None:
-        pass
-
-
 class NodeThatDies(Executor):
     """Once a batch is collected, and before it is learned, the node that holds it dies."""
 
@@ -83,12 +49,6 @@ class NodeThatDies(Executor):
         return table
 
     die: Callable[[], Awaitable[None]] | None = None
-
-
-def sampled(seed: int, count: int) -> Batch:
-    tokens = np.random.default_rng(seed).integers(0, 1000, count * MANY_TOKENS)
-    rest = {"sample_logps": np.zeros(len(tokens)), "version": np.zeros(len(tokens), np.int32)}
-    return Batch.build([MANY_TOKENS] * count, tokens=tokens, mask=tokens > 0, **rest)
 
 
 async def test_samples_that_are_lost_with_their_node_are_sampled_again_elsewhere_to_the_bit(

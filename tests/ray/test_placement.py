@@ -28,6 +28,7 @@ from orchestrator.config.roles import RolesConfig
 from orchestrator.config.schema import ClusterConfig, PhaseConfig, RunConfig, TrainConfig
 from orchestrator.methods import build
 from orchestrator.planning.plan import Plan, make_plan, problems
+from tests.resident import Resident
 
 READY_S = 60.0
 ROOT = Path(actors.__file__).parents[1]
@@ -35,31 +36,9 @@ GPUS_PER_NODE = 128  # invented: two nodes are 256 GPUs
 ZONE = "z"
 
 
-class Resident:
-    """Stands in for a trainer, an engine or a reward: it says where it is."""
-
-    def __init__(
-        self, name: str = "", rank: int = 0, world_size: int = 1, master: Any = None, packages: str = ""
-    ) -> None:
-        self.name, self.rank = name, rank
-        self.packages = packages or str(Path(actors.__file__).parent)
-
-    def ready(self) -> WorkerInfo:
-        return WorkerInfo(self.name, os.getpid(), ray.get_runtime_context().get_node_id(), self.packages, {})
-
-    def ping(self) -> dict[str, Any]:
-        return {"alive": True}
-
-    def gpus(self) -> list[int]:
-        return [int(index) for index in ray.get_gpu_ids()]
-
-    def environment(self, name: str) -> str | None:
-        return os.environ.get(name)
-
-
 @pytest.fixture(scope="module")
 def invented() -> Iterator[InventedCluster]:
-    """A head and two nodes with labels, each with room for two rollout workers that want a resource of its own."""
+    """A head and two nodes with labels, each with room for one rollout worker that wants a resource of its own."""
     head = {"num_cpus": 32, "num_gpus": 0, "object_store_memory": 100 * 2**20}
 
     def start() -> InventedCluster:
@@ -69,7 +48,7 @@ def invented() -> Iterator[InventedCluster]:
                 num_cpus=256,
                 num_gpus=GPUS_PER_NODE,
                 object_store_memory=80 * 2**20,
-                resources={"engine": 2},
+                resources={"engine": 1},
                 labels={"role": role, "zone": ZONE},
             )
         return cluster
@@ -108,7 +87,7 @@ def gpus_in_use() -> float:
     return ray.cluster_resources().get("GPU", 0.0) - ray.available_resources().get("GPU", 0.0)
 
 
-async def until(condition: Any, timeout_s: float = 10.0) -> None:
+async def until(condition: Any, timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "it did not come about in time"
@@ -248,7 +227,7 @@ async def test_a_plan_that_does_not_fit_is_an_error_within_the_deadline_that_nam
     began = time.monotonic()
     with pytest.raises(PlacementError) as caught:
         await cluster.reserve(planned(wanted))
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20, "far from the 30 s that there are by default"
     message = str(caught.value)
     assert f"reference: no place for 1 of 1, each needs {GPUS_PER_NODE + 1} GPU" in message
     assert f"the largest node has {GPUS_PER_NODE} GPU" in message
@@ -280,22 +259,22 @@ async def test_labels_choose_the_nodes_of_rollout_workers_and_a_fallback_takes_t
     invented: InventedCluster, anyone: str
 ) -> None:
     rollout = {
-        "workers": 2,
+        "workers": 1,
         "resources": {"engine": 1},
         "label_selector": {"role": "rollout", "zone": ZONE},
         "fallback_strategy": [{"label_selector": {"role": "in(spare, other)"}}],
     }
-    wanted = config({"rollout": rollout}, beta=0.0, timeout_s=1.0)
+    wanted = config({"rollout": rollout}, beta=0.0, timeout_s=2.5)  # what there is room for has a place within this
     cluster = RayCluster(wanted, anyone, disconnect=False)
     try:
         await cluster.reserve(planned(wanted))
         places: list[str] = []
-        for index in range(4):
+        for index in range(2):
             worker = await cluster.start_worker("rollout", index, Resident, {})
             places.append(labels_of((await worker.call("ready", timeout_s=READY_S)).node)["role"])
-        assert places == ["rollout", "rollout", "spare", "spare"]
+        assert places == ["rollout", "spare"]
         with pytest.raises(InfraFailure, match="role=rollout and zone=z, else role=in"):
-            await cluster.start_worker("rollout", 4, Resident, {})
+            await cluster.start_worker("rollout", 2, Resident, {})
     finally:
         await cluster.close()
 

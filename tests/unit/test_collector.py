@@ -148,6 +148,13 @@ def collector(
     )
 
 
+async def settled() -> None:
+    """Until everything has happened that nobody waits for. In turns of the event loop, because on a busy machine a time
+    may pass without a single one."""
+    for _ in range(50):
+        await asyncio.sleep(0.0005)
+
+
 async def step(feed: GroupCollector, stages: Stages, version: int) -> tuple[int, ...]:
     """One turn of the loop, without a policy."""
     collected = await feed.next(version)
@@ -163,7 +170,7 @@ async def test_synchronous_batches_are_the_prompts_in_order_and_nothing_runs_ahe
     for version in range(2):
         collected = await feed.next(version)
         assert collected.positions == tuple(range(3 * version, 3 * version + 3))
-        await asyncio.sleep(0.02)
+        await settled()
         assert stages.seen == list(range(3 * version + 3)), "the next batch was begun before its weights"
         await feed.expire(version + 1)
         stages.version = version + 1
@@ -176,7 +183,7 @@ async def test_synchronous_collection_starts_the_next_batch_only_after_publishin
     stages = Stages()
     feed = collector(stages)
     await feed.next(0)
-    await asyncio.sleep(0.02)
+    await settled()
     assert sorted(stages.seen) == [0, 1, 2]
     await feed.close()
 
@@ -195,7 +202,7 @@ async def test_a_group_that_would_be_too_old_is_cancelled_before_publishing_and_
     stages = Stages(slow={1})
     feed = collector(stages, staleness=1)
     trained = [await step(feed, stages, version) for version in range(2)]
-    await asyncio.sleep(0.01)
+    await settled()
     assert stages.seen.count(1) == 2, "cancelled at version 2, drawn again"
     stages.slow.clear()
     trained += [await step(feed, stages, version) for version in (2, 3, 4)]
@@ -512,7 +519,7 @@ async def test_a_closed_collector_starts_nothing_more():
     await feed.close()
     seen = len(stages.seen)
     stages.slow.clear()
-    await asyncio.sleep(0.02)
+    await settled()
     assert len(stages.seen) == seen
 
 
@@ -522,7 +529,7 @@ async def test_no_deadline_for_prompt_groups_runs_during_a_training_step():
     feed = collector(stages, watchdog=watchdog)
     first = await feed.next(0)
     now[0] = 7200.0
-    await asyncio.sleep(0.01)
+    await settled()
     assert watchdog.overdue() == [], "the batch after this one is not missed yet"
     stages.version = 1
     feed.advance(1, first)
@@ -535,7 +542,7 @@ async def test_a_late_batch_is_reported_once_unless_the_pool_is_scaled_to_zero()
     watchdog = Watchdog(clock=lambda: now[0])
     feed = collector(stages, watchdog=watchdog)
     missed = asyncio.ensure_future(feed.next(0))
-    await asyncio.sleep(0.01)
+    await settled()
     now[0], stages.paused = 40.0, True
     assert watchdog.overdue() == []
     now[0], stages.paused = 80.0, False
@@ -569,7 +576,7 @@ async def test_the_last_batch_of_rows_has_its_own_size_and_none_is_read_ahead_of
     stages = Stages()
     feed = RowCollector(Endless(), stages, Cursor(), items=2, last=(6, 1))
     assert [(await feed.next(version)).positions for version in (5, 6)] == [(0, 1), (2,)]
-    await asyncio.sleep(0.05)
+    await settled()
     assert stages.staged == 2
     await feed.close()
 
@@ -579,6 +586,6 @@ async def test_stages_before_learning_run_ahead_only_where_roles_overlap(overlap
     stages = Stages()
     feed = RowCollector(Endless(), stages, Cursor(), items=2, overlaps=overlaps)
     await feed.next(0)
-    await asyncio.sleep(0.05)
+    await settled()
     assert stages.staged == ahead
     await feed.close()

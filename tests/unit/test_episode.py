@@ -23,6 +23,7 @@ from rollout.tool_calls import parser_of
 from tests.conversations import EOS, FORGETFUL, TEMPLATE, byte_tokenizer, ids
 
 LIMITS = Limits(turns=4, tokens=200, prompt_tokens=2000, timeout_s=60.0, call_timeout_s=30.0)
+MOMENT_S = 0.1
 USER = [{"role": "user", "content": "2+3?"}]
 CALL = '<tool_call>{"name": "add", "arguments": {"a": 2, "b": 3}}</tool_call>'
 TOOLS = '''
@@ -275,9 +276,10 @@ def talk(
     tools: Sequence[str] = (),
     environment: str | None = None,
     limits: Limits = LIMITS,
-    seconds_per_turn: float = 0.0,
+    slow_turn: int | None = None,
 ) -> tuple[Episode, Transcript, EpisodeFacts]:
-    """An episode in which the model says these texts, one per turn, the last one again and again."""
+    """An episode in which the model says these texts, one per turn, the last one again and again. `slow_turn` takes all
+    of the time that is left but for a moment, which is too short for another turn."""
     file = tmp_path / "tools.py"
     file.write_text(TOOLS)
     named = environment and f"{file}:{environment}"
@@ -287,9 +289,10 @@ def talk(
     async def sample(request: Request, seconds: float) -> Completion | None:
         turn = int(request.id.rpartition(".")[2])
         said = ids(texts[min(turn, len(texts) - 1)])
-        if seconds < seconds_per_turn:
+        if seconds < 2 * MOMENT_S:
             return None
-        await asyncio.sleep(seconds_per_turn)
+        if turn == slow_turn:
+            await asyncio.sleep(seconds - MOMENT_S)
         finish = Finish.STOP if len(said) <= request.sampling.max_tokens else Finish.LENGTH
         return completion(said[: request.sampling.max_tokens], version=turn, finish=finish)
 
@@ -343,13 +346,13 @@ def test_a_call_that_a_limit_cut_is_not_carried_out(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("changes", "turns"),
-    [({"turns": 3}, 3), ({"tokens": 58}, 2), ({"timeout_s": 1.0}, 2)],
+    [({"turns": 3}, 3), ({"tokens": 58}, 2), ({"timeout_s": 2.0}, 2)],
     ids=["turns", "tokens", "s"],
 )
 def test_an_environment_that_never_ends_is_ended_by_each_limit(tmp_path: Path, changes: dict[str, Any], turns: int):
     limits = replace(LIMITS, **changes)
-    slow = 0.4 if "timeout_s" in changes else 0.0
-    said = talk(tmp_path, ["hm<eos>"], environment="Endless", limits=limits, seconds_per_turn=slow)
+    slow = 1 if "timeout_s" in changes else None
+    said = talk(tmp_path, ["hm<eos>"], environment="Endless", limits=limits, slow_turn=slow)
     episode, _, facts = said
     assert episode.truncated and facts.turns == turns and episode.row()["mask"][-1]
     assert facts.reward == 0.5 * turns + 1.0  # of the turns, and of the whole at its last token

@@ -28,7 +28,7 @@ from orchestrator.pipeline import Completions, Pipeline, credit, infer, update
 from orchestrator.row_table import RowTable
 from tests.local_executor import batch_stages, local_executor
 
-SOON_S = 5.0  # of waits that end at once, if they end at all
+SOON_S = 60.0  # of waits that end at once, if they end at all
 
 
 def against_reference(tokens: Tokens, *, weight: float = 1.0) -> Loss:

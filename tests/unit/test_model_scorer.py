@@ -27,6 +27,12 @@ from tests.local_executor import in_process, local_executor
 from tests.unit.tiny import tiny_model_folder
 
 
+async def settled() -> None:
+    """Until everything has happened that nobody waits for: in turns of the event loop, whatever time they take."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
 def group(number: int, rows: int) -> RowTable:
     """Rows of `number` tokens."""
     lengths = [number] * rows
@@ -56,9 +62,9 @@ async def test_what_waits_at_the_same_time_is_one_call_and_what_comes_meanwhile_
     passes = Passes()
     scorer = ModelScorer(passes)
     first = [asyncio.ensure_future(scorer.score(group(number, rows))) for number, rows in ((1, 2), (2, 1))]
-    await asyncio.sleep(0.01)
+    await settled()
     later = [asyncio.ensure_future(scorer.score(group(number, 2))) for number in (3, 4)]
-    await asyncio.sleep(0.01)
+    await settled()
     assert passes.groups == [[1, 1, 2]]
     passes.may_end.set()
     scores = await asyncio.gather(*first, *later)
@@ -71,7 +77,7 @@ async def test_a_call_that_fails_fails_its_own_groups_and_no_later_ones() -> Non
     passes = Passes(fails_on=2)
     scorer = ModelScorer(passes)
     failing = [asyncio.ensure_future(scorer.score(group(number, 1))) for number in (1, 2)]
-    await asyncio.sleep(0.01)
+    await settled()
     later = asyncio.ensure_future(scorer.score(group(3, 1)))
     passes.may_end.set()
     for each in failing:
@@ -84,7 +90,7 @@ async def test_a_cancelled_group_does_not_prevent_the_scores_of_the_others() -> 
     passes = Passes()
     scorer = ModelScorer(passes)
     given_up, other = (asyncio.ensure_future(scorer.score(group(number, 1))) for number in (1, 2))
-    await asyncio.sleep(0.01)
+    await settled()
     given_up.cancel()
     passes.may_end.set()
     assert (await other).tolist() == [2.01]

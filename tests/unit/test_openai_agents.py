@@ -25,6 +25,7 @@ pytest.importorskip("openai")
 
 AGENTS = '''
 import asyncio, json, threading
+from pathlib import Path
 from openai import AsyncOpenAI, OpenAI, APIStatusError
 from rewards.environments.openai_agent import AgentEnvironment
 
@@ -75,7 +76,14 @@ async def repeats(row, base_url, api_key):
 
 async def asks_twice_at_once(row, base_url, api_key):
     client = AsyncOpenAI(base_url=base_url, api_key=api_key)
-    ask = lambda text: client.chat.completions.create(model="x", messages=[{"role": "user", "content": text}])
+
+    async def ask(text):
+        try:
+            return await client.chat.completions.create(model="x", messages=[{"role": "user", "content": text}])
+        except APIStatusError:
+            Path(__file__).with_name("refused").touch()
+            raise
+
     answers = await asyncio.gather(ask("one"), ask("two"), ask("one"), return_exceptions=True)
     refused = [answer for answer in answers if isinstance(answer, APIStatusError)]
     return float(len(refused) == 1 and refused[0].status_code == 400 and "being answered" in str(refused[0]))
@@ -89,6 +97,7 @@ async def asks_for_what_is_not_there(row, base_url, api_key):
             await client.chat.completions.create(model="x", messages=messages, **option)
         except APIStatusError as error:
             assert error.status_code == 400 and next(iter(option)) in str(error)
+            Path(__file__).with_name("refused").touch()
         else:
             raise AssertionError(option)
     await client.chat.completions.create(model="x", messages=messages, n=1, temperature=0.3, max_tokens=5)
@@ -199,7 +208,9 @@ def test_an_agent_that_is_no_single_conversation_fails_with_the_reason(tmp_path:
 def test_what_cannot_be_recorded_is_refused_with_a_status_that_is_not_repeated(tmp_path: Path, agent: str):
     async def talk(worker: EnvironmentWorker) -> Reply:
         await worker.open("e", agent, "", {})
-        await asyncio.sleep(0.3)  # until the other requests have arrived
+        while not (tmp_path / "refused").exists():  # ended by `with_worker`
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.3)  # the third request was sent at the same time
         return await worker.step("e", says("a word"))
 
     reply = with_worker(tmp_path, talk, agent)
@@ -214,12 +225,11 @@ def test_an_agent_whose_episode_ends_without_it_is_told_so(tmp_path: Path, how: 
             await worker.open("cut", "seen", "", {})
         else:
             assert await worker.end("cut", score=how == "cut") is None
-        for _ in range(50):
+        while True:  # ended by `with_worker`
             await asyncio.sleep(0.1)
             opened = await worker.open("later", "seen", "", {})
             if told := json.loads(opened.prompt[0]["content"]):
                 return told
-        return []
 
     assert with_worker(tmp_path, talk, "is_told_that_it_is_over", "seen") == [[410, True]]
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import time
 from collections import Counter
 from dataclasses import replace
 from itertools import count
@@ -18,11 +19,11 @@ from orchestrator.cluster.pool import Pool, PoolPolicy
 POLICY = PoolPolicy(
     slots=4,
     max_attempts=5,
-    call_timeout_s=5.0,
-    start_timeout_s=5.0,
+    call_timeout_s=60.0,
+    start_timeout_s=60.0,
     max_restarts=100,
     ping_every_s=0.02,
-    ping_timeout_s=1.0,
+    ping_timeout_s=60.0,
 )
 
 
@@ -116,7 +117,7 @@ def make_pool(
 
 
 def double(number: int):
-    return lambda worker: worker.call("double", number, timeout_s=5.0)
+    return lambda worker: worker.call("double", number, timeout_s=60.0)
 
 
 async def test_every_call_is_answered_exactly_once_while_workers_die_all_the_time():
@@ -146,11 +147,9 @@ async def test_a_resize_up_and_down_changes_the_serving_members():
     await pool.open()
     for desired in (4, 2):
         pool.resize(desired)
-        for _ in range(200):
-            await asyncio.sleep(0.01)
-            if pool.count(State.SERVING) == desired and len(pool.workers) == desired:
-                break
-        assert pool.count(State.SERVING) == desired
+        async with asyncio.timeout(60):
+            while not pool.count(State.SERVING) == len(pool.workers) == desired:
+                await asyncio.sleep(0.01)
     await pool.close()
 
 
@@ -158,7 +157,7 @@ async def test_a_joining_worker_gets_work_only_after_it_was_admitted():
     gate = asyncio.Event()
 
     async def admit(index: int) -> None:
-        await asyncio.wait_for(gate.wait(), 5)
+        await asyncio.wait_for(gate.wait(), 60)
 
     pool, _ = make_pool(1, admit=admit)
     await pool.open()
@@ -189,7 +188,9 @@ async def test_a_worker_that_cannot_start_is_replaced():
 
 
 async def test_a_pool_that_loses_too_many_workers_is_an_error():
-    pool, _ = make_pool(1, PoolPolicy(4, 2, 5.0, 5.0, max_restarts=1, ping_every_s=0.01), broken=frozenset(range(100)))
+    pool, _ = make_pool(
+        1, PoolPolicy(4, 2, 60.0, 60.0, max_restarts=1, ping_every_s=0.01), broken=frozenset(range(100))
+    )
     pool.fleet.backoff_s = 0.001
     with pytest.raises(BudgetExhausted, match="max_restarts=1"):
         await pool.open()
@@ -219,17 +220,19 @@ async def test_calls_wait_while_no_worker_is_wanted_and_go_on_when_one_is_wanted
 
 
 async def test_time_in_the_queue_does_not_count_towards_a_calls_deadline():
-    policy = PoolPolicy(1, 1, call_timeout_s=0.3, start_timeout_s=5.0, max_restarts=10, ping_every_s=0.02)
+    policy = PoolPolicy(1, 1, call_timeout_s=1.0, start_timeout_s=60.0, max_restarts=10, ping_every_s=0.02)
     pool, events = make_pool(1, policy)
     await pool.open()
-    work = [pool.call(str(number), lambda worker: worker.call("double", 1, timeout_s=0.3)) for number in range(60)]
-    assert await asyncio.gather(*work) == [2] * 60  # 0.6 s of work, one by one
+    began = time.monotonic()
+    work = [pool.call(str(number), lambda worker: worker.call("double", 1, timeout_s=1.0)) for number in range(130)]
+    assert await asyncio.gather(*work) == [2] * 130  # one by one, 0.01 s each
+    assert time.monotonic() - began > 1.2, "the last ones waited for longer than their deadline"
     assert not [kind for kind, _ in events if kind == "retry"]
     await pool.close()
 
 
 async def test_queued_calls_of_a_pool_that_lost_too_many_workers_fail():
-    pool, _ = make_pool(1, PoolPolicy(1, 2, 5.0, 5.0, max_restarts=0, ping_every_s=0.01))
+    pool, _ = make_pool(1, PoolPolicy(1, 2, 60.0, 60.0, max_restarts=0, ping_every_s=0.01))
     await pool.open()
     calls = [asyncio.ensure_future(pool.call(str(number), double(number))) for number in range(5)]
     await asyncio.sleep(0)
@@ -260,7 +263,7 @@ async def test_no_worker_carries_more_calls_than_it_has_slots():
     async def work(worker) -> int:
         nonlocal highest
         highest = max(highest, *(member.load for member in pool.fleet.members.values()))
-        return await worker.call("double", next(peak), timeout_s=5.0)
+        return await worker.call("double", next(peak), timeout_s=60.0)
 
     await asyncio.gather(*(pool.call(str(i), work) for i in range(40)))
     assert highest == POLICY.slots
@@ -306,7 +309,7 @@ async def test_calls_that_kill_their_worker_fail_no_other_call():
     fatal = frozenset({1, 4, 6, 11})
     pool, events = fragile_pool(REWARDS, fatal=fatal)
     await pool.open()
-    found = await asyncio.wait_for(outcomes(pool, range(12)), 30)
+    found = await asyncio.wait_for(outcomes(pool, range(12)), 60)
     await pool.close()
     assert {number for number, result in found.items() if isinstance(result, InfraFailure)} == fatal
     assert [found[number] for number in range(12) if number not in fatal] == [0, 4, 6, 10, 14, 16, 18, 20]
@@ -317,10 +320,10 @@ async def test_calls_that_kill_their_worker_fail_no_other_call():
 async def test_a_call_that_hangs_fails_no_other_call():
     pool, _ = fragile_pool(REWARDS, endless=frozenset({2}))
     await pool.open()
-    found = await asyncio.wait_for(outcomes(pool, range(4), timeout_s=0.2), 30)
+    found = await asyncio.wait_for(outcomes(pool, range(4), timeout_s=1.0), 60)
     await pool.close()
     assert [found[0], found[1], found[3]] == [0, 2, 6]
-    assert isinstance(found[2], InfraFailure) and "did not answer within 0.2 s" in str(found[2])
+    assert isinstance(found[2], InfraFailure) and "did not answer within 1 s" in str(found[2])
 
 
 async def test_a_call_that_lost_a_shared_worker_is_tried_again_alone():
@@ -331,11 +334,11 @@ async def test_a_call_that_lost_a_shared_worker_is_tried_again_alone():
     async def one(number: int) -> int:
         async def work(worker: Any) -> int:
             company[number].append(sum(member.load for member in pool.fleet.members.values()))
-            return await worker.call("double", number, timeout_s=5.0)
+            return await worker.call("double", number, timeout_s=60.0)
 
         return await pool.call(str(number), work)
 
-    found = await asyncio.wait_for(asyncio.gather(one(0), one(1), return_exceptions=True), 30)
+    found = await asyncio.wait_for(asyncio.gather(one(0), one(1), return_exceptions=True), 60)
     await pool.close()
     assert isinstance(found[0], InfraFailure) and found[1] == 2
     assert [loads[-1] for loads in company.values()] == [1, 1]
@@ -345,7 +348,7 @@ async def test_a_call_that_lost_a_shared_worker_is_tried_again_alone():
 async def test_a_death_while_alone_counts_as_an_attempt():
     pool, _ = fragile_pool(replace(REWARDS, max_attempts=1), fatal=frozenset({0}))
     await pool.open()
-    found = await asyncio.wait_for(outcomes(pool, range(1)), 30)
+    found = await asyncio.wait_for(outcomes(pool, range(1)), 60)
     await pool.close()
     assert isinstance(found[0], InfraFailure) and pool.fleet.restarts == 1
 
@@ -355,7 +358,7 @@ async def test_a_worker_that_reports_an_infrastructure_failure_is_kept():
     await pool.open()
 
     async def work(worker: Any) -> int:
-        await worker.call("ping", timeout_s=1.0)
+        await worker.call("ping", timeout_s=60.0)
         raise InfraFailure("the judge's server is down")
 
     with pytest.raises(InfraFailure, match="server is down"):

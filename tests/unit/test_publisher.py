@@ -19,7 +19,9 @@ from orchestrator.publishing.publisher import Publisher
 from rollout.weights import DiskWrite, PackBuckets
 from rollout.weights.protocol import Ack, Manifest, SendReport, SyncOrder
 
-POLICY = PoolPolicy(slots=1, max_attempts=2, call_timeout_s=5.0, start_timeout_s=5.0, max_restarts=9, ping_every_s=0.02)
+POLICY = PoolPolicy(
+    slots=1, max_attempts=2, call_timeout_s=60.0, start_timeout_s=60.0, max_restarts=9, ping_every_s=0.02
+)
 
 
 class Trainer:
@@ -90,7 +92,7 @@ async def test_a_pool_that_is_scaled_to_nothing_during_a_publish_gets_the_versio
 
     publisher, pool = await published(tmp_path, scaled_down)
     async with publisher.changing:
-        report = await asyncio.wait_for(publisher.publish(1), 10)
+        report = await asyncio.wait_for(publisher.publish(1), 60)
     assert (report.version, report.members, publisher.version) == (1, (), 1)
     await pool.close()
 

@@ -9,6 +9,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -562,8 +563,8 @@ async def scored_with_texts(
     tokenizer: str, *specs: RewardSpec, prompt: Any = "q", **columns: Any
 ) -> tuple[ScoredTexts, ScoreResult, ScoredTexts]:
     worker = LocalWorker("reward/0", RewardWorker("reward/0", specs, tokenizer))
-    await worker.call("ready", timeout_s=10)
-    return await worker.call("score", samples("abc", "xy"), prompt, columns, timeout_s=10)
+    await worker.call("ready", timeout_s=60)
+    return await worker.call("score", samples("abc", "xy"), prompt, columns, timeout_s=60)
 
 
 async def test_rewards_are_weighted_and_those_without_an_opinion_left_out(file: Path, tokenizer: str) -> None:
@@ -653,13 +654,19 @@ async def test_a_function_may_say_that_the_machinery_failed(file: Path, tokenize
 
 
 async def test_ping_tells_how_long_the_oldest_call_runs(tokenizer: str, tmp_path: Path) -> None:
-    (tmp_path / "slow.py").write_text("import time\ndef slow(completions):\n    time.sleep(0.5)\n    return [0.0]\n")
+    may_end = tmp_path / "may_end"
+    (tmp_path / "slow.py").write_text(
+        f"import os, time\ndef slow(completions):\n    while not os.path.exists({str(may_end)!r}): time.sleep(0.01)\n"
+        "    return [0.0]\n"
+    )
     spec = RewardSpec(f"{tmp_path}/slow.py:slow").located()
     worker = LocalWorker("reward/0", RewardWorker("reward/0", [spec], tokenizer))
-    await worker.call("ready", timeout_s=10)
-    call = asyncio.ensure_future(worker.call("score", samples("a"), "q", {}, timeout_s=10))
+    await worker.call("ready", timeout_s=60)
+    began = time.monotonic()
+    call = asyncio.ensure_future(worker.call("score", samples("a"), "q", {}, timeout_s=60))
     await asyncio.sleep(0.2)
-    health = await worker.call("ping", timeout_s=1)
-    assert health["running"] == 1 and 0.1 < health["oldest_s"] < 0.5
+    first, second = [await worker.call("ping", timeout_s=60) for _ in range(2)]
+    assert first["running"] == 1 and 0 < first["oldest_s"] < second["oldest_s"] < time.monotonic() - began
+    may_end.touch()
     await call
-    assert (await worker.call("ping", timeout_s=1))["running"] == 0
+    assert (await worker.call("ping", timeout_s=60))["running"] == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -13,8 +14,9 @@ import pytest
 import torch
 
 from actors.errors import ConfigError, DataFailure, InfraFailure, ModelError
-from rollout.engine import EngineSpec, build_engine
+from rollout.engine import EngineSpec, Finished, build_engine
 from rollout.sampling import Finish, Request, Sampling
+from rollout.scripted_engine import ScriptedEngine
 from rollout.weights import DiskWrite
 from rollout.weights.protocol import Manifest, SendReport, SyncOrder, TensorMeta
 from rollout.worker import RolloutWorker
@@ -29,9 +31,25 @@ def request(name: str = "a", n: int = 2, max_tokens: int = 100_000) -> Request:
     return Request(name, PROMPT, n, Sampling(max_tokens), seed=3, group=7)
 
 
+class Waiting(ScriptedEngine):
+    """Has no token after some steps until it is given new weights."""
+
+    after = 5
+    taken = 0
+    waits = threading.Event()  # the newest one does
+
+    def step(self) -> list[Finished]:
+        if self.taken == self.after and not self.loads:
+            self.waits.set()
+            time.sleep(0.001)
+            return []
+        self.taken += 1
+        return super().step()
+
+
 @asynccontextmanager
-async def worker(stall_s: float = 60.0, **options: Any) -> AsyncIterator[RolloutWorker]:
-    spec = EngineSpec("scripted", "no model", max_model_len=200_000, options={"completions": SCRIPT, **options})
+async def worker(engine: str = "scripted", stall_s: float = 60.0, **options: Any) -> AsyncIterator[RolloutWorker]:
+    spec = EngineSpec(engine, "no model", max_model_len=200_000, options={"completions": SCRIPT, **options})
     subject = RolloutWorker("rollout/3", spec, initial_version=4, stall_s=stall_s)
     try:
         await subject.ready()
@@ -41,9 +59,9 @@ async def worker(stall_s: float = 60.0, **options: Any) -> AsyncIterator[Rollout
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 4
+    deadline = time.monotonic() + 60
     while not condition():
-        assert time.monotonic() < deadline, "waited 4 s in vain"
+        assert time.monotonic() < deadline, "waited 60 s in vain"
         await asyncio.sleep(0.002)
 
 
@@ -85,9 +103,12 @@ async def test_a_request_that_nobody_waits_for_any_longer_is_aborted_but_not_bef
 
 
 async def test_an_aborted_request_is_an_infra_failure_and_the_others_go_on() -> None:
-    async with worker(seconds_per_step=0.02) as subject:
+    def script(asked: Request, index: int) -> list[int]:
+        return (ENDLESS if asked.id == "doomed" else SCRIPT)["5 6 7"][index % 2 if asked.id == "kept" else 0]
+
+    async with worker(completions=script, seconds_per_step=0.001) as subject:
         doomed, kept = (asyncio.ensure_future(subject.generate(request(name))) for name in ("doomed", "kept"))
-        await until(lambda: subject.ping()["requests"] == 2)
+        await asyncio.sleep(0)  # both are with the engine
         assert await subject.abort(["doomed", "unknown"]) == 1
         with pytest.raises(InfraFailure, match="doomed was aborted"):
             await doomed
@@ -129,8 +150,8 @@ async def test_an_engine_that_stands_still_fails_its_requests_and_its_ping() -> 
 
 
 async def test_an_engine_that_slept_for_long_is_not_taken_for_one_that_stands_still() -> None:
-    async with worker(stall_s=0.1, seconds_per_step=0.01) as subject:
-        await asyncio.sleep(0.2)
+    async with worker(stall_s=1.0, seconds_per_step=0.01) as subject:
+        await asyncio.sleep(1.1)
         call = asyncio.ensure_future(subject.generate(request()))
         await asyncio.sleep(0)
         assert subject.ping()["alive"]
@@ -148,29 +169,27 @@ async def test_closing_ends_every_wait() -> None:
 
 
 async def test_weights_that_arrive_while_decoding_are_used_from_the_next_token_on(tmp_path: Path) -> None:
-    async with worker(completions={"5 6 7": [[8] * 60]}, seconds_per_step=0.005) as subject:
+    async with worker("tests.unit.test_rollout_worker:Waiting", completions={"5 6 7": [[8] * 60]}) as subject:
+        Waiting.waits.clear()
         call = asyncio.ensure_future(subject.generate(request(n=1)))
-        await until(lambda: subject.ping()["requests"] == 1)
-        await asyncio.sleep(0.05)
+        await until(Waiting.waits.is_set)
         order, report = sync(tmp_path, 5)
         ack = await subject.receive(order)
         meta, batch = await call
         versions = batch["version"][3:].tolist()
         assert (ack.member, ack.version, ack.fingerprint) == ("rollout/3", 5, report.fingerprint)
         assert (meta.oldest_version, meta.newest_version) == (4, 5)
-        assert versions == sorted(versions)
-        assert set(versions) == {4, 5}
+        assert versions == [4] * Waiting.after + [5] * (60 - Waiting.after)
         assert subject.ping()["version"] == 5
 
 
 async def test_an_order_that_was_carried_out_is_acknowledged_again_and_nothing_is_loaded(tmp_path: Path) -> None:
-    async with worker(load_seconds=0.1) as subject:
+    async with worker(break_at_load=2, load_seconds=0.1) as subject:
         order, _ = sync(tmp_path, 5)
         first, joined = await asyncio.gather(subject.receive(order), subject.receive(order))
-        began = time.monotonic()
-        again = await subject.receive(order)
-        assert first == joined == again
-        assert time.monotonic() - began < 0.1 <= first.stall_seconds
+        assert first == joined == await subject.receive(order) and first.stall_seconds >= 0.1
+        meta, _ = await subject.generate(request())
+        assert meta.newest_version == 5, "another load would have broken the engine"
 
 
 async def test_a_transfer_that_fails_leaves_the_old_weights_in_use(tmp_path: Path) -> None:
@@ -192,12 +211,14 @@ async def test_an_engine_that_cannot_apply_weights_is_dead(tmp_path: Path) -> No
 
 
 async def test_a_paused_worker_keeps_its_requests_takes_weights_and_goes_on(tmp_path: Path) -> None:
-    async with worker(seconds_per_step=0.002, completions={"5 6 7": [[8] * 20]}, stall_s=0.2) as subject:
+    order, _ = sync(tmp_path, 9)
+    waiting = "tests.unit.test_rollout_worker:Waiting"  # is not done before it is paused
+    async with worker(waiting, completions={"5 6 7": [[8] * 20]}, stall_s=1.0) as subject:
         call = asyncio.ensure_future(subject.generate(request(n=1)))
         await until(lambda: subject.ping()["requests"] == 1)
         await subject.pause()
-        await subject.receive(sync(tmp_path, 9)[0])
-        await asyncio.sleep(0.3)
+        await subject.receive(order)
+        await asyncio.sleep(1.1)
         assert not call.done(), "a pause is no stall"
         await subject.resume()
         meta, _ = await call

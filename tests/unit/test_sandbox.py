@@ -309,8 +309,7 @@ def while_it_runs(sandbox: Sandbox, act) -> Execution:
     before = {child.pid for child in psutil.Process().children(recursive=True)}
 
     def soon() -> None:
-        until(lambda: len(psutil.Process().children(recursive=True)) >= len(before) + 2)
-        time.sleep(0.3)  # until it has become the interpreter
+        until(lambda: interprets(psutil.Process()))
         act({child.pid for child in psutil.Process().children(recursive=True)} - before)
 
     thread = Thread(target=soon)
@@ -318,16 +317,21 @@ def while_it_runs(sandbox: Sandbox, act) -> Execution:
     try:
         return sandbox.run("import time\ntime.sleep(60)")
     finally:
-        thread.join(timeout=20)
+        thread.join(timeout=70)
 
 
 def waited_for_children(process: psutil.Process, count: int) -> list[psutil.Process]:
-    until(lambda: len(process.children(recursive=True)) >= count)
-    time.sleep(0.3)
+    until(lambda: interprets(process) and len(process.children(recursive=True)) >= count)
     return process.children(recursive=True)
 
 
-def until(holds, seconds: float = 15.0) -> None:
+def interprets(process: psutil.Process) -> bool:
+    """Whether a process below it has become the interpreter of the code: its last argument is no longer a JSON."""
+    commands = [child.cmdline() for child in process.children(recursive=True)]
+    return any(command and "_sitebuiltins" in command[-1] and command[-1][0] != "{" for command in commands)
+
+
+def until(holds, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while True:
         with suppress(psutil.NoSuchProcess):

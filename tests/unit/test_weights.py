@@ -65,7 +65,7 @@ class Stage:
     def sync(self, order: SyncOrder, sent: Staged) -> tuple[SendReport, list[tuple[Staged, str]]]:
         arriving = self.receive(order)
         report = self.sender.send(order, iter(sent))
-        return report, [future.result(10) for future in arriving]
+        return report, [future.result(60) for future in arriving]
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +274,7 @@ def test_a_second_run_in_the_same_process_joins_no_member_of_the_first():
         order = SyncOrder("o", 0, "collective", manifest, Rendezvous(*sender.open(), "1", ("a",), 12.0))
         with ThreadPoolExecutor(1) as thread:
             arriving = thread.submit(CollectiveReceiver("a", CPU).receive, order)
-            assert sender.send(order, weights(seed)).fingerprint == arriving.result(10)[1]
+            assert sender.send(order, weights(seed)).fingerprint == arriving.result(60)[1]
     sender.close()
 
 
@@ -289,12 +289,12 @@ def test_staging_memory_is_kept_between_syncs(trainer: Stage):
 
 
 def test_a_member_that_never_comes_is_reported_after_a_deadline_and_the_others_are_served(trainer: Stage):
-    order = trainer.order(ManifestOf("float32", KIB)(weights()), "a", "absent", timeout_s=1.5)
+    order = trainer.order(ManifestOf("float32", KIB)(weights()), "a", "absent", timeout_s=6.0)
     arriving = trainer.receive(order, trainer.member("a"))
     report = trainer.sender.send(order, weights())
-    assert report.seconds < 1.5
+    assert report.seconds < 6.0
     assert report.delivered == ("a",) and "did not join epoch" in report.failed["absent"]
-    assert arriving[0].result(10)[1] == report.fingerprint
+    assert arriving[0].result(60)[1] == report.fingerprint
 
 
 def test_a_trainer_that_never_comes_fails_the_receive_within_its_deadline(trainer: Stage):
@@ -302,7 +302,7 @@ def test_a_trainer_that_never_comes_fails_the_receive_within_its_deadline(traine
     began = time.monotonic()
     with pytest.raises(InfraFailure, match="a: weights of version 3 did not arrive"):
         trainer.member("a").receive(order)
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < 10.0, "0.3 s are the order's; others have 12"
 
 
 class Leaves(CollectiveReceiver):
@@ -320,33 +320,33 @@ class Hangs(CollectiveReceiver):
 
     def _arrivals(self, order: SyncOrder, communicator: Communicator) -> Iterator[Tensor]:
         yield next(super()._arrivals(order, communicator))
-        self.woken.wait(10)
+        self.woken.wait(60)
         raise RuntimeError("woken")
 
 
 @pytest.mark.parametrize("kind", [Leaves, Hangs])
 def test_a_member_that_fails_half_way_is_reported_and_the_others_get_everything(trainer: Stage, kind):
     large = [(f"w{index}", torch.full((500_000,), float(index))) for index in range(24)]  # more than sockets buffer
-    order = trainer.order(ManifestOf("float32", 500_000)(large), "bad", "a", timeout_s=1.5)
+    order = trainer.order(ManifestOf("float32", 500_000)(large), "bad", "a", timeout_s=6.0)
     arriving = trainer.receive(order, kind("bad", CPU), trainer.member("a"))
     report = trainer.sender.send(order, large)
     Hangs.woken.set()
-    assert report.seconds < 1.5
+    assert report.seconds < 6.0
     assert report.delivered == ("a",) and set(report.failed) == {"bad"}
-    assert arriving[1].result(10)[1] == report.fingerprint
+    assert arriving[1].result(60)[1] == report.fingerprint
     with pytest.raises(InfraFailure, match=r"out of memory|woken"):
-        arriving[0].result(10)
+        arriving[0].result(60)
 
 
 def test_one_broadcast_to_all_fails_as_a_whole_and_is_reported_as_that(trainer: Stage):
     large = [(f"w{index}", torch.full((500_000,), float(index))) for index in range(24)]
-    order = trainer.order(ManifestOf("float32", 500_000)(large), "bad", "a", timeout_s=3.0, topology="all")
+    order = trainer.order(ManifestOf("float32", 500_000)(large), "bad", "a", timeout_s=6.0, topology="all")
     arriving = trainer.receive(order, Leaves("bad", CPU), trainer.member("a"))
     report = trainer.sender.send(order, large)
     assert report.delivered == () and set(report.failed) == {"bad", "a"}
     for future in arriving:
         with pytest.raises(InfraFailure):
-            future.result(10)
+            future.result(60)
 
 
 def test_members_fail_at_once_if_a_transfer_ends_half_way(trainer: Stage):
@@ -359,25 +359,26 @@ def test_members_fail_at_once_if_a_transfer_ends_half_way(trainer: Stage):
     with pytest.raises(RuntimeError, match="a rank died"):
         trainer.sender.send(order, ending())
     with pytest.raises(InfraFailure, match="did not arrive"):
-        arriving[0].result(5)
+        arriving[0].result(30)
 
 
 def test_a_lost_member_is_not_waited_for_again_and_may_rejoin_in_the_next_epoch(trainer: Stage):
     manifest = ManifestOf("float32", KIB)(weights())
-    order = trainer.order(manifest, "a", timeout_s=0.3)
-    assert "did not join" in trainer.sender.send(order, weights()).failed["a"]
+    order = trainer.order(manifest, "a", timeout_s=3.0)
+    first = trainer.sender.send(order, weights())
+    assert "did not join" in first.failed["a"] and first.seconds >= 1.0
     again = trainer.sender.send(order, weights())
-    assert again.failed == {"a": "failed earlier in this epoch"} and again.seconds < 0.1
+    assert again.failed == {"a": "failed earlier in this epoch"} and again.seconds < first.seconds
     report, ((_, fingerprint),) = trainer.sync(trainer.order(manifest, "a"), weights())
     assert fingerprint == report.fingerprint
 
 
 def test_an_engine_on_another_kind_of_device_than_the_trainer_is_refused_with_a_remedy(trainer: Stage):
-    order = trainer.order(ManifestOf("float32", KIB)(weights()), "a", timeout_s=3.0)
+    order = trainer.order(ManifestOf("float32", KIB)(weights()), "a", timeout_s=6.0)
     [arriving] = trainer.receive(order, CollectiveReceiver("a", torch.device("meta")))
     trainer.sender.send(order, iter(weights()))
     with pytest.raises(InfraFailure, match=r"are on cpu, this engine is on meta; set weights.transport=object_store"):
-        arriving.result(10)
+        arriving.result(60)
 
 
 def test_one_process_sends_to_two_pools_in_turns_and_each_gets_its_own(trainer: Stage):
@@ -392,4 +393,4 @@ def test_one_process_sends_to_two_pools_in_turns_and_each_gets_its_own(trainer: 
             order = SyncOrder(f"{pool} {version}", version, "collective", manifest, rendezvous)
             arriving = trainer.receive(order)
             assert CollectiveSend(order, pool)(iter(own)).delivered == (member,)
-            assert same(arriving[0].result(10)[0], own, torch.float32)
+            assert same(arriving[0].result(60)[0], own, torch.float32)
