@@ -26,6 +26,7 @@ from rollout.stopping import end_token_ids, token_budget
 from rollout.vllm_mixture import MIXTURE, SecondModel
 
 if TYPE_CHECKING:
+    from vllm import SamplingParams
     from vllm.outputs import CompletionOutput, RequestOutput
     from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -81,14 +82,17 @@ class VllmEngine:
 
     def add(self, request: Request) -> None:
         from vllm.exceptions import VLLMClientError
+        from vllm.inputs.engine import tokens_input
 
         if request.mixture and self._second is None:
             raise DataFailure(f"request {request.id}: it mixes two models, and the engine was built with one")
         budget = token_budget(request, self._max_model_len)
         self._running[request.id] = _Running(request)
         try:
+            params, prompt = self._sampling_params(request, budget), tokens_input(list(request.prompt))
             for index in range(request.n):
-                self._add_sample(request, index, budget)
+                params.seed = sample_seed(request.seed, index)
+                self._llm.add_request(_sample_id(request.id, index), prompt, params)  # which copies the parameters
         except (ValueError, VLLMClientError) as error:
             self.abort(request.id)
             raise DataFailure(f"request {request.id}: vLLM refuses it: {error}") from error
@@ -140,18 +144,19 @@ class VllmEngine:
     def close(self) -> None:
         self._llm.engine_core.shutdown()
 
-    def _add_sample(self, request: Request, index: int, budget: int) -> None:
+    def _sampling_params(self, request: Request, budget: int) -> SamplingParams:
+        """All but the seed. Made once per request, because to check and copy them deeply for each of many short samples
+        takes as long as a quarter of the sampling."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         sampling = request.sampling
-        params = SamplingParams(
+        return SamplingParams(
             max_tokens=budget,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
             min_p=sampling.min_p,
-            seed=sample_seed(request.seed, index),
             stop=list(sampling.stop),
             stop_token_ids=[*self._end_ids, *sampling.stop_token_ids],
             ignore_eos=True,  # all end tokens are in `stop_token_ids`; vLLM's tokenizer knows only one
@@ -161,9 +166,8 @@ class VllmEngine:
             flat_logprobs=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
             extra_args={MIXTURE: request.mixture} if request.mixture else None,
+            skip_clone=True,  # a shallow copy is enough
         )
-        prompt: Any = {"prompt_token_ids": list(request.prompt)}
-        self._llm.add_request(_sample_id(request.id, index), prompt, params)
 
 
 def cpu_refusal(config: Any) -> str | None:
