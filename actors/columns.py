@@ -76,7 +76,13 @@ COLUMNS: dict[str, Column] = {
         _token(
             "teacher_topk_logps", np.float32, "log-probabilities of those under the teacher, nats", "infer", wide=True
         ),
-        _token("teacher_tail_logps", np.float32, "log-probability of all other tokens together; -inf if none", "infer"),
+        _token(
+            "teacher_tail_logps",
+            np.float32,
+            "log-probability of all other tokens together, -inf if none; one of each teacher",
+            "infer",
+            wide=True,
+        ),
         _token("values", np.float32, "state value before the token, before this batch's updates", "infer"),
         _token("step_reward", np.float32, "reward of the token itself", "score, credit"),
         _token(
@@ -112,5 +118,6 @@ COLUMNS: dict[str, Column] = {
         _row("truncated", np.bool_, "the completion hit its length limit", "generate"),
         _row("completion_tokens", np.int32, "tokens that were sampled", "generate"),
         _row("weight", np.float32, "weight of the row in the loss", "source"),
+        _row("teacher", np.int8, "which of the phase's teachers the row is for, from 0", "source"),
     )
 }

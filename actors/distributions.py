@@ -66,21 +66,21 @@ def most_likely(
     projection: Vocabulary, hidden: Tensor, targets: Tensor, asked: TopK, chunk_rows: int | None
 ) -> dict[str, Tensor]:
     """Of the distributions of `hidden` [N, H], without gradient: `topk_ids` int32 [N, k], `topk_logps` [N, k] in
-    descending order, and `tail_logps` [N], the log-probability of all other tokens, -inf where k is all of them.
+    descending order, and `tail_logps` [N, 1], the log-probability of all other tokens, -inf where k is all of them.
     `main` [N]: the log-probabilities of the `targets`. Each may become a column; the last one need not."""
     known = min(asked.vocabulary or projection.weight.shape[0], projection.weight.shape[0])
     found = {
         "main": hidden.new_empty(len(hidden), dtype=torch.float32),
         "topk_ids": hidden.new_empty((len(hidden), asked.k), dtype=torch.int32),
         "topk_logps": hidden.new_empty((len(hidden), asked.k), dtype=torch.float32),
-        "tail_logps": hidden.new_empty(len(hidden), dtype=torch.float32),
+        "tail_logps": hidden.new_empty((len(hidden), 1), dtype=torch.float32),
     }
     for part in chunks(len(hidden), _rows_at_once(projection, chunk_rows)):
         log_probs = torch.log_softmax(projection.logits(hidden[part], known) / asked.temperature, dim=-1)
         found["main"][part] = log_probs.gather(1, targets[part, None]).squeeze(1)
         logps, ids = log_probs.topk(asked.k, dim=-1)
         found["topk_ids"][part], found["topk_logps"][part] = ids.int(), logps
-        found["tail_logps"][part] = log_probs.scatter_(1, ids, -torch.inf).logsumexp(-1)
+        found["tail_logps"][part] = log_probs.scatter_(1, ids, -torch.inf).logsumexp(-1, keepdim=True)
         del log_probs  # or it would stand beside the next chunk's
     return found
 

@@ -86,7 +86,7 @@ class Outputs:
     `extra` [T] holds what the objective asked for in `needs`: `entropy` (nats), `log_sum_sq_probs`, `mean_logits`,
     `is_top1`, each without gradient unless `needs` says `entropy_grad`; and as `divergence` ([T], or [T, width]), with
     gradient, what its `of_logits` is. Of a pass that is asked for the most likely tokens, it holds those instead:
-    `topk_ids` and `topk_logps` [T, k], `tail_logps` [T].
+    `topk_ids` and `topk_logps` [T, k], `tail_logps` [T, 1].
     """
 
     main: Tensor

@@ -25,8 +25,8 @@ UNEVEN = 1.1  # factor by which the largest micro-batch may grow so that groups 
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """References to columns in blocks: row i has the values of row `rows[i]` of block `blocks[i]`. Both are [B]
-    int64."""
+    """References to columns in blocks: row i has the values of row `rows[i]` of block `blocks[i]`, or none yet where
+    that is -1. Both are [B] int64."""
 
     names: frozenset[str]
     blocks: Array
@@ -35,10 +35,16 @@ class Stored:
     def select(self, chosen: Array) -> Stored:
         return Stored(self.names, self.blocks[chosen], self.rows[chosen])
 
+    def shifted(self, by: int) -> Array:
+        """[B] int64: `blocks`, numbered from there on."""
+        return np.where(self.blocks < 0, -1, self.blocks + by)
+
     def read(self, names: Iterable[str], blocks: Sequence[Batch]) -> dict[str, Array]:
         """The values of the columns, rows in order."""
         if not len(self.rows):
             return {name: np.zeros((0, 1) if COLUMNS[name].wide else 0, COLUMNS[name].dtype) for name in names}
+        if (self.blocks < 0).any():
+            raise ValueError(f"{(self.blocks < 0).sum()} rows have no {', '.join(sorted(names))}: no stage wrote it")
         starts = np.flatnonzero(np.diff(self.blocks, prepend=-1))
         runs = zip(starts, [*starts[1:], len(self.blocks)], strict=True)
         parts = [blocks[int(self.blocks[start])].only(names).select(self.rows[start:stop]) for start, stop in runs]
@@ -51,7 +57,7 @@ class Shard:
 
     `statistics_rows`: micro-batches of rows without gradient. `batch` has the columns that are sent with the shard;
     `spread` has values per row [B] of columns per token that are equal for all tokens of a row; `stored` refers to the
-    other columns."""
+    other columns. Of a wide column that is there several times, the values are put side by side."""
 
     batch: Batch
     micro_batches: MicroBatches
@@ -63,7 +69,9 @@ class Shard:
         """The shard with all of its columns in `batch`. Rows that `learned` excludes have an empty mask."""
         columns: dict[str, Array] = {}
         for each in self.stored:
-            columns |= each.read(each.names, blocks)
+            for name, values in each.read(each.names, blocks).items():
+                beside = [columns[name], values] if name in columns else [values]
+                columns[name] = np.concatenate(beside, axis=1) if len(beside) > 1 else values
         columns |= {name: np.repeat(values, self.batch.lengths) for name, values in self.spread.items()}
         columns |= self.batch.columns
         learned = columns.pop("learned", None)

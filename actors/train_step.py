@@ -186,7 +186,9 @@ def infer(
     per_row = head is Head.ROW_SCALAR
     names = dict(zip(into, ("main",) if top_k is None else TOP_K[: len(into)], strict=True))
     size = len(batch) if per_row else batch.num_tokens
-    columns = {name: np.zeros(_shape(name, size, top_k), COLUMNS[name].dtype) for name in names}
+    widths = {"topk_ids": top_k.k, "topk_logps": top_k.k, "tail_logps": 1} if top_k is not None else {}
+    shapes = {name: (size, *([widths[found]] if found in widths else [])) for name, found in names.items()}
+    columns = {name: np.zeros(shape, COLUMNS[name].dtype) for name, shape in shapes.items()}
     micros = micro_batches(batch, shard.micro_batches, backend)
     passes = without_noise(backend, micros, temperature, head=head, top_k=top_k)
     for rows, outputs in zip(shard.micro_batches, passes):
@@ -196,10 +198,6 @@ def infer(
             for name, found in names.items():
                 columns[name][at] = (outputs.main if found == "main" else outputs.extra[found]).cpu().numpy()
     return Batch.build(batch.lengths, **columns)
-
-
-def _shape(name: str, size: int, top_k: TopK | None) -> tuple[int, ...]:
-    return (size, top_k.k) if COLUMNS[name].wide and top_k is not None else (size,)
 
 
 def micro_batches(batch: Batch, members: MicroBatches, backend: Backend) -> list[MicroBatch]:

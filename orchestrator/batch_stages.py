@@ -50,12 +50,13 @@ class Written:
     values: Mapping[str, Array] = field(default_factory=dict[str, Array])
     names: frozenset[str] = frozenset()
     parts: tuple[tuple[Array, Ref], ...] = ()
+    beside: bool = False  # what the columns of `parts` hold is added to what they held
     instead: RowTable | None = None  # of the table, with other rows
 
     def added_to(self, table: RowTable) -> RowTable:
         table = table if self.instead is None else self.instead
         table = table.with_values(**self.values) if self.values else table
-        return table.with_blocks(self.names, self.parts) if self.names else table
+        return table.with_blocks(self.names, self.parts, beside=self.beside) if self.names else table
 
 
 NOTHING = Written()
@@ -151,11 +152,17 @@ class BatchStages:
         role, group = self._group_of(stage)
         adapters = role == stage.role and bool(stage.options["adapters"])
         read = table.only({"tokens", "mask", "group", "learned", *stage.reads})
+        rows = np.arange(len(table)) if stage.only is None else np.flatnonzero(table[stage.only[0]] == stage.only[1])
+        if not len(rows):
+            return NOTHING, {}  # no rank is asked
+        read = read if stage.only is None else read.select(rows)
         cut = read.shard_groups if groups_apart else read.shard
         shares = cut(len(group.workers), self.phase.token_budget)
         asked = into, head, temperature, adapters, top_k
         found = await self._call_split(stage, role, group, "infer", shares, *asked, step=step)
-        return await self._computed(stage.writes, shares, found, per_row=head.per_row), {}
+        shares = [replace(share, rows=rows[share.rows]) for share in shares]
+        written = await self._computed(stage.writes, shares, found, per_row=head.per_row)
+        return replace(written, beside=bool(stage.options.get("beside"))), {}
 
     async def _credit(self, stage: Stage, table: RowTable, step: int) -> tuple[Written, dict[str, float]]:
         assert stage.call is not None

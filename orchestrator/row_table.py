@@ -61,7 +61,7 @@ class RowTable:
         stored = tuple(
             Stored(
                 each.names,
-                np.concatenate([t.stored[i].blocks + start for t, start in zip(tables, starts[:-1], strict=True)]),
+                np.concatenate([t.stored[i].shifted(start) for t, start in zip(tables, starts[:-1], strict=True)]),
                 np.concatenate([t.stored[i].rows for t in tables]),
             )
             for i, each in enumerate(first.stored)
@@ -104,7 +104,8 @@ class RowTable:
         chosen = np.asarray(chosen, np.int64)
         stored = tuple(each.select(chosen) for each in self.stored)
         used = np.unique(np.concatenate([np.zeros(0, np.int64), *(each.blocks for each in stored)]))
-        renumbered = np.zeros(len(self.blocks), np.int64)
+        used = used[used >= 0]
+        renumbered = np.full(len(self.blocks) + 1, -1, np.int64)  # the last entry is that of -1: no block
         renumbered[used] = np.arange(len(used))
         return RowTable(
             self.rows.select(chosen),
@@ -128,12 +129,17 @@ class RowTable:
                 per_row[name] = values
         return replace(table, rows=table.rows.with_columns(**per_row), spread=spread)
 
-    def with_blocks(self, names: Iterable[str], parts: Sequence[tuple[Array, Ref]]) -> RowTable:
+    def with_blocks(
+        self, names: Iterable[str], parts: Sequence[tuple[Array, Ref]], *, beside: bool = False
+    ) -> RowTable:
         """The table with columns that lie in new blocks: of each part, which rows of the table its block holds, in the
-        block's order. Together the parts hold each row once."""
+        block's order. Rows that no part holds keep what they have, if anything. `beside`: of wide columns, the values
+        are added to those that each row has already."""
         names = frozenset(names)
-        table = self.without(names)
-        blocks, rows = np.zeros(len(self), np.int64), np.zeros(len(self), np.int64)
+        before = None if beside else next((each for each in self.stored if each.names == names), None)
+        table = self if beside else self.without(names)
+        absent = Stored(names, np.full(len(self), -1, np.int64), np.zeros(len(self), np.int64))
+        blocks, rows = (before or absent).blocks.copy(), (before or absent).rows.copy()
         for number, (held, _) in enumerate(parts, len(table.blocks)):
             blocks[held], rows[held] = number, np.arange(len(held))
         refs = (*table.blocks, *(ref for _, ref in parts))

@@ -70,9 +70,10 @@ class PromptGroup:
         versions = [meta.oldest_version for meta in samples.metas] if ages else []
         if self.oldest_version is not None:
             versions.append(self.oldest_version)
+        of_prompt = {name: np.full(len(samples.rows), value) for name, value in self.prompt.row_values.items()}
         return replace(
             self,
-            rows=RowTable.concat([self.rows, samples.rows]),
+            rows=RowTable.concat([self.rows, samples.rows.with_values(**of_prompt)]),
             metas=(*self.metas, *samples.metas),
             transcripts=(*self.transcripts, *samples.transcripts),
             own=(*self.own, *[ages and not mixed] * samples.count),

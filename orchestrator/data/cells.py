@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from orchestrator.data.conversation import Content, Message, RowError
@@ -80,6 +80,14 @@ def boolean(value: Any, name: str) -> bool:
     if value not in (True, False):
         raise RowError(f"{name} is {_shown(value)}, not true or false")
     return bool(value)
+
+
+def one_of(row: Row, name: str, names: Sequence[str]) -> int:
+    """Which of the names it is, from 0."""
+    value = row.get(name)
+    if value not in names:
+        raise RowError(f"{name} is {_shown(value)}; it must be one of {', '.join(names)}")
+    return names.index(value)
 
 
 def number(row: Row, name: str, *, least: float = -math.inf) -> float | None:

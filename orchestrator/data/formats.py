@@ -38,6 +38,7 @@ class Example:
     label: bool | None = None
     margin: float | None = None
     weight: float | None = None
+    teacher: int | None = None  # which of the kind's teachers
     step_labels: tuple[bool, ...] | None = None  # one per completion; the completions are then the steps of one answer
     input_ids: list[int] | None = None  # tokenised by the user; then `mask` marks the trained tokens
     mask: list[bool] | None = None
@@ -66,6 +67,7 @@ def choose(kind: DataKind, found: Sequence[str], data: DataConfig, source: str) 
     for candidate in formats:
         if set(candidate.columns) <= set(found):
             _refuse_dead_choice(candidate, data, source)
+            _refuse_no_teacher(kind, found, source)
             return candidate
     nearest = min(formats, key=lambda candidate: _distance(candidate, found))
     missing = next(name for name in nearest.columns if name not in found)
@@ -86,6 +88,16 @@ def _refuse_dead_choice(chosen: Format, data: DataConfig, source: str) -> None:
         )
     if data.assistant_only and not chosen.talks:
         raise DataError(f"data.assistant_only=true needs conversations, and {source} is read as {chosen}; leave it out")
+
+
+def _refuse_no_teacher(kind: DataKind, found: Sequence[str], source: str) -> None:
+    if kind.teachers and "teacher" not in found:
+        raise DataError(
+            f"{source} has no column 'teacher', which says of each row whether it is for "
+            f"{' or '.join(kind.teachers)} (options.teachers): found {', '.join(found)}.\n"
+            "  If the column has another name, say which: data.columns.teacher=ITS_NAME. To mix the teachers in every "
+            "row instead, set options.teacher_weights"
+        )
 
 
 def _distance(candidate: Format, found: Sequence[str]) -> tuple[int, int]:

@@ -49,6 +49,7 @@ class Prompt:
     prompt: Content
     columns: dict[str, Any]
     answer: Batch | None = None  # the row that the data set makes of it, where the kind of data has one
+    row_values: Mapping[str, int] = field(default_factory=dict[str, int])  # of columns per row, of whatever answers it
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +93,10 @@ class Items:
         """The row of a prompt with its completion, if the kind of data has it."""
         return self.rows(index, group=index) if self.kind.answered else None
 
+    def row_values(self, index: int) -> dict[str, int]:
+        """What each row that answers a prompt has in columns per row, by column."""
+        return {"teacher": int(self.store.teacher[index])} if self.kind.teachers else {}
+
     def _whole(self, index: int, group: int) -> Batch:
         store = self.store
         first, last = (int(row) for row in store.first_row[index : index + 2])
@@ -113,7 +118,7 @@ class Items:
         for name, values in (("margin", self.store.margin), ("weight", self.store.weight)):
             if len(values) or name in self.kind.columns:  # a column may exist and be null in every row
                 columns[name] = np.full(rows, values[index] if len(values) else 0.0, np.float32)
-        return columns
+        return columns | {name: np.full(rows, value) for name, value in self.row_values(index).items()}
 
     def _packed(self, pieces: Bin, group: int) -> Batch:
         store = self.store
@@ -125,6 +130,8 @@ class Items:
         columns["mask"] = mask
         if len(store.weight):
             columns["weight"] = store.weight[[piece.document for piece in pieces]]
+        if self.kind.teachers:
+            columns["teacher"] = store.teacher[[piece.document for piece in pieces]]
         return _batch(lengths, group, columns)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from actors.errors import DataError
 from orchestrator.config.schema import DataConfig
+from orchestrator.data import cells
 from orchestrator.data.cells import Row
 from orchestrator.data.conversation import RowError, refuse_other_ending
 from orchestrator.data.formats import Example, Format
@@ -38,13 +39,16 @@ class Preparer:
     tokeniser: Tokeniser | None
     prompts_only: bool
     assistant_only: bool
+    teachers: tuple[str, ...] = ()  # one of which each row names
 
     def read(self, rows: Iterable[tuple[int, Row]], refuse: Refuse) -> list[tuple[int, Example]]:
         """(row, example); some formats make several examples of one row."""
         read: list[tuple[int, Example]] = []
         for number, row in rows:
             try:
-                read += [(number, self._ending_well(example)) for example in self.format.read(row)]
+                teacher = cells.one_of(row, "teacher", self.teachers) if self.teachers else None
+                examples = (replace(example, teacher=teacher) for example in self.format.read(row))
+                read += [(number, self._ending_well(example)) for example in examples]
             except RowError as error:
                 refuse(number, str(error))
         return read
@@ -122,5 +126,6 @@ def wanted_columns(form: Format, kind: DataKind, data: DataConfig, found: Sequen
     """Columns that are read. A column called `weight` or `margin` is read only if data.columns names it."""
     names = [*form.columns, *OPTIONAL]
     names += ["prompt"] * ("label" in kind.columns) + ["weight"] * ("weight" in data.columns)
+    names += ["teacher"] * bool(kind.teachers)
     names += ["margin"] * ("margin" in data.columns and "preferred" in kind.columns)
     return [name for name in dict.fromkeys(names) if name in found]

@@ -63,6 +63,7 @@ class Store:
     label: NDArray[np.int8]  # [I], -1 where there is none
     margin: NDArray[np.float32]  # [I], or [0] if no row has one
     weight: NDArray[np.float32]  # [I], or [0] if no row has one
+    teacher: NDArray[np.int8]  # [I], 0 where rows name none
 
     def __len__(self) -> int:
         return len(self.source_row)
@@ -110,6 +111,7 @@ class _Writer:
         self._label: list[int] = []
         self._margin: list[float | None] = []
         self._weight: list[float | None] = []
+        self._teacher: list[int] = []
 
     def add(self, item: Prepared) -> None:
         fit, example = item.fit, item.example
@@ -123,6 +125,7 @@ class _Writer:
         self._label.append(NO_LABEL if example.label is None else int(example.label))
         self._margin.append(example.margin)
         self._weight.append(example.weight)
+        self._teacher.append(example.teacher or 0)
 
     def store(self) -> Store:
         return Store(
@@ -135,6 +138,7 @@ class _Writer:
             label=np.array(self._label, dtype=np.int8),
             margin=_filled(self._margin, 0.0),
             weight=_filled(self._weight, 1.0),
+            teacher=np.array(self._teacher, dtype=np.int8),
         )
 
 

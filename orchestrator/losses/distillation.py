@@ -38,21 +38,31 @@ def top_k_jensen_shannon(
     *,
     beta: float,
     temperature: float = 1.0,
+    weights: tuple[float, ...] = (1.0,),
 ) -> Tensor:
     """[n], nats: `jensen_shannon` where the teacher is known by its k most likely tokens: `topk_ids` [n, k], their
-    log-probabilities at that temperature [n, k], and the log-probability of all other tokens together [n].
+    log-probabilities at that temperature [n, k], and the log-probability of all other tokens together [n, 1]. Of m
+    teachers, [n, m k] and [n, m], one after the other: the sum of their divergences with these `weights`.
 
     Both distributions are over k + 1 outcomes, the last one being any other token, so the result is never negative, at
     most the divergence of the whole distributions, and equal to it if k is all tokens. Leaving the tail out would make
     it the difference of two sums that are not 1, which has no lower bound. The student's tokens that a teacher with a
     tail of 0 does not have are in neither distribution.
     """
-    ids, nothing = topk_ids.long(), torch.finfo(logits.dtype).min  # not -inf: 0 x -inf is no number
-    scaled = logits / temperature
-    tail = scaled.scatter(1, ids, nothing).logsumexp(-1).masked_fill(tail_logps.isneginf(), nothing)
-    student = torch.log_softmax(torch.cat([scaled.gather(1, ids), tail[:, None]], dim=1), dim=-1)
-    teacher = torch.cat([topk_logps, tail_logps[:, None]], dim=1).clamp(min=nothing)
-    return _divergence(student, teacher, beta)
+    scaled, several = logits / temperature, len(weights)
+    said = zip(*(each.chunk(several, dim=1) for each in (topk_ids.long(), topk_logps, tail_logps)), strict=True)
+    return sum(
+        (weight * _of_k_and_the_rest(scaled, *each, beta) for weight, each in zip(weights, said, strict=True)),
+        logits.new_zeros(()),
+    )
+
+
+def _of_k_and_the_rest(scaled: Tensor, ids: Tensor, logps: Tensor, tail_logps: Tensor, beta: float) -> Tensor:
+    """[n]: the divergence of distributions over k + 1 outcomes. `tail_logps` [n, 1]."""
+    nothing = torch.finfo(scaled.dtype).min  # not -inf: 0 x -inf is no number
+    tail = scaled.scatter(1, ids, nothing).logsumexp(-1, keepdim=True).masked_fill(tail_logps.isneginf(), nothing)
+    student = torch.log_softmax(torch.cat([scaled.gather(1, ids), tail], dim=1), dim=-1)
+    return _divergence(student, torch.cat([logps, tail_logps], dim=1).clamp(min=nothing), beta)
 
 
 def _divergence(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
@@ -84,9 +94,14 @@ def distil(
 @reads("entropy", token_metrics=is_on)
 @compares(top_k_jensen_shannon, *TEACHER_TOP_K)
 def distil_top_k(
-    tokens: Distilled, *, beta: float = 0.5, temperature: float | None = 1.0, token_metrics: bool = False
+    tokens: Distilled,
+    *,
+    beta: float = 0.5,
+    temperature: float | None = 1.0,
+    weights: tuple[float, ...] = (1.0,),
+    token_metrics: bool = False,
 ) -> Loss:
-    """[T]: `top_k_jensen_shannon` of the student and a teacher in other processes, which `infer` asked for its k most
+    """[T]: `top_k_jensen_shannon` of the student and teachers in other processes, which `infer` asked for their k most
     likely tokens at that temperature.
 
     Source: arXiv:2306.13649, eq. 2, of distributions over k + 1 outcomes.

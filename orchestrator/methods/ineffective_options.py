@@ -107,7 +107,8 @@ def _other_values(annotation: Any, now: Any) -> list[Any]:
     if isinstance(now, str):
         return [name for name in _names(annotation) if name != now]
     if isinstance(now, list | tuple):
-        return [[_other_values(annotation, each)[0] for each in cast(list[Any], now)]]
+        others = [_other_values(annotation, each) for each in cast(list[Any], now)]
+        return [[each[0] for each in others]] if all(others) else []  # a name that users choose has none
     return []
 
 

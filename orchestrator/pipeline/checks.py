@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from actors.columns import COLUMNS
+from actors.columns import COLUMNS, Axis
 from actors.errors import ConfigError
 from orchestrator.pipeline.data_kinds import DataKind
 from orchestrator.pipeline.stage import ROW_SOURCES, Stage, Verb, roles_of, rows_by_share
@@ -33,6 +33,8 @@ def _check_columns(data: DataKind, stages: Sequence[Stage]) -> None:
                 f"stage {stage.name} runs where the tokens are and writes {', '.join(sorted(stage.writes))}, of which "
                 "some are per token and some per row; make it two credit calls"
             )
+        if stage.only is not None and (stage.verb is not Verb.INFER or any(map(_per_row, stage.writes))):
+            raise ConfigError(f"stage {stage.name} runs for some rows only; just one that infers columns per token may")
         missing = sorted(stage.reads - written)
         if missing:
             raise ConfigError(
@@ -40,6 +42,10 @@ def _check_columns(data: DataKind, stages: Sequence[Stage]) -> None:
                 f"(written so far: {', '.join(sorted(written)) or 'nothing'})"
             )
         written |= stage.writes
+
+
+def _per_row(name: str) -> bool:
+    return COLUMNS[name].axis is Axis.ROW
 
 
 def _check_row_sources(data: DataKind, stages: Sequence[Stage]) -> None:

@@ -18,6 +18,11 @@ class DataKind:
     uncut: bool = False  # a row is judged as a whole: an item with one that is too long is left out, not cut
     step_separator: str = "\n"  # of an answer in labelled steps: the text after each of them
     last_step_only: bool = False  # of its labels, only that of the last step counts
+    teachers: tuple[str, ...] = ()  # one of which each item names in its column `teacher`
+
+    def with_teachers(self, names: tuple[str, ...]) -> DataKind:
+        """The same items, each of which names a teacher. None are named: as it is."""
+        return replace(self, columns=self.columns | {"teacher"}, teachers=names) if names else self
 
 
 def items_of(kind: DataKind) -> str:

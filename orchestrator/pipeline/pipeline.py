@@ -200,7 +200,7 @@ class Pipeline:
             return self.data
         others = (stage for stage in self.stages if stage.verb not in GROUPWISE)
         try:
-            return Pipeline(Completions, *others).data
+            return Pipeline(Completions.with_teachers(self.data.teachers), *others).data
         except ConfigError:
             return None
 

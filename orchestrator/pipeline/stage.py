@@ -32,7 +32,8 @@ GROUPWISE = ROW_SOURCES | {Verb.SCORE, Verb.KEEP, Verb.REGROUP}  # they run for 
 @dataclass(frozen=True)
 class Stage:
     """One verb by one role. `call` is what is executed, with `options` as its keyword arguments. `share`: the part of
-    [0, 1) for whose prompt groups the stage runs; where a group stands in it, its seed and position decide."""
+    [0, 1) for whose prompt groups the stage runs; where a group stands in it, its seed and position decide. `only`: a
+    column per row, and the value of it that a row must have for the stage to run for it; None: it runs for all."""
 
     verb: Verb
     role: str
@@ -41,6 +42,7 @@ class Stage:
     call: Callable[..., Any] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     share: tuple[float, float] = (0.0, 1.0)
+    only: tuple[str, int] | None = None
 
     def covers(self, place: float) -> bool:
         """Whether the stage runs for a prompt group that stands there."""
@@ -79,7 +81,15 @@ class Stage:
 def in_conflict(one: Stage, other: Stage) -> bool:
     """Whether two stages must keep their order: they share a role, or one writes what the other reads or writes."""
     roles = {one.role, one.options.get("source")} & {other.role, other.options.get("source")} - {None, DRIVER}
-    return bool(roles or one.writes & (other.reads | other.writes) or one.reads & other.writes)
+    overwrites = one.writes & other.writes and not _of_other_rows(one, other)
+    return bool(roles or overwrites or one.writes & other.reads or one.reads & other.writes)
+
+
+def _of_other_rows(one: Stage, other: Stage) -> bool:
+    """Whether no row is one for which both stages run."""
+    if one.only is None or other.only is None:
+        return False
+    return one.only[0] == other.only[0] and one.only[1] != other.only[1]
 
 
 def roles_of(verb: Verb, stages: Iterable[Stage]) -> tuple[str, ...]:

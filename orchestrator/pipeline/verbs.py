@@ -73,11 +73,21 @@ def infer(
     return Stage(Verb.INFER, role, frozenset({"tokens"}), frozenset({into}), options=options)
 
 
-def infer_top_k(role: str, *, into: tuple[str, ...], k: int, temperature: float | None = 1.0) -> Stage:
+def only_where(column: str, value: int, stage: Stage) -> Stage:
+    """The `infer` stage of a column per token, for those rows alone that have this value in a column per row. What it
+    writes, other stages write for the other rows; each row must get it from one of them."""
+    return replace(stage, reads=stage.reads | {column}, only=(column, value))
+
+
+def infer_top_k(
+    role: str, *, into: tuple[str, ...], k: int, temperature: float | None = 1.0, beside: bool = False
+) -> Stage:
     """The `k` tokens that a role's model finds most likely at each position, at a temperature (None: that at which the
     phase takes log-probabilities), written to three columns: their ids [T, k], their log-probabilities [T, k], and the
-    log-probability of all other tokens [T]. A fourth column takes the log-probability of the row's own token [T]."""
+    log-probability of all other tokens [T, 1]. A fourth column takes the log-probability of the row's own token [T].
+    `beside`: each token's values are added to those that an earlier stage wrote to these columns."""
     options = {"into": into, "head": Head.VOCABULARY, "adapters": True, "top_k": k, "temperature": temperature}
+    options |= {"beside": True} if beside else {}
     return Stage(Verb.INFER, role, frozenset({"tokens"}), frozenset(into), options=options)
 
 

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 HEADS = ("chunked", "distilled", "plain")
-HIDDEN, LAYERS, ROW_TOKENS, WARMUP_TOKENS = 256, 2, 128, 64
+LAYERS, ROW_TOKENS, WARMUP_TOKENS = 2, 128, 64
 MIB = 2**20
 TIMEOUT_S = 600.0
 
@@ -39,7 +39,8 @@ def main() -> None:
     for head in options.projections:
         for vocabulary in sorted(options.vocabularies):
             for tokens in sorted(options.tokens):
-                case = {"head": head, "vocabulary": vocabulary, "tokens": tokens, "dtype": options.dtype}
+                case = {"head": head, "vocabulary": vocabulary, "tokens": tokens}
+                case |= {"dtype": options.dtype, "hidden": options.hidden}
                 command = [sys.executable, "-W", "ignore", Path(__file__), "--case", json.dumps(case)]
                 output = run(command, {"PYTHONPATH": str(Path(__file__).parents[2])}, TIMEOUT_S).output
                 results.append(case | json.loads(output.strip().splitlines()[-1]))
@@ -48,12 +49,12 @@ def main() -> None:
     print(json.dumps({"benchmark": "vocabulary", "results": results, "kib_per_token": slopes}))
 
 
-def measure(head: str, vocabulary: int, tokens: int, dtype: str) -> dict[str, float]:
+def measure(head: str, vocabulary: int, tokens: int, dtype: str, hidden: int) -> dict[str, float]:
     """One case, in this process."""
     import torch
 
     torch.manual_seed(0)
-    model = _model(vocabulary, getattr(torch, dtype))
+    model = _model(vocabulary, hidden, getattr(torch, dtype))
     step = {"chunked": _chunked_step, "distilled": _distilled_step, "plain": _plain_step}[head](model)
     step(WARMUP_TOKENS)
     model.zero_grad(set_to_none=True)
@@ -61,7 +62,7 @@ def measure(head: str, vocabulary: int, tokens: int, dtype: str) -> dict[str, fl
     began = time.perf_counter()
     step(tokens)
     seconds = time.perf_counter() - began
-    gradient = vocabulary * HIDDEN * getattr(torch, dtype).itemsize
+    gradient = vocabulary * hidden * getattr(torch, dtype).itemsize
     return {"extra_mib": (_peak() - before - gradient) / MIB, "seconds": seconds}
 
 
@@ -74,7 +75,7 @@ def per_token(results: list[dict[str, Any]], head: str, vocabulary: int) -> floa
     return (last["extra_mib"] - first["extra_mib"]) * 1024 / (last["tokens"] - first["tokens"])
 
 
-def _model(vocabulary: int, dtype: Any) -> Any:
+def _model(vocabulary: int, hidden: int, dtype: Any) -> Any:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from actors.attention import VARLEN, register
@@ -83,8 +84,8 @@ def _model(vocabulary: int, dtype: Any) -> Any:
     register()
     config = Qwen2Config(
         vocab_size=vocabulary,
-        hidden_size=HIDDEN,
-        intermediate_size=4 * HIDDEN,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
         num_hidden_layers=LAYERS,
         num_attention_heads=4,
         num_key_value_heads=4,
@@ -117,7 +118,8 @@ def _distilled_step(model: Any) -> Callable[[int], None]:
     from actors.objective import MicroBatch, OfLogits
     from orchestrator.losses.distillation import jensen_shannon
 
-    teacher = _model(model.causal.config.vocab_size, model.causal.dtype).requires_grad_(False)
+    config = model.causal.config
+    teacher = _model(config.vocab_size, config.hidden_size, model.causal.dtype).requires_grad_(False)
     asked = OfLogits(jensen_shannon, {"beta": 1.0}, companion=True)
 
     def step(tokens: int) -> None:
@@ -192,6 +194,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--projections", nargs="+", choices=HEADS, default=list(HEADS))
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[32_000, 151_936])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048])
+    parser.add_argument("--hidden", type=int, default=256, help="width of the model's states")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--case", help=argparse.SUPPRESS)  # how this script starts itself for one case
     return parser.parse_args()

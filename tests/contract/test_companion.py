@@ -149,6 +149,33 @@ def test_all_tokens_over_the_wire_teach_what_a_companion_teaches(
     assert found[2]["loss"] < 0.99 * found[0]["loss"]
 
 
+@pytest.mark.parametrize("weights", [None, (9.0, 1.0)], ids=["routed", "mixed"])
+def test_of_several_teachers_each_teaches_the_rows_that_name_it_or_all_teach_every_row_by_weight(
+    student: ModelSpec, teacher: ModelSpec, weights: tuple[float, ...] | None
+) -> None:
+    """With all tokens over the wire, the first step's divergence is what the companions give, one by one."""
+    specs = {"math": teacher, "code": replace(teacher, path=student.path)}
+    batch = sampled(teacher, seed=1)
+    batch = batch.with_columns(teacher=np.arange(len(batch)) % 3 == 0)
+    alone = {role: worker(student, spec) for role, spec in specs.items()}
+    rows = {role: np.flatnonzero(batch["teacher"] == at) for at, role in enumerate(specs)}
+    if weights is None:
+        parts = [(len(rows[role]), distance(alone[role], batch.select(rows[role]))) for role in specs]
+    else:
+        parts = [(weight, distance(alone[role], batch)) for role, weight in zip(specs, weights, strict=True)]
+    expected = sum(share * found for share, found in parts) / sum(share for share, _ in parts)
+    options = {"teachers": tuple(specs), "teacher_top_k": VOCAB, **({"teacher_weights": weights} if weights else {})}
+    pipeline = build("gkd", {"lmbda": 0.0, **options})
+    roles = {role: ModelWorker(role, spec, BackendSpec("single", None), threads=1) for role, spec in specs.items()}
+    for each in roles.values():
+        each.ready()
+    executor = executor_of(pipeline, {"policy": worker(student), **roles}, token_budget=BUDGET)
+    found = steps(executor, RowTable(batch), 3)
+    assert found[0]["divergence"] == pytest.approx(expected, rel=1e-4)
+    assert found[2]["divergence"] < 0.99 * found[0]["divergence"]
+    assert abs(expected - distance(alone["math"], batch)) > 0.05 * expected, "the other teacher changes something"
+
+
 @pytest.mark.parametrize(("objective", "stage"), [(DISTIL, 2), (SEQUENCE, 2), (DISTIL, 3)])
 def test_two_ranks_learn_from_their_companions_what_one_process_learns(
     student: ModelSpec, teacher: ModelSpec, two_ranks: Any, objective: LossObjective, stage: int

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from actors.errors import ConfigError, DataError
 from orchestrator.config.loading import config_of
 from orchestrator.run import run
 from tests.unit.tiny import tiny_model_folder
@@ -16,18 +17,29 @@ from tests.unit.tiny import tiny_model_folder
 STEPS = 3
 
 
+def row(index: int, named: tuple[str, ...]) -> dict[str, str]:
+    return {"prompt": f"a{index}", "completion": f"b{index}", "teacher": named[index % len(named)]}
+
+
 def ran(
-    tmp_path: Path, options: dict[str, Any], max_staleness: int = 0, method: str = "gkd", steps: int = STEPS
+    tmp_path: Path,
+    options: dict[str, Any],
+    max_staleness: int = 0,
+    method: str = "gkd",
+    steps: int = STEPS,
+    named: tuple[str, ...] = ("teacher",),
 ) -> tuple[list[dict[str, Any]], list[float]]:
-    """(the metrics of each step, the divergence on held-out rows before and after)."""
+    """(the metrics of each step, the divergence on held-out rows before and after). `named`: what the rows' column
+    `teacher` holds, in turn."""
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"prompt": f"a{i}", "completion": f"b{i}"}) + "\n" for i in range(12)))
+    rows.write_text("".join(json.dumps(row(i, named)) + "\n" for i in range(12)))
     tree: dict[str, Any] = {
         "method": method,
         "options": options,
         "model": {"path": str(tiny_model_folder(tmp_path, hidden=32))},
         "roles": {
             "teacher": {"model": str(tiny_model_folder(tmp_path, hidden=32, seed=1))},
+            "tutor": {"kind": "frozen", "model": str(tiny_model_folder(tmp_path, hidden=32, seed=2))},
             "rollout": {"engine": "hf"},
             "teacher_rollout": {"engine": "hf"},
         },
@@ -61,6 +73,31 @@ def test_a_student_learns_from_a_teacher_s_most_likely_tokens_on_its_own_samples
     steps, (before, after) = ran(tmp_path, {"beta": 0.0, "teacher_top_k": 8})
     assert len(steps) == STEPS and all(step["grad_norm"] > 0 for step in steps)
     assert after < 0.9 * before
+
+
+TWO = {"teachers": ["teacher", "tutor"], "teacher_top_k": 8}
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("gkd", {"lmbda": 0.5, "beta": 0.0, **TWO}), ("minillm", {"gamma": 0.5, **TWO})],
+    ids=str,
+)
+def test_a_student_learns_from_the_teacher_that_each_row_names(
+    tmp_path: Path, method: str, options: dict[str, Any]
+) -> None:
+    steps, held_out = ran(tmp_path, options, method=method, named=("teacher", "tutor", "tutor"))
+    assert len(steps) == STEPS and all(step["grad_norm"] > 0 for step in steps)
+    if method == "gkd":
+        assert held_out[1] < 0.95 * held_out[0]
+
+
+def test_a_row_that_names_no_teacher_of_the_run_is_refused_before_anything_is_launched(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"row 2.*teacher is 'nobody'; it must be one of teacher, tutor") as refused:
+        ran(tmp_path, TWO, named=("teacher", "nobody"))
+    assert "rows.jsonl" in str(refused.value)
+    with pytest.raises(ConfigError, match=r"gkd learns from the distributions of coach; describe it as roles\.coach"):
+        ran(tmp_path, {**TWO, "teachers": ["teacher", "coach"]}, named=("teacher", "coach"))
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def divergences(count: int = 400) -> tuple[Tensor, Tensor]:
 def top_k_of(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     log_probs = logits.log_softmax(-1)
     logps, ids = log_probs.topk(k)
-    return ids.int(), logps, log_probs.scatter(1, ids, -torch.inf).logsumexp(-1)
+    return ids.int(), logps, log_probs.scatter(1, ids, -torch.inf).logsumexp(-1, keepdim=True)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
@@ -197,6 +197,18 @@ def test_a_divergence_from_the_most_likely_tokens_is_zero_of_equals_and_its_grad
     assert torch.autograd.gradcheck(lambda logits: divergence(logits, *top_k_of(teacher, k)), student.requires_grad_())
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_several_teachers_side_by_side_teach_the_weighted_sum_of_what_each_teaches(beta: float) -> None:
+    student, one = divergences()
+    other = one.roll(1, dims=1)
+    said = top_k_of(one, 3), top_k_of(other, 3)
+    together = [torch.cat(parts, dim=1) for parts in zip(*said, strict=True)]
+    each = [top_k_jensen_shannon(student, *parts, beta=beta) for parts in said]
+    found = top_k_jensen_shannon(student, *together, beta=beta, weights=(0.25, 0.75))
+    torch.testing.assert_close(found, 0.25 * each[0] + 0.75 * each[1])
+    assert (found - each[0]).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("vocabulary", [None, 40])
 def test_the_most_likely_tokens_are_those_of_all_logits_by_chunks_without_padded_entries(
     vocabulary: int | None,
@@ -211,7 +223,7 @@ def test_the_most_likely_tokens_are_those_of_all_logits_by_chunks_without_padded
         learned = mask[at] & (torch.arange(len(logits)) > 0)
         torch.testing.assert_close(found["teacher_topk_logps"][at][learned], logps, **FLOAT32)
         assert torch.equal(found["teacher_topk_ids"][at][learned], ids.int())
-        tail = (1 - logps.exp().sum(-1)).log()
+        tail = (1 - logps.exp().sum(-1, keepdim=True)).log()
         torch.testing.assert_close(found["teacher_tail_logps"][at][learned], tail, rtol=1e-3, atol=1e-4)
         assert not found["teacher_topk_logps"][at][~learned].any()
 

@@ -201,7 +201,7 @@ def _logits(lengths: Tensor, rng: torch.Generator) -> Tensor:
 def _top_k(log_probs: Tensor) -> dict[str, Tensor]:
     """What a teacher would say of its three most likely tokens."""
     logps, ids = log_probs.topk(3)
-    tail = torch.log1p(-logps.exp().sum(-1))
+    tail = torch.log1p(-logps.exp().sum(-1, keepdim=True))
     return {"teacher_topk_ids": ids.int(), "teacher_topk_logps": logps, "teacher_tail_logps": tail}
 
 
@@ -342,7 +342,7 @@ def test_with_the_teachers_whole_distribution_over_the_wire_minillm_is_that_of_a
     said = {
         "teacher_topk_ids": ids,
         "teacher_topk_logps": logps,
-        "teacher_tail_logps": torch.full_like(rows.logps, -torch.inf),
+        "teacher_tail_logps": torch.full_like(rows.logps[:, None], -torch.inf),
     }
     said["teacher_logps"] = teacher.gather(-1, rows.micro["tokens"][:, None]).squeeze(-1)
     apart = replace(rows, micro=MicroBatch(rows.micro.lengths, {**rows.micro.columns, **said}))

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import pytest
 
+from actors.columns import Head
 from actors.errors import ConfigError
 from orchestrator.advantages import credits
 from orchestrator.losses.objective import LossObjective
@@ -23,8 +24,11 @@ from orchestrator.pipeline import (
     Verb,
     credit,
     generate,
+    in_conflict,
+    infer,
     mix,
     one_of,
+    only_where,
     score,
     take,
 )
@@ -140,6 +144,50 @@ def test_a_teacher_of_sampled_tokens_is_a_role_and_one_of_whole_distributions_a_
     assert verbs(wire) == verbs(alone) and "teacher_logps" in wire.updates[0].reads  # one pass says both
     for pipeline in (beside, alone, wire, build("on_policy_distillation", {})):
         assert pipeline.teachers == ("teacher",) and pipeline.temperature is None  # that of sampling
+
+
+def test_several_teachers_are_asked_by_the_rows_that_name_them_or_all_of_them_side_by_side() -> None:
+    options: dict[str, Any] = {"teachers": ["math", "code"], "teacher_top_k": 4}
+    routed, mixed = build("gkd", options), build("gkd", {**options, "teacher_weights": [3, 1]})
+    for pipeline in (routed, mixed):
+        assert verbs(pipeline) == ["rollout.generate", "math.infer", "code.infer", "policy.update"]
+        assert pipeline.teachers == ("math", "code")
+    assert [stage.only for stage in routed if stage.top_k] == [("teacher", 0), ("teacher", 1)]
+    assert (routed.data.teachers, mixed.data.teachers) == (("math", "code"), ())
+    assert routed.held_out and routed.held_out.teachers == ("math", "code")
+    one, other = (stage for stage in routed if stage.top_k)
+    assert not in_conflict(other, one), "they may be asked at the same time"
+    one, other = (stage for stage in mixed if stage.top_k)
+    assert in_conflict(other, one), "whose values come first must not depend on who is faster"
+    assert mixed.updates[0].options["loss_options"]["weights"] == (0.75, 0.25)
+    renamed = routed.with_roles({"math": "big"})
+    assert renamed.teachers == ("big", "code") and renamed.data.teachers == ("math", "code")
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "said"),
+    [
+        ("gkd", {"teachers": ["a", "b"]}, "several have ranks of their own; set options.teacher_top_k"),
+        ("minillm", {"teachers": ["a", "b"]}, "several have ranks of their own; set options.teacher_top_k"),
+        ("gkd", {"teachers": ["a", "a"], "teacher_top_k": 4}, "names a role twice"),
+        ("gkd", {"teacher_weights": [1.0]}, "there must be one for each of several teachers"),
+        (
+            "on_policy_distillation",
+            {"teachers": ["a", "b"], "teacher_weights": [1.0], "teacher_top_k": 4},
+            "there must be one for each of several teachers",
+        ),
+        ("gkd", {"lmbda": 0.0, "seq_kd": True, "teachers": ["a", "b"], "teacher_top_k": 4}, "samples of one teacher"),
+    ],
+)
+def test_teachers_that_do_not_fit_together_are_refused(method: str, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        build(method, options)
+
+
+def test_a_stage_runs_for_some_rows_only_if_it_infers_columns_per_token() -> None:
+    scores = only_where("teacher", 0, infer("reward_model", into="reward", head=Head.ROW_SCALAR))
+    with pytest.raises(ConfigError, match=r"reward_model\.infer runs for some rows only"):
+        Pipeline(Completions.with_teachers(("a", "b")), scores)
 
 
 def test_a_pipeline_must_bring_rows_into_every_prompt_group_and_can_take_only_completions_that_are_there() -> None:

@@ -102,6 +102,8 @@ OTHER_VALUE: dict[str, Any] = {  # of every option, besides `loss_type`, whose n
     "ties": "keep",
     "temperature": 0.7,
     "teacher_top_k": 2,
+    "teacher_weights": (0.3, 0.7),
+    "teachers": ("tutor",),
     "token_metrics": True,
     "top_entropy_quantile": 0.4,
     "tpo_alpha": 0.2,
@@ -141,7 +143,8 @@ BESIDE: dict[str, list[dict[str, Any]]] = {  # what else is set: the first besid
         {"updates_per_batch": 2, "num_remains_in_group": 3},
         {"correction": "token_mask", "rejected": "advantage_0", "num_remains_in_group": 3},
     ],
-    "gkd": [{}, {"lmbda": 0.0}, {"lmbda": 0.3}],
+    "gkd": [{}, {"lmbda": 0.0}, {"lmbda": 0.3}, {"teachers": ("a", "b"), "teacher_top_k": 3}],
+    "on_policy_distillation": [{}, {"teachers": ("a", "b"), "teacher_top_k": 3}],
     "minillm": [{}, {"gamma": 0.3}],
     **{
         name: [{"updates_per_batch": 2}, {"correction": "token_mask"}]
@@ -169,8 +172,8 @@ def behaviour(pipeline: Pipeline) -> list[Any]:
     """What the pipeline does, on rows that hold everything that any loss reads."""
     did: list[Any] = [pipeline.data]
     for stage in pipeline:
-        did.append((stage.name, stage.precomputed, stage.share))
-        if stage.verb in (Verb.GENERATE, Verb.MIX, Verb.REPLAY):
+        did.append((stage.name, stage.precomputed, stage.share, stage.only))
+        if stage.verb in (Verb.GENERATE, Verb.MIX, Verb.REPLAY, Verb.INFER):
             did.append(dict(stage.options))
         elif stage.verb is Verb.CREDIT:
             did += [{name: values.tolist() for name, values in found.items()} for found in credited(stage)]

@@ -120,6 +120,39 @@ def test_columns_are_replaced_wherever_they_were_kept(drawn: tuple[RowTable, Bat
     assert_equal(whole(table.without({"tokens"})), plain.only(set(plain.columns) - {"tokens"}))
 
 
+@settings(max_examples=30, deadline=None)
+@given(tables())
+def test_a_column_may_be_written_for_some_rows_first_and_is_not_read_before_all_have_it(
+    drawn: tuple[RowTable, Batch, Draw],
+) -> None:
+    table, plain, random = drawn
+    values = random.normal(size=plain.num_tokens).astype(np.float32)
+    expected = plain.with_columns(ref_logps=values)
+    for some in (np.arange(0, len(plain), 2), np.arange(1, len(plain), 2)):
+        if len(plain) > 1 and "ref_logps" in table:
+            with pytest.raises(ValueError, match=r"rows have no ref_logps: no stage wrote it"):
+                whole(table.select(np.arange(len(plain))[::-1]))
+        if len(some):
+            table = table.with_blocks({"ref_logps"}, [(some, Ref(expected.select(some).only({"ref_logps"})))])
+    assert_equal(whole(table), expected)
+    backwards = np.arange(len(plain))[::-1]
+    assert_equal(whole(RowTable.concat([table, table.select(backwards)])).select(backwards + len(plain)), expected)
+
+
+def test_values_of_a_wide_column_may_lie_in_several_blocks_side_by_side() -> None:
+    batch = sampled(np.random.default_rng(1), 3, group=0)
+    one, other = (np.random.default_rng(seed).normal(size=(batch.num_tokens, 2)).astype(np.float32) for seed in (2, 3))
+    name, everything = "teacher_topk_logps", np.arange(3)
+    table = in_a_block(batch)
+    for values, beside in ((other, False), (one, False), (other, True)):  # the first is replaced
+        block = Batch.build(batch.lengths, **{name: values})
+        table = table.with_blocks({name}, [(everything, Ref(block))], beside=beside)
+    expected = batch.with_columns(**{name: np.concatenate([one, other], axis=1)})
+    assert_equal(whole(table), expected)
+    assert_equal(whole(table.select([2, 0])), expected.select([2, 0]))
+    assert name not in table.without({name})
+
+
 def test_rows_that_are_not_learned_from_have_an_empty_mask() -> None:
     batch = Batch.build([2, 3], tokens=[1, 2, 3, 4, 5], mask=[False, True, False, True, True], group=[0, 0])
     table = RowTable.of_block(batch.only({"group"}), Ref(batch.only({"tokens", "mask"})), {"tokens", "mask"})
