@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from pydantic import ValidationError
 
 from actors.errors import ConfigError, RunError
 from orchestrator.checkpoint import MODEL, Checkpoint, CheckpointStore, RunState
 from orchestrator.config.loading import SAVED
+from orchestrator.config.overrides import leaves
 from orchestrator.config.schema import RunConfig
 from orchestrator.planning.resolve import Prepared, PreparedPhase, build_pipeline
 
@@ -88,7 +89,7 @@ def resume_point(folder: Path, prepared: Prepared, step: int | None) -> Resumpti
 
 def changes(before: RunConfig, now: RunConfig) -> Changes:
     """Every key whose value differs, with both values."""
-    one, other = (dict(_leaves(each.model_dump(mode="json"))) for each in (before, now))
+    one, other = (dict(leaves(each.model_dump(mode="json"))) for each in (before, now))
     keys = dict.fromkeys([*one, *other])
     return {key: (one.get(key), other.get(key)) for key in keys if one.get(key) != other.get(key)}
 
@@ -169,15 +170,6 @@ def _config_of(found: Checkpoint) -> RunConfig:
             f"the checkpoint {found.path} has settings of another version of Troupe ({error.errors()[0]['loc']}): "
             "resume with the one that wrote it"
         ) from None
-
-
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of everything that is no mapping, and of mappings that are empty."""
-    if not isinstance(value, Mapping) or not value:
-        yield path, value
-        return
-    for key, inner in cast(Mapping[str, Any], value).items():
-        yield from _leaves(inner, f"{path}.{key}" if path else str(key))
 
 
 def _shown(value: Any) -> str:

@@ -120,10 +120,11 @@ class _Run:
         except (asyncio.CancelledError, Exception) as error:  # after a signal it is a consequence: Ray may be gone
             ending = context.ending_or_none
             if ending is None or ending.signal is None:
+                context.log.close("failed")
                 if not isinstance(error, UserError):
                     error.add_note(context.how_to_continue())
                 raise
-            context.log.close()
+            context.log.close("interrupted")
             ending.say()
             raise Interrupted(ending.signal) from None
 

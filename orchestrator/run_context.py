@@ -17,11 +17,14 @@ from orchestrator.cluster.failures import Ledger, Watchdog
 from orchestrator.cluster.requests import Requests
 from orchestrator.cluster.shutdown import Ending
 from orchestrator.collection.evaluation import Evaluations
+from orchestrator.config.overrides import leaves
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.prepared import Prepared
 from orchestrator.reporting.account import Account
 from orchestrator.reporting.console import Console
-from orchestrator.reporting.metrics import MetricsLog
+from orchestrator.reporting.metrics import MetricsLog, RayGauges, Sink
+from orchestrator.reporting.trackers.table import queued
+from orchestrator.reporting.trackers.tracker import TrackedRun
 
 
 @dataclass
@@ -43,12 +46,7 @@ class RunContext:
         self.console = Console(steps, closed=self._output_closed)
         self.store = CheckpointStore(self.folder / "checkpoints", keep=config.checkpoint.keep)
         self.watchdog = Watchdog(report_after_s=config.cluster.watchdog_s)
-        self.log = MetricsLog(
-            self.folder,
-            run=self.folder.name,
-            tensorboard=config.logging.tensorboard,
-            ray_metrics=config.logging.ray_metrics and not self.local,
-        )
+        self.log = MetricsLog(self.folder, tuple(self._sinks()))
         self.account = Account()
         self.evaluations = Evaluations(
             self.folder, self.log, self.console, self.watchdog, self.event, self.config.roles
@@ -82,6 +80,20 @@ class RunContext:
         if self.last_checkpoint is None:
             return f"no checkpoint yet; checkpoint.every=N writes one every N steps. The run's folder: {self.folder}"
         return f"last checkpoint {self.last_checkpoint.path}; continue with `troupe resume {self.folder}`"
+
+    def _sinks(self) -> Iterator[Sink]:
+        """Where metrics go besides the run's file."""
+        logging = self.config.logging
+        if logging.ray_metrics and not self.local:
+            yield RayGauges(self.folder.name)
+        settings = dict(leaves(self.config.model_dump(mode="json")))
+        tracked = TrackedRun(self.folder.name, self.folder, logging.project, settings)
+        for name in logging.trackers:
+            yield queued(name, tracked, self._tracker_said)
+
+    def _tracker_said(self, line: str) -> None:
+        self.event("tracker", {"said": line})
+        self.console.note(line)
 
     def _output_closed(self) -> None:
         self.output_closed = True

@@ -31,7 +31,7 @@ ARITHMETIC: dict[str, Any] = {
     "sampling": {"max_tokens": 5},
     "roles": {"rollout": {"engine": "vllm", "kv_cache_gib": 0.05, "cpus": 0.5}, "reward": {"cpus": 0.1}},
     "cluster": {"num_cpus": 4, "object_store_mib": 100},
-    "logging": {"completions_every": 1000, "tensorboard": False},
+    "logging": {"completions_every": 1000, "trackers": []},
 }
 
 SFT: dict[str, Any] = {  # seconds on one core, without Ray
@@ -40,7 +40,7 @@ SFT: dict[str, Any] = {  # seconds on one core, without Ray
     "method": "sft",
     "data": {"path": "example:arithmetic_sft"},
     "train": {"steps": 3, "batch_size": 4},
-    "logging": {"tensorboard": False},
+    "logging": {"trackers": []},
 }
 
 

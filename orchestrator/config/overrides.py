@@ -7,9 +7,9 @@ the last one."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 
@@ -112,6 +112,15 @@ def load_yaml(text: str, name: str) -> tuple[Any, dict[Keys, int]]:
 
 def dotted(path: Sequence[str | int]) -> str:
     return ".".join(map(str, path))
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything in a configuration that is no mapping, and of mappings that are empty."""
+    if not isinstance(value, Mapping) or not value:
+        yield path, value
+        return
+    for key, inner in cast(Mapping[str, Any], value).items():
+        yield from leaves(inner, f"{path}.{key}" if path else str(key))
 
 
 def _child(node: Any, key: Any, override: Override, depth: int) -> Any:

@@ -31,6 +31,16 @@ def _not_zero(count: int) -> int:
     return count
 
 
+def _none_twice(names: tuple[str, ...]) -> tuple[str, ...]:
+    twice = [name for place, name in enumerate(names) if name in names[:place]]
+    if twice:
+        raise ValueError(f"{twice[0]} is listed twice")
+    return names
+
+
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]  # see orchestrator/reporting/trackers/table.py
+
+
 class LoraConfig(Section):
     """PEFT adapters; only they are trained."""
 
@@ -284,8 +294,10 @@ class LoggingConfig(Section):
     """Steps between two tables of sampled completions. None: none."""
     completions_shown: Positive = 4
     """Samples in a table of completions."""
-    tensorboard: bool = True
-    """Write TensorBoard's event files."""
+    trackers: Annotated[tuple[TrackerName, ...], AfterValidator(_none_twice)] = ("tensorboard",)
+    """Where the metrics go besides metrics.jsonl. Each of them is a library of its own (docs/trackers.md)."""
+    project: Annotated[str, Field(min_length=1)] = "troupe"
+    """The project of W&B and Trackio, or MLflow's experiment, that the run belongs to."""
     ray_metrics: bool = True
     """Export gauges `ray_troupe_*` on Ray's metrics port."""
 

@@ -1,5 +1,5 @@
-"""What a run needs besides its configuration, checked before its data is read: a writable folder, and a Ray that
-answers if an address is given."""
+"""What a run needs besides its configuration, checked before its data is read: a writable folder, the libraries of its
+trackers, and a Ray that answers if an address is given."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from actors.errors import ConfigError
 from orchestrator.cluster.ray_address import LOCAL, chosen_address, refuse_unreachable, set_by
 from orchestrator.config.schema import RunConfig
+from orchestrator.reporting.trackers.table import refuse_missing
 
 
 def refuse_surroundings(config: RunConfig, *, local: bool = False, resume: Path | None = None) -> None:
@@ -16,6 +17,7 @@ def refuse_surroundings(config: RunConfig, *, local: bool = False, resume: Path 
     `resume`: in this folder, whatever `output` is."""
     if resume is None:
         _refuse_output(config.output)
+    refuse_missing(config.logging.trackers)
     if not local and (address := chosen_address(config.cluster)) != LOCAL:
         refuse_unreachable(address, set_by(config.cluster))
 

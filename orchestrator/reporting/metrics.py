@@ -1,7 +1,7 @@
 """Metrics and completions that a run writes.
 
     RUN/metrics.jsonl             one line per write, flushed at once: `watch tail -n 3 RUN/metrics.jsonl` follows a run
-    RUN/tensorboard/              the same numbers as PHASE/NAME
+    trackers                      the same numbers as PHASE/NAME, in TensorBoard, W&B ... (`trackers/`)
     RUN/completions/step_N.parquet   samples with their rewards
     Ray's metrics                 gauges `ray_troupe_NAME`, tagged with run and phase
 
@@ -18,8 +18,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from orchestrator.reporting.trackers.tracker import Ended
+
 METRICS_FILE = "metrics.jsonl"
 COMPLETIONS_FOLDER = "completions"
+GAUGE_TAGS = ("run", "phase")  # few: each combination of values is a time series of its own
 FIELDS = ("step", "phase", "time")  # of a line, in addition to the metrics
 
 
@@ -41,20 +44,19 @@ class Sink(Protocol):
         """Discards what was written for steps after `step`."""
         ...
 
-    def close(self) -> None: ...
+    def close(self, ended: Ended) -> None:
+        """May be called again; the second call does nothing."""
+        ...
 
 
 class MetricsLog:
-    """The log of one run. `step` counts optimizer steps of the whole run, over all phases."""
+    """The log of one run. `step` counts optimizer steps of the whole run, over all phases. `sinks`: where metrics go
+    after the file has them."""
 
-    def __init__(self, folder: Path, *, run: str, tensorboard: bool = True, ray_metrics: bool = True) -> None:
+    def __init__(self, folder: Path, sinks: Sequence[Sink] = ()) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._completions = folder / COMPLETIONS_FOLDER
-        self._sinks: list[Sink] = [JsonLines(folder / METRICS_FILE)]
-        if tensorboard:
-            self._sinks.append(TensorBoard(folder / "tensorboard"))
-        if ray_metrics:
-            self._sinks.append(RayGauges(run))
+        self._sinks: tuple[Sink, ...] = (JsonLines(folder / METRICS_FILE), *sinks)
 
     def write(self, step: int, phase: str, metrics: Mapping[str, float]) -> None:
         """The line can be read by other processes when this returns. A step may have several lines (training,
@@ -84,9 +86,9 @@ class MetricsLog:
             if int(file.stem.removeprefix("step_")) > step:
                 file.unlink()
 
-    def close(self) -> None:
+    def close(self, ended: Ended = "finished") -> None:
         for sink in self._sinks:
-            sink.close()
+            sink.close(ended)
 
 
 class JsonLines:
@@ -109,35 +111,8 @@ class JsonLines:
         temporary.replace(self._file)
         self._stream = self._file.open("a", buffering=1)
 
-    def close(self) -> None:
+    def close(self, ended: Ended) -> None:
         self._stream.close()
-
-
-class TensorBoard:
-    """TensorBoard's event files, with TensorBoard's own writer: torch's would import torch in the driver."""
-
-    def __init__(self, folder: Path) -> None:
-        from tensorboard.compat.proto import event_pb2, summary_pb2
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-        self._events: Any = event_pb2  # generated modules, whose names exist only at run time
-        self._summaries: Any = summary_pb2
-        self._writer = EventFileWriter(str(folder), flush_secs=5)
-
-    def write(self, step: int, phase: str, metrics: Mapping[str, float]) -> None:
-        value = self._summaries.Summary.Value
-        values = [value(tag=f"{phase}/{name}", simple_value=number) for name, number in metrics.items()]
-        self._add(step, summary=self._summaries.Summary(value=values))
-
-    def rewind(self, step: int) -> None:
-        """At a session's start TensorBoard discards what it has read for later steps."""
-        self._add(step + 1, session_log=self._events.SessionLog(status=self._events.SessionLog.START))
-
-    def _add(self, step: int, **content: Any) -> None:
-        self._writer.add_event(self._events.Event(wall_time=time.time(), step=step, **content))
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 class RayGauges:
@@ -155,16 +130,20 @@ class RayGauges:
     def rewind(self, step: int) -> None:
         """A gauge holds only its last value."""
 
-    def close(self) -> None:
+    def close(self, ended: Ended) -> None:
         self._gauges.clear()
 
     def _gauge(self, name: str) -> Any:
         from ray.util.metrics import Gauge
 
         if name not in self._gauges:
-            known_as = "troupe_" + re.sub(r"[^0-9a-zA-Z_]+", "_", name)
-            self._gauges[name] = Gauge(known_as, description=name, tag_keys=("run", "phase"))
+            self._gauges[name] = Gauge(gauge_name(name), description=name, tag_keys=GAUGE_TAGS)
         return self._gauges[name]
+
+
+def gauge_name(metric: str) -> str:
+    """Of a metric, as this process registers it; Ray exports it with the prefix `ray_`."""
+    return "troupe_" + re.sub(r"[^0-9a-zA-Z_]+", "_", metric)
 
 
 def read(file: Path) -> list[dict[str, Any]]:

@@ -61,7 +61,7 @@ def run(method: str, output: Path) -> Path:
     key = "" if method == "sft" else f"phases.{method}."  # the one recipe with its phase at the top level
     overrides = [
         f"output={output}",
-        "logging.tensorboard=false",
+        "logging.trackers=[]",
         f"{key}evaluation.every={EVERY if key else 4 * EVERY}",
     ]
     pipeline = build_pipeline(phase)

@@ -77,7 +77,7 @@ def step_seconds(folder: Path, seconds: float, staleness: int, steps: int) -> fl
             "reward": {"concurrency": 64},
         },
         "weights": {"transport": "disk"},
-        "logging": {"tensorboard": False, "completions_every": None},
+        "logging": {"trackers": [], "completions_every": None},
     }
     (where / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     ended = run(load_config(where / "recipe.yaml"), local=True)

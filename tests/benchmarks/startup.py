@@ -168,7 +168,7 @@ def _recipe(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "sampling": {"max_tokens": 32},
         "rewards": [{"fn": f"{HERE / 'length_reward.py'}:length_reward"}],
         "roles": {"rollout": {"engine": options.engine, "workers": 1, "threads": 1, "kv_cache_gib": 0.1}},
-        "logging": {"completions_every": None, "tensorboard": False, "ray_metrics": False},
+        "logging": {"completions_every": None, "trackers": [], "ray_metrics": False},
         "cluster": {"num_cpus": max(8, os.cpu_count() or 1)},
     }
 

@@ -82,7 +82,7 @@ def _recipe(job: Job, data: Path, folder: str) -> Figures:
             "learning_rate": 1e-6,
             "token_budget": 4096,
         },
-        "logging": {"completions_every": None, "tensorboard": False, "ray_metrics": False},
+        "logging": {"completions_every": None, "trackers": [], "ray_metrics": False},
         "cluster": {"num_cpus": 8},
     }
     if job.method in SAMPLING:

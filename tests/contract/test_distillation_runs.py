@@ -48,7 +48,7 @@ def ran(
         "train": {"steps": steps, "batch_size": 8, "learning_rate": 0.01, "max_staleness": max_staleness},
         "evaluation": {"rows": {"path": str(rows)}},
         "output": str(tmp_path / "runs"),
-        "logging": {"tensorboard": False},
+        "logging": {"trackers": []},
     }
     folder = run(config_of(tree, [], "test"), local=True).folder
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

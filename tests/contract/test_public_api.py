@@ -12,7 +12,7 @@ import pytest
 import troupe
 from orchestrator.import_pin import ROOT
 
-SHORT = ("train.steps=2", "logging.every=2", "logging.tensorboard=false", "evaluation=null", "cluster.num_cpus=4")
+SHORT = ("train.steps=2", "logging.every=2", "logging.trackers=[]", "evaluation=null", "cluster.num_cpus=4")
 
 
 def test_importing_troupe_imports_nothing_heavy_and_every_public_name_exists():

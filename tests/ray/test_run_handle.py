@@ -34,7 +34,7 @@ roles:
   reward: {{cpus: 0.1}}
 weights: {{timeout_s: 30}}
 cluster: {{num_cpus: 6, object_store_mib: 100, watchdog_s: 1}}
-logging: {{completions_every: 100000, tensorboard: false}}
+logging: {{completions_every: 100000, trackers: []}}
 """
 
 

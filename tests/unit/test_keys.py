@@ -92,4 +92,4 @@ def test_the_default_that_is_shown_is_the_one_that_a_run_gets():
     config = RunConfig(phases={"sft": PhaseConfig()})
     assert shown["sampling.top_p"] == str(config.phases["sft"].sampling.top_p)
     assert shown["roles.policy.zero_stage"] == str(config.roles.policy.zero_stage)
-    assert shown["logging.tensorboard"] == "true"
+    assert shown["logging.trackers"] == "[tensorboard]"

@@ -291,8 +291,8 @@ SHOWN_BY: dict[str, str] = {  # what happens while a run goes on, or needs other
     "checkpoint.every": "tests/contract/test_resumed_runs.py",
     "checkpoint.grace_s": "tests/unit/test_shutdown.py",
     "checkpoint.keep": "tests/unit/test_checkpoint.py",
-    "logging.tensorboard": "tests/unit/test_metrics.py",
-    "logging.ray_metrics": "tests/unit/test_metrics.py",
+    "logging.trackers": "tests/unit/test_trackers.py",
+    "logging.project": "tests/contract/test_tracker_libraries.py",
     "logging.completions_every": "tests/runs.py",
     "cluster.address": "tests/unit/test_cluster.py",
     "cluster.num_cpus": "tests/ray/test_placement.py",
@@ -303,6 +303,7 @@ SHOWN_BY: dict[str, str] = {  # what happens while a run goes on, or needs other
 READ_WHILE_RUNNING: dict[str, str] = {  # no test sees them: the line that reads them
     "weights.bucket_mib": "orchestrator/publishing/publisher.py: config.bucket_mib",
     "logging.every": "orchestrator/phase_run.py: logging.every",
+    "logging.ray_metrics": "orchestrator/run_context.py: logging.ray_metrics",
     "logging.completions_shown": "orchestrator/phase_run.py: logging.completions_shown",
     "cluster.watchdog_s": "orchestrator/run_context.py: cluster.watchdog_s",
     "debug": "orchestrator/run.py: config.debug",

@@ -21,6 +21,8 @@ from orchestrator.reporting.console import Console, Pace, duration
 from orchestrator.reporting.gains import phase_gains
 from orchestrator.reporting.metrics import METRICS_FILE, MetricsLog, of_first_role, read
 from orchestrator.reporting.plot import draw
+from orchestrator.reporting.trackers.table import queued
+from orchestrator.reporting.trackers.tracker import TrackedRun
 from orchestrator.result import Gain
 
 
@@ -40,7 +42,8 @@ class Ended:
 
 @pytest.fixture
 def log(tmp_path: Path) -> Iterator[MetricsLog]:
-    log = MetricsLog(tmp_path, run="test", ray_metrics=False)
+    run = TrackedRun("test", tmp_path, "tests", {})
+    log = MetricsLog(tmp_path, [queued("tensorboard", run, print)])
     yield log
     log.close()
 
@@ -98,7 +101,7 @@ def test_an_incomplete_line_is_skipped_and_removed_on_resume(tmp_path: Path):
     whole = '{"step": 1, "phase": "sft", "time": 0, "loss": 1.0}\n'
     (tmp_path / METRICS_FILE).write_text(whole + '{"step": 2, "pha')
     assert [line["step"] for line in read(tmp_path / METRICS_FILE)] == [1]
-    log = MetricsLog(tmp_path, run="test", tensorboard=False, ray_metrics=False)
+    log = MetricsLog(tmp_path)
     log.rewind(1)
     log.write(2, "sft", {"loss": 0.5})
     log.close()
@@ -107,7 +110,7 @@ def test_an_incomplete_line_is_skipped_and_removed_on_resume(tmp_path: Path):
 
 def test_an_existing_log_is_continued(tmp_path: Path):
     for step in (1, 2):
-        log = MetricsLog(tmp_path, run="test", tensorboard=False, ray_metrics=False)
+        log = MetricsLog(tmp_path)
         log.write(step, "sft", {"loss": 1.0})
         log.close()
     assert len(lines(tmp_path)) == 2

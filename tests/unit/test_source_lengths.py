@@ -244,7 +244,7 @@ def test_a_run_prints_and_logs_how_many_rows_are_used_and_dropped(
         update={
             "output": tmp_path,
             "model": ModelConfig(path=str(tiny_model_folder(tmp_path / "model", hidden=32))),
-            "logging": LoggingConfig(tensorboard=False),
+            "logging": LoggingConfig(trackers=()),
         }
     )
     (line,) = read(run(config, local=True).folder / METRICS_FILE)
