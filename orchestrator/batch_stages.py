@@ -3,6 +3,7 @@
 infer, update ──► the ranks of the stage's role      credit ──► the driver; the ranks of the first trained role, if it
 mix ────────────► the ranks of two roles                        reads values per token
 replay ─────────► the driver, which keeps groups of earlier batches (`replay_buffer.py`)
+write ──────────► the driver, which adds completions to the data set that the phase makes (`written_data.py`)
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from orchestrator.publishing.transfer import mix_towards
 from orchestrator.replay_buffer import ReplayBuffer, replayed
 from orchestrator.row_table import RowTable, Share
 from orchestrator.step_rewards import Steps, reward_of_steps
+from orchestrator.written_data import Output
 from rollout.sampling import Sampling
 
 FETCH_TIMEOUT_S = 120.0
@@ -41,6 +43,7 @@ class PhaseSettings:
     sampling: Sampling
     vocabulary: int | None = None  # entries of a model's vocabulary that stand for tokens; None: all of them
     episode: EpisodeSettings | None = None  # how its samples talk to an environment, if they do
+    output: Output | None = None  # the data set that the phase makes, if it makes one
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ class BatchStages:
             Verb.UPDATE: self._update,
             Verb.MIX: self._mix,
             Verb.REPLAY: self._replay,
+            Verb.WRITE: self._write,
         }
         self.replay_buffer: ReplayBuffer | None = None  # of the phase, if a stage of it replays
 
@@ -126,8 +130,11 @@ class BatchStages:
         return list(await asyncio.gather(*(self._objects.get(ref, timeout_s=FETCH_TIMEOUT_S) for ref in refs)))
 
     async def held(self, table: RowTable) -> None:
-        """Brings the blocks of a table to the nodes of the first trained role's ranks, as these will read them. Raises
-        BlockLost if one is gone."""
+        """Brings the blocks of a table to the nodes of the first trained role's ranks, as these will read them; where
+        nothing is trained, to the driver. Raises BlockLost if one is gone."""
+        if not self.phase.pipeline.trained:
+            await self.fetch(table.only({"tokens", "mask"}).whole().blocks)
+            return
         role = self.phase.pipeline.trained[0]
         shares = table.only({"tokens", "mask"}).shard(len(self._groups[role].workers), self.phase.token_budget)
         blocks, deadline = [share.blocks for share in shares], self._call_timeout_s[role]
@@ -257,6 +264,12 @@ class BatchStages:
             table, self.replay_buffer, step=step, seed=self.phase.seed, max_age=max_age, scale=scale
         )
         return Written(instead=other), metrics
+
+    async def _write(self, stage: Stage, table: RowTable, step: int) -> tuple[Written, dict[str, float]]:
+        assert self.phase.output is not None, "a phase that writes has a place to write to"
+        whole = table.only(stage.reads).whole()
+        batch = whole.shard.fetched(await self.fetch(whole.blocks)).batch
+        return NOTHING, await asyncio.to_thread(self.phase.output.write, stage, batch, step)
 
     def _group_of(self, stage: Stage) -> tuple[str, Group]:
         role = stage.role if stage.role in self._groups else self._stand_ins[stage.role]

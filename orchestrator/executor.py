@@ -159,7 +159,7 @@ class Executor:
     async def evaluate(self, table: RowTable) -> dict[str, float]:
         """What the phase's updates would report of a batch, without learning from it: the stages before them run as in
         a step, and no weights change."""
-        left_out = GROUPWISE | {Verb.UPDATE, Verb.MIX, Verb.REPLAY}  # the rows are there
+        left_out = GROUPWISE | {Verb.UPDATE, Verb.MIX, Verb.REPLAY, Verb.WRITE}  # the rows are there
         stages = [stage for stage in self.phase.pipeline if stage.verb not in left_out]
         table, _ = await self.run([stage for stage in stages if not stage.precomputed], table)
         updates = self.phase.pipeline.updates

@@ -1,8 +1,8 @@
 """One phase of a run, from its start or from a checkpoint inside it, to its last step.
 
-set_weights ─► precompute ─► set_optimizers ─► publish ─► evaluate ─► train ─► keep the phase's model for later phases
-                                                                        │
-                                     between two steps: pause, checkpoint, metrics, completions, evaluation
+open made data ─► set_weights ─► precompute ─► set_optimizers ─► publish ─► evaluate ─► train ─► keep the phase's model
+                                                                                          │
+                                       between two steps: pause, checkpoint, metrics, completions, evaluation
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ from orchestrator.collection.group_collector import GroupCollector
 from orchestrator.collection.precompute import precompute
 from orchestrator.collection.row_collector import RowCollector
 from orchestrator.collection.staleness import Contract
+from orchestrator.data.parts import Parts
 from orchestrator.driver import Progress, StepRecord, train
 from orchestrator.executor import Executor
 from orchestrator.phase_weights import keep_phase, reference_folder, save_weights, set_optimizers, set_weights
-from orchestrator.planning.handover import kept_folder
+from orchestrator.planning.handover import kept_folder, written_folder
 from orchestrator.planning.prepared import PreparedPhase
+from orchestrator.planning.resolve import with_made_data
 from orchestrator.reporting.rollout_metrics import completion_rows, rollout_metrics
 from orchestrator.resuming import fingerprint
 from orchestrator.run_context import RunContext
+from orchestrator.written_data import Output
 
 
 @dataclass
@@ -47,10 +50,12 @@ class PhaseRun:
         state = self.found.state if self.found else None
         self.progress = Progress(state.step, state.version) if state else Progress(0, self.phase.first_version)
         self.cursor = Cursor.from_json(state.cursor) if state else Cursor()
+        self.output: Output | None = None  # the data set that the phase makes, if it makes one
 
     async def run(self) -> None:
         context, roles, progress = self.context, self.roles, self.progress
         prepared, folder, account = context.prepared, context.folder, context.account
+        await asyncio.to_thread(self._open_data)
         self._enter()
         context.console.data(self.phase.name, [*self.phase.source.report.lines(), self.phase.drawn])
         await set_weights(prepared, folder, self.phase, roles, self.found)
@@ -78,15 +83,35 @@ class PhaseRun:
                 raise
             finally:
                 await collector.close()
-        if phase.index + 1 < len(prepared.phases) and context.last_checkpoint is not None:
+        followed = phase.index + 1 < len(prepared.phases)
+        if followed and phase.pipeline.trained and context.last_checkpoint is not None:
             kept = kept_folder(folder, phase.name)
             await asyncio.to_thread(keep_phase, kept, phase.pipeline.trained, context.last_checkpoint.path)
+
+    def _open_data(self) -> None:
+        """What the phase reads of earlier ones, and where it writes what later ones read."""
+        context = self.context
+        self.phase = with_made_data(context.prepared, self.phase, context.folder)
+        if self.phase.pipeline.written_columns:
+            parts = Parts(written_folder(context.folder, self.phase.name))
+            if self.progress.step < self.phase.steps:
+                parts.begin(self.progress.step)
+            self.output = Output(parts, self.phase.source, context.prepared.tokenizer)
 
     def _enter(self) -> None:
         phase, budget = self.phase, self.phase.config.train.token_budget
         seed, vocabulary = self.context.config.seed, self.context.prepared.vocabulary
         self.roles.enter(
-            PhaseSettings(phase.pipeline, budget, phase.temperature, seed, phase.sampling, vocabulary, phase.episode)
+            PhaseSettings(
+                phase.pipeline,
+                budget,
+                phase.temperature,
+                seed,
+                phase.sampling,
+                vocabulary,
+                phase.episode,
+                self.output,
+            )
         )
 
     async def _precompute(self) -> None:
@@ -174,7 +199,12 @@ class PhaseRun:
                 context.log.write(total, phase.name, metrics)
         with context.write_errors_as_warnings(f"completions of step {total}"):
             await self._show_completions(record, last)
-        if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+        if last and self.output is not None:  # before the checkpoint, from which the step would not be made again
+            records = await asyncio.to_thread(self.output.parts.finish)
+            context.event("written", {"phase": phase.name, "records": records, "folder": str(self.output.parts.folder)})
+        # A phase that trains nothing has no weights to save: its checkpoints are small.
+        every = config.checkpoint.every or (None if phase.pipeline.trained else 1)
+        if last or (every and step % every == 0):
             with account.spending("save"):
                 await self._save()
         with account.spending("evaluation"):

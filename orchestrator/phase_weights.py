@@ -56,6 +56,8 @@ async def set_optimizers(config: RunConfig, phase: PreparedPhase, roles: Executo
 async def save_weights(config: RunConfig, phase: PreparedPhase, roles: Executor, folder: Path) -> None:
     """Every trained role's state and its model, the weights of roles that follow them, and a model with the average if
     that is taken; with LoRA also the adapters that are merged in the first role's models, alone."""
+    if not phase.pipeline.trained:
+        return
     first, *others = phase.pipeline.trained
     for role in phase.pipeline.trained:
         (folder / role).mkdir()

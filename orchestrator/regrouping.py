@@ -120,3 +120,68 @@ def highest(table: RowTable, scores: FilterScores, count: int) -> Array:
 def keep_highest(table: RowTable, *, scores: FilterScores, count: int) -> RowTable:
     """The group without the others."""
     return table.select(highest(table, scores, count))
+
+
+# Which samples become data
+
+
+@regroups(reads={"reward"}, writes=set())
+def best(table: RowTable, *, count: int) -> RowTable | None:
+    """The `count` samples with the highest rewards, the first of equal ones; None if none could be scored."""
+    chosen = highest(table, lambda rows: rows["reward"], count)
+    return table.select(chosen) if len(chosen) else None
+
+
+@regroups(reads={"reward"}, writes=set())
+def accepted(table: RowTable, *, threshold: float) -> RowTable | None:
+    """The samples whose reward reaches the threshold; None if none does."""
+    return table.select(np.flatnonzero(table["reward"] >= threshold))  # NaN does not
+
+
+@regroups(reads={"reward"}, writes={"label"})
+def labelled(table: RowTable, *, threshold: float) -> RowTable:
+    """The scored samples; those whose reward reaches the threshold are desirable."""
+    scored = table.select(np.flatnonzero(~np.isnan(table["reward"])))
+    return scored.with_values(label=scored["reward"] >= threshold)
+
+
+@regroups(reads={"truncated"}, writes=set())
+def ended(table: RowTable) -> RowTable:
+    """Without the samples that hit their length limit."""
+    return table.select(np.flatnonzero(~table["truncated"]))
+
+
+@regroups(reads={"sampler"}, writes={"preferred"})
+def first_against_others(table: RowTable) -> RowTable | None:
+    """A pair of each later sampler's row: the first sampler's row is preferred to it. None if either has no row.
+    Source: arXiv:2401.01335 (SPIN), where the data's own completion comes first."""
+    own, others = np.flatnonzero(table["sampler"] == 0), np.flatnonzero(table["sampler"] != 0)
+    if not len(own) or not len(others):
+        return None
+    chosen = np.stack([np.full(len(others), own[0]), others], axis=1).reshape(-1)
+    return table.select(chosen).with_values(preferred=np.tile([True, False], len(others)))
+
+
+@regroups(reads={"reward", "group"}, writes={"preferred"})
+def statistical_rejection(table: RowTable, *, beta: float, count: int) -> RowTable | None:
+    """Pairs of `count` samples that stand for ones of the best policy near the sampler: each is accepted with the
+    probability `exp((r - r_max)/β)`, `r_max` being the highest reward that is left, in as many passes as that takes.
+    What is accepted is paired at random, and of a pair the higher reward is preferred; one of equal rewards is left
+    out. The draws depend on the group alone, so a group that is sampled again gives the same pairs.
+    Source: arXiv:2309.06657 (RSO), algorithm 1 and first-round ranking."""
+    rewards = table["reward"].astype(np.float64)
+    rng = np.random.default_rng(int(table["group"][0]) if len(table) else 0)
+    left = rng.permutation(np.flatnonzero(~np.isnan(rewards))).tolist()
+    taken: list[int] = []
+    while left and len(taken) < count:
+        bound = rewards[left].max()
+        drawn = [row for row in left if rng.uniform() < np.exp((rewards[row] - bound) / beta)][: count - len(taken)]
+        taken += drawn
+        left = [row for row in left if row not in drawn]
+    order = rng.permutation(taken).tolist()
+    drawn_pairs = [(one, other) for one, other in zip(order[::2], order[1::2], strict=False)]
+    ranked = [
+        sorted(pair, key=lambda row: -rewards[row]) for pair in drawn_pairs if rewards[pair[0]] != rewards[pair[1]]
+    ]
+    chosen = np.array(ranked, np.int64).reshape(-1)
+    return table.select(chosen).with_values(preferred=np.tile([True, False], len(ranked))) if ranked else None

@@ -31,12 +31,19 @@ class RunResult:
     model: Path | None
     averaged: Path | None  # the model with the averaged weights of the last phase
     picture: Path | None
+    output: Path | None = None  # the data set that the last phase of those that make one made
     gains: tuple[Gain, ...] = ()  # what each phase gained
     seconds: Mapping[str, float] = field(default_factory=dict[str, float])  # of this process, by activity
 
     def to_json(self) -> dict[str, Any]:
         """For the event `finished`."""
-        paths = {"checkpoint": self.checkpoint, "model": self.model, "averaged": self.averaged, "picture": self.picture}
+        paths = {
+            "checkpoint": self.checkpoint,
+            "model": self.model,
+            "averaged": self.averaged,
+            "picture": self.picture,
+            "output": self.output,
+        }
         return {
             "scores": self.scores,
             **{name: str(path.resolve()) if path else None for name, path in paths.items()},
@@ -47,6 +54,7 @@ class RunResult:
     @classmethod
     def from_json(cls, folder: Path, event: Mapping[str, Any]) -> RunResult:
         """Of the run in a folder, from its event `finished`."""
-        paths = {name: event[name] and Path(event[name]) for name in ("checkpoint", "model", "averaged", "picture")}
+        named = ("checkpoint", "model", "averaged", "picture", "output")
+        paths = {name: event[name] and Path(event[name]) for name in named}
         gains = tuple(Gain(**each) for each in event["gains"])
         return cls(folder, dict(event["scores"]), **paths, gains=gains, seconds=dict(event["seconds"]))

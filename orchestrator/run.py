@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from actors.errors import ConfigError, Interrupted, UserError
 from actors.saved_state import writing
@@ -28,6 +29,7 @@ from orchestrator.cluster.run_lock import Driver, driving
 from orchestrator.cluster.shutdown import Ending, hangups_ignored
 from orchestrator.config.schema import RunConfig
 from orchestrator.phase_run import PhaseRun
+from orchestrator.planning.handover import kept_folder, written_folder
 from orchestrator.planning.plan import make_plan
 from orchestrator.planning.preconditions import refuse_surroundings
 from orchestrator.planning.resolve import prepare
@@ -50,7 +52,7 @@ def run(
         if resume is not None:  # first of all: what another process is writing must not be read either
             stack.enter_context(driving(resume))
         refuse_surroundings(config, local=local, resume=resume)
-        prepared = prepare(config)
+        prepared = prepare(config, run=resume)
         pipelines = {phase.name: phase.pipeline for phase in prepared.phases}
         plan = make_plan(
             config,
@@ -163,15 +165,35 @@ class _Run:
             context.folder,
             dict(context.evaluations.scores),
             checkpoint,
-            model=checkpoint / MODEL if checkpoint else None,
+            model=self._model(),
             averaged=checkpoint / AVERAGED if checkpoint and (checkpoint / AVERAGED).is_dir() else None,
             picture=picture,
-            gains=phase_gains(read(context.folder / METRICS_FILE), context.account.phases),
+            output=self._output(),
+            gains=phase_gains(self._lines_of_training(), context.account.phases),
             seconds=context.account.shares(time.monotonic() - self.began),
         )
         context.event("finished", result.to_json())
         context.console.done(result)
         return result
+
+    def _lines_of_training(self) -> list[dict[str, Any]]:
+        """Of the metrics file, those of phases that train something."""
+        trained = {phase.name for phase in self.context.prepared.phases if phase.pipeline.trained}
+        return [line for line in read(self.context.folder / METRICS_FILE) if line["phase"] in trained]
+
+    def _model(self) -> Path | None:
+        """That of the last phase that trained something, if one has ended."""
+        context, last = self.context, self.context.prepared.phases[-1]
+        trained = [phase for phase in context.prepared.phases if phase.pipeline.trained]
+        if not trained or context.last_checkpoint is None:
+            return None
+        left = context.last_checkpoint.path if last.pipeline.trained else kept_folder(context.folder, trained[-1].name)
+        return left / MODEL
+
+    def _output(self) -> Path | None:
+        """The data set of the last phase that made one."""
+        made = [phase.name for phase in self.context.prepared.phases if phase.pipeline.written_columns]
+        return written_folder(self.context.folder, made[-1]) if made else None
 
     def _drawn(self) -> Path | None:
         try:

@@ -100,7 +100,7 @@ class Evaluations:
         async with roles.changing_weights():
             await roles.publish(progress.version)
         sampling = greedy(phase.sampling, phase.config.evaluation.max_tokens)
-        engine = self.settings.engine_of(phase.pipeline.trained[0], phase.pipeline.roles)
+        engine = self.settings.engine_of(phase.pipeline.trained, phase.pipeline.roles)
         assert engine is not None, "the plan refuses what no engine samples from"
         with self.watchdog.waiting(lambda: None if roles.paused else f"evaluation {label}"):
             stage = _asking(engine, phase.config.environments)

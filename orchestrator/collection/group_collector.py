@@ -16,9 +16,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from actors.batch import Batch
 from actors.errors import BlockLost, BudgetExhausted, Dropped, RunError
 from orchestrator.cluster.failures import Kind, Ledger, Watchdog, classify
 from orchestrator.collection.collected import Collected, RoleClient, cancel
@@ -133,28 +134,32 @@ class GroupCollector:
             for stage in self._pipeline.group_stages:
                 after = await self._roles.run_group(stage, group)
                 if after is None:
-                    self._filter(position, group)
+                    self._filter(group)
                     return
                 group = after
         except BlockLost as error:
-            self._lose(position, error)
+            self._lose(group, error)
             return
         except RunError as error:
             if classify(error) is Kind.BUG:
                 raise
-            self._drop(position, error.reason if isinstance(error, Dropped) else str(classify(error)), str(error))
+            self._drop(group, error.reason if isinstance(error, Dropped) else str(classify(error)), str(error))
             return
         self._ledger.accepted()
         self._filtered_in_a_row = 0
-        self._accepted += 1
         self._kept += 1
-        self._ready[position] = group
+        self._accept(group)
 
-    def _lose(self, position: int, error: BlockLost) -> None:
+    def _accept(self, group: PromptGroup) -> None:
+        self._accepted += 1
+        self._ready[group.position] = group
+
+    def _lose(self, group: PromptGroup, error: BlockLost) -> None:
         """What was sampled is gone with its node: sample it again, from the same seed, within reason."""
+        position = group.position
         self._lost[position] += 1
         if self._lost[position] > TIMES_LOST:
-            self._drop(position, str(Kind.INFRA), f"lost {self._lost[position]} times, the last time: {error}")
+            self._drop(group, str(Kind.INFRA), f"lost {self._lost[position]} times, the last time: {error}")
         else:
             self._redraw = sorted([*self._redraw, position])
 
@@ -167,21 +172,30 @@ class GroupCollector:
         for group, gone in zip(groups, lost, strict=True):
             if gone:
                 self._accepted -= 1
-                self._lose(group.position, BlockLost("its node is gone"))
+                self._lose(group, BlockLost("its node is gone"))
             else:
                 self._ready[group.position] = group
         self._admit()
         return True
 
-    def _drop(self, position: int, reason: str, detail: str) -> None:
-        self._settled.append(position)
+    def _leave_out(self, group: PromptGroup) -> None:
+        """Another prompt takes the place of the group; or none does, and it stays in its batch without a row."""
+        if self._pipeline.draws_again:
+            self._settled.append(group.position)
+        else:
+            self._accept(replace(group, rows=RowTable(Batch.empty()), oldest_version=None))
+
+    def _drop(self, group: PromptGroup, reason: str, detail: str) -> None:
+        self._leave_out(group)
         self._ledger.drop(reason, detail)
 
-    def _filter(self, position: int, group: PromptGroup) -> None:
-        """The group taught nothing (all rewards equal, say): draw another, within reason."""
-        self._settled.append(position)
+    def _filter(self, group: PromptGroup) -> None:
+        """The group taught nothing (all rewards equal, say): leave it out, within reason."""
+        self._leave_out(group)
         self._wasted = self._wasted.and_of(group)
         self._filtered += 1
+        if not self._pipeline.draws_again:
+            return
         self._filtered_in_a_row += 1
         bound = 50 * self._contract.batch
         if self._filtered_in_a_row > bound:

@@ -24,6 +24,7 @@ from orchestrator.pipeline import Pipeline, Verb
 
 OF_VLLM = ("kv_cache_gib",)  # keys of the rollout role that only the vllm engine reads
 OF_OPTIMIZER = tuple(OptimizerConfig.model_fields)
+OF_UNTRAINED = {"steps", "epochs", "batch_size", "max_staleness", "token_budget", "deterministic"}  # read all the same
 RANDOM = ("temperature", "top_p", "top_k", "min_p", "replay_routing", "replay_truncation")
 
 
@@ -122,6 +123,10 @@ def _of_phase(where: str, config: RunConfig, name: str, pipeline: Pipeline) -> I
     if phase.evaluation is not None and not evaluated:
         why = "held-out rows are not answered; it is for evaluation.data"
         yield f"{where}.evaluation", phase.evaluation, ("max_tokens",), why
+    if not pipeline.trained:
+        keys, why = set(type(phase.train).model_fields) - OF_UNTRAINED, f"{phase.method} trains nothing"
+        yield f"{where}.train", phase.train, sorted(keys), why
+        yield f"{where}.sampling", phase.sampling, ("replay_routing", "replay_truncation"), why
     trained = [settings for role in pipeline.trained if isinstance(settings := config.roles.get(role), TrainerRole)]
     own = [key for key in OF_OPTIMIZER if trained and all(_says(each, key) for each in trained)]
     yield f"{where}.train", phase.train, own, "every role that the phase trains has one of its own, in its optimizer"
@@ -131,7 +136,7 @@ def _of_phase(where: str, config: RunConfig, name: str, pipeline: Pipeline) -> I
         yield f"{where}.data", phase.data, ("append_eos",), "an answer in labelled steps ends with their separator"
     if phase.data.mixture:
         yield f"{where}.data", phase.data, ("split",), "each entry of data.mixture has a split of its own"
-    total = (phase.train.steps or 0) * pipeline.optimizer_steps_per_batch
+    total = (phase.train.steps or 0) * pipeline.optimizer_steps_per_batch if pipeline.trained else 0
     if 0 < total <= phase.train.warmup_steps:
         why = f"the phase has {total} optimizer steps, so the learning rate never reaches {phase.train.learning_rate:g}"
         yield f"{where}.train", phase.train, ("warmup_steps",), why

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -267,10 +267,14 @@ class RolesConfig(Section):
             return None
         return self[name]
 
-    def engine_of(self, source: str, preferred: Collection[str]) -> str | None:
-        """The engine role that samples from the role `source`: one of `preferred` if there is any, else the first."""
-        engines = [name for name, role in self if isinstance(role, EngineRole) and role.follows == source]
-        return min(engines, key=lambda name: name not in preferred, default=None)
+    def engine_of(self, trained: Sequence[str], preferred: Collection[str]) -> str | None:
+        """The engine role that samples from the first of the `trained` roles: one of `preferred` if there is any, else
+        the first. Where nothing is trained, the first engine of `preferred`."""
+        engines = [name for name, role in self if isinstance(role, EngineRole)]
+        if not trained:
+            return next((name for name in preferred if name in engines), None)
+        following = [name for name in engines if self.engine(name).follows == trained[0]]
+        return min(following, key=lambda name: name not in preferred, default=None)
 
     def ranks(self, name: str) -> RanksRole:
         """The settings of a role that holds a model."""

@@ -278,7 +278,7 @@ class CheckpointConfig(Section):
     """When the state of a run is saved."""
 
     every: Positive | None = None
-    """Steps between two checkpoints. None: only at the end of a phase."""
+    """Steps between two checkpoints. None: only at the end of a phase; each step of a phase that trains nothing."""
     keep: Positive = 2
     """How many of the newest checkpoints are kept."""
     grace_s: Seconds = 15.0

@@ -42,7 +42,7 @@ def refusals(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Seq
             )
         else:
             found += _of_role(f"roles.{role}", role, config.roles[role], config.roles, launched)
-    return [*found, *_of_kinds(config, pipelines), *_of_handovers(config), *_of_weights(config, launched)]
+    return [*found, *_of_kinds(config, pipelines), *_of_handovers(config, pipelines), *_of_weights(config, launched)]
 
 
 def warnings(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Sequence[str]) -> list[str]:
@@ -59,7 +59,10 @@ def warnings(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Seq
         f"phases.{name}.sampling: top_p, top_k or min_p cut the distribution that is sampled from, while the policy's "
         "log-probabilities are of the whole: ratios between the two are biased; set replay_truncation=true"
         for name, pipeline in pipelines.items()
-        if pipeline.generates and _truncates(config.phases[name]) and not config.phases[name].sampling.replay_truncation
+        if pipeline.generates
+        and pipeline.trained
+        and _truncates(config.phases[name])
+        and not config.phases[name].sampling.replay_truncation
     ]
     lost = [
         f"phases.{name}.train.bema: the average is in the checkpoints of that phase, of which later ones leave "
@@ -154,16 +157,17 @@ def _of_judge(role: str | None, settings: Role | None) -> Iterator[str]:
         )
 
 
-def _of_handovers(config: RunConfig) -> Iterator[str]:
+def _of_handovers(config: RunConfig, pipelines: Mapping[str, Pipeline]) -> Iterator[str]:
     """A phase's model can be handed to later phases only."""
-    earlier = list(config.phases)
+    earlier = [name for name in list(pipelines)[:-1] if pipelines[name].trained]
+    nothing = "there is one phase" if len(pipelines) == 1 else "no phase before the last one trains anything"
     for role, settings in config.roles:
         if isinstance(settings, RanksRole) and settings.model is not None and is_handed_over(settings.model):
             phase = phase_of(settings.model)
-            if phase is None or phase not in earlier[:-1]:
+            if phase not in earlier:
                 yield (
                     f"roles.{role}.model={settings.model}: it may be a folder, a hub name, or ${{phases.NAME.model}} "
-                    f"with NAME one of {', '.join(earlier[:-1]) or 'none: there is one phase'}"
+                    f"with NAME one of {', '.join(earlier) or f'none: {nothing}'}"
                 )
 
 
@@ -200,14 +204,20 @@ def _of_phase(
             f"{where}.episode: {phase.method} as configured learns from completions of the data, too, which are no "
             "episodes; choose options with which it samples all of them, or leave the section out"
         )
+    if phase.episode is not None and pipeline.written_columns:
+        yield (
+            f"{where}.episode: {phase.method} writes completions of one turn; leave the section out, and see the "
+            "turns of episodes in the tables of completions (logging.completions_every)"
+        )
     if phase.data.path is not None and phase.data.mixture:
         yield f"{where}.data.path={phase.data.path} beside {where}.data.mixture, which has paths of its own; keep one"
     if "mismatched" in pipeline.data.columns and train.batch_size < 2:
         yield f"{where}.train.batch_size=1: {phase.method} swaps completions between a batch's examples; use 2 or more"
-    if phase.evaluation and phase.evaluation.data and not config.roles.engine_of(pipeline.trained[0], pipeline.roles):
+    if phase.evaluation and phase.evaluation.data and not config.roles.engine_of(pipeline.trained, pipeline.roles):
+        asked = pipeline.trained[0] if pipeline.trained else "nothing"
         yield (
-            f"{where}.evaluation.data: {phase.method} trains {pipeline.trained[0]}, and no engine samples from it; add "
-            f"a role with kind engine and follows {pipeline.trained[0]}, or evaluate on rows (evaluation.rows)"
+            f"{where}.evaluation.data: {phase.method} trains {asked}, and no engine samples from it; add "
+            f"a role with kind engine and follows {asked}, or evaluate on rows (evaluation.rows)"
         )
     yield from _of_truncation(where, phase, pipeline)
     for stage in pipeline.generates:

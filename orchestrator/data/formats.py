@@ -5,7 +5,7 @@ row may have texts or lists of messages. A row that cannot be used is a `RowErro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any, cast
@@ -237,6 +237,17 @@ FORMATS: dict[str, tuple[Format, ...]] = {
     "weighted_labelled": LABELLED,
     "step_labels": (Format(("prompt", "completions", "labels"), read_steps, completion_only=(True,), talks=False),),
 }
+
+
+KEPT = ("tools", "chat_template_kwargs")  # they belong to the prompt, whatever becomes of it
+
+
+def carried(columns: Iterable[str]) -> tuple[str, ...]:
+    """Of a data set's columns, those that go on beside a prompt whose completions become data: all but what would be
+    read as another completion, label or conversation."""
+    read = {name for formats in FORMATS.values() for each in formats for name in each.columns}
+    read |= {"completion_mask", "assistant_masks", "weight"}
+    return tuple(name for name in columns if name in KEPT or name not in read)
 
 
 def extract_prompt(chosen: Content, rejected: Content) -> tuple[Content, Content, Content]:

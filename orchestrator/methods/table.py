@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from orchestrator.methods.a2po import a2po
 from orchestrator.methods.dpo import dpo
+from orchestrator.methods.generate_data import generate_data
 from orchestrator.methods.gfpo import gfpo
 from orchestrator.methods.gkd import gkd
 from orchestrator.methods.grpo import grpo
@@ -48,4 +49,5 @@ METHODS: dict[str, Callable[..., Pipeline]] = {
     "on_policy_distillation": on_policy_distillation,
     "iw_opd": iw_opd,
     "minillm": minillm,
+    "generate_data": generate_data,
 }

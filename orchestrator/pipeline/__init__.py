@@ -38,6 +38,7 @@ from orchestrator.pipeline.verbs import (
     take,
     update,
     when,
+    write,
 )
 
 __all__ = [
@@ -75,4 +76,5 @@ __all__ = [
     "take",
     "update",
     "when",
+    "write",
 ]

@@ -19,6 +19,7 @@ def check(data: DataKind, stages: Sequence[Stage]) -> None:
     _check_mixes(stages)
     _check_replays(stages)
     _check_precomputed(data, stages)
+    _check_writes(stages)
 
 
 def _check_columns(data: DataKind, stages: Sequence[Stage]) -> None:
@@ -121,3 +122,16 @@ def _check_precomputed(data: DataKind, stages: Sequence[Stage]) -> None:
             raise ConfigError(
                 f"options.precompute_ref_log_probs: {problem}, so {stage.name} cannot run beforehand; leave it out"
             )
+
+
+def _check_writes(stages: Sequence[Stage]) -> None:
+    """A phase makes one data set at most. Without a trained role no ranks compute where the tokens are."""
+    if sum(stage.verb is Verb.WRITE for stage in stages) > 1:
+        raise ConfigError("several stages write; a phase makes one data set, so give it one such stage")
+    if any(stage.verb is Verb.WRITE for stage in stages) and not roles_of(Verb.UPDATE, stages):
+        for stage in stages:
+            if stage.verb is Verb.CREDIT and stage.reads_tokens:
+                raise ConfigError(
+                    f"stage {stage.name} reads {', '.join(sorted(stage.reads))} where the tokens are, on the ranks of "
+                    "a trained role, and the pipeline trains none"
+                )

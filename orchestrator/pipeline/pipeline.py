@@ -53,6 +53,18 @@ class Pipeline:
         return roles_of(Verb.UPDATE, self.stages)
 
     @property
+    def written_columns(self) -> tuple[str, ...]:
+        """Of the data set that the phase makes, those that its `write` stage fills; empty if it makes none."""
+        calls = (stage.call for stage in self.stages if stage.verb is Verb.WRITE)
+        return tuple(dict.fromkeys(name for call in calls for name in getattr(call, "columns", ())))
+
+    @property
+    def draws_again(self) -> bool:
+        """Whether another prompt takes the place of one that is dropped. A batch that is learned from must be full; of
+        a data set that is only made, each prompt is asked once."""
+        return bool(self.trained) or not self.written_columns
+
+    @property
     def mixed(self) -> tuple[str, ...]:
         """Roles that are not trained and whose weights change all the same, by those of a trained one."""
         return roles_of(Verb.MIX, self.stages)
@@ -63,7 +75,7 @@ class Pipeline:
         changing = {*self.trained, *self.mixed}
         count = 0
         for stage in self.stages:
-            if stage.role in changing or stage.verb in (Verb.CREDIT, Verb.REPLAY):
+            if stage.role in changing or stage.verb in (Verb.CREDIT, Verb.REPLAY, Verb.WRITE):
                 break
             count += 1
         return self.stages[:count]
@@ -196,6 +208,8 @@ class Pipeline:
     def held_out(self) -> DataKind | None:
         """The kind of rows whose loss can be taken without sampling: those that the phase learns from; or completions,
         where no stage needs more of samples than a data set has. None if there is no such kind."""
+        if not self.updates:
+            return None
         if not self.row_sources:
             return self.data
         others = (stage for stage in self.stages if stage.verb not in GROUPWISE)

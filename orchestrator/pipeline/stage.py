@@ -22,6 +22,7 @@ class Verb(StrEnum):
     INFER = "infer"
     CREDIT = "credit"
     UPDATE = "update"
+    WRITE = "write"
     MIX = "mix"
 
 

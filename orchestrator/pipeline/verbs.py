@@ -123,6 +123,14 @@ def update(
     return Stage(Verb.UPDATE, role, frozenset(columns_of(loss, options)), frozenset(), loss, plan)
 
 
+def write(call: Callable[..., Any], **options: Any) -> Stage:
+    """Add the batch to the data set that the phase makes: `call(answered, **options)` returns the records of one
+    prompt's rows (`orchestrator/records.py`). `call.reads` names the columns that it reads, `call.columns` those of
+    the data set that it fills."""
+    reads = frozenset({"tokens", "mask", "group"}) | getattr(call, "reads", frozenset[str]())
+    return Stage(Verb.WRITE, DRIVER, reads, frozenset(), call, options)
+
+
 def mix(role: str, source: str, *, share: float, every: int) -> Stage:
     """Move the weights of a role that is not trained towards those of one that is: after every `every`-th step,
     `share` of the source and the rest of its own."""

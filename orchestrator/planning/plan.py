@@ -191,7 +191,7 @@ def _launched(config: RunConfig, pipelines: Mapping[str, Pipeline], stand_ins: M
     for name, pipeline in pipelines.items():
         evaluation = config.phases[name].evaluation
         if evaluation is not None and evaluation.data is not None:
-            engine = config.roles.engine_of(pipeline.trained[0], pipeline.roles)
+            engine = config.roles.engine_of(pipeline.trained, pipeline.roles)
             hosts = config.phases[name].environments
             named |= dict.fromkeys(role for role in (engine, score().role, hosts) if role is not None)
     if any(stage.verb is Verb.SCORE for pipeline in pipelines.values() for stage in pipeline) or score().role in named:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from actors.columns import Head
 from actors.specs import LoraSpec
 from orchestrator.config.schema import PhaseConfig, RunConfig
+from orchestrator.data.awaited import AwaitedSource
 from orchestrator.data.source import RowSource, Source
 from orchestrator.pipeline import Pipeline, Stage, Verb, items_of
 from orchestrator.planning.episode_settings import EpisodeSettings
@@ -52,8 +53,13 @@ class PreparedPhase:
     @property
     def drawn(self) -> str:
         """One line: how much of the data the phase learns from."""
-        length = None if self.config.data.streaming else len(self.source)
+        length = None if self.config.data.streaming or self.awaits_data else len(self.source)
         return self.schedule.describe(items_of(self.pipeline.data), length)
+
+    @property
+    def awaits_data(self) -> bool:
+        """Whether an earlier phase is still to make the data."""
+        return isinstance(self.source, AwaitedSource)
 
     @property
     def scores(self) -> bool:

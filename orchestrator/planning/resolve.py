@@ -19,6 +19,7 @@ from orchestrator.collection.episodes import REWARD
 from orchestrator.collection.precompute import recall
 from orchestrator.config.roles import EngineRole, EnvironmentsRole, RanksRole
 from orchestrator.config.schema import ENVIRONMENT, DataConfig, EvaluationConfig, PhaseConfig, RewardConfig, RunConfig
+from orchestrator.data.awaited import AwaitedSource
 from orchestrator.data.source import Source, open_source
 from orchestrator.data.synthetic_examples import PREFIX, is_example, model_folder
 from orchestrator.losses.objective import LossObjective
@@ -31,6 +32,7 @@ from orchestrator.planning.memory_estimate import Shape
 from orchestrator.planning.model_files import count_parameters, model_length, vocabulary_size
 from orchestrator.planning.prepared import ModelReward, Prepared, PreparedPhase
 from orchestrator.planning.schedule import Schedule
+from orchestrator.planning.written_sources import in_folder, is_made, open_phase_source
 from orchestrator.plugins import importable
 from orchestrator.step_rewards import Steps
 from rewards.specs import check_names, check_reward
@@ -42,8 +44,9 @@ from rollout.tool_calls import parser_of
 ENSEMBLE = "ensemble"  # what a reward of several models is called, unless it has a name
 
 
-def prepare(config: RunConfig, *, output: Path | None = None) -> Prepared:
-    """Resolve and open everything that a run names. Raises ConfigError, ModelError or DataError."""
+def prepare(config: RunConfig, *, run: Path | None = None) -> Prepared:
+    """Resolve and open everything that a run names. `run`: the folder of a run that is resumed, where phases may have
+    made data already. Raises ConfigError, ModelError or DataError."""
     pipelines = {name: build_pipeline(phase) for name, phase in config.phases.items()}
     rewards = tuple(check_reward(reward) for reward in config.rewards if reward.role is None)
     scoring = _scoring(config.rewards, None)
@@ -69,8 +72,8 @@ def prepare(config: RunConfig, *, output: Path | None = None) -> Prepared:
     vocab = vocabulary_size(model, config.model.trust_remote_code)
     phases: list[PreparedPhase] = []
     for name, pipeline in pipelines.items():
-        phase = _prepare_phase(config, name, pipeline, tokenizer, room, vocab, phases)
-        phases.append(recall(config, model, phase))
+        phase = _prepare_phase(config, name, pipeline, tokenizer, room, vocab, phases, run)
+        phases.append(phase if phase.awaits_data else recall(config, model, phase))
     prepared = Prepared(
         config=config,
         model=model,
@@ -148,7 +151,7 @@ def load_tokenizer(path: str, chat_template: str | None, trust_remote_code: bool
 
 def _own_parameters(prepared: Prepared) -> dict[str, int | None]:
     """Of roles whose model is another one than the run's, or has another head."""
-    first_of = {phase.name: phase.pipeline.trained[0] for phase in prepared.phases}
+    first_of = {phase.name: phase.pipeline.trained[0] for phase in prepared.phases if phase.pipeline.trained}
     differing = [role for role, head in prepared.heads.items() if head is not Head.VOCABULARY]
     found: dict[str, int | None] = {}
     for role in (*prepared.models, *prepared.handed_over, *differing):
@@ -178,17 +181,22 @@ def _prepare_phase(
     room: int,
     vocab: int,
     before: list[PreparedPhase],
+    run: Path | None,
 ) -> PreparedPhase:
     phase = config.phases[name]
-    source = open_source(phase.data, pipeline.data, tokenizer, seed=config.seed, model_max_length=room)
+    given = f"phases.{name}.data"
+    source = open_phase_source(
+        phase.data, pipeline.data, tokenizer, seed=config.seed, room=room, where=given, before=before, run=run
+    )
     schedule = phase_schedule(phase, name, source, _least_batch(config, pipeline))
     _check_something_happens(phase, name, pipeline, schedule.steps)
     evaluation, held_out = _open_evaluation(phase, name, pipeline, tokenizer, config.seed, room)
     first_version = sum(earlier.steps for earlier in before)
     sampling = resolved_stops(Sampling(**phase.sampling.model_dump()), tokenizer, vocab, f"phases.{name}.sampling")
     episode = _episode(config, name, [each for each in (source, evaluation) if each is not None], tokenizer, room)
-    for where, each in ((f"phases.{name}.data", source), (f"phases.{name}.evaluation.rows", held_out)):
-        if each is not None:
+    passes = pipeline.trained or any(reward.role is not None for reward in config.rewards)
+    for where, each in ((given, source), (f"phases.{name}.evaluation.rows", held_out)):
+        if each is not None and passes:
             prompt = each.longest.prompt if episode is None else episode.limits.prompt_tokens
             _refuse_too_long(each, prompt, pipeline, phase, where, f"phases.{name}.train.token_budget")
     return PreparedPhase(
@@ -204,6 +212,23 @@ def _prepare_phase(
         first_version,
         episode=episode,
     )
+
+
+def with_made_data(prepared: Prepared, phase: PreparedPhase, run: Path) -> PreparedPhase:
+    """The phase with the data that earlier ones have made in the folder of the run, if it takes such. Raises
+    ConfigError or DataError if that cannot be used as the phase was planned."""
+    config = phase.config
+    if not is_made(config.data):
+        return phase
+    room = model_length(prepared.model, prepared.config.model.trust_remote_code)
+    data, kind = in_folder(config.data, run), phase.pipeline.data
+    source = open_source(data, kind, prepared.tokenizer, seed=prepared.config.seed, model_max_length=room)
+    phase_schedule(config, phase.name, source, _least_batch(prepared.config, phase.pipeline))
+    opened = replace(phase, source=source)
+    where, budget = f"phases.{phase.name}.data", f"phases.{phase.name}.train.token_budget"
+    if phase.pipeline.trained:
+        _refuse_too_long(source, opened.prompt_tokens(source), phase.pipeline, config, where, budget)
+    return opened
 
 
 def _episode(config: RunConfig, name: str, sources: list[Source], tokenizer: Any, room: int) -> EpisodeSettings | None:
@@ -261,7 +286,8 @@ def _least_batch(config: RunConfig, pipeline: Pipeline) -> int:
 def phase_schedule(phase: PhaseConfig, name: str, source: Source, least: int) -> Schedule:
     """`train.steps` whole batches; or `train.epochs` passes over the data, which end where the last one ends."""
     where, train = f"phases.{name}.train", phase.train
-    items = None if phase.data.streaming else len(source)  # a stream does not know its length
+    unknown = phase.data.streaming or isinstance(source, AwaitedSource)
+    items = None if unknown else len(source)
     if items is not None and train.batch_size > items:
         raise ConfigError(
             f"{where}.batch_size={train.batch_size} is more than the {items} items of {phase.data.path!r}; "
@@ -274,7 +300,8 @@ def phase_schedule(phase: PhaseConfig, name: str, source: Source, least: int) ->
     if train.epochs is None:
         raise ConfigError(f"{where} sets neither steps nor epochs; set one, e.g. {where}.steps=100")
     if items is None:
-        raise ConfigError(f"{where}.epochs={train.epochs:g} of a stream cannot be counted; set {where}.steps")
+        what = "a stream" if phase.data.streaming else "data that the run makes itself"
+        raise ConfigError(f"{where}.epochs={train.epochs:g} of {what} cannot be counted; set {where}.steps")
     return Schedule.of_items(round(items * train.epochs), train.batch_size, least=least)
 
 
@@ -328,6 +355,10 @@ def _wrong_with(evaluation: EvaluationConfig, where: str, method: str, kind: Dat
             "to held-out prompts instead"
         )
     for name, data in (("rows", evaluation.rows), ("data", evaluation.data)):
+        if data is not None and is_made(data):
+            return (
+                f"{where}.{name}.path={data.path}: what is held out is read before the run; name a file or a hub name"
+            )
         if data is not None and data.streaming:
             return (
                 f"{where}.{name}.streaming=true: what is held out is evaluated all at once; leave it out, and set "

@@ -231,6 +231,7 @@ class Console:
         places = {
             "model": result.model,
             "averaged": result.averaged,
+            "data set": result.output,
             "curves": result.picture,
             "checkpoint": result.checkpoint,
             "run": result.folder,

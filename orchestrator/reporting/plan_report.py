@@ -115,6 +115,8 @@ def _movements(phase: PhasePlan) -> Iterator[str]:
     for stage in phase.pipeline.mixes:
         share, source, every = (stage.options[name] for name in ("share", "source", "every"))
         yield f"{stage.role}: after every {every} steps {share:g} {source} + {1 - share:g} {stage.role}"
+    if phase.pipeline.written_columns:
+        yield f"data set: {', '.join(phase.pipeline.written_columns)}; a Parquet file a step"
     if phase.bema is not None:
         first = phase.bema.update_after + phase.bema.update_freq
         yield f"bema: an average every {phase.bema.update_freq} optimizer steps, first at step {first}; saved as bema/"

@@ -149,6 +149,8 @@ def _user_metrics(scores: Sequence[ScoreResult]) -> dict[str, float]:
 def _lengths(groups: Sequence[PromptGroup]) -> dict[str, float]:
     own = np.array([each for group in groups for each in group.own], bool)
     shown = own if own.any() else ~own
+    if not len(shown):  # no prompt of the batch could be answered
+        return {}
     lengths = np.array([length for group in groups for meta in group.metas for length in meta.lengths])[shown]
     finishes = [finish for group in groups for meta in group.metas for finish in meta.finishes]
     ended = np.array([finish is Finish.STOP for finish in finishes])[shown]

@@ -106,6 +106,8 @@ SAMPLED_DISTILLATION = ("iw_opd", "minillm")  # as above; and test_the_reverse_k
 
 def test_every_method_and_every_loss_type_is_among_those_that_are_tried() -> None:
     for name, method in METHODS.items():
+        if not build(name, {}).updates:
+            continue
         tried = [options for method_tried, options in METHOD_OPTIONS if method_tried == name]
         assert tried, name
         parameter = inspect.signature(method).parameters.get("loss_type")

@@ -317,7 +317,7 @@ def test_a_loss_of_whole_sequences_needs_log_probabilities_of_prompts() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_builds_with_its_defaults_has_a_description_and_keyword_options_only(name: str) -> None:
     pipeline, method = build(name, {}), METHODS[name]
-    assert pipeline.trained
+    assert pipeline.trained or pipeline.written_columns
     assert method.__doc__
     assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in inspect.signature(method).parameters.values())
 

@@ -30,7 +30,9 @@ from tests.unit.trainer_stub import Rows, optimise
 
 FACTS = {"max_completion_length": 16}
 OTHER_VALUE: dict[str, Any] = {  # of every option, besides `loss_type`, whose names are all tried
+    "accepted_count": 4,
     "alpha": 0.5,
+    "best_count": 2,
     "beta": 0.37,
     "beta1": 0.9,
     "beta2": 0.2,
@@ -47,6 +49,7 @@ OTHER_VALUE: dict[str, Any] = {  # of every option, besides `loss_type`, whose n
     "discopop_tau": 0.7,
     "dppo_distance": "binary_kl",
     "dppo_threshold": 0.02,
+    "drop_truncated": True,
     "dynamic_sampling": True,
     "entropy_coef": 0.3,
     "entropy_coef_delta": 0.05,
@@ -61,6 +64,7 @@ OTHER_VALUE: dict[str, Any] = {  # of every option, besides `loss_type`, whose n
     "gamma": 0.7,
     "group_filter": "reward_per_token",
     "importance_sampling_level": "sequence",
+    "keep": "best",
     "kl_coef": 0.3,
     "kl_estimator": "k3",
     "kl_horizon": 50,
@@ -88,12 +92,14 @@ OTHER_VALUE: dict[str, Any] = {  # of every option, besides `loss_type`, whose n
     "ref_model_mixup_alpha": 0.2,
     "ref_model_sync_steps": 7,
     "rejected": "advantage_0",
+    "rejection_beta": 9.0,
     "replay_buffer_size": 9,
     "replay_max_age": 7,
     "reward_clip_range": (-0.3, 0.8),
     "sapo_temperature_neg": 2.0,
     "sapo_temperature_pos": 2.0,
     "scale_rewards": "none",
+    "scored": False,
     "seq_kd": True,
     "simpo_gamma": 0.8,
     "single_step_decomposition": False,
@@ -101,6 +107,7 @@ OTHER_VALUE: dict[str, Any] = {  # of every option, besides `loss_type`, whose n
     "sync_ref_model": True,
     "ties": "keep",
     "temperature": 0.7,
+    "threshold": 0.9,
     "teacher_top_k": 2,
     "teacher_weights": (0.3, 0.7),
     "teachers": ("tutor",),
@@ -143,6 +150,16 @@ BESIDE: dict[str, list[dict[str, Any]]] = {  # what else is set: the first besid
         {"updates_per_batch": 2, "num_remains_in_group": 3},
         {"correction": "token_mask", "rejected": "advantage_0", "num_remains_in_group": 3},
     ],
+    "generate_data": [
+        {},
+        {"keep": "all", "scored": False},
+        {"keep": "best", "num_generations": 3},
+        {"keep": "accepted", "threshold": 0.4},
+        {"keep": "labelled", "threshold": 0.4},
+        {"keep": "best_and_worst", "num_generations": 2},
+        {"keep": "statistical_rejection", "num_generations": 8, "accepted_count": 6},
+        {"keep": "data_and_samples"},
+    ],
     "gkd": [{}, {"lmbda": 0.0}, {"lmbda": 0.3}, {"teachers": ("a", "b"), "teacher_top_k": 3}],
     "on_policy_distillation": [{}, {"teachers": ("a", "b"), "teacher_top_k": 3}],
     "minillm": [{}, {"gamma": 0.3}],
@@ -179,6 +196,8 @@ def behaviour(pipeline: Pipeline) -> list[Any]:
             did += [{name: values.tolist() for name, values in found.items()} for found in credited(stage)]
         elif stage.verb is Verb.REGROUP:
             did.append([regrouped(stage, group) for group in (0, 1, 2)])
+        elif stage.verb is Verb.WRITE:
+            did.append((vars(stage.call)["columns"], dict(stage.options)))
         elif stage.verb is Verb.UPDATE:
             did.append([stage.options[name] for name in ("epochs", "minibatches", "companion")])
             did += updated(stage, rows(pipeline))

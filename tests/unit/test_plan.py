@@ -64,8 +64,8 @@ def test_held_out_prompts_are_answered_by_an_engine_of_the_trained_role_whicheve
     )
     plan = planned(taught)
     assert {"teacher_rollout", "rollout"} <= plan.roles.keys() and not plan.refusals
-    assert taught.roles.engine_of("policy", ("teacher_rollout",)) == "rollout"
-    assert taught.roles.engine_of("teacher", ()) == "teacher_rollout"
+    assert taught.roles.engine_of(("policy",), ("teacher_rollout",)) == "rollout"
+    assert taught.roles.engine_of(("teacher",), ()) == "teacher_rollout"
 
 
 def test_held_out_prompts_of_a_role_that_no_engine_samples_from_are_refused_until_there_is_one() -> None:

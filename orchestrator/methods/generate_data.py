@@ -1,0 +1,98 @@
+"""Data of the policy's own completions: nothing is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from actors.errors import ConfigError
+from orchestrator import records
+from orchestrator.methods.option_types import Count, Positive
+from orchestrator.pipeline import (
+    AnsweredPrompts,
+    Pipeline,
+    Prompts,
+    Stage,
+    generate,
+    regroup,
+    score,
+    take,
+    when,
+    write,
+)
+from orchestrator.regrouping import (
+    Ties,
+    accepted,
+    best,
+    best_and_worst,
+    ended,
+    first_against_others,
+    labelled,
+    statistical_rejection,
+)
+
+Keep = Literal["all", "best", "accepted", "labelled", "best_and_worst", "statistical_rejection", "data_and_samples"]
+
+
+def generate_data(
+    *,
+    num_generations: Count = 1,
+    keep: Keep = "all",
+    scored: bool = True,
+    best_count: Count = 1,
+    threshold: float | None = None,
+    ties: Ties = "drop",
+    rejection_beta: Positive = 0.5,
+    accepted_count: Count = 8,
+    drop_truncated: bool = False,
+) -> Pipeline:
+    """Make a data set: sample completions of each prompt, score them, and write those that are kept."""
+    if keep == "data_and_samples":
+        ending = when(drop_truncated, regroup(ended))
+        sources = (take(), generate("rollout", n=num_generations))
+        return Pipeline(AnsweredPrompts, *sources, *ending, regroup(first_against_others), write(records.pairs))
+    kept: dict[str, Callable[[], tuple[Stage, ...]]] = {
+        "all": lambda: (write(records.scored_completions, blank=True) if scored else write(records.completions),),
+        "best": lambda: (regroup(best, count=best_count), write(records.scored_completions, blank=False)),
+        "accepted": lambda: (
+            regroup(accepted, threshold=_given(threshold, keep)),
+            write(records.scored_completions, blank=False),
+        ),
+        "labelled": lambda: (
+            regroup(labelled, threshold=_given(threshold, keep)),
+            write(records.labelled_completions),
+        ),
+        "best_and_worst": lambda: (regroup(best_and_worst, rows=2, ties=ties), write(records.scored_pairs)),
+        "statistical_rejection": lambda: (
+            regroup(statistical_rejection, beta=rejection_beta, count=accepted_count),
+            write(records.scored_pairs),
+        ),
+    }
+    _refuse_too_few(num_generations, keep, best_count, accepted_count)
+    return Pipeline(
+        Prompts,
+        generate("rollout", n=num_generations),
+        *when(scored or keep != "all", score("reward")),
+        *when(drop_truncated, regroup(ended)),
+        *kept[keep](),
+    )
+
+
+def _given(threshold: float | None, keep: str) -> float:
+    if threshold is None:
+        raise ConfigError(f"options.threshold is not set, and keep={keep} compares rewards with it; set it")
+    return threshold
+
+
+def _refuse_too_few(num_generations: int, keep: str, best_count: int, accepted_count: int) -> None:
+    """Raises ConfigError for fewer samples of a prompt than are to be kept."""
+    needed: dict[str, tuple[str, Any]] = {
+        "best": ("options.best_count", best_count),
+        "best_and_worst": ("options.keep=best_and_worst", 2),
+        "statistical_rejection": ("options.accepted_count", accepted_count),
+    }
+    name, least = needed.get(keep, ("", 1))
+    if num_generations < least:
+        raise ConfigError(
+            f"options.num_generations={num_generations}: {name} needs {least} samples of a prompt; raise it"
+        )
