@@ -22,6 +22,7 @@ from actors.errors import ConfigError
 from orchestrator.config import overrides as syntax
 from orchestrator.config.error_messages import explain, unknown
 from orchestrator.config.overrides import Keys, Override, dotted
+from orchestrator.config.rounds import with_rounds
 from orchestrator.config.schema import PhaseConfig, RunConfig
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -185,7 +186,7 @@ def check(draft: Draft, *, methods: bool = True) -> RunConfig:
     config = _validated(draft)
     if methods:
         _check_methods(config, draft)
-    return config
+    return with_rounds(config)
 
 
 def _validated(draft: Draft) -> RunConfig:

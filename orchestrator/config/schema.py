@@ -259,6 +259,16 @@ class PhaseConfig(Section):
         return None if self.episode is None else self.rename_roles.get(ENVIRONMENT, ENVIRONMENT)
 
 
+class RoundsConfig(Section):
+    """Phases that repeat, one after the other. Phase NAME of round 2 is called NAME-2; `${round}` in a text of such a
+    phase is the number of its round."""
+
+    count: Positive
+    """How many rounds there are."""
+    phases: tuple[str, ...] = Field(min_length=1)
+    """Names of the phases that repeat, in their order."""
+
+
 class WeightsConfig(Section):
     """How published weights reach the rollout workers."""
 
@@ -331,6 +341,8 @@ class RunConfig(Section):
     model: ModelConfig = Field(default_factory=ModelConfig)
     phases: dict[FolderName, PhaseConfig] = Field(min_length=1)
     """Phase name -> its method, data and schedule. A file with one phase writes those keys at the top level."""
+    rounds: RoundsConfig | None = None
+    """Phases that repeat. None: each phase runs once."""
     rewards: tuple[RewardConfig, ...] = ()
     """The reward of a completion is the weighted sum of these."""
     roles: RolesConfig = Field(default_factory=lambda: RolesConfig())  # pyright: ignore[reportCallIssue]

@@ -51,7 +51,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
         "roles": {"rollout": {"engine": "hf"}},
         "rewards": [{"fn": f"{reward}:spread"}],
         "output": str(folder / "runs"),
-        "logging": {"tensorboard": False},
+        "logging": {"trackers": []},
         "checkpoint": {"every": 1, "keep": 9},
     }
     return run(config_of(tree, [], "test"), local=True)
