@@ -1,0 +1,114 @@
+"""Errors of the service: one shape for all of them, which is that of the OpenAI protocol, and each documented.
+
+{"error": {"message": "there is no run t-1", "type": "not_found", "param": null, "code": null}}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from actors.errors import RunError, UserError
+
+TYPES = {
+    400: "bad_request",
+    401: "unauthorized",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    409: "conflict",
+    413: "too_large",
+    422: "invalid_request",
+    502: "bad_gateway",
+    503: "unavailable",
+    504: "timeout",
+}
+WHEN = {
+    400: "the body cannot be read",
+    401: "no bearer token, or not the service's",
+    403: "a recipe that runs code, and the service was started without --allow-code",
+    404: "there is no such run, or no such part of it",
+    409: "the run is in a state in which this cannot be done, or another run has its name",
+    413: "the body is larger than the service takes",
+    422: "a parameter or the body is not what the route takes; the message names it",
+    502: "Ray's Job API answered with an error",
+    503: "Ray's Job API, or the run's driver, cannot be reached",
+    504: "the run did not answer in time",
+}
+
+
+class Error(BaseModel):
+    """What went wrong, for people (`message`) and for programs (`type`)."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(BaseModel):
+    error: Error
+
+
+class Problem(Exception):
+    """Ends a request with this status and message."""
+
+    def __init__(self, status: int, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.param = status, param
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """For `responses` of a route: the errors that it may answer with."""
+    return {status: {"model": ErrorBody, "description": WHEN[status]} for status in statuses}
+
+
+def body_of(status: int, message: str, param: str | None = None) -> dict[str, Any]:
+    return ErrorBody(error=Error(message=message, type=TYPES.get(status, "error"), param=param)).model_dump()
+
+
+def answer(status: int, message: str, param: str | None = None, headers: Mapping[str, str] | None = None) -> Any:
+    return JSONResponse(body_of(status, message, param), status, headers=dict(headers or {}))
+
+
+def handle_errors(app: FastAPI) -> None:
+    """Every error of `app` is answered in the one shape. Only those of ours are shown to the client; what nobody
+    expected is a 500 without a message, and a traceback in the service's log."""
+
+    @app.exception_handler(Problem)
+    def problem(_: Request, error: Problem) -> Any:  # pyright: ignore[reportUnusedFunction]
+        return answer(error.status, str(error), error.param)
+
+    @app.exception_handler(HTTPException)
+    def http(_: Request, error: HTTPException) -> Any:  # pyright: ignore[reportUnusedFunction]
+        return answer(error.status_code, str(error.detail), headers=error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    def invalid(_: Request, error: RequestValidationError) -> Any:  # pyright: ignore[reportUnusedFunction]
+        first: dict[str, Any] = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        return answer(422, f"{where}: {first['msg']}", where)
+
+    @app.exception_handler(UserError)
+    def refused(_: Request, error: UserError) -> Any:  # pyright: ignore[reportUnusedFunction]
+        return answer(422, str(error))
+
+    @app.exception_handler(RunError)
+    def broken(_: Request, error: RunError) -> Any:  # pyright: ignore[reportUnusedFunction]
+        return answer(409, str(error))
+
+    @app.exception_handler(Exception)
+    def unexpected(_: Request, error: Exception) -> Any:  # pyright: ignore[reportUnusedFunction]
+        return answer(500, "the service failed; its log says how")
+
+
+def encoded(status: int, message: str) -> bytes:
+    """The body of an error, for where there is no request object yet."""
+    return json.dumps(body_of(status, message)).encode()

@@ -1,0 +1,54 @@
+"""The events of a run as they happen: a list, or a stream of server-sent events that can be taken up again.
+
+    RUN/events.jsonl ── line by line ──► id: 7              the number of the line: `Last-Event-ID: 7` goes on with 8
+                                         event: checkpoint
+                                         data: {"time": ..., "step": 20, ...}
+
+A stream ends with an event `end` (it has no id) once the run is over and all of its lines were sent. Each wait is one
+look at the file every POLL_S; the stream's client ends it otherwise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from sse_starlette import ServerSentEvent
+
+from orchestrator.api import RunHandle
+from orchestrator.cluster.control import EVENTS_FILE
+from orchestrator.json_lines import LineReader
+from orchestrator.service.schemas import EventLine
+
+POLL_S = 0.5
+PING_S = 15.0  # a comment in a silent stream, so that nothing between us and the client closes it
+
+
+class EventReader:
+    """The events of a run from the one after `last` on, each given once."""
+
+    def __init__(self, folder: Path, last: int) -> None:
+        self._lines, self._after, self._read = LineReader(folder / EVENTS_FILE), last, 0
+
+    def new(self) -> list[EventLine]:
+        found: list[EventLine] = []
+        for line in self._lines.new():
+            self._read += 1
+            if self._read > self._after:
+                found.append(EventLine(id=self._read, event=str(line.pop("event", "event")), data=line))
+        return found
+
+
+async def event_stream(handle: RunHandle, last: int) -> AsyncIterator[ServerSentEvent]:
+    reader = EventReader(handle.folder, last)
+    while True:
+        running = await asyncio.to_thread(lambda: handle.running)  # before reading: the last lines must be read
+        for line in await asyncio.to_thread(reader.new):
+            yield ServerSentEvent(json.dumps(line.data), id=str(line.id), event=line.event)
+        if not running:
+            status = await asyncio.to_thread(handle.status)
+            yield ServerSentEvent(json.dumps({"state": status.kind}), event="end")
+            return
+        await asyncio.sleep(POLL_S)

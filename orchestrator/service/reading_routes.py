@@ -1,0 +1,123 @@
+"""Routes that read runs. Each is a look at the run's folder."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Header, Query, Request
+from sse_starlette import EventSourceResponse
+
+from orchestrator.service import run_contents
+from orchestrator.service.errors import documented
+from orchestrator.service.event_stream import PING_S, EventReader, event_stream
+from orchestrator.service.run_folders import RunFolders
+from orchestrator.service.schemas import (
+    CheckpointList,
+    EventList,
+    LogText,
+    MetricLines,
+    RunDetail,
+    RunId,
+    RunList,
+    Samples,
+)
+
+LARGEST = 2**53  # integers that JSON clients can hold exactly; JavaScript's are floats
+
+Position = Annotated[int, Query(ge=0, le=LARGEST)]
+router = APIRouter(prefix="/v1/runs", tags=["runs"], responses=documented(401, 404, 422))
+
+
+def run_folders(request: Request) -> RunFolders:
+    return request.app.state.runs
+
+
+Runs = Annotated[RunFolders, Depends(run_folders)]
+
+
+@router.get("")
+def list_runs(runs: Runs) -> RunList:
+    """All runs, the newest first."""
+    return RunList(runs=runs.summaries())
+
+
+@router.get("/{run}")
+def get_run(run: RunId, runs: Runs) -> RunDetail:
+    """How a run stands."""
+    return runs.detail(run)
+
+
+@router.get(
+    "/{run}/events",
+    response_model=EventList,
+    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+)
+def get_events(
+    run: RunId,
+    runs: Runs,
+    follow: Annotated[bool, Query(description="A stream of server-sent events, until the run is over.")] = False,
+    after: Annotated[int, Query(ge=0, le=LARGEST, description="Only events after the one with this id.")] = 0,
+    last_event_id: Annotated[str | None, Header(description="As `after`; a client sends it to go on.")] = None,
+) -> Any:
+    """What happened in a run: parts of the start, joins, deaths, retries, resizes, checkpoints."""
+    handle = runs.handle(run)
+    last = int(last_event_id) if last_event_id and last_event_id.isdecimal() else after
+    if follow:
+        return EventSourceResponse(event_stream(handle, last), ping=int(PING_S))
+    return EventList(events=EventReader(handle.folder, last).new())
+
+
+@router.get("/{run}/metrics")
+def get_metrics(
+    run: RunId,
+    runs: Runs,
+    after_step: Position = 0,
+    phase: str | None = None,
+    name: Annotated[list[str] | None, Query(description="Only this metric; may be given several times.")] = None,
+    limit: Annotated[int, Query(ge=1, le=10_000, description="The last so many lines.")] = 1000,
+) -> MetricLines:
+    """What a run measured, one entry for each logged step and evaluation."""
+    folder = runs.folder(run)
+    lines = run_contents.metrics(folder, after_step=after_step, phase=phase, names=name or (), limit=limit)
+    return MetricLines(lines=lines)
+
+
+@router.get("/{run}/samples")
+def get_samples(
+    run: RunId,
+    runs: Runs,
+    step: Annotated[int | None, Query(ge=0, le=LARGEST, description="Default: the newest that has samples.")] = None,
+    order: Annotated[run_contents.Order, Query(description="By reward, the lowest or the highest first.")] = "position",
+    min_reward: float | None = None,
+    max_reward: float | None = None,
+    offset: Position = 0,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 50,
+) -> Samples:
+    """Completions of a step with their rewards."""
+    return run_contents.samples(
+        runs.folder(run),
+        step=step,
+        order=order,
+        min_reward=min_reward,
+        max_reward=max_reward,
+        offset=offset,
+        limit=limit,
+    )
+
+
+@router.get("/{run}/checkpoints")
+def get_checkpoints(run: RunId, runs: Runs) -> CheckpointList:
+    """The complete checkpoints of a run."""
+    return CheckpointList(checkpoints=run_contents.checkpoints(runs.folder(run)))
+
+
+@router.get("/{run}/logs")
+def get_logs(
+    run: RunId,
+    runs: Runs,
+    offset: Annotated[int | None, Query(ge=0, le=LARGEST, description="In bytes. Default: near the end.")] = None,
+) -> LogText:
+    """What a run printed: at most 64 KiB. `next_offset` reads on."""
+    handle = runs.handle(run)
+    running = handle.running  # before reading: what it printed last must be read
+    return run_contents.log(handle.folder, offset=offset, running=running)

@@ -1,0 +1,151 @@
+"""What the service takes and gives, as JSON. Times are seconds since the epoch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import Path as PathParameter
+from pydantic import BaseModel, ConfigDict, Field
+
+from orchestrator.api import State
+
+# A run's id is the name of its folder; a name with a separator, or one that begins with a dot, is none.
+RunId = Annotated[str, PathParameter(pattern=r"^\w[\w.+-]{0,139}$", description="A run's id: the name of its folder.")]
+
+
+class Taken(BaseModel):
+    """Base of what clients send: a key that does not exist is an error, not ignored."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class Given(BaseModel):
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+class Recipe(Taken):
+    recipe: str | dict[str, Any]
+    """The name of a shipped recipe, or a recipe itself: the keys of a YAML file."""
+    overrides: list[str] = Field(default=[], max_length=1000)
+    """`key.key=value`, as on the command line."""
+
+
+class RunSummary(Given):
+    id: str
+    state: State
+    detail: str
+    """The state in words: how a run ended, why it does not answer."""
+    step: int
+    methods: list[str]
+    """Of its phases, in their order."""
+    created: float
+
+
+class RunList(Given):
+    runs: list[RunSummary]
+    """The newest first."""
+
+
+class WorkerCount(Given):
+    desired: int
+    serving: int
+
+
+class RunDetail(RunSummary):
+    workers: dict[str, WorkerCount]
+    """Elastic roles of a run in progress: how many workers are wanted, and how many serve."""
+    members: dict[str, list[dict[str, Any]]]
+    """Elastic role -> its workers, with state, place, weight version and rate."""
+    metrics: dict[str, Any]
+    """What was logged last."""
+    config: dict[str, Any]
+    """The whole configuration."""
+
+
+class EventLine(Given):
+    id: int
+    """The number of the line, from 1; `Last-Event-ID` of a stream."""
+    event: str
+    data: dict[str, Any]
+
+
+class EventList(Given):
+    events: list[EventLine]
+
+
+class MetricLines(Given):
+    lines: list[dict[str, Any]]
+    """`step`, `phase`, `time`, and the metrics of that line. A value that is not finite is null."""
+
+
+class Samples(Given):
+    steps: list[int]
+    """Those that have samples."""
+    step: int | None
+    """The one whose samples these are; null if there are none yet."""
+    total: int
+    """How many of them the filter leaves."""
+    rows: list[dict[str, Any]]
+
+
+class CheckpointEntry(Given):
+    name: str
+    step: int
+    phase: str
+    bytes: int
+    files: int
+    written: float
+    averaged: bool
+    """Whether it has the averaged weights, too."""
+
+
+class CheckpointList(Given):
+    checkpoints: list[CheckpointEntry]
+    """The oldest first."""
+
+
+class LogText(Given):
+    text: str
+    offset: int
+    """Where the text begins in the file, in bytes."""
+    next_offset: int
+    """Give it as `offset` to read on."""
+    ended: bool
+    """Whether no process writes to it any more, and this is its end."""
+
+
+class MethodOption(Given):
+    name: str
+    type: str
+    default: str | None
+    """As YAML; null for one that must be given."""
+
+
+class MethodDescription(Given):
+    name: str
+    summary: str
+    source: str
+    data: str | None
+    """The kind of data it takes; null where an option without a default decides that."""
+    roles: list[str]
+    stages: list[str]
+    options: list[MethodOption]
+
+
+class MethodList(Given):
+    methods: list[MethodDescription]
+
+
+class PlanReport(Given):
+    accepted: bool
+    problems: list[str]
+    """Why the cluster cannot hold it."""
+    warnings: list[str]
+    roles: list[dict[str, Any]]
+    phases: list[dict[str, Any]]
+    report: str
+    """The same as `troupe plan` prints it."""
+
+
+class Health(Given):
+    status: str

@@ -1,0 +1,46 @@
+"""What the service is started with, and what it refuses to be started with."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from actors.errors import ConfigError
+
+SHORTEST_TOKEN = 16  # characters
+MAX_BODY_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`runs`: the folder that holds the runs' folders. `token`: None lets every process of this machine in.
+    `allow_code`: a recipe may name code, and environment variables. `ray_address`: HOST:PORT of the Ray that runs are
+    for; None: each run starts one."""
+
+    runs: Path
+    host: str = "127.0.0.1"
+    port: int = 8400
+    token: str | None = field(default=None, repr=False)
+    allow_code: bool = False
+    ray_address: str | None = None
+    max_body_bytes: int = MAX_BODY_BYTES
+
+    def __post_init__(self) -> None:
+        if self.token is None and not is_loopback(self.host):
+            raise ConfigError(
+                f"--host {self.host} can be reached from other machines, and there is no token: whoever reaches the "
+                "port could run jobs here. Leave out --no-token, or give --host 127.0.0.1"
+            )
+        if self.token is not None and (len(self.token) < SHORTEST_TOKEN or not self.token.isascii()):
+            raise ConfigError(f"the token must have at least {SHORTEST_TOKEN} characters, all ASCII")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only processes of this machine can reach a server that is bound to `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name may resolve to anything
+        return False

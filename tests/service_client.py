@@ -1,0 +1,78 @@
+"""The service in this process, over folders of runs that a test writes."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from orchestrator.reporting.metrics import MetricsLog
+from orchestrator.service.app import create_app
+from orchestrator.service.settings import Settings
+
+TOKEN = "a-token-of-the-tests-0123456789"
+AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
+
+
+def client(runs: Path, **settings: Any) -> TestClient:
+    """With the token. An error that nobody expected is an answer with status 500, as a client sees it."""
+    app = create_app(Settings(runs, **{"token": TOKEN, **settings}))
+    return TestClient(app, base_url="http://127.0.0.1", headers=AUTHORIZED, raise_server_exceptions=False)
+
+
+@contextmanager
+def listening(app: FastAPI) -> Iterator[str]:
+    """The URL of the application behind a real socket, for clients that read a stream while it is written."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]}, daemon=True)
+        thread.start()
+        deadline = time.monotonic() + 60
+        while not server.started:
+            assert thread.is_alive() and time.monotonic() < deadline, "the server did not start"
+            time.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{taken.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(60)
+
+
+def write_run(
+    runs: Path, name: str, *, events: Sequence[dict[str, Any]] = (), metrics: Sequence[dict[str, Any]] = ()
+) -> Path:
+    """A run's folder as `troupe run` leaves it."""
+    folder = runs / name
+    folder.mkdir(parents=True)
+    config = {"name": "t", "phases": {"grpo": {"method": "grpo"}}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "run.json").write_text("{}")
+    add_events(folder, {"event": "prepared", "time": 1000.0}, *events)
+    log = MetricsLog(folder, run=name, tensorboard=False, ray_metrics=False)
+    for line in metrics:
+        values = {key: value for key, value in line.items() if key not in ("step", "phase")}
+        log.write(line["step"], line.get("phase", "grpo"), values)
+    log.close()
+    return folder
+
+
+def add_events(folder: Path, *events: dict[str, Any]) -> None:
+    with (folder / "events.jsonl").open("a") as stream:
+        stream.write("".join(json.dumps(event) + "\n" for event in events))
+
+
+def write_samples(folder: Path, step: int, rewards: Sequence[float | None]) -> None:
+    log = MetricsLog(folder, run=folder.name, tensorboard=False, ray_metrics=False)
+    rows = [{"prompt": "1+1=", "completion": str(n), "reward": reward} for n, reward in enumerate(rewards)]
+    log.write_completions(step, rows)
+    log.close()
