@@ -14,6 +14,7 @@ from enum import StrEnum
 import numpy as np
 
 ROUTES = "routed_experts"  # where experts were chosen by the sampler
+STEP_REWARDS = frozenset({"process_reward", "process_weight", "outcome_reward"})  # where steps are rewarded one by one
 ADMITTED = "admitted_ids"  # where sampling cut the distribution: the tokens that it left
 
 
@@ -99,6 +100,16 @@ COLUMNS: dict[str, Column] = {
             "learned", np.bool_, "false: nothing of the row is learned from, and its tokens are not counted", "credit"
         ),
         _row("reward", np.float32, "weighted sum of the rewards; NaN where unscorable", "score"),
+        _token(
+            "process_reward",
+            np.float32,
+            "probability, by a process reward model, that the step which ends there is right; NaN where none ends",
+            "score",
+        ),
+        _row("process_weight", np.float32, "what the rewards of steps weigh, the same in every row", "score"),
+        _row(
+            "outcome_reward", np.float32, "weighted sum of the rewards that are not of steps; NaN without any", "score"
+        ),
         _row("reward_parts", np.float32, "each reward by itself; NaN where it has no opinion", "score", wide=True),
         _row("reward_weights", np.float32, "what each of them weighs, the same in every row", "score", wide=True),
         _row(

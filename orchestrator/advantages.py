@@ -24,14 +24,19 @@ from actors.batch import Array
 from orchestrator.row_table import RowTable
 
 Scale = Literal["group", "batch", "none"]
+STD_EPS = 1e-4  # added to standard deviations of rewards
 CreditCall = TypeVar("CreditCall", bound=Callable[..., Any])
 
 
-def credits(*, reads: set[str], writes: set[str], takes: Set[str] = frozenset()) -> Callable[[CreditCall], CreditCall]:
-    """Declares the columns of a credit call. `takes`: those that it reads of episodes, which alone have them."""
+def credits(
+    *, reads: set[str], writes: set[str], takes: Set[str] = frozenset(), whole_groups: bool = False
+) -> Callable[[CreditCall], CreditCall]:
+    """Declares the columns of a credit call. `takes`: those that it reads where a run has them: of episodes, or of
+    steps that are rewarded one by one. `whole_groups`: a call on ranks has all rows of a group in one of them."""
 
     def declare(call: CreditCall) -> CreditCall:
-        call.__dict__.update(reads=frozenset(reads), writes=frozenset(writes), takes=frozenset(takes))
+        columns = {"reads": frozenset(reads), "writes": frozenset(writes), "takes": frozenset(takes)}
+        call.__dict__.update(columns, whole_groups=whole_groups)
         return call
 
     return declare
@@ -110,7 +115,7 @@ def mask_truncated(rows: RowTable) -> dict[str, Array]:
     return {"learned": learned(rows, ~rows["truncated"])}
 
 
-def zscore_by_group(rewards: Array, group: Array, *, scale: Scale = "group", eps: float = 1e-4) -> Array:
+def zscore_by_group(rewards: Array, group: Array, *, scale: Scale = "group", eps: float = STD_EPS) -> Array:
     """[B] float32: `(r - mean of its group) / (std + eps)`.
 
     `scale`: over what the standard deviation (unbiased, n - 1) is taken; `none` divides by nothing. A group with one

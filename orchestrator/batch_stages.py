@@ -25,7 +25,7 @@ from orchestrator.planning.episode_settings import EpisodeSettings
 from orchestrator.publishing.transfer import mix_towards
 from orchestrator.replay_buffer import ReplayBuffer, replayed
 from orchestrator.row_table import RowTable, Share
-from orchestrator.step_rewards import Steps, reward_of_steps
+from orchestrator.step_rewards import Steps, reward_of_steps, rewards_of_steps
 from orchestrator.written_data import Output
 from rollout.sampling import Sampling
 
@@ -113,17 +113,19 @@ class BatchStages:
         found = await self._on_every_rank("evaluate", stage, _read(table, objective, stage), objective, step=-1)
         return _with_margins(found[0])
 
-    async def scores(self, role: str, table: RowTable, *, steps: Steps | None = None) -> Array:
-        """[B] float32: what a role's model says of rows, as a reward; with `steps`, what it says of their steps, which
-        become one number where the tokens are. The scores of a group do not depend on the other groups in the table."""
-        if steps is None:
-            stage = infer(role, into="reward", head=Head.ROW_SCALAR)
-            written, _ = await self._infer(stage, table, step=-1, groups_apart=True)
-            return written.values["reward"]
-        stage = infer(role, into="step_reward", head=Head.STEP_SCALAR)
-        written, _ = await self._infer(stage, table, step=-1, groups_apart=True)
-        call = replace(credit(reward_of_steps, steps=steps), role=role)
-        return (await self._credit_of(call, role, written.added_to(table)))[0].values["reward"]
+    async def scores(self, role: str, table: RowTable, *, steps: Steps | None = None) -> RowTable:
+        """The column `reward` of the same rows: what a role's model says of them; with `steps`, what it says of their
+        steps, which become one number where the tokens are, and if each step keeps its own, the column
+        `process_reward`. What is said of a group does not depend on the other groups in the table."""
+        into, head = ("reward", Head.ROW_SCALAR) if steps is None else ("step_reward", Head.STEP_SCALAR)
+        written, _ = await self._infer(infer(role, into=into, head=head), table, step=-1, groups_apart=True)
+        found = written.added_to(table)
+        if steps is not None:
+            calls = (reward_of_steps, rewards_of_steps) if steps.aggregate == "each" else (reward_of_steps,)
+            for call in calls:
+                stage = replace(credit(call, steps=steps), role=role)
+                found = (await self._credit_of(stage, role, found))[0].added_to(found)
+        return found.only({"reward", "process_reward"})
 
     async def fetch(self, refs: Sequence[Ref]) -> list[Any]:
         """What refs stand for, brought into the driver."""
@@ -136,7 +138,9 @@ class BatchStages:
             await self.fetch(table.only({"tokens", "mask"}).whole().blocks)
             return
         role = self.phase.pipeline.trained[0]
-        shares = table.only({"tokens", "mask"}).shard(len(self._groups[role].workers), self.phase.token_budget)
+        shares = table.only({"tokens", "mask", "process_reward"}).shard(
+            len(self._groups[role].workers), self.phase.token_budget
+        )
         blocks, deadline = [share.blocks for share in shares], self._call_timeout_s[role]
         await self._groups[role].call("hold", blocks=blocks, timeout_s=deadline, task_name=f"{role}.hold")
 
@@ -181,8 +185,12 @@ class BatchStages:
         self, stage: Stage, role: str, table: RowTable, step: int = -1
     ) -> tuple[Written, dict[str, float]]:
         """A credit call on the ranks of a role."""
-        group = self._groups[role]
-        shares = table.only({"group", "learned", *stage.reads}).shard(len(group.workers), self.phase.token_budget)
+        group, read = self._groups[role], table.only({"group", "learned", *stage.reads})
+        whole, budget = bool(getattr(stage.call, "whole_groups", False)), self.phase.token_budget
+        if whole and len(read):  # no model is called: what a micro-batch may hold is no limit
+            _, member = np.unique(read["group"], return_inverse=True)
+            budget = max(budget, int(np.bincount(member, weights=read.lengths).max()))
+        shares = read.shard(len(group.workers), budget, keep_groups=whole)
         name = f"{stage.name} {getattr(stage.call, '__qualname__', type(stage.call).__name__)}"
         asked = stage.call, dict(stage.options), name, step >= 0
         found = await self._call_split(stage, role, group, "credit", shares, *asked, step=step)

@@ -3,24 +3,28 @@ are.
 
 Only trained tokens (`mask` 1) are time steps of an episode. Tokens between two of them (a tool's answer, say) take no
 time: there is no discount over them, and the next state's value is that before the next trained token. A row's reward
-is earned at its last trained token, but for what an environment gave for single turns.
+is earned at its last trained token, but for what an environment gave for single turns, and a process reward model for
+single steps.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from actors.batch import Array, Batch
+from actors.columns import STEP_REWARDS
 from actors.objective import Stat, World
-from orchestrator.advantages import credits, learned
+from orchestrator.advantages import STD_EPS, Scale, credits, learned, zscore_by_group
 from orchestrator.losses.surrogates import LARGEST_LOG
 from orchestrator.row_table import RowTable
 
 Credited = tuple[dict[str, Array], dict[str, Stat]]  # columns per token, and metrics
 Estimator = Literal["k1", "k3"]
+PLACED = STEP_REWARDS | {"turn_reward"}  # rewards with a place of their own in a row
 LARGEST_ERROR = 0.2  # by which share of the target the controller lets a KL be off at most
 
 
@@ -47,15 +51,18 @@ def reward_less_kl(batch: Batch, world: World, state: dict[str, Any], *, coeffic
     return {"reward": reward.astype(np.float32)}, {"kl": _mean(log_ratio[mask])}
 
 
-@credits(reads={"mask", "reward"}, writes={"step_reward"}, takes={"turn_reward"})
+@credits(reads={"mask", "reward"}, writes={"step_reward"}, takes=PLACED)
 def reward_at_the_end(batch: Batch, world: World, state: dict[str, Any]) -> Credited:
-    """[T]: each row's reward at its last trained token, and 0 elsewhere. Of an episode, what the environment gave for a
-    turn is at the last token of that turn, and the last one has the rest."""
+    """[T]: each row's reward at its last trained token, and 0 elsewhere. What an environment gave for a turn of an
+    episode is at the last token of that turn, what a process reward model gave for a step is at the last token of that
+    step, and the row's last one has the rest.
+
+    Source: of steps, arXiv:2312.08935 (step-by-step PPO)."""
     earned, rows = _at_last_tokens(batch)
     return {"step_reward": earned}, {"objective/scores": _mean_over(rows, _scores(batch, rows))}
 
 
-@credits(reads={"mask", "reward", "old_logps", "ref_logps"}, writes={"step_reward"}, takes={"turn_reward"})
+@credits(reads={"mask", "reward", "old_logps", "ref_logps"}, writes={"step_reward"}, takes=PLACED)
 def kl_in_reward(
     batch: Batch,
     world: World,
@@ -134,6 +141,26 @@ def returns_to_go(batch: Batch, world: World, state: dict[str, Any], *, gamma: f
     return {"advantages": found}, {"objective/returns": _mean(earned)}
 
 
+@credits(reads={"mask", "group"} | STEP_REWARDS, writes={"advantages"}, whole_groups=True)
+def group_zscores_of_steps(batch: Batch, world: World, state: dict[str, Any], *, scale: Scale = "group") -> Credited:
+    """[T]: of each trained token, the z-scores of the steps that end at it or later in its row, added up, times their
+    weight; plus the z-score of the row's other rewards, if it has any; 0 elsewhere. A step is compared with all steps
+    of its group, an answer's other rewards with those of its siblings.
+
+    Source: arXiv:2402.03300, section 4.1.3 (process supervision), which has no other rewards."""
+    mask, rows, probabilities = batch["mask"], batch.row_of_token, batch["process_reward"]
+    ends = np.flatnonzero(~np.isnan(probabilities))
+    of_step = rows[ends]
+    steps = _zscores(probabilities[ends], batch["group"][of_step], scale, world)
+    others = _zscores(batch["outcome_reward"], batch["group"], scale, world)
+    earned, found = np.zeros((2, batch.num_tokens))
+    earned[ends] = batch["process_weight"][of_step] * steps
+    found[mask] = gae(earned[mask], np.zeros(int(mask.sum())), rows[mask], 1.0, 1.0) + others[rows[mask]]
+    right = _mean(probabilities[ends].astype(np.float64))
+    metrics = {"steps/mean_reward": right, "steps/per_answer": Stat(float(len(ends)), float(len(batch)))}
+    return {"advantages": found.astype(np.float32)}, metrics
+
+
 @credits(reads={"mask", "advantages"}, writes={"advantages"})
 def whitened_advantages(batch: Batch, world: World, state: dict[str, Any]) -> Credited:
     """[T]: advantages of trained tokens with mean 0 and (unbiased) variance 1 over all ranks; 0 elsewhere.
@@ -169,19 +196,39 @@ def whitened(values: Array, world: World, *, shift_mean: bool = True) -> Array:
 
 
 def _at_last_tokens(batch: Batch) -> tuple[Array, Array]:
-    """[T] float64: each row's reward at its last trained token, less what its turns were given, which is at theirs;
-    [B] bool: rows that have a trained token."""
+    """[T] float64: each row's reward at its last trained token, less what its turns and steps were given, which is at
+    theirs; [B] bool: rows that have a trained token."""
     trained = np.flatnonzero(batch["mask"])
     last = np.full(len(batch), -1)
     last[batch.row_of_token[trained]] = trained  # of several tokens of a row, the last one stays
     rows = last >= 0
     earned = np.zeros(batch.num_tokens)
     earned[last[rows]] = batch["reward"][rows]
-    if "turn_reward" in batch:
-        of_turns = np.where(batch["mask"], batch["turn_reward"].astype(np.float64), 0.0)
-        earned[last[rows]] -= batch.sum_by_row(of_turns)[rows]
-        earned += of_turns
+    for placed in _placed(batch):
+        placed = np.where(batch["mask"], placed, 0.0)
+        earned[last[rows]] -= batch.sum_by_row(placed)[rows]
+        earned += placed
     return earned, rows
+
+
+def _placed(batch: Batch) -> Iterator[Array]:
+    """[T] float64 each: parts of the rows' rewards, at the tokens where they were earned."""
+    if "turn_reward" in batch:
+        yield batch["turn_reward"].astype(np.float64)
+    if "process_reward" in batch:
+        weights = np.repeat(batch["process_weight"].astype(np.float64), batch.lengths)
+        yield np.nan_to_num(batch["process_reward"].astype(np.float64), nan=0.0) * weights
+
+
+def _zscores(values: Array, group: Array, scale: Scale, world: World) -> Array:
+    """`zscore_by_group` over the rows of all ranks, each of which has whole groups."""
+    if scale != "batch":
+        return zscore_by_group(values, group, scale=scale)
+    known = values[~np.isnan(values)].astype(np.float64)
+    count, total = _sums(world, len(known), known.sum())
+    (squares,) = _sums(world, np.square(known - total / max(count, 1.0)).sum())
+    std = np.sqrt(squares / max(count - 1.0, 1.0))
+    return zscore_by_group(values, group, scale="none") / (std + STD_EPS)
 
 
 def _scores(batch: Batch, rows: Array) -> Array:

@@ -145,6 +145,15 @@ class RowTable:
         refs = (*table.blocks, *(ref for _, ref in parts))
         return replace(table, stored=(*table.stored, Stored(names, blocks, rows)), blocks=refs)
 
+    def with_columns_of(self, other: RowTable, names: Iterable[str]) -> RowTable:
+        """The table with columns of another one's blocks, whose rows are the same."""
+        names = frozenset(names)
+        if len(other) != len(self):
+            raise ValueError(f"columns of {len(other)} rows do not belong to {len(self)} rows")
+        table, found = self.without(names), other.only(names)
+        stored = (replace(each, blocks=each.blocks + len(table.blocks)) for each in found.stored)
+        return replace(table, stored=(*table.stored, *stored), blocks=(*table.blocks, *found.blocks))
+
     def without(self, names: Iterable[str]) -> RowTable:
         """The table without those columns, as far as it has them."""
         gone = frozenset(names)

@@ -149,8 +149,7 @@ async def evaluate(source: Any, roles: Executor, stage: Stage, sampling: Samplin
                 return None
             (meta,) = samples.metas
             scored = ToScore(name, index, prompt, samples.rows, samples.transcripts, meta.episodes)
-            score, _ = await stages.score(scorers, scored)
-            return meta, score
+            return meta, (await stages.score(scorers, scored)).result
         except (DataFailure, InfraFailure) as error:
             reasons.append(str(error))
             return None

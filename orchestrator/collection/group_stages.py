@@ -23,7 +23,7 @@ from orchestrator.cluster.pool import Pool
 from orchestrator.collection.episodes import REWARD, Episodes, abort, rewards_of, rows_of
 from orchestrator.collection.model_scorer import ModelScorer
 from orchestrator.collection.samples import Samples, recorded, rows_of_samples
-from orchestrator.collection.scoring import Given, Scoring, ToScore
+from orchestrator.collection.scoring import Given, Scored, Scoring, ToScore
 from orchestrator.pipeline import ROW_SOURCES, Stage, Verb
 from orchestrator.planning.prepared import ModelReward
 from orchestrator.row_table import RowTable
@@ -156,7 +156,7 @@ class GroupStages:
         metas, transcripts = tuple(each.meta for each in played), tuple(each.transcript for each in played)
         return Samples(rows_of(played, group, sampler, recorded(sampling)), metas, transcripts, failures)
 
-    async def score(self, role: str, asked: ToScore) -> tuple[ScoreResult, tuple[Ref, ...]]:
+    async def score(self, role: str, asked: ToScore) -> Scored:
         """Rewards of one prompt's samples, and what the environment gave: see `Scoring.score`."""
         settings, given = self.episodes.settings, None
         if asked.episodes and settings is not None and settings.rewards:
@@ -192,7 +192,7 @@ class GroupStages:
         so, else as the role's says."""
         try:
             asked = ToScore(group.id, group.seed, group.prompt, group.rows, group.transcripts, group.episodes)
-            score, texts = await self.score(stage.role, asked)
+            scored = await self.score(stage.role, asked)
         except (Dropped, BlockLost):
             raise
         except (InfraFailure, DataFailure) as error:
@@ -202,6 +202,7 @@ class GroupStages:
                 f"prompt {group.prompt.id} could not be scored: {error}\nroles.{stage.role}.on_failure=abort ends the "
                 "run for one; with drop the group is dropped, and counted"
             ) from error
+        score, rows = scored.result, group.rows
         if np.isnan(score.total).all():
             raise Dropped("no opinion", f"no reward has an opinion on any sample: {_silent(score, group.prompt)}")
         columns = {"reward": score.total}
@@ -209,7 +210,10 @@ class GroupStages:
             columns |= {"reward_parts": score.rewards, "reward_weights": np.tile(score.weights, (len(score.total), 1))}
         if "win_rate" in stage.writes:
             columns["win_rate"] = score.win_rates
-        return replace(group, rows=group.rows.with_values(**columns), score=score, texts=texts)
+        if "process_reward" in stage.writes:
+            assert scored.steps is not None, "the plan refuses a phase that needs rewards of steps and has none"
+            rows = scored.steps.added_to(rows)
+        return replace(group, rows=rows.with_values(**columns), score=score, texts=scored.texts)
 
     async def _keep(self, stage: Stage, group: PromptGroup, sampling: Sampling) -> PromptGroup | None:
         assert stage.call is not None

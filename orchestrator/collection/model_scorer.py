@@ -16,7 +16,6 @@ from collections.abc import Awaitable, Callable
 
 import numpy as np
 
-from actors.batch import Array
 from orchestrator.row_table import RowTable
 
 
@@ -24,14 +23,14 @@ class ModelScorer:
     """Used from one event loop. `infer` is told by the column `group` which rows came together; it scores these without
     regard to the others. It has deadlines of its own; what it raises, every group of that call gets."""
 
-    def __init__(self, infer: Callable[[RowTable], Awaitable[Array]]) -> None:
+    def __init__(self, infer: Callable[[RowTable], Awaitable[RowTable]]) -> None:
         self._infer = infer
-        self._waiting: list[tuple[RowTable, asyncio.Future[Array]]] = []
+        self._waiting: list[tuple[RowTable, asyncio.Future[RowTable]]] = []
         self._calling: asyncio.Task[None] | None = None
 
-    async def score(self, rows: RowTable) -> Array:
-        """[B] float32: one score per row."""
-        result: asyncio.Future[Array] = asyncio.get_running_loop().create_future()
+    async def score(self, rows: RowTable) -> RowTable:
+        """The same rows with what the model says of them: `reward`, and perhaps `process_reward`."""
+        result: asyncio.Future[RowTable] = asyncio.get_running_loop().create_future()
         self._waiting.append((rows, result))
         if self._calling is None or self._calling.done():
             self._calling = asyncio.ensure_future(self._call_until_nobody_waits())
@@ -51,6 +50,6 @@ class ModelScorer:
                         result.set_exception(error)
                 continue
             ends = np.cumsum([len(rows) for rows, _ in batch])[:-1]
-            for (_, result), mine in zip(batch, np.split(scores, ends), strict=True):
+            for (_, result), mine in zip(batch, np.split(np.arange(len(scores)), ends), strict=True):
                 if not result.done():
-                    result.set_result(mine)
+                    result.set_result(scores.select(mine))

@@ -60,6 +60,31 @@ class Given:
 
 
 @dataclass(frozen=True)
+class StepRewards:
+    """What a process reward model gave the steps of each row: `rows` have the column `process_reward`. `others` [n]:
+    the weighted sum of all other rewards, NaN where none has an opinion."""
+
+    rows: RowTable
+    weight: float
+    others: Array
+
+    def added_to(self, rows: RowTable) -> RowTable:
+        weights = np.full(len(rows), self.weight, np.float32)
+        table = rows.with_columns_of(self.rows, {"process_reward"})
+        return table.with_values(process_weight=weights, outcome_reward=self.others)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The rewards; where the texts that were scored are, and what was logged of them; and the rewards of single steps,
+    if there are such."""
+
+    result: ScoreResult
+    texts: tuple[Ref, ...]
+    steps: StepRewards | None = None
+
+
+@dataclass(frozen=True)
 class _Said(Given):
     """What a reward says when it is asked, and how its call went."""
 
@@ -67,6 +92,7 @@ class _Said(Given):
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
     texts: tuple[Ref, ...] = ()
     is_preference: bool = False
+    steps: RowTable | None = None  # where each step has a reward of its own
 
 
 class Scoring:
@@ -81,11 +107,8 @@ class Scoring:
     ) -> None:
         self._scorers, self._models, self._judges, self._sample = scorers, models, judges, sample
 
-    async def score(
-        self, role: str, samples: ToScore, given: Given | None = None
-    ) -> tuple[ScoreResult, tuple[Ref, ...]]:
-        """The rewards, functions by whichever worker of a scorer role is free, and the one that was `given`. Beside
-        them, where the texts that were scored are, and what was logged of them."""
+    async def score(self, role: str, samples: ToScore, given: Given | None = None) -> Scored:
+        """The rewards, functions by whichever worker of a scorer role is free, and the one that was `given`."""
         pool = self._scorers[role]
         work: list[Awaitable[Any]] = [
             self._call(pool, samples),
@@ -93,17 +116,23 @@ class Scoring:
             *(self._judge(judge, pool, samples) for judge in self._judges),
         ]
         (score, texts), *found = await all_or_first_error(work)
-        return _joined(score, found, given), (texts, *(ref for one in found for ref in one.texts))
+        result = _joined(score, found, given)
+        return Scored(result, (texts, *(ref for one in found for ref in one.texts)), _of_steps(result, found))
 
     async def _call(self, pool: Pool, samples: ToScore) -> tuple[ScoreResult, Ref]:
         return await self._on_worker(pool, samples, "score")
 
     async def _model(self, reward: ModelReward, scorers: Sequence[ModelScorer], samples: ToScore) -> _Said:
+        steps: list[RowTable] = []
+
         async def score_of(role: str, scorer: ModelScorer) -> Array:
-            found = await scorer.score(samples.rows)
+            table = await scorer.score(samples.rows)
+            found = table["reward"]
             silent = np.isnan(found) if reward.steps is not None else False  # an answer without steps
             if not (np.isfinite(found) | silent).all():
                 raise DataFailure(f"reward {reward.label}: the model of {role} gave {found.tolist()}")
+            if "process_reward" in table:
+                steps.append(table)
             return found
 
         async def scores() -> tuple[Array, Mapping[str, float], tuple[Ref, ...]]:
@@ -116,7 +145,9 @@ class Scoring:
             metrics = {f"rewards/{reward.label}/ensemble_std": float(known.mean())} if len(known) else {}
             return found, metrics, ()
 
-        return await _handled(reward.label, reward.weight, Handling(on_failure=reward.on_failure), samples, scores)
+        handling = Handling(on_failure=reward.on_failure)
+        said = await _handled(reward.label, reward.weight, handling, samples, scores)
+        return replace(said, steps=steps[0] if steps else None)
 
     async def _judge(self, judge: JudgeSpec, pool: Pool, samples: ToScore) -> _Said:
         async def scores() -> tuple[Array, Mapping[str, float], tuple[Ref, ...]]:
@@ -202,3 +233,13 @@ def _joined(score: ScoreResult, found: Sequence[_Said], given: Given | None) -> 
         calls=(*score.calls, *(one.statistics for one in found)),
         metrics={**score.metrics, **{name: value for one in found for name, value in one.metrics.items()}},
     )
+
+
+def _of_steps(result: ScoreResult, found: Sequence[_Said]) -> StepRewards | None:
+    """The configuration allows one reward of that kind."""
+    said = next((one for one in found if one.steps is not None), None)
+    if said is None or said.steps is None:
+        return None
+    others = [index for index, name in enumerate(result.names) if name != said.label]
+    rest = weighted_sum(result.rewards[:, others], result.weights[others])
+    return StepRewards(said.steps, said.weight, rest)

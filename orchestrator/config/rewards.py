@@ -53,8 +53,8 @@ class RewardConfig(Section):
     """Of an ensemble: how its scores become one. mean_minus_std: less `deviations` standard deviations over them."""
     deviations: Annotated[float, Field(gt=0)] = 1.0
     """Of an ensemble with combine=mean_minus_std: the price of disagreement, in standard deviations."""
-    steps: Literal["min", "product", "last", "mean"] | None = None
-    """Of a process reward model: how its probabilities that the steps are right become one. None: no such model."""
+    steps: Literal["min", "product", "last", "mean", "each"] | None = None
+    """Of a process reward model: how the probabilities of its steps become one; each: they stay. None: no such."""
     step_separator: str = "\n"
     """Text at which a step ends."""
     weight: float = 1.0
@@ -105,6 +105,11 @@ class RewardConfig(Section):
                 )
         if self.steps is None and self.step_separator != "\n":
             raise ValueError("step_separator is for a process reward model; set steps=min, product, last or mean, too")
+        if self.steps == "each" and not isinstance(self.on_failure, str):
+            raise ValueError(
+                f"on_failure={self.on_failure:g} would be the reward of an answer, and with steps=each every step has "
+                "one; use retry, drop or fail"
+            )
         self._check_ensemble()
         return self._one_judge_or_binary_ones()
 
@@ -118,6 +123,11 @@ class RewardConfig(Section):
             raise ValueError(
                 f"combine={self.combine} says how the scores of several models become one, and role names "
                 f"{self.role[0]} alone; name several, or leave combine out"
+            )
+        if len(self.role) > 1 and self.steps == "each":
+            raise ValueError(
+                "steps=each takes the steps of one model, and role names several: an ensemble has one score per "
+                "answer; use steps=min, product, last or mean, or one role"
             )
         if self.combine != "mean_minus_std" and self.deviations != 1.0:
             raise ValueError(f"deviations={self.deviations:g} is for combine=mean_minus_std; this is {self.combine}")

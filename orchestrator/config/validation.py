@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from actors.columns import Head
 from orchestrator.config.ineffective_keys import ineffective_keys
-from orchestrator.config.judges import JudgeConfig
+from orchestrator.config.reward_validation import of_learning, of_scoring_roles
 from orchestrator.config.roles import (
     EngineRole,
     EnvironmentsRole,
@@ -42,7 +42,13 @@ def refusals(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Seq
             )
         else:
             found += _of_role(f"roles.{role}", role, config.roles[role], config.roles, launched)
-    return [*found, *_of_kinds(config, pipelines), *_of_handovers(config, pipelines), *_of_weights(config, launched)]
+    return [
+        *found,
+        *_of_kinds(config, pipelines),
+        *of_scoring_roles(config),
+        *_of_handovers(config, pipelines),
+        *_of_weights(config, launched),
+    ]
 
 
 def warnings(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Sequence[str]) -> list[str]:
@@ -101,13 +107,6 @@ def _of_kinds(config: RunConfig, pipelines: Mapping[str, Pipeline]) -> Iterator[
         role = config.phases[name].environments
         if role is not None and role in config.roles and not isinstance(config.roles[role], EnvironmentsRole):
             yield f"roles.{role}.kind={config.roles[role].kind}: phase {name} talks to it, so it must be environments"
-    for reward in config.rewards:
-        for role in reward.role or ():
-            settings = config.roles.get(role)
-            if settings is not None and not isinstance(settings, RanksRole):
-                yield f"rewards: {role} has no model to score with; name a role of kind trainer or frozen"
-    for role in dict.fromkeys(judge.role for reward in config.rewards for judge in reward.judge or ()):
-        yield from _of_judge(role, None if role is None else config.roles.get(role))
     asked: dict[str, Head] = {
         role: Head.ROW_SCALAR if reward.steps is None else Head.STEP_SCALAR
         for reward in config.rewards
@@ -120,41 +119,6 @@ def _of_kinds(config: RunConfig, pipelines: Mapping[str, Pipeline]) -> Iterator[
                     f"roles.{role}: one stage or reward asks for a model with a {asked[role]} head, another for a "
                     f"{head} head; a role's model has one: use two roles"
                 )
-
-
-def _of_preferences(where: str, config: RunConfig, phase: PhaseConfig, pipeline: Pipeline) -> Iterator[str]:
-    """What a judge prefers is a probability: nothing can be added to it."""
-    judges = [reward for reward in config.rewards if reward.weight and any(map(_prefers, reward.judge or ()))]
-    if not judges or not any("win_rate" in stage.reads for stage in pipeline):
-        return
-    others = [reward for reward in config.rewards if reward.weight and reward is not judges[0]]
-    if others:
-        yield (
-            f"rewards: {phase.method} learns from what a pairwise judge prefers, and {len(others)} other rewards have "
-            "a weight: a preference and a score do not add up; set the weight of one side to 0"
-        )
-    adjusts = (stage for stage in pipeline if stage.verb is Verb.REGROUP and "reward" in stage.writes)
-    if any(adjusts):
-        yield (
-            f"{where}.options.missing_eos_penalty changes a reward, and {phase.method} learns from what a pairwise "
-            "judge prefers instead; leave it out"
-        )
-
-
-def _prefers(judge: JudgeConfig) -> bool:
-    return judge.kind == "pairwise" and judge.against is None
-
-
-def _of_judge(role: str | None, settings: Role | None) -> Iterator[str]:
-    if settings is None:
-        return  # an endpoint; or a role that is not described, which is refused as such
-    if not isinstance(settings, EngineRole):
-        yield f"rewards: the judge {role} cannot be asked: roles.{role}.kind={settings.kind}, and it must be engine"
-    elif settings.max_model_len is None:
-        yield (
-            f"roles.{role}.max_model_len is not set: what a judge is asked holds a prompt and two completions, and is "
-            f"longer than what is sampled otherwise; set it, with room for the answer (4096, say)"
-        )
 
 
 def _of_handovers(config: RunConfig, pipelines: Mapping[str, Pipeline]) -> Iterator[str]:
@@ -227,7 +191,7 @@ def _of_phase(
                 f"roles.{stage.role}.mixes is not set, and {phase.method} samples there from a mixture of two models; "
                 "set it to the role whose model is mixed in (reference, say)"
             )
-    yield from _of_preferences(where, config, phase, pipeline)
+    yield from of_learning(where, config, phase, pipeline)
     for role in pipeline.teachers:
         yield from _of_teacher(where, config, phase, role)
     for role, companion in pipeline.companions.items():

@@ -37,7 +37,7 @@ from orchestrator.losses.surrogates import (
     trust_region,
 )
 from orchestrator.methods.importance_ratio import EPSILON, clips_nothing, correction_options, old_of
-from orchestrator.methods.option_types import Count, NotNegative, Positive, Several
+from orchestrator.methods.option_types import Count, NotNegative, Positive, Several, Supervision
 from orchestrator.pipeline import (
     Pipeline,
     Prompts,
@@ -51,6 +51,7 @@ from orchestrator.pipeline import (
     update,
     when,
 )
+from orchestrator.returns import group_zscores_of_steps, only_scored
 
 REPLAY_MAX_AGE = 32  # steps
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "gmpo", "vespo", "dppo"]
@@ -81,6 +82,7 @@ def grpo(
     correction_max: Positive = 3.0,
     scale_rewards: Scale = "group",
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize",
+    supervision: Supervision = "outcome",
     mask_truncated_completions: bool = False,
     max_completion_length: Count | None = None,
     off_policy_mask_threshold: float | None = None,
@@ -133,19 +135,32 @@ def grpo(
         bonus = Term(adaptive_entropy_bonus, token_mean, options={**bonus.options, **adapting})
     loss = Sum(Term(policy_gradient, _reduction(loss_type, max_completion_length), options=learn), bonus)
     separately = multi_objective_aggregation == "normalize_then_sum"
+    by_steps = supervision == "process"
+    if separately and by_steps:
+        raise ConfigError(
+            "options.multi_objective_aggregation=normalize_then_sum with options.supervision=process: rewards of steps "
+            "are normalised apart from the others in any case; leave out one of the two"
+        )
     return Pipeline(
         Prompts,
         generate("rollout", n=num_generations),
-        score("reward", parts=separately),
+        score("reward", parts=separately, steps=by_steps),
         *when(dynamic_sampling, keep(has_signal)),
         *_replays(replay_buffer_size, replay_max_age, scale_rewards, dynamic_sampling, correction),
         *when(beta, infer("reference", into="ref_logps")),
         *when(old == "recorded", infer("policy", into="old_logps")),
         *when(mask_truncated_completions, credit(mask_truncated)),
-        credit(group_zscores_of_parts) if separately else credit(group_zscore, scale=scale_rewards),
+        *_credits(scale_rewards, separately=separately, by_steps=by_steps),
         update("policy", loss, epochs=updates_per_batch, minibatches=minibatches),
         warnings=_warnings(loss_type, importance_sampling_level, old, clips=clips),
     )
+
+
+def _credits(scale: Scale, *, separately: bool, by_steps: bool) -> tuple[Stage, ...]:
+    """From rewards to advantages."""
+    if by_steps:
+        return credit(only_scored), credit(group_zscores_of_steps, scale=scale)
+    return (credit(group_zscores_of_parts) if separately else credit(group_zscore, scale=scale),)
 
 
 def _entropy_bounds(coefficient: float, lowest: float, highest: float) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -11,4 +11,5 @@ NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Several = Annotated[int, Field(ge=2)]
+Supervision = Literal["outcome", "process"]  # one reward per answer, or one per step of it
 Smoothing = Annotated[float, Field(ge=0, lt=0.5)]  # of labels: the share of pairs that are the wrong way round

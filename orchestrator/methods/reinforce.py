@@ -12,9 +12,10 @@ from orchestrator.losses.policy_gradient import Correction, RatioLevel, policy_g
 from orchestrator.losses.reduce import Reduction, row_mean_of_token_means, token_mean
 from orchestrator.losses.surrogates import clipped
 from orchestrator.methods.importance_ratio import EPSILON, clips_nothing, correction_options, old_of
-from orchestrator.methods.option_types import Count, NotNegative, Positive, Several, Share
+from orchestrator.methods.option_types import Count, NotNegative, Positive, Several, Share, Supervision
 from orchestrator.pipeline import Pipeline, Prompts, Stage, credit, generate, infer, keep, score, update, when
 from orchestrator.returns import (
+    group_zscores_of_steps,
     kl_in_reward,
     only_scored,
     returns_to_go,
@@ -107,6 +108,7 @@ def reinforce_pp_baseline(
     epsilon: Positive = EPSILON,
     epsilon_high: Positive | None = None,
     reward_clip_range: Range | None = None,
+    supervision: Supervision = "outcome",
     mask_truncated_completions: bool = False,
     correction: Correction = "none",
     correction_min: Positive | None = None,
@@ -121,17 +123,24 @@ def reinforce_pp_baseline(
     Source: arXiv:2501.03262."""
     learn = _Learning(updates_per_batch, minibatches, epsilon, epsilon_high, token_metrics)
     corrected = correction_options(correction, correction_min, correction_max)
+    by_steps = supervision == "process"
+    if by_steps and reward_clip_range is not None:
+        raise ConfigError(
+            f"options.reward_clip_range={list(reward_clip_range)} clips rewards of answers, and with "
+            "options.supervision=process each step has its own, a probability; leave out one of the two"
+        )
     kl: dict[str, Any] = {"beta": beta, "kl_estimator": "k2", "use_bias_correction_kl": False} if beta else {}
     return Pipeline(
         Prompts,
         generate("rollout", n=num_generations),
-        score("reward"),
+        score("reward", steps=by_steps),
         *when(dynamic_sampling, keep(has_signal)),
         *when(beta, infer("reference", into="ref_logps")),
         *when(learn.several, infer("policy", into="old_logps")),
         *_clipped(reward_clip_range),
         *when(mask_truncated_completions, credit(mask_truncated)),
-        credit(group_zscore, scale="none"),
+        *when(by_steps, credit(only_scored), credit(group_zscores_of_steps, scale="none")),
+        *when(not by_steps, credit(group_zscore, scale="none")),
         credit(whitened_advantages),
         learn.stage(token_mean, level="token", **kl, **corrected),
         warnings=learn.warnings,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from actors.columns import ADMITTED, ROUTES, Head
+from actors.columns import ADMITTED, ROUTES, STEP_REWARDS, Head
 from actors.errors import ConfigError
 from orchestrator.pipeline.checks import check
 from orchestrator.pipeline.data_kinds import Completions, DataKind
@@ -113,12 +113,33 @@ class Pipeline:
             if stage.verb is Verb.GENERATE:
                 options = {**stage.options, "episode": role}
                 return replace(stage, options=options, writes=stage.writes | {"turn_reward"})
-            return replace(stage, reads=stage.reads | getattr(stage.call, "takes", frozenset[str]()))
+            return replace(stage, reads=stage.reads | (_takes(stage) & {"turn_reward"}))
 
         if not any(stage.verb is Verb.GENERATE for stage in self.stages):
             return self
         stages = map(of_episodes, self.stages)
         return Pipeline(self.data, *stages, warnings=self.warnings, temperature=self.temperature)
+
+    def with_step_rewards(self) -> Pipeline:
+        """The pipeline whose answers are rewarded step by step: that reaches the credit calls that take it."""
+
+        def of_steps(stage: Stage) -> Stage:
+            if stage.verb is Verb.SCORE:
+                return replace(stage, writes=stage.writes | STEP_REWARDS)
+            return replace(stage, reads=stage.reads | (_takes(stage) & STEP_REWARDS))
+
+        if not self.takes_step_rewards:
+            return self
+        return Pipeline(self.data, *map(of_steps, self.stages), warnings=self.warnings, temperature=self.temperature)
+
+    @property
+    def takes_step_rewards(self) -> bool:
+        """Whether what single steps of an answer are rewarded with makes a difference to what is learned."""
+        return any("process_reward" in stage.reads | _takes(stage) for stage in self.stages)
+
+    @property
+    def needs_step_rewards(self) -> bool:
+        return any("process_reward" in stage.reads - _takes(stage) for stage in self.stages)
 
     def with_routes(self) -> Pipeline:
         """The pipeline whose samples say which experts their tokens were sent to, and whose trained roles send them to
@@ -235,3 +256,8 @@ class Pipeline:
     @property
     def mixes(self) -> tuple[Stage, ...]:
         return tuple(stage for stage in self.stages if stage.verb is Verb.MIX)
+
+
+def _takes(stage: Stage) -> frozenset[str]:
+    """Columns that a credit call reads where a run has them (`advantages.credits`)."""
+    return getattr(stage.call, "takes", frozenset[str]())

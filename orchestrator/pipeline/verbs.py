@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from actors.columns import Head
+from actors.columns import STEP_REWARDS, Head
 from actors.errors import ConfigError
 from orchestrator.pipeline.stage import DRIVER, Stage, Verb
 
@@ -33,10 +33,12 @@ def one_of(share: float, first: Stage, other: Stage) -> tuple[Stage, Stage]:
     return replace(first, share=(0.0, share)), replace(other, share=(share, 1.0))
 
 
-def score(role: str = "reward", *, parts: bool = False, win_rates: bool = False) -> Stage:
+def score(role: str = "reward", *, parts: bool = False, win_rates: bool = False, steps: bool = False) -> Stage:
     """Reward each completion, by all rewards of the run. `parts`: write each of the rewards and its weight, too;
-    `win_rates`: and what a pairwise judge prefers, where it is the only one of them."""
+    `win_rates`: and what a pairwise judge prefers, where it is the only one of them; `steps`: and what a process reward
+    model says of each step, which the run must then have."""
     writes = {"reward", *(("reward_parts", "reward_weights") if parts else ()), *(("win_rate",) if win_rates else ())}
+    writes |= STEP_REWARDS if steps else frozenset()
     return Stage(Verb.SCORE, role, frozenset({"tokens", "mask"}), frozenset(writes))
 
 

@@ -47,7 +47,7 @@ ENSEMBLE = "ensemble"  # what a reward of several models is called, unless it ha
 def prepare(config: RunConfig, *, run: Path | None = None) -> Prepared:
     """Resolve and open everything that a run names. `run`: the folder of a run that is resumed, where phases may have
     made data already. Raises ConfigError, ModelError or DataError."""
-    pipelines = {name: build_pipeline(phase) for name, phase in config.phases.items()}
+    pipelines = {name: build_pipeline(phase, config.rewards) for name, phase in config.phases.items()}
     rewards = tuple(check_reward(reward) for reward in config.rewards if reward.role is None)
     scoring = _scoring(config.rewards, None)
     given = [REWARD] if any(phase.episode is not None for phase in config.phases.values()) else []
@@ -117,10 +117,12 @@ def _scoring(rewards: Iterable[RewardConfig], tokenizer: Any) -> tuple[ModelRewa
     )
 
 
-def build_pipeline(phase: PhaseConfig) -> Pipeline:
-    """What the phase's method is under its options, with the roles that the phase gives it."""
+def build_pipeline(phase: PhaseConfig, rewards: Iterable[RewardConfig] = ()) -> Pipeline:
+    """The phase's method under its options, with the roles that the phase gives it and the rewards of the run."""
     pipeline = build(phase.method, phase.options, {"max_completion_length": phase.sampling.max_tokens})
     pipeline = pipeline.with_episodes(ENVIRONMENT) if phase.episode is not None else pipeline
+    if any(reward.steps == "each" for reward in rewards):
+        pipeline = pipeline.with_step_rewards()
     if phase.sampling.replay_truncation and pipeline.generates:
         pipeline = pipeline.with_admitted_tokens()
     if phase.sampling.replay_routing and pipeline.generates:

@@ -18,7 +18,7 @@ from orchestrator.collection.cursor import Cursor
 from orchestrator.collection.group_collector import GroupCollector
 from orchestrator.collection.group_stages import DATA, GroupStages, PromptGroup
 from orchestrator.collection.row_collector import RowCollector
-from orchestrator.collection.scoring import ToScore
+from orchestrator.collection.scoring import Scored, ToScore
 from orchestrator.collection.staleness import Contract
 from orchestrator.pipeline import (
     AnsweredPrompts,
@@ -96,13 +96,13 @@ class Stages(GroupStages):
         rows = Batch.build([2] * n, group=[position] * n, **of_row)
         return meta, RowTable.of_block(rows, Ref(block), {"tokens", "mask"})
 
-    async def score(self, role: str, asked: ToScore) -> tuple[ScoreResult, tuple[Ref, ...]]:
+    async def score(self, role: str, asked: ToScore) -> Scored:
         prompt, rows = asked.prompt, asked.rows
         if prompt.id in self.unscorable:
             raise self.unscorable.pop(prompt.id) if self.scorable_again else self.unscorable[prompt.id]
         total = np.array(self.rewards.get(prompt.id, [0.0, 1.0][: len(rows)]), dtype=np.float32)
         parts, weights = total[:, None], np.ones(1, np.float32)
-        return ScoreResult(names=("r",), rewards=parts, total=total, weights=weights), (Ref(None),)
+        return Scored(ScoreResult(names=("r",), rewards=parts, total=total, weights=weights), (Ref(None),))
 
     async def run_group(self, stage: Stage, group: PromptGroup) -> PromptGroup | None:
         return await self.run(stage, group, Sampling(max_tokens=4))

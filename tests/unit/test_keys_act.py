@@ -642,6 +642,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         merged(GRPO, {"rewards": [*JUDGED["rewards"], *GRPO["rewards"]], "phases": {"a": {"method": "nash_md"}}}),
         "a preference and a score do not add up",
     ),
+    (merged(GRPO, {"rewards": [{"role": "reward_model", "steps": "each"}]}), "grpo learns from one reward per answer"),
+    (merged(GRPO, {"phases": {"a": {"options": {"supervision": "process"}}}}), "no reward gives them; add {role: ROLE"),
+    (
+        merged(PPO, {"rewards": [{"role": "reward_model", "steps": "each", "name": name} for name in ("a", "b")]}),
+        "rewards: 2 of them have steps=each",
+    ),
     (merged(GRPO, {"rewards": [{"role": ["reward_model", "rollout"]}]}), "rewards: rollout has no model to score with"),
     (merged(GRPO, {"rewards": [{"judge": {"role": "reference"}}]}), "the judge reference cannot be asked"),
     (merged(GRPO, {"rewards": [{"judge": {"role": "rollout"}}]}), "roles.rollout.max_model_len is not set"),

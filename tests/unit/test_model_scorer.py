@@ -49,52 +49,60 @@ class Passes:
         self.may_end = asyncio.Event()
         self._fails_on = fails_on
 
-    async def __call__(self, table: RowTable) -> np.ndarray:
+    async def __call__(self, table: RowTable) -> RowTable:
         self.groups.append(table.lengths.tolist())
         self.apart.append(table["group"].tolist())
         await self.may_end.wait()
         if self._fails_on in self.groups[-1]:
             raise InfraFailure("the ranks died")
-        return table.lengths + np.arange(len(table)) / 100
+        return table.with_values(reward=table.lengths + np.arange(len(table)) / 100).only({"reward"})
+
+
+async def said(scorer: ModelScorer, rows: RowTable) -> np.ndarray:
+    return (await scorer.score(rows))["reward"]
+
+
+def rounded(rewards: np.ndarray) -> list[float]:
+    return [round(float(reward), 4) for reward in rewards]
 
 
 async def test_what_waits_at_the_same_time_is_one_call_and_what_comes_meanwhile_the_next() -> None:
     passes = Passes()
     scorer = ModelScorer(passes)
-    first = [asyncio.ensure_future(scorer.score(group(number, rows))) for number, rows in ((1, 2), (2, 1))]
+    first = [asyncio.ensure_future(said(scorer, group(number, rows))) for number, rows in ((1, 2), (2, 1))]
     await settled()
-    later = [asyncio.ensure_future(scorer.score(group(number, 2))) for number in (3, 4)]
+    later = [asyncio.ensure_future(said(scorer, group(number, 2))) for number in (3, 4)]
     await settled()
     assert passes.groups == [[1, 1, 2]]
     passes.may_end.set()
     scores = await asyncio.gather(*first, *later)
     assert passes.groups == [[1, 1, 2], [3, 3, 4, 4]]
     assert passes.apart == [[0, 0, 1], [0, 0, 1, 1]], "what came together is told apart from what did not"
-    assert [found.tolist() for found in scores] == [[1.0, 1.01], [2.02], [3.0, 3.01], [4.02, 4.03]]
+    assert [rounded(found) for found in scores] == [[1.0, 1.01], [2.02], [3.0, 3.01], [4.02, 4.03]]
 
 
 async def test_a_call_that_fails_fails_its_own_groups_and_no_later_ones() -> None:
     passes = Passes(fails_on=2)
     scorer = ModelScorer(passes)
-    failing = [asyncio.ensure_future(scorer.score(group(number, 1))) for number in (1, 2)]
+    failing = [asyncio.ensure_future(said(scorer, group(number, 1))) for number in (1, 2)]
     await settled()
-    later = asyncio.ensure_future(scorer.score(group(3, 1)))
+    later = asyncio.ensure_future(said(scorer, group(3, 1)))
     passes.may_end.set()
     for each in failing:
         with pytest.raises(InfraFailure, match="the ranks died"):
             await each
-    assert (await later).tolist() == [3.0]
+    assert rounded(await later) == [3.0]
 
 
 async def test_a_cancelled_group_does_not_prevent_the_scores_of_the_others() -> None:
     passes = Passes()
     scorer = ModelScorer(passes)
-    given_up, other = (asyncio.ensure_future(scorer.score(group(number, 1))) for number in (1, 2))
+    given_up, other = (asyncio.ensure_future(said(scorer, group(number, 1))) for number in (1, 2))
     await settled()
     given_up.cancel()
     passes.may_end.set()
-    assert (await other).tolist() == [2.01]
-    assert (await scorer.score(group(5, 1))).tolist() == [5.0], "and the next call is made"
+    assert rounded(await other) == [2.01]
+    assert rounded(await said(scorer, group(5, 1))) == [5.0], "and the next call is made"
 
 
 @pytest.fixture
@@ -121,9 +129,9 @@ async def test_a_group_has_the_same_scores_to_the_bit_whatever_other_groups_wait
 ) -> None:
     scorer = ModelScorer(partial(judge.batch_stages.scores, "reward_model"))
     groups = [sampled(position, rows) for position in range(12)]
-    alone = [await scorer.score(each) for each in groups]
-    few = await asyncio.gather(*(scorer.score(each) for each in groups[:5]))
-    all_at_once = await asyncio.gather(*(scorer.score(each) for each in groups))
+    alone = [await said(scorer, each) for each in groups]
+    few = await asyncio.gather(*(said(scorer, each) for each in groups[:5]))
+    all_at_once = await asyncio.gather(*(said(scorer, each) for each in groups))
     assert [each.tobytes() for each in few] == [each.tobytes() for each in alone[:5]]
     assert [each.tobytes() for each in all_at_once] == [each.tobytes() for each in alone]
     assert len(np.unique(alone)) == 12 * rows, "and every row has a score of its own"
@@ -132,7 +140,7 @@ async def test_a_group_has_the_same_scores_to_the_bit_whatever_other_groups_wait
 async def test_in_one_pass_with_others_a_row_may_score_otherwise_in_the_last_bits(judge: Executor) -> None:
     """Why groups that are scored in one call have passes of their own: without them this is what would happen."""
     groups = [sampled(position, 1) for position in range(12)]
-    alone = np.concatenate([await judge.batch_stages.scores("reward_model", each) for each in groups])
+    alone = np.concatenate([(await judge.batch_stages.scores("reward_model", each))["reward"] for each in groups])
     stage = infer("reward_model", into="reward", head=Head.ROW_SCALAR)
     in_one_pass = (await judge.run([stage], RowTable.concat(groups)))[0]["reward"]
     np.testing.assert_allclose(in_one_pass, alone, rtol=1e-4, atol=1e-5)

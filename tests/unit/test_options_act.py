@@ -104,6 +104,7 @@ OTHER_VALUE: dict[str, Any] = {  # of every option, besides `loss_type`, whose n
     "simpo_gamma": 0.8,
     "single_step_decomposition": False,
     "step_separator": ";",
+    "supervision": "process",
     "sync_ref_model": True,
     "ties": "keep",
     "temperature": 0.7,
@@ -145,6 +146,7 @@ BESIDE: dict[str, list[dict[str, Any]]] = {  # what else is set: the first besid
         {"minibatches": 2, "correction": "token_mask"},
         {"use_adaptive_entropy": True, "entropy_coef": 0.3, "entropy_target": 3.0},
         {"replay_buffer_size": 5},
+        {"supervision": "process"},
     ],
     "gfpo": [
         {"updates_per_batch": 2, "num_remains_in_group": 3},
@@ -163,10 +165,8 @@ BESIDE: dict[str, list[dict[str, Any]]] = {  # what else is set: the first besid
     "gkd": [{}, {"lmbda": 0.0}, {"lmbda": 0.3}, {"teachers": ("a", "b"), "teacher_top_k": 3}],
     "on_policy_distillation": [{}, {"teachers": ("a", "b"), "teacher_top_k": 3}],
     "minillm": [{}, {"gamma": 0.3}],
-    **{
-        name: [{"updates_per_batch": 2}, {"correction": "token_mask"}]
-        for name in ("rloo", "reinforce_pp", "reinforce_pp_baseline")
-    },
+    **{name: [{"updates_per_batch": 2}, {"correction": "token_mask"}] for name in ("rloo", "reinforce_pp")},
+    "reinforce_pp_baseline": [{"updates_per_batch": 2}, {"correction": "token_mask"}, {"supervision": "process"}],
     "ppo": [{}, {"kl_target": 0.1}, {"kl_coef": 0.0}],
 }
 
@@ -267,6 +267,9 @@ def sampled() -> Batch:
         sampler=np.array([0, 1, 1, 1, 1, 0, 1, 1, 0, 1], np.int8),
         truncated=np.arange(len(lengths)) == 1,
         completion_tokens=np.array(lengths, np.int32) - 1,
+        process_reward=np.where(np.arange(sum(lengths)) % 3 == 1, np.linspace(0.1, 0.9, sum(lengths)), np.nan),
+        process_weight=np.full(len(lengths), 0.7),
+        outcome_reward=rewards,
         **dict(zip(of_tokens, noise, strict=True)),
     )
 

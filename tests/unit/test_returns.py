@@ -18,6 +18,7 @@ from orchestrator.methods import build
 from orchestrator.returns import (
     gae,
     generalised_advantages,
+    group_zscores_of_steps,
     kl_in_reward,
     only_scored,
     returns_to_go,
@@ -89,6 +90,77 @@ def test_what_an_environment_gave_for_a_turn_is_earned_at_the_last_token_of_that
     np.testing.assert_allclose(
         found["advantages"][:6], [0, GAMMA * (0.5 + GAMMA * 0.25), 0.5 + GAMMA * 0.25, 0, 0, 0.25]
     )
+
+
+NONE = np.nan
+
+
+def test_the_reward_of_a_step_is_earned_at_its_last_token_and_the_rest_at_the_end() -> None:
+    """Beside what an environment gave for a turn; a row that is not learned from has nothing."""
+    mask = [False, True, True, False, False, True, *[False] * 6]
+    steps = [NONE, NONE, 0.5, NONE, NONE, 0.25] * 2
+    given = {"process_reward": steps, "process_weight": [2.0, 2.0], "outcome_reward": [1.0, 1.0]}
+    batch = Batch.build([6, 6], mask=mask, reward=[2.5, 2.5], old_logps=[0.0] * 12, **given)
+    columns, _ = reward_at_the_end(batch, ALONE, {})
+    assert columns["step_reward"].tolist() == [0, 0, 1, 0, 0, 1.5, *[0] * 6]
+    penalised = batch.with_columns(ref_logps=np.full(12, 1.0, np.float32))
+    columns, _ = kl_in_reward(penalised, ALONE, {}, coefficient=0.1)
+    np.testing.assert_allclose(columns["step_reward"], [0, 0.1, 1.1, 0, 0, 1.6, *[0] * 6], rtol=1e-6)
+    turned = batch.with_columns(turn_reward=np.tile([0, 0.25, 0, 0, 0, 0], 2))
+    assert reward_at_the_end(turned, ALONE, {})[0]["step_reward"].tolist() == [0, 0.25, 1, 0, 0, 1.25, *[0] * 6]
+    found, _ = returns_to_go(
+        batch.with_columns(**reward_at_the_end(batch, ALONE, {})[0]), ALONE, {}, gamma=1.0, whiten=False
+    )
+    assert found["advantages"][:6].tolist() == [0, 2.5, 2.5, 0, 0, 1.5]
+
+
+@pytest.mark.parametrize("method", ["ppo", "reinforce_pp"])
+@pytest.mark.parametrize("penalised", [True, False])
+def test_methods_with_returns_read_the_rewards_of_steps_where_a_run_has_them(method: str, penalised: bool) -> None:
+    pipeline = build(method, {} if penalised else {"kl_coef" if method == "ppo" else "beta": 0.0})
+    assert not any("process_reward" in stage.reads for stage in pipeline)
+    (credit,) = (stage for stage in pipeline.with_step_rewards() if "process_reward" in stage.reads)
+    assert credit.call is (kl_in_reward if penalised else reward_at_the_end)
+    other = build("rloo", {})
+    assert other.with_step_rewards() is other, "which has one advantage per answer"
+
+
+def stepwise(outcomes: list[float]) -> Batch:
+    """Two groups of two answers. Of the first: steps of .9 and .5, and one of .1; of the second: one of .4 that is
+    followed by text, and none."""
+    steps = [NONE, NONE, 0.9, 0.5, NONE, NONE, 0.1, NONE, 0.4, NONE, NONE, NONE]
+    mask = np.array([0, 1, 1, 1, 0, 1, 1, 0, 1, 1, 0, 1], np.bool_)
+    weights = np.full(4, 0.5)
+    columns = {"process_reward": steps, "process_weight": weights, "outcome_reward": outcomes}
+    return Batch.build([4, 3, 3, 2], mask=mask, group=[7, 7, 3, 3], **columns)
+
+
+def test_an_advantage_is_the_sum_of_the_normalised_rewards_of_the_steps_that_are_not_over() -> None:
+    found, metrics = group_zscores_of_steps(stepwise([NONE] * 4), ALONE, {})
+    values = np.array([0.9, 0.5, 0.1])
+    first, second, third = 0.5 * (values - values.mean()) / (values.std(ddof=1) + 1e-4)
+    expected = [0, first + second, first + second, second, 0, third, third, 0, 0, 0, 0, 0]
+    np.testing.assert_allclose(found["advantages"], expected, atol=1e-6)
+    assert metric(metrics, "steps/mean_reward") == pytest.approx(1.9 / 4)
+    assert metric(metrics, "steps/per_answer") == 1.0
+
+
+def test_other_rewards_are_compared_with_those_of_the_siblings_and_added_at_every_token() -> None:
+    alone = group_zscores_of_steps(stepwise([NONE] * 4), ALONE, {})[0]["advantages"]
+    both = group_zscores_of_steps(stepwise([1.0, 0.0, NONE, 5.0]), ALONE, {})[0]["advantages"]
+    z = 0.5 / (np.std([1.0, 0.0], ddof=1) + 1e-4)
+    np.testing.assert_allclose(both - alone, [0, z, z, z, 0, -z, -z, 0, 0, 0, 0, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_advantages_of_steps_are_the_same_on_several_ranks_one_of_which_may_have_no_rows(scale: Any) -> None:
+    whole = stepwise([1.0, 0.0, 2.0, 5.0])
+    expected = group_zscores_of_steps(whole, ALONE, {}, scale=scale)[0]["advantages"]
+    parts = [whole.select([0, 1]), whole.select([2, 3]), whole.select([])]
+    found = on_ranks(group_zscores_of_steps, parts, [{}, {}, {}], scale=scale)
+    np.testing.assert_allclose(np.concatenate([columns["advantages"] for columns, _ in found]), expected, atol=1e-6)
+    other = group_zscores_of_steps(whole, ALONE, {}, scale="none" if scale == "batch" else "batch")[0]["advantages"]
+    assert np.abs(other - expected).max() > 0.1
 
 
 def test_advantages_are_the_discounted_sum_of_what_each_step_brought_beyond_its_value() -> None:

@@ -489,6 +489,8 @@ def test_the_configuration_of_a_reward_becomes_its_spec(file: Path) -> None:
         ({"role": "a", "combine": "min"}, "role names a alone"),
         ({"role": ["a", "b"], "combine": "min", "deviations": 2.0}, "deviations=2 is for combine=mean_minus_std"),
         ({"fn": "exact_match", "combine": "min"}, "combine is for a model's score"),
+        ({"role": ["a", "b"], "steps": "each"}, "steps=each takes the steps of one model"),
+        ({"role": "a", "steps": "each", "on_failure": 0.5}, "on_failure=0.5 would be the reward of an answer"),
         ({"role": []}, "at least 1 item"),
     ],
 )

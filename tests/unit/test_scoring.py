@@ -63,10 +63,10 @@ class Model:
     def __init__(self, says: list[float] | Exception) -> None:
         self._says = says
 
-    async def score(self, rows: RowTable) -> np.ndarray:
+    async def score(self, rows: RowTable) -> RowTable:
         if isinstance(self._says, Exception):
             raise self._says
-        return np.array(self._says, np.float32)
+        return rows.with_values(reward=np.array(self._says, np.float32)).only({"reward"})
 
 
 def samples() -> ToScore:
@@ -79,7 +79,7 @@ async def scored(says: list[float] | Exception, on_failure: Any = "retry", pool:
     reward = ModelReward(("reward_model",), 2.0, "rm", on_failure)
     models: dict[ModelReward, Any] = {reward: [Model(says)]}
     scoring = Scoring({"reward": pool or Functions()}, models, (), _nobody)
-    return (await scoring.score("reward", samples()))[0]
+    return (await scoring.score("reward", samples())).result
 
 
 async def _nobody(*_: Any) -> Any:
@@ -126,7 +126,7 @@ async def ensemble(
     reward = ModelReward(names, 2.0, "rms", on_failure, steps, combine, deviations)
     models: dict[ModelReward, Any] = {reward: [Model(each) for each in says]}
     pool: Any = Functions()
-    return (await Scoring({"reward": pool}, models, (), _nobody).score("reward", samples()))[0]
+    return (await Scoring({"reward": pool}, models, (), _nobody).score("reward", samples())).result
 
 
 @pytest.mark.parametrize(
@@ -168,6 +168,30 @@ async def test_an_ensemble_of_which_one_model_fails_has_no_score_of_the_others()
         await ensemble([1.0, 2.0], [np.inf, 1.0])
     with pytest.raises(Dropped):
         await ensemble([1.0, 2.0], InfraFailure("gone"), on_failure="drop")
+
+
+class Stepwise(Model):
+    """A model that rewards the steps of two answers of two tokens."""
+
+    async def score(self, rows: RowTable) -> RowTable:
+        block = Batch.build([2, 2], process_reward=[np.nan, 0.5, 0.25, 0.5])
+        table = RowTable.of_block(Batch.build([2, 2]), Ref(block), {"process_reward"})
+        return table.with_values(reward=[0.5, 0.75])
+
+
+async def test_rewards_of_steps_are_beside_the_sum_of_the_others() -> None:
+    reward = ModelReward(("prm",), 2.0, "prm", "retry", Steps("each", ";"))
+    other = ModelReward(("rm",), 3.0, "rm")
+    models: dict[ModelReward, Any] = {other: [Model([1.0, 2.0])], reward: [Stepwise([])]}
+    pool: Any = Functions()
+    scored = await Scoring({"reward": pool}, models, (), _nobody).score("reward", samples())
+    assert scored.result.total.tolist() == [1.0 + 3.0 + 1.0, 6.0 + 1.5] and scored.steps is not None
+    table = scored.steps.added_to(samples().rows)
+    assert table["outcome_reward"].tolist() == [4.0, 6.0] and table["process_weight"].tolist() == [2.0, 2.0]
+    blocks = [ref.target for ref in table.blocks]
+    found = table.whole().shard.fetched(blocks).batch
+    np.testing.assert_array_equal(found["process_reward"], np.array([np.nan, 0.5, 0.25, 0.5], np.float32))
+    assert found["tokens"].tolist() == [7] * 4, "and the rows have what they had"
 
 
 async def test_when_one_reward_fails_for_good_the_others_are_given_up() -> None:
@@ -226,7 +250,8 @@ async def judged(answers: Callable[[Request], RowTable], on_failure: Any) -> tup
 
     spec = JudgeSpec((Judge(role="judge_rollout"),), name="j", handling=Handling(on_failure=on_failure))
     pool: Any = Questions()
-    return await Scoring({"reward": pool}, {}, [spec], sample).score("reward", samples())
+    scored = await Scoring({"reward": pool}, {}, [spec], sample).score("reward", samples())
+    return scored.result, scored.texts
 
 
 async def test_an_engine_role_is_asked_each_question_with_a_name_and_a_seed_of_its_own() -> None:

@@ -103,8 +103,17 @@ async def test_a_role_scores_the_steps_of_groups_that_wait_together_each_as_if_a
         steps = Steps(aggregate, ";").found_in(TOKENIZER)
         return ModelScorer(partial(executor.batch_stages.scores, "prm", steps=steps))
 
-    alone = [await scorer("min").score(each) for each in groups]
-    shared, mean = scorer("min"), await scorer("mean").score(groups[0])
-    together = await asyncio.gather(*(shared.score(each) for each in groups))
+    alone = [(await scorer("min").score(each))["reward"] for each in groups]
+    shared, mean = scorer("min"), (await scorer("mean").score(groups[0]))["reward"]
+    together = [each["reward"] for each in await asyncio.gather(*(shared.score(each) for each in groups))]
     assert [each.tobytes() for each in together] == [each.tobytes() for each in alone]
     assert 0 < alone[0][0] < mean[0] < 1 and np.isnan(alone[0][2]) and mean[1] == alone[0][1]
+
+    of_steps = scorer("each")
+    for rows, found in zip(groups, await asyncio.gather(*(of_steps.score(each) for each in groups)), strict=True):
+        batch, values = rows.blocks[0].target, await executor.column("process_reward", found)
+        ends = step_ends(batch, STEPS)
+        assert np.flatnonzero(~np.isnan(values)).tolist() == ends.tolist() and (values[ends] > 0).all()
+        for row, reward in enumerate(found["reward"].tolist()):
+            mine = values[ends[batch.row_of_token[ends] == row]]
+            assert reward == pytest.approx(float(mine.sum())) if len(mine) else np.isnan(reward)
