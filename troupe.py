@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from orchestrator.api import RunHandle, attach, resume, start
     from orchestrator.config.loading import load_config, load_run, recipes
     from orchestrator.config.schema import RunConfig
+    from orchestrator.model_folders.export import export
+    from orchestrator.model_folders.merge import merge
     from orchestrator.result import RunResult
     from orchestrator.run import run
 
@@ -38,8 +40,10 @@ __all__ = (
     "TroupeError",
     "UserError",
     "attach",
+    "export",
     "load_config",
     "load_run",
+    "merge",
     "recipes",
     "resume",
     "run",
@@ -52,6 +56,8 @@ _ROOMS = {
     "orchestrator.api": ("RunHandle", "attach", "resume", "start"),
     "orchestrator.config.schema": ("RunConfig",),
     "orchestrator.config.loading": ("load_config", "load_run", "recipes"),
+    "orchestrator.model_folders.export": ("export",),
+    "orchestrator.model_folders.merge": ("merge",),
     "orchestrator.result": ("RunResult",),
     "orchestrator.run": ("run",),
 }  # fmt: skip

@@ -28,10 +28,7 @@ CLASSES = {
 }
 SCORE = "score"  # the layer that is a scalar head, in transformers' classes
 ADAPTER_CONFIG = "adapter_config.json"
-MERGE = (
-    "merge it first: PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder), and use that "
-    "folder"
-)
+MERGE = "merge it first: troupe merge ADAPTER --base MODEL --into FOLDER, and use that folder"
 
 
 def check_folder(path: str, key: str = "model.path") -> None:

@@ -27,6 +27,7 @@ from actors.errors import ConfigError, DiskError, RunError
 
 MANIFEST, STATE = "MANIFEST.json", "state.json"
 MODEL, AVERAGED = "model", "bema"  # Hugging Face folders: the weights of the step, and their average
+ADAPTER = "adapter"  # the adapters alone, beside the model that they are merged in; of the average, `bema-adapter`
 NAME = re.compile(r"step-(\d{8})")
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from actors.errors import ConfigError
-from orchestrator.checkpoint import AVERAGED, MODEL, Checkpoint
+from orchestrator.checkpoint import ADAPTER, AVERAGED, MODEL, Checkpoint
 from orchestrator.cluster.launch import average_spec, model_spec, optim_spec
 from orchestrator.config.roles import FrozenRole
 from orchestrator.config.schema import RunConfig
@@ -23,7 +23,6 @@ from orchestrator.planning.handover import kept_folder, phase_of
 from orchestrator.planning.prepared import Prepared, PreparedPhase
 
 SAVE_TIMEOUT_S = 1800.0
-ADAPTER = "adapter"  # in a checkpoint, beside the model; of the average, `bema-adapter`
 
 
 def reference_folder(run: Path, phase: PreparedPhase) -> Path:

@@ -3,6 +3,12 @@
 Each command imports what it needs when it is called, so that help and refusals appear at once.
 """
 
-from orchestrator.cli import training, inspection, control, service  # noqa: F401, I001  in this order `troupe --help` lists them
+from orchestrator.cli import (  # noqa: I001  in this order `troupe --help` lists them
+    training as training,
+    models as models,
+    inspection as inspection,
+    control as control,
+    service as service,
+)
 from orchestrator.cli.application import BROKEN as BROKEN, REFUSED as REFUSED, app as app
 from orchestrator.cli.entry_point import main as main

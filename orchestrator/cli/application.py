@@ -21,6 +21,7 @@ Recipe = Annotated[str, typer.Argument(help="Name of a shipped recipe (see `trou
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.key=value, for example train.steps=100.")]
 RunFolder = Annotated[Path, typer.Argument(help="The run's folder, as `troupe run` printed it.")]
 Local = Annotated[bool, typer.Option("--local", help="Everything in this process, without Ray: for debugging.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,0 +1,1 @@
+"""Model folders between runs: found in a run or checkpoint, exported, merged."""
