@@ -90,6 +90,31 @@ def preference_over_opponent(table: RowTable) -> RowTable | None:
     return table.select(own).with_values(preference=(1 / (1 + np.exp(-ahead))).mean(axis=1).astype(np.float32))
 
 
+@regroups(reads={"reward", "win_rate"}, writes={"preference"})
+def most_and_least_preferred(table: RowTable, *, hard: bool, ties: Ties = "drop") -> RowTable | None:
+    """The sample that its siblings lose against most, and the one that loses most, in that order, each with the
+    probability that it is preferred to a sibling: what a pairwise judge says (`win_rate`); else the mean of `σ(r - r')`
+    over the siblings. `hard`: 1 and 0 instead.
+
+    Samples that could not be scored take no part; with fewer than two others: None. `ties`: if all samples are
+    preferred equally, drop the group (None), or keep the first and the last one with 1/2 each.
+    Source: arXiv:2405.00675 (SPPO, algorithm 1)."""
+    scored = np.flatnonzero(~np.isnan(table["reward"]))
+    if len(scored) < 2:
+        return None
+    rates = table["win_rate"][scored].astype(np.float64)
+    if np.isnan(rates).all():
+        rewards = table["reward"][scored].astype(np.float64)
+        ahead = (rewards[:, None] - rewards[None, :]).clip(-500, 500)  # beyond, e^x is no number
+        rates = ((1 / (1 + np.exp(-ahead))).sum(axis=1) - 0.5) / (len(scored) - 1)  # 1/2 of it against itself
+    most, least = int(np.nanargmax(rates)), len(rates) - 1 - int(np.nanargmin(rates[::-1]))
+    tied = rates[most] == rates[least]
+    if tied and ties == "drop":
+        return None
+    preference = [1.0, 0.0] if hard and not tied else [rates[most], rates[least]]
+    return table.select(scored[[most, least]]).with_values(preference=np.array(preference, np.float32))
+
+
 # Which samples of a group are learned from
 
 FilterScores = Callable[[RowTable], Array]  # [G]: of a group's samples, those with the highest ones are kept

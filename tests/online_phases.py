@@ -40,6 +40,7 @@ METHODS_THAT_SAMPLE: dict[str, tuple[dict[str, Any], str]] = {
     "online_dpo": ({}, "objective/kl"),
     "nash_md": ({"mixture_coef": [0.5, 0.25]}, "objective/kl"),
     "xpo": ({"alpha": 1e-3}, "objective/kl"),
+    "sppo": ({"num_generations": 4}, "objective/kl"),
     "gkd": ({}, "loss"),
     "on_policy_distillation": ({}, "divergence"),
     "iw_opd": ({}, "reverse_kl"),

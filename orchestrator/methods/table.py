@@ -19,6 +19,7 @@ from orchestrator.methods.reference_free import alphapo, cpo, orpo, simpo, tpo
 from orchestrator.methods.reinforce import reinforce_pp, reinforce_pp_baseline, rloo
 from orchestrator.methods.reward_model import reward_model
 from orchestrator.methods.sft import sft
+from orchestrator.methods.sppo import sppo
 from orchestrator.methods.unpaired import bco, kto
 from orchestrator.methods.xpo import xpo
 from orchestrator.pipeline import Pipeline
@@ -45,6 +46,7 @@ METHODS: dict[str, Callable[..., Pipeline]] = {
     "online_dpo": online_dpo,
     "nash_md": nash_md,
     "xpo": xpo,
+    "sppo": sppo,
     "gkd": gkd,
     "on_policy_distillation": on_policy_distillation,
     "iw_opd": iw_opd,

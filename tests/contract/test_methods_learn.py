@@ -63,6 +63,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("xpo", {"alpha": 1e-3}, "margin"),
     ("nash_md", {"token_metrics": True}, "advantage"),
     ("a2po", {"beta2": 0.1}, "advantage"),
+    ("sppo", {"beta": 0.1}, "preferred"),
     ("rloo", {"normalize_advantages": True, "correction": "sequence_truncate", "updates_per_batch": 2}, "advantage"),
     ("reinforce_pp", {"gamma": 0.9, "minibatches": 2}, "advantage"),
     ("reinforce_pp_baseline", {"mask_truncated_completions": True}, "advantage"),
@@ -161,7 +162,20 @@ def labels(reward_model: ModelWorker, batch: Batch) -> float:
     return float(said[label == 1].mean() - said[label == 0].mean())
 
 
-MEASURES = {"likelihood": likelihood, "margin": margin, "advantage": advantage, "order": order, "labels": labels}
+def preferred(policy: ModelWorker, batch: Batch) -> float:
+    """By how much rows with a preference above a half are more likely than the others."""
+    of_row = batch.sum_by_row(said_of(policy, batch) * batch["mask"])
+    return float(of_row[batch["preference"] > 0.5].mean() - of_row[batch["preference"] < 0.5].mean())
+
+
+MEASURES = {
+    "likelihood": likelihood,
+    "margin": margin,
+    "advantage": advantage,
+    "preferred": preferred,
+    "order": order,
+    "labels": labels,
+}
 
 
 @pytest.mark.parametrize(("method", "options", "aim"), CASES, ids=[f"{m} {o}" for m, o, _ in CASES])

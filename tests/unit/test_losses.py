@@ -91,6 +91,7 @@ METHOD_OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("gfpo", {"loss_type": "dr_grpo", "max_completion_length": 16, "minibatches": 2}),
     *[("xpo", {"loss_type": name, "alpha": 0.3, "token_metrics": name == "ipo"}) for name in ("sigmoid", "ipo")],
     ("a2po", {"beta2": 0.2, "token_metrics": True}),
+    ("sppo", {"beta": 0.2, "token_metrics": True}),
     ("nash_md", {"beta": 0.2, "token_metrics": True}),
     ("rloo", {}),
     ("rloo", {"updates_per_batch": 2, "epsilon": 0.9, "correction": "sequence_truncate", "token_metrics": True}),
@@ -651,3 +652,15 @@ def test_mismatched_rows_move_the_estimate_and_have_no_gradient() -> None:
     gradient = found.gradient
     assert not gradient[mismatched].any()
     assert gradient[~mismatched & rows.micro["mask"]].all()
+
+
+def test_the_loss_of_self_play_with_hard_win_rates_is_half_of_sppo_hard_of_pairs() -> None:
+    """On the same pairs: chosen rows are preferred with probability 1, rejected ones with 0."""
+    pairs = random_rows("dpo", {"loss_type": "sppo_hard", "beta": 0.3}, seed=3)
+    columns = {**pairs.micro.columns, "preference": pairs.micro["preferred"].to(torch.float32)}
+    columns |= {"reward": torch.zeros(len(pairs.micro))}
+    rows = replace(pairs, micro=MicroBatch(pairs.micro.lengths, columns))
+    of_pairs = optimise(objective_of("dpo", {"loss_type": "sppo_hard", "beta": 0.3}), pairs)
+    of_rows = optimise(objective_of("sppo", {"win_rates": "hard", "beta": 0.3}), rows)
+    assert of_rows.value == pytest.approx(of_pairs.value / 2, rel=1e-6) and of_pairs.value > 1
+    assert torch.allclose(of_rows.gradient, of_pairs.gradient / 2)

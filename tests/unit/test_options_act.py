@@ -125,6 +125,7 @@ OTHER_VALUE: dict[str, Any] = {  # of every option, besides `loss_type`, whose n
     "use_weighting": True,
     "whiten_advantages": False,
     "whiten_rewards": True,
+    "win_rates": "hard",
 }
 OTHER_VALUE_OF: dict[str, dict[str, Any]] = {  # where that is the default, or out of range
     "gfpo": {"num_generations": 20},
@@ -262,7 +263,7 @@ def sampled() -> Batch:
         reward=rewards,
         reward_parts=np.stack([rewards, rewards % 2], axis=1),
         reward_weights=np.tile([0.7, 0.3], (len(rewards), 1)),
-        win_rate=np.linspace(0.0, 1.0, len(rewards)),
+        win_rate=np.where(np.arange(len(rewards)) < 8, np.linspace(0.0, 1.0, len(rewards)), np.nan),
         group=[0, 0, 0, 0, 0, 1, 1, 1, 2, 2],
         sampler=np.array([0, 1, 1, 1, 1, 0, 1, 1, 0, 1], np.int8),
         truncated=np.arange(len(lengths)) == 1,

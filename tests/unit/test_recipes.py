@@ -38,7 +38,7 @@ def test_every_method_has_a_recipe_for_a_laptop() -> None:
     assert {name.removesuffix("_arithmetic") for name in ARITHMETIC} >= set(METHODS)
     for name in ARITHMETIC:
         config = load_config(name)
-        assert config.phases[name.removesuffix("_arithmetic")].method == name.removesuffix("_arithmetic")
+        assert name.removesuffix("_arithmetic") in {phase.method for phase in config.phases.values()}
         assert needs_nothing_from_elsewhere(config)
 
 

@@ -19,6 +19,7 @@ from orchestrator.regrouping import (
     best_and_worst,
     highest,
     keep_highest,
+    most_and_least_preferred,
     most_reward_per_token,
     penalise_missing_eos,
     preference_over_opponent,
@@ -202,3 +203,31 @@ def test_the_filter_of_a_users_own_file_says_which_samples_are_learned_from(tmp_
         kept(f"{file}:too_few")
     with pytest.raises(ConfigError, match="no_such"):
         kept(f"{file}:no_such")
+
+
+def preferred_of(rewards: list[float], win_rates: list[float] | None = None, **options: Any) -> RowTable | None:
+    rates = np.full(len(rewards), np.nan) if win_rates is None else np.array(win_rates)
+    columns = {"reward": np.array(rewards, np.float32), "win_rate": rates.astype(np.float32)}
+    table = RowTable(Batch.build([2] * len(rewards), group=[0] * len(rewards), **columns))
+    return most_and_least_preferred(table, **{"hard": False, **options})
+
+
+def test_the_most_and_the_least_preferred_sample_have_their_mean_probability_of_beating_a_sibling() -> None:
+    table = preferred_of([0.0, 2.0, 1.0, math.nan])
+    assert table is not None and table["reward"].tolist() == [2.0, 0.0]
+    best = (1 / (1 + math.exp(-2)) + 1 / (1 + math.exp(-1))) / 2
+    assert table["preference"].tolist() == pytest.approx([best, 1 - best])
+    hard = preferred_of([0.0, 2.0, 1.0, math.nan], hard=True)
+    assert hard is not None and hard["preference"].tolist() == [1.0, 0.0]
+
+
+def test_what_a_judge_prefers_is_taken_in_the_place_of_rewards() -> None:
+    table = preferred_of([1.0, 2.0, 3.0], [0.75, 0.5, 0.25])
+    assert table is not None and table["reward"].tolist() == [1.0, 3.0]
+    assert table["preference"].tolist() == [0.75, 0.25]
+
+
+def test_samples_that_are_preferred_equally_give_no_pair_or_one_that_aims_at_no_change() -> None:
+    assert preferred_of([1.0, 1.0, 1.0]) is None and preferred_of([1.0, math.nan]) is None
+    kept = preferred_of([1.0, 1.0, 1.0], ties="keep", hard=True)
+    assert kept is not None and kept["preference"].tolist() == [0.5, 0.5]
