@@ -1,0 +1,37 @@
+// What can be done to a run: scale a role, pause and go on, save a checkpoint, stop, resume.
+
+import { action, confirmed, field, h, notify } from "./dom.js";
+import { call, run } from "./service.js";
+
+export function controls(id, signal) {
+  const role = h("input", { value: "rollout", size: 12 });
+  const count = h("input", { type: "number", min: 0, value: 1 });
+  const ask = (method, rest, body) => call(run(id, rest), { method, body, signal });
+  return h(
+    "div",
+    { class: "row", role: "group", "aria-label": "Control" },
+    field("role", role),
+    field("workers", count),
+    action("Scale", async () => {
+      await ask("PATCH", "", { scale: { [role.value.trim()]: Number(count.value) } });
+      return `${role.value}: ${count.value} worker(s) wanted`;
+    }),
+    action("Pause", async () => (await ask("PATCH", "", { paused: true }), "paused")),
+    action("Continue", async () => (await ask("PATCH", "", { paused: false }), "continues")),
+    action("Checkpoint", async () => {
+      notify("asked; it is saved after this step");
+      await ask("POST", "/checkpoint");
+      return "saved";
+    }),
+    action(
+      "Stop",
+      async () => {
+        if (!(await confirmed(`Stop ${id}? It saves a checkpoint and can be resumed.`, "Stop it"))) return null;
+        await ask("POST", "/stop");
+        return "stops after this step";
+      },
+      { class: "danger" },
+    ),
+    action("Resume", async () => (await ask("POST", "/resume"), "resumed")),
+  );
+}

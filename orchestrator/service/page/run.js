@@ -1,0 +1,168 @@
+// One run: how it stands, its pipeline and workers, curves (beside another run's, if asked), samples, events, log.
+
+import { chat } from "./chat.js";
+import { controls } from "./control.js";
+import { Curves } from "./curves.js";
+import { ago, field, h, number, size, table } from "./dom.js";
+import { samples } from "./samples.js";
+import { call, run, streamed } from "./service.js";
+
+const EVENTS_SHOWN = 200;
+
+export async function runView(main, { every, signal }, id, other) {
+  const state = h("div", { class: "row", "aria-live": "polite" });
+  const pipeline = h("div");
+  const workers = h("div");
+  const curves = new Curves();
+  const comparison = h("select");
+  signal.addEventListener("abort", () => curves.close());
+  main.append(
+    h("h1", {}, id),
+    h("section", {}, state, controls(id, signal)),
+    h("section", {}, h("h2", {}, "Pipeline"), pipeline),
+    h("section", {}, h("h2", {}, "Workers"), workers),
+    h("section", {}, h("div", { class: "row" }, h("h2", {}, "Curves"), field("beside", comparison)), curves.element),
+    samples(id, signal),
+    h("div", { class: "columns" }, events(id, signal), log(id, every, signal)),
+    h("div", { class: "columns" }, chat(id, signal), checkpoints(id, every, signal)),
+  );
+  offerComparison(comparison, id, other, signal);
+  const sources = [id, other].filter(Boolean).map((name) => new Metrics(name, signal));
+  let draw = () => {};
+  pipelineOf(id, pipeline, signal).then((ready) => (draw = ready), () => {}); // the service takes seconds to list the methods
+  await every(2, async () => {
+    const [detail] = await Promise.all([call(run(id), { signal }), ...sources.map((source) => source.update())]);
+    state.replaceChildren(
+      h("span", { class: `state ${detail.state}` }, detail.state),
+      h("span", {}, `step ${detail.step}`),
+      h("span", { class: "faint" }, detail.detail),
+      h("span", { class: "faint" }, `started ${ago(detail.created)}`),
+    );
+    workers.replaceChildren(...workerTable(detail));
+    draw(detail);
+    curves.show(sources.map(({ id: label, lines }) => ({ label, lines })));
+  });
+}
+
+// A run's lines of metrics, read on from where they ended. The last step is asked for again: its evaluation may come later.
+class Metrics {
+  constructor(id, signal) {
+    Object.assign(this, { id, signal, lines: [] });
+  }
+
+  async update() {
+    const last = this.lines.at(-1)?.step ?? 0;
+    const after = last > 1 ? `&after_step=${last - 1}` : "";
+    const { lines } = await call(run(this.id, `/metrics?limit=10000${after}`), { signal: this.signal });
+    const first = lines[0]?.step ?? Infinity; // steps that a resumed run did again replace those of before
+    this.lines = [...this.lines.filter((line) => line.step < first), ...lines];
+  }
+}
+
+async function pipelineOf(id, place, signal) {
+  const [{ config }, { methods }] = await Promise.all([call(run(id), { signal }), call("v1/methods", { signal })]);
+  const known = new Map(methods.map((method) => [method.name, method]));
+  const phases = Object.entries(config.phases ?? {}).map(([name, { method }]) => ({ name, method, found: known.get(method) }));
+  return (detail) => {
+    const current = detail.metrics.phase ?? phases[0]?.name;
+    place.replaceChildren(
+      ...phases.map(({ name, method, found }) =>
+        h(
+          "div",
+          name === current ? { "aria-current": "step" } : { class: "faint" },
+          h("p", {}, h("strong", {}, name), name === method ? "" : ` (${method})`, name === current ? seconds(detail.metrics) : ""),
+          h("ol", { class: "pipeline" }, (found?.stages ?? []).map((stage) => h("li", {}, stage))),
+        ),
+      ),
+    );
+  };
+}
+
+// Where the last step's time went.
+function seconds(metrics) {
+  const parts = Object.entries(metrics).filter(([name]) => name.startsWith("time/"));
+  return parts.length ? `, last step: ${parts.map(([name, value]) => `${name.slice(5)} ${number(value, 3)} s`).join(", ")}` : "";
+}
+
+function workerTable({ workers, members, state }) {
+  const roles = Object.entries(members ?? {});
+  if (!roles.length) return [h("p", { class: "faint" }, state === "running" ? "none reported yet" : "the run has no processes")];
+  const columns = [...new Set(roles.flatMap(([, list]) => list.flatMap(Object.keys)))].filter((name) => name !== "index" && name !== "state");
+  return roles.map(([role, list]) => {
+    const count = workers[role];
+    const wanted = count ? ` ${count.serving} of ${count.desired} serve` : "";
+    const rows = list.map((member) => [
+      String(member.index ?? ""),
+      h("span", { class: `state ${member.state}` }, String(member.state ?? "")),
+      ...columns.map((name) => plain(member[name])),
+    ]);
+    return [h("p", {}, h("strong", {}, role), wanted), list.length ? table(["", "state", ...columns], rows) : null];
+  }).flat();
+}
+
+function plain(value) {
+  if (typeof value === "number") return number(value);
+  return value === null || value === undefined ? "" : typeof value === "object" ? JSON.stringify(value) : String(value);
+}
+
+async function offerComparison(select, id, other, signal) {
+  const { runs } = await call("v1/runs", { signal }).catch(() => ({ runs: [] }));
+  select.append(h("option", { value: "" }, "no other run"), ...runs.filter((each) => each.id !== id).map((each) => h("option", { value: each.id, selected: each.id === other }, each.id)));
+  select.addEventListener("change", () => {
+    const beside = select.value ? `?with=${encodeURIComponent(select.value)}` : "";
+    location.hash = `#/runs/${encodeURIComponent(id)}${beside}`;
+  });
+}
+
+function events(id, signal) {
+  const list = h("tbody");
+  follow();
+  return h("section", {}, h("h2", {}, "Events"), h("div", { class: "scroll", style: "max-height:20rem;overflow:auto", tabIndex: 0 }, h("table", {}, list)));
+
+  // Goes on from the last event when the connection breaks, until the stream says that the run is over.
+  async function follow() {
+    for (let last = 0; !signal.aborted; ) {
+      try {
+        for await (const { id: number, event, data } of streamed(run(id, `/events?follow=true&after=${last}`), { signal })) {
+          if (event === "end") return;
+          last = Number(number ?? last);
+          const { time, event: kind, ...rest } = JSON.parse(data);
+          list.prepend(h("tr", {}, h("td", {}, new Date(time * 1000).toLocaleTimeString()), h("td", {}, kind ?? event), h("td", { class: "text faint" }, brief(rest))));
+          while (list.children.length > EVENTS_SHOWN) list.lastChild.remove();
+        }
+      } catch (error) {
+        if (signal.aborted) return;
+      }
+      await new Promise((resolve) => setTimeout(resolve, 2000));
+    }
+  }
+}
+
+function brief(detail) {
+  return Object.entries(detail).map(([name, value]) => `${name}: ${typeof value === "object" ? JSON.stringify(value) : value}`).join(", ").slice(0, 400);
+}
+
+function log(id, every, signal) {
+  const text = h("pre", { tabIndex: 0, "aria-label": "What the run printed" });
+  let offset = null;
+  let ended = false;
+  every(3, async () => {
+    if (ended) return;
+    const found = await call(run(id, `/logs${offset === null ? "" : `?offset=${offset}`}`), { signal });
+    const atEnd = text.scrollTop + text.clientHeight >= text.scrollHeight - 8;
+    ({ next_offset: offset, ended } = found);
+    text.append(found.text);
+    if (atEnd) text.scrollTop = text.scrollHeight;
+  });
+  return h("section", {}, h("h2", {}, "Log"), text);
+}
+
+function checkpoints(id, every, signal) {
+  const list = h("div");
+  every(10, async () => {
+    const { checkpoints: found } = await call(run(id, "/checkpoints"), { signal });
+    const rows = found.reverse().map(({ name, phase, bytes, written }) => [name, phase, size(bytes), ago(written)]);
+    list.replaceChildren(rows.length ? table(["checkpoint", "phase", "size", "written"], rows) : h("p", { class: "faint" }, "none yet"));
+  });
+  return h("section", {}, h("h2", {}, "Checkpoints"), list);
+}
