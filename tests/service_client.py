@@ -58,7 +58,7 @@ def write_run(
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "run.json").write_text("{}")
     add_events(folder, {"event": "prepared", "time": 1000.0}, *events)
-    log = MetricsLog(folder, run=name, tensorboard=False, ray_metrics=False)
+    log = MetricsLog(folder)
     for line in metrics:
         values = {key: value for key, value in line.items() if key not in ("step", "phase")}
         log.write(line["step"], line.get("phase", "grpo"), values)
@@ -72,7 +72,7 @@ def add_events(folder: Path, *events: dict[str, Any]) -> None:
 
 
 def write_samples(folder: Path, step: int, rewards: Sequence[float | None]) -> None:
-    log = MetricsLog(folder, run=folder.name, tensorboard=False, ray_metrics=False)
+    log = MetricsLog(folder)
     rows = [{"prompt": "1+1=", "completion": str(n), "reward": reward} for n, reward in enumerate(rewards)]
     log.write_completions(step, rows)
     log.close()

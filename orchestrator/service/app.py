@@ -10,6 +10,7 @@ from fastapi.security import HTTPBearer
 from orchestrator.service import health_routes, planning_routes, reading_routes
 from orchestrator.service.errors import handle_errors
 from orchestrator.service.gate import Gate
+from orchestrator.service.page_routes import add_page
 from orchestrator.service.run_folders import RunFolders
 from orchestrator.service.settings import Settings
 
@@ -32,5 +33,6 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(health_routes.open_router)
     for router in (health_routes.router, reading_routes.router, planning_routes.router):
         app.include_router(router, dependencies=[BEARER])
+    add_page(app)
     app.add_middleware(Gate, settings=settings)
     return app

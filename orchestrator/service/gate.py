@@ -3,7 +3,8 @@
     request ──► host ──► token ──► size ──► routes
 
 It wraps the whole application, so a route that somebody adds is behind it, and so is a path that no route has: without
-the token one cannot even tell which there are. Only PUBLIC is open, which says no more than that the service lives.
+the token one cannot even tell which there are. Open are PUBLIC, which says no more than that the service lives, and the
+files of the page, which are the same everywhere.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from orchestrator.service.errors import encoded
 from orchestrator.service.settings import Settings
 
 PUBLIC = ("/healthz", "/readyz")
+PAGE = "/page"
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")  # of this machine, as a browser writes them into `Host`
 
 
@@ -44,7 +46,7 @@ class Gate:
         if token is None and not _is_local(headers.get("host", "")):
             # A page of another site cannot read our answers, unless its name resolves to this machine (DNS rebinding).
             return 403, "without a token the service answers only to the names of this machine", []
-        if token is not None and path not in PUBLIC and not _has_token(headers, token):
+        if token is not None and not is_open(path) and not _has_token(headers, token):
             return (
                 401,
                 "this needs the service's token: `Authorization: Bearer TOKEN`",
@@ -84,6 +86,11 @@ class _Counted:
                 await send(message)
 
         await self._app(scope, counted, watched)
+
+
+def is_open(path: str) -> bool:
+    """Whether a path needs no token."""
+    return path in (*PUBLIC, "/") or path.startswith(f"{PAGE}/")
 
 
 def _has_token(headers: Headers, token: str) -> bool:

@@ -71,7 +71,7 @@ def get_events(
 def get_metrics(
     run: RunId,
     runs: Runs,
-    after_step: Position = 0,
+    after_step: Annotated[int | None, Query(ge=0, le=LARGEST, description="Only lines of later steps.")] = None,
     phase: str | None = None,
     name: Annotated[list[str] | None, Query(description="Only this metric; may be given several times.")] = None,
     limit: Annotated[int, Query(ge=1, le=10_000, description="The last so many lines.")] = 1000,

@@ -22,10 +22,11 @@ Order = Literal["position", "reward", "-reward"]
 
 
 def metrics(
-    folder: Path, *, after_step: int = 0, phase: str | None = None, names: Sequence[str] = (), limit: int
+    folder: Path, *, after_step: int | None = None, phase: str | None = None, names: Sequence[str] = (), limit: int
 ) -> list[dict[str, Any]]:
     """The last `limit` lines after a step. `names`: only these metrics, and only lines that have one of them."""
-    lines = [line for line in LineReader(folder / METRICS_FILE).new() if line.get("step", -1) > after_step]
+    after = -1 if after_step is None else after_step  # the first line may be the evaluation before step 1
+    lines = [line for line in LineReader(folder / METRICS_FILE).new() if line.get("step", -1) > after]
     lines = [line for line in lines if phase is None or line.get("phase") == phase]
     if names:
         wanted = {*FIELDS, *names}
