@@ -182,16 +182,15 @@ class Executor:
                 await stack.enter_async_context(publisher.changing)
             yield
 
-    async def publish(self, version: int, *, begins: bool = False) -> SyncReport | None:
+    async def publish(self, version: int, *, begins: bool = False) -> list[SyncReport]:
         """Bring the engines to the weights of the roles that they sample from, unless they are there. Where those do
-        not change in the phase, that is once, when it `begins`. The caller holds them still (`changing_weights`). The
-        last report; None if there was nothing to do."""
-        report = None
+        not change in the phase, that is once, when it `begins`. The caller holds them still (`changing_weights`)."""
+        reports: list[SyncReport] = []
         for publisher in self.publishers:
             changes = publisher.source in {*self.phase.pipeline.trained, *self.phase.pipeline.mixed}
             if publisher.version != version and (begins or changes):
-                report = await publisher.publish(version)
-        return report
+                reports.append(await publisher.publish(version))
+        return reports
 
 
 def _named_by_role(reports: Sequence[tuple[Stage, Mapping[str, float]]]) -> dict[str, float]:

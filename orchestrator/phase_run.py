@@ -65,9 +65,11 @@ class PhaseRun:
         await self._set_replay_buffer()
         with account.spending("publish"):
             async with roles.changing_weights():
-                report = await roles.publish(progress.version, begins=True)
-        if report is not None:
-            context.event("published", {"version": report.version, "seconds": round(report.seconds, 3)})
+                reports = await roles.publish(progress.version, begins=True)
+        for report in reports:
+            names = ("role", "source", "version", "fingerprint")
+            detail = {name: getattr(report, name) for name in names}
+            context.event("published", {"phase": self.phase.name, **detail, "seconds": round(report.seconds, 3)})
         with account.spending("evaluation"):
             await context.evaluations.at(self.phase, roles, progress)
         collector = self._collector()

@@ -35,9 +35,10 @@ CONCURRENCY = 16  # questions at the same time, of each worker, unless the confi
 
 @dataclass(frozen=True)
 class Judge:
-    """One judge. It is an endpoint (`urls`, each a base address that ends in /v1) or an engine `role`. `template` is a
-    file; None: the prompt of its kind that comes with Troupe. `request`: further fields of an endpoint's request, as
-    they are; None takes one out. Once `located`, there is `asking`, and `headers` has the key. Picklable."""
+    """One judge. It is an endpoint (`urls`, each a base address that ends in /v1) or an engine `role`. `template`: a
+    file, or a prompt with its fields in braces; None: the prompt of its kind that comes with Troupe. `request`: further
+    fields of an endpoint's request, as they are; None takes one out. Once `located`, there is `asking`, and `headers`
+    has the key. Picklable."""
 
     kind: Kind = "pairwise"
     urls: tuple[str, ...] = ()
@@ -73,6 +74,8 @@ class Judge:
         return replace(self, asking=asking, headers=headers)
 
     def _prompt(self) -> str:
+        if self.template is not None and "{" in self.template:
+            return self.template
         path = Path(self.template).expanduser() if self.template else PROMPTS / f"{self.kind}.txt"
         try:
             return path.read_text(encoding="utf-8")

@@ -35,7 +35,7 @@ class JudgeConfig(Section):
     role: str | None = None
     """Instead of `url`: the engine role that is asked."""
     template: str | None = None
-    """File with its prompt, fields in braces. None: the one of its kind that comes with Troupe."""
+    """Its prompt with fields in braces, or the file that has it. None: the one of its kind that comes with Troupe."""
     pattern: str | None = None
     """Regular expression that reads an answer by its named groups; the last match counts. None: that of `kind`."""
     score_range: tuple[float, float] = Judge.score_range

@@ -6,7 +6,8 @@ arithmetic   a model of 1.3M parameters with random weights; two-digit additions
              worked additions that omit most carries of the ones, so that supervised fine-tuning alone stops improving;
              and, as `arithmetic_pairs`, `_triples` and `_labelled`, right answers paired with wrongly carried ones,
              with which preference optimisation continues; as `arithmetic_worked`, additions worked in three steps, and
-             as `arithmetic_steps`, such steps with labels, of which one is wrong in half of the answers
+             as `arithmetic_steps`, such steps with labels, of which one is wrong in half of the answers; as
+             `arithmetic_judgements`, sums with y or n: is it right?
 calculator   the same model with a chat template, two-digit multiplications as conversations, and, as `calculator_sft`,
              conversations with calls of a calculator that is used badly
 skewed       models with random weights that end their completions at a constant rate, and random text whose lengths
@@ -127,6 +128,16 @@ def arithmetic_steps(*, seed: int, split: str, rows: int | None = None, wrong: f
     return {"prompt": [f"{a}+{b}=" for a, b in problems], "completions": steps, "labels": labels}
 
 
+def arithmetic_judgements(*, seed: int, split: str, rows: int | None = None) -> dict[str, list[str]]:
+    """Is an addition right? `prompt` (37+58=95?), `completion`: y or n. Half of them are wrong, by a carry or by 1 to
+    20: what a model needs to judge the answers to `arithmetic`."""
+    pairs = arithmetic_pairs(seed=seed, split=split, rows=rows, slips=0.3)
+    right = np.random.default_rng([seed, 6]).random(len(pairs["prompt"])) < 0.5
+    answers = [pairs["chosen" if is_right else "rejected"][row] for row, is_right in enumerate(right)]
+    prompts = [f"{prompt}{answer}?" for prompt, answer in zip(pairs["prompt"], answers, strict=True)]
+    return {"prompt": prompts, "completion": ["y" if is_right else "n" for is_right in right]}
+
+
 def calculator(*, seed: int, split: str, rows: int | None = None) -> dict[str, list[Any]]:
     """Two-digit multiplications: `prompt`, a conversation, and `answer`; split as `arithmetic` is."""
     return calculator_examples.problems(_shuffled(_problems(split), seed, rows))
@@ -162,6 +173,7 @@ DATASETS: dict[str, Callable[..., dict[str, Any]]] = {
     "arithmetic_labelled": arithmetic_labelled,
     "arithmetic_worked": arithmetic_worked,
     "arithmetic_steps": arithmetic_steps,
+    "arithmetic_judgements": arithmetic_judgements,
     "calculator": calculator,
     "calculator_sft": calculator_sft,
     "skewed": skewed,

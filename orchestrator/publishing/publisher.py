@@ -26,9 +26,13 @@ from rollout.weights.protocol import Ack, Manifest, Part, Rendezvous, SendReport
 
 @dataclass(frozen=True)
 class SyncReport:
-    """One publish: who has the version now, how long it took, and for how long decoding stood still at most."""
+    """One publish: who has the version now, how long it took, and for how long decoding stood still at most.
+    `fingerprint`: of the weights, as the members confirmed them; None if there was no member."""
 
+    role: str  # of the engines
+    source: str  # the role whose weights they are
     version: int
+    fingerprint: str | None
     members: tuple[int, ...]
     seconds: float
     stall_seconds: float
@@ -94,7 +98,9 @@ class Publisher:
         self._published.set()
         stall = max((ack.stall_seconds for ack in acks), default=0.0)
         promoted = tuple(index for index in members if self._held.get(index) == version)
-        return SyncReport(version, promoted, time.monotonic() - began, stall, order.manifest.nbytes)
+        fingerprint = acks[0].fingerprint if acks else None
+        seconds = time.monotonic() - began
+        return SyncReport(self.role, self.source, version, fingerprint, promoted, seconds, stall, order.manifest.nbytes)
 
     async def admit(self, index: int) -> None:
         """Returns once the member holds the current weights; the pool calls this before it gives out work. Before the

@@ -72,6 +72,16 @@ def test_labelled_steps_are_right_until_one_has_another_result_than_its_sum() ->
     assert wrong / len(data) == pytest.approx(0.5, abs=0.02)
 
 
+def test_half_of_the_judgements_are_of_right_sums_and_say_so() -> None:
+    data = examples.dataset("arithmetic_judgements", seed=0, split="train")
+    asked = [
+        (prompt.rstrip("?").split("="), said) for prompt, said in zip(data["prompt"], data["completion"], strict=True)
+    ]
+    right = [sum(map(int, problem.split("+"))) == int(answer) for (problem, answer), _ in asked]
+    assert [said == "y" for _, said in asked] == right
+    assert sum(right) / len(right) == pytest.approx(0.5, abs=0.02)
+
+
 def test_each_problem_is_used_once_before_any_is_repeated() -> None:
     all_problems = len(examples.dataset("arithmetic", seed=0, split="train"))
     prompts = list(examples.dataset("arithmetic", seed=0, split="train", rows=all_problems + 100)["prompt"])

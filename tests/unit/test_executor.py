@@ -347,6 +347,11 @@ def test_weights_that_do_not_change_are_published_once_a_phase_and_the_others_in
         begun = [await executor.publish(4, begins=True), await executor.publish(4)]
         return [*begun, *[await executor.publish(version) for version in (5, 6)]]
 
-    assert asyncio.run(published()) == ["teacher_rollout has 4", None, "rollout has 5", "rollout has 6"]
+    assert asyncio.run(published()) == [
+        ["rollout has 4", "teacher_rollout has 4"],
+        [],
+        ["rollout has 5"],
+        ["rollout has 6"],
+    ]
     assert (student.versions, teacher.versions) == ([4, 5, 6], [4])
     assert executor.group_stages.steady == {"teacher_rollout"}

@@ -221,3 +221,15 @@ def test_a_prompt_file_that_is_missing_is_named(tmp_path: Path) -> None:
     judge = {"url": "https://a.example/v1", "model": "m", "template": str(tmp_path / "none.txt")}
     with pytest.raises(ConfigError, match=r"template=.*none\.txt cannot be read"):
         check_reward(RewardConfig.model_validate({"judge": judge}))
+
+
+def test_a_prompt_may_stand_in_the_configuration_itself_and_must_have_its_fields() -> None:
+    from rewards.specs import check_reward
+
+    def asked(template: str) -> Any:
+        judge = {"kind": "binary", "role": "r", "template": template}
+        return check_reward(RewardConfig.model_validate({"judge": judge}))
+
+    assert asked("{prompt}{completion}?").judges[0].asking.template == "{prompt}{completion}?"
+    with pytest.raises(ConfigError, match=r"must have the field \{completion\}"):
+        asked("{prompt}?")
