@@ -129,6 +129,15 @@ COLUMNS: dict[str, Column] = {
         _row("truncated", np.bool_, "the completion hit its length limit", "generate"),
         _row("completion_tokens", np.int32, "tokens that were sampled", "generate"),
         _row("weight", np.float32, "weight of the row in the loss", "source"),
+        _row(
+            "teacher_prompt",
+            np.int32,
+            "what the teacher reads instead of the row's prompt (see actors/other_prompts.py)",
+            "generate",
+            wide=True,
+        ),
+        _row("teacher_row_tokens", np.int32, "tokens of the row as its teacher reads it", "generate, credit"),
+        _row("demonstration", np.int32, "the row whose completion the teacher is shown; -1: none", "credit"),
         _row("teacher", np.int8, "which of the phase's teachers the row is for, from 0", "source"),
     )
 }

@@ -37,6 +37,7 @@ from actors.errors import RunError
 from actors.metrics import combine
 from actors.model import LanguageModel, ModelSpec, load_model, tokenizer_of
 from actors.objective import Objective, Stat
+from actors.other_prompts import exchanged, returned
 from actors.sharding import Shard
 from actors.specs import BackendSpec, OptimSpec
 from actors.train_step import Pass, infer
@@ -140,15 +141,19 @@ class ModelWorker:
         temperature: float,
         adapters: bool,
         top_k: TopK | None = None,
+        other_prompts: bool = False,
         *blocks: Batch,
     ) -> tuple[float, Batch]:
         """The head's outputs for the shard's rows, from a pass without gradient: (seconds, a block with the columns
         `into`, rows in the shard's order). 0 at unmasked tokens. `adapters=False` uses the base model. `top_k`: `into`
-        are the columns for the most likely tokens (`actors.distributions.TOP_K`)."""
+        are the columns for the most likely tokens (`actors.distributions.TOP_K`). `other_prompts`: of the completions
+        behind the rows' teacher prompts (`actors/other_prompts.py`)."""
         with self._doing("infer"), contextlib.nullcontext() if adapters else self.backend.adapters_off():
             began = time.perf_counter()
             shard = shard.fetched(blocks)
-            block = infer(self.backend, shard, into, head, temperature, top_k)
+            read = replace(shard, batch=exchanged(shard.batch)) if other_prompts else shard
+            block = infer(self.backend, read, into, head, temperature, top_k)
+            block = returned(block, shard.batch) if other_prompts else block
             return time.perf_counter() - began, block
 
     def credit(

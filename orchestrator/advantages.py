@@ -107,6 +107,27 @@ def learned(rows: RowTable, wanted: Array) -> Array:
     return wanted & rows["learned"] if "learned" in rows else wanted
 
 
+@credits(
+    reads={"reward", "group", "teacher_row_tokens", "completion_tokens"},
+    writes={"demonstration", "teacher_row_tokens", "learned"},
+)
+def demonstrated_by_siblings(rows: RowTable, *, threshold: float) -> dict[str, Array]:
+    """Of each row, a sibling whose reward is at least `threshold`, the next one after it, as its teacher's
+    demonstration. Rows without one are not learned from.
+
+    Source: arXiv:2601.20802 (SDPO)."""
+    shown, group = np.full(len(rows), -1), rows["group"]
+    for each in np.unique(group):
+        members = np.flatnonzero(group == each)
+        right = members[rows["reward"][members] >= threshold]
+        for row in members:
+            others = [*right[right > row], *right[right < row]]
+            shown[row] = others[0] if others else -1
+    added = np.where(shown < 0, 0, rows["completion_tokens"][shown]) - 1  # in the place of one that stood for them
+    tokens = rows["teacher_row_tokens"] + added
+    return {"demonstration": shown, "teacher_row_tokens": tokens, "learned": learned(rows, shown >= 0)}
+
+
 @credits(reads={"truncated"}, writes={"learned"})
 def mask_truncated(rows: RowTable) -> dict[str, Array]:
     """Completions that hit their length limit are not learned from, and not counted among the tokens.

@@ -163,13 +163,15 @@ class BatchStages:
         role, group = self._group_of(stage)
         adapters = role == stage.role and bool(stage.options["adapters"])
         read = table.only({"tokens", "mask", "group", "learned", *stage.reads})
+        read = read.without({"learned"}) if stage.other_prompts else read  # who is not learned from may be shown
         rows = np.arange(len(table)) if stage.only is None else np.flatnonzero(table[stage.only[0]] == stage.only[1])
         if not len(rows):
             return NOTHING, {}  # no rank is asked
         read = read if stage.only is None else read.select(rows)
         cut = read.shard_groups if groups_apart else read.shard
+        cut = read.shard_behind_teacher_prompts if stage.other_prompts else cut
         shares = cut(len(group.workers), self.phase.token_budget)
-        asked = into, head, temperature, adapters, top_k
+        asked = into, head, temperature, adapters, top_k, stage.other_prompts
         found = await self._call_split(stage, role, group, "infer", shares, *asked, step=step)
         shares = [replace(share, rows=rows[share.rows]) for share in shares]
         written = await self._computed(stage.writes, shares, found, per_row=head.per_row)

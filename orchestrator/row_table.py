@@ -18,6 +18,7 @@ import numpy as np
 
 from actors.batch import Array, Batch
 from actors.columns import COLUMNS, Axis
+from actors.other_prompts import DEMONSTRATION
 from actors.sharding import Shard, Stored, shard, shard_groups
 from actors.worker import Ref
 
@@ -184,6 +185,24 @@ class RowTable:
     def shard_groups(self, ranks: int, token_budget: int) -> list[Share]:
         """One share per rank, no micro-batch with rows of two groups: see `actors.sharding.shard_groups`."""
         return self._shares(shard_groups(self.rows, ranks, token_budget))
+
+    def shard_behind_teacher_prompts(self, ranks: int, token_budget: int) -> list[Share]:
+        """One share per rank, of rows as their teachers read them: `teacher_row_tokens` decides. After its own rows, in
+        no micro-batch, a rank has those that they need as demonstrations."""
+        columns = {"group": self["group"]} if "group" in self else {}
+        dealt = shard(Batch(self["teacher_row_tokens"].astype(np.int64), columns), ranks, token_budget)
+        shares: list[Share] = []
+        for rows, mine in dealt:
+            shown = self[DEMONSTRATION][rows] if DEMONSTRATION in self else np.zeros(0, np.int64)
+            held = [*rows, *sorted({*shown[shown >= 0].tolist()} - {*rows})]
+            part = self.select(held)
+            if DEMONSTRATION in self:
+                place = {row: at for at, row in enumerate(held)}
+                part = part.with_values(**{DEMONSTRATION: [place.get(row, -1) for row in self[DEMONSTRATION][held]]})
+            whole = part.whole()
+            of_rank = replace(whole.shard, micro_batches=mine.micro_batches)
+            shares.append(replace(whole, rows=np.asarray(rows, np.int64), shard=of_rank))
+        return shares
 
     def _shares(self, dealt: Sequence[tuple[list[int], Shard]]) -> list[Share]:
         shares: list[Share] = []

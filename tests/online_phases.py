@@ -45,6 +45,8 @@ METHODS_THAT_SAMPLE: dict[str, tuple[dict[str, Any], str]] = {
     "on_policy_distillation": ({}, "divergence"),
     "iw_opd": ({}, "reverse_kl"),
     "minillm": ({}, "divergence"),
+    "sdft": ({"teacher_template": "{prompt} {completion}", "teacher_top_k": 8}, "divergence"),
+    "sdpo": ({"num_generations": 4, "success_threshold": 0.6, "teacher_top_k": 8}, "divergence"),
 }
 
 CUT = {"top_k": 6, "top_p": 0.8}

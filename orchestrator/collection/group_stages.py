@@ -17,6 +17,7 @@ import numpy as np
 
 from actors.batch import Batch
 from actors.errors import BlockLost, BudgetExhausted, DataFailure, Dropped, InfraFailure
+from actors.other_prompts import FILL, TEACHER_PROMPT
 from actors.worker import Objects, Ref, Worker
 from orchestrator.cluster.failures import enough_survive
 from orchestrator.cluster.pool import Pool
@@ -175,7 +176,19 @@ class GroupStages:
         samples = await self.sampled(stage, group.prompt, name, sampling, seed, group.position, sampler, mixture)
         if not enough_survive(samples.count, int(stage.options["n"])):
             raise Dropped("too few samples survived", "; ".join(samples.failures))
+        samples = await self._with_teacher_prompt(samples, group.prompt)
         return group.with_samples(samples, ages=stage.role not in self.steady, mixed=mixture > 0)
+
+    async def _with_teacher_prompt(self, samples: Samples, prompt: Any) -> Samples:
+        """The samples with what their teacher reads in the place of the prompt, if the data says that."""
+        if prompt.teacher_prompt is None:
+            return samples
+        rows = samples.rows
+        column = np.tile(prompt.teacher_prompt, (len(rows), 1))
+        block = await self._objects.put(Batch.build(rows.lengths, **{TEACHER_PROMPT: column}))
+        tokens = int((prompt.teacher_prompt != FILL).sum())
+        rows = rows.with_blocks({TEACHER_PROMPT}, [(np.arange(len(rows)), block)])
+        return replace(samples, rows=rows.with_values(teacher_row_tokens=tokens + rows["completion_tokens"]))
 
     async def _take(self, stage: Stage, group: PromptGroup, sampling: Sampling) -> PromptGroup:
         answer: Batch = group.prompt.answer

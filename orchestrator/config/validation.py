@@ -183,6 +183,11 @@ def _of_phase(
             f"{where}.evaluation.data: {phase.method} trains {asked}, and no engine samples from it; add "
             f"a role with kind engine and follows {asked}, or evaluate on rows (evaluation.rows)"
         )
+    if phase.episode is not None and pipeline.data.teacher_template is not None:
+        yield (
+            f"{where}.episode: {phase.method} gives its teacher another prompt, and the prompt of an episode is its "
+            "environment's; leave the section out"
+        )
     yield from _of_truncation(where, phase, pipeline)
     for stage in pipeline.generates:
         engine = config.roles.get(stage.role)
@@ -192,12 +197,12 @@ def _of_phase(
                 "set it to the role whose model is mixed in (reference, say)"
             )
     yield from of_learning(where, config, phase, pipeline)
-    for role in pipeline.teachers:
+    for role in pipeline.other_teachers:
         yield from _of_teacher(where, config, phase, role)
     for role, companion in pipeline.companions.items():
         yield from _of_companion(where, config, role, companion, launched)
     for role in pipeline.mixed:
-        yield from _of_mixed(where, config, phase, role)
+        yield from _of_mixed(where, config, phase, pipeline, role)
     for update in pipeline.updates:
         yield from _of_update(where, config, phase, update.role, int(update.options.get("minibatches", 1)))
 
@@ -256,19 +261,20 @@ def _is_set(settings: Section, name: str) -> bool:
     return getattr(settings, name) != field.get_default(call_default_factory=True)
 
 
-def _of_mixed(where: str, config: RunConfig, phase: PhaseConfig, role: str) -> Iterator[str]:
+def _of_mixed(where: str, config: RunConfig, phase: PhaseConfig, pipeline: Pipeline, role: str) -> Iterator[str]:
     """A role whose weights are moved towards the policy's must have a copy of the policy's weights."""
-    said = f"{where}: {phase.method} as configured moves the weights of the {role} (options.sync_ref_model)"
+    option = "options.teacher=base" if role in pipeline.teachers else "options.sync_ref_model=false"
+    said = f"{where}: {phase.method} as configured moves the weights of the {role}"
     settings = config.roles[role]
     if isinstance(settings, FrozenRole) and settings.model is not None:
         yield (
             f"{said}, but roles.{role}.model={settings.model} is a model of its own, which need not be the policy's; "
-            f"leave roles.{role}.model unset, or set options.sync_ref_model=false"
+            f"leave roles.{role}.model unset, or set {option}"
         )
     elif config.model.lora is not None:
         yield (
             f"{said}, but with model.lora the {role} is the policy without its adapters and has no weights to move; "
-            "train without model.lora, or set options.sync_ref_model=false"
+            f"train without model.lora, or set {option}"
         )
 
 

@@ -39,6 +39,7 @@ class Example:
     margin: float | None = None
     weight: float | None = None
     teacher: int | None = None  # which of the kind's teachers
+    teacher_prompt: Content | None = None  # what the teacher reads in the place of the prompt
     step_labels: tuple[bool, ...] | None = None  # one per completion; the completions are then the steps of one answer
     input_ids: list[int] | None = None  # tokenised by the user; then `mask` marks the trained tokens
     mask: list[bool] | None = None

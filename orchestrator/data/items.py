@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from actors.batch import Batch
+from actors.other_prompts import FILL
 from orchestrator.config.schema import DataConfig
 from orchestrator.data.conversation import Content
 from orchestrator.data.document_packing import Bin, Piece, best_fit_decreasing, wrapped
@@ -37,6 +38,7 @@ class Longest:
     row: int
     item: int
     prompt: int = 0
+    teacher_prompt: int = 0  # of the prompts that a teacher reads in the places of those
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Prompt:
     columns: dict[str, Any]
     answer: Batch | None = None  # the row that the data set makes of it, where the kind of data has one
     row_values: Mapping[str, int] = field(default_factory=dict[str, int])  # of columns per row, of whatever answers it
+    teacher_prompt: NDArray[np.int32] | None = None  # as in the column, filled up to the longest of the data set
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +82,8 @@ class Items:
             prompts = store.prompt_lengths
             row = max(row, min(max_length, int(prompts.max() + (store.lengths - prompts).max())))
         if self.kind.prompts_only or self.kind.answered:
-            return Longest(row, item, int((store.lengths if self.kind.prompts_only else store.prompt_lengths).max()))
+            prompt = int((store.lengths if self.kind.prompts_only else store.prompt_lengths).max())
+            return Longest(row, item, prompt, store.longest_teacher_prompt)
         return Longest(row, item)
 
     def prompt_tokens(self, index: int) -> tuple[int, ...]:
@@ -92,6 +96,15 @@ class Items:
     def answer(self, index: int) -> Batch | None:
         """The row of a prompt with its completion, if the kind of data has it."""
         return self.rows(index, group=index) if self.kind.answered else None
+
+    def of_prompt(self, index: int) -> tuple[dict[str, int], NDArray[np.int32] | None]:
+        """(what its rows have in columns per row, what their teacher reads in its place)."""
+        if self.kind.teacher_template is None:
+            return self.row_values(index), None
+        start, stop = self.store.teacher_offsets[index : index + 2]
+        filled = np.full(self.store.longest_teacher_prompt, FILL, np.int32)
+        filled[: stop - start] = self.store.teacher_tokens[start:stop]
+        return self.row_values(index), filled
 
     def row_values(self, index: int) -> dict[str, int]:
         """What each row that answers a prompt has in columns per row, by column."""

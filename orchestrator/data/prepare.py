@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from actors.errors import DataError
 from orchestrator.config.schema import DataConfig
@@ -11,6 +12,7 @@ from orchestrator.data import cells
 from orchestrator.data.cells import Row
 from orchestrator.data.conversation import RowError, refuse_other_ending
 from orchestrator.data.formats import Example, Format
+from orchestrator.data.teacher_prompts import fields_of, teacher_prompt
 from orchestrator.data.template import EndlessTemplate
 from orchestrator.data.tokenise import Encoded, Tokeniser
 from orchestrator.data.truncation import Fit, Limits, Truncation
@@ -28,6 +30,7 @@ class Prepared:
     row: int
     example: Example
     fit: Fit
+    teacher_prompt: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Preparer:
     prompts_only: bool
     assistant_only: bool
     teachers: tuple[str, ...] = ()  # one of which each row names
+    teacher_template: str | None = None
 
     def read(self, rows: Iterable[tuple[int, Row]], refuse: Refuse) -> list[tuple[int, Example]]:
         """(row, example); some formats make several examples of one row."""
@@ -48,6 +52,8 @@ class Preparer:
             try:
                 teacher = cells.one_of(row, "teacher", self.teachers) if self.teachers else None
                 examples = (replace(example, teacher=teacher) for example in self.format.read(row))
+                if self.teacher_template is not None:
+                    examples = map(partial(_with_teacher_prompt, row=row, template=self.teacher_template), examples)
                 read += [(number, self._ending_well(example)) for example in examples]
             except RowError as error:
                 refuse(number, str(error))
@@ -71,10 +77,17 @@ class Preparer:
                 source, line = origin(number)
                 raise DataError(f"{source}, row {line}: {encoded}")
             try:
-                prepared.append(Prepared(number, example, fit(_given(encoded))))
+                seen = self.tokeniser.teacher_prompt(example) if example.teacher_prompt is not None else ()
+                prepared.append(Prepared(number, example, fit(_given(encoded)), seen))
             except RowError as error:
                 refuse(number, str(error))
         return prepared
+
+
+def _with_teacher_prompt(example: Example, row: Row, template: str) -> Example:
+    if example.prompt is None:
+        raise RowError("options.teacher_template needs the column prompt")
+    return replace(example, teacher_prompt=teacher_prompt(example.prompt, row, template))
 
 
 def _given(encoded: Encoded | RowError) -> Encoded:
@@ -127,5 +140,6 @@ def wanted_columns(form: Format, kind: DataKind, data: DataConfig, found: Sequen
     names = [*form.columns, *OPTIONAL]
     names += ["prompt"] * ("label" in kind.columns) + ["weight"] * ("weight" in data.columns)
     names += ["teacher"] * bool(kind.teachers)
+    names += fields_of(kind.teacher_template) if kind.teacher_template is not None else ()
     names += ["margin"] * ("margin" in data.columns and "preferred" in kind.columns)
     return [name for name in dict.fromkeys(names) if name in found]

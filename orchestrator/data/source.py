@@ -43,7 +43,7 @@ from orchestrator.pipeline import DataKind
 
 WORTH_CACHING = 20_000  # rows; fewer are tokenised within a second or two
 UNBOUNDED = 2**31  # the maximum length if the model is unknown
-VERSION = 7  # of the cached data: raise it when the same rows give other tokens
+VERSION = 8  # of the cached data: raise it when the same rows give other tokens
 
 
 class Source(Protocol):
@@ -98,11 +98,15 @@ def open_source(
     limits = limits_of(data, kind, model_max_length)
     if data.streaming:
         refuse_weights_of_stream(data, kind)
+        if kind.teacher_template is not None:
+            raise DataError("data.streaming: how long teachers' prompts are must be known beforehand; leave it out")
         return StreamSource(data, kind, tokeniser, limits, seed=seed, model_max_length=model_max_length)
     rows = raw.load(data, seed, bad)
     unread = len(bad)
     form = choose(kind, rows.columns, data, rows.name)
-    preparer = Preparer(form, limits, tokeniser, kind.prompts_only, data.assistant_only, kind.teachers)
+    preparer = Preparer(
+        form, limits, tokeniser, kind.prompts_only, data.assistant_only, kind.teachers, kind.teacher_template
+    )
     store, record = _tokenised(data, kind, rows, preparer)
     for row, reason in record.bad:
         bad.add(*rows.origin(row), reason)
@@ -128,7 +132,7 @@ def validate(data: DataConfig, kind: DataKind, *, seed: int = 0) -> DataReport:
     rows = raw.load(data, seed, bad)
     read = len(rows) + len(bad)
     form = choose(kind, rows.columns, data, rows.name)
-    of_kind = kind.prompts_only, data.assistant_only, kind.teachers
+    of_kind = kind.prompts_only, data.assistant_only, kind.teachers, kind.teacher_template
     preparer = Preparer(form, limits_of(data, kind, UNBOUNDED), None, *of_kind)
     refused: list[tuple[int, str]] = []
     counts = Counts()
@@ -233,7 +237,7 @@ class PromptSource:
         columns = self._rows.row(int(self._items.store.source_row[index]))
         prompt = columns.pop("prompt", None)
         asked = prompt if prompt is not None else self._decode(tokens)
-        return Prompt(index, tokens, asked, columns, self._items.answer(index), self._items.row_values(index))
+        return Prompt(index, tokens, asked, columns, self._items.answer(index), *self._items.of_prompt(index))
 
     def batch(self, positions: Sequence[int]) -> Batch:
         raise TypeError("prompts have no rows to learn from until they are answered: use item()")
@@ -288,7 +292,7 @@ def _cache_key(kind: DataKind, rows: raw.Rows, columns: list[str], preparer: Pre
         (columns, str(preparer.format), preparer.format.read.__qualname__),
         preparer.limits,
         preparer.prompts_only,
-        preparer.teachers,
+        (preparer.teachers, preparer.teacher_template),
         (tokeniser.completion_only, tokeniser.assistant_only, tokeniser.append_eos),
         (tokeniser.step_separator, tokeniser.last_step_only) if kind.name == "step_labels" else (),
         *tokenizer_parts(tokeniser.tokenizer, date.today()),

@@ -64,6 +64,8 @@ class Store:
     margin: NDArray[np.float32]  # [I], or [0] if no row has one
     weight: NDArray[np.float32]  # [I], or [0] if no row has one
     teacher: NDArray[np.int8]  # [I], 0 where rows name none
+    teacher_tokens: NDArray[np.int32]  # flat, of the items' teacher prompts
+    teacher_offsets: NDArray[np.int64]  # [I+1] of items into them
 
     def __len__(self) -> int:
         return len(self.source_row)
@@ -81,6 +83,10 @@ class Store:
     def lengths(self) -> NDArray[np.int64]:
         """[R] tokens per row."""
         return np.diff(self.offsets)
+
+    @cached_property
+    def longest_teacher_prompt(self) -> int:
+        return int(np.diff(self.teacher_offsets).max(initial=0))
 
     @property
     def prompt_lengths(self) -> NDArray[np.int64]:
@@ -104,7 +110,7 @@ class _Writer:
     """Tokens become arrays at once: as Python integers they would take ten times the memory."""
 
     def __init__(self) -> None:
-        self._flat: dict[str, list[NDArray[Any]]] = {"tokens": [], "mask": [], "step_label": []}
+        self._flat: dict[str, list[NDArray[Any]]] = {"tokens": [], "mask": [], "step_label": [], "teacher": []}
         self._lengths: list[int] = []
         self._rows_of_item: list[int] = []
         self._source_row: list[int] = []
@@ -112,6 +118,7 @@ class _Writer:
         self._margin: list[float | None] = []
         self._weight: list[float | None] = []
         self._teacher: list[int] = []
+        self._teacher_lengths: list[int] = []
 
     def add(self, item: Prepared) -> None:
         fit, example = item.fit, item.example
@@ -126,6 +133,8 @@ class _Writer:
         self._margin.append(example.margin)
         self._weight.append(example.weight)
         self._teacher.append(example.teacher or 0)
+        self._teacher_lengths.append(len(item.teacher_prompt))
+        self._flat["teacher"].append(np.array(item.teacher_prompt, dtype=np.int32))
 
     def store(self) -> Store:
         return Store(
@@ -139,6 +148,8 @@ class _Writer:
             margin=_filled(self._margin, 0.0),
             weight=_filled(self._weight, 1.0),
             teacher=np.array(self._teacher, dtype=np.int8),
+            teacher_tokens=_joined(self._flat["teacher"], np.int32),
+            teacher_offsets=np.cumsum([0, *self._teacher_lengths], dtype=np.int64),
         )
 
 

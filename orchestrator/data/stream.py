@@ -117,7 +117,7 @@ class StreamSource:
         columns = {name: row.get(name) for name in self._columns}
         prompt = columns.pop("prompt", None)
         asked = prompt or str(self._tokeniser.tokenizer.decode(list(tokens)))
-        return Prompt(index, tokens, asked, columns, items.answer(local), items.row_values(local))
+        return Prompt(index, tokens, asked, columns, items.answer(local), *items.of_prompt(local))
 
     def batch(self, positions: Sequence[int]) -> Batch:
         return drawn_together(self._kind, map(self._rows, positions), self._max_length)
@@ -162,7 +162,7 @@ class StreamSource:
         form = self._format_of(chunk)
         self._first_rows = self._first_rows or xxhash.xxh3_128(printed([row for _, _, row in chunk])).hexdigest()
         kind = self._kind
-        of_kind = kind.prompts_only, self._data.assistant_only, kind.teachers
+        of_kind = kind.prompts_only, self._data.assistant_only, kind.teachers, kind.teacher_template
         preparer = Preparer(form, self._limits, self._tokeniser, *of_kind)
         wanted = wanted_columns(form, kind, self._data, self._columns)
         rows = [(index, {name: row.get(name) for name in wanted}) for index, (_, _, row) in enumerate(chunk)]

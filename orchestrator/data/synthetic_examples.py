@@ -58,14 +58,19 @@ def arithmetic(*, seed: int, split: str, rows: int | None = None) -> dict[str, l
     return {"prompt": [f"{a}+{b}=" for a, b in problems], "answer": [str(a + b) for a, b in problems]}
 
 
-def arithmetic_sft(*, seed: int, split: str, rows: int | None = None, forgotten: float = 0.7) -> dict[str, list[str]]:
+def arithmetic_sft(
+    *, seed: int, split: str, rows: int | None = None, forgotten: float = 0.7, hinted: float = 0.0
+) -> dict[str, list[str]]:
     """Worked additions: `prompt`, `completion`. In `train`, a carry of the ones is omitted with probability
-    `forgotten`: the likeliest answer is then wrong on every problem with a carry, which are 45 % of all."""
-    rng = np.random.default_rng([seed, 1])
+    `forgotten`: the likeliest answer is then wrong on every problem with a carry, which are 45 % of all. `hinted`: of
+    this share of `train`, the prompt begins with the right answer ((95)37+58=), and the completion is that."""
+    rng, hints = np.random.default_rng([seed, 1]), np.random.default_rng([seed, 2])
     problems = _shuffled(_problems(split), seed, rows)
-    forgets = rng.random(len(problems)) < (forgotten if split == "train" else 0.0)
+    told = hints.random(len(problems)) < (hinted if split == "train" else 0.0)
+    forgets = (rng.random(len(problems)) < (forgotten if split == "train" else 0.0)) & ~told
     answers = [_without_carry(a, b) if forget else str(a + b) for (a, b), forget in zip(problems, forgets, strict=True)]
-    return {"prompt": [f"{a}+{b}=" for a, b in problems], "completion": answers}
+    prompts = [f"({a + b}){a}+{b}=" if hint else f"{a}+{b}=" for (a, b), hint in zip(problems, told, strict=True)]
+    return {"prompt": prompts, "completion": answers}
 
 
 def arithmetic_pairs(*, seed: int, split: str, rows: int | None = None, slips: float = 0.0) -> dict[str, list[str]]:

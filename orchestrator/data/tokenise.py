@@ -17,8 +17,10 @@ from typing import Any
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from actors.errors import DataError
+from actors.other_prompts import INSERT
 from orchestrator.data.conversation import Content, Message, RowError, answers, joined
 from orchestrator.data.formats import Example
+from orchestrator.data.teacher_prompts import MARK, spliced
 from orchestrator.data.template import (
     RENDER_LIMIT_S,
     ChatTemplate,
@@ -74,6 +76,21 @@ class Tokeniser:
             self._finish(example, result, texts) if isinstance(result, _Pending) else result
             for example, result in zip(examples, pending, strict=False)
         ]
+
+    def teacher_prompt(self, example: Example) -> tuple[int, ...]:
+        """The tokens of an example's teacher prompt; INSERT stands for what is shown there. Raises RowError."""
+        asked = example.teacher_prompt
+        assert asked is not None
+        if not isinstance(asked, str):
+            with TimeLimit(self.render_limit_s) as limit:
+                asked_text = ChatTemplate(self.tokenizer, limit).prompt(example, asked)
+        else:
+            asked_text = asked
+        texts = _Texts()
+        handles = [texts.add(part) for part in asked_text.split(MARK)]
+        texts.tokenise(self.tokenizer, offsets=False)
+        tokens = spliced([texts.ids(handle) for handle in handles], INSERT)
+        return tuple(self._opened(tokens) if isinstance(asked, str) else tokens)
 
     def _begin(self, example: Example, texts: _Texts, template: ChatTemplate) -> Encoded | RowError | _Pending:
         try:

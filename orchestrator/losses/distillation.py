@@ -13,7 +13,7 @@ from torch import Tensor
 
 from actors.objective import Stat
 from orchestrator.losses.declare import Loss, compares, is_on, reads
-from orchestrator.losses.views import Distilled, require
+from orchestrator.losses.views import Distilled, Taught, require
 
 TEACHER_TOP_K = ("teacher_topk_ids", "teacher_topk_logps", "teacher_tail_logps")
 
@@ -107,6 +107,33 @@ def distil_top_k(
     Source: arXiv:2306.13649, eq. 2, of distributions over k + 1 outcomes.
     """
     return tokens.divergence, _metrics(tokens, token_metrics)
+
+
+@reads("entropy", token_metrics=is_on)
+@reads("sample_logps", importance_clip=is_on)
+@compares(top_k_jensen_shannon, *TEACHER_TOP_K)
+def distil_samples_top_k(
+    tokens: Distilled,
+    *,
+    beta: float = 0.0,
+    temperature: float | None = None,
+    importance_clip: float | None = None,
+    token_metrics: bool = False,
+) -> Loss:
+    """[T]: `ρ_t` times `top_k_jensen_shannon` of tokens that an earlier student may have sampled.
+
+    Source: arXiv:2601.19897, eq. 2, and arXiv:2601.20802, eq. 1, of distributions over k + 1 outcomes."""
+    weight = ratio_to_sampler(tokens, importance_clip)
+    return weight * tokens.divergence, _metrics(tokens, token_metrics)
+
+
+def ratio_to_sampler(tokens: Distilled | Taught, clip: float | None) -> Tensor:
+    """[T], without gradient: the importance ratio of a sampled token, at most `clip`. 1 without a clip, and where its
+    log-probability under the sampler is not known."""
+    if clip is None:
+        return torch.ones_like(tokens.logps)
+    drift = torch.nan_to_num(tokens.logps.detach() - require(tokens.sample_logps), nan=0.0)
+    return drift.exp().clamp(max=clip)
 
 
 def _metrics(tokens: Distilled, token_metrics: bool) -> dict[str, Stat]:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from actors.objective import MicroBatch, Stat
-from orchestrator.losses.declare import Loss, compares
-from orchestrator.losses.distillation import kl_divergence
+from orchestrator.losses.declare import Loss, compares, is_on, reads
+from orchestrator.losses.distillation import kl_divergence, ratio_to_sampler
 from orchestrator.losses.views import Distilled, Taught, Tokens
 
 
@@ -24,6 +24,17 @@ def importance_weighted(tokens: Taught, *, gamma: float = 0.5) -> Loss:
     before = whole - discounted_sums(drift, 1.0, tokens.micro)
     weight = 1 + gamma * (1 - before / whole.clamp(min=torch.finfo(whole.dtype).tiny))
     return -weight * advantage * tokens.logps, {**_metrics(tokens, advantage), "weight": tokens.token_stat(weight)}
+
+
+@reads("sample_logps", importance_clip=is_on)
+def by_sampled_tokens(tokens: Taught, *, importance_clip: float | None = None) -> Loss:
+    """[T]: `-ρ_t a_t log π(y_t)`, `a_t = log p(y_t) - log π(y_t)` without gradient, p the teacher, of which the reverse
+    KL is the expectation; ρ as in `ratio_to_sampler`.
+
+    Source: arXiv:2601.19897, section 3, the estimate from the sampled token."""
+    advantage = torch.where(tokens.mask, tokens.teacher_logps - tokens.logps, 0).detach()
+    weight = ratio_to_sampler(tokens, importance_clip)
+    return -weight * advantage * tokens.logps, _metrics(tokens, advantage)
 
 
 def sequence_reverse_kl(tokens: Taught, *, gamma: float = 0.0, length_normalization: bool = True) -> Loss:

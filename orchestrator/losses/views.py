@@ -115,12 +115,15 @@ class Distilled(Tokens):
 
     divergence: Tensor  # [T], carries the gradient
 
+    sample_logps: Tensor | None = None  # [T], under the sampler
+
 
 @dataclass(frozen=True, kw_only=True)
 class Taught(Tokens):
     """The student's samples, with their log-probabilities under a teacher."""
 
     teacher_logps: Tensor  # [T]
+    sample_logps: Tensor | None = None  # [T], under the sampler
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from orchestrator.methods.process_reward_model import process_reward_model
 from orchestrator.methods.reference_free import alphapo, cpo, orpo, simpo, tpo
 from orchestrator.methods.reinforce import reinforce_pp, reinforce_pp_baseline, rloo
 from orchestrator.methods.reward_model import reward_model
+from orchestrator.methods.self_distillation import sdft, sdpo
 from orchestrator.methods.sft import sft
 from orchestrator.methods.sppo import sppo
 from orchestrator.methods.unpaired import bco, kto
@@ -51,5 +52,7 @@ METHODS: dict[str, Callable[..., Pipeline]] = {
     "on_policy_distillation": on_policy_distillation,
     "iw_opd": iw_opd,
     "minillm": minillm,
+    "sdft": sdft,
+    "sdpo": sdpo,
     "generate_data": generate_data,
 }

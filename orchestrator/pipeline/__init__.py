@@ -24,6 +24,7 @@ from orchestrator.pipeline.data_kinds import (
 from orchestrator.pipeline.pipeline import Pipeline
 from orchestrator.pipeline.stage import DRIVER, GROUPWISE, ROW_SOURCES, Stage, Verb, in_conflict
 from orchestrator.pipeline.verbs import (
+    behind_teacher_prompts,
     credit,
     generate,
     infer,
@@ -60,6 +61,7 @@ __all__ = [
     "UncutPairs",
     "Verb",
     "WeightedLabelled",
+    "behind_teacher_prompts",
     "credit",
     "generate",
     "in_conflict",

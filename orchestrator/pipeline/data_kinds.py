@@ -19,10 +19,16 @@ class DataKind:
     step_separator: str = "\n"  # of an answer in labelled steps: the text after each of them
     last_step_only: bool = False  # of its labels, only that of the last step counts
     teachers: tuple[str, ...] = ()  # one of which each item names in its column `teacher`
+    teacher_template: str | None = None  # of the text that a teacher reads in the place of each prompt
 
     def with_teachers(self, names: tuple[str, ...]) -> DataKind:
         """The same items, each of which names a teacher. None are named: as it is."""
         return replace(self, columns=self.columns | {"teacher"}, teachers=names) if names else self
+
+    def with_teacher_prompts(self, template: str) -> DataKind:
+        """The same items, each with a second prompt, for the teacher: see `orchestrator/data/teacher_prompts.py`."""
+        names = {"teacher_prompt", "teacher_row_tokens"}
+        return replace(self, columns=self.columns | names, teacher_template=template)
 
 
 def items_of(kind: DataKind) -> str:

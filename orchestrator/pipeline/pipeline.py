@@ -226,6 +226,12 @@ class Pipeline:
         return tuple(dict.fromkeys([*self.companions.values(), *asked]))
 
     @property
+    def other_teachers(self) -> tuple[str, ...]:
+        """Of the teachers, those that read what the student reads: another model must be in them."""
+        own = {stage.role for stage in self.stages if stage.other_prompts}
+        return tuple(role for role in self.teachers if role not in own)
+
+    @property
     def held_out(self) -> DataKind | None:
         """The kind of rows whose loss can be taken without sampling: those that the phase learns from; or completions,
         where no stage needs more of samples than a data set has. None if there is no such kind."""

@@ -69,6 +69,11 @@ class Stage:
         return self.options.get("top_k")
 
     @property
+    def other_prompts(self) -> bool:
+        """Its role's model reads the completions behind other prompts than they were sampled for."""
+        return bool(self.options.get("other_prompts"))
+
+    @property
     def episode(self) -> str | None:
         """The role of the environments that the samples talk to; None if they are of one turn."""
         return self.options.get("episode")

@@ -93,6 +93,15 @@ def infer_top_k(
     return Stage(Verb.INFER, role, frozenset({"tokens"}), frozenset(into), options=options)
 
 
+def behind_teacher_prompts(stage: Stage, *, demonstrated: bool = False) -> Stage:
+    """The `infer` stage of columns per token, for the same completions behind other prompts: each row's column
+    `teacher_prompt`, with `demonstrated` together with the completion of another row. The columns are written to the
+    tokens of the completions, as if these stood behind their own prompts."""
+    names = {"teacher_prompt", "teacher_row_tokens", "completion_tokens"}
+    names |= {"demonstration", "truncated"} if demonstrated else set()
+    return replace(stage, reads=stage.reads | names, options={**stage.options, "other_prompts": True})
+
+
 def credit(call: Callable[..., Any], **options: Any) -> Stage:
     """Turn rewards into advantages, by what `orchestrator/advantages.py` calls a credit call. `call.reads` and
     `call.writes` name its columns: one that reads columns per token runs where the tokens are, on the ranks of the

@@ -270,10 +270,27 @@ def _refuse_too_long(
     if pipeline.generates and sampled >= longest:
         longest, what = sampled, "a prompt with sampling.max_tokens"
         limit = f"{where}.max_prompt_length or sampling.max_tokens"
+    _refuse_long_teacher_prompt(source, pipeline, phase, where, budget)
     if longest > phase.train.token_budget:
         raise ConfigError(
             f"{budget}={phase.train.token_budget}: {what} may have {longest} tokens, and a micro-batch takes it whole; "
             f"raise {budget}, or lower {limit}"
+        )
+
+
+def _refuse_long_teacher_prompt(
+    source: Source, pipeline: Pipeline, phase: PhaseConfig, where: str, budget: str
+) -> None:
+    """What a teacher reads is longer than what the student writes behind."""
+    if pipeline.data.teacher_template is None:
+        return
+    answers = 2 if any("demonstration" in stage.reads for stage in pipeline) else 1
+    longest = source.longest.teacher_prompt + answers * phase.sampling.max_tokens
+    if longest > phase.train.token_budget:
+        raise ConfigError(
+            f"{budget}={phase.train.token_budget}: what a teacher reads may have {longest} tokens, "
+            f"{source.longest.teacher_prompt} of options.teacher_template and {answers} times sampling.max_tokens; "
+            f"raise {budget}, or leave long rows out of {where}"
         )
 
 

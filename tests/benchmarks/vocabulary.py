@@ -1,5 +1,6 @@
 """What a large vocabulary costs in memory: a training pass with the chunked projection beside one with plain logits,
-and one that compares whole distributions with those of a teacher in the same process (`distilled`), chunked as well.
+and one that compares whole distributions with those of a teacher in the same process (`distilled`), chunked as well,
+beside the same from the logits of all tokens of both models (`distilled_plain`).
 
     python tests/benchmarks/vocabulary.py --vocabularies 32000 151936 --tokens 512 2048 --dtype float32
 
@@ -24,7 +25,7 @@ from processes import run
 from rich.console import Console
 from rich.table import Table
 
-HEADS = ("chunked", "distilled", "plain")
+HEADS = ("chunked", "plain", "distilled", "distilled_plain")
 LAYERS, ROW_TOKENS, WARMUP_TOKENS = 2, 128, 64
 MIB = 2**20
 TIMEOUT_S = 600.0
@@ -55,7 +56,9 @@ def measure(head: str, vocabulary: int, tokens: int, dtype: str, hidden: int) ->
 
     torch.manual_seed(0)
     model = _model(vocabulary, hidden, getattr(torch, dtype))
-    step = {"chunked": _chunked_step, "distilled": _distilled_step, "plain": _plain_step}[head](model)
+    of_head = {"chunked": _chunked_step, "distilled": _distilled_step}
+    of_head |= {"plain": _plain_step, "distilled_plain": _plainly_distilled_step}
+    step = of_head[head](model)
     step(WARMUP_TOKENS)
     model.zero_grad(set_to_none=True)
     before = _forget_peak()
@@ -135,17 +138,42 @@ def _plain_step(model: Any) -> Callable[[int], None]:
     """The same model's own projection of all tokens, and the log-probabilities from its logits."""
     import torch
 
-    from actors.attention import Documents
+    def step(tokens: int) -> None:
+        lengths, ids = _rows(model, tokens)
+        logits, learned = _logits(model, lengths, ids)
+        logps = torch.log_softmax(logits.float(), dim=-1).gather(1, ids[1:, None]).squeeze(1)
+        (logps * learned).sum().neg().backward()
+
+    return step
+
+
+def _plainly_distilled_step(model: Any) -> Callable[[int], None]:
+    """The divergence of `_distilled_step`, from the logits of all tokens of both models."""
+    import torch
+
+    from orchestrator.losses.distillation import jensen_shannon
+
+    config = model.causal.config
+    teacher = _model(config.vocab_size, config.hidden_size, model.causal.dtype).requires_grad_(False)
 
     def step(tokens: int) -> None:
         lengths, ids = _rows(model, tokens)
-        documents = Documents(lengths, ids.device)
-        positions = documents.positions[None]
-        logits = model.causal(ids[None], position_ids=positions, use_cache=False, documents=documents).logits[0, :-1]
-        logps = torch.log_softmax(logits.float(), dim=-1).gather(1, ids[1:, None]).squeeze(1)
-        (logps * (documents.positions[1:] > 0)).sum().neg().backward()
+        with torch.no_grad():
+            said, _ = _logits(teacher, lengths, ids)
+        logits, learned = _logits(model, lengths, ids)
+        (jensen_shannon(logits.float(), said.float(), beta=1.0) * learned).sum().backward()
 
     return step
+
+
+def _logits(model: Any, lengths: list[int], ids: Any) -> tuple[Any, Any]:
+    """[T-1, V] of all tokens but the last, and [T-1] whether the next token is one of the same row."""
+    from actors.attention import Documents
+
+    documents = Documents(lengths, ids.device)
+    positions = documents.positions[None]
+    logits = model.causal(ids[None], position_ids=positions, use_cache=False, documents=documents).logits[0, :-1]
+    return logits, documents.positions[1:] > 0
 
 
 def _rows(model: Any, tokens: int) -> tuple[list[int], Any]:

@@ -239,6 +239,18 @@ def _iw_opd(keys: Keys, _: Any) -> tuple[str, Options]:
     return "iw_opd", {"gamma": keys.take("gamma")}
 
 
+def _sdft(keys: Keys, _: Any) -> tuple[str, Options]:
+    """Whole distributions are those of all tokens; the case of the sampled token has none."""
+    k, alpha = keys.take("k", 9), keys.take("alpha", None)
+    keys.take("add_tail", None)
+    options = {"importance_clip": None, "teacher_template": "{prompt}"}
+    return "sdft", {**options, "teacher_top_k": None} if alpha is None else {
+        **options,
+        "teacher_top_k": k,
+        "beta": alpha,
+    }
+
+
 def _minillm(keys: Keys, _: Any) -> tuple[str, Options]:
     """With a gamma of 0 there is nothing to normalise."""
     gamma, normalized = keys.take("gamma", 0.0), keys.take("length_normalization", True)
@@ -280,6 +292,7 @@ MAPPINGS = {
     "reward": _reward,
     "rloo": _rloo,
     "rloo_adv": _rloo_adv,
+    "sdft": _sdft,
     "sft": _sft,
     "tpo": _tpo,
     "xpo": _xpo,

@@ -414,6 +414,30 @@ def test_tokens_that_weigh_less_the_further_the_student_has_drifted_equal_the_pe
     torch.testing.assert_close(logits.grad, torch.tensor(outputs["grad"]).double(), atol=1e-6, rtol=1e-5)
 
 
+@cases("sdft/")
+def test_what_a_policy_learns_of_itself_under_another_prompt_equals_the_peer(case: dict[str, Any]) -> None:
+    """The peer's k tokens are the student's, and without a tail it renormalises them: a teacher with a tail of 0."""
+    student, teacher = (torch.tensor(case["inputs"][f"{name}_logits"]).flatten(0, 1) for name in ("student", "teacher"))
+    expected, (_, options) = torch.tensor(case["outputs"]["per_token"]).flatten(), ours(case)
+    update = build("sdft", options).updates[0]
+    assert update.call is not None
+    own, other = student.log_softmax(-1), teacher.log_softmax(-1)
+    if options["teacher_top_k"] is None:
+        ids = torch.tensor(case["inputs"]["ids"]).flatten()[:, None]
+        logps, said = (each.gather(1, ids).squeeze(1) for each in (own, other))
+        rows = rows_of([logps.tolist()], [[1] * len(logps)], teacher_logps=padded([said.tolist()]))
+        view = Taught.of(rows.micro, Outputs(rows.logps), frozenset({"mask", "teacher_logps"}), {})
+        values, _ = update.call(view, **update.options["loss_options"])
+        found = unpadded(values, 1).flatten().float()
+    else:
+        ids = student.topk(min(options["teacher_top_k"], student.shape[1])).indices
+        top, tail = other.gather(1, ids).log_softmax(-1), torch.full((len(ids), 1), -torch.inf)
+        of_logits = objective_for(case).of_logits
+        assert of_logits is not None
+        found = of_logits.at(1.0)(student, ids.int(), top, tail)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 @cases("minillm/adv")
 def test_returns_of_the_log_ratio_equal_the_peer(case: dict[str, Any]) -> None:
     """The peer's powers of gamma begin at the row's first token: a quotient of two such sums is the same from any. To

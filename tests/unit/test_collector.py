@@ -48,7 +48,9 @@ class Endless:
     order: Any = field(default_factory=lambda: SimpleNamespace(at=lambda position: (0, position)))
 
     def item(self, index: int) -> Any:
-        return SimpleNamespace(id=index, tokens=(index,), prompt=str(index), columns={}, row_values={})
+        return SimpleNamespace(
+            id=index, tokens=(index,), prompt=str(index), columns={}, row_values={}, teacher_prompt=None
+        )
 
     def batch(self, positions: list[int]) -> Batch:
         return Batch.build([1] * len(positions), tokens=positions, mask=[False] * len(positions), group=positions)
@@ -392,7 +394,9 @@ class Answered(Endless):
     def item(self, index: int) -> Any:
         mask = [False] + [True] * (LENGTH - 1)
         answer = Batch.build([LENGTH], tokens=[index, 8, 8, 8], mask=mask, group=[index])
-        return SimpleNamespace(id=index, tokens=(index,), prompt=str(index), columns={}, answer=answer, row_values={})
+        return SimpleNamespace(
+            id=index, tokens=(index,), prompt=str(index), columns={}, answer=answer, row_values={}, teacher_prompt=None
+        )
 
 
 class LikeAnEngine(Stages):

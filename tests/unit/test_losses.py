@@ -78,6 +78,10 @@ METHOD_OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("minillm", {}),
     ("minillm", {"gamma": 0.9, "teacher_top_k": 3}),
     ("minillm", {"gamma": 0.5, "length_normalization": False, "single_step_decomposition": False}),
+    ("sdft", {"teacher_top_k": 3}),
+    ("sdft", {"teacher_top_k": 3, "beta": 1.0, "importance_clip": None}),
+    ("sdft", {"teacher_top_k": None}),
+    ("sdpo", {"teacher_top_k": 3}),
     *[("grpo", {"loss_type": name}) for name in ("grpo", "dapo", "luspo", "sapo", "vespo", "dppo")],
     *[("grpo", {"loss_type": name, "updates_per_batch": 2, **WEIGHTED}) for name in ("grpo", "bnpo", "gmpo")],
     ("grpo", {"loss_type": "cispo", "epsilon_high": 1.2, "updates_per_batch": 2}),
@@ -252,6 +256,8 @@ def _gradient_is_the_slope(method: str, options: dict[str, Any]) -> bool:
     has_ratio = "updates_per_batch" in inspect.signature(METHODS[method]).parameters
     if method in (*SAMPLED_DISTILLATION, "nash_md"):  # whose log-ratio is a part of the reward, not of the loss
         return False
+    if method in ("sdft", "sdpo") and options.get("importance_clip", 2.0):  # a ratio without gradient
+        return False
     if has_ratio and options.get("updates_per_batch", 1) * options.get("minibatches", 1) == 1:
         return False  # it is 1 by a stop-gradient
     return not any(name in (*options.values(), *options) for name in STOPS_GRADIENT)
@@ -275,7 +281,11 @@ def test_the_gradient_is_the_slope_of_the_value(method: str, options: dict[str, 
         assert slope == pytest.approx(float(result.gradient @ direction), rel=1e-4, abs=1e-7), f"row {row}"
 
 
-DISTIL = [each for each in METHOD_OPTIONS if each[0] in ("gkd", "on_policy_distillation")]
+DISTIL = [
+    (name, options)
+    for name, options in METHOD_OPTIONS
+    if name in ("gkd", "on_policy_distillation") or (name in ("sdft", "sdpo") and options["teacher_top_k"])
+]
 
 
 @pytest.mark.parametrize(("method", "options"), DISTIL, ids=[name_of(*each) for each in DISTIL])

@@ -62,6 +62,7 @@ OTHER_VALUE: dict[str, Any] = {  # of every option, besides `loss_type`, whose n
     "f_divergence_type": "js_divergence",
     "filter_all_incorrect": False,
     "gamma": 0.7,
+    "importance_clip": 1.1,
     "group_filter": "reward_per_token",
     "importance_sampling_level": "sequence",
     "keep": "best",
@@ -104,12 +105,16 @@ OTHER_VALUE: dict[str, Any] = {  # of every option, besides `loss_type`, whose n
     "simpo_gamma": 0.8,
     "single_step_decomposition": False,
     "step_separator": ";",
+    "success_threshold": 2.0,
     "supervision": "process",
     "sync_ref_model": True,
     "ties": "keep",
     "temperature": 0.7,
     "threshold": 0.9,
+    "teacher": "live",
+    "teacher_template": "{prompt} {hint} {demonstration}",
     "teacher_top_k": 2,
+    "teacher_update_rate": 0.2,
     "teacher_weights": (0.3, 0.7),
     "teachers": ("tutor",),
     "token_metrics": True,
@@ -129,6 +134,7 @@ OTHER_VALUE: dict[str, Any] = {  # of every option, besides `loss_type`, whose n
 }
 OTHER_VALUE_OF: dict[str, dict[str, Any]] = {  # where that is the default, or out of range
     "gfpo": {"num_generations": 20},
+    "sdft": {"teacher_template": "{prompt} {hint}"},
     "grpo": {"kl_estimator": "k2"},
 }
 NEEDED: dict[str, dict[str, Any]] = {  # beside a loss: what it requires, or what tells it from another
@@ -166,6 +172,8 @@ BESIDE: dict[str, list[dict[str, Any]]] = {  # what else is set: the first besid
     "gkd": [{}, {"lmbda": 0.0}, {"lmbda": 0.3}, {"teachers": ("a", "b"), "teacher_top_k": 3}],
     "on_policy_distillation": [{}, {"teachers": ("a", "b"), "teacher_top_k": 3}],
     "minillm": [{}, {"gamma": 0.3}],
+    "sdft": [{}, {"teacher_top_k": None}],
+    "sdpo": [{}, {"teacher_top_k": None}],
     **{name: [{"updates_per_batch": 2}, {"correction": "token_mask"}] for name in ("rloo", "reinforce_pp")},
     "reinforce_pp_baseline": [{"updates_per_batch": 2}, {"correction": "token_mask"}, {"supervision": "process"}],
     "ppo": [{}, {"kl_target": 0.1}, {"kl_coef": 0.0}],
@@ -271,6 +279,7 @@ def sampled() -> Batch:
         process_reward=np.where(np.arange(sum(lengths)) % 3 == 1, np.linspace(0.1, 0.9, sum(lengths)), np.nan),
         process_weight=np.full(len(lengths), 0.7),
         outcome_reward=rewards,
+        teacher_row_tokens=np.array(lengths, np.int32) + 3,
         **dict(zip(of_tokens, noise, strict=True)),
     )
 
