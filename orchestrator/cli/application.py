@@ -7,18 +7,27 @@ from typing import Annotated
 
 import typer
 
+from orchestrator.cli import completion
+
 REFUSED, BROKEN = 2, 1  # exit codes
 
 app = typer.Typer(
     name="troupe",
     help="Post-training of language models on Ray, with a group of actors per role.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-Recipe = Annotated[str, typer.Argument(help="Name of a shipped recipe (see `troupe recipes`), or a YAML file.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key.key=value, for example train.steps=100.")]
+Recipe = Annotated[
+    str,
+    typer.Argument(
+        help="Name of a shipped recipe (see `troupe recipes`), or a YAML file.", autocompletion=completion.recipe_names
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="key.key=value, for example train.steps=100.", autocompletion=completion.override_keys),
+]
 RunFolder = Annotated[Path, typer.Argument(help="The run's folder, as `troupe run` printed it.")]
 Local = Annotated[bool, typer.Option("--local", help="Everything in this process, without Ray: for debugging.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from orchestrator.cli import completion
 from orchestrator.cli.application import BROKEN, REFUSED, Overrides, Recipe, app
 
 
@@ -29,7 +30,9 @@ def plan(
 
 @app.command()
 def methods(
-    name: Annotated[str | None, typer.Argument(help="Show this method's options.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Show this method's options.", autocompletion=completion.method_names)
+    ] = None,
     papers: Annotated[bool, typer.Option("--papers", help="Show where each method is from.")] = False,
 ) -> None:
     """List the methods, or one method's stages and options."""
@@ -40,13 +43,34 @@ def methods(
 
 @app.command()
 def keys(
-    prefix: Annotated[str | None, typer.Argument(help="Only keys that begin with this, for example train.")] = None,
+    prefix: Annotated[
+        str | None,
+        typer.Argument(help="Only keys that begin with this, for example train.", autocompletion=completion.key_names),
+    ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Every key, not only the top level.")] = False,
 ) -> None:
     """Say what each key of a recipe does, and what it may be."""
     from orchestrator.reporting.tables import show_keys
 
     show_keys(prefix, everything=everything)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe, with which an editor completes and checks keys, methods and options."""
+    import json
+
+    from orchestrator.config.json_schema import recipe_schema
+
+    typer.echo(json.dumps(recipe_schema(), indent=1))
+
+
+@app.command()
+def grafana() -> None:
+    """Print a Grafana dashboard of the gauges that runs export on Ray's metrics port."""
+    from orchestrator.reporting.grafana import as_file
+
+    typer.echo(as_file(), nl=False)
 
 
 @app.command()
@@ -60,7 +84,9 @@ def recipes() -> None:
 @app.command()
 def check(
     data: Annotated[str, typer.Argument(help="Hub name, file, folder, or example:NAME.")],
-    method: Annotated[str, typer.Option("--method", help="Which method the data is for.")],
+    method: Annotated[
+        str, typer.Option("--method", help="Which method the data is for.", autocompletion=completion.method_names)
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key.key=value, for example data.columns.chosen=better.")
     ] = None,

@@ -18,13 +18,17 @@ def one_or_several(value: Any) -> Any:
     return (value,) if isinstance(value, str | dict) else value
 
 
+Texts = Annotated[tuple[str, ...], Field(min_length=1)]
+OneOrSeveralTexts = Annotated[Texts, BeforeValidator(one_or_several, json_schema_input_type=str | Texts)]
+
+
 class JudgeConfig(Section):
     """A language model that is asked about completions: behind an endpoint (`url`), or an engine role of the run
     (`role`). What it is asked and how its answers are read: docs/rewards.md."""
 
     kind: Kind = Judge.kind
     """What it decides: the better of two completions (its win rate), a score within `score_range`, or yes or no."""
-    url: Annotated[tuple[str, ...], BeforeValidator(one_or_several), Field(min_length=1)] | None = None
+    url: OneOrSeveralTexts | None = None
     """Base address of an OpenAI-compatible server, as https://HOST/v1, or a list of the addresses of its replicas."""
     model: str | None = None
     """The name by which the server knows the model."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from orchestrator.config.judges import JudgeConfig, one_or_several
+from orchestrator.config.judges import JudgeConfig, OneOrSeveralTexts, one_or_several
 from orchestrator.config.section import Positive, Seconds, Section
 from rewards.combine import Combine
 from rewards.judge import Judge
@@ -35,6 +35,10 @@ KINDS_WITH = {  # a key -> the kinds of rewards that it says something about; th
 }
 
 
+Judges = Annotated[tuple[JudgeConfig, ...], Field(min_length=1)]
+OneOrSeveralJudges = Annotated[Judges, BeforeValidator(one_or_several, json_schema_input_type=JudgeConfig | Judges)]
+
+
 class RewardConfig(Section):
     """One reward: a function (`fn`), a named Ray actor (`actor`), an HTTP endpoint (`url`), a judge (`judge`), or the
     score of a role's model (`role`). What each of them is given and returns: docs/rewards.md."""
@@ -43,11 +47,11 @@ class RewardConfig(Section):
     """A shipped reward's name, `package.module:function` or `path/to/file.py:function`."""
     actor: str | None = None
     """Instead of `fn`: an actor of another job in the same Ray cluster, as ray://NAMESPACE/NAME."""
-    url: Annotated[tuple[str, ...], BeforeValidator(one_or_several), Field(min_length=1)] | None = None
+    url: OneOrSeveralTexts | None = None
     """Instead of `fn`: the address of an HTTP endpoint, or a list of the addresses of its replicas."""
-    judge: Annotated[tuple[JudgeConfig, ...], BeforeValidator(one_or_several), Field(min_length=1)] | None = None
+    judge: OneOrSeveralJudges | None = None
     """Instead of `fn`: a language model that judges, or a list of binary judges that must all say yes."""
-    role: Annotated[tuple[str, ...], BeforeValidator(one_or_several), Field(min_length=1)] | None = None
+    role: OneOrSeveralTexts | None = None
     """Instead of `fn`: the role whose model scores prompt and completion with one number; or several, an ensemble."""
     combine: Combine = "mean"
     """Of an ensemble: how its scores become one. mean_minus_std: less `deviations` standard deviations over them."""

@@ -10,8 +10,10 @@ import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from orchestrator.config.loading import config_of
+from orchestrator.reporting.grafana import matches, metrics
 from orchestrator.reporting.metrics import METRICS_FILE, read
 from orchestrator.run import run
+from tests.dashboard_metrics import IN_OTHER_RUNS
 from tests.online_phases import STEPS, assert_three_steps_of_each, recipe
 from tests.unit.tiny import tiny_tokenizer
 
@@ -21,6 +23,10 @@ pytestmark = pytest.mark.timeout(600)
 def test_every_method_that_samples_takes_three_steps_from_a_policy_that_is_its_own_reference(tmp_path: Path) -> None:
     result = run(config_of(recipe(tmp_path, {"engine": "hf"}), [], "test"), local=True)
     assert_three_steps_of_each(result.folder, tolerance=1e-5)
+    exported = {name for line in read(result.folder / METRICS_FILE) for name in line}
+    asked = set(metrics()) - IN_OTHER_RUNS.keys()
+    unknown = [name for name in asked if not any(matches(name, each) for each in exported)]
+    assert unknown == [], "the Grafana dashboard asks for metrics that no run has"
 
 
 def test_a_mixture_of_experts_is_trained_with_the_experts_that_its_samples_were_sent_to(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from orchestrator.cli import main
+from orchestrator.cli import app, main
 from orchestrator.import_pin import ROOT
 from orchestrator.methods import METHODS
 from orchestrator.reporting.tables import PREVIEW_LIMIT, coloured
@@ -164,3 +165,20 @@ def test_a_folder_with_modules_of_our_names_does_not_disturb_the_command(tmp_pat
     (tmp_path / "actors" / "__init__.py").write_text("raise RuntimeError('the user\\'s package was imported')\n")
     done = troupe_process("keys", cwd=tmp_path)  # which reads settings of all four packages
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("run grpo_a", {"grpo_arithmetic"}),
+        ("run x train.warmup_", {"train.warmup_steps="}),
+        ("keys train.max_s", {"train.max_staleness"}),
+        ("methods rl", {"rloo"}),
+        ("che", {"check", "check-reward", "checkpoint"}),
+    ],
+)
+def test_a_shell_is_offered_recipes_keys_methods_and_commands(words: str, offered: set[str]):
+    line = f"troupe {words}"
+    environment = {"_TROUPE_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1)}
+    done = CliRunner().invoke(app, [], prog_name="troupe", env=environment)
+    assert set(done.stdout.split()) == offered, done.output

@@ -1,0 +1,10 @@
+"""Metrics of the Grafana dashboard that a plain run of methods that sample does not have: where they are written."""
+
+IN_OTHER_RUNS = {
+    "eval_reward": ("orchestrator/collection/evaluation.py", "eval_"),
+    "*rewards/accuracies": ("orchestrator/losses/pairwise.py", "rewards/accuracies"),
+    "accuracy": ("orchestrator/losses/preference_models.py", '"accuracy"'),
+    "eval_accuracy": ("orchestrator/losses/preference_models.py", '"accuracy"'),
+    "rewards/*/failed/*": ("orchestrator/reporting/rollout_metrics.py", 'rewards/{name}/failed/{kind}"'),
+    "step": ("orchestrator/reporting/metrics.py", '{"step": float(step)'),
+}
