@@ -29,12 +29,12 @@ from orchestrator.cluster import control
 from orchestrator.cluster.run_lock import driver_of
 from orchestrator.config.loading import find_recipe, load_config, saved_config
 from orchestrator.config.schema import RunConfig
+from orchestrator.console_copy import CONSOLE_FILE
 from orchestrator.json_lines import LineReader, last_lines
 from orchestrator.reporting.metrics import METRICS_FILE
 from orchestrator.restarts import COMMAND, REFUSED, folder_of
 from orchestrator.result import RunResult
 
-CONSOLE_FILE = "console.log"  # in the folder of a run that `start` started: what it printed
 START_TIMEOUT_S = 600.0  # until a run has its folder: reading the data, the first time perhaps from the Hub
 ANSWER_TIMEOUT_S = 600.0  # until a run is between two steps
 END_TIMEOUT_S = 24 * 3600.0
@@ -43,6 +43,10 @@ POLL_S = 0.1
 SHOWN_LINES = 30  # of the console of a run that failed
 
 T = TypeVar("T")
+
+
+class NoAnswerInTime(RunError):
+    """A deadline passed before a run did what was asked; the request itself stands."""
 
 
 def start(
@@ -212,7 +216,7 @@ class RunHandle:
         """(state, in words, elastic roles)."""
         if not self.running:
             return *self._last_word(), {}
-        if not self._reachable():
+        if not self.reachable:
             return State.STARTING, "starting", {}
         state = State.PAUSED if self._pausing()["event"] == "paused" else State.RUNNING
         try:
@@ -231,11 +235,11 @@ class RunHandle:
             return State.FINISHED, "finished"
         return State.STOPPED, f"stopped by {ended['signal']}; `troupe resume {self.folder}` continues it"
 
-    def scale(self, role: str, count: int) -> None:
+    def scale(self, role: str, count: int, *, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
         """Ask for `count` workers of an elastic role; they come and go while the run goes on. Returns once the run has
         been told. Raises UserError for a role that has no workers of its own, and for a run with `local`."""
-        request = self._ask(ANSWER_TIMEOUT_S, "scale", role, count)
-        self._await(lambda: not request.exists(), ANSWER_TIMEOUT_S, "the run to take the request")
+        request = self._ask(timeout_s, "scale", role, count)
+        self._await(lambda: not request.exists(), timeout_s, "the run to take the request")
 
     def pause(self, *, timeout_s: float = ANSWER_TIMEOUT_S) -> int:
         """Hold the run before its next step; its processes and their memory stay. Returns, once it holds, the number
@@ -325,10 +329,11 @@ class RunHandle:
     def _ask(self, timeout_s: float, method: str, *arguments: Any) -> Path:
         """Make a request of the run, once it can be reached: its roles may be starting. Returns the request's file.
         Raises RunError if it has ended, or does not come so far."""
-        self._await(self._reachable, timeout_s, "the run to start")
+        self._await(lambda: self.reachable, timeout_s, "the run to start")
         return control.ask(self.folder, method, *arguments)
 
-    def _reachable(self) -> bool:
+    @property
+    def reachable(self) -> bool:
         """Whether the driver that drives the run now has said how it is reached."""
         with contextlib.suppress(ConfigError):
             return control.RunFile.read(self.folder).driver == driver_of(self.folder)
@@ -366,13 +371,13 @@ class RunHandle:
 
 
 def _wait(found: Callable[[], T | None], timeout_s: float, what: str) -> T:
-    """The first true answer, by asking again and again. Raises RunError after `timeout_s`."""
+    """The first true answer, by asking again and again. Raises NoAnswerInTime after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while True:
         if answer := found():
             return answer
         if time.monotonic() > deadline:
-            raise RunError(f"waited {timeout_s:g} s for {what}; a longer wait is timeout_s=SECONDS")
+            raise NoAnswerInTime(f"waited {timeout_s:g} s for {what}; a longer wait is timeout_s=SECONDS")
         time.sleep(POLL_S)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
@@ -27,7 +28,9 @@ from orchestrator.cluster.event_loop import run_to_end
 from orchestrator.cluster.launch import launch
 from orchestrator.cluster.run_lock import Driver, driving
 from orchestrator.cluster.shutdown import Ending, hangups_ignored
+from orchestrator.config.loading import SAVED
 from orchestrator.config.schema import RunConfig
+from orchestrator.config.section import RUN_ID
 from orchestrator.phase_run import PhaseRun
 from orchestrator.planning.handover import kept_folder, written_folder
 from orchestrator.planning.plan import make_plan
@@ -42,11 +45,16 @@ from orchestrator.run_context import RunContext
 
 
 def run(
-    config: RunConfig, *, local: bool = False, resume: Path | None = None, from_step: int | None = None
+    config: RunConfig,
+    *,
+    local: bool = False,
+    resume: Path | None = None,
+    from_step: int | None = None,
+    run_id: str | None = None,
 ) -> RunResult:
     """Train as configured. `local` keeps everything in this process. With `resume`, continue the run of that folder
-    from its newest valid checkpoint, or that of `from_step`. Raises UserError before anything is launched, RunError
-    afterwards."""
+    from its newest valid checkpoint, or that of `from_step`. `run_id`: the name of a new run's folder; None: one is
+    made from the run's name and the time. Raises UserError before anything is launched, RunError afterwards."""
     began = time.monotonic()
     with writing(resume or config.output), ExitStack() as stack:
         if resume is not None:  # first of all: what another process is writing must not be read either
@@ -62,15 +70,18 @@ def run(
             shapes=prepared.shapes,
         )
         if resume is None:
-            folder, resumed = _new_folder(config), None
+            folder, resumed = _new_folder(config, run_id), None
             stack.enter_context(driving(folder))
         else:
             folder, resumed = resume, resume_point(resume, prepared, from_step)
         return _Run(RunContext(prepared, plan, folder, local), resumed, began).run()
 
 
-def _new_folder(config: RunConfig) -> Path:
-    """Named by the second and the process; a number tells those apart that one process starts within a second."""
+def _new_folder(config: RunConfig, run_id: str | None) -> Path:
+    """Without an id, named by the second and the process; a number tells those apart that one process starts within a
+    second."""
+    if run_id is not None:
+        return _own_folder(config, run_id)
     name = f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     try:
         config.output.mkdir(parents=True, exist_ok=True)
@@ -83,6 +94,21 @@ def _new_folder(config: RunConfig) -> Path:
     except OSError as error:  # a full or read-only disk
         raise ConfigError(f"output={config.output}: no folder can be made there: {error}") from None
     raise ConfigError(f"output={config.output} holds a thousand runs called {name}")
+
+
+def _own_folder(config: RunConfig, run_id: str) -> Path:
+    """It may be there already, with what was submitted in it, but it must not be a run's."""
+    folder = config.output / run_id
+    if not re.fullmatch(RUN_ID, run_id):
+        raise ConfigError(f"--id {run_id!r} must be a valid folder name: letters, digits and _ . + -, at most 140")
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output={config.output}: no folder can be made there: {error}") from None
+    if (folder / SAVED).exists():
+        raise ConfigError(f"there is a run {run_id} in {config.output} already: `troupe resume {folder}` continues it")
+    save_config(folder, config)
+    return folder
 
 
 @dataclass

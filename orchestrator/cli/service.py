@@ -27,8 +27,16 @@ def serve(
     allow_code: Annotated[
         bool, typer.Option("--allow-code", help="Recipes may name users' files, packages and environment variables.")
     ] = False,
+    dashboard: Annotated[
+        str | None,
+        typer.Option("--dashboard", help="URL of a Ray's dashboard: runs are jobs there. Default: processes here."),
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option("--ray-address", help="HOST:PORT of that Ray, which plans are made for.")
+    ] = None,
+    local: Annotated[bool, typer.Option("--local", help="Runs are one process each, without Ray.")] = False,
 ) -> None:
-    """Serve the runs of a folder over HTTP: list, follow, plan."""
+    """Serve the runs of a folder over HTTP: submit, list, follow, control."""
     from orchestrator.service import service_folder
     from orchestrator.service.app import create_app
     from orchestrator.service.server import bound, url_of
@@ -37,7 +45,16 @@ def serve(
 
     service_folder.service_folder(runs)
     token = None if no_token else service_folder.token_of(runs, token_file)
-    settings = Settings(runs.resolve(), host, port, token, allow_code=allow_code)
+    settings = Settings(
+        runs.resolve(),
+        host,
+        port,
+        token,
+        allow_code=allow_code,
+        dashboard=dashboard,
+        ray_address=ray_address,
+        local=local,
+    )
     taken = bound(settings)
 
     def started() -> None:

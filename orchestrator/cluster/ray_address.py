@@ -49,7 +49,7 @@ def refuse_unreachable(address: str, where: str, timeout_s: float = TIMEOUT_S) -
     host, _, port = target.rpartition(":")
     if not host or not port.isdigit():
         raise PlacementError(f"{where}={address} is no address of a Ray: write HOST:PORT, for example 10.0.0.1:6379")
-    token = _token()
+    token = ray_token()
     sent = (("authorization", f"Bearer {token}"),) if token else ()
     with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
@@ -88,7 +88,7 @@ def _about_the_token(token: str | None) -> str:
     return f"takes another token than the one in {_token_place()}; it must be the same on every machine"
 
 
-def _token() -> str | None:
+def ray_token() -> str | None:
     """What Ray's client sends, from where it takes it."""
     if os.environ.get(AUTH_MODE) != "token":
         return None

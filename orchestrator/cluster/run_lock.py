@@ -45,7 +45,9 @@ class Driver:
         if self.host != platform.node():
             return True
         try:
-            return abs(psutil.Process(self.pid).create_time() - self.started) < SAME_START_S
+            process = psutil.Process(self.pid)
+            zombie = process.status() == psutil.STATUS_ZOMBIE  # it has ended, and its parent has not asked how
+            return not zombie and abs(process.create_time() - self.started) < SAME_START_S
         except psutil.NoSuchProcess:
             return False
 

@@ -11,6 +11,8 @@ from pydantic_core import PydanticCustomError
 
 from orchestrator.planning import node_selectors as labels
 
+RUN_ID = r"\w[\w.+-]{0,139}"  # the name of a run's folder: that of the run (below), with time and process
+
 
 def _names_a_folder(text: str) -> str:
     """Raises ValueError for a text that is not a valid folder name on every system."""

@@ -7,18 +7,22 @@ from importlib import metadata
 from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
 
-from orchestrator.service import health_routes, planning_routes, reading_routes
+from orchestrator.service import control_routes, health_routes, planning_routes, reading_routes
 from orchestrator.service.errors import handle_errors
 from orchestrator.service.gate import Gate
+from orchestrator.service.jobs import Jobs, ProcessJobs, RayJobs
 from orchestrator.service.page_routes import add_page
 from orchestrator.service.run_folders import RunFolders
 from orchestrator.service.settings import Settings
+from orchestrator.service.submissions import Submissions
 
 # What the schema says of the token; `Gate` is what checks it, on every path.
 BEARER = Depends(HTTPBearer(auto_error=False, description="The service's token."))
 
 
-def create_app(settings: Settings) -> FastAPI:
+def create_app(settings: Settings, jobs: Jobs | None = None) -> FastAPI:
+    """`jobs`: where runs are started; None: as the settings say."""
+    jobs = jobs or (RayJobs(settings.dashboard) if settings.dashboard else ProcessJobs())
     app = FastAPI(
         title="Troupe",
         version=metadata.version("troupe"),
@@ -28,10 +32,12 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.settings = settings
-    app.state.runs = RunFolders(settings.runs)
+    app.state.jobs = jobs
+    app.state.runs = RunFolders(settings.runs, jobs)
+    app.state.submissions = Submissions(app.state.runs, jobs, local=settings.local)
     handle_errors(app)
     app.include_router(health_routes.open_router)
-    for router in (health_routes.router, reading_routes.router, planning_routes.router):
+    for router in (health_routes.router, reading_routes.router, control_routes.router, planning_routes.router):
         app.include_router(router, dependencies=[BEARER])
     add_page(app)
     app.add_middleware(Gate, settings=settings)

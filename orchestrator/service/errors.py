@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from actors.errors import RunError, UserError
+from orchestrator.api import NoAnswerInTime
 
 TYPES = {
     400: "bad_request",
@@ -83,29 +84,33 @@ def handle_errors(app: FastAPI) -> None:
     expected is a 500 without a message, and a traceback in the service's log."""
 
     @app.exception_handler(Problem)
-    def problem(_: Request, error: Problem) -> Any:  # pyright: ignore[reportUnusedFunction]
+    def problem(_: Request, error: Problem) -> Any:
         return answer(error.status, str(error), error.param)
 
     @app.exception_handler(HTTPException)
-    def http(_: Request, error: HTTPException) -> Any:  # pyright: ignore[reportUnusedFunction]
+    def http(_: Request, error: HTTPException) -> Any:
         return answer(error.status_code, str(error.detail), headers=error.headers)
 
     @app.exception_handler(RequestValidationError)
-    def invalid(_: Request, error: RequestValidationError) -> Any:  # pyright: ignore[reportUnusedFunction]
+    def invalid(_: Request, error: RequestValidationError) -> Any:
         first: dict[str, Any] = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         return answer(422, f"{where}: {first['msg']}", where)
 
     @app.exception_handler(UserError)
-    def refused(_: Request, error: UserError) -> Any:  # pyright: ignore[reportUnusedFunction]
+    def refused(_: Request, error: UserError) -> Any:
         return answer(422, str(error))
 
+    @app.exception_handler(NoAnswerInTime)
+    def late(_: Request, error: NoAnswerInTime) -> Any:
+        return answer(504, f"{error}; what was asked still holds")
+
     @app.exception_handler(RunError)
-    def broken(_: Request, error: RunError) -> Any:  # pyright: ignore[reportUnusedFunction]
+    def broken(_: Request, error: RunError) -> Any:
         return answer(409, str(error))
 
     @app.exception_handler(Exception)
-    def unexpected(_: Request, error: Exception) -> Any:  # pyright: ignore[reportUnusedFunction]
+    def unexpected(_: Request, error: Exception) -> Any:
         return answer(500, "the service failed; its log says how")
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Depends, Request, Response
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -28,10 +28,11 @@ def healthz() -> Health:
 
 
 @open_router.get("/readyz", responses=documented(503))
-def readyz(runs: Runs) -> Health:
-    """The folder of the runs can be read and written."""
+def readyz(runs: Runs, request: Request) -> Health:
+    """The folder of the runs can be read and written, and jobs could be started."""
     if not (runs.root.is_dir() and os.access(runs.root, os.R_OK | os.W_OK | os.X_OK)):
         raise Problem(503, "the folder of the runs cannot be read and written")
+    request.app.state.jobs.ready()
     return Health(status="ready")
 
 
@@ -43,7 +44,7 @@ def readyz(runs: Runs) -> Health:
 def metrics(runs: Annotated[RunFolders, Depends(run_folders)]) -> Any:
     """For Prometheus: the runs by state; step, workers and last metrics of those that are not over."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Runs(runs))  # pyright: ignore[reportArgumentType]  # it has what a collector needs
+    registry.register(_Runs(runs))
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,19 @@ from orchestrator.restarts import COMMAND, REFUSED
 from orchestrator.service.errors import Problem
 
 PLAN_TIMEOUT_S = 300.0
+ADDRESS = "RAY_ADDRESS"
 AT_ONCE = 2  # each imports torch
 _free = asyncio.Semaphore(AT_ONCE)
 
 
-async def plan(config: RunConfig) -> dict[str, Any]:
-    """What `troupe plan --json` says. Raises Problem 422 with its words if it refuses the recipe, 504 after
-    PLAN_TIMEOUT_S."""
+async def plan(config: RunConfig, ray_address: str | None) -> dict[str, Any]:
+    """What `troupe plan --json` says, of the Ray at `ray_address`, else of a Ray that the run would start here. Raises
+    Problem 422 with its words if it refuses the recipe, 504 after PLAN_TIMEOUT_S."""
     with tempfile.TemporaryDirectory(prefix="troupe-plan-") as scratch:
         file = Path(scratch) / "recipe.json"
         file.write_text(config.model_dump_json())
         async with _free:
-            code, out, error = await _run([*COMMAND, "plan", str(file), "--json"])
+            code, out, error = await _run([*COMMAND, "plan", str(file), "--json"], ray_address)
     lines = out.strip().splitlines()
     if lines and lines[-1].startswith("{"):
         return json.loads(lines[-1])
@@ -34,13 +36,15 @@ async def plan(config: RunConfig) -> dict[str, Any]:
     raise Problem(500, f"planning failed: {said[-2000:]}")
 
 
-async def _run(command: list[str]) -> tuple[int, str, str]:
+async def _run(command: list[str], ray_address: str | None) -> tuple[int, str, str]:
+    environment = {name: value for name, value in os.environ.items() if name != ADDRESS}
     process = await asyncio.create_subprocess_exec(
         *command,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         start_new_session=True,
+        env=environment | ({ADDRESS: ray_address} if ray_address else {}),
     )
     try:
         async with asyncio.timeout(PLAN_TIMEOUT_S):

@@ -30,10 +30,8 @@ async def plan(recipe: Recipe, request: Request) -> PlanReport:
     """What a run of this recipe would launch, and why it would be refused. Opens its models and data, launches
     nothing."""
     settings = request.app.state.settings
-    config = await run_in_threadpool(
-        config_of, recipe, runs=settings.runs, address=settings.ray_address, allow_code=settings.allow_code
-    )
-    return PlanReport(**await planning.plan(config))
+    config = await run_in_threadpool(config_of, recipe, runs=settings.runs, allow_code=settings.allow_code)
+    return PlanReport(**await planning.plan(config, settings.ray_address))
 
 
 def _method(found: Any) -> MethodDescription:

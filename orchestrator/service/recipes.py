@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,18 +16,34 @@ from orchestrator.service.errors import Problem
 from orchestrator.service.schemas import Recipe
 
 
-def config_of(sent: Recipe, *, runs: Path, address: str | None, allow_code: bool) -> RunConfig:
-    """The configuration of a run of this service, below `runs` and on the Ray at `address`. Raises ConfigError for what
-    is refused, Problem 403 for code."""
+def config_of(sent: Recipe, *, runs: Path, allow_code: bool) -> RunConfig:
+    """The configuration of a run of this service, below `runs`. Raises ConfigError for what is refused, Problem 403 for
+    code."""
     tree = sent.recipe if isinstance(sent.recipe, dict) else _shipped(sent.recipe)
-    own = [f"output={runs}", *([f"cluster.address={address}"] if address else [])]
-    draft = draft_of(tree, [*sent.overrides, *own], "the recipe")
-    code = code_in({key: value for key, value in draft.tree.items() if key not in ("output", "cluster")})
+    draft = draft_of(tree, sent.overrides, "the recipe")
+    cluster = draft.tree.get("cluster")
+    if isinstance(cluster, dict) and "address" in cluster:
+        raise ConfigError("cluster.address is given: on which Ray a run runs is the service's to say")
+    code = code_in(draft.tree)
+    _refuse_code(code, allow_code)
+    config = check(draft, methods=not code)  # users' own methods are run where the run is, not here
+    return config.model_copy(update={"output": runs})
+
+
+def refuse_overrides(overrides: Sequence[str], *, allow_code: bool) -> None:
+    """Of a run that is resumed. Raises ConfigError, or Problem 403 for code."""
+    for override in map(syntax.parse, overrides):
+        key = syntax.dotted(override.path)
+        if key in ("cluster", "cluster.address"):
+            raise ConfigError(f"{override}: on which Ray a run runs is the service's to say")
+        _refuse_code(code_in({key: override.value}), allow_code)
+
+
+def _refuse_code(code: Sequence[str], allow_code: bool) -> None:
     if code and not allow_code:
         raise Problem(
             403, f"the recipe runs code, and this service was started without --allow-code: {'; '.join(code[:5])}"
         )
-    return check(draft, methods=not code)  # users' own methods are run where the run is, not here
 
 
 def _shipped(name: str) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from orchestrator.api import CONSOLE_FILE
 from orchestrator.checkpoint import AVERAGED, MANIFEST, NAME, STATE
+from orchestrator.console_copy import CONSOLE_FILE
 from orchestrator.json_lines import LineReader
 from orchestrator.reporting.metrics import COMPLETIONS_FOLDER, FIELDS, METRICS_FILE
 from orchestrator.service.errors import Problem

@@ -1,42 +1,62 @@
 """The runs in a folder: which there are, and how each stands. Nothing is kept but what a look at the disk confirms.
 
+A run is there as soon as it was submitted (`recipe.json`), before its driver has saved its configuration.
+
 A run's id is the name of its folder. An id that is none (with a separator, say) is refused before the disk is asked,
 and what lies there counts only if it is a folder of its own, not a link to one elsewhere.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.api import RunHandle, Status
+from orchestrator.api import RunHandle, State, Status
 from orchestrator.cluster.control import EVENTS_FILE, RUN_FILE
 from orchestrator.cluster.run_lock import LOCK
 from orchestrator.config.loading import SAVED
-from orchestrator.json_lines import LineReader
+from orchestrator.config.section import RUN_ID
+from orchestrator.console_copy import CONSOLE_FILE
+from orchestrator.json_lines import LineReader, last_lines
 from orchestrator.reporting.metrics import METRICS_FILE
 from orchestrator.service.errors import Problem
+from orchestrator.service.jobs import Jobs, JobState
 from orchestrator.service.schemas import RunDetail, RunSummary
 
-ID = re.compile(r"\w[\w.+-]{0,139}")
-WATCHED = (EVENTS_FILE, METRICS_FILE, LOCK, RUN_FILE, SAVED)  # a run that is over stands as they say
+ID = re.compile(RUN_ID)
+RECIPE, SUBMISSION = "recipe.json", "submission.json"  # what was submitted, and when
+WATCHED = (
+    EVENTS_FILE,
+    METRICS_FILE,
+    LOCK,
+    RUN_FILE,
+    SAVED,
+    SUBMISSION,
+    CONSOLE_FILE,
+)  # a run that is over stands as they say
+
+TAIL_BYTES = 2**14
 
 Seen = tuple[tuple[int, int], ...]  # size and time of each of them
 
 
 class RunFolders:
-    """The runs below one folder. Its calls read files: not for an event loop."""
+    """The runs below one folder. Its calls read files: not for an event loop. `jobs`: asked about a run whose driver
+    has not written anything yet."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root.resolve()
+    def __init__(self, root: Path, jobs: Jobs) -> None:
+        self.root, self._jobs = root.resolve(), jobs
         self._over: dict[str, tuple[Seen, RunSummary]] = {}
 
     def folder(self, run: str) -> Path:
         """Raises Problem 404 if there is no such run."""
         folder = self.root / run
-        if ID.fullmatch(run) and not folder.is_symlink() and (folder / SAVED).is_file():
+        if ID.fullmatch(run) and not folder.is_symlink() and _is_run(folder):
             return folder
         raise Problem(404, f"there is no run {run[:200]!r}")
 
@@ -48,7 +68,7 @@ class RunFolders:
         if not self.root.is_dir():
             return []
         names = [entry.name for entry in self.root.iterdir() if ID.fullmatch(entry.name) and not entry.is_symlink()]
-        found = [self.summary(name) for name in names if (self.root / name / SAVED).is_file()]
+        found = [self.summary(name) for name in names if _is_run(self.root / name)]
         return sorted(found, key=lambda summary: summary.created, reverse=True)
 
     def summary(self, run: str) -> RunSummary:
@@ -57,14 +77,15 @@ class RunFolders:
         known = self._over.get(run)
         if known is not None and known[0] == seen:
             return known[1]
-        summary = _summary(folder, self.handle(run).status())
-        if summary.state.over:
+        status, waits = self._status(folder)
+        summary = _summary(folder, status)
+        if summary.state.over and not waits:
             self._over[run] = seen, summary
         return summary
 
     def detail(self, run: str) -> RunDetail:
         folder = self.folder(run)
-        status = RunHandle(folder, None).status()
+        status, _ = self._status(folder)
         return RunDetail(
             **_summary(folder, status).model_dump(),
             workers={role: dict(count) for role, count in status.workers.items()},  # pyright: ignore[reportArgumentType]
@@ -72,6 +93,53 @@ class RunFolders:
             metrics=dict(status.metrics),
             config=_config(folder),
         )
+
+    def _status(self, folder: Path) -> tuple[Status, bool]:
+        """How a run stands, and whether its last submission is still without a word of its driver."""
+        status = RunHandle(folder, None).status()
+        waits = status.kind.over and submitted(folder) > _last_word(folder)
+        if waits:
+            with contextlib.suppress(Problem):  # where its job cannot be asked for, what the folder says stands
+                job = self._jobs.states({folder.name: folder}).get(folder.name)
+                if job is not None and job is not JobState.ENDED:
+                    return replace(status, kind=State.STARTING, state=f"its job is {job}"), waits
+        if status.kind is State.FAILED and (said := _refusal(folder)):
+            status = replace(status, state=f"{status.state}: {said}")
+        return status, waits
+
+
+def write_submitted(folder: Path) -> None:
+    """A driver is about to be started for the run."""
+    (folder / SUBMISSION).write_text(json.dumps({"submitted": time.time()}))
+
+
+def submitted(folder: Path) -> float:
+    """When a driver was last started for the run by this service; 0.0 for never."""
+    try:
+        return float(json.loads((folder / SUBMISSION).read_text())["submitted"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / SAVED).is_file() or (folder / RECIPE).is_file()
+
+
+def _last_word(folder: Path) -> float:
+    last = last_lines(folder / EVENTS_FILE)
+    return float(last[-1].get("time", 0.0)) if last else 0.0
+
+
+def _refusal(folder: Path) -> str | None:
+    """What the command `troupe` said last in the console: why it ended."""
+    try:
+        with (folder / CONSOLE_FILE).open("rb") as stream:
+            stream.seek(max(0, stream.seek(0, 2) - TAIL_BYTES))
+            lines = stream.read().decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return None
+    said = [line for line in lines if line.startswith("troupe: ")]
+    return said[-1].removeprefix("troupe: ") if said else None
 
 
 def _summary(folder: Path, status: Status) -> RunSummary:
@@ -87,15 +155,16 @@ def _summary(folder: Path, status: Status) -> RunSummary:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / SAVED).read_text())
-    except ValueError:  # it is being written
-        return {}
+    """As the run saved it; before that, as it was submitted."""
+    for name in (SAVED, RECIPE):
+        with contextlib.suppress(FileNotFoundError, ValueError):  # it is being written
+            return json.loads((folder / name).read_text())
+    return {}
 
 
 def _created(folder: Path) -> float:
     first = next(iter(LineReader(folder / EVENTS_FILE).new()), {})
-    return float(first.get("time", (folder / SAVED).stat().st_mtime))
+    return float(first.get("time", folder.stat().st_ctime))
 
 
 def _stamp(file: Path) -> tuple[int, int]:

@@ -8,9 +8,10 @@ from fastapi import Path as PathParameter
 from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.api import State
+from orchestrator.config.section import RUN_ID
 
 # A run's id is the name of its folder; a name with a separator, or one that begins with a dot, is none.
-RunId = Annotated[str, PathParameter(pattern=r"^\w[\w.+-]{0,139}$", description="A run's id: the name of its folder.")]
+RunId = Annotated[str, PathParameter(pattern=f"^{RUN_ID}$", description="A run's id: the name of its folder.")]
 
 
 class Taken(BaseModel):
@@ -30,6 +31,23 @@ class Recipe(Taken):
     """`key.key=value`, as on the command line."""
 
 
+class Submission(Recipe):
+    name: str | None = Field(default=None, pattern=f"^{RUN_ID}$")
+    """The run's id. Submitting the same again under one name is one run. Default: made from the recipe's name."""
+
+
+class Changes(Taken):
+    paused: bool | None = None
+    """Hold the run before its next step, or let it go on."""
+    scale: dict[str, Annotated[int, Field(ge=0, le=10_000)]] = Field(default={}, max_length=100)
+    """Elastic role -> how many workers it is to have."""
+
+
+class Resumption(Taken):
+    overrides: list[str] = Field(default=[], max_length=1000)
+    """`key.key=value` that the run has from then on."""
+
+
 class RunSummary(Given):
     id: str
     state: State
@@ -44,6 +62,11 @@ class RunSummary(Given):
 class RunList(Given):
     runs: list[RunSummary]
     """The newest first."""
+
+
+class Submitted(RunSummary):
+    created_now: bool
+    """False if it was submitted before."""
 
 
 class WorkerCount(Given):

@@ -15,15 +15,19 @@ MAX_BODY_BYTES = 4 * 2**20
 @dataclass(frozen=True)
 class Settings:
     """`runs`: the folder that holds the runs' folders. `token`: None lets every process of this machine in.
-    `allow_code`: a recipe may name code, and environment variables. `ray_address`: HOST:PORT of the Ray that runs are
-    for; None: each run starts one."""
+    `allow_code`: a recipe may name code, and environment variables.
+
+    `dashboard`: URL of the dashboard of the Ray that runs are jobs of, `ray_address`: HOST:PORT of that Ray, for plans;
+    without them each run is a process of this machine that starts a Ray of its own, or none if `local`."""
 
     runs: Path
     host: str = "127.0.0.1"
     port: int = 8400
     token: str | None = field(default=None, repr=False)
     allow_code: bool = False
+    dashboard: str | None = None
     ray_address: str | None = None
+    local: bool = False
     max_body_bytes: int = MAX_BODY_BYTES
 
     def __post_init__(self) -> None:

@@ -1,0 +1,102 @@
+"""Routes that start runs and control them. Each ends within its deadline: a run acts between two steps, and one that
+takes longer does it nevertheless."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+
+from orchestrator.api import RunHandle
+from orchestrator.service import run_contents
+from orchestrator.service.errors import Problem, documented
+from orchestrator.service.reading_routes import Runs
+from orchestrator.service.recipes import config_of, refuse_overrides
+from orchestrator.service.run_folders import RunFolders
+from orchestrator.service.schemas import (
+    Changes,
+    CheckpointEntry,
+    Resumption,
+    RunDetail,
+    RunId,
+    RunSummary,
+    Submission,
+    Submitted,
+)
+from orchestrator.service.submissions import Submissions
+
+router = APIRouter(prefix="/v1/runs", tags=["control"], responses=documented(400, 401, 409, 413, 422))
+OF_A_RUN = documented(404, 504)
+OF_JOBS = documented(502, 503)
+
+Wait = Annotated[float, Query(ge=0, le=300, description="How long to wait for it, in seconds.")]
+
+
+def submissions(request: Request) -> Submissions:
+    return request.app.state.submissions
+
+
+Submitting = Annotated[Submissions, Depends(submissions)]
+
+
+@router.post("", status_code=201, responses={200: {"model": Submitted}, **documented(403), **OF_JOBS})
+def submit(sent: Submission, runs: Runs, jobs: Submitting, request: Request, response: Response) -> Submitted:
+    """Start a run. The same recipe under the same name again is the same run (200). Its id is that of its Ray job."""
+    settings = request.app.state.settings
+    config = config_of(sent, runs=runs.root, allow_code=settings.allow_code)
+    run, new = jobs.submit(sent.name, config)
+    response.status_code = 201 if new else 200
+    return Submitted(**runs.summary(run).model_dump(), created_now=new)
+
+
+@router.patch("/{run}", responses=OF_A_RUN)
+def change(run: RunId, changes: Changes, runs: Runs, wait_s: Wait = 60.0) -> RunDetail:
+    """Scale elastic roles; pause or let go on. A run that is paused keeps its processes."""
+    if not changes.scale and changes.paused is None:
+        raise Problem(422, "nothing is asked for: give `scale`, `paused`, or both")
+    handle = _reachable(runs, run)
+    for role, count in changes.scale.items():
+        handle.scale(role, count, timeout_s=wait_s)
+    if changes.paused is not None:
+        (handle.pause if changes.paused else handle.resume)(timeout_s=wait_s)
+    return runs.detail(run)
+
+
+@router.post("/{run}/checkpoint", responses=OF_A_RUN)
+def checkpoint(run: RunId, runs: Runs, wait_s: Wait = 60.0) -> CheckpointEntry:
+    """Write a checkpoint between two steps."""
+    written = _reachable(runs, run).checkpoint(timeout_s=wait_s)
+    found = {entry.name: entry for entry in run_contents.checkpoints(runs.folder(run))}
+    if written.name not in found:
+        raise Problem(409, f"the checkpoint {written.name} was written, and newer ones have replaced it since")
+    return found[written.name]
+
+
+@router.post("/{run}/stop", responses={**OF_A_RUN, **OF_JOBS})
+def stop(
+    run: RunId,
+    runs: Runs,
+    jobs: Submitting,
+    now: Annotated[bool, Query(description="By a signal: within the run's checkpoint.grace_s.")] = False,
+    wait_s: Wait = 60.0,
+) -> RunSummary:
+    """End a run after its step and a checkpoint. The answer is how it stands when it has ended, or after `wait_s`."""
+    jobs.stop(run, now=now, wait_s=wait_s)
+    return runs.summary(run)
+
+
+@router.post("/{run}/resume", responses={**documented(403, 404), **OF_JOBS})
+def resume(run: RunId, runs: Runs, jobs: Submitting, request: Request, sent: Resumption | None = None) -> RunSummary:
+    """Continue a run that has ended from its newest checkpoint, under the same id."""
+    overrides = sent.overrides if sent is not None else []
+    refuse_overrides(overrides, allow_code=request.app.state.settings.allow_code)
+    jobs.resume(run, overrides)
+    return runs.summary(run)
+
+
+def _reachable(runs: RunFolders, run: str) -> RunHandle:
+    handle = runs.handle(run)
+    if not handle.reachable:
+        summary = runs.summary(run)
+        raise Problem(409, f"run {run} cannot be asked for anything now: it is {summary.state} ({summary.detail})")
+    return handle

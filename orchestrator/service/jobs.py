@@ -1,0 +1,185 @@
+"""Starting and ending the processes of runs: as Ray jobs, or as processes of this machine.
+
+    submit(run, command) ──► RayJobs        a Ray job whose submission id is the run's id
+                         └─► ProcessJobs    a process of its own, which outlives the service
+
+Both are asked how a run's process stands only where its folder does not say: before its driver has written anything,
+and after it has died without a word. Calls block; each has a deadline.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Protocol
+
+import httpx
+import psutil
+
+from orchestrator.cluster.ray_address import ray_token
+from orchestrator.cluster.run_lock import Driver
+from orchestrator.service.errors import Problem
+
+TIMEOUT_S = 30.0  # of a call of the Job API
+AGENT_TIMEOUT_S = 60.0  # a head that is young has no agent for jobs yet
+AGENT_POLL_S = 1.0
+JOB_FILE = "job.json"  # in a run's folder: of a process of this machine
+NO_AGENT = "No available agent"
+
+
+class JobState(StrEnum):
+    PENDING = "pending"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+class Jobs(Protocol):
+    """`run`: a run's id. `folder`: its folder."""
+
+    def submit(self, run: str, folder: Path, command: Sequence[str], *, stop_wait_s: float) -> None:
+        """Start a command as the process of a run that has none; of one that ended before, in its place.
+        `stop_wait_s`: what `kill` leaves it. Raises Problem 409 if the run has a process, 502 or 503 if that failed."""
+        ...
+
+    def states(self, folders: Mapping[str, Path]) -> dict[str, JobState]:
+        """Run -> how its process stands; runs that have none are left out. Raises Problem."""
+        ...
+
+    def kill(self, run: str, folder: Path) -> None:
+        """Send its process SIGTERM, and SIGKILL if it is still there after what `submit` was told. Does not wait."""
+        ...
+
+    def ready(self) -> None:
+        """Raises Problem 503 if no job could be started now."""
+        ...
+
+
+class RayJobs:
+    """Ray's Job API, as its dashboard serves it (https://docs.ray.io/en/latest/cluster/running-applications/
+    job-submission/rest.html). Over HTTP and not through Ray's client, which imports Ray and has no deadlines."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url.rstrip("/")
+
+    def submit(self, run: str, folder: Path, command: Sequence[str], *, stop_wait_s: float) -> None:
+        state = self.states({run: folder}).get(run)
+        if state is JobState.ENDED:  # the id of a run is that of its job, and a job is submitted once
+            self._call("DELETE", f"/api/jobs/{run}")
+        elif state is not None:
+            raise Problem(409, f"run {run} has a job, which is {state}")
+        job = {
+            "entrypoint": shlex.join(command),
+            "submission_id": run,
+            "runtime_env": {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(round(stop_wait_s))}},
+            "metadata": {"troupe_run": run},
+        }
+        deadline = time.monotonic() + AGENT_TIMEOUT_S
+        while True:
+            try:
+                self._call("POST", "/api/jobs/", job)
+                return
+            except Problem as problem:
+                if NO_AGENT not in str(problem) or time.monotonic() > deadline:
+                    raise
+            time.sleep(AGENT_POLL_S)
+
+    def states(self, folders: Mapping[str, Path]) -> dict[str, JobState]:
+        jobs: list[dict[str, Any]] = self._call("GET", "/api/jobs/")
+        named = {job["submission_id"]: job["status"] for job in jobs if job.get("submission_id") in folders}
+        known = {"PENDING": JobState.PENDING, "RUNNING": JobState.RUNNING}
+        return {run: known.get(status, JobState.ENDED) for run, status in named.items()}
+
+    def kill(self, run: str, folder: Path) -> None:
+        self._call("POST", f"/api/jobs/{run}/stop")
+
+    def ready(self) -> None:
+        self._call("GET", "/api/version")
+
+    def _call(self, method: str, path: str, body: Any = None) -> Any:
+        """Raises Problem 503 if nothing answers, 502 with what it said if it answers with an error."""
+        token = ray_token()
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        try:
+            answer = httpx.request(
+                method, self._url + path, json=body, headers=headers, timeout=TIMEOUT_S, trust_env=False
+            )
+        except httpx.HTTPError as error:
+            raise Problem(503, f"Ray's Job API at {self._url} does not answer: {type(error).__name__}") from None
+        if answer.status_code != 200:
+            said = answer.text.strip().splitlines()[-1:] or [""]
+            raise Problem(502, f"Ray's Job API answered {answer.status_code}: {said[0][:500]}")
+        return answer.json()
+
+
+class ProcessJobs:
+    """Processes of this machine. What is known of one is in its run's folder, so that it is known after the service was
+    started again, too."""
+
+    def __init__(self) -> None:
+        self._children: dict[str, subprocess.Popen[bytes]] = {}  # to be reaped: one that is not seems to live
+
+    def submit(self, run: str, folder: Path, command: Sequence[str], *, stop_wait_s: float) -> None:
+        if self.states({run: folder}).get(run) is JobState.RUNNING:
+            raise Problem(409, f"run {run} has a process")
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            start_new_session=True,
+        )
+        self._children[run] = process
+        started = Driver(os.uname().nodename, process.pid, psutil.Process(process.pid).create_time())
+        _write(folder / JOB_FILE, {"driver": asdict(started), "stop_wait_s": stop_wait_s})
+
+    def states(self, folders: Mapping[str, Path]) -> dict[str, JobState]:
+        found: dict[str, JobState] = {}
+        for run, folder in folders.items():
+            if run in self._children and self._children[run].poll() is not None:
+                del self._children[run]
+            driver = _driver(folder)
+            if driver is not None:
+                found[run] = JobState.RUNNING if driver.may_live else JobState.ENDED
+        return found
+
+    def kill(self, run: str, folder: Path) -> None:
+        """A process of this service is killed in the end by a thread of it; if that ends before, it gets SIGTERM."""
+        driver = _driver(folder)
+        if driver is None or not driver.may_live:
+            return
+        process = psutil.Process(driver.pid)
+        process.send_signal(signal.SIGTERM)
+        wait = json.loads((folder / JOB_FILE).read_text())["stop_wait_s"]
+        _later(wait, lambda: process.kill() if process.is_running() else None)
+
+    def ready(self) -> None:
+        return
+
+
+def _later(seconds: float, call: Callable[[], Any]) -> None:
+    timer = threading.Timer(seconds, call)
+    timer.daemon = True
+    timer.start()
+
+
+def _driver(folder: Path) -> Driver | None:
+    try:
+        return Driver(**json.loads((folder / JOB_FILE).read_text())["driver"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(file: Path, content: Any) -> None:
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content))
+    temporary.replace(file)
