@@ -1,9 +1,11 @@
 """What the README says of the methods is what there is."""
 
+import re
 from pathlib import Path
 
 import pytest
 
+from orchestrator.config.loading import recipes
 from orchestrator.methods import METHODS, build
 
 ROOT = Path(__file__).parents[2]
@@ -21,3 +23,27 @@ def test_the_readme_has_a_line_for_every_method_with_its_data_and_its_roles(name
 def test_the_readme_names_no_method_that_does_not_exist():
     named = {line.split("`")[1] for line in LINES if line.startswith("| [`") and "docs/methods/" in line}
     assert named == set(METHODS)
+
+
+def test_the_index_names_every_method_and_only_methods_and_recipes_that_there_are():
+    index = (ROOT / "docs" / "methods" / "index.md").read_text()
+    assert set(METHODS) <= set(re.findall(r"`(\w+)`", index))
+    pages = set(re.findall(r"\]\((\w+)\.md\)", index))
+    assert pages <= set(METHODS) and len(pages) > 20
+    rows = [line.strip("| ").split(" | ") for line in index.split("## Papers")[1].splitlines() if line.startswith("| ")]
+    papers = [row for row in rows[1:] if row[1] != "-"]
+    assert len(papers) > 60
+    for _, runs, recipe in papers:
+        assert set(re.findall(r"`([\w/]+)`", recipe)) <= set(recipes()), recipe
+        first = re.match(r"`([a-z0-9_]+)`", runs)
+        assert first is None or first[1] in METHODS, runs
+
+
+def test_options_that_the_index_names_build_with_their_methods():
+    index = (ROOT / "docs" / "methods" / "index.md").read_text()
+    said = re.findall(r"`(\w+)`,(?: [\w ]*)?`(loss_type|importance_sampling_level|correction|keep): (\w+)`", index)
+    assert len(said) > 20
+    beside = {"exo_pair": {"label_smoothing": 0.1}, "robust": {"label_smoothing": 0.1}, "cispo": {"epsilon_high": 5.0}}
+    beside |= {"statistical_rejection": {"num_generations": 8}, "dppo": {"dppo_threshold": 0.1}}
+    for method, option, value in said:
+        assert build(method, {option: value, **beside.get(value, {})}, {"max_completion_length": 16})
