@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -61,6 +61,29 @@ def forward(
     extra = {name: over_all_tokens(values) for name, values in found.items() if name not in NOT_EXTRA}
     main = found["main"] if head is Head.ROW_SCALAR else over_all_tokens(found["main"])
     return Outputs(main, extra, found.get("aux_loss"), int(found["rows"]))
+
+
+def forward_padded(
+    model: Callable[..., Mapping[str, Tensor]],
+    rows: Sequence[np.ndarray],
+    *,
+    head: Head,
+    length: int,
+    count: int,
+    device: torch.device,
+) -> list[np.ndarray]:
+    """What a scalar head says of each of the `rows` (of token ids), by the convention above: one number [], or one per
+    token. The pass has `count` rows of `length` tokens whatever the rows are, of which there may be fewer."""
+    assert head in (Head.ROW_SCALAR, Head.STEP_SCALAR), f"a pass of one shape is for scores, not for {head}"
+    tokens, ends = np.zeros((count, length), np.int64), np.ones(count, np.int64)
+    for place, row in enumerate(rows):
+        tokens[place, : len(row)], ends[place] = row, len(row)
+    everywhere = np.arange(count * length) if head is Head.STEP_SCALAR else np.arange(count) * length + ends - 1
+    flat, read = on_device(tokens.reshape(-1), device), on_device(everywhere + 1, device)
+    found = model(flat, (length,) * count, read, 1.0, frozenset(), share=False)["main"].float().cpu().numpy()
+    if head is Head.ROW_SCALAR:
+        return list(found[: len(rows)])
+    return [said[: len(row)] for row, said in zip(rows, found.reshape(count, length), strict=False)]
 
 
 def _asked(

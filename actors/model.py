@@ -97,16 +97,18 @@ class LanguageModel(nn.Module):
         admitted: Tensor | None = None,
         routes: Tensor | None = None,
         on_host: np.ndarray | None = None,
+        share: bool = True,
     ) -> Mapping[str, Tensor]:
         """`tokens` [T] are concatenated documents of `lengths` tokens each. `predicted` [N] are indices of tokens, none
         of them a document's first; the head is given the state before each. `on_host` is a copy of the tokens on the
-        host, which saves waiting for the device.
+        host, which saves waiting for the device. Without `share`, equal prefixes are computed as often as they are
+        there.
 
         Returns `main` [N]; the columns [N] that `needs` names, of distributions restricted to the `admitted` tokens
         [N, k] if given; what `asked` requests of whole distributions (`actors/distributions.py`); `aux_loss` (scalar,
         its coefficient applied) if the model balances experts; and `rows` (scalar), the number of tokens that were
         computed, which is below T if prefixes are shared."""
-        decoded, documents = self._decode(tokens, lengths, routes, on_host)
+        decoded, documents = self._decode(tokens, lengths, routes, on_host, share)
         hidden = documents.at_tokens(decoded.last_hidden_state[0], predicted - 1)
         if isinstance(self.head, ScalarHead):
             outputs: dict[str, Tensor] = {"main": self.head(hidden)}
@@ -133,10 +135,11 @@ class LanguageModel(nn.Module):
         lengths: tuple[int, ...],
         routes: Tensor | None = None,
         on_host: np.ndarray | None = None,
+        share: bool = True,
     ) -> tuple[Any, Documents]:
         """`routes` [T, layers x k] are the experts of each token, in place of those that the routers would choose."""
         shared = None
-        if self._may_share:
+        if share and self._may_share:
             on_host = tokens.cpu().numpy() if on_host is None else on_host
             shared = shared_prefixes(on_host, lengths, tokens.device)
         documents = Documents(lengths, tokens.device, shared, self._attention_dtype)
@@ -151,6 +154,10 @@ class LanguageModel(nn.Module):
         positions = documents.of_rows(documents.positions)
         decoder = self.causal.get_decoder()
         return decoder(**inputs, position_ids=positions[None], use_cache=False, documents=documents), documents
+
+    @property
+    def has_experts(self) -> bool:
+        return bool(self._experts)
 
     @property
     def _may_share(self) -> bool:

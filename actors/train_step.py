@@ -29,6 +29,7 @@ from actors.forward import forward
 from actors.metrics import combine, sum_counts
 from actors.model import LanguageModel
 from actors.objective import Counts, MicroBatch, Objective, Outputs, Stat
+from actors.padded_passes import padded_passes
 from actors.sharding import MicroBatches, Shard
 
 Stats = dict[str, Stat]
@@ -197,7 +198,21 @@ def infer(
             at = chosen if per_row else batch.token_index(chosen)
             for name, found in names.items():
                 columns[name][at] = (outputs.main if found == "main" else outputs.extra[found]).cpu().numpy()
+    if shard.padded:
+        with _in_evaluation(backend):
+            for row, said in padded_passes(backend, batch, shard.padded, head):
+                _put_into(columns[into[0]], batch, row, said)
     return Batch.build(batch.lengths, **columns)
+
+
+def _put_into(column: np.ndarray, batch: Batch, row: int, said: np.ndarray) -> None:
+    """What the head says of a row, or of each token of it that is learned from but the first."""
+    if said.ndim == 0:
+        column[row] = said
+        return
+    wanted = batch.row("mask", row).astype(np.bool_)
+    wanted[0] = False
+    column[batch.offsets[row] : batch.offsets[row + 1]] = np.where(wanted, said, 0.0)
 
 
 def micro_batches(batch: Batch, members: MicroBatches, backend: Backend) -> list[MicroBatch]:
@@ -214,12 +229,19 @@ def without_noise(
     **asked: Any,
 ) -> Iterator[Outputs]:
     """Outputs per micro-batch, without gradient, dropout and noise. `asked` are further arguments of `forward`."""
+    with _in_evaluation(backend):
+        for micro in micros:
+            yield forward(backend.model, filled(micro), head=head, temperature=temperature, needs=needs, **asked)
+
+
+@contextlib.contextmanager
+def _in_evaluation(backend: Backend) -> Generator[None]:
+    """Without gradient and dropout."""
     training = backend.model.training
     backend.model.eval()
     try:
         with torch.no_grad():
-            for micro in micros:
-                yield forward(backend.model, filled(micro), head=head, temperature=temperature, needs=needs, **asked)
+            yield
     finally:
         backend.model.train(training)
 

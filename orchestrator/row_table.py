@@ -172,7 +172,8 @@ class RowTable:
     def whole(self) -> Share:
         """All rows as one rank's share."""
         rows = np.arange(len(self))
-        return Share(rows, Shard(self.rows, (tuple(rows.tolist()),), (), self.spread, self.stored), self.blocks)
+        part = Shard(self.rows, (tuple(rows.tolist()),), spread=self.spread, stored=self.stored)
+        return Share(rows, part, self.blocks)
 
     def shard(
         self, ranks: int, token_budget: int, *, keep_groups: bool = False, statistics_rows: str | None = None
@@ -183,7 +184,7 @@ class RowTable:
         )
 
     def shard_groups(self, ranks: int, token_budget: int) -> list[Share]:
-        """One share per rank, no micro-batch with rows of two groups: see `actors.sharding.shard_groups`."""
+        """One share per rank, in which what a row gives depends on its group alone: `actors.sharding.shard_groups`."""
         return self._shares(shard_groups(self.rows, ranks, token_budget))
 
     def shard_behind_teacher_prompts(self, ranks: int, token_budget: int) -> list[Share]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from actors.backends import BackendSpec
 from actors.backends.optimizer import OptimSpec
@@ -16,6 +19,7 @@ from actors.columns import Head
 from actors.errors import InfraFailure
 from actors.model import ModelSpec
 from actors.model_worker import ModelWorker
+from actors.sharding import PASS_TOKENS
 from actors.worker import Ref
 from orchestrator.collection.model_scorer import ModelScorer
 from orchestrator.executor import Executor
@@ -23,8 +27,9 @@ from orchestrator.losses.likelihood import nll
 from orchestrator.losses.reduce import token_mean
 from orchestrator.pipeline import Completions, Pipeline, infer, update
 from orchestrator.row_table import RowTable
+from orchestrator.step_rewards import Steps
 from tests.local_executor import in_process, local_executor
-from tests.unit.tiny import tiny_model_folder
+from tests.unit.tiny import tiny_model_folder, tiny_tokenizer
 
 
 async def settled() -> None:
@@ -68,7 +73,7 @@ def rounded(rewards: np.ndarray) -> list[float]:
 
 async def test_what_waits_at_the_same_time_is_one_call_and_what_comes_meanwhile_the_next() -> None:
     passes = Passes()
-    scorer = ModelScorer(passes)
+    scorer = ModelScorer(passes, gather_s=0)
     first = [asyncio.ensure_future(said(scorer, group(number, rows))) for number, rows in ((1, 2), (2, 1))]
     await settled()
     later = [asyncio.ensure_future(said(scorer, group(number, 2))) for number in (3, 4)]
@@ -83,7 +88,7 @@ async def test_what_waits_at_the_same_time_is_one_call_and_what_comes_meanwhile_
 
 async def test_a_call_that_fails_fails_its_own_groups_and_no_later_ones() -> None:
     passes = Passes(fails_on=2)
-    scorer = ModelScorer(passes)
+    scorer = ModelScorer(passes, gather_s=0)
     failing = [asyncio.ensure_future(said(scorer, group(number, 1))) for number in (1, 2)]
     await settled()
     later = asyncio.ensure_future(said(scorer, group(3, 1)))
@@ -96,7 +101,7 @@ async def test_a_call_that_fails_fails_its_own_groups_and_no_later_ones() -> Non
 
 async def test_a_cancelled_group_does_not_prevent_the_scores_of_the_others() -> None:
     passes = Passes()
-    scorer = ModelScorer(passes)
+    scorer = ModelScorer(passes, gather_s=0)
     given_up, other = (asyncio.ensure_future(said(scorer, group(number, 1))) for number in (1, 2))
     await settled()
     given_up.cancel()
@@ -105,14 +110,33 @@ async def test_a_cancelled_group_does_not_prevent_the_scores_of_the_others() -> 
     assert rounded(await said(scorer, group(5, 1))) == [5.0], "and the next call is made"
 
 
-@pytest.fixture
-def judge(tmp_path: Path) -> Executor:
-    """An executor whose `reward_model` is a tiny model with a head that gives a number."""
-    model = ModelSpec(str(tiny_model_folder(tmp_path)), head=Head.ROW_SCALAR)
-    worker = ModelWorker("reward_model", model, BackendSpec("single", OptimSpec(1e-3, total_steps=1)), threads=1)
+def dense(folder: Path) -> str:
+    return str(tiny_model_folder(folder))
+
+
+def with_experts(folder: Path) -> str:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0, "bos_token_id": None}
+    experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "router_aux_loss_coef": 0.0}
+    config = Qwen3MoeConfig(**sizes, **heads, **experts, eos_token_id=1, initializer_range=0.3)
+    Qwen3MoeForCausalLM(config).save_pretrained(folder / "moe")
+    tiny_tokenizer().save_pretrained(folder / "moe")
+    return str(folder / "moe")
+
+
+def executor_with(model: str, head: Head, threads: int = 1) -> Executor:
+    """An executor whose `reward_model` has a head that gives numbers."""
+    backend = BackendSpec("single", OptimSpec(1e-3, total_steps=1))
+    worker = ModelWorker("reward_model", ModelSpec(model, head=head), backend, threads=threads)
     worker.ready()
     pipeline = Pipeline(Completions, update("policy", nll, reduce=token_mean))
     return local_executor(pipeline, {"reward_model": in_process("reward_model", worker)}, token_budget=4096)
+
+
+@pytest.fixture
+def judge(tmp_path: Path) -> Executor:
+    return executor_with(dense(tmp_path), Head.ROW_SCALAR)
 
 
 def sampled(position: int, rows: int) -> RowTable:
@@ -123,18 +147,57 @@ def sampled(position: int, rows: int) -> RowTable:
     return RowTable.of_block(Batch.build(lengths, group=[position] * rows), Ref(block), {"tokens", "mask"})
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+def mixed(position: int) -> RowTable:
+    """Small groups and large ones, rows of a group beginning alike."""
+    drawn = np.random.default_rng(position)
+    lengths = drawn.integers(6, 40, 12 if position % 5 == 0 else drawn.integers(1, 5))
+    prompt = drawn.integers(2, 60, 4)
+    tokens = np.concatenate([[*prompt, *drawn.integers(2, 60, length - 4)] for length in lengths])
+    block = Batch.build(lengths, tokens=tokens, mask=[True] * int(lengths.sum()))
+    return RowTable.of_block(Batch.build(lengths, group=[position] * len(lengths)), Ref(block), {"tokens", "mask"})
+
+
+@pytest.mark.parametrize("head", [Head.ROW_SCALAR, Head.STEP_SCALAR])
+@pytest.mark.parametrize("made", [dense, with_experts])
 async def test_a_group_has_the_same_scores_to_the_bit_whatever_other_groups_wait_with_it(
-    judge: Executor, rows: int
+    tmp_path: Path, made: Callable[[Path], str], head: Head
 ) -> None:
-    scorer = ModelScorer(partial(judge.batch_stages.scores, "reward_model"))
-    groups = [sampled(position, rows) for position in range(12)]
-    alone = [await said(scorer, each) for each in groups]
-    few = await asyncio.gather(*(said(scorer, each) for each in groups[:5]))
-    all_at_once = await asyncio.gather(*(said(scorer, each) for each in groups))
-    assert [each.tobytes() for each in few] == [each.tobytes() for each in alone[:5]]
-    assert [each.tobytes() for each in all_at_once] == [each.tobytes() for each in alone]
-    assert len(np.unique(alone)) == 12 * rows, "and every row has a score of its own"
+    judge = executor_with(made(tmp_path), head)
+    steps = Steps("each", ";").found_in(tiny_tokenizer()) if head is Head.STEP_SCALAR else None
+    scorer = ModelScorer(partial(judge.batch_stages.scores, "reward_model", steps=steps), gather_s=0)
+    groups = [mixed(position) for position in range(16)]
+
+    async def scores(*chosen: int) -> list[bytes]:
+        return [each.tobytes() for each in await asyncio.gather(*(said(scorer, groups[index]) for index in chosen))]
+
+    alone = [(await scores(index))[0] for index in range(16)]
+    drawn = np.random.default_rng(1)
+    for count in (2, 5, 9, 16):
+        chosen = drawn.permutation(16)[:count].tolist()
+        assert await scores(*chosen) == [alone[index] for index in chosen]
+    every = np.frombuffer(b"".join(alone), np.float32)
+    assert len(np.unique(every)) == len(every), "and every row has a score of its own"
+
+
+async def test_a_row_that_is_padded_and_one_that_is_not_score_the_same_but_for_rounding(judge: Executor) -> None:
+    stage = infer("reward_model", into="reward", head=Head.ROW_SCALAR)
+    groups = [mixed(position) for position in range(16)]
+    own = (await judge.run([stage], RowTable.concat(groups)))[0]["reward"]
+    found = [(await judge.batch_stages.scores("reward_model", each))["reward"] for each in groups]
+    np.testing.assert_allclose(np.concatenate(found), own, rtol=1e-4, atol=1e-5)
+
+
+async def test_a_group_waits_for_others_until_a_pass_is_full_or_its_time_is_up() -> None:
+    passes = Passes()
+    passes.may_end.set()
+    patient = ModelScorer(passes, gather_s=3600.0)
+    await asyncio.gather(*(said(patient, group(PASS_TOKENS // 2, 1)) for _ in range(2)))
+    assert passes.groups == [[PASS_TOKENS // 2] * 2], "they fill a pass: nobody waits for the hour to end"
+    lonely = asyncio.ensure_future(said(patient, group(PASS_TOKENS // 2 - 1, 1)))
+    await settled()
+    assert not lonely.done() and len(passes.groups) == 1
+    lonely.cancel()
+    assert rounded(await said(ModelScorer(passes, gather_s=0.001), group(3, 1))) == [3.0]
 
 
 async def test_in_one_pass_with_others_a_row_may_score_otherwise_in_the_last_bits(judge: Executor) -> None:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.batch import Batch
-from actors.sharding import Shard, pack, shard, shard_groups
+from actors.sharding import PASS_TOKENS, Shard, pack, padded_length, rows_of_a_pass, shard, shard_groups
 
 BUDGET = 50
 item_lengths = st.lists(st.integers(0, BUDGET), max_size=40)
@@ -128,21 +128,42 @@ def tokens_of_micro_batches(dealt: list[tuple[list[int], Shard]]) -> list[list[i
     return sorted(micro for micro in micro_batches if micro)
 
 
-@given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, BUDGET)), min_size=1, max_size=8), rank_counts)
+@given(
+    st.lists(st.tuples(st.integers(1, 5), st.integers(1, BUDGET)), min_size=1, max_size=8),
+    rank_counts,
+    st.sampled_from([1, 40]),
+)
 def test_with_groups_apart_which_rows_share_a_micro_batch_depends_on_their_group_alone(
-    groups: list[tuple[int, int]], ranks: int
+    groups: list[tuple[int, int]], ranks: int, times: int
 ) -> None:
+    """Large groups have their own; small ones fill passes of one shape, each with rows that are padded to one length.
+    `times`: so that there are large ones."""
     made = [
         Batch.build(
-            [length] * rows,
-            tokens=[100 * number + row for row in range(rows) for _ in range(length)],
+            [times * length] * rows,
+            tokens=[100 * number + row for row in range(rows) for _ in range(times * length)],
             group=[number] * rows,
         )
         for number, (rows, length) in enumerate(groups)
     ]
-    whole = shard_groups(Batch.concat(made), ranks, BUDGET)
+    budget = times * BUDGET
+    whole = shard_groups(Batch.concat(made), ranks, budget)
     assert sorted(row for rows, _ in whole for row in rows) == list(range(sum(rows for rows, _ in groups)))
-    assert len({len(part.micro_batches) for _, part in whole}) == 1, "ranks move in step"
-    assert all(part.batch.select(micro).num_tokens <= BUDGET for _, part in whole for micro in part.micro_batches)
-    alone = [micro for each in made for micro in tokens_of_micro_batches(shard_groups(each, ranks, BUDGET))]
+    assert len({(len(part.micro_batches), len(part.padded)) for _, part in whole}) == 1, "ranks move in step"
+    assert all(part.batch.select(micro).num_tokens <= budget for _, part in whole for micro in part.micro_batches)
+    alone = [micro for each in made for micro in tokens_of_micro_batches(shard_groups(each, ranks, budget))]
     assert tokens_of_micro_batches(whole) == sorted(alone)
+    for _, part in whole:
+        for micro in part.padded:
+            lengths = {padded_length(int(part.batch.lengths[row])) for row in micro}
+            assert len(lengths) <= 1 and all(len(micro) <= rows_of_a_pass(length) for length in lengths)
+    small = sum(rows for rows, length in groups if rows * length * times <= PASS_TOKENS // 2)
+    assert sum(len(micro) for _, part in whole for micro in part.padded) == small
+
+
+def test_small_groups_fill_passes_of_one_shape() -> None:
+    """Of 100 rows of 9 tokens, padded to 16: six passes of 16, and one of four rows."""
+    batch = Batch.build([9] * 100, tokens=np.zeros(900, np.int32), group=np.arange(100) // 2)
+    (_, part), *_ = shard_groups(batch, 1, 4096)
+    assert [len(micro) for micro in part.padded] == [*[16] * 6, 4] and part.micro_batches == ()
+    assert [padded_length(length) for length in (1, 8, 9, 16, 17, 128)] == [8, 8, 16, 16, 32, 128]
