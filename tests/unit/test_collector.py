@@ -31,7 +31,9 @@ from orchestrator.pipeline import (
     regroup,
     score,
     take,
+    write,
 )
+from orchestrator.records import scored_pairs
 from orchestrator.regrouping import best_and_worst
 from orchestrator.reporting.rollout_metrics import rollout_metrics
 from orchestrator.row_table import RowTable
@@ -114,7 +116,7 @@ class Stages(GroupStages):
         return table
 
     async def lost(self, tables: Sequence[RowTable]) -> list[bool]:
-        found = [int(table["group"][0]) in self.gone for table in tables]
+        found = [bool(len(table)) and int(table["group"][0]) in self.gone for table in tables]
         self.gone = self.gone if self.gone_again else set()
         return found
 
@@ -361,6 +363,22 @@ async def test_a_group_of_which_no_rows_can_be_made_is_replaced():
     collected = await feed.next(0)
     assert collected.positions == (0, 2, 3)
     assert collected.metrics["groups/filtered"] == 1
+    await feed.close()
+
+
+async def test_of_data_that_is_only_written_a_dropped_prompt_leaves_a_gap_and_no_other_takes_its_place():
+    """One prompt gives no pair, and one cannot be sampled; the batch is of the three that were asked all the same."""
+    rewards = {**{index: [0.0, 0.0, 1.0] for index in range(10)}, 1: [0.5, 0.5, 0.5]}
+    stages = Stages(rewards=rewards, failing={2: DataFailure("cannot be used")})
+    written = Pipeline(Prompts, *PAIRED, write(scored_pairs))
+    feed = collector(stages, pipeline=written)
+    collected = await feed.next(0)
+    assert collected.positions == (0, 1, 2) and sorted(set(stages.seen)) == [0, 1, 2]
+    assert set(collected.table["group"].tolist()) == {0}
+    assert collected.metrics["groups/filtered"] == 1 and collected.metrics["dropped/data"] == 1
+    assert rollout_metrics(collected, 0)["completions/mean_length"] == 1.0
+    feed.advance(1, collected)
+    assert (await feed.next(1)).positions == (3, 4, 5)
     await feed.close()
 
 

@@ -35,6 +35,7 @@ class Ended:
     model: Path | None = None
     averaged: Path | None = None
     picture: Path | None = None
+    output: Path | None = None
     scores: dict[str, float] = field(default_factory=dict)
     gains: tuple[Gain, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
