@@ -11,23 +11,24 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-warn-sc
 
 BENCHMARKS := startup vocabulary publish against_trl# of tests/benchmarks, the longest last
 PYTEST := $(BIN)/pytest -q
-PYTEST_PER_CORE := OMP_NUM_THREADS=1 $(PYTEST) --numprocesses logical --maxprocesses 4 --dist worksteal
+PYTEST_PER_CORE := OMP_NUM_THREADS=1 $(PYTEST) --numprocesses logical --maxprocesses 4
+PYTEST_TWO_FILES := $(PYTEST) --numprocesses logical --maxprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test lint format types unit bench curves venv clean
 
 demo: venv
 	$(BIN)/troupe run $(RECIPE)
 
-# Each suite in processes of its own: what one leaves behind (threads, Ray, an engine) cannot affect the next. The tests of
-# tests/ray and tests/chaos run one by one, because each starts processes for all cores.
+# Each suite in processes of its own: what one leaves behind (threads, Ray, an engine) cannot affect the next. Of tests/ray
+# and tests/chaos two files run at a time, however many cores there are: each has a Ray or a run of its own, whose
+# processes wait for one another half of the time.
 test: lint types unit
-	$(PYTEST_PER_CORE) tests/contract
-	$(PYTEST) tests/ray
-	$(PYTEST) tests/chaos
+	$(PYTEST_PER_CORE) --dist loadgroup tests/contract
+	$(PYTEST_TWO_FILES) tests/ray tests/chaos
 	$(PYTEST) tests/gpu
 
 unit: venv
-	$(PYTEST_PER_CORE) tests/test_house.py tests/unit tests/golden
+	$(PYTEST_PER_CORE) --dist worksteal tests/test_house.py tests/unit tests/golden
 
 lint: venv
 	$(BIN)/ruff check .

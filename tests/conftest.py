@@ -4,6 +4,8 @@ import asyncio
 import gc
 import inspect
 import os
+from collections.abc import Generator
+from typing import Any
 
 import pytest
 
@@ -21,6 +23,21 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
     asyncio.run(asyncio.wait_for(pyfuncitem.obj(**arguments), DEADLINE_S))
     return True
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """A failure is reported while the garbage collector rests. To show the line that failed, pytest parses the test's
+    file; a collected task whose exception nobody asked for is logged with a traceback, for which Python parses a file,
+    too; and `ast.parse` within `ast.parse` is a SystemError in Python 3.11.7 (cpython#106905), which ends pytest."""
+    if call.excinfo is None:
+        return (yield)
+    gc.collect()
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 def pytest_collection_finish() -> None:

@@ -29,7 +29,10 @@ ARITHMETIC: dict[str, Any] = {
     "data": {"path": "example:arithmetic"},
     "train": {"steps": 6, "batch_size": 8, "learning_rate": 1e-3, "scheduler": "constant"},
     "sampling": {"max_tokens": 5},
-    "roles": {"rollout": {"engine": "vllm", "kv_cache_gib": 0.05, "cpus": 0.5}, "reward": {"cpus": 0.1}},
+    "roles": {
+        "rollout": {"engine": "vllm", "kv_cache_gib": 0.05, "cpus": 0.5},
+        "reward": {"cpus": 0.1, "start_timeout_s": 300},  # a busy machine is slow to start processes
+    },
     "cluster": {"num_cpus": 4, "object_store_mib": 100},
     "logging": {"completions_every": 1000, "trackers": []},
 }
@@ -112,13 +115,18 @@ class Run:
         up = self.until(lambda: [up for up in self.events("up") if up["role"] == role], f"{role} to be up")
         return psutil.Process(int(up[-1]["ranks"][0].split()[1]))  # "pid 12 on node a"
 
-    def ended(self, timeout_s: float = 180.0) -> tuple[int, str]:
+    def ended(self, timeout_s: float = 400.0) -> tuple[int, str]:
         """(exit code, output) of a run that is to fail."""
         try:
             code = self.process.wait(timeout_s)
         finally:
             self.process.kill()
         return code, self.output.read_text()
+
+    def said(self) -> list[str]:
+        """Troupe's own lines. That Ray was slow to start and was started again is about the machine and left out."""
+        lines = [line for line in self.output.read_text().splitlines() if line.startswith("troupe: ")]
+        return [line for line in lines if "Ray did not start within" not in line]
 
     def resume(self, *arguments: str) -> None:
         self.process = self._start("resume", str(self.folder), *arguments)
@@ -128,7 +136,7 @@ class Run:
         (folder,) = [path for path in self.where.glob("t-*") if path.is_dir()]
         return folder
 
-    def wait(self, timeout_s: float = 240.0) -> None:
+    def wait(self, timeout_s: float = 400.0) -> None:
         """Until the process ends well; its output is the message if it does not."""
         try:
             code = self.process.wait(timeout_s)
@@ -136,7 +144,7 @@ class Run:
             self.process.kill()
         assert code == 0, self.output.read_text()[-4000:]
 
-    def until(self, condition: Callable[[], Any], what: str, timeout_s: float = 180.0) -> Any:
+    def until(self, condition: Callable[[], Any], what: str, timeout_s: float = 400.0) -> Any:
         """Poll until the condition holds; the run must not end meanwhile."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:

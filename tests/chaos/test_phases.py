@@ -1,7 +1,7 @@
 """Phases that hand models over: a run that is killed in a later one goes on there, with what the earlier ones left.
 
-The run that is never interrupted is in one process (`--local`), and so is the killed one between its two kills, to save
-starting Ray twice more; the bits are the same.
+The run that is never interrupted is in one process (`--local`), and so is the killed one before its first kill and
+after its second one, to save starting Ray three times more; the bits are the same.
 """
 
 import signal
@@ -36,7 +36,7 @@ CLASSIC: dict[str, Any] = {
         "value": {"model": "${phases.rm.model}", "threads": 1, "cpus": 0.25},
         "reference": {"threads": 1, "cpus": 0.25},
         "rollout": {"engine": "hf", "threads": 1, "cpus": 0.5},
-        "reward": {"cpus": 0.1},
+        "reward": {"cpus": 0.1, "start_timeout_s": 300},
     },
     "cluster": {"num_cpus": 4, "object_store_mib": 100},
     "checkpoint": {"every": 1, "keep": 99},
@@ -94,8 +94,8 @@ def assert_learned(run: Run) -> None:
 def test_sft_reward_model_and_ppo_in_one_run_go_on_to_the_same_bits_where_each_of_the_later_two_was_killed(
     tmp_path: Path,
 ):
-    whole, run = started(tmp_path / "whole", "--local"), started(tmp_path / "killed")  # at the same time
-    for phase, how in (("rm", ["--local"]), ("ppo", [])):
+    whole, run = (started(tmp_path / name, "--local") for name in ("whole", "killed"))  # at the same time
+    for phase, how in (("rm", []), ("ppo", ["--local"])):
         kill_in(phase, run)
         run.resume(*how)
     run.wait(400)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from actors.batch import Batch
 from actors.columns import Head
 from actors.distributions import TopK
 from actors.errors import RunError
+from actors.group import RayGroup
 from actors.model import ModelSpec, load_model
 from actors.model_worker import ModelWorker
 from actors.sharding import shard
@@ -22,10 +22,12 @@ from actors.specs import BackendSpec, LoraSpec, OptimSpec
 from orchestrator.losses.objective import LossObjective
 from orchestrator.methods import build
 from orchestrator.row_table import RowTable
-from tests.contract.test_backends import Role, start_gangs
+from tests.contract.test_backends import Role
 from tests.local_executor import executor_of, steps
+from tests.trainer_ranks import Gangs
 from tests.unit.tiny import tiny_model_folder
 
+pytestmark = pytest.mark.xdist_group("gangs")
 BUDGET = 96  # several micro-batches
 VOCAB = 32
 OPTIM = OptimSpec(learning_rate=1e-2, total_steps=1000, adam_eps=1e-3)
@@ -45,10 +47,9 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
     return ModelSpec(str(folder))
 
 
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[Any]:
-    with start_gangs() as gang:
-        yield gang(2)
+@pytest.fixture
+def two_ranks(gangs: Gangs) -> RayGroup:
+    return gangs(2)
 
 
 def worker(model: ModelSpec, companion: ModelSpec | None = None, optim: OptimSpec = OPTIM) -> ModelWorker:

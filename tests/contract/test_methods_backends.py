@@ -4,7 +4,6 @@ for each trained role learn what one process learns, and adapters alone learn wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -21,11 +20,13 @@ from actors.worker import Group, Ref
 from orchestrator.methods import METHODS, build
 from orchestrator.pipeline import Pipeline
 from orchestrator.row_table import RowTable
-from tests.contract.test_backends import VERB_S, Role, start_gangs
+from tests.contract.test_backends import VERB_S, Role
 from tests.contract.test_methods_learn import TOKEN_BUDGET, made_up, said_of
 from tests.local_executor import executor_of, in_process, local_executor, model_workers, steps
+from tests.trainer_ranks import Gangs
 from tests.unit.tiny import tiny_model_folder
 
+pytestmark = pytest.mark.xdist_group("gangs")
 STEPS = 3
 # `adam_eps` is large enough not to blow up what is rounding noise.
 OPTIM = OptimSpec(learning_rate=1e-2, total_steps=4 * STEPS, adam_eps=1e-3)
@@ -65,12 +66,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
     return ModelSpec(str(tiny_model_folder(tmp_path_factory.mktemp("model"), hidden=32, vocab=32)))
 
 
-@pytest.fixture(scope="module")
-def gangs() -> Iterator[Any]:
-    with start_gangs() as gang:
-        yield gang
-
-
 def workers_of(pipeline: Pipeline, model: ModelSpec, other: ModelSpec) -> dict[str, ModelWorker]:
     """Roles that are not trained hold another model, or at the first step there is nothing to learn from their
     difference."""
@@ -86,7 +81,7 @@ def frozen(role: str, pipeline: Pipeline, model: ModelSpec) -> ModelWorker:
 
 @every_method
 def test_two_ranks_of_zero_stage_2_learn_what_one_process_learns(
-    model: ModelSpec, gangs: Any, tmp_path: Any, method: str, options: dict[str, Any]
+    model: ModelSpec, gangs: Gangs, tmp_path: Any, method: str, options: dict[str, Any]
 ) -> None:
     pipeline, other = build(method, options), ModelSpec(str(tiny_model_folder(tmp_path, hidden=32, vocab=32, seed=1)))
     workers = workers_of(pipeline, model, other)

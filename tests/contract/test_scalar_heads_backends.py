@@ -4,9 +4,7 @@ learn what one process learns, go on from their state to the bit, and save folde
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +15,12 @@ from actors.sharding import shard
 from actors.specs import BackendSpec, LoraSpec, OptimSpec
 from orchestrator.losses.objective import LossObjective
 from orchestrator.methods import build
-from tests.contract.test_backends import Role, start_gangs
+from tests.contract.test_backends import Role
+from tests.trainer_ranks import Gangs
 from tests.unit.test_scalar_heads import rows, transformers_scores
 from tests.unit.tiny import tiny_model_folder
 
+pytestmark = pytest.mark.xdist_group("gangs")
 STEPS = 3
 OPTIM = OptimSpec(learning_rate=1e-2, total_steps=10, adam_eps=1e-3)
 LORA = LoraSpec(r=4, alpha=8)
@@ -28,17 +28,11 @@ OBJECTIVE = LossObjective.of(build("reward_model", {"center_rewards_coefficient"
 
 
 @pytest.fixture(scope="module")
-def gangs() -> Iterator[Any]:
-    with start_gangs() as gang:
-        yield gang
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model_folder(tmp_path_factory.mktemp("model"), hidden=32, tied=False)
 
 
-def started(gangs: Any, folder: Path, kind: str, stage: int, adapters: LoraSpec | None) -> Role:
+def started(gangs: Gangs, folder: Path, kind: str, stage: int, adapters: LoraSpec | None) -> Role:
     role = Role(gangs(2 if kind == "deepspeed" else 1), rows())
     model = ModelSpec(str(folder), head=Head.ROW_SCALAR, lora=adapters)
     role.call("start", model, BackendSpec(kind, OPTIM, None, stage))
@@ -65,7 +59,7 @@ def scores(role: Role) -> np.ndarray:
 @pytest.mark.parametrize("adapters", [None, LORA], ids=["whole", "lora"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_ranks_of_deepspeed_learn_and_save_what_one_process_does(
-    gangs: Any, folder: Path, tmp_path: Path, stage: int, adapters: LoraSpec | None
+    gangs: Gangs, folder: Path, tmp_path: Path, stage: int, adapters: LoraSpec | None
 ) -> None:
     alone = started(gangs, folder, "single", 0, adapters)
     expected, expected_scores = learn(alone), scores(alone)

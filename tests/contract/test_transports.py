@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from orchestrator.config.loading import config_of
+from orchestrator.run import run as run_config
 from rollout.weights import TRANSPORTS
-from tests.runs import Run
+from tests.runs import ARITHMETIC, merged
 
 STEPS = 3
 WAYS: dict[str, dict[str, Any]] = {
@@ -19,19 +21,19 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(where: Path, way: str) -> Run:
+def run(where: Path, way: str) -> Path:
+    """The folder of a run in this process."""
     changes = {
+        "output": str(where),
         "train": {"steps": STEPS, "batch_size": 4},
         "roles": {"rollout": {"engine": "hf"}},
         "weights": WAYS[way],
     }
-    finished = Run(where, changes, "--local")
-    finished.wait()
-    return finished
+    return run_config(config_of(merged(ARITHMETIC, changes), [], "test"), local=True).folder
 
 
-def model(finished: Run) -> bytes:
-    return (finished.folder / "checkpoints" / f"step-{STEPS:08d}" / "model" / "model.safetensors").read_bytes()
+def model(finished: Path) -> bytes:
+    return (finished / "checkpoints" / f"step-{STEPS:08d}" / "model" / "model.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,6 @@ def test_a_run_ends_with_the_same_bits_with_every_transport_of_weights(tmp_path:
     finished = run(tmp_path, way)
     assert model(finished) == by_default
     if way == "disk":
-        weights = finished.folder / "weights"
+        weights = finished / "weights"
         kept = [str(file.relative_to(weights)) for file in weights.rglob("*") if file.is_file()]
         assert kept == [f"rollout/own/version-{STEPS}.safetensors"]

@@ -18,6 +18,7 @@ import ray
 from actors.errors import DataFailure, InfraFailure
 from actors.group import RayGroup, RayObjects, RayWorker, start_ranks, start_worker
 from actors.worker import Ref, WorkerInfo
+from tests.own_ray import own_ray
 
 READY_S = 60.0
 CALL_S = 60.0
@@ -106,9 +107,8 @@ class Loop:
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=8, include_dashboard=False, object_store_memory=100 * 2**20)
-    yield
-    ray.shutdown()
+    with own_ray(8):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -34,10 +34,10 @@ class Asked:
 hook = worker_setup()
 ray.init(address="local", num_cpus=1, include_dashboard=False, object_store_memory=100_000_000, log_to_driver=False,
          runtime_env={{"worker_process_setup_hook": hook}})
-print(*ray.get(where.remote(), timeout=60))
+print(*ray.get(where.remote(), timeout=200))
 # An actor with an environment of its own inherits the hook.
 actor = ray.remote(Asked).options(num_cpus=0, runtime_env={{"env_vars": {{"A": "1"}}}}).remote()
-print(ray.get(actor.where.remote(), timeout=60))
+print(ray.get(actor.where.remote(), timeout=200))
 """
 
 
@@ -58,7 +58,7 @@ def test_workers_import_our_packages_although_the_drivers_folder_holds_others(fo
         env={**os.environ, "PYTHONPATH": str(foreign_folder), "RAY_ADDRESS": ""},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     places = {Path(place).parent.parent for place in done.stdout.split()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import warnings
 from collections.abc import Awaitable, Callable, Iterator
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from actors.group import RayObjects, RayWorker, start_ranks, start_worker
 from orchestrator.batch_stages import PhaseSettings
 from orchestrator.cluster.failures import Ledger, Watchdog
 from orchestrator.cluster.pool import Pool, PoolPolicy
+from orchestrator.cluster.ray_connection import end_half_started, started
 from orchestrator.collection.cursor import Cursor
 from orchestrator.collection.group_collector import GroupCollector
 from orchestrator.collection.staleness import Contract
@@ -32,7 +34,8 @@ READY_S = 60.0
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
     """A head that stays, and two nodes with room for one sampler each."""
-    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 80 * 2**20})
+    head = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+    found = started(lambda: Cluster(initialize_head=True, head_node_args=head), end_half_started, warnings.warn)
     ray.init(address=found.address, log_to_driver=False, logging_level="ERROR")
     yield found
     ray.shutdown()
@@ -70,7 +73,7 @@ async def test_samples_that_are_lost_with_their_node_are_sampled_again_elsewhere
         [info] = engines.infos.values()
         await asyncio.to_thread(cluster.remove_node, by_id.pop(info.node))
 
-    pool = PoolPolicy(slots=4, max_attempts=3, call_timeout_s=30, start_timeout_s=READY_S, max_restarts=3)
+    pool = PoolPolicy(slots=4, max_attempts=3, call_timeout_s=120, start_timeout_s=READY_S, max_restarts=3)
     engines = Pool(
         "rollout", 1, pool, start=start, stop=stop, event=lambda kind, _: events.append(kind), watchdog=Watchdog()
     )

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 
 from actors.batch import Batch
 from actors.errors import DataFailure, InfraFailure
@@ -20,6 +19,7 @@ from orchestrator.cluster.failures import Watchdog
 from orchestrator.cluster.pool import Pool, PoolPolicy
 from rewards.loading import RewardSpec
 from rewards.worker import RewardWorker, ScoreResult
+from tests.own_ray import own_ray
 from tests.unit.tiny import tiny_tokenizer
 
 READY_S = 120.0
@@ -38,8 +38,9 @@ def hangs_in(marker, completions, **kwargs):
     while True:
         time.sleep(1)
 
-async def slowly(completions):
-    await asyncio.sleep(0.3)
+async def slowly(completions, closed):
+    while os.path.exists(closed):
+        await asyncio.sleep(0.01)
     return [float(len(text)) for text in completions]
 
 def trl_style(prompts, completions, completion_ids, trainer_state, log_extra, log_metric, answer, **kwargs):
@@ -56,10 +57,9 @@ def breaks(completions):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def own_ray() -> Iterator[None]:
-    ray.init(address="local", num_cpus=8, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
-    yield
-    ray.shutdown()
+def cluster() -> Iterator[None]:
+    with own_ray(8, log_to_driver=False):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +92,17 @@ async def score(worker: RayWorker, *texts: str, timeout_s: float = READY_S, **co
 
 
 @pytest.fixture(scope="module")
-def worker(folder: Path) -> RayWorker:
+def closed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file: while it is there, calls of one reward of `worker` wait."""
+    return tmp_path_factory.mktemp("gate") / "closed"
+
+
+@pytest.fixture(scope="module")
+def worker(folder: Path, closed: Path) -> RayWorker:
     """One worker with four rewards: from a file (sync, async), and of ours."""
     specs = [
         RewardSpec(f"{folder}/rewards.py:trl_style", weight=2.0),
-        RewardSpec(f"{folder}/rewards.py:slowly", weight=0.1),
+        RewardSpec(f"{folder}/rewards.py:slowly", weight=0.1, options={"closed": str(closed)}),
     ]
     worker = started(
         folder, *(spec.located() for spec in specs), RewardSpec("completion_length", options={"per_token": -1})
@@ -113,14 +119,16 @@ async def test_functions_of_a_file_score_in_a_process_that_never_saw_its_folder(
     assert result.metrics == {"step": 3.0}
 
 
-async def test_prompts_are_scored_at_the_same_time_and_ping_answers_meanwhile(worker: RayWorker) -> None:
-    began = time.monotonic()
+async def test_prompts_are_scored_at_the_same_time_and_ping_answers_meanwhile(worker: RayWorker, closed: Path) -> None:
+    closed.touch()
     calls = [asyncio.ensure_future(score(worker, "a", answer="a")) for _ in range(8)]
-    await asyncio.sleep(0.1)
-    health = await worker.call("ping", timeout_s=5)
-    assert health["running"] >= 1
-    await asyncio.gather(*calls)
-    assert time.monotonic() - began < 8 * 0.3
+    async with asyncio.timeout(READY_S):
+        while (await worker.call("ping", timeout_s=READY_S))["running"] < 8:
+            await asyncio.sleep(0.02)
+    assert not any(call.done() for call in calls)
+    closed.unlink()
+    totals = [float(result.total[0]) for result in await asyncio.gather(*calls)]
+    assert totals == pytest.approx([2.0 + 0.1 - 1.0] * 8)
 
 
 async def test_an_error_of_a_function_arrives_with_its_name_whatever_its_class(folder: Path) -> None:
@@ -148,7 +156,7 @@ async def test_a_reward_that_hangs_is_killed_at_its_deadline_and_a_replacement_s
     policy = PoolPolicy(
         slots=2,
         max_attempts=2,
-        call_timeout_s=1.0,
+        call_timeout_s=READY_S,
         start_timeout_s=READY_S,
         max_restarts=3,
         kill_on_timeout=True,
@@ -158,13 +166,17 @@ async def test_a_reward_that_hangs_is_killed_at_its_deadline_and_a_replacement_s
     )
     await pool.open()
     try:
-        result, _ = await pool.call(
-            "prompt 0", lambda worker: worker.call("score", samples("a"), "q", {}, timeout_s=1.0)
-        )
+
+        def scored(worker: Any) -> Any:
+            """With a deadline that only the worker misses that hangs."""
+            deadline_s = 2.0 if worker is started_workers[0] else READY_S
+            return worker.call("score", samples("a"), "q", {}, timeout_s=deadline_s)
+
+        result, _ = await pool.call("prompt 0", scored)
         assert result.total.tolist() == [1.0]
         assert [kind for kind, _ in events if kind in ("retry", "evicted")] == ["evicted", "retry"]
         assert len(started_workers) == 2
         with pytest.raises(InfraFailure):
-            await started_workers[0].call("ping", timeout_s=5)
+            await started_workers[0].call("ping", timeout_s=READY_S)
     finally:
         await pool.close()

@@ -18,6 +18,7 @@ from actors.worker import LocalWorker
 from orchestrator.config.schema import RewardConfig
 from rewards.specs import check_reward, with_deadlines
 from rewards.worker import RewardWorker, ScoreResult
+from tests.own_ray import own_ray
 from tests.ray.test_reward_actor import samples
 from tests.unit.tiny import tiny_tokenizer
 
@@ -87,11 +88,10 @@ class OtherJob:
 
 @pytest.fixture(scope="module")
 def other_job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OtherJob]:
-    ray.init(address="local", num_cpus=4, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
-    job = OtherJob(tmp_path_factory.mktemp("other") / "judges.py", ray.get_runtime_context().gcs_address)
-    yield job
-    job.end()
-    ray.shutdown()
+    with own_ray(4, log_to_driver=False):
+        job = OtherJob(tmp_path_factory.mktemp("other") / "judges.py", ray.get_runtime_context().gcs_address)
+        yield job
+        job.end()
 
 
 @pytest.fixture(scope="module")
@@ -109,13 +109,13 @@ def arguments(tokenizer: str, **keys: Any) -> dict[str, Any]:
 
 
 async def score(worker: Any, *texts: str, **columns: Any) -> ScoreResult:
-    return (await worker.call("score", samples(*texts), "q", columns, timeout_s=60))[0]
+    return (await worker.call("score", samples(*texts), "q", columns, timeout_s=READY_S))[0]
 
 
 async def scored(tokenizer: str, **keys: Any) -> ScoreResult:
     """By a worker in this process, which is a job of its own."""
     worker = LocalWorker("reward/0", RewardWorker(**arguments(tokenizer, **keys)))
-    await worker.call("ready", timeout_s=10)
+    await worker.call("ready", timeout_s=READY_S)
     return await score(worker, "abc", "xy", answer=np.array(["1", "23"])[0], other=Path("/tmp"))
 
 
@@ -176,7 +176,7 @@ async def test_an_actor_that_is_slow_absent_or_dead_is_an_infra_failure_and_one_
         await scored(tokenizer, actor="ray://judges/history")
     assert (await scored(tokenizer, method="recovers", retries=1)).total.tolist() == [2.0, 2.0]
     worker = LocalWorker("reward/0", RewardWorker(**arguments(tokenizer, method="dies")))
-    await worker.call("ready", timeout_s=10)
+    await worker.call("ready", timeout_s=READY_S)
     with pytest.raises(InfraFailure, match=r"reward judge: math: \w*Actor\w*Error"):
         await score(worker, "a", answer="1")
     with pytest.raises(InfraFailure, match="reward judge: "):

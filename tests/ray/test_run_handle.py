@@ -31,7 +31,7 @@ sampling: {{max_tokens: 5}}
 roles:
   policy: {{cpus: 0.5}}
   rollout: {{engine: "reinforce.py:Digits", cpus: 0.1, engine_options: {{vocab: 20}}}}
-  reward: {{cpus: 0.1}}
+  reward: {{cpus: 0.1, start_timeout_s: 300}}
 weights: {{timeout_s: 30}}
 cluster: {{num_cpus: 6, object_store_mib: 100, watchdog_s: 1}}
 logging: {{completions_every: 100000, trackers: []}}
@@ -53,7 +53,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[troupe.RunHandle]:
 
 
 def until(condition: Callable[[], Any], what: str, run: troupe.RunHandle) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not condition():
         assert run.running, f"the run ended before {what}: {run.status().state}"
         assert time.monotonic() < deadline, f"no {what}: {run.status()}"
@@ -67,7 +67,7 @@ def serves(run: troupe.RunHandle, count: int) -> None:
 
 def goes_on(run: troupe.RunHandle, steps: int) -> None:
     reached = run.status().step
-    assert any(line["step"] >= reached + steps for line in run.metrics(timeout_s=120)), f"it ended before {steps} steps"
+    assert any(line["step"] >= reached + steps for line in run.metrics(timeout_s=300)), f"it ended before {steps} steps"
 
 
 def events(run: troupe.RunHandle, kind: str) -> list[dict[str, Any]]:
@@ -113,7 +113,7 @@ def test_a_run_that_is_scaled_to_nothing_waits_says_so_once_and_goes_on_each_tim
     run.scale("rollout", 0)
     serves(run, 0)
     printed, stands = len(console.read_text()), run.status().step
-    time.sleep(12)  # twice as long as the console needs to complain of a wait
+    time.sleep(8)  # longer than the console needs to complain of a wait: it looks every 5 s for one of 1 s
     assert run.status().step <= stands + 1 and run.status().state == "running"
     assert "waiting" not in console.read_text()[printed:]
     assert console.read_text().count("paused=whatever needs a rollout worker") == 1

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -29,6 +28,7 @@ from rollout.weights import CollectiveSend, DiskWrite, ManifestOf, OpenCollectiv
 from rollout.weights.protocol import Ack, Manifest, Rendezvous, SendReport, SyncOrder
 from rollout.worker import RolloutWorker
 from tests.large_trainer import HalfWay, Large
+from tests.own_ray import own_ray
 from tests.shaken_worker import Shaken
 from tests.unit.tiny import tiny_model_folder
 
@@ -114,9 +114,8 @@ class Cast:
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=16, include_dashboard=False, object_store_memory=200 * 2**20)
-    yield
-    ray.shutdown()
+    with own_ray(16, 200):
+        yield
 
 
 @pytest.fixture(scope="module")

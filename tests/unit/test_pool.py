@@ -123,7 +123,7 @@ def double(number: int):
 async def test_every_call_is_answered_exactly_once_while_workers_die_all_the_time():
     """A worker dies with every tenth answer: deaths by the clock would be more the slower the machine is, and exceed
     the pool's limit of restarts on a busy one."""
-    pool, events = make_pool(3, replace(POLICY, max_attempts=20))  # enough for whoever is unlucky
+    pool, events = make_pool(3, replace(POLICY, max_attempts=31))  # one more than there are deaths
     await pool.open()
     done: Counter[int] = Counter()
     killed: list[int] = []
