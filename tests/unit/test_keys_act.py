@@ -297,7 +297,7 @@ SHOWN_BY: dict[str, str] = {  # what happens while a run goes on, or needs other
     "logging.trackers": "tests/unit/test_trackers.py",
     "logging.project": "tests/contract/test_tracker_libraries.py",
     "logging.completions_every": "tests/runs.py",
-    "cluster.address": "tests/unit/test_cluster.py",
+    "cluster.address": "tests/unit/test_ray_address.py",
     "cluster.num_cpus": "tests/ray/test_placement.py",
     "cluster.object_store_mib": "tests/ray/test_precompute.py",
     "cluster.dashboard": "tests/ray/test_private_head.py",
