@@ -370,6 +370,7 @@ async def test_of_data_that_is_only_written_a_dropped_prompt_leaves_a_gap_and_no
     """One prompt gives no pair, and one cannot be sampled; the batch is of the three that were asked all the same."""
     rewards = {**{index: [0.0, 0.0, 1.0] for index in range(10)}, 1: [0.5, 0.5, 0.5]}
     stages = Stages(rewards=rewards, failing={2: DataFailure("cannot be used")})
+    stages.steady = frozenset({"rollout"})  # nothing is trained, so its weights stay
     written = Pipeline(Prompts, *PAIRED, write(scored_pairs))
     feed = collector(stages, pipeline=written)
     collected = await feed.next(0)
