@@ -18,7 +18,8 @@ import numpy as np
 from actors.batch import Array
 from actors.columns import COLUMNS, Axis, Head
 from actors.distributions import TopK
-from actors.worker import Group, Objects, Ref
+from actors.worker import Group, Objects, Ref, Worker
+from orchestrator.cluster.pool import Pool
 from orchestrator.losses.objective import LossObjective
 from orchestrator.pipeline import DRIVER, Pipeline, Stage, Verb, credit, infer
 from orchestrator.planning.episode_settings import EpisodeSettings
@@ -66,7 +67,7 @@ NOTHING = Written()
 
 
 class BatchStages:
-    """Batch-wise stages on the groups of ranks, by role.
+    """Batch-wise stages on the groups of ranks, by role, and on the engines of a role that says its likeliest tokens.
 
     `stand_ins` says which group serves a role that has none of its own: with adapters, the policy without them *is* the
     reference."""
@@ -78,8 +79,9 @@ class BatchStages:
         *,
         call_timeout_s: Mapping[str, float],
         stand_ins: Mapping[str, str],
+        engines: Mapping[str, Pool] | None = None,
     ) -> None:
-        self._groups, self._objects = groups, objects
+        self._groups, self._objects, self._engines = groups, objects, engines or {}
         self._call_timeout_s, self._stand_ins = call_timeout_s, stand_ins
         self._phase: PhaseSettings | None = None
         self._verbs: dict[Verb, Callable[[Stage, RowTable, int], Awaitable[tuple[Written, dict[str, float]]]]] = {
@@ -160,6 +162,8 @@ class BatchStages:
         into, head = stage.options["into"], stage.options["head"]
         temperature = stage.options.get("temperature") or self.phase.temperature
         top_k = TopK(stage.top_k, temperature, self.phase.vocabulary) if stage.top_k is not None else None
+        if stage.role in self._engines:
+            return await self._infer_by_engine(stage, table), {}
         role, group = self._group_of(stage)
         adapters = role == stage.role and bool(stage.options["adapters"])
         read = table.only({"tokens", "mask", "group", "learned", *stage.reads})
@@ -176,6 +180,31 @@ class BatchStages:
         shares = [replace(share, rows=rows[share.rows]) for share in shares]
         written = await self._computed(stage.writes, shares, found, per_row=head.per_row)
         return replace(written, beside=bool(stage.options.get("beside"))), {}
+
+    async def _infer_by_engine(self, stage: Stage, table: RowTable) -> Written:
+        """The likeliest tokens, from a pool of engines: a prompt group is one call."""
+        pool = self._engines[stage.role]
+        rows = np.arange(len(table)) if stage.only is None else np.flatnonzero(table[stage.only[0]] == stage.only[1])
+        if not len(rows):
+            return NOTHING
+        read, group = table.only({"tokens", "mask", *stage.reads}), table["group"]
+        parts = [rows[group[rows] == each] for each in dict.fromkeys(group[rows].tolist())]
+
+        async def said(members: Array) -> Ref:
+            name = f"{stage.name} {int(group[members[0]])}"
+            share = read.select(members).whole()
+
+            async def work(worker: Worker) -> Ref:
+                asked = name, share.shard, stage.options["into"], stage.top_k, self.phase.vocabulary
+                deadline = pool.policy.call_timeout_s
+                _, block = await worker.call_split("top_k", *asked, *share.blocks, timeout_s=deadline, task_name=name)
+                return block
+
+            return await pool.call(name, work)
+
+        blocks = await asyncio.gather(*map(said, parts))
+        found = tuple(zip(parts, blocks, strict=True))
+        return Written(names=stage.writes, parts=found, beside=bool(stage.options.get("beside")))
 
     async def _credit(self, stage: Stage, table: RowTable, step: int) -> tuple[Written, dict[str, float]]:
         assert stage.call is not None

@@ -56,7 +56,9 @@ class Executor:
     ) -> None:
         self.groups, self.objects = groups, objects
         self.publishers, self._start = publishers, start
-        self.batch_stages = BatchStages(groups, objects, call_timeout_s=call_timeout_s, stand_ins=stand_ins)
+        self.batch_stages = BatchStages(
+            groups, objects, call_timeout_s=call_timeout_s, stand_ins=stand_ins, engines=engines
+        )
         asked = dict.fromkeys((role, reward.steps) for reward in model_rewards for role in reward.roles)
         scores = self.batch_stages.scores
         scorers_of = {(role, steps): ModelScorer(partial(scores, role, steps=steps)) for role, steps in asked}

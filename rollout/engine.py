@@ -34,6 +34,9 @@ class Ability(StrEnum):
     ADMITTED = "admitted"  # it says of each token which ones a truncated distribution left (`replay_truncation`)
     FLOAT32_HEAD = "float32_head"  # it computes logits in float32 (`EngineSpec.lm_head_fp32`)
     ROUTES = "routes"  # it says which experts each token was sent to (`replay_routing`)
+    PROMPT_TOP_K = (
+        "prompt_top_k"  # it says of each token of a prompt which ones were likeliest (`Request.prompt_top_k`)
+    )
     MIXES = "mixes"  # it holds a second model, and samples from the geometric mixture of both
 
 
@@ -57,7 +60,7 @@ class EngineSpec:
     trust_remote_code: bool = False
     mixes: str | None = None  # a second model, in the logits of requests with a `mixture`; None: there is none
     lm_head_fp32: bool = False  # compute logits in float32, whatever the dtype
-    max_admitted: int = 0  # the largest `top_k` of requests with `replay_truncation`
+    max_admitted: int = 0  # the largest `top_k` of requests with `replay_truncation`, or `prompt_top_k`
     options: dict[str, Any] = field(default_factory=dict)  # passed to the engine itself, e.g. vLLM's EngineArgs
 
 

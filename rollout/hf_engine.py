@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from torch import Tensor
 from actors.errors import ConfigError, DataFailure
 from actors.routing import Routers
 from rollout.engine import Ability, EngineSpec, Finished
-from rollout.sampling import Completion, Finish, Request, Sampling, sample_seed
+from rollout.sampling import Completion, Finish, PromptTopK, Request, Sampling, sample_seed
 from rollout.stopping import StopRule, end_token_ids, token_budget
 from rollout.transformers_model import copy_weights, read_model
 
@@ -78,7 +78,7 @@ class HfEngine:
     """`options` are keyword arguments of `from_pretrained`. A request of more than `max_concurrency` samples is decoded
     in parts of that many."""
 
-    abilities = frozenset({Ability.ADMITTED, Ability.FLOAT32_HEAD, Ability.MIXES, Ability.ROUTES})
+    abilities = frozenset({Ability.ADMITTED, Ability.FLOAT32_HEAD, Ability.MIXES, Ability.PROMPT_TOP_K, Ability.ROUTES})
 
     def __init__(self, spec: EngineSpec) -> None:
         if spec.tensor_parallel != 1:
@@ -195,13 +195,22 @@ class HfEngine:
         for row, mine in zip(part.rows, routes, strict=True):
             row.routes = [mine] if afresh else [*row.routes, mine]
 
+    def _of_prompt(self, request: Request) -> PromptTopK:
+        """In a pass of its own over the whole prompt, which sampling does not ask for."""
+        logits = self._models[OWN](input_ids=torch.tensor([request.prompt], device=self.device)).logits[0, :-1]
+        logps = logits.float().log_softmax(-1)
+        found = logps.topk(request.prompt_top_k)
+        own = logps.gather(1, torch.tensor(request.prompt[1:], device=self.device)[:, None])[:, 0]
+        return PromptTopK(found.indices.int().cpu().numpy(), found.values.cpu().numpy(), own.cpu().numpy())
+
     def _retire(self, part: _Part) -> list[Finished]:
         """Removes the rows that ended, and the part if none remains."""
         going = [place for place, row in enumerate(part.rows) if row.finish is None]
         if len(going) == len(part.rows):
             return []
         completions = self._done[part.request.id]
-        completions += [row.completion() for row in part.rows if row.finish is not None]
+        said = self._of_prompt(part.request) if part.request.prompt_top_k else None
+        completions += [replace(row.completion(), prompt=said) for row in part.rows if row.finish is not None]
         if going:
             part.rows = [part.rows[place] for place in going]
             for cache in (cache for cache in part.caches if cache is not None):

@@ -49,11 +49,22 @@ class Request:
     seed: int
     group: int = 0  # written into the `group` column
     mixture: float = 0.0  # share of the engine's second model in the logits that every token is drawn from
+    prompt_top_k: int = 0  # say of each token of the prompt which ones were this many likeliest there; 0: say nothing
 
 
 class Finish(StrEnum):
     STOP = "stop"  # an end-of-sequence token, a stop token or a stop string
     LENGTH = "length"  # max_tokens
+
+
+@dataclass(frozen=True)
+class PromptTopK:
+    """Of the P - 1 tokens of a prompt that have others before them: the k likeliest tokens in their places, in
+    descending order, their log-probabilities, and the token's own. At temperature 1, over the model's vocabulary."""
+
+    ids: np.ndarray  # int32 [P-1, k]
+    logps: np.ndarray  # float32 [P-1, k]
+    own: np.ndarray  # float32 [P-1]
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,7 @@ class Completion:
     routes: np.ndarray | None = (
         None  # int16 [P + C, layers x k], if asked for: experts of prompt and completion; -1: not known
     )
+    prompt: PromptTopK | None = None  # if asked for
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from actors.errors import ConfigError, DataFailure, InfraFailure
 from actors.pretrained import check_folder
 from rollout.engine import CPU_KV_CACHE_GIB, Ability, EngineSpec, Finished
-from rollout.sampling import Completion, Finish, Request, sample_seed
+from rollout.sampling import Completion, Finish, PromptTopK, Request, sample_seed
 from rollout.stopping import end_token_ids, token_budget
 from rollout.vllm_mixture import MIXTURE, SecondModel
 
@@ -54,7 +54,7 @@ class VllmEngine:
     """`options` are `EngineArgs` of vLLM and win over what is derived from the specification. A second model
     (`EngineSpec.mixes`) is one of transformers in this process, outside vLLM's key-value cache and memory budget."""
 
-    abilities = frozenset({Ability.ADMITTED, Ability.FLOAT32_HEAD, Ability.MIXES})
+    abilities = frozenset({Ability.ADMITTED, Ability.FLOAT32_HEAD, Ability.MIXES, Ability.PROMPT_TOP_K})
 
     def __init__(self, spec: EngineSpec) -> None:
         check_folder(spec.model)
@@ -113,6 +113,8 @@ class VllmEngine:
             running = self._running[request_id]
             asked = running.request.sampling
             completion = _completion(int(index), output.outputs[0], asked.top_k if asked.records_admitted else 0)
+            if running.request.prompt_top_k:
+                completion = replace(completion, prompt=_of_prompt(output, running.request.prompt_top_k))
             running.completions.append(completion)
             if len(running.completions) == running.request.n:
                 del self._running[request_id]
@@ -163,6 +165,7 @@ class VllmEngine:
             include_stop_str_in_output=True,
             detokenize=bool(sampling.stop),
             logprobs=sampling.top_k if sampling.records_admitted else 0,  # beside the sampled token
+            prompt_logprobs=request.prompt_top_k or None,
             flat_logprobs=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
             extra_args={MIXTURE: request.mixture} if request.mixture else None,
@@ -306,6 +309,15 @@ def _completion(index: int, output: CompletionOutput, top_k: int) -> Completion:
         admitted=_admitted(ids, logps) if top_k else None,
         finish=Finish(output.finish_reason),  # vLLM also uses `stop` and `length`; any other reason is an error
     )
+
+
+def _of_prompt(output: RequestOutput, top_k: int) -> PromptTopK:
+    """vLLM reports at each position the prompt's own token, then the likeliest; nothing at the first one. It takes no
+    prefix from its cache for such a request, and computes the logits of all of a step's tokens at once."""
+    flat: Any = output.prompt_logprobs
+    logps = np.asarray(flat.logprobs, dtype=np.float32).reshape(-1, 1 + top_k)
+    ids = np.asarray(flat.token_ids, dtype=np.int32).reshape(-1, 1 + top_k)
+    return PromptTopK(ids[:, 1:], logps[:, 1:], logps[:, 0])
 
 
 def _admitted(ids: np.ndarray, logps: np.ndarray) -> np.ndarray:

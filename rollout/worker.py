@@ -33,12 +33,14 @@ from torch import Tensor
 import actors
 from actors.batch import Batch
 from actors.errors import InfraFailure, TroupeError
+from actors.sharding import Shard
 from actors.worker import Worker, WorkerInfo, consume_exception
 from rollout.conversation import Conversation, ConversationSpec
 from rollout.engine import Engine, EngineSpec, build_engine
 from rollout.engine_loop import EngineLoop
 from rollout.episode import Dialogue, EnvironmentLost, EpisodeRequest, Lost, Transcript
 from rollout.sampling import Completion, Finish, GroupMeta, Request, to_batch
+from rollout.teaching import columns_of, requests_of
 from rollout.tool_calls import parser_of
 from rollout.weights.protocol import Ack, Part, Receiver, SyncOrder
 
@@ -94,6 +96,16 @@ class RolloutWorker:
         began = time.monotonic()
         completions = await self._completions(request)
         return self._meta(request, completions, time.monotonic() - began), to_batch(request, completions)
+
+    async def top_k(
+        self, name: str, shard: Shard, into: tuple[str, ...], k: int, vocabulary: int | None, *blocks: Batch
+    ) -> tuple[None, Batch]:
+        """What the engine's model finds likeliest in the place of each token of a shard's rows, as columns: see
+        `rollout/teaching.py`. Raises as `generate` does, and RunError for entries beyond the `vocabulary`."""
+        batch = shard.fetched(blocks).batch
+        asked = requests_of(name, batch, k)
+        found = await asyncio.gather(*(self._completions(request) for request in asked))
+        return None, columns_of(batch, [completion for (completion,) in found], into, vocabulary)
 
     async def episode(
         self, request: EpisodeRequest, environment: Worker

@@ -217,7 +217,7 @@ class _Starting:
             trust_remote_code=config.model.trust_remote_code,
             mixes=None if settings.mixes is None else model_of(prepared, settings.mixes),
             lm_head_fp32=config.model.lm_head_fp32,
-            max_admitted=max(_admitted(phase) for phase in prepared.phases),
+            max_admitted=max(max(_admitted(each), prepared.asked_of_engines(each)) for each in prepared.phases),
             options=settings.engine_options,
         )
         episodes = any(phase.episode is not None for phase in prepared.phases)

@@ -96,8 +96,11 @@ def _of_kinds(config: RunConfig, pipelines: Mapping[str, Pipeline]) -> Iterator[
         Verb.MIX: (FrozenRole, "moves its weights", "frozen"),
     }
     for name, pipeline in pipelines.items():
+        says_top_k = {stage.role for stage in pipeline if stage.top_k is not None and not stage.other_prompts}
         for role, verb in dict.fromkeys((stage.role, stage.verb) for stage in pipeline if stage.verb in wanted):
             kind, does, kinds = wanted[verb]
+            if verb is Verb.INFER and role in says_top_k and isinstance(config.roles.get(role), EngineRole):
+                continue  # an engine can say the likeliest tokens of rows, and nothing else
             if role in config.roles and not isinstance(config.roles[role], kind):
                 yield (
                     f"roles.{role}.kind={config.roles[role].kind}: phase {name} ({config.phases[name].method}) {does}, "
@@ -233,6 +236,8 @@ def _samples_get_stale(config: RunConfig, pipeline: Pipeline) -> bool:
 def _of_teacher(where: str, config: RunConfig, phase: PhaseConfig, role: str) -> Iterator[str]:
     """A model to learn from is another model."""
     said, settings = f"{where}: {phase.method} learns from the distributions of {role}", config.roles.get(role)
+    if isinstance(settings, EngineRole):
+        role, settings = settings.follows, config.roles.get(settings.follows)
     if not isinstance(settings, RanksRole):
         yield f"{said}; describe it as roles.{role} with kind frozen and its model"
     elif settings.model is None:

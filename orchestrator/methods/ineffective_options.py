@@ -24,7 +24,7 @@ HINTS = 6  # values that a refusal names
 def refuse_ineffective(method: Callable[..., Pipeline], options: Options, pipeline: Pipeline, make: Make) -> None:
     """Raises ConfigError for an option that is set to something else than its default, and acts in no way."""
     parameters, hints = inspect.signature(method).parameters, types_of(method)
-    changed = [name for name, value in options.items() if value != parameters[name].default]
+    changed = [name for name, value in options.items() if content(value) != content(parameters[name].default)]
     whole = content(pipeline) if changed else None
     for name in changed:
         if not _acts(name, hints[name], options, whole, make):

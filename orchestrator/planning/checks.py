@@ -63,6 +63,10 @@ def check_vocabularies(prepared: Prepared) -> None:
     teaching = {role for phase in prepared.phases for role in phase.pipeline.teachers} | _mixed_in(prepared)
     for phase in prepared.phases:
         for stage in phase.pipeline:
+            engine = prepared.config.roles.get(stage.role)
+            if stage.top_k is not None and isinstance(engine, EngineRole):
+                teaching.add(engine.follows)
+                _check_teaching_engine(phase, stage, engine)
             if stage.top_k is not None and stage.top_k > prepared.vocabulary:
                 raise ConfigError(
                     f"phase {phase.name}: {stage.role} is asked for its {stage.top_k} most likely tokens, and the "
@@ -90,6 +94,22 @@ def check_vocabularies(prepared: Prepared) -> None:
                     f"{key}={model} predicts {rows} tokens, and the tokenizer has ids up to {max(known.values())}; the "
                     "two distributions cannot be compared"
                 )
+
+
+def _check_teaching_engine(phase: PreparedPhase, stage: Stage, engine: EngineRole) -> None:
+    where = f"roles.{stage.role}.engine"
+    if Ability.PROMPT_TOP_K not in abilities_of(importable(engine.engine, where)):
+        raise ConfigError(
+            f"{where}={engine.engine} does not say which tokens are likeliest in the places of given ones; use "
+            f"{_engines_with(Ability.PROMPT_TOP_K)}, or a teacher in ranks (kind frozen)"
+        )
+    temperature = stage.options["temperature"] or phase.temperature
+    if temperature != 1:
+        raise ConfigError(
+            f"phase {phase.name} compares distributions at temperature {temperature:g}, and the engine of {stage.role} "
+            "says log-probabilities at 1, of k tokens, from which those at another cannot be made; set the temperature "
+            "to 1, or use a teacher in ranks (kind frozen)"
+        )
 
 
 def _mixed_in(prepared: Prepared) -> set[str]:

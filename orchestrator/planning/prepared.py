@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from actors.columns import Head
 from actors.specs import LoraSpec
+from orchestrator.config.roles import EngineRole
 from orchestrator.config.schema import PhaseConfig, RunConfig
 from orchestrator.data.awaited import AwaitedSource
 from orchestrator.data.source import RowSource, Source
@@ -169,6 +170,11 @@ class Prepared:
         """Entries of a model's vocabulary that stand for tokens: it may be padded beyond them."""
         return max(self.tokenizer.get_vocab().values()) + 1
 
+    def asked_of_engines(self, phase: PreparedPhase) -> int:
+        """How many likeliest tokens the phase asks engines for in the place of each token of a row."""
+        stages = (stage for stage in phase.pipeline if isinstance(self.config.roles.get(stage.role), EngineRole))
+        return max((stage.top_k or 0 for stage in stages), default=0)
+
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt and completion that a rollout worker may see."""
@@ -178,6 +184,8 @@ class Prepared:
             for source in (phase.source if phase.pipeline.generates else None, phase.evaluation):
                 if source is not None:
                     longest.append(phase.prompt_tokens(source) + limit)
+            if self.asked_of_engines(phase):
+                longest.append(max(longest[-1], phase.source.longest.row) + 1)  # an engine always samples a token more
         return max(longest)
 
 

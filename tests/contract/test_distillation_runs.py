@@ -39,6 +39,7 @@ def ran(
         "model": {"path": str(tiny_model_folder(tmp_path, hidden=32))},
         "roles": {
             "teacher": {"model": str(tiny_model_folder(tmp_path, hidden=32, seed=1))},
+            "coach": {"kind": "engine", "engine": "hf", "follows": "teacher"},
             "tutor": {"kind": "frozen", "model": str(tiny_model_folder(tmp_path, hidden=32, seed=2))},
             "rollout": {"engine": "hf"},
             "teacher_rollout": {"engine": "hf"},
@@ -73,6 +74,17 @@ def test_a_student_learns_from_a_teacher_s_most_likely_tokens_on_its_own_samples
     steps, (before, after) = ran(tmp_path, {"beta": 0.0, "teacher_top_k": 8})
     assert len(steps) == STEPS and all(step["grad_norm"] > 0 for step in steps)
     assert after < 0.9 * before
+
+
+def test_an_engine_teaches_what_the_same_model_in_ranks_teaches(tmp_path: Path) -> None:
+    """Kind decides: a role of kind engine says its likeliest tokens of rows that the student's own engine sampled."""
+    options = {"teacher_top_k": 8, "beta": 0.0}
+    (by_ranks, _), (by_engine, held_out) = (
+        ran(tmp_path, {**options, "teachers": [role]}) for role in ("teacher", "coach")
+    )
+    for one, other in zip(by_ranks, by_engine, strict=True):
+        assert other["divergence"] == pytest.approx(one["divergence"], rel=1e-3)
+    assert held_out[1] < 0.9 * held_out[0]
 
 
 TWO = {"teachers": ["teacher", "tutor"], "teacher_top_k": 8}

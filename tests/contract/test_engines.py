@@ -218,6 +218,32 @@ def kept_one_after_the_other(probs: torch.Tensor) -> set[int]:
     return set(kept[: 1 + int((left < 0.5).sum())])
 
 
+@on("vllm-cut", "hf-tied")
+def test_of_each_token_of_a_prompt_an_engine_says_which_ones_were_likeliest_there(subject: Subject) -> None:
+    """Also of a prompt whose keys and values are in a prefix cache, beside requests that ask nothing, and of new
+    weights."""
+
+    def check(name: str) -> torch.Tensor:
+        asked = [Request(f"{name}/{k}", LONG_PROMPT, 1, Sampling(1), seed=1, prompt_top_k=k) for k in (5, 2, 0)]
+        found = {key: samples[0].prompt for key, samples in subject.run(*asked).items()}
+        assert found[f"{name}/0"] is None
+        with torch.no_grad():
+            logps = subject.reference(torch.tensor([LONG_PROMPT])).logits[0, :-1].float().log_softmax(-1)
+        for k in (5, 2):
+            said = found[f"{name}/{k}"]
+            assert said is not None and said.ids.shape == said.logps.shape == (len(LONG_PROMPT) - 1, k)
+            np.testing.assert_allclose(said.logps, logps.topk(k).values, atol=1e-4)
+            np.testing.assert_allclose(said.logps, logps.gather(1, torch.tensor(said.ids).long()), atol=1e-4)
+            np.testing.assert_allclose(said.own, logps[range(len(logps)), LONG_PROMPT[1:]], atol=1e-4)
+        return logps
+
+    subject.run(Request("before", LONG_PROMPT, 1, Sampling(4), seed=1))
+    first, again = check("first"), check("again")
+    assert torch.equal(first, again)
+    subject.load(subject.other_weights(4), 1)
+    assert (check("other weights") - first).abs().max() > 1e-2
+
+
 @on("vllm-bf16-head", "hf-bf16-head", "vllm-bf16", "hf-bf16")
 def test_a_head_in_float32_does_not_round_logits_to_half_precision(subject: Subject) -> None:
     """Of two tokens that may be drawn, the log-probability of one says by how much their logits differ. Logits of 1 and

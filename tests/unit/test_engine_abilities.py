@@ -61,6 +61,32 @@ def test_an_engine_without_the_ability_is_refused_and_the_others_are_not(
         assert prepare(run_of(tmp_path, engine, **changes)).generates
 
 
+def coached(tmp_path: Path, engine: str, **options: Any) -> Any:
+    """A run whose teacher is an engine."""
+    teacher = {"teacher": {"model": str(tiny_model_folder(tmp_path, hidden=128, seed=1))}}
+    roles = {"coach": {"kind": "engine", "engine": engine, "follows": "teacher"}, **teacher}
+    run = run_of(tmp_path, "hf", "gkd", roles=roles)
+    options = {"teachers": ["coach"], "teacher_top_k": 4, **options}
+    phase = run.phases["gkd"].model_copy(update={"options": options})
+    return run.model_copy(update={"phases": {"gkd": phase}, "rewards": ()})
+
+
+def test_an_engine_teaches_at_temperature_1_if_it_says_which_tokens_are_likeliest(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(OWN)
+    for engine in ("scripted", f"{file}:Plain"):
+        with pytest.raises(
+            ConfigError, match=r"does not say which tokens are likeliest .* use vllm or hf, or a teacher"
+        ):
+            prepare(coached(tmp_path, engine))
+    with pytest.raises(ConfigError, match=r"at temperature 0.7, and the engine of coach says log-probabilities at 1"):
+        prepare(coached(tmp_path, "hf", temperature=0.7))
+    found = prepare(coached(tmp_path, "hf"))
+    (phase,) = found.phases
+    assert found.asked_of_engines(phase) == 4
+    assert found.longest == phase.source.longest.prompt + 4 + 1, "an engine that teaches samples a token more"
+
+
 def test_experts_that_the_engine_does_not_say_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not say which experts a token was sent to; use hf"):
         prepare(run_of(tmp_path, "vllm", sampling={"replay_routing": True}))

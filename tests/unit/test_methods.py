@@ -164,6 +164,10 @@ def test_several_teachers_are_asked_by_the_rows_that_name_them_or_all_of_them_si
     assert renamed.teachers == ("big", "code") and renamed.data.teachers == ("math", "code")
 
 
+def test_a_default_may_be_written_down_as_a_list_too() -> None:
+    assert build("gkd", {"teachers": ["teacher"]}) == build("gkd", {})
+
+
 @pytest.mark.parametrize(
     ("method", "options", "said"),
     [

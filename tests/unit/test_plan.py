@@ -253,6 +253,22 @@ def test_memory_and_custom_resources_are_reserved_as_given() -> None:
             "does not correct for that",
         ),
         (config("iw_opd"), "learns from the distributions of teacher, and roles.teacher.model is not set"),
+        (
+            config(
+                "gkd",
+                options={"teachers": ["coach"], "teacher_top_k": 4},
+                roles={"coach": {"kind": "engine", "follows": "policy"}},
+            ),
+            "learns from the distributions of coach, and roles.policy.model is not set",
+        ),
+        (
+            config(
+                "iw_opd",
+                options={"teachers": ["coach"]},
+                roles={"coach": {"kind": "engine", "follows": "teacher"}, "teacher": {"model": "big"}},
+            ),
+            "roles.coach.kind=engine: phase iw_opd (iw_opd) asks its model, so it must be trainer or frozen",
+        ),
         (config("xpo", model={"lora": {}}), "roles.reference_rollout.follows=reference: with model.lora"),
         (config("nash_md", model={"lora": {}}), "roles.mixture_rollout.mixes=reference: with model.lora"),
         (config("nash_md", roles={"mixture_rollout": {"mixes": None}}), "roles.mixture_rollout.mixes is not set, and"),
