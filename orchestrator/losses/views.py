@@ -34,6 +34,13 @@ def joined(parts: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Tenso
     return torch.cat(list(parts)) if parts else torch.zeros(0, dtype=dtype)
 
 
+def _where(mask: Tensor, values: Tensor) -> Tensor:
+    """Numbers per token, 0 where the mask is; others as they are."""
+    if not values.is_floating_point() or len(values) != len(mask):
+        return values
+    return values.masked_fill(~mask.view(-1, *[1] * (values.dim() - 1)), 0.0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class View:
     """One micro-batch with the output of the model's head."""
@@ -49,11 +56,15 @@ class View:
 
     @classmethod
     def of(cls, micro: MicroBatch, outputs: Outputs, names: frozenset[str], shared: Mapping[str, Tensor]) -> Self:
-        """The view of one micro-batch; of the optional fields, those in `names`."""
-        optional = names & {field.name for field in fields(cls)} - {"mask"}
-        values: dict[str, Any] = {name: micro[name] if name in COLUMNS else outputs.extra[name] for name in optional}
+        """The view of one micro-batch; of the optional fields, those in `names`. What the batch says of tokens that the
+        loss is not summed over is 0 here, whatever it was (NaN, say, where nobody knows): multiplied by a mask, NaN
+        would spoil the gradient."""
+        optional, mask = names & {field.name for field in fields(cls)} - {"mask"}, cls.mask_of(micro)
+        values: dict[str, Any] = {
+            name: _where(mask, micro[name]) if name in COLUMNS else outputs.extra[name] for name in optional
+        }
         values[cls.main] = outputs.main
-        return cls(micro=micro, mask=cls.mask_of(micro), shared=shared, **values)
+        return cls(micro=micro, mask=mask, shared=shared, **values)
 
     @classmethod
     @cache

@@ -4,6 +4,7 @@ the rows nor the way they are split into micro-batches and ranks changes either.
 from __future__ import annotations
 
 import inspect
+import math
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -250,6 +251,58 @@ def test_order_micro_batches_and_ranks_change_neither_value_nor_gradient(
         torch.testing.assert_close(split.extra_gradients[name], gradient, rtol=1e-9, atol=1e-12)
     assert split.metrics == pytest.approx(whole.metrics, rel=1e-9, abs=1e-12)
     assert split.metrics["loss"] == pytest.approx(whole.value, rel=1e-9, abs=1e-12)
+
+
+HOLES = (True, True, False, False, True, False)  # of an episode: the model, what it was answered, the model
+
+
+def with_holes(rows: Rows, seed: int) -> Rows:
+    """Rows whose mask is 1 1 0 0 1 0 after the prompt, as often as that fits."""
+    places = torch.cat([torch.arange(int(length)) for length in rows.micro.lengths])
+    first = torch.randint(1, 3, (len(rows),), generator=torch.Generator().manual_seed(seed))
+    since = places - first.repeat_interleave(rows.micro.lengths)
+    mask = (since >= 0) & torch.tensor(HOLES)[since.clamp(min=0) % len(HOLES)]
+    return replace(rows, micro=MicroBatch(rows.micro.lengths, {**rows.micro.columns, "mask": mask}))
+
+
+def spoiled(rows: Rows, value: float) -> Rows:
+    """The rows with that value in every number that the batch has of tokens that are not learned from, and with 0 where
+    a forward pass computes nothing."""
+    out = ~rows.micro["mask"]
+
+    def where_out(values: Tensor, instead: float) -> Tensor:
+        if not values.is_floating_point():
+            return values
+        return values.masked_fill(out.view(-1, *[1] * (values.dim() - 1)), instead)
+
+    columns = {
+        name: where_out(values, value) if MicroBatch.is_per_token(name) else values
+        for name, values in rows.micro.columns.items()
+    }
+    said = rows.logps if rows.per_row else where_out(rows.logps, 0.0)
+    extra = {name: where_out(values, 0.0) for name, values in rows.extra.items()}
+    return Rows(MicroBatch(rows.micro.lengths, columns), said, extra, rows.per_row)
+
+
+MASKED = [each for each in METHOD_OPTIONS if "mask" in objective_of(*each).columns]
+
+
+@pytest.mark.parametrize(("method", "options"), MASKED, ids=[name_of(*each) for each in MASKED])
+def test_what_a_batch_says_of_tokens_that_are_not_learned_from_never_matters_and_they_get_no_gradient(
+    method: str, options: dict[str, Any]
+) -> None:
+    objective = objective_of(method, options)
+    rows = with_holes(random_rows(method, options, seed=8), seed=9)
+    clean = optimise(objective, spoiled(rows, 0.0))
+    for value in (math.nan, 1e9, -1e9):
+        found = optimise(objective, spoiled(rows, value))
+        assert found.value == clean.value and math.isfinite(found.value) and found.metrics == clean.metrics
+        torch.testing.assert_close(found.gradient, clean.gradient, rtol=0, atol=0)
+        gradients = {**found.extra_gradients, "head": found.gradient}
+        assert any(gradient.any() for gradient in gradients.values())
+        for name, gradient in gradients.items():
+            if not rows.per_row and "all_tokens" not in objective.needs:  # which asks for those as well
+                assert not gradient[~rows.micro["mask"]].any(), name
 
 
 def _gradient_is_the_slope(method: str, options: dict[str, Any]) -> bool:

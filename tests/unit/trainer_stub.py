@@ -175,10 +175,15 @@ def _outputs(objective: Objective, part: Rows) -> Outputs:
     asked = objective.of_logits
     if asked is None or "logits" not in part.extra:
         return Outputs(part.logps, part.extra)
-    given = [part.extra["companion_logits"]] if asked.companion else []
-    given += [part.micro[name] for name in asked.columns]
-    found = asked.at(1.0)(part.extra["logits"], *given)
-    return Outputs(part.logps, {**part.extra, DIVERGENCE: found})
+    everything = torch.arange(len(part.extra["logits"]))
+    predicted = (
+        everything if "all_tokens" in objective.needs else everything[part.micro["mask"]]
+    )  # as `actors.forward` does: nothing is computed of the others
+    given = [part.extra["companion_logits"][predicted]] if asked.companion else []
+    given += [part.micro[name][predicted] for name in asked.columns]
+    found = asked.at(1.0)(part.extra["logits"][predicted], *given)
+    everywhere = found.new_zeros(len(part.extra["logits"]), *found.shape[1:]).index_copy(0, predicted, found)
+    return Outputs(part.logps, {**part.extra, DIVERGENCE: everywhere})
 
 
 def _leaf(values: Tensor) -> Tensor:
