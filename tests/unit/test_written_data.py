@@ -198,6 +198,18 @@ def test_completions_of_conversations_are_the_assistant_s_turns_and_can_be_read_
 # Pipelines, and what is known before
 
 
+def test_the_method_of_the_documentation_writes_records_of_its_own(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "methods" / "generate_data.md").read_text()
+    file = tmp_path / "my_data.py"
+    file.write_text(page.split("```python\n")[1].split("```")[0])
+    pipeline = build(f"{file}:with_lengths", {"num_generations": 2})
+    assert pipeline.written_columns == ("prompt", "completion", "tokens") and pipeline.samples_per_prompt == 2
+    (written,) = pipeline.learn
+    assert written.call is not None and "completion_tokens" in written.reads
+    made = written.call(answered("ab", "c", completion_tokens=[2, 1]))
+    assert [(row["completion"], row["tokens"]) for row in made] == [("ab", 2), ("c", 1)]
+
+
 def test_a_phase_makes_one_data_set_and_what_it_writes_is_learning_s_part() -> None:
     pipeline = build("generate_data", {"num_generations": 2, "keep": "best_and_worst"})
     assert [stage.verb for stage in pipeline.learn] == [Verb.WRITE] and pipeline.trained == ()
