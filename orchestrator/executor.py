@@ -72,6 +72,11 @@ class Executor:
         return {**self.group_stages.engines, **self.group_stages.scorers, **self.group_stages.episodes.environments}
 
     @property
+    def engines(self) -> Mapping[str, Pool]:
+        """The elastic roles that sample."""
+        return self.group_stages.engines
+
+    @property
     def paused(self) -> bool:
         """Whether a pool was resized to no workers."""
         return any(pool.paused for pool in self.pools.values())

@@ -23,14 +23,18 @@ from actors.saved_state import writing
 from orchestrator.checkpoint import AVERAGED, MODEL
 from orchestrator.cluster.background_tasks import supervised, watching
 from orchestrator.cluster.base import Cluster, LocalCluster
+from orchestrator.cluster.chat_door import ChatDoor, chat_door
 from orchestrator.cluster.control import RunFile
 from orchestrator.cluster.event_loop import run_to_end
 from orchestrator.cluster.launch import launch
 from orchestrator.cluster.run_lock import Driver, driving
 from orchestrator.cluster.shutdown import Ending, hangups_ignored
 from orchestrator.config.loading import SAVED
+from orchestrator.config.roles import EngineRole
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.section import RUN_ID
+from orchestrator.executor import Executor
+from orchestrator.live_chat import LiveChat, models_of
 from orchestrator.phase_run import PhaseRun
 from orchestrator.planning.handover import kept_folder, written_folder
 from orchestrator.planning.plan import make_plan
@@ -164,7 +168,8 @@ class _Run:
             self._cluster() as cluster,
             watching(cluster, context.watchdog, console.warn, self._ray_is_gone),
             launch(prepared, plan, cluster, folder, context.event, context.watchdog) as roles,
-            supervised(context.config, self._run_file(cluster), folder, roles, context.requests, console.warn),
+            chat_door(self._chat(roles), cluster.host) as chat,
+            supervised(context.config, self._run_file(cluster, chat), folder, roles, context.requests, console.warn),
         ):
             console.placed(cluster.describe())
             console.at(folder, self.dashboard)
@@ -178,9 +183,16 @@ class _Run:
                     await PhaseRun(context, phase, roles, found if inside else None).run()
         return self._finish()
 
-    def _run_file(self, cluster: Cluster) -> RunFile:
+    def _chat(self, roles: Executor) -> LiveChat:
+        config, run = self.context.config, self.context.folder.name
+        settings = {role: config.roles[role] for role in roles.engines}
+        followed = {role: each.follows for role, each in settings.items() if isinstance(each, EngineRole)}
+        trained = [role for phase in self.context.prepared.phases for role in phase.pipeline.trained]
+        return LiveChat(models_of(run, followed, trained), self.context.prepared.tokenizer, roles)
+
+    def _run_file(self, cluster: Cluster, chat: ChatDoor) -> RunFile:
         elastic = tuple(role.name for role in self.context.plan.elastic)
-        return RunFile(self.context.folder.name, cluster.address, Driver.here(), elastic)
+        return RunFile(self.context.folder.name, cluster.address, Driver.here(), elastic, chat.url, chat.models)
 
     def _finish(self) -> RunResult:
         context = self.context

@@ -9,6 +9,7 @@ from orchestrator.cli import (  # noqa: I001  in this order `troupe --help` list
     inspection as inspection,
     control as control,
     service as service,
+    watching as watching,
 )
 from orchestrator.cli.application import BROKEN as BROKEN, REFUSED as REFUSED, app as app
 from orchestrator.cli.entry_point import main as main

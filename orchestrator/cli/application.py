@@ -30,7 +30,8 @@ Overrides = Annotated[
 ]
 RunFolder = Annotated[Path, typer.Argument(help="The run's folder, as `troupe run` printed it.")]
 Local = Annotated[bool, typer.Option("--local", help="Everything in this process, without Ray: for debugging.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Runs = Annotated[Path, typer.Option("--runs", help="The folder that holds the runs' folders.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
 def _show_version(wanted: bool) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestrator.cli.application import RunFolder, app
+from orchestrator.cli.application import AsJson, RunFolder, app
 
 if TYPE_CHECKING:
     from orchestrator.api import RunHandle
@@ -25,35 +26,42 @@ def scale(folder: RunFolder, target: Annotated[str, typer.Argument(help="ROLE=N,
 
 
 @app.command()
-def pause(folder: RunFolder) -> None:
+def pause(folder: RunFolder, as_json: AsJson = False) -> None:
     """Hold a run before its next step; its processes stay."""
-    typer.echo(f"paused after step {_handle(folder).pause()}; `troupe unpause {folder}` lets it go on")
+    step = _handle(folder).pause()
+    _say(as_json, f"paused after step {step}; `troupe unpause {folder}` lets it go on", step=step)
 
 
 @app.command()
-def unpause(folder: RunFolder) -> None:
+def unpause(folder: RunFolder, as_json: AsJson = False) -> None:
     """Let a paused run go on."""
-    typer.echo(f"goes on after step {_handle(folder).resume()}")
+    step = _handle(folder).resume()
+    _say(as_json, f"goes on after step {step}", step=step)
 
 
 @app.command()
-def checkpoint(folder: RunFolder) -> None:
+def checkpoint(folder: RunFolder, as_json: AsJson = False) -> None:
     """Let a running job write a checkpoint before its next step."""
-    typer.echo(str(_handle(folder).checkpoint()))
+    path = str(_handle(folder).checkpoint())
+    _say(as_json, path, checkpoint=path)
 
 
 @app.command()
-def stop(folder: RunFolder) -> None:
+def stop(folder: RunFolder, as_json: AsJson = False) -> None:
     """End a running job after its step and a checkpoint."""
     last = _handle(folder).stop()
-    typer.echo(f"stopped; {f'`troupe resume {folder}` continues it from {last.name}' if last else 'no checkpoint yet'}")
+    more = f"`troupe resume {folder}` continues it from {last.name}" if last else "no checkpoint yet"
+    _say(as_json, f"stopped; {more}", checkpoint=str(last) if last else None)
 
 
 @app.command()
-def status(folder: RunFolder) -> None:
+def status(folder: RunFolder, as_json: AsJson = False) -> None:
     """Say how a run stands, and what it measured last."""
     run = _handle(folder)
     seen = run.status()
+    if as_json:
+        typer.echo(json.dumps({"run": run.folder.name, **asdict(seen)}))
+        return
     typer.echo(f"{typer.style(run.folder.name, bold=True)}: {seen.state}")
     if seen.workers:
         typer.echo(json.dumps(dict(seen.workers), indent=2))
@@ -63,6 +71,10 @@ def status(folder: RunFolder) -> None:
             typer.echo(f"  {role}/{member['index']} {member['state']}: {', '.join(facts)}")
     if seen.metrics:
         typer.echo(json.dumps(dict(seen.metrics)))
+
+
+def _say(as_json: bool, words: str, **facts: Any) -> None:
+    typer.echo(json.dumps(facts) if as_json else words)
 
 
 def _handle(folder: Path) -> RunHandle:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from orchestrator.cli.application import app
+from orchestrator.cli.application import AsJson, Overrides, Recipe, Runs, app
 
-Runs = Annotated[Path, typer.Option("--runs", help="The folder that holds the runs' folders.")]
+Host = Annotated[str, typer.Option("--host", help="Address to listen at.")]
+Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen at; 0: a free one.")]
+AllowCode = Annotated[
+    bool, typer.Option("--allow-code", help="Recipes may name users' files, packages and environment variables.")
+]
 
 
 @app.command()
 def serve(
     runs: Runs = Path("runs"),
-    host: Annotated[str, typer.Option("--host", help="Address to listen at.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen at; 0: a free one.")] = 8400,
+    host: Host = "127.0.0.1",
+    port: Port = 8400,
     token_file: Annotated[
         Path | None,
         typer.Option("--token-file", help="File with the token. Default: TROUPE_TOKEN, else RUNS/.service/token."),
@@ -24,9 +29,7 @@ def serve(
     no_token: Annotated[
         bool, typer.Option("--no-token", help="Let in every process of this machine; only at a loopback address.")
     ] = False,
-    allow_code: Annotated[
-        bool, typer.Option("--allow-code", help="Recipes may name users' files, packages and environment variables.")
-    ] = False,
+    allow_code: AllowCode = False,
     dashboard: Annotated[
         str | None,
         typer.Option("--dashboard", help="URL of a Ray's dashboard: runs are jobs there. Default: processes here."),
@@ -62,3 +65,57 @@ def serve(
         typer.echo(f"serving {settings.runs} at {url_of(taken)} (API: {url_of(taken)}/docs)")
 
     serve_app(create_app(settings), taken, started)
+
+
+@app.command()
+def up(
+    runs: Runs = Path("runs"),
+    host: Host = "127.0.0.1",
+    port: Port = 8400,
+    cpus: Annotated[int | None, typer.Option("--cpus", min=1, help="CPUs that runs may reserve.")] = None,
+    object_store_mib: Annotated[int, typer.Option("--object-store-mib", min=80, help="Its size.")] = 512,
+    allow_code: AllowCode = False,
+) -> None:
+    """Start a Ray with its dashboard on this machine, and the service; runs are its jobs."""
+    from orchestrator.service import private_ray
+    from orchestrator.service.settings import Settings
+
+    Settings(runs, host, port, token="checked by the service itself")
+    arguments = ["--host", host, "--port", str(port), *(["--allow-code"] if allow_code else [])]
+    found = private_ray.up(runs.resolve(), cpus=cpus, object_store_mib=object_store_mib, serve=arguments)
+    typer.echo(f"service    {found.service}, with the token in {runs / '.service' / 'token'}")
+    typer.echo(f"Ray        {found.address}, dashboard {found.dashboard}, token in {runs / '.service' / 'ray-token'}")
+    typer.echo(f"submit     troupe submit RECIPE --runs {runs}; end all by `troupe down --runs {runs}`")
+
+
+@app.command()
+def down(runs: Runs = Path("runs")) -> None:
+    """End what `troupe up` started, and the runs on it, each after its step and a checkpoint."""
+    from orchestrator.service import private_ray
+
+    ended = private_ray.down(runs.resolve())
+    typer.echo("ended" if ended else f"nothing runs for {runs}")
+
+
+@app.command()
+def submit(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    name: Annotated[str | None, typer.Option("--name", help="The run's id; the same again is the same run.")] = None,
+    runs: Runs = Path("runs"),
+    url: Annotated[
+        str | None, typer.Option("--url", help="Of the service. Default: TROUPE_URL, else the one of --runs.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Start a run at a service (`troupe up`, `troupe serve`), and return."""
+    from orchestrator.service.client import Client
+    from orchestrator.service.service_folder import found_service
+
+    client = Client(*found_service(runs, url))
+    found = client.submit(recipe, overrides or [], name)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    typer.echo(f"{found['id']}: {'submitted' if found['created_now'] else 'was submitted before'}, {found['state']}")
+    typer.echo(f"follow it by `troupe logs -f {runs / found['id']}`")

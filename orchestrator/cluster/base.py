@@ -30,6 +30,11 @@ class Cluster(Protocol):
         """Where another process finds this cluster; None if nowhere."""
         ...
 
+    @property
+    def host(self) -> str:
+        """This process' own address as the other processes of the cluster reach it."""
+        ...
+
     async def reserve(self, plan: Plan) -> None:
         """Room for everything in the plan, or PlacementError that says which role lacks what."""
         ...
@@ -64,7 +69,7 @@ class Cluster(Protocol):
 class LocalCluster:
     """Everything in this process: no Ray, no processes, nothing to reserve. For `--local`, tests and debugging."""
 
-    address = None
+    address, host = None, "127.0.0.1"
 
     def __init__(self) -> None:
         self.objects: Objects = LocalObjects()

@@ -75,6 +75,8 @@ class RunFile:
     address: str | None  # of Ray; None for a run in one process
     driver: Driver
     elastic: tuple[str, ...] = ()  # roles whose workers come and go
+    chat: str | None = None  # where its policy is chatted with: a URL that nobody can guess
+    models: tuple[str, ...] = ()  # what can be named there
 
     def write(self, folder: Path) -> None:
         _replace(folder / RUN_FILE, asdict(self))
@@ -83,8 +85,9 @@ class RunFile:
     def read(cls, folder: Path) -> RunFile:
         try:
             read: dict[str, Any] = json.loads((folder / RUN_FILE).read_text())
-            driver, elastic = Driver(**read.pop("driver")), tuple(read.pop("elastic"))
-            return cls(driver=driver, elastic=elastic, **read)
+            driver = Driver(**read.pop("driver"))
+            lists = {name: tuple(read.pop(name, ())) for name in ("elastic", "models")}
+            return cls(driver=driver, **lists, **read)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ConfigError(
                 f"{folder} is not a run's folder ({error}); give the folder that `troupe run` printed"

@@ -90,6 +90,7 @@ class RayCluster:
     def __init__(self, config: RunConfig, run: str, *, disconnect: bool = True) -> None:
         self.objects: Objects = RayObjects()
         self.address: str | None = ray.get_runtime_context().gcs_address
+        self.host: str = ray.util.get_node_ip_address()
         self._run, self._timeout_s, self._disconnect = run, config.cluster.placement_timeout_s, disconnect
         self._plan: Plan | None = None
         self._gang: PlacementGroup | None = None

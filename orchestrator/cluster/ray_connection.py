@@ -20,12 +20,11 @@ from orchestrator.cluster.ray_address import LOCAL, chosen_address, refuse_unrea
 from orchestrator.config.schema import ClusterConfig
 from orchestrator.import_pin import worker_setup
 from orchestrator.planning.bundles import ClusterView, Node
-from orchestrator.planning.plan import Machine, Plan
+from orchestrator.planning.plan import HEADROOM_CPUS, Machine, Plan
 from orchestrator.plugins import carried
 
 T = TypeVar("T")
 
-HEADROOM_CPUS = 64  # for workers that join later
 START_ATTEMPTS = 3  # of a Ray of our own
 DAEMONS = ("gcs_server", "raylet")
 

@@ -37,7 +37,12 @@ class Driver:
 
     @classmethod
     def here(cls) -> Driver:
-        return cls(platform.node(), os.getpid(), psutil.Process().create_time())
+        return cls.of(os.getpid())
+
+    @classmethod
+    def of(cls, pid: int) -> Driver:
+        """A process of this host that lives."""
+        return cls(platform.node(), pid, psutil.Process(pid).create_time())
 
     @property
     def may_live(self) -> bool:

@@ -30,6 +30,7 @@ SPINS = 1_000
 # Of ranks on GPUs. With segments that grow, micro-batches of many sizes leave no gaps in the memory, and steps with
 # several of them take a tenth less time. cuBLAS sums in the same order each time only in a work space of a fixed size.
 GPU_RANK = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+HEADROOM_CPUS = 64  # of a Ray of our own, for workers that join later
 SMALL_MODEL = 100_000_000  # parameters; below, an engine on the CPU is fastest with one thread
 
 

@@ -7,7 +7,7 @@ from importlib import metadata
 from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
 
-from orchestrator.service import control_routes, health_routes, planning_routes, reading_routes
+from orchestrator.service import chat_routes, control_routes, health_routes, planning_routes, reading_routes
 from orchestrator.service.errors import handle_errors
 from orchestrator.service.gate import Gate
 from orchestrator.service.jobs import Jobs, ProcessJobs, RayJobs
@@ -37,8 +37,8 @@ def create_app(settings: Settings, jobs: Jobs | None = None) -> FastAPI:
     app.state.submissions = Submissions(app.state.runs, jobs, local=settings.local)
     handle_errors(app)
     app.include_router(health_routes.open_router)
-    for router in (health_routes.router, reading_routes.router, control_routes.router, planning_routes.router):
-        app.include_router(router, dependencies=[BEARER])
+    for routes in (health_routes, reading_routes, control_routes, chat_routes, planning_routes):
+        app.include_router(routes.router, dependencies=[BEARER])
     add_page(app)
     app.add_middleware(Gate, settings=settings)
     return app

@@ -10,7 +10,6 @@ and after it has died without a word. Calls block; each has a deadline.
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import signal
 import subprocess
@@ -139,8 +138,7 @@ class ProcessJobs:
             start_new_session=True,
         )
         self._children[run] = process
-        started = Driver(os.uname().nodename, process.pid, psutil.Process(process.pid).create_time())
-        _write(folder / JOB_FILE, {"driver": asdict(started), "stop_wait_s": stop_wait_s})
+        _write(folder / JOB_FILE, {"driver": asdict(Driver.of(process.pid)), "stop_wait_s": stop_wait_s})
 
     def states(self, folders: Mapping[str, Path]) -> dict[str, JobState]:
         found: dict[str, JobState] = {}
@@ -164,6 +162,16 @@ class ProcessJobs:
 
     def ready(self) -> None:
         return
+
+
+class OutsideJobs(ProcessJobs):
+    """For who reads the folder of a service's runs beside it: jobs of a Ray cannot be asked for here."""
+
+    def states(self, folders: Mapping[str, Path]) -> dict[str, JobState]:
+        found = super().states(folders)
+        if len(found) < len(folders):
+            raise Problem(503, "these runs are jobs of a Ray, or were started otherwise")
+        return found
 
 
 def _later(seconds: float, call: Callable[[], Any]) -> None:

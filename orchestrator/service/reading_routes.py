@@ -118,6 +118,5 @@ def get_logs(
     offset: Annotated[int | None, Query(ge=0, le=LARGEST, description="In bytes. Default: near the end.")] = None,
 ) -> LogText:
     """What a run printed: at most 64 KiB. `next_offset` reads on."""
-    handle = runs.handle(run)
-    running = handle.running  # before reading: what it printed last must be read
-    return run_contents.log(handle.folder, offset=offset, running=running)
+    running = not runs.summary(run).state.over  # before reading: what it printed last must be read
+    return run_contents.log(runs.folder(run), offset=offset, running=running)

@@ -99,10 +99,12 @@ class RunFolders:
         status = RunHandle(folder, None).status()
         waits = status.kind.over and submitted(folder) > _last_word(folder)
         if waits:
-            with contextlib.suppress(Problem):  # where its job cannot be asked for, what the folder says stands
+            try:
                 job = self._jobs.states({folder.name: folder}).get(folder.name)
-                if job is not None and job is not JobState.ENDED:
-                    return replace(status, kind=State.STARTING, state=f"its job is {job}"), waits
+            except Problem as problem:
+                return replace(status, kind=State.STARTING, state=f"submitted; {problem}"), waits
+            if job is not None and job is not JobState.ENDED:
+                return replace(status, kind=State.STARTING, state=f"its job is {job}"), waits
         if status.kind is State.FAILED and (said := _refusal(folder)):
             status = replace(status, state=f"{status.state}: {said}")
         return status, waits

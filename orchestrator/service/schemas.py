@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import Path as PathParameter
 from pydantic import BaseModel, ConfigDict, Field
@@ -46,6 +46,30 @@ class Changes(Taken):
 class Resumption(Taken):
     overrides: list[str] = Field(default=[], max_length=1000)
     """`key.key=value` that the run has from then on."""
+
+
+class ChatRequest(BaseModel):
+    """As of the OpenAI protocol. What is not named here goes to the run as it is, which refuses what it does not
+    support."""
+
+    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
+
+    model: str = Field(max_length=300)
+    """The id of a run in progress, or RUN/ROLE for one of its engine roles."""
+    messages: list[dict[str, Any]] = Field(min_length=1, max_length=10_000)
+    stream: bool = False
+
+
+class Model(Given):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["troupe"] = "troupe"
+
+
+class ModelList(Given):
+    object: Literal["list"] = "list"
+    data: list[Model]
 
 
 class RunSummary(Given):

@@ -10,38 +10,18 @@ with status 400. The sampling settings (temperature, max_tokens ...) are the rec
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
-import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from aiohttp import web
 
-Body = Mapping[str, Any]
+from rewards.environments.openai_protocol import DONE, Body, Message, Refused, checked, heading, models, piece, whole
+
 Ask = Callable[[Body], Awaitable[dict[str, Any]]]  # a request's body -> the assistant's message
 MAX_BODY_BYTES = 32 * 2**20
 MODEL = "policy"  # what the one model is called
-# By key of a request: the values that change nothing, None aside.
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "tool_choice": ("auto",),
-    "response_format": ({"type": "text"},),
-    "logprobs": (False,),
-    "logit_bias": ({},),
-    "stop": ([], ""),
-    "functions": ([],),
-    "echo": (False,),
-}
-
-
-class Refused(Exception):
-    """A request that is answered with an error. `status`: 4xx; the clients of the protocol repeat 408, 409 and 429."""
-
-    def __init__(self, why: str, status: int = 400) -> None:
-        super().__init__(why)
-        self.status = status
 
 
 class ChatEndpoint:
@@ -75,24 +55,22 @@ class ChatEndpoint:
         return int(runner.addresses[0][1])
 
     async def _models(self, request: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": [{"id": MODEL, "object": "model", "owned_by": "troupe"}]})
+        return web.json_response(models({MODEL: 0.0}))
 
     async def _completion(self, request: web.Request) -> web.StreamResponse:
         try:
             ask = self._open.get(request.match_info["key"])
             if ask is None:
                 raise Refused("this episode is over", 410)
-            body = _checked(await _json(request))
+            body = checked(await _json(request), "while an episode is recorded")
             message = await ask(body)
         except Refused as refused:
-            error = {"message": str(refused), "type": "invalid_request_error", "code": None, "param": None}
-            return web.json_response({"error": error}, status=refused.status)
-        completion = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": MODEL}
+            return web.json_response(refused.body, status=refused.status)
+        head = heading(MODEL)
         ended = "tool_calls" if message.get("tool_calls") else "stop"
         if body.get("stream"):
-            return await _streamed(request, completion, message, ended)
-        choice = {"index": 0, "message": message, "finish_reason": ended, "logprobs": None}
-        return web.json_response({**completion, "object": "chat.completion", "choices": [choice]})
+            return await _streamed(request, head, message, ended)
+        return web.json_response(whole(head, message, ended))
 
 
 async def _json(request: web.Request) -> Any:
@@ -102,27 +80,11 @@ async def _json(request: web.Request) -> Any:
         raise Refused(f"the body is no JSON: {error}") from None
 
 
-def _checked(body: Any) -> Body:
-    if not isinstance(body, dict) or not isinstance(body.get("messages"), list) or not body["messages"]:
-        raise Refused("a request needs `messages`, a list")
-    for key, allowed in _ONLY.items():
-        if body.get(key) is not None and body[key] not in allowed:
-            raise Refused(f"{key}={json.dumps(body[key])[:80]} is not supported while an episode is recorded")
-    return body
-
-
-async def _streamed(
-    request: web.Request, completion: dict[str, Any], message: dict[str, Any], ended: str
-) -> web.StreamResponse:
+async def _streamed(request: web.Request, head: dict[str, Any], message: Message, ended: str) -> web.StreamResponse:
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
     await response.prepare(request)
-    calls = [{**call, "index": index} for index, call in enumerate(message.get("tool_calls") or [])]
-    deltas = [({**message, **({"tool_calls": calls} if calls else {})}, None), ({}, ended)]
-    for delta, reason in deltas:
-        choice = {"index": 0, "delta": delta, "finish_reason": reason}
-        piece = {**completion, "object": "chat.completion.chunk", "choices": [choice]}
-        await response.write(b"data: " + json.dumps(piece).encode() + b"\n\n")
-    await response.write(b"data: [DONE]\n\n")
+    for part in (piece(head, message), piece(head, {}, ended), DONE):
+        await response.write(part)
     await response.write_eof()
     return response
 

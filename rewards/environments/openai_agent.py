@@ -21,15 +21,23 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from threading import Thread
 from typing import Any
 
-from rewards.environments.chat_endpoint import Body, Refused, endpoint
+from rewards.environments.chat_endpoint import endpoint
+from rewards.environments.openai_protocol import (
+    Body,
+    Message,
+    Refused,
+    calls_of,
+    for_client,
+    for_template,
+    short,
+    text_of,
+)
 
-Message = dict[str, Any]
 # run(row, base_url, api_key) -> what the episode earned, or None. Sync or async.
 Agent = Callable[..., float | Awaitable[float | None] | None]
 OVER = Refused("this episode is over", 410)
@@ -70,7 +78,7 @@ class AgentEnvironment:
 
     async def step(self, message: Message) -> tuple[list[Message], float | None, bool]:
         """Answer the agent; what it adds, or its reward. Raises ValueError if it changes what was said."""
-        answer = self._for_agent(message)
+        answer = for_client(message, self._numbered)
         self._history.append(answer)
         assert self._pending is not None and self._agent is not None
         self._pending[1].set_result(answer)
@@ -123,8 +131,8 @@ class AgentEnvironment:
             if place >= len(messages) or _meaning(messages[place]) != _meaning(earlier):
                 now = messages[place] if place < len(messages) else "nothing"
                 raise ValueError(
-                    f"the agent changed message {place} of its conversation: it was {_short(earlier)}, it is "
-                    f"{_short(now)}. An episode only grows; what it said before must be repeated as it was"
+                    f"the agent changed message {place} of its conversation: it was {short(earlier)}, it is "
+                    f"{short(now)}. An episode only grows; what it said before must be repeated as it was"
                 )
         if (body.get("tools") or []) != self.tools:
             raise ValueError("the agent changed its tools during the episode; they are part of the prompt")
@@ -132,34 +140,13 @@ class AgentEnvironment:
             raise ValueError("the agent asked again and added no message to its conversation")
         return [dict(message) for message in messages[len(self._history) :]]
 
-    def _for_agent(self, message: Message) -> Message:
-        """The model's turn as the protocol has it, calls that are malformed included."""
-        calls = [
-            (call["function"]["name"], json.dumps(call["function"]["arguments"], ensure_ascii=False))
-            for call in message.get("tool_calls") or []
-        ]
-        calls += [(call.get("name") or "", str(call["arguments"])) for call in message.get("invalid_tool_calls") or []]
-        answer: Message = {"role": "assistant", "content": message["content"]}
-        if calls:
-            answer["tool_calls"] = [self._numbered(name, arguments) for name, arguments in calls]
-        return answer
-
     def _numbered(self, name: str, arguments: str) -> Message:
         index = f"call_{len(self._names)}"
         self._names[index] = name
         return {"id": index, "type": "function", "function": {"name": name, "arguments": arguments}}
 
     def _for_template(self, message: Message) -> Message:
-        """A message of the agent's as chat templates read it: text content, arguments as mappings, tools' names."""
-        shown = {**message, "content": _text(message)}
-        if message.get("tool_calls"):
-            shown["tool_calls"] = [
-                {"type": "function", "function": {"name": name, "arguments": arguments}}
-                for name, arguments in _calls(message)
-            ]
-        if message["role"] == "tool" and "name" not in message:
-            shown["name"] = self._names.get(str(message.get("tool_call_id")), "")
-        return shown
+        return for_template(message, self._names)
 
     def _end(self) -> None:
         """Stop an agent that is still at it: one that waits for an answer gets none."""
@@ -202,32 +189,4 @@ def _started(run: Agent, row: dict[str, Any], base_url: str, api_key: str) -> as
 def _meaning(message: Message) -> tuple[Any, ...]:
     """What two messages have in common if a client has merely rewritten one: no content is empty content, and ids,
     spaces in arguments and keys that are None do not count."""
-    return (message.get("role"), _text(message), _calls(message))
-
-
-def _text(message: Message) -> str:
-    """Raises ValueError for content that is no text."""
-    content = message.get("content")
-    if content is None or isinstance(content, str):
-        return content or ""
-    parts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content]
-    if None in parts:
-        raise ValueError(f"the agent sent a message that is not text: {_short(message)}")
-    return "".join(map(str, parts))
-
-
-def _calls(message: Message) -> list[tuple[str, Any]]:
-    return [_call(call["function"]) for call in message.get("tool_calls") or []]
-
-
-def _call(function: Mapping[str, Any]) -> tuple[str, Any]:
-    arguments = function.get("arguments")
-    try:
-        return str(function.get("name")), json.loads(arguments) if isinstance(arguments, str) else arguments
-    except ValueError:
-        return str(function.get("name")), arguments
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 200 else f"{text[:200]}..."
+    return (message.get("role"), text_of(message), calls_of(message))

@@ -1,0 +1,140 @@
+"""Commands that follow runs: which there are, what one prints, measures and samples. They read the runs' folders."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from orchestrator.cli.application import AsJson, RunFolder, Runs, app
+
+if TYPE_CHECKING:
+    from orchestrator.service.run_folders import RunFolders
+
+POLL_S = 0.5
+Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run is over.")]
+
+
+@app.command("ls")
+def list_runs(runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
+    """List the runs of a folder, the newest first."""
+    from orchestrator.reporting.tables import show_lines
+    from orchestrator.reporting.terminal_tables import Rows
+
+    found = _folders(runs).summaries()
+    if as_json:
+        typer.echo(json.dumps([run.model_dump() for run in found]))
+        return
+    rows = Rows("run", "state", "step", "methods", "started", numbers=("step",))
+    for run in found:
+        started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run.created))
+        rows.add(run.id, run.state, str(run.step), ", ".join(run.methods), started)
+    show_lines([rows])
+
+
+@app.command()
+def logs(folder: RunFolder, follow: Follow = False) -> None:
+    """Print what a run has printed, from its last lines on."""
+    from orchestrator.service.run_contents import log
+
+    runs, offset = _folders(folder.resolve().parent), None
+    while True:
+        running = not runs.summary(folder.resolve().name).state.over  # before reading: the last lines must be read
+        part = log(runs.folder(folder.resolve().name), offset=offset, running=running and follow)
+        typer.echo(part.text, nl=False)
+        if part.ended or (not follow and not part.text):
+            return
+        if not part.text:
+            time.sleep(POLL_S)
+        offset = part.next_offset
+
+
+@app.command()
+def metrics(
+    folder: RunFolder,
+    name: Annotated[list[str] | None, typer.Option("--name", help="Only this metric; may be given again.")] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="The last so many lines.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Print what a run measured last, a line for each step and evaluation."""
+    from orchestrator.service import run_contents
+
+    found = run_contents.metrics(_run(folder), names=name or (), limit=limit)
+    for line in found:
+        typer.echo(json.dumps(line) if as_json else _line(line))
+
+
+@app.command()
+def samples(
+    folder: RunFolder,
+    step: Annotated[int | None, typer.Option("--step", min=0, help="Default: the newest that has samples.")] = None,
+    best: Annotated[bool, typer.Option("--best", help="The highest rewards first.")] = False,
+    worst: Annotated[bool, typer.Option("--worst", help="The lowest rewards first.")] = False,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="How many.")] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Print completions of a step with their rewards."""
+    from orchestrator.service import run_contents
+
+    order: run_contents.Order = "-reward" if best else "reward" if worst else "position"
+    found = run_contents.samples(
+        _run(folder), step=step, order=order, min_reward=None, max_reward=None, offset=0, limit=limit
+    )
+    for row in found.rows:
+        shown = f"{row.get('reward')}  {row.get('prompt')!r} {row.get('completion')!r}"
+        typer.echo(json.dumps(row) if as_json else shown)
+
+
+@app.command()
+def chat(
+    folder: RunFolder,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="Say this, and end with the answer.")] = None,
+    role: Annotated[str | None, typer.Option("--role", help="Another engine role than the policy's.")] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help="Of each answer.")] = None,
+    temperature: Annotated[float, typer.Option("--temperature", min=0, max=2, help="0: the likeliest answer.")] = 1.0,
+) -> None:
+    """Chat with the policy of a run while it trains. An empty line ends it."""
+    from actors.errors import ConfigError
+    from orchestrator.api import attach
+    from orchestrator.cluster.control import RunFile
+    from orchestrator.service import client
+
+    handle = attach(folder)
+    run = RunFile.read(handle.folder) if handle.reachable else None
+    if run is None or run.chat is None:
+        why = f"it is {handle.status().state}" if run is None else "it samples nothing"
+        raise ConfigError(f"the run in {folder} cannot be chatted with: {why}")
+    messages: list[dict[str, str]] = []
+    model = f"{run.name}/{role}" if role else run.name
+    limits: dict[str, Any] = {"temperature": temperature, **({"max_tokens": max_tokens} if max_tokens else {})}
+    while said := message or typer.prompt("you", default="", show_default=False):
+        messages.append({"role": "user", "content": said})
+        answer = ""
+        for part in client.chat(run.chat, model, messages, **limits):
+            typer.echo(part, nl=False)
+            answer += part
+        typer.echo()
+        if message:
+            return
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _folders(runs: Path) -> RunFolders:
+    from orchestrator.service.jobs import OutsideJobs
+    from orchestrator.service.run_folders import RunFolders
+
+    return RunFolders(runs, OutsideJobs())
+
+
+def _run(folder: Path) -> Path:
+    from orchestrator.config.loading import saved_config
+
+    return saved_config(folder).parent
+
+
+def _line(line: dict[str, Any]) -> str:
+    values = (f"{name} {value}" for name, value in line.items() if name not in ("step", "phase", "time"))
+    return f"{line['step']:>6} {line['phase']}  {'  '.join(values)}"

@@ -1,0 +1,73 @@
+"""A client of the service, for commands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from actors.errors import ConfigError, RunError
+from orchestrator.config import overrides as syntax
+from orchestrator.config.loading import find_recipe, recipes
+
+CHAT_TIMEOUT_S = 600.0  # it may wait for a free worker
+TIMEOUT_S = 120.0  # a young Ray takes a minute until it takes jobs
+
+
+class Client:
+    def __init__(self, url: str, token: str | None) -> None:
+        self._url = url
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+
+    def submit(self, recipe: str, overrides: Sequence[str], name: str | None) -> dict[str, Any]:
+        """`recipe`: the name of a shipped one, or a YAML file here, whose content is sent. Raises ConfigError if the
+        service refuses it."""
+        sent = {"recipe": _sent(recipe), "overrides": list(overrides), **({"name": name} if name else {})}
+        return self._call("POST", "/v1/runs", sent)
+
+    def _call(self, method: str, path: str, body: Any = None) -> Any:
+        try:
+            answer = httpx.request(
+                method, self._url + path, json=body, headers=self._headers, timeout=TIMEOUT_S, trust_env=False
+            )
+        except httpx.HTTPError as error:
+            raise RunError(f"the service at {self._url} does not answer: {type(error).__name__}: {error}") from None
+        if answer.is_success:
+            return answer.json()
+        try:
+            said = answer.json()["error"]["message"]
+        except (ValueError, KeyError, TypeError):
+            said = answer.text[:500]
+        refused = answer.status_code < 500
+        raise (ConfigError if refused else RunError)(f"the service at {self._url} says: {said}")
+
+
+def _sent(recipe: str) -> Any:
+    if recipe in recipes() and not Path(recipe).is_file():
+        return recipe
+    file = find_recipe(recipe)
+    return syntax.load_yaml(file.read_text(), str(file))[0]
+
+
+def chat(url: str, model: str, messages: Sequence[dict[str, str]], **settings: Any) -> Iterator[str]:
+    """The answer of a live policy behind `url`, in parts. Raises RunError if it does not come to its end."""
+    body = {"model": model, "messages": list(messages), "stream": True, **settings}
+    address = f"{url}/v1/chat/completions"
+    try:
+        with httpx.stream("POST", address, json=body, timeout=CHAT_TIMEOUT_S, trust_env=False) as answer:
+            if answer.status_code != 200:
+                raise RunError(json.loads(answer.read())["error"]["message"])
+            for line in answer.iter_lines():
+                if line.startswith("data: {"):
+                    yield _text(json.loads(line.removeprefix("data: ")))
+    except httpx.HTTPError as error:
+        raise RunError(f"the run does not answer: {type(error).__name__}: {error}") from None
+
+
+def _text(event: dict[str, Any]) -> str:
+    if "error" in event:
+        raise RunError(event["error"]["message"])
+    return "".join(choice["delta"].get("content") or "" for choice in event["choices"])

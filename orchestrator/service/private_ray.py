@@ -1,0 +1,224 @@
+"""A Ray and a service for one folder of runs, which live until they are told to end: `troupe up`, `troupe down`.
+
+    troupe up ──► ray start --head --block     127.0.0.1, a token of its own, its dashboard and Job API
+              └─► troupe serve --dashboard ... runs are its jobs
+
+RUNS/.service/up.json    both processes, and where they are reached
+RUNS/.service/ray-token  Ray's token; *.log: what the two print
+
+The ports are chosen here, because Ray wants to be told all of them. Another program may take one before Ray does: then
+others are tried.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+
+from actors.errors import ConfigError, RunError
+from orchestrator.api import RunHandle
+from orchestrator.cluster.control import RUN_FILE, RunFile
+from orchestrator.cluster.private_temp import private_temp
+from orchestrator.cluster.ray_address import AUTH_MODE, TOKEN_PATH
+from orchestrator.cluster.run_lock import Driver
+from orchestrator.planning.plan import HEADROOM_CPUS, Machine
+from orchestrator.restarts import COMMAND
+from orchestrator.service.service_folder import ADDRESS_FILE, service_folder
+
+UP_FILE, RAY_TOKEN = "up.json", "ray-token"
+ATTEMPTS = 3
+STOP_TIMEOUT_S = 60.0
+START_TIMEOUT_S, END_TIMEOUT_S, POLL_S = 120.0, 40.0, 0.2
+PORTS = ("port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port",
+         "runtime-env-agent-port", "metrics-export-port", "ray-client-server-port")  # fmt: skip
+SHOWN_LINES = 15
+
+
+@dataclass(frozen=True)
+class Up:
+    """What `troupe up` has started. `address`: HOST:PORT of Ray; `dashboard`, `service`: URLs."""
+
+    ray: Driver
+    server: Driver
+    address: str
+    dashboard: str
+    service: str
+
+    def write(self, runs: Path) -> None:
+        (service_folder(runs) / UP_FILE).write_text(json.dumps(asdict(self), indent=2))
+
+    @classmethod
+    def read(cls, runs: Path) -> Up | None:
+        try:
+            read = json.loads((service_folder(runs) / UP_FILE).read_text())
+            return cls(Driver(**read.pop("ray")), Driver(**read.pop("server")), **read)
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
+    @property
+    def lives(self) -> bool:
+        return self.ray.may_live or self.server.may_live
+
+
+def up(runs: Path, *, cpus: int | None, object_store_mib: int, serve: Sequence[str]) -> Up:
+    """Start both. `serve`: further arguments of `troupe serve`. Raises ConfigError if they run already, RunError with
+    the last lines of the one that does not start."""
+    folder = service_folder(runs)
+    known = Up.read(runs)
+    if known is not None and known.lives:
+        raise ConfigError(f"a Ray and a service for {runs} run already, at {known.service}; `troupe down` ends them")
+    environment = _environment(folder)
+    ray, address, dashboard = _start_ray(folder, environment, cpus, object_store_mib)
+    try:
+        options = ["--runs", str(runs), "--dashboard", dashboard, "--ray-address", address, *serve]
+        (folder / ADDRESS_FILE).unlink(missing_ok=True)
+        server = _started([*COMMAND, "serve", *options], folder / "service.log", environment)
+        try:
+            _until(lambda: (folder / ADDRESS_FILE).exists(), server, folder / "service.log", "the service")
+        except BaseException:
+            _end(server.pid)
+            raise
+    except BaseException:
+        _end(ray.pid)
+        raise
+    url = json.loads((folder / ADDRESS_FILE).read_text())["url"]
+    found = Up(Driver.of(ray.pid), Driver.of(server.pid), address, dashboard, url)
+    found.write(runs)
+    return found
+
+
+def down(runs: Path) -> bool:
+    """End the runs, the service and Ray. False if neither of the two ran."""
+    known = Up.read(runs)
+    if known is None or not known.lives:
+        return False
+    _stop_runs(runs, known.address)
+    for process in (known.server, known.ray):
+        if process.may_live:
+            _end(process.pid)
+    (service_folder(runs) / UP_FILE).unlink(missing_ok=True)
+    (service_folder(runs) / ADDRESS_FILE).unlink(missing_ok=True)
+    return True
+
+
+def _stop_runs(runs: Path, address: str) -> None:
+    """Those on this Ray: each ends after its step and a checkpoint. One that does not in time ends with its Ray."""
+    handles = [RunHandle(file.parent, None) for file in runs.glob(f"*/{RUN_FILE}")]
+    here = [each for each in handles if each.reachable and _port(RunFile.read(each.folder).address) == _port(address)]
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    with ThreadPoolExecutor(max_workers=32) as pool:
+        for handle in here:
+            pool.submit(handle.stop, timeout_s=deadline - time.monotonic())
+
+
+def _port(address: str | None) -> str:
+    return (address or "").rpartition(":")[2]
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """What both are started with, and whoever wants to reach this Ray needs."""
+    token = folder / RAY_TOKEN
+    if not token.exists():
+        with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT, 0o600), "w") as stream:
+            stream.write(secrets.token_hex(32))
+    inherited = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    drain = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}  # there is nowhere to drain to
+    return {**inherited, **drain, "PATH": path, AUTH_MODE: "token", TOKEN_PATH: str(token.resolve())}
+
+
+def _start_ray(
+    folder: Path, environment: dict[str, str], cpus: int | None, object_store_mib: int
+) -> tuple[subprocess.Popen[bytes], str, str]:
+    """(its process, HOST:PORT, URL of its dashboard)."""
+    command = shutil.which("ray", path=environment["PATH"])
+    if command is None:
+        raise RunError("the command `ray` is not installed beside this Python")
+    for attempt in range(1, ATTEMPTS + 1):
+        ports = dict(zip(PORTS, _free_ports(len(PORTS))))
+        arguments = [
+            command, "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1",
+            f"--temp-dir={private_temp()}", f"--object-store-memory={object_store_mib * 2**20}",
+            f"--num-cpus={cpus or Machine.here().cores + HEADROOM_CPUS}", "--disable-usage-stats",
+            *(f"--{name}={port}" for name, port in ports.items()),
+        ]  # fmt: skip
+        ray = _started(arguments, folder / "ray.log", environment)
+        url = f"http://127.0.0.1:{ports['dashboard-port']}"
+        token = Path(environment[TOKEN_PATH]).read_text()
+        try:
+            _until(lambda url=url, token=token: _answers(url, token), ray, folder / "ray.log", "Ray")
+            return ray, f"127.0.0.1:{ports['port']}", url
+        except BaseException as error:
+            _end(ray.pid)
+            if attempt == ATTEMPTS or not isinstance(error, RunError):
+                raise
+    raise AssertionError
+
+
+def _answers(url: str, token: str) -> bool:
+    try:
+        headers = {"Authorization": f"Bearer {token}"}
+        return httpx.get(f"{url}/api/version", headers=headers, timeout=5, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def _started(command: Sequence[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """A process that outlives this one."""
+    with log.open("wb") as stream:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            env=environment,
+            start_new_session=True,
+        )
+
+
+def _until(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, what: str) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not condition():
+        ended = process.poll()
+        if ended is not None or time.monotonic() > deadline:
+            why = f"ended with exit code {ended}" if ended is not None else f"did not answer in {START_TIMEOUT_S:g} s"
+            said = "\n".join(log.read_text(errors="replace").splitlines()[-SHOWN_LINES:])
+            raise RunError(f"{what} {why}; {log} ends with:\n{said}")
+        time.sleep(POLL_S)
+
+
+def _end(pid: int) -> None:
+    """SIGTERM, and SIGKILL for its whole session after END_TIMEOUT_S."""
+    try:
+        process = psutil.Process(pid)
+        process.terminate()
+        process.wait(END_TIMEOUT_S)
+    except psutil.TimeoutExpired:
+        os.killpg(pid, signal.SIGKILL)  # each was started as the leader of a session
+    except psutil.NoSuchProcess:
+        pass
+
+
+def _free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()

@@ -1,0 +1,154 @@
+"""Runs as jobs of a private Ray, over HTTP, through the commands `troupe up`, `submit` and `down`. The tests follow one
+another: each finds the run as the one before left it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import yaml
+
+from orchestrator.checkpoint import verify
+from orchestrator.service.private_ray import RAY_TOKEN, Up
+from tests.runs import ARITHMETIC, TROUPE, merged, plain_environment
+
+pytestmark = pytest.mark.timeout(900)  # a busy machine is slow to start processes
+
+ROLES = {"policy": {"cpus": 0.5}, "rollout": {"engine": "hf", "cpus": 0.1}}
+RECIPE = merged(ARITHMETIC, {"cluster": {"num_cpus": None}, "train": {"steps": 100_000}, "roles": ROLES})
+
+
+@dataclass
+class Service:
+    runs: Path
+    up: Up
+
+    def call(self, method: str, path: str, body: Any = None, *, status: int = 200) -> Any:
+        token = (self.runs / ".service" / "token").read_text()
+        headers = {"Authorization": f"Bearer {token}"}
+        answer = httpx.request(method, self.up.service + path, json=body, headers=headers, timeout=200)
+        assert answer.status_code == status, answer.text
+        return answer.json()
+
+    def run(self) -> dict[str, Any]:
+        return self.call("GET", "/v1/runs/job")
+
+    def job(self) -> dict[str, Any]:
+        """As Ray's own Job API has it."""
+        token = (self.runs / ".service" / RAY_TOKEN).read_text()
+        headers = {"Authorization": f"Bearer {token}"}
+        return httpx.get(f"{self.up.dashboard}/api/jobs/job", headers=headers, timeout=60).json()
+
+    def until(self, condition: Callable[[], Any], what: str) -> Any:
+        deadline = time.monotonic() + 180
+        while time.monotonic() < deadline:
+            if found := condition():
+                return found
+            time.sleep(0.2)
+        console = self.runs / "job" / "console.log"
+        raise AssertionError(f"no {what}: {self.run()}\n{console.read_text()[-3000:] if console.exists() else ''}")
+
+    def serves(self, count: int) -> None:
+        self.until(lambda: self.run()["workers"].get("rollout") == {"desired": count, "serving": count}, f"{count}")
+
+    def goes_on(self) -> None:
+        reached = self.run()["step"]
+        self.until(lambda: self.run()["step"] > reached, "further step")
+
+
+def troupe(*arguments: str) -> str:
+    done = subprocess.run([TROUPE, *arguments], capture_output=True, text=True, timeout=400, env=plain_environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    runs = tmp_path_factory.mktemp("served") / "runs"
+    try:
+        said = troupe("up", "--runs", str(runs), "--port", "0", "--cpus", "4", "--object-store-mib", "100")
+        up = Up.read(runs)
+        assert up is not None and up.service in said and up.dashboard in said
+        yield Service(runs, up)
+    finally:
+        troupe("down", "--runs", str(runs))
+
+
+def test_a_submitted_run_is_a_ray_job_that_is_scaled_while_it_trains(service: Service, tmp_path: Path):
+    assert service.call("GET", "/readyz") == {"status": "ready"}
+    recipe = tmp_path / "recipe.yaml"
+    (tmp_path / "template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    chatty = {"model": {"chat_template": str(tmp_path / "template.jinja")}}
+    recipe.write_text(yaml.safe_dump(merged(RECIPE, chatty)))
+    submit = ("submit", str(recipe), "--name", "job", "--runs", str(service.runs), "--json")
+    assert json.loads(troupe(*submit))["created_now"]
+    assert service.run()["state"] == "starting"
+    assert not json.loads(troupe(*submit))["created_now"], "the same again is the same run"
+    service.until(lambda: service.run()["step"] >= 1, "first step")
+    assert (service.job()["submission_id"], service.job()["status"]) == ("job", "RUNNING")
+    for count in (3, 0, 2):
+        service.call("PATCH", "/v1/runs/job", {"scale": {"rollout": count}})
+        service.serves(count)
+        if count:
+            service.goes_on()
+    asked = {"model": "job", "messages": [{"role": "user", "content": "12+34="}], "max_tokens": 3}
+    answer = service.call("POST", "/v1/chat/completions", asked)
+    assert answer["usage"]["prompt_tokens"] == 6 and 1 <= answer["usage"]["completion_tokens"] <= 3
+    members = service.run()["members"]["rollout"]
+    assert len({member["pid"] for member in members if member["state"] == "serving"}) == 2
+    refused = service.call("PATCH", "/v1/runs/job", {"scale": {"policy": 2}}, status=422)
+    assert "it can scale reward, rollout" in refused["error"]["message"]
+    events = {event["event"] for event in service.call("GET", "/v1/runs/job/events")["events"]}
+    assert {"started", "joined", "resized", "stopped"} <= events and "evicted" not in events
+
+
+def test_a_service_that_was_killed_and_started_again_knows_the_run_and_controls_it(service: Service):
+    psutil.Process(service.up.server.pid).send_signal(signal.SIGKILL)
+    ray = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(service.runs / ".service" / RAY_TOKEN)}
+    log = service.runs.parent / "second.log"
+    port = service.up.service.rpartition(":")[2]
+    with log.open("wb") as stream:
+        second = subprocess.Popen(
+            [TROUPE, "serve", "--runs", str(service.runs), "--port", port, "--dashboard", service.up.dashboard],
+            env={**plain_environment(), **ray}, stdout=stream, stderr=stream,
+        )  # fmt: skip
+    try:
+        service.until(lambda: "serving" in log.read_text(), "second service")
+        service.goes_on()
+        assert "run        " in service.call("GET", "/v1/runs/job/logs?offset=0")["text"]
+        assert service.call("GET", "/v1/runs/job/metrics?name=loss")["lines"][0]["step"] == 1
+        assert service.call("PATCH", "/v1/runs/job", {"paused": True})["state"] == "paused"
+        saved = service.call("POST", "/v1/runs/job/checkpoint")
+        assert verify(service.runs / "job" / "checkpoints" / saved["name"]) is None
+        assert service.call("POST", "/v1/runs/job/stop?wait_s=120")["state"] == "stopped"
+        service.until(lambda: service.job()["status"] != "RUNNING", "end of the job")
+        resumed = service.call("POST", "/v1/runs/job/resume", {"overrides": ["checkpoint.every=1000"]})
+        assert resumed["state"] == "starting"
+        service.until(lambda: service.run()["step"] > saved["step"], "step after the resumption")
+        assert (service.job()["submission_id"], service.job()["status"]) == ("job", "RUNNING")
+    finally:
+        second.terminate()
+        second.wait(60)
+
+
+def test_what_troupe_up_started_ends_with_its_runs_saved_and_leaves_no_process(service: Service):
+    ray = psutil.Process(service.up.ray.pid)
+    processes = [ray, *ray.children(recursive=True)]
+    assert len(processes) > 3
+    assert troupe("down", "--runs", str(service.runs)) == "ended\n"
+    _, left = psutil.wait_procs(processes, timeout=60)
+    assert left == []
+    [run] = json.loads(troupe("ls", "--runs", str(service.runs), "--json"))
+    assert (run["id"], run["state"]) == ("job", "stopped")
+    newest = sorted((service.runs / "job" / "checkpoints").glob("step-*"))[-1]
+    assert verify(newest) is None and int(newest.name.removeprefix("step-")) == run["step"]
+    assert troupe("down", "--runs", str(service.runs)).startswith("nothing runs for")
