@@ -14,7 +14,6 @@ Options = dict[str, Any]
 NOT_BUILT = {  # families of cases: what they belong to
     "gold": "gold",
     "papo": "papo, which sees images",
-    "sdft": "sdft and sdpo",
 }
 ELSEWHERE = {  # case: the test that holds the same number, or the same fact
     "data/chatml": "tests/unit/test_source_formats.py",
