@@ -17,6 +17,7 @@ from starlette.concurrency import run_in_threadpool
 
 from orchestrator.cluster.control import RunFile
 from orchestrator.service.errors import Problem, documented
+from orchestrator.service.event_stream import EVENT_STREAM
 from orchestrator.service.reading_routes import Runs
 from orchestrator.service.run_folders import RunFolders
 from orchestrator.service.schemas import ChatRequest, Model, ModelList
@@ -41,10 +42,7 @@ def list_models(runs: Runs) -> ModelList:
     responses={
         200: {
             "description": "A chat completion, or a stream of its chunks.",
-            "content": {
-                "application/json": {"schema": {"type": "object"}},
-                "text/event-stream": {"schema": {"type": "string"}},
-            },
+            "content": {"application/json": {"schema": {"type": "object"}}, **EVENT_STREAM},
         },
         **documented(400, 404, 409, 413, 422, 429, 503, 504),
     },

@@ -14,6 +14,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 from sse_starlette import ServerSentEvent
 
@@ -23,6 +24,9 @@ from orchestrator.json_lines import LineReader
 from orchestrator.service.schemas import EventLine
 
 POLL_S = 0.5
+# In the schema of a route: what one event of its stream is.
+EVENT = {"type": "object", "properties": {name: {"type": "string"} for name in ("id", "event", "data")}}
+EVENT_STREAM: dict[str, Any] = {"text/event-stream": {"schema": EVENT}}
 PING_S = 15.0  # a comment in a silent stream, so that nothing between us and the client closes it
 
 

@@ -9,7 +9,7 @@ from sse_starlette import EventSourceResponse
 
 from orchestrator.service import run_contents
 from orchestrator.service.errors import documented
-from orchestrator.service.event_stream import PING_S, EventReader, event_stream
+from orchestrator.service.event_stream import EVENT_STREAM, PING_S, EventReader, event_stream
 from orchestrator.service.run_folders import RunFolders
 from orchestrator.service.schemas import (
     CheckpointList,
@@ -50,18 +50,20 @@ def get_run(run: RunId, runs: Runs) -> RunDetail:
 @router.get(
     "/{run}/events",
     response_model=EventList,
-    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+    responses={200: {"content": EVENT_STREAM}},
 )
 def get_events(
     run: RunId,
     runs: Runs,
     follow: Annotated[bool, Query(description="A stream of server-sent events, until the run is over.")] = False,
     after: Annotated[int, Query(ge=0, le=LARGEST, description="Only events after the one with this id.")] = 0,
-    last_event_id: Annotated[str | None, Header(description="As `after`; a client sends it to go on.")] = None,
+    last_event_id: Annotated[
+        int | None, Header(ge=0, le=LARGEST, description="In the place of `after`: what a client sends to go on.")
+    ] = None,
 ) -> Any:
     """What happened in a run: parts of the start, joins, deaths, retries, resizes, checkpoints."""
     handle = runs.handle(run)
-    last = int(last_event_id) if last_event_id and last_event_id.isdecimal() else after
+    last = after if last_event_id is None else last_event_id
     if follow:
         return EventSourceResponse(event_stream(handle, last), ping=int(PING_S))
     return EventList(events=EventReader(handle.folder, last).new())
