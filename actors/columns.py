@@ -14,6 +14,7 @@ from enum import StrEnum
 import numpy as np
 
 ROUTES = "routed_experts"  # where experts were chosen by the sampler
+SPLIT = frozenset({"episode", "earlier_reward"})  # where each turn of an episode is a row of its own
 STEP_REWARDS = frozenset({"process_reward", "process_weight", "outcome_reward"})  # where steps are rewarded one by one
 ADMITTED = "admitted_ids"  # where sampling cut the distribution: the tokens that it left
 
@@ -94,6 +95,13 @@ COLUMNS: dict[str, Column] = {
         _token("step_label", np.int8, "process label at a step's last token: 0, 1, or -1 for none", "source"),
         _row(
             "group", np.int64, "rows that belong together: samples of one prompt, the two of a pair", "source, generate"
+        ),
+        _row("episode", np.int64, "which episode of its group the row is a turn of", "generate"),
+        _row(
+            "earlier_reward",
+            np.float32,
+            "what an environment gave for earlier turns of the episode, weighted",
+            "generate",
         ),
         _row("sampler", np.int8, "which of the pipeline's generate stages sampled the row", "generate"),
         _row(

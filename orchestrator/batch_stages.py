@@ -26,6 +26,7 @@ from orchestrator.planning.episode_settings import EpisodeSettings
 from orchestrator.publishing.transfer import mix_towards
 from orchestrator.replay_buffer import ReplayBuffer, replayed
 from orchestrator.row_table import RowTable, Share
+from orchestrator.split_episodes import by_episode
 from orchestrator.step_rewards import Steps, reward_of_steps, rewards_of_steps
 from orchestrator.written_data import Output
 from rollout.sampling import Sampling
@@ -209,7 +210,7 @@ class BatchStages:
     async def _credit(self, stage: Stage, table: RowTable, step: int) -> tuple[Written, dict[str, float]]:
         assert stage.call is not None
         if not stage.reads_tokens:
-            return Written(values=stage.call(table, **stage.options)), {}
+            return Written(values=by_episode(stage.call, table, **stage.options)), {}
         return await self._credit_of(stage, self.phase.pipeline.trained[0], table, step)
 
     async def _credit_of(

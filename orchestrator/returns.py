@@ -24,7 +24,7 @@ from orchestrator.row_table import RowTable
 
 Credited = tuple[dict[str, Array], dict[str, Stat]]  # columns per token, and metrics
 Estimator = Literal["k1", "k3"]
-PLACED = STEP_REWARDS | {"turn_reward"}  # rewards with a place of their own in a row
+PLACED = STEP_REWARDS | {"turn_reward", "earlier_reward"}  # rewards with a place of their own in a row
 LARGEST_ERROR = 0.2  # by which share of the target the controller lets a KL be off at most
 
 
@@ -40,14 +40,22 @@ def without_eos(rows: RowTable, *, penalty: float) -> dict[str, Array]:
     return {"reward": rows["reward"] - np.float32(penalty) * rows["truncated"]}
 
 
-@credits(reads={"mask", "reward", "old_logps", "ref_logps"}, writes={"reward"})
+@credits(
+    reads={"mask", "reward", "old_logps", "ref_logps"}, writes={"reward"}, takes={"group", "episode"}, whole_groups=True
+)
 def reward_less_kl(batch: Batch, world: World, state: dict[str, Any], *, coefficient: float) -> Credited:
-    """[B]: `r - β Σ_t (lp_t - ref_t)` over the row's trained tokens, without gradient.
+    """[B]: `r - β Σ_t (lp_t - ref_t)` over the row's trained tokens, without gradient; of an episode each turn of which
+    is a row, over those of all turns.
 
     Source: arXiv:2402.14740, eq. 3."""
     mask = batch["mask"]
     log_ratio = np.where(mask, batch["old_logps"].astype(np.float64) - batch["ref_logps"], 0.0)
-    reward = batch["reward"] - coefficient * batch.sum_by_row(log_ratio)
+    kl = batch.sum_by_row(log_ratio)
+    if "episode" in batch:
+        _, member = np.unique(np.stack([batch["group"], batch["episode"]], axis=1), axis=0, return_inverse=True)
+        member = member.reshape(-1)
+        kl = np.bincount(member, weights=kl, minlength=1)[member]
+    reward = batch["reward"] - coefficient * kl
     return {"reward": reward.astype(np.float32)}, {"kl": _mean(log_ratio[mask])}
 
 
@@ -204,6 +212,8 @@ def _at_last_tokens(batch: Batch) -> tuple[Array, Array]:
     rows = last >= 0
     earned = np.zeros(batch.num_tokens)
     earned[last[rows]] = batch["reward"][rows]
+    if "earlier_reward" in batch:  # a turn that is a row of its own earns what is still to come
+        earned[last[rows]] -= batch["earlier_reward"][rows]
     for placed in _placed(batch):
         placed = np.where(batch["mask"], placed, 0.0)
         earned[last[rows]] -= batch.sum_by_row(placed)[rows]

@@ -10,8 +10,9 @@
       └ until it is over ── end ──────────────────────────────► get_reward
 
 `Episode` is an automaton without clock, engine or environment: it knows the tokens, the limits, and what comes next.
-Tokens are only ever appended. A turn that a limit cut is the last one, and what it calls is not carried out. Nothing
-follows the model's last token in a row: an answer that the model did not get to read is left out.
+Tokens are only ever appended; or, with `split`, each turn begins a row of its own. A turn that a limit cut is the last
+one, and what it calls is not carried out. Nothing follows the model's last token in a row: an answer that the model did
+not get to read is left out.
 
 Waits: each call of the environment ends at its deadline, each turn when the episode's time is up; the engine's own
 stall is the worker's to notice.
@@ -31,7 +32,7 @@ from actors.columns import ADMITTED, ROUTES
 from actors.errors import DataFailure, InfraFailure, NoAnswer
 from actors.worker import Worker
 from rollout.conversation import Conversation
-from rollout.sampling import Completion, EpisodeFacts, Finish, Request, Sampling, sample_seed
+from rollout.sampling import Completion, EpisodeFacts, Finish, Request, Sampling, TurnRow, sample_seed
 from rollout.tool_calls import Message, Parser
 
 TEMPLATE_VARIABLES = "chat_template_kwargs"  # the column with a row's own variables of the chat template
@@ -65,6 +66,7 @@ class EpisodeRequest:
     reward_weight: float = 1.0
     group: int = 0
     mixture: float = 0.0  # of every turn: see `Request`
+    split: bool = False  # each turn is a row of its own
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,60 @@ class Transcript:
     messages: list[Message]
 
 
+@dataclass
+class _Row:
+    """A row that grows: tokens, what is known of each, and what was earned, by the place of a turn's last token."""
+
+    tokens: list[int]
+    whole: list[int]  # what a token could have been that nothing was cut for
+    mask: list[bool] = field(default_factory=list[bool])
+    logps: list[float] = field(default_factory=list[float])
+    versions: list[int] = field(default_factory=list[int])
+    admitted: list[list[int]] = field(default_factory=list[list[int]])
+    routes: np.ndarray | None = None
+    rewards: dict[int, float] = field(default_factory=dict[int, float])
+
+    def __post_init__(self) -> None:
+        tokens, self.tokens = self.tokens, []
+        self.read(tokens)
+
+    @property
+    def written(self) -> int:
+        return sum(self.mask)
+
+    @property
+    def last(self) -> int:
+        """The place of the last token that the model wrote."""
+        return max(place for place, wrote in enumerate(self.mask) if wrote)
+
+    @property
+    def reward(self) -> float:
+        return sum(self.rewards.values())
+
+    def read(self, tokens: Sequence[int]) -> None:
+        """Tokens that the model did not write."""
+        count = len(tokens)
+        self.tokens += tokens
+        self.mask += [False] * count
+        self.logps += [0.0] * count
+        self.versions += [-1] * count
+        self.admitted += [self.whole] * count
+
+    def wrote(self, completion: Completion) -> None:
+        count = len(completion.tokens)
+        self.tokens += completion.tokens.tolist()
+        self.mask += [True] * count
+        self.logps += completion.logps.tolist()
+        self.versions += completion.versions.tolist()
+        self.routes = completion.routes  # of all tokens up to here
+        self.admitted += completion.admitted.tolist() if completion.admitted is not None else [self.whole] * count
+
+
 class Episode:
-    """Tokens, mask, limits and what comes next. A method that does not fit the state is a bug: AssertionError."""
+    """Tokens, mask, limits and what comes next. A method that does not fit the state is a bug: AssertionError.
+
+    With `request.split` each turn is a row of its own, which begins with the conversation as the template writes it for
+    that turn; so a template may write earlier turns otherwise than they were sampled."""
 
     def __init__(self, request: EpisodeRequest, prompt: Sequence[int]) -> None:
         """Raises DataFailure for a prompt that is too long."""
@@ -100,32 +154,32 @@ class Episode:
             )
         self._request, self._limits = request, request.limits
         self.prompt_tokens = len(prompt)
-        self.tokens: list[int] = list(prompt)
-        self._mask: list[bool] = [False] * len(prompt)
-        self._logps: list[float] = [0.0] * len(prompt)
-        self._versions: list[int] = [-1] * len(prompt)
-        self._whole = [-1] * max(request.sampling.top_k, 0)  # of a token that nothing was cut for
-        self._admitted: list[list[int]] = [self._whole] * len(prompt)
-        self._routes: np.ndarray | None = None
-        self._rewards: dict[int, float] = {}  # by the place of a turn's last token
+        self._whole = [-1] * max(request.sampling.top_k, 0)
+        self._rows = [_Row(list(prompt), self._whole)]
+        self._rewarded = False
         self.turns = 0
         self.over = self.truncated = False
         self._awaits_answer = False
 
     @property
+    def tokens(self) -> list[int]:
+        """Of the row that grows."""
+        return self._rows[-1].tokens
+
+    @property
     def written(self) -> int:
         """Tokens that the model wrote."""
-        return sum(self._mask)
+        return sum(row.written for row in self._rows)
 
     @property
     def reward(self) -> float | None:
         """What the environment gave, over all turns; None if it gave nothing."""
-        return sum(self._rewards.values()) if self._rewards else None
+        return sum(row.reward for row in self._rows) if self._rewarded else None
 
     def turn(self) -> Request:
         """The model's next turn."""
         assert not self.over and not self._awaits_answer
-        request, left = self._request, self._left
+        request, left = self._request, self._left(len(self.tokens))
         longest = left if self._limits.turn_tokens is None else min(left, self._limits.turn_tokens)
         sampling = replace(request.sampling, max_tokens=longest)
         seed = sample_seed(request.seed, self.turns)
@@ -135,79 +189,86 @@ class Episode:
     def wrote(self, completion: Completion) -> None:
         """The turn that was asked for. Cut by a limit, it is the last one."""
         assert not self.over and not self._awaits_answer
-        count = len(completion.tokens)
-        self.tokens += completion.tokens.tolist()
-        self._mask += [True] * count
-        self._logps += completion.logps.tolist()
-        self._versions += completion.versions.tolist()
-        self._routes = completion.routes  # of all tokens up to here
-        self._admitted += completion.admitted.tolist() if completion.admitted is not None else [self._whole] * count
+        self._rows[-1].wrote(completion)
         self.turns += 1
         self._awaits_answer = True
         if completion.finish is Finish.LENGTH:
             self.cut()
 
     def answered(self, tokens: Sequence[int], reward: float | None, *, done: bool) -> None:
-        """The answer to the last turn, as tokens up to the opening of the next one; what the turn earned; and whether
-        the episode has ended by itself."""
+        """The answer to the last turn, as tokens up to the opening of the next one (with `split`: all tokens before the
+        next one); what the turn earned; and whether the episode has ended by itself."""
         assert not self.over and self._awaits_answer
         self._awaits_answer = False
         self.earned(reward)
+        length = len(tokens) if self._request.split else len(self.tokens) + len(tokens)
         if done:
             self.over = True
-        elif self.turns >= self._limits.turns or len(tokens) >= self._left:
+        elif self.turns >= self._limits.turns or self._left(length) <= 0:
             self.cut()
+        elif self._request.split:
+            self._rows.append(_Row(list(tokens), self._whole))
         else:
-            self.tokens += tokens
-            self._mask += [False] * len(tokens)
-            self._logps += [0.0] * len(tokens)
-            self._versions += [-1] * len(tokens)
-            self._admitted += [self._whole] * len(tokens)
+            self._rows[-1].read(tokens)
 
     def earned(self, reward: float | None) -> None:
         """A reward for the last turn, at its last token."""
         if reward is not None:
-            last = self._last
-            self._rewards[last] = self._rewards.get(last, 0.0) + reward
+            row = next(row for row in reversed(self._rows) if row.written)
+            row.rewards[row.last] = row.rewards.get(row.last, 0.0) + reward
+            self._rewarded = True
 
     def cut(self) -> None:
         """A limit ends it."""
         self.over = self.truncated = True
 
-    def row(self) -> Batch:
-        """One row, up to the last token that the model wrote. Raises DataFailure if it wrote none."""
-        if not self.written:
+    def rows(self) -> Batch:
+        """One row, or with `split` one for each turn, up to the last token that the model wrote. Raises DataFailure if
+        it wrote none."""
+        written = [row for row in self._rows if row.written]
+        if not written:
             raise DataFailure(f"episode {self._request.id}: its time was up before the model had written anything")
-        length = self._last + 1
+        return Batch.concat([self._built(row) for row in written])
+
+    def turn_rows(self) -> tuple[TurnRow, ...] | None:
+        """What the driver has to know of each row, if there are several."""
+        if not self._request.split:
+            return None
+        found: list[TurnRow] = []
+        earned = 0.0
+        for row in self._rows:
+            if row.written:
+                found.append(TurnRow(row.last + 1, row.written, earned))
+                earned += self._request.reward_weight * row.reward
+        return tuple(found)
+
+    def _built(self, row: _Row) -> Batch:
+        length = row.last + 1
         reward = np.zeros(length, np.float32)
-        for place, earned in self._rewards.items():
+        for place, earned in row.rewards.items():
             reward[place] = self._request.reward_weight * earned
         return Batch.build(
             [length],
-            tokens=np.asarray(self.tokens[:length], np.int32),
-            mask=np.asarray(self._mask[:length], np.bool_),
-            sample_logps=np.asarray(self._logps[:length], np.float32),
-            version=np.asarray(self._versions[:length], np.int32),
+            tokens=np.asarray(row.tokens[:length], np.int32),
+            mask=np.asarray(row.mask[:length], np.bool_),
+            sample_logps=np.asarray(row.logps[:length], np.float32),
+            version=np.asarray(row.versions[:length], np.int32),
             turn_reward=reward,
             group=np.asarray([self._request.group], np.int64),
             truncated=[self.truncated],
-            **self._recorded(length),
+            **self._recorded(row, length),
         )
 
-    def _recorded(self, length: int) -> dict[str, np.ndarray]:
+    def _recorded(self, row: _Row, length: int) -> dict[str, np.ndarray]:
         """What each of the model's tokens could have been, and the experts that tokens were sent to, if asked for."""
-        found: dict[str, np.ndarray] = {} if self._routes is None else {ROUTES: self._routes[:length]}
+        found: dict[str, np.ndarray] = {} if row.routes is None else {ROUTES: row.routes[:length]}
         if self._request.sampling.records_admitted:
-            found[ADMITTED] = np.asarray(self._admitted[:length], np.int32)
+            found[ADMITTED] = np.asarray(row.admitted[:length], np.int32)
         return found
 
-    @property
-    def _left(self) -> int:
-        return self._limits.tokens - (len(self.tokens) - self.prompt_tokens)
-
-    @property
-    def _last(self) -> int:
-        return max(place for place, wrote in enumerate(self._mask) if wrote)
+    def _left(self, length: int) -> int:
+        """Tokens that may follow in a row of that length."""
+        return self._limits.tokens - (length - self.prompt_tokens)
 
 
 @dataclass
@@ -248,7 +309,9 @@ class Dialogue:
             self.calls, self.failures = self.calls + reply.calls, self.failures + reply.failures
             done = reply.done or not reply.messages  # without an answer there is nothing to go on from
             tokens: list[int] = []
-            if not done:
+            if not done and request.split:
+                tokens = self.conversation.prompt([*before, message, *reply.messages], opened.tools, variables)
+            elif not done:
                 tokens = self.conversation.continuation(
                     before, message, reply.messages, sampled, opened.tools, variables
                 )
@@ -276,13 +339,12 @@ class Dialogue:
             self.seconds["environment"] += time.monotonic() - began
 
     def _facts(self, episode: Episode) -> EpisodeFacts:
-        row = episode.row()
-        answers = int(row.num_tokens - episode.prompt_tokens - episode.written)
+        answers = int(episode.rows().lengths[-1]) - episode.prompt_tokens - episode.written
         return EpisodeFacts(
             episode.turns,
             self.calls,
             self.failures,
-            answers,
+            max(0, answers),  # a template may have dropped what the model wrote in earlier turns
             self.seconds["engine"],
             self.seconds["environment"],
             episode.reward,

@@ -97,6 +97,15 @@ class EpisodeFacts:
 
 
 @dataclass(frozen=True)
+class TurnRow:
+    """A turn of an episode that is a row of its own."""
+
+    tokens: int  # of the row
+    written: int  # by the model
+    earlier_reward: float  # what the environment gave for earlier turns, weighted
+
+
+@dataclass(frozen=True)
 class GroupMeta:
     """What the driver keeps of a finished group; its tokens stay in the object store."""
 
@@ -110,6 +119,7 @@ class GroupMeta:
     failures: tuple[str, ...] = field(default=())  # samples that failed permanently, each with its reason
     totals: tuple[int, ...] | None = None  # tokens of each row; None: the request's prompt and `lengths`
     episodes: tuple[EpisodeFacts, ...] = ()  # one per sample, if the samples are episodes
+    turn_rows: tuple[TurnRow, ...] | None = None  # of the only sample, if each of its turns is a row of its own
 
 
 def sample_seed(seed: int, index: int) -> int:

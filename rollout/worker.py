@@ -131,8 +131,8 @@ class RolloutWorker:
             task.cancel()
             if self._episodes.get(request.id) is task:
                 del self._episodes[request.id]
-        row = episode.row()
-        versions = row["version"][row["mask"]]
+        rows = episode.rows()
+        versions = rows["version"][rows["mask"]]
         meta = GroupMeta(
             request_id=request.id,
             worker=self.name,
@@ -141,10 +141,11 @@ class RolloutWorker:
             oldest_version=int(versions.min()),
             newest_version=int(versions.max()),
             seconds=time.monotonic() - began,
-            totals=(row.num_tokens,),
+            totals=(rows.num_tokens,),
             episodes=(facts,),
+            turn_rows=episode.turn_rows(),
         )
-        return meta, row, transcript
+        return meta, rows, transcript
 
     async def abort(self, request_ids: list[str]) -> int:
         """End requests and episodes; their `generate` and `episode` raise InfraFailure. Returns how many of them were

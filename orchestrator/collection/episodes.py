@@ -22,7 +22,7 @@ from actors.batch import Array
 from actors.errors import DataFailure, InfraFailure
 from actors.worker import Ref, Worker
 from orchestrator.cluster.pool import Pool
-from orchestrator.collection.samples import rows_of_samples
+from orchestrator.collection.samples import rows_of_samples, rows_of_turns
 from orchestrator.planning.episode_settings import EpisodeSettings
 from orchestrator.row_table import RowTable
 from rollout.episode import EnvironmentLost, EpisodeRequest
@@ -68,6 +68,7 @@ class Episodes:
                 reward_weight=settings.reward_weight,
                 group=samples.group,
                 mixture=samples.mixture,
+                split=settings.split,
             )
             for index in range(samples.n)
         ]
@@ -116,8 +117,13 @@ class Episodes:
 def rows_of(played: Sequence[Played], group: int, sampler: int, also: frozenset[str] = frozenset()) -> RowTable:
     """What the driver knows of finished episodes, beside where their tokens are. `also`: columns of the blocks."""
     also |= {"turn_reward"}
-    tables = (rows_of_samples(each.meta, each.block, group=group, sampler=sampler, also=also) for each in played)
-    return RowTable.concat(list(tables))
+    tables: list[RowTable] = []
+    for number, each in enumerate(played):
+        if each.meta.turn_rows is None:
+            tables.append(rows_of_samples(each.meta, each.block, group=group, sampler=sampler, also=also))
+        else:
+            tables.append(rows_of_turns(each.meta, each.block, group=group, sampler=sampler, also=also, number=number))
+    return RowTable.concat(tables)
 
 
 def rewards_of(facts: Sequence[EpisodeFacts]) -> Array:

@@ -27,6 +27,7 @@ from orchestrator.reporting.console import Console
 from orchestrator.reporting.metrics import METRICS_FILE, MetricsLog, read
 from orchestrator.reporting.rollout_metrics import episode_metrics
 from orchestrator.row_table import RowTable
+from orchestrator.split_episodes import whole_episodes
 from rewards.worker import ScoreResult
 from rollout.sampling import GroupMeta, Sampling
 
@@ -148,7 +149,8 @@ async def evaluate(source: Any, roles: Executor, stage: Stage, sampling: Samplin
             if not samples.count:
                 return None
             (meta,) = samples.metas
-            scored = ToScore(name, index, prompt, samples.rows, samples.transcripts, meta.episodes)
+            episodes, _ = whole_episodes(samples.rows)
+            scored = ToScore(name, index, prompt, episodes, samples.transcripts, meta.episodes)
             return meta, (await stages.score(scorers, scored)).result
         except (DataFailure, InfraFailure) as error:
             reasons.append(str(error))

@@ -28,6 +28,7 @@ from orchestrator.collection.scoring import Given, Scored, Scoring, ToScore
 from orchestrator.pipeline import ROW_SOURCES, Stage, Verb
 from orchestrator.planning.prepared import ModelReward
 from orchestrator.row_table import RowTable
+from orchestrator.split_episodes import whole_episodes
 from rewards.judge import JudgeSpec
 from rewards.worker import ScoreResult
 from rollout.sampling import EpisodeFacts, Finish, GroupMeta, Request, Sampling, sample_seed
@@ -204,7 +205,8 @@ class GroupStages:
         """For a group that cannot be scored: raises Dropped or BudgetExhausted if the reward's own `on_failure` says
         so, else as the role's says."""
         try:
-            asked = ToScore(group.id, group.seed, group.prompt, group.rows, group.transcripts, group.episodes)
+            episodes, member = whole_episodes(group.rows)
+            asked = ToScore(group.id, group.seed, group.prompt, episodes, group.transcripts, group.episodes)
             scored = await self.score(stage.role, asked)
         except (Dropped, BlockLost):
             raise
@@ -226,11 +228,12 @@ class GroupStages:
         if "process_reward" in stage.writes:
             assert scored.steps is not None, "the plan refuses a phase that needs rewards of steps and has none"
             rows = scored.steps.added_to(rows)
+        columns = {name: values[member] for name, values in columns.items()}
         return replace(group, rows=rows.with_values(**columns), score=score, texts=scored.texts)
 
     async def _keep(self, stage: Stage, group: PromptGroup, sampling: Sampling) -> PromptGroup | None:
         assert stage.call is not None
-        return group if stage.call(group.rows["reward"], **stage.options) else None
+        return group if stage.call(whole_episodes(group.rows)[0]["reward"], **stage.options) else None
 
     async def _regroup(self, stage: Stage, group: PromptGroup, sampling: Sampling) -> PromptGroup | None:
         assert stage.call is not None

@@ -50,3 +50,21 @@ def rows_of_samples(
         completion_tokens=wrote,
     )
     return RowTable.of_block(rows, block, SAMPLED | frozenset(also))
+
+
+def rows_of_turns(
+    meta: GroupMeta, block: Ref, *, group: int, sampler: int, number: int, also: Iterable[str] = ()
+) -> RowTable:
+    """A table of an episode each turn of which is a row. `number`: of the episode among those of its stage."""
+    turns = meta.turn_rows or ()
+    (finish,), count = meta.finishes, len(turns)
+    rows = Batch.build(
+        np.array([turn.tokens for turn in turns], np.int64),
+        group=np.full(count, group, np.int64),
+        truncated=np.full(count, finish is Finish.LENGTH),
+        sampler=np.full(count, sampler, np.int8),
+        completion_tokens=np.array([turn.written for turn in turns], np.int32),
+        episode=np.full(count, (sampler << 32) + number, np.int64),
+        earlier_reward=np.array([turn.earlier_reward for turn in turns], np.float32),
+    )
+    return RowTable.of_block(rows, block, SAMPLED | frozenset(also))

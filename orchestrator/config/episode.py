@@ -21,6 +21,8 @@ class EpisodeConfig(Section):
     """A class whose public methods are tools, as in TRL; or several, chosen by the column `environment` of the data."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the class."""
+    split: Literal["none", "turns"] = "none"
+    """turns: each turn is a row of its own, for templates that rewrite earlier turns. none: an episode is a row."""
     max_turns: Positive = 10
     """Turns of the model. What the last one calls is carried out, and its answer not read."""
     max_turn_tokens: Positive | None = None

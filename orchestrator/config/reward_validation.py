@@ -29,6 +29,19 @@ def of_learning(where: str, config: RunConfig, phase: PhaseConfig, pipeline: Pip
         yield from _of_steps(where, config, phase, pipeline)
 
 
+def of_split_episodes(where: str, config: RunConfig, phase: PhaseConfig, pipeline: Pipeline) -> Iterator[str]:
+    """With a row for each turn a sample is several rows, which not every stage can take."""
+    if phase.episode is None or phase.episode.split != "turns":
+        return
+    split = f"{where}.episode.split=turns makes several rows of a sample, and"
+    if any(stage.verb is Verb.REGROUP for stage in pipeline):
+        yield f"{split} {phase.method} makes other rows of whole samples (pairs, say); leave one of them out"
+    if any(stage.verb is Verb.REPLAY for stage in pipeline):
+        yield f"{split} options.replay_buffer_size keeps groups of whole samples; leave out one of the two"
+    if any(reward.steps == "each" for reward in config.rewards):
+        yield f"{split} rewards with steps=each are those of one row; use steps=min, product, last or mean"
+
+
 def _of_steps(where: str, config: RunConfig, phase: PhaseConfig, pipeline: Pipeline) -> Iterator[str]:
     """Rewards of steps are learned from, and there where a method needs them; a token has one."""
     given = [reward for reward in config.rewards if reward.steps == "each"]

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from actors.columns import Head
 from orchestrator.config.ineffective_keys import ineffective_keys
-from orchestrator.config.reward_validation import of_learning, of_scoring_roles
+from orchestrator.config.reward_validation import of_learning, of_scoring_roles, of_split_episodes
 from orchestrator.config.roles import (
     EngineRole,
     EnvironmentsRole,
@@ -200,6 +200,7 @@ def _of_phase(
                 "set it to the role whose model is mixed in (reference, say)"
             )
     yield from of_learning(where, config, phase, pipeline)
+    yield from of_split_episodes(where, config, phase, pipeline)
     for role in pipeline.other_teachers:
         yield from _of_teacher(where, config, phase, role)
     for role, companion in pipeline.companions.items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from actors.columns import ADMITTED, ROUTES, STEP_REWARDS, Head
+from actors.columns import ADMITTED, ROUTES, SPLIT, STEP_REWARDS, Head
 from actors.errors import ConfigError
 from orchestrator.pipeline.checks import check
 from orchestrator.pipeline.data_kinds import Completions, DataKind
@@ -105,15 +105,16 @@ class Pipeline:
         others = (other for other in self.stages if other is not stage)
         return Pipeline(data, *others, warnings=self.warnings, temperature=self.temperature)
 
-    def with_episodes(self, role: str) -> Pipeline:
+    def with_episodes(self, role: str, *, split: bool = False) -> Pipeline:
         """The pipeline whose samples are episodes with the environments of a role. What an environment gives for a turn
-        reaches the credit calls that take it."""
+        reaches the credit calls that take it. `split`: each turn is a row of its own."""
+        also = {"turn_reward"} | (SPLIT if split else frozenset())
 
         def of_episodes(stage: Stage) -> Stage:
             if stage.verb is Verb.GENERATE:
                 options = {**stage.options, "episode": role}
-                return replace(stage, options=options, writes=stage.writes | {"turn_reward"})
-            return replace(stage, reads=stage.reads | (_takes(stage) & {"turn_reward"}))
+                return replace(stage, options=options, writes=stage.writes | also)
+            return replace(stage, reads=stage.reads | (_takes(stage) & also))
 
         if not any(stage.verb is Verb.GENERATE for stage in self.stages):
             return self

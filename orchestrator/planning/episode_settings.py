@@ -23,6 +23,7 @@ class EpisodeSettings:
     parser: str
     reward_weight: float
     max_answer_chars: int
+    split: bool = False  # each turn is a row of its own
 
     @property
     def rewards(self) -> bool:
@@ -45,5 +46,12 @@ def episode_settings(phase: PhaseConfig, name: str, role: EnvironmentsRole, prom
     )
     spec = EnvironmentSpec.of(episode.tools, episode.environment, episode.factories, episode.options)
     return EpisodeSettings(
-        name, hosts, spec, limits, episode.tool_parser, episode.reward_weight, episode.max_answer_chars
+        name,
+        hosts,
+        spec,
+        limits,
+        episode.tool_parser,
+        episode.reward_weight,
+        episode.max_answer_chars,
+        episode.split == "turns",
     )

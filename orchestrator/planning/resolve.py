@@ -120,7 +120,8 @@ def _scoring(rewards: Iterable[RewardConfig], tokenizer: Any) -> tuple[ModelRewa
 def build_pipeline(phase: PhaseConfig, rewards: Iterable[RewardConfig] = ()) -> Pipeline:
     """The phase's method under its options, with the roles that the phase gives it and the rewards of the run."""
     pipeline = build(phase.method, phase.options, {"max_completion_length": phase.sampling.max_tokens})
-    pipeline = pipeline.with_episodes(ENVIRONMENT) if phase.episode is not None else pipeline
+    if phase.episode is not None:
+        pipeline = pipeline.with_episodes(ENVIRONMENT, split=phase.episode.split == "turns")
     if any(reward.steps == "each" for reward in rewards):
         pipeline = pipeline.with_step_rewards()
     if phase.sampling.replay_truncation and pipeline.generates:
@@ -248,7 +249,8 @@ def _episode(config: RunConfig, name: str, sources: list[Source], tokenizer: Any
     spec = settings.spec.located()
     conversation, schemas = Conversation(tokenizer), spec.tool_schemas
     parser_of(settings.parser, tokenizer)
-    conversation.refuse_rewriting(["user" if phase.episode.environment is not None else "tool"], schemas)
+    if not settings.split:
+        conversation.refuse_rewriting(["user" if phase.episode.environment is not None else "tool"], schemas)
     prompt_tokens = settings.limits.prompt_tokens
     if not prompt_tokens:
         around = len(conversation.prompt([{"role": "user", "content": ""}], schemas, {}))

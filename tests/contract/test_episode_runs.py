@@ -46,6 +46,29 @@ def test_methods_of_every_kind_take_three_steps_on_episodes(tmp_path: Path) -> N
     assert_three_steps_of_each(result.folder, tolerance=1e-5, phases=EPISODES)
 
 
+REWRITING = """{% for m in messages %}
+{{ m.role }}: {{ m.content if m.role == 'user' else 'something' }}<eos>
+{% endfor %}
+{% if add_generation_prompt %}assistant: {% endif %}"""
+
+
+def test_with_a_row_for_each_turn_the_template_may_rewrite_history(tmp_path: Path) -> None:
+    """Ratios are 1 at the first step: each row is what the model was shown for that turn."""
+    chosen = {name: EPISODES[f"{name}_episodes"] for name in ("grpo", "reinforce_pp")}
+    tree = recipe(tmp_path, {"engine": "hf"}, chosen)
+    (tmp_path / "template.jinja").write_text(REWRITING)
+    for phase in tree["phases"].values():
+        phase["episode"] = {**phase["episode"], "split": "turns"}
+        phase["train"] = {**phase["train"], "batch_size": 2}
+    tree["logging"]["completions_every"] = 1
+    folder = run(config_of(tree, [], "test"), local=True).folder
+    assert_three_steps_of_each(folder, tolerance=1e-5, phases=chosen)
+    files = sorted((folder / "completions").glob("*.parquet"))
+    rows = [row for file in files for row in pq.read_table(file).to_pylist()]
+    assert len(rows) == 2 * STEPS * 2 * SAMPLES, "the table shows episodes, not turns"
+    assert all(row["turns"] == 2 for row in rows)
+
+
 def configured(where: Path, **evaluation: Any) -> RunConfig:
     tree = recipe(where, {"engine": "hf"}, {"grpo_episodes": EPISODES["grpo_episodes"]}, rewards=[])
     phase = tree["phases"]["grpo_episodes"]

@@ -18,7 +18,7 @@ from rewards.environment_specs import EnvironmentSpec
 from rewards.environment_worker import EnvironmentWorker
 from rollout.conversation import Conversation
 from rollout.episode import Dialogue, Episode, EpisodeRequest, Limits, Lost, Transcript
-from rollout.sampling import Completion, EpisodeFacts, Finish, Request, Sampling
+from rollout.sampling import Completion, EpisodeFacts, Finish, Request, Sampling, TurnRow
 from rollout.tool_calls import parser_of
 from tests.conversations import EOS, FORGETFUL, TEMPLATE, byte_tokenizer, ids
 
@@ -90,13 +90,44 @@ def test_a_row_has_the_model_s_tokens_in_its_mask_and_the_answers_between_them()
     assert episode.turn().prompt == (5, 6, 7, 8, 20, 21)
     episode.wrote(completion([9], version=4))
     episode.answered([], -1.0, done=True)
-    row = episode.row()
+    row = episode.rows()
     assert row["tokens"].tolist() == [5, 6, 7, 8, 20, 21, 9]
     assert row["mask"].tolist() == [False, False, True, True, False, False, True]
     assert row["sample_logps"].tolist() == [0, 0, -3.5, -3.5, 0, 0, -4.5]
     assert row["version"].tolist() == [-1, -1, 3, 3, -1, -1, 4]
     assert row["turn_reward"].tolist() == [0, 0, 0, 1.0, 0, 0, -2.0]
     assert episode.reward == -0.5 and not episode.truncated and episode.over
+
+
+def test_with_split_each_turn_is_a_row_that_begins_as_the_template_writes_the_conversation_by_then():
+    episode = Episode(request_of(reward_weight=2.0, split=True), [5, 6])
+    episode.wrote(completion([7, 8], version=3))
+    episode.answered([5, 99, 20], 0.5, done=False)
+    assert episode.turn().prompt == (5, 99, 20), "what was sampled is not in it as it was"
+    episode.wrote(completion([9], version=4))
+    episode.answered([], -1.0, done=True)
+    rows = episode.rows()
+    assert rows.lengths.tolist() == [4, 4] and rows["tokens"].tolist() == [5, 6, 7, 8, 5, 99, 20, 9]
+    assert rows["mask"].tolist() == [False, False, True, True, False, False, False, True]
+    assert rows["version"].tolist() == [-1, -1, 3, 3, -1, -1, -1, 4]
+    assert rows["turn_reward"].tolist() == [0, 0, 0, 1.0, 0, 0, 0, -2.0] and rows["group"].tolist() == [0, 0]
+    assert episode.turn_rows() == (TurnRow(4, 2, 0.0), TurnRow(4, 1, 1.0))
+    assert (episode.written, episode.reward, episode.over) == (3, -0.5, True)
+    assert Episode(request_of(), [5, 6]).turn_rows() is None
+
+
+def test_with_split_a_turn_without_a_word_is_no_row_and_the_limit_of_tokens_holds_for_each_row():
+    episode = Episode(request_of(replace(LIMITS, tokens=6), split=True), [5, 6])
+    episode.wrote(completion([7, 8]))
+    episode.answered([5, 99, 20], None, done=False)
+    assert episode.turn().sampling.max_tokens == 5, "6 less the one by which the second prompt is longer"
+    episode.cut()
+    episode.earned(1.0)
+    assert episode.rows()["turn_reward"].tolist() == [0, 0, 0, 1.0] and len(episode.turn_rows() or ()) == 1
+    full = Episode(request_of(replace(LIMITS, tokens=6), split=True), [5, 6])
+    full.wrote(completion([7, 8]))
+    full.answered(list(range(8)), None, done=False)
+    assert full.over and full.truncated and full.rows().lengths.tolist() == [4]
 
 
 def test_tokens_are_only_appended_and_all_columns_stay_aligned():
@@ -119,7 +150,7 @@ def test_tokens_are_only_appended_and_all_columns_stay_aligned():
             if not episode.over:
                 answer = draw.integers(200, 300, int(draw.integers(1, 8))).tolist()
                 episode.answered(answer, 1.0, done=bool(draw.random() < 0.4))
-        row = episode.row()
+        row = episode.rows()
         mask = row["mask"]
         assert row["tokens"].tolist() == before and mask[-1] and not mask[:3].any()
         assert row["tokens"][mask].tolist() == wrote and (row["tokens"][~mask][3:] >= 200).all()
@@ -151,15 +182,15 @@ def test_an_answer_that_leaves_the_model_no_token_is_left_out():
     episode = Episode(request_of(replace(LIMITS, tokens=5)), [1])
     episode.wrote(completion([2, 3]))
     episode.answered([4, 5, 6], 1.0, done=False)
-    assert episode.over and episode.truncated and episode.row()["tokens"].tolist() == [1, 2, 3]
-    assert episode.row()["turn_reward"].tolist() == [0, 0, 1.0]
+    assert episode.over and episode.truncated and episode.rows()["tokens"].tolist() == [1, 2, 3]
+    assert episode.rows()["turn_reward"].tolist() == [0, 0, 1.0]
 
 
 def test_a_prompt_that_is_too_long_and_an_episode_without_a_word_are_refused():
     with pytest.raises(DataFailure, match=r"has 3 tokens; episode\.max_prompt_tokens=2"):
         Episode(request_of(replace(LIMITS, prompt_tokens=2)), [1, 2, 3])
     with pytest.raises(DataFailure, match="before the model had written anything"):
-        Episode(request_of(), [1]).row()
+        Episode(request_of(), [1]).rows()
 
 
 # Rendering
@@ -277,6 +308,8 @@ def talk(
     environment: str | None = None,
     limits: Limits = LIMITS,
     slow_turn: int | None = None,
+    template: str = TEMPLATE,
+    split: bool = False,
 ) -> tuple[Episode, Transcript, EpisodeFacts]:
     """An episode in which the model says these texts, one per turn, the last one again and again. `slow_turn` takes all
     of the time that is left but for a moment, which is too short for another turn."""
@@ -299,9 +332,9 @@ def talk(
     async def run() -> tuple[Episode, Transcript, EpisodeFacts]:
         host = LocalWorker("environment/0", worker)
         await host.call("ready", timeout_s=60.0)
-        conversation = Conversation(byte_tokenizer())
+        conversation = Conversation(byte_tokenizer(template))
         parser = parser_of("auto", conversation.tokenizer)
-        return await Dialogue(request_of(limits), conversation, parser, sample, host).run()
+        return await Dialogue(request_of(limits, split=split), conversation, parser, sample, host).run()
 
     try:
         return asyncio.run(run())
@@ -311,7 +344,7 @@ def talk(
 
 def test_an_episode_with_a_tool_is_one_row_that_ends_with_the_model_s_last_word(tmp_path: Path):
     episode, transcript, facts = talk(tmp_path, [f"{CALL}<eos>", "It is 5.<eos>"], tools=["add"])
-    row = episode.row()
+    row = episode.rows()
     text = byte_tokenizer().decode(row["tokens"].tolist())
     assert text.startswith('[tools][{"type": "function"') and '"Add."' in text
     assert text.endswith(f"[user]2+3?<eos>\n[assistant]{CALL}<eos>\n[tool]5<eos>\n[assistant]It is 5.<eos>")
@@ -323,10 +356,25 @@ def test_an_episode_with_a_tool_is_one_row_that_ends_with_the_model_s_last_word(
     assert len(set(row["version"][row["mask"]].tolist())) == 2
 
 
+def test_with_split_a_template_may_rewrite_what_the_model_said_before(tmp_path: Path):
+    texts = [f"Two and three?</think>{CALL}<eos>", "Five.</think>It is 5.<eos>"]
+    with pytest.raises(Dropped):
+        talk(tmp_path, texts, tools=["add"], template=FORGETFUL)
+    episode, transcript, facts = talk(tmp_path, texts, tools=["add"], template=FORGETFUL, split=True)
+    rows = episode.rows()
+    first, second = (byte_tokenizer().decode(rows.row("tokens", row).tolist()) for row in range(2))
+    assert first.endswith(f"[user]2+3?<eos>\n[assistant]{texts[0]}")
+    assert second.endswith(f"[user]2+3?<eos>\n[assistant]{CALL}<eos>\n[tool]5<eos>\n[assistant]{texts[1]}")
+    wrote = [rows.row("tokens", row)[rows.row("mask", row)].tolist() for row in range(2)]
+    assert wrote == [ids(text) for text in texts], "and nothing else is trained on"
+    assert [message["role"] for message in transcript.messages] == ["assistant", "tool", "assistant"]
+    assert (facts.turns, facts.calls) == (2, 1) and not episode.truncated
+
+
 def test_an_answer_with_the_text_of_the_end_token_does_not_end_the_turn(tmp_path: Path):
     call = CALL.replace("add", "say_end")
     episode, _, _ = talk(tmp_path, [f"{call}<eos>", "5<eos>"], tools=["say_end"])
-    row = episode.row()
+    row = episode.rows()
     answer = row["tokens"][row["mask"].argmax() :][~row["mask"][row["mask"].argmax() :]]
     assert "5<eos>[user]now" in byte_tokenizer().decode(answer.tolist())
     assert (answer == EOS).sum() == 1 and episode.turns == 2
@@ -354,9 +402,9 @@ def test_an_environment_that_never_ends_is_ended_by_each_limit(tmp_path: Path, c
     slow = 1 if "timeout_s" in changes else None
     said = talk(tmp_path, ["hm<eos>"], environment="Endless", limits=limits, slow_turn=slow)
     episode, _, facts = said
-    assert episode.truncated and facts.turns == turns and episode.row()["mask"][-1]
+    assert episode.truncated and facts.turns == turns and episode.rows()["mask"][-1]
     assert facts.reward == 0.5 * turns + 1.0  # of the turns, and of the whole at its last token
-    assert episode.row()["turn_reward"][-1] == 1.5
+    assert episode.rows()["turn_reward"][-1] == 1.5
 
 
 def test_an_environment_that_hangs_is_given_up_at_its_deadline_and_says_so(tmp_path: Path):

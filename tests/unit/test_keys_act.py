@@ -123,6 +123,7 @@ PLANNED: dict[str, tuple[Any, dict[str, Any]]] = {
     "phases.NAME.episode.environment": ("chess.py:Chess", PLAYING),
     "phases.NAME.episode.environment_factory": ("game.py:Game", TALKING),
     "phases.NAME.episode.options": ({"level": 2}, PLAYING),
+    "phases.NAME.episode.split": ("turns", TALKING),
     "phases.NAME.episode.max_turns": (3, TALKING),
     "phases.NAME.episode.max_turn_tokens": (9, TALKING),
     "phases.NAME.episode.max_prompt_tokens": (99, TALKING),
@@ -641,6 +642,21 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         merged(GRPO, {"rewards": [*JUDGED["rewards"], *GRPO["rewards"]], "phases": {"a": {"method": "nash_md"}}}),
         "a preference and a score do not add up",
+    ),
+    (
+        merged(TALKING, {"phases": {"a": {"episode": {"split": "turns"}, "options": {"replay_buffer_size": 9}}}}),
+        "phases.a.episode.split=turns makes several rows of a sample, and options.replay_buffer_size",
+    ),
+    (
+        merged(EXPLORED, {"phases": {"a": {"episode": {"tools": ["add.py:add"], "split": "turns"}}}}),
+        "xpo makes other rows of whole samples",
+    ),
+    (
+        merged(
+            merged(PPO, {"rewards": [{"role": "reward_model", "steps": "each"}]}),
+            {"phases": {"a": {"episode": {"tools": ["add.py:add"], "split": "turns"}}}},
+        ),
+        "rewards with steps=each are those of one row",
     ),
     (merged(GRPO, {"rewards": [{"role": "reward_model", "steps": "each"}]}), "grpo learns from one reward per answer"),
     (merged(GRPO, {"phases": {"a": {"options": {"supervision": "process"}}}}), "no reward gives them; add {role: ROLE"),

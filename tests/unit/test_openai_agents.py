@@ -272,7 +272,7 @@ def test_what_was_sampled_is_recorded_as_it_was_and_never_tokenised_again(tmp_pa
         return await dialogue.run()
 
     episode, transcript, facts = with_worker(tmp_path, talk, "uses_tools")
-    row = episode.row()
+    row = episode.rows()
     assert row["tokens"][row["mask"]].tolist() == [*spelled, *merged, *turns[2]]
     roles = [message["role"] for message in [*transcript.prompt, *transcript.messages]]
     assert roles == ["system", "user", "assistant", "tool", "assistant", "tool", "assistant"]
