@@ -21,6 +21,9 @@ from orchestrator.import_pin import pin
 if TYPE_CHECKING:
     from actors.errors import ConfigError, DataError, Interrupted, PlacementError, RunError, TroupeError, UserError
     from orchestrator.api import RunHandle, attach, resume, start
+    from orchestrator.completions.evaluate import evaluate
+    from orchestrator.completions.generate import generate
+    from orchestrator.completions.score import score
     from orchestrator.config.loading import load_config, load_run, recipes
     from orchestrator.config.schema import RunConfig
     from orchestrator.model_folders.export import export
@@ -40,13 +43,16 @@ __all__ = (
     "TroupeError",
     "UserError",
     "attach",
+    "evaluate",
     "export",
+    "generate",
     "load_config",
     "load_run",
     "merge",
     "recipes",
     "resume",
     "run",
+    "score",
     "start",
 )
 _ROOMS = {
@@ -54,6 +60,9 @@ _ROOMS = {
         "ConfigError", "DataError", "Interrupted", "PlacementError", "RunError", "TroupeError", "UserError",
     ),
     "orchestrator.api": ("RunHandle", "attach", "resume", "start"),
+    "orchestrator.completions.evaluate": ("evaluate",),
+    "orchestrator.completions.generate": ("generate",),
+    "orchestrator.completions.score": ("score",),
     "orchestrator.config.schema": ("RunConfig",),
     "orchestrator.config.loading": ("load_config", "load_run", "recipes"),
     "orchestrator.model_folders.export": ("export",),

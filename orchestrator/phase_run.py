@@ -98,7 +98,8 @@ class PhaseRun:
             parts = Parts(written_folder(context.folder, self.phase.name))
             if self.progress.step < self.phase.steps:
                 parts.begin(self.progress.step)
-            self.output = Output(parts, self.phase.source, context.prepared.tokenizer)
+            prepared = context.prepared
+            self.output = Output(parts, self.phase.source, prepared.tokenizer, prepared.reward_names)
 
     def _enter(self) -> None:
         phase, budget = self.phase, self.phase.config.train.token_budget
@@ -146,7 +147,7 @@ class PhaseRun:
     def _collector(self) -> Collector:
         context, phase, roles = self.context, self.phase, self.roles
         train_config = phase.config.train
-        if not phase.pipeline.generates:
+        if not phase.pipeline.row_sources:
             last = (phase.first_version + phase.steps - 1, phase.schedule.last)
             items, overlaps = train_config.batch_size, context.plan.overlaps
             return RowCollector(phase.source, roles, self.cursor, items, overlaps=overlaps, last=last)

@@ -19,11 +19,14 @@ Record = dict[str, Any]
 @dataclass(frozen=True)
 class Answered:
     """A prompt with the completions of its rows. `completions`: texts; messages, if the prompt is a list of messages.
-    `columns`: the batch's columns per row, [n] each."""
+    `columns`: the batch's columns per row, [n] each. `index`: of the prompt in its data set. `reward_names`: of the
+    columns of `reward_parts`."""
 
     prompt: Content
     completions: tuple[Content, ...]
     columns: Mapping[str, Array]
+    index: int = 0
+    reward_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -48,23 +51,36 @@ def is_blank(content: Content) -> bool:
     return not any(text.strip() for text in said)
 
 
-@records(reads={"truncated"}, columns=("prompt", "completion", "truncated"))
+@records(reads={"truncated"}, columns=("prompt_index", "prompt", "completion", "truncated"))
 def completions(answered: Answered) -> list[Record]:
-    """Every completion, blank ones too."""
-    truncated = answered.columns["truncated"]
+    """Every completion, blank ones too, and which prompt of the data set it answers."""
+    return [{"prompt_index": answered.index, **record} for record in _completions(answered)]
+
+
+@records(
+    reads={"truncated", "reward", "reward_parts"},
+    columns=("prompt_index", "prompt", "completion", "truncated", "reward"),
+)
+def completions_with_rewards(answered: Answered) -> list[Record]:
+    """The same with the reward, and each of those that it is the sum of as `rewards/NAME`; null where there is none."""
+    parts = answered.columns["reward_parts"]
     return [
-        {"prompt": answered.prompt, "completion": completion, "truncated": bool(truncated[index])}
-        for index, completion in enumerate(answered.completions)
+        {
+            **record,
+            "reward": _number(answered.columns["reward"][row]),
+            **{f"rewards/{name}": _number(parts[row][part]) for part, name in enumerate(answered.reward_names)},
+        }
+        for row, record in enumerate(completions(answered))
     ]
 
 
 @records(reads={"truncated", "reward"}, columns=("prompt", "completion", "truncated", "reward"))
-def scored_completions(answered: Answered, *, blank: bool) -> list[Record]:
-    """Every completion with its reward, null where it could not be scored. `blank`: those that say nothing, too."""
+def scored_completions(answered: Answered) -> list[Record]:
+    """Every completion that says something with its reward, null where it could not be scored."""
     return [
-        {**record, "reward": _number(answered.columns["reward"][index])}
-        for index, record in enumerate(completions(answered))
-        if blank or not is_blank(record["completion"])
+        {**record, "reward": _number(answered.columns["reward"][row])}
+        for row, record in enumerate(_completions(answered))
+        if not is_blank(record["completion"])
     ]
 
 
@@ -99,6 +115,14 @@ def scored_pairs(answered: Answered) -> list[Record]:
     return [
         {**record, "score_chosen": _number(rewards[chosen]), "score_rejected": _number(rewards[rejected])}
         for record, (chosen, rejected) in zip(pairs(answered), _pairs(answered), strict=True)
+    ]
+
+
+def _completions(answered: Answered) -> list[Record]:
+    truncated = answered.columns["truncated"]
+    return [
+        {"prompt": answered.prompt, "completion": completion, "truncated": bool(truncated[row])}
+        for row, completion in enumerate(answered.completions)
     ]
 
 

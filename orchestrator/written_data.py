@@ -24,11 +24,13 @@ from orchestrator.records import Answered, Record
 
 @dataclass(frozen=True)
 class Output:
-    """The data set that a phase makes, and what its records are made of besides the batch."""
+    """The data set that a phase makes, and what its records are made of besides the batch. `reward_names`: of the
+    columns of `reward_parts`, in their order."""
 
     parts: Parts
     source: Source
     tokenizer: Any
+    reward_names: tuple[str, ...] = ()
 
     def write(self, stage: Stage, batch: Batch, step: int) -> dict[str, float]:
         """The batch of a step, counted from 0; its metrics."""
@@ -43,9 +45,11 @@ class Output:
         groups = batch["group"] if len(batch) else np.zeros(0, np.int64)
         for position in np.unique(groups).tolist():
             rows = np.flatnonzero(groups == position)
-            prompt: Any = self.source.item(self.source.order.at(position)[1])  # a Prompt: it was answered
+            index = self.source.order.at(position)[1]
+            prompt: Any = self.source.item(index)  # a Prompt: it was answered
             columns = {name: values[rows] for name, values in batch.columns.items() if COLUMNS[name].axis is Axis.ROW}
-            answered = Answered(prompt.prompt, self._completions(prompt.prompt, batch, rows.tolist()), columns)
+            texts = self._completions(prompt.prompt, batch, rows.tolist())
+            answered = Answered(prompt.prompt, texts, columns, index, self.reward_names)
             made: list[Record] = stage.call(answered, **stage.options)
             beside = {name: prompt.columns[name] for name in carried(prompt.columns)}
             yield from ({**beside, **record} for record in made)

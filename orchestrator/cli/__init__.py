@@ -6,6 +6,7 @@ Each command imports what it needs when it is called, so that help and refusals 
 from orchestrator.cli import (  # noqa: I001  in this order `troupe --help` lists them
     training as training,
     models as models,
+    completions as completions,
     inspection as inspection,
     control as control,
     service as service,

@@ -120,6 +120,17 @@ def read_completion(row: Row) -> list[Example]:
     return [_example(row, *_answered(row, "completion"))]
 
 
+def read_judged(row: Row) -> list[Example]:
+    """The same where a completion may say nothing: that deserves a reward, too."""
+    said = row["completion"]
+    turns = [message.get("content") for message in said if isinstance(message, dict)] if isinstance(said, list) else []
+    if said == "" or (turns and not any(turns)):
+        prompt = cells.content(row, "prompt")
+        nothing = "" if isinstance(prompt, str) else [{"role": ASSISTANT, "content": ""}]
+        return [_example(row, prompt, (nothing,))]
+    return read_completion(row)
+
+
 def read_messages(row: Row) -> list[Example]:
     messages = cells.messages(row, "messages")
     refuse_no_answer(messages, "messages")
@@ -230,6 +241,7 @@ FORMATS: dict[str, tuple[Format, ...]] = {
         Format(("input_ids",), read_input_ids, completion_only=(), talks=False),
     ),
     "answered_prompts": (Format(("prompt", "completion"), read_completion, completion_only=(True,)),),
+    "judged_completions": (Format(("prompt", "completion"), read_judged, completion_only=(True,)),),
     "pairs": PAIRS,
     "pairs_with_margin": tuple(replace(pair, columns=(*pair.columns, "margin")) for pair in PAIRS),
     "triples": (Format(("prompt", "chosen", "rejected", "reference"), read_triple),),

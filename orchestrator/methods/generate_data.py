@@ -10,6 +10,7 @@ from orchestrator import records
 from orchestrator.methods.option_types import Count, Positive
 from orchestrator.pipeline import (
     AnsweredPrompts,
+    JudgedCompletions,
     Pipeline,
     Prompts,
     Stage,
@@ -31,7 +32,9 @@ from orchestrator.regrouping import (
     statistical_rejection,
 )
 
-Keep = Literal["all", "best", "accepted", "labelled", "best_and_worst", "statistical_rejection", "data_and_samples"]
+Keep = Literal[
+    "all", "best", "accepted", "labelled", "best_and_worst", "statistical_rejection", "data_and_samples", "data"
+]
 
 
 def generate_data(
@@ -47,16 +50,18 @@ def generate_data(
     drop_truncated: bool = False,
 ) -> Pipeline:
     """Make a data set: sample completions of each prompt, score them, and write those that are kept."""
+    if keep == "data":
+        return Pipeline(JudgedCompletions, take(), score("reward", parts=True), write(records.completions_with_rewards))
     if keep == "data_and_samples":
         ending = when(drop_truncated, regroup(ended))
         sources = (take(), generate("rollout", n=num_generations))
         return Pipeline(AnsweredPrompts, *sources, *ending, regroup(first_against_others), write(records.pairs))
     kept: dict[str, Callable[[], tuple[Stage, ...]]] = {
-        "all": lambda: (write(records.scored_completions, blank=True) if scored else write(records.completions),),
-        "best": lambda: (regroup(best, count=best_count), write(records.scored_completions, blank=False)),
+        "all": lambda: (write(records.completions_with_rewards if scored else records.completions),),
+        "best": lambda: (regroup(best, count=best_count), write(records.scored_completions)),
         "accepted": lambda: (
             regroup(accepted, threshold=_given(threshold, keep)),
-            write(records.scored_completions, blank=False),
+            write(records.scored_completions),
         ),
         "labelled": lambda: (
             regroup(labelled, threshold=_given(threshold, keep)),
@@ -72,7 +77,7 @@ def generate_data(
     return Pipeline(
         Prompts,
         generate("rollout", n=num_generations),
-        *when(scored or keep != "all", score("reward")),
+        *when(scored or keep != "all", score("reward", parts=keep == "all")),
         *when(drop_truncated, regroup(ended)),
         *kept[keep](),
     )

@@ -41,6 +41,7 @@ _ROWS = frozenset({"tokens", "mask", "group"})
 Completions = DataKind("completions", _ROWS)
 Prompts = DataKind("prompts", frozenset(), prompts_only=True)
 AnsweredPrompts = DataKind("answered_prompts", frozenset(), answered=True, uncut=True)
+JudgedCompletions = DataKind("judged_completions", frozenset(), answered=True, uncut=True)  # blank ones, too
 Pairs = DataKind("pairs", _ROWS | {"preferred"}, rows_per_item=2)
 UncutPairs = replace(Pairs, uncut=True)
 PairsWithMargin = DataKind("pairs_with_margin", Pairs.columns | {"margin"}, rows_per_item=2, uncut=True)

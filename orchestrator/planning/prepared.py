@@ -154,6 +154,13 @@ class Prepared:
         return tuple(spec for spec in self.rewards if isinstance(spec, JudgeSpec) and spec.by_engine)
 
     @property
+    def reward_names(self) -> tuple[str, ...]:
+        """In the order in which a group's rewards stand beside one another (`collection/scoring.py`): those that
+        scorers call, models, judges of an engine role."""
+        called = (each.label for each in self.rewards if each not in self.engine_judges)
+        return (*called, *(each.label for each in self.model_rewards), *(each.label for each in self.engine_judges))
+
+    @property
     def judging_roles(self) -> tuple[str, ...]:
         """Engine roles that answer the questions of judges."""
         roles = (judge.role for spec in self.engine_judges for judge in spec.judges)

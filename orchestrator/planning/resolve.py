@@ -309,7 +309,8 @@ def phase_schedule(phase: PhaseConfig, name: str, source: Source, least: int) ->
     where, train = f"phases.{name}.train", phase.train
     unknown = phase.data.streaming or isinstance(source, AwaitedSource)
     items = None if unknown else len(source)
-    if items is not None and train.batch_size > items:
+    fills = train.steps is not None or build_pipeline(phase).draws_again
+    if items is not None and train.batch_size > items and fills:  # what is only made needs no full batch
         raise ConfigError(
             f"{where}.batch_size={train.batch_size} is more than the {items} items of {phase.data.path!r}; "
             "lower it or give more data"

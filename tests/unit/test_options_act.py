@@ -168,6 +168,7 @@ BESIDE: dict[str, list[dict[str, Any]]] = {  # what else is set: the first besid
         {"keep": "best_and_worst", "num_generations": 2},
         {"keep": "statistical_rejection", "num_generations": 8, "accepted_count": 6},
         {"keep": "data_and_samples"},
+        {"keep": "data"},
     ],
     "gkd": [{}, {"lmbda": 0.0}, {"lmbda": 0.3}, {"teachers": ("a", "b"), "teacher_top_k": 3}],
     "on_policy_distillation": [{}, {"teachers": ("a", "b"), "teacher_top_k": 3}],

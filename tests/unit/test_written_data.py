@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,14 @@ from orchestrator.methods import build
 from orchestrator.pipeline import AnsweredPrompts, Prompts, Verb, generate, regroup, score, take, write
 from orchestrator.pipeline import Pipeline as Stages
 from orchestrator.planning.resolve import prepare
-from orchestrator.records import Answered, labelled_completions, pairs, scored_completions, scored_pairs
+from orchestrator.records import (
+    Answered,
+    completions_with_rewards,
+    labelled_completions,
+    pairs,
+    scored_completions,
+    scored_pairs,
+)
 from orchestrator.regrouping import accepted, best, ended, first_against_others, labelled, statistical_rejection
 from orchestrator.row_table import RowTable
 from orchestrator.written_data import Output
@@ -110,11 +118,14 @@ def test_a_pair_has_the_preferred_side_first_with_both_scores_and_is_left_out_if
 
 
 def test_what_could_not_be_scored_has_no_reward_and_blank_completions_are_written_only_where_all_are() -> None:
-    said = answered("a", "", truncated=[False, True], reward=[np.nan, 2.0])
+    said = answered("a", "", truncated=[False, True], reward=[np.nan, 2.0], reward_parts=[[np.nan, 4.0], [2.0, 0.0]])
     first = {"prompt": "p", "completion": "a", "truncated": False, "reward": None}
     second = {"prompt": "p", "completion": "", "truncated": True, "reward": 2.0}
-    assert scored_completions(said, blank=True) == [first, second]
-    assert scored_completions(said, blank=False) == [first]
+    assert scored_completions(said) == [first]
+    assert completions_with_rewards(replace(said, index=7, reward_names=("right", "short"))) == [
+        {"prompt_index": 7, **first, "rewards/right": None, "rewards/short": 4.0},
+        {"prompt_index": 7, **second, "rewards/right": 2.0, "rewards/short": 0.0},
+    ]
     told = answered("a", "b", label=[True, False], reward=[1.0, 0.0])
     assert [record["label"] for record in labelled_completions(told)] == [True, False]
 
