@@ -18,9 +18,9 @@ from typing import Any
 
 from sse_starlette import ServerSentEvent
 
-from orchestrator.api import RunHandle
 from orchestrator.cluster.control import EVENTS_FILE
 from orchestrator.json_lines import LineReader
+from orchestrator.service.run_folders import RunFolders
 from orchestrator.service.schemas import EventLine
 
 POLL_S = 0.5
@@ -45,14 +45,13 @@ class EventReader:
         return found
 
 
-async def event_stream(handle: RunHandle, last: int) -> AsyncIterator[ServerSentEvent]:
-    reader = EventReader(handle.folder, last)
+async def event_stream(runs: RunFolders, run: str, last: int) -> AsyncIterator[ServerSentEvent]:
+    reader = EventReader(runs.folder(run), last)
     while True:
-        running = await asyncio.to_thread(lambda: handle.running)  # before reading: the last lines must be read
+        state = (await asyncio.to_thread(runs.summary, run)).state  # before reading: the last lines must be read
         for line in await asyncio.to_thread(reader.new):
             yield ServerSentEvent(json.dumps(line.data), id=str(line.id), event=line.event)
-        if not running:
-            status = await asyncio.to_thread(handle.status)
-            yield ServerSentEvent(json.dumps({"state": status.kind}), event="end")
+        if state.over:
+            yield ServerSentEvent(json.dumps({"state": state}), event="end")
             return
         await asyncio.sleep(POLL_S)

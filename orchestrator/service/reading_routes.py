@@ -62,11 +62,11 @@ def get_events(
     ] = None,
 ) -> Any:
     """What happened in a run: parts of the start, joins, deaths, retries, resizes, checkpoints."""
-    handle = runs.handle(run)
+    folder = runs.folder(run)
     last = after if last_event_id is None else last_event_id
     if follow:
-        return EventSourceResponse(event_stream(handle, last), ping=int(PING_S))
-    return EventList(events=EventReader(handle.folder, last).new())
+        return EventSourceResponse(event_stream(runs, run, last), ping=int(PING_S))
+    return EventList(events=EventReader(folder, last).new())
 
 
 @router.get("/{run}/metrics")

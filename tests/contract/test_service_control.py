@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from fastapi import FastAPI, Request, Response
 from fastapi.testclient import TestClient
 
 from orchestrator.service.jobs import RayJobs
 from tests.runs import SFT, merged
-from tests.service_client import client, listening, write_run
+from tests.service_client import AUTHORIZED, client, listening, write_run
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -57,8 +58,11 @@ def test_a_run_is_submitted_controlled_stopped_and_continued_over_http(http: Tes
     assert (again.status_code, again.json()["created_now"]) == (200, False), "the same is the same run"
     other = http.post("/v1/runs", json={"name": "one", "recipe": RECIPE, "overrides": ["seed=1"]})
     assert other.status_code == 409 and "with another recipe" in other.json()["error"]["message"]
-    early = http.post("/v1/runs/one/checkpoint")
-    assert early.status_code == 409 and "it is starting" in early.json()["error"]["message"]
+    with listening(client(runs, local=True).app) as url:
+        stream = httpx.stream("GET", f"{url}/v1/runs/one/events?follow=true", headers=AUTHORIZED, timeout=120)
+        with stream as answer:
+            first = next(line for line in answer.iter_lines() if line.startswith("event:"))
+    assert first == "event: prepared", "who follows a run that was just submitted waits for its first event"
 
     until(lambda: http.get("/v1/runs/one/metrics").json()["lines"], "first step")
     paused = http.patch("/v1/runs/one", json={"paused": True}).json()
@@ -100,6 +104,8 @@ def test_a_run_that_is_refused_by_its_own_process_has_failed_with_its_words(http
 def test_a_run_without_a_name_gets_one_and_can_be_ended_while_it_starts(http: TestClient):
     run = http.post("/v1/runs", json={"recipe": RECIPE}).json()["id"]
     assert run.startswith("t-20")
+    early = http.post(f"/v1/runs/{run}/checkpoint")  # its process has not imported anything yet
+    assert early.status_code == 409 and "it is starting" in early.json()["error"]["message"]
     ended = http.post(f"/v1/runs/{run}/stop").json()
     assert ended["state"] in ("failed", "stopped") and ended["step"] == 0
     assert http.get(f"/v1/runs/{run}/events").status_code == 200
