@@ -55,6 +55,6 @@ class RunResult:
     def from_json(cls, folder: Path, event: Mapping[str, Any]) -> RunResult:
         """Of the run in a folder, from its event `finished`."""
         named = ("checkpoint", "model", "averaged", "picture", "output")
-        paths = {name: event[name] and Path(event[name]) for name in named}
+        paths = {name: event.get(name) and Path(event[name]) for name in named}
         gains = tuple(Gain(**each) for each in event["gains"])
         return cls(folder, dict(event["scores"]), **paths, gains=gains, seconds=dict(event["seconds"]))
