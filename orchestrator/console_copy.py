@@ -21,6 +21,8 @@ from actors.errors import ConfigError
 
 CONSOLE_FILE = "console.log"  # in a run's folder
 
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
 
 def copy_output(file: Path) -> None:
     """From now on, to the end of `file`. To be called before threads are started, because it forks. Raises ConfigError
@@ -32,15 +34,18 @@ def copy_output(file: Path) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     reader, writer = os.pipe()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # none may come before they are ignored
     if os.fork() == 0:
         try:
-            for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            for each in ENDING:
                 signal.signal(each, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             os.dup2(reader, 0)
             os.closerange(3, max(reader, writer) + 1)
             os.execvp("tee", ["tee", "-a", str(file)])
         finally:
             os._exit(127)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     os.close(reader)
     for standard in (1, 2):
         os.dup2(writer, standard)

@@ -1,0 +1,142 @@
+"""`troupe ls`, `logs`, `metrics`, `samples` and `serve`, over folders of runs that a test writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from actors.errors import ConfigError
+from orchestrator.cli import main
+from orchestrator.service.jobs import OutsideJobs
+from orchestrator.service.run_folders import RECIPE, SUBMISSION, RunFolders
+from orchestrator.service.service_folder import announce, found_service, token_of
+from tests.runs import TROUPE, plain_environment
+from tests.service_client import write_run, write_samples
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    runs = tmp_path / "runs"
+    steps = [{"step": step, "loss": 1.0 / step, "reward": 0.5} for step in (1, 2)]
+    folder = write_run(runs, "t-1", events=[{"event": "finished", "time": 1010.0}], metrics=steps)
+    write_samples(folder, 2, [0.5, 1.0, 0.0])
+    return runs
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert (ended.value.code or 0) == code
+    shown = capsys.readouterr()
+    return shown.out if code == 0 else shown.err
+
+
+def test_runs_are_listed_as_a_table_and_as_json(runs: Path, capsys: pytest.CaptureFixture[str]):
+    table = said(capsys, "ls", "--runs", str(runs))
+    assert [word for word in table.splitlines()[1].split() if word in ("t-1", "finished", "grpo", "2")] == [
+        "t-1",
+        "finished",
+        "2",
+        "grpo",
+    ]
+    [run] = json.loads(said(capsys, "ls", "--runs", str(runs), "--json"))
+    assert (run["id"], run["state"], run["step"]) == ("t-1", "finished", 2)
+
+
+def test_a_run_that_was_submitted_elsewhere_and_has_said_nothing_yet_is_starting(runs: Path):
+    folder = runs / "new"
+    folder.mkdir()
+    (folder / RECIPE).write_text(json.dumps({"phases": {"sft": {"method": "sft"}}}))
+    (folder / SUBMISSION).write_text(json.dumps({"submitted": time.time()}))
+    [new] = [run for run in RunFolders(runs, OutsideJobs()).summaries() if run.id == "new"]
+    assert (new.state, new.methods) == ("starting", ["sft"])
+
+
+def test_what_a_run_measured_and_sampled_is_printed(runs: Path, capsys: pytest.CaptureFixture[str]):
+    run = str(runs / "t-1")
+    assert said(capsys, "metrics", run, "--name", "loss", "--limit", "1") == "     2 grpo  loss 0.5\n"
+    first, second = map(json.loads, said(capsys, "metrics", run, "--json").splitlines())
+    assert (first["step"], second["reward"]) == (1, 0.5)
+    assert said(capsys, "samples", run, "--best", "--limit", "1") == "1.0  '1+1=' '1'\n"
+    worst = json.loads(said(capsys, "samples", run, "--worst", "--limit", "1", "--json"))
+    assert (worst["reward"], worst["completion"]) == (0.0, "2")
+    assert "is not a run's folder" in said(capsys, "metrics", str(runs), code=2)
+
+
+def test_a_log_that_is_followed_is_printed_to_its_end(runs: Path, capsys: pytest.CaptureFixture[str]):
+    (runs / "t-1" / "console.log").write_text("one\ntwo\n")
+    assert said(capsys, "logs", str(runs / "t-1")) == "one\ntwo\n"
+    assert said(capsys, "logs", "-f", str(runs / "t-1")) == "one\ntwo\n"
+
+
+def test_a_service_that_everybody_could_use_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    refused = said(capsys, "serve", "--runs", str(tmp_path), "--host", "0.0.0.0", "--no-token", code=2)
+    assert "can be reached from other machines, and there is no token" in refused
+
+
+def test_the_token_is_made_once_and_readable_by_its_owner_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("TROUPE_TOKEN", raising=False)
+    monkeypatch.delenv("TROUPE_URL", raising=False)
+    token = token_of(tmp_path, None)
+    assert len(token) >= 32 and token_of(tmp_path, None) == token
+    assert (tmp_path / ".service").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / ".service" / "token").stat().st_mode & 0o777 == 0o600
+    with pytest.raises(ConfigError, match="no service is known"):
+        found_service(tmp_path, None)
+    announce(tmp_path, "http://127.0.0.1:1")
+    assert found_service(tmp_path, None) == ("http://127.0.0.1:1", token)
+    assert found_service(tmp_path, "http://elsewhere/") == ("http://elsewhere", token)
+    monkeypatch.setenv("TROUPE_TOKEN", "another-token-0123456789")
+    assert token_of(tmp_path, None) == "another-token-0123456789"
+    monkeypatch.delenv("TROUPE_TOKEN")
+    (tmp_path / ".service").chmod(0o755)
+    with pytest.raises(ConfigError, match="others can open it"):
+        token_of(tmp_path, None)
+
+
+COPIED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from orchestrator.console_copy import copy_output
+copy_output(Path({file!r}))
+print("printed")
+os.write(2, b"written by a library\\n")
+for child in Path("/proc/self/task").glob("*/children"):
+    for pid in child.read_text().split():
+        os.kill(int(pid), signal.SIGTERM)  # as who stops a job does
+print("after the signal")
+raise ValueError("at the end")
+"""
+
+
+def test_what_a_process_prints_is_in_the_file_and_where_it_went_before_to_its_last_line(tmp_path: Path):
+    file, root = tmp_path / "console.log", str(Path(__file__).parents[2])
+    file.write_text("an earlier attempt\n")
+    code = COPIED.format(root=root, file=str(file))
+    with (tmp_path / "out").open("wb") as out:  # a file can seek, a pipe cannot
+        done = subprocess.run([sys.executable, "-c", code], stdout=out, stderr=out, timeout=60)
+    assert done.returncode == 1
+    deadline = time.monotonic() + 30
+    while not file.read_text().endswith("ValueError: at the end\n"):
+        assert time.monotonic() < deadline, file.read_text()
+        time.sleep(0.01)
+    shown = (tmp_path / "out").read_text()
+    assert file.read_text() == "an earlier attempt\n" + shown
+    for part in ("printed\n", "written by a library\n", "after the signal\n"):
+        assert part in shown
+
+
+def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path):
+    done = subprocess.run(
+        [TROUPE, "run", "sft_arithmetic", "--log", str(tmp_path / "no" / "such.log")],
+        capture_output=True, text=True, timeout=60, env=plain_environment(), cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2 and "--log" in done.stderr
+    assert os.listdir(tmp_path) == []
