@@ -22,7 +22,7 @@ export async function runView(main, { every, signal }, id, other) {
     h("section", {}, h("h2", {}, "Pipeline"), pipeline),
     h("section", {}, h("h2", {}, "Workers"), workers),
     h("section", {}, h("div", { class: "row" }, h("h2", {}, "Curves"), field("beside", comparison)), curves.element),
-    samples(id, signal),
+    samples(id, every, signal),
     h("div", { class: "columns" }, events(id, signal), log(id, every, signal)),
     h("div", { class: "columns" }, chat(id, signal), checkpoints(id, every, signal)),
   );
@@ -119,12 +119,13 @@ function events(id, signal) {
   follow();
   return h("section", {}, h("h2", {}, "Events"), h("div", { class: "scroll", style: "max-height:20rem;overflow:auto", tabIndex: 0 }, h("table", {}, list)));
 
-  // Goes on from the last event when the connection breaks, until the stream says that the run is over.
+  // Goes on from the last event when the connection breaks, and looks again from time to time once the run is over: it
+  // may be resumed.
   async function follow() {
     for (let last = 0; !signal.aborted; ) {
       try {
         for await (const { id: number, event, data } of streamed(run(id, `/events?follow=true&after=${last}`), { signal })) {
-          if (event === "end") return;
+          if (event === "end") break;
           last = Number(number ?? last);
           const { time, event: kind, ...rest } = JSON.parse(data);
           list.prepend(h("tr", {}, h("td", {}, new Date(time * 1000).toLocaleTimeString()), h("td", {}, kind ?? event), h("td", { class: "text faint" }, brief(rest))));
@@ -133,7 +134,7 @@ function events(id, signal) {
       } catch (error) {
         if (signal.aborted) return;
       }
-      await new Promise((resolve) => setTimeout(resolve, 2000));
+      await new Promise((resolve) => setTimeout(resolve, 3000));
     }
   }
 }
@@ -145,12 +146,10 @@ function brief(detail) {
 function log(id, every, signal) {
   const text = h("pre", { tabIndex: 0, "aria-label": "What the run printed" });
   let offset = null;
-  let ended = false;
   every(3, async () => {
-    if (ended) return;
     const found = await call(run(id, `/logs${offset === null ? "" : `?offset=${offset}`}`), { signal });
     const atEnd = text.scrollTop + text.clientHeight >= text.scrollHeight - 8;
-    ({ next_offset: offset, ended } = found);
+    offset = found.next_offset;
     text.append(found.text);
     if (atEnd) text.scrollTop = text.scrollHeight;
   });

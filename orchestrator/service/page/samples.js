@@ -5,7 +5,7 @@ import { call, run } from "./service.js";
 
 const PAGE = 20;
 
-export function samples(id, signal) {
+export function samples(id, every, signal) {
   const step = h("select", {}, h("option", { value: "" }, "newest"));
   const order = h("select", {}, [["position", "as sampled"], ["-reward", "best first"], ["reward", "worst first"]].map(([value, label]) => h("option", { value }, label)));
   const [low, high] = ["least", "most"].map((name) => h("input", { type: "number", step: "any", "aria-label": `${name} reward` }));
@@ -37,7 +37,7 @@ export function samples(id, signal) {
   const later = action("Next", moved(PAGE));
   const again = action("Refresh", () => load());
   for (const input of [step, order, low, high]) input.addEventListener("change", () => ((offset = 0), again.click()));
-  load().catch(() => (list.textContent = "no samples yet"));
+  every(5, async () => list.children.length || (await load())); // until there are some
   return h(
     "section",
     {},
