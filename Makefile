@@ -14,7 +14,7 @@ PYTEST := $(BIN)/pytest -q
 PYTEST_PER_CORE := OMP_NUM_THREADS=1 $(PYTEST) --numprocesses logical --maxprocesses 4
 PYTEST_TWO_FILES := $(PYTEST) --numprocesses logical --maxprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test lint format types unit bench curves venv clean
+.PHONY: demo test browser lint format types unit bench curves venv clean
 
 demo: venv
 	$(BIN)/troupe run $(RECIPE)
@@ -22,10 +22,17 @@ demo: venv
 # Each suite in processes of its own: what one leaves behind (threads, Ray, an engine) cannot affect the next. Of tests/ray
 # and tests/chaos two files run at a time, however many cores there are: each has a Ray or a run of its own, whose
 # processes wait for one another half of the time.
-test: lint types unit
+test: lint types unit browser
 	$(PYTEST_PER_CORE) --dist loadgroup tests/contract
 	$(PYTEST_TWO_FILES) tests/ray tests/chaos
+	$(PYTEST) tests/browser
 	$(PYTEST) tests/gpu
+
+# Chromium and what drives it, where they can be installed; the tests of the page are skipped where not, and say so.
+browser: venv
+	@$(PIP) --no-deps -r requirements/browser.txt || echo "playwright cannot be installed: tests/browser will be skipped"
+	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
+	    timeout 180 apt-get install -y -qq chromium >/dev/null 2>&1; } || echo "no Chromium: tests/browser will be skipped"
 
 unit: venv
 	$(PYTEST_PER_CORE) --dist worksteal tests/test_house.py tests/unit tests/golden
