@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from actors.batch import Batch
 from actors.columns import Head
 from actors.model import ModelSpec
-from actors.sharding import shard
+from actors.sharding import Shard, shard, shard_groups
 from actors.specs import BackendSpec, LoraSpec, OptimSpec
 from orchestrator.losses.objective import LossObjective
 from orchestrator.methods import build
@@ -48,7 +49,16 @@ def learn(role: Role, steps: int = STEPS) -> list[dict[str, float]]:
 
 
 def scores(role: Role) -> np.ndarray:
-    dealt, found = shard(role.batch, len(role.gang.workers), 40), np.zeros(len(role.batch), np.float32)
+    return _scores(role, role.batch, shard(role.batch, len(role.gang.workers), 40))
+
+
+def scores_of_groups(role: Role, batch: Batch) -> np.ndarray:
+    """In passes of one shape, as rewards are given; a rank may have none."""
+    return _scores(role, batch, shard_groups(batch, len(role.gang.workers), 40))
+
+
+def _scores(role: Role, batch: Batch, dealt: list[tuple[list[int], Shard]]) -> np.ndarray:
+    found = np.zeros(len(batch), np.float32)
     parts = [part for _, part in dealt]
     blocks = role.call("act_on", "infer", ("reward",), Head.ROW_SCALAR, 1.0, True, per_rank=parts)
     for (order, _), (_, block) in zip(dealt, blocks, strict=True):
@@ -67,6 +77,9 @@ def test_ranks_of_deepspeed_learn_and_save_what_one_process_does(
     for one, other in zip(learn(role), expected, strict=True):
         assert one == pytest.approx(other, rel=2e-3, abs=2e-4)
     np.testing.assert_allclose(scores(role), expected_scores, rtol=2e-3, atol=5e-4)
+    together, first = scores_of_groups(role, role.batch), role.batch.select([0])
+    np.testing.assert_allclose(together, scores(role), rtol=1e-4, atol=1e-5)
+    assert scores_of_groups(role, first)[0] == together[0], "to the bit, whichever rank it is dealt to"
     role.act("save_model", str(tmp_path / "model"))
     np.testing.assert_allclose(transformers_scores(tmp_path / "model"), scores(role), rtol=1e-4, atol=1e-5)
     (tmp_path / "state").mkdir()
