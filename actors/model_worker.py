@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ from actors.errors import RunError
 from actors.metrics import combine
 from actors.model import LanguageModel, ModelSpec, load_model, tokenizer_of
 from actors.objective import Objective, Stat
-from actors.other_prompts import exchanged, returned
+from actors.other_prompts import OtherPrompts, exchanged, returned
+from actors.retokenise import exchanged_in, retokeniser_of, returned_from
 from actors.sharding import Shard
 from actors.specs import BackendSpec, OptimSpec
 from actors.train_step import Pass, infer
@@ -141,7 +143,7 @@ class ModelWorker:
         temperature: float,
         adapters: bool,
         top_k: TopK | None = None,
-        other_prompts: bool = False,
+        other_prompts: OtherPrompts | None = None,
         *blocks: Batch,
     ) -> tuple[float, Batch]:
         """The head's outputs for the shard's rows, from a pass without gradient: (seconds, a block with the columns
@@ -151,9 +153,8 @@ class ModelWorker:
         with self._doing("infer"), contextlib.nullcontext() if adapters else self.backend.adapters_off():
             began = time.perf_counter()
             shard = shard.fetched(blocks)
-            read = replace(shard, batch=exchanged(shard.batch)) if other_prompts else shard
-            block = infer(self.backend, read, into, head, temperature, top_k)
-            block = returned(block, shard.batch) if other_prompts else block
+            read, put_back = _as_asked(shard.batch, other_prompts)
+            block = put_back(infer(self.backend, replace(shard, batch=read), into, head, temperature, top_k))
             return time.perf_counter() - began, block
 
     def credit(
@@ -380,3 +381,14 @@ def _random_stream(*key: int) -> Generator[None]:
             int(np.random.SeedSequence([part % 2**63 for part in key]).generate_state(1, np.uint64)[0] >> 1)
         )
         yield
+
+
+def _as_asked(batch: Batch, asked: OtherPrompts | None) -> tuple[Batch, Callable[[Batch], Batch]]:
+    """(what the model reads, how what it says of that becomes columns of the batch)."""
+    if asked is None:
+        return batch, lambda found: found
+    if asked.ours is None or asked.theirs is None:
+        return exchanged(batch), partial(returned, batch=batch)
+    retokeniser = retokeniser_of(asked.ours, asked.theirs, asked.trust_remote_code)
+    other, places = exchanged_in(batch, retokeniser)
+    return other, partial(returned_from, batch=batch, places=places, in_ours=retokeniser.in_ours)

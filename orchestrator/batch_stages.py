@@ -18,6 +18,7 @@ import numpy as np
 from actors.batch import Array
 from actors.columns import COLUMNS, Axis, Head
 from actors.distributions import TopK
+from actors.other_prompts import OtherPrompts
 from actors.worker import Group, Objects, Ref, Worker
 from orchestrator.cluster.pool import Pool
 from orchestrator.losses.objective import LossObjective
@@ -46,6 +47,7 @@ class PhaseSettings:
     vocabulary: int | None = None  # entries of a model's vocabulary that stand for tokens; None: all of them
     episode: EpisodeSettings | None = None  # how its samples talk to an environment, if they do
     output: Output | None = None  # the data set that the phase makes, if it makes one
+    tokenizers: Mapping[str, OtherPrompts] = field(default_factory=dict[str, OtherPrompts])  # of roles with their own
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,8 @@ class BatchStages:
     ) -> tuple[Written, dict[str, float]]:
         into, head = stage.options["into"], stage.options["head"]
         temperature = stage.options.get("temperature") or self.phase.temperature
-        top_k = TopK(stage.top_k, temperature, self.phase.vocabulary) if stage.top_k is not None else None
+        vocabulary = None if stage.retokenised else self.phase.vocabulary
+        top_k = TopK(stage.top_k, temperature, vocabulary) if stage.top_k is not None else None
         if stage.role in self._engines:
             return await self._infer_by_engine(stage, table), {}
         role, group = self._group_of(stage)
@@ -176,11 +179,16 @@ class BatchStages:
         cut = read.shard_groups if groups_apart else read.shard
         cut = read.shard_behind_teacher_prompts if stage.other_prompts else cut
         shares = cut(len(group.workers), self.phase.token_budget)
-        asked = into, head, temperature, adapters, top_k, stage.other_prompts
+        asked = into, head, temperature, adapters, top_k, self._other_prompts(stage)
         found = await self._call_split(stage, role, group, "infer", shares, *asked, step=step)
         shares = [replace(share, rows=rows[share.rows]) for share in shares]
         written = await self._computed(stage.writes, shares, found, per_row=head.per_row)
         return replace(written, beside=bool(stage.options.get("beside"))), {}
+
+    def _other_prompts(self, stage: Stage) -> OtherPrompts | None:
+        if not stage.other_prompts:
+            return None
+        return self.phase.tokenizers[stage.role] if stage.retokenised else OtherPrompts()
 
     async def _infer_by_engine(self, stage: Stage, table: RowTable) -> Written:
         """The likeliest tokens, from a pool of engines: a prompt group is one call."""

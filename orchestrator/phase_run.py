@@ -114,6 +114,7 @@ class PhaseRun:
                 vocabulary,
                 phase.episode,
                 self.output,
+                self.context.prepared.other_tokenizers(phase.pipeline),
             )
         )
 

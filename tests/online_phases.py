@@ -45,6 +45,7 @@ METHODS_THAT_SAMPLE: dict[str, tuple[dict[str, Any], str]] = {
     "on_policy_distillation": ({}, "divergence"),
     "iw_opd": ({}, "reverse_kl"),
     "minillm": ({}, "divergence"),
+    "gold": ({"teacher_top_k": 8, "shared_weight": 0.5}, "divergence"),
     "sdft": ({"teacher_template": "{prompt} {completion}", "teacher_top_k": 8}, "divergence"),
     "sdpo": ({"num_generations": 4, "success_threshold": 0.6, "teacher_top_k": 8}, "divergence"),
 }

@@ -199,7 +199,8 @@ class GroupStages:
         prompt = len(group.prompt.tokens)
         meta = GroupMeta(group.id, DATA, (tokens - prompt,), (Finish.STOP,), -1, -1, 0.0)
         rows = rows_of_samples(meta, block, group=group.position, sampler=group.passed - 1, prompt_tokens=prompt)
-        return group.with_samples(Samples(rows, (meta,)), ages=False)
+        samples = await self._with_teacher_prompt(Samples(rows, (meta,)), group.prompt)
+        return group.with_samples(samples, ages=False)
 
     async def _score(self, stage: Stage, group: PromptGroup, sampling: Sampling) -> PromptGroup:
         """For a group that cannot be scored: raises Dropped or BudgetExhausted if the reward's own `on_failure` says

@@ -44,6 +44,7 @@ class Preparer:
     assistant_only: bool
     teachers: tuple[str, ...] = ()  # one of which each row names
     teacher_template: str | None = None
+    teacher_tokeniser: Tokeniser | None = None  # of teachers' prompts; None: the same
 
     def read(self, rows: Iterable[tuple[int, Row]], refuse: Refuse) -> list[tuple[int, Example]]:
         """(row, example); some formats make several examples of one row."""
@@ -77,7 +78,8 @@ class Preparer:
                 source, line = origin(number)
                 raise DataError(f"{source}, row {line}: {encoded}")
             try:
-                seen = self.tokeniser.teacher_prompt(example) if example.teacher_prompt is not None else ()
+                teachers = self.teacher_tokeniser or self.tokeniser
+                seen = teachers.teacher_prompt(example) if example.teacher_prompt is not None else ()
                 prepared.append(Prepared(number, example, fit(_given(encoded)), seen))
             except RowError as error:
                 refuse(number, str(error))

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from actors.batch import Batch
 from actors.errors import DataError
+from actors.pretrained import load_tokenizer
 from orchestrator.config.schema import DataConfig
 from orchestrator.data import mixtures as raw
 from orchestrator.data import store as stored
@@ -107,6 +108,8 @@ def open_source(
     preparer = Preparer(
         form, limits, tokeniser, kind.prompts_only, data.assistant_only, kind.teachers, kind.teacher_template
     )
+    if kind.teacher_tokenizer is not None:
+        preparer = replace(preparer, teacher_tokeniser=Tokeniser(load_tokenizer(*kind.teacher_tokenizer)))
     store, record = _tokenised(data, kind, rows, preparer)
     for row, reason in record.bad:
         bad.add(*rows.origin(row), reason)
@@ -292,7 +295,7 @@ def _cache_key(kind: DataKind, rows: raw.Rows, columns: list[str], preparer: Pre
         (columns, str(preparer.format), preparer.format.read.__qualname__),
         preparer.limits,
         preparer.prompts_only,
-        (preparer.teachers, preparer.teacher_template),
+        (preparer.teachers, preparer.teacher_template, kind.teacher_tokenizer),
         (tokeniser.completion_only, tokeniser.assistant_only, tokeniser.append_eos),
         (tokeniser.step_separator, tokeniser.last_step_only) if kind.name == "step_labels" else (),
         *tokenizer_parts(tokeniser.tokenizer, date.today()),

@@ -52,12 +52,12 @@ def top_k_jensen_shannon(
     scaled, several = logits / temperature, len(weights)
     said = zip(*(each.chunk(several, dim=1) for each in (topk_ids.long(), topk_logps, tail_logps)), strict=True)
     return sum(
-        (weight * _of_k_and_the_rest(scaled, *each, beta) for weight, each in zip(weights, said, strict=True)),
+        (weight * of_k_and_the_rest(scaled, *each, beta) for weight, each in zip(weights, said, strict=True)),
         logits.new_zeros(()),
     )
 
 
-def _of_k_and_the_rest(scaled: Tensor, ids: Tensor, logps: Tensor, tail_logps: Tensor, beta: float) -> Tensor:
+def of_k_and_the_rest(scaled: Tensor, ids: Tensor, logps: Tensor, tail_logps: Tensor, beta: float) -> Tensor:
     """[n]: the divergence of distributions over k + 1 outcomes. `tail_logps` [n, 1]."""
     nothing = torch.finfo(scaled.dtype).min  # not -inf: 0 x -inf is no number
     tail = scaled.scatter(1, ids, nothing).logsumexp(-1, keepdim=True).masked_fill(tail_logps.isneginf(), nothing)
@@ -122,7 +122,7 @@ def distil_samples_top_k(
 ) -> Loss:
     """[T]: `ρ_t` times `top_k_jensen_shannon` of tokens that an earlier student may have sampled.
 
-    Source: arXiv:2601.19897, eq. 2, and arXiv:2601.20802, eq. 1, of distributions over k + 1 outcomes."""
+    Source: arXiv:2601.19897 and arXiv:2601.20802, of distributions over k + 1 outcomes."""
     weight = ratio_to_sampler(tokens, importance_clip)
     return weight * tokens.divergence, _metrics(tokens, token_metrics)
 

@@ -31,7 +31,7 @@ def by_sampled_tokens(tokens: Taught, *, importance_clip: float | None = None) -
     """[T]: `-ρ_t a_t log π(y_t)`, `a_t = log p(y_t) - log π(y_t)` without gradient, p the teacher, of which the reverse
     KL is the expectation; ρ as in `ratio_to_sampler`.
 
-    Source: arXiv:2601.19897, section 3, the estimate from the sampled token."""
+    Source: arXiv:2601.19897, estimated from the sampled token."""
     advantage = torch.where(tokens.mask, tokens.teacher_logps - tokens.logps, 0).detach()
     weight = ratio_to_sampler(tokens, importance_clip)
     return -weight * advantage * tokens.logps, _metrics(tokens, advantage)

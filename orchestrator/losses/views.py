@@ -130,6 +130,17 @@ class Distilled(Tokens):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Aligned(Distilled):
+    """The tokens that begin where one of the teacher's own tokens begins: only of these it says something."""
+
+    teacher_tail_logps: Tensor  # [T, 1]; NaN at tokens that are not aligned
+
+    @staticmethod
+    def mask_of(micro: MicroBatch) -> Tensor:
+        return micro["mask"] & ~micro["teacher_tail_logps"].isnan().any(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Taught(Tokens):
     """The student's samples, with their log-probabilities under a teacher."""
 

@@ -9,6 +9,7 @@ from orchestrator.methods.dpo import dpo
 from orchestrator.methods.generate_data import generate_data
 from orchestrator.methods.gfpo import gfpo
 from orchestrator.methods.gkd import gkd
+from orchestrator.methods.gold import gold
 from orchestrator.methods.grpo import grpo
 from orchestrator.methods.nash_md import nash_md
 from orchestrator.methods.on_policy_distillation import iw_opd, minillm, on_policy_distillation
@@ -52,6 +53,7 @@ METHODS: dict[str, Callable[..., Pipeline]] = {
     "on_policy_distillation": on_policy_distillation,
     "iw_opd": iw_opd,
     "minillm": minillm,
+    "gold": gold,
     "sdft": sdft,
     "sdpo": sdpo,
     "generate_data": generate_data,

@@ -20,6 +20,7 @@ class DataKind:
     last_step_only: bool = False  # of its labels, only that of the last step counts
     teachers: tuple[str, ...] = ()  # one of which each item names in its column `teacher`
     teacher_template: str | None = None  # of the text that a teacher reads in the place of each prompt
+    teacher_tokenizer: tuple[str, bool] | None = None  # in whose tokens: where it is, whether its code is trusted
 
     def with_teachers(self, names: tuple[str, ...]) -> DataKind:
         """The same items, each of which names a teacher. None are named: as it is."""

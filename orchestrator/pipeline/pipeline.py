@@ -228,8 +228,8 @@ class Pipeline:
 
     @property
     def other_teachers(self) -> tuple[str, ...]:
-        """Of the teachers, those that read what the student reads: another model must be in them."""
-        own = {stage.role for stage in self.stages if stage.other_prompts}
+        """Of the teachers, those that know no more than the student: another model must be in them."""
+        own = {stage.role for stage in self.stages if stage.other_prompts and not stage.retokenised}
         return tuple(role for role in self.teachers if role not in own)
 
     @property

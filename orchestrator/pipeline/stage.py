@@ -74,6 +74,11 @@ class Stage:
         return bool(self.options.get("other_prompts"))
 
     @property
+    def retokenised(self) -> bool:
+        """Its role's model has another tokenizer, and reads the completions in its own tokens."""
+        return bool(self.options.get("retokenised"))
+
+    @property
     def episode(self) -> str | None:
         """The role of the environments that the samples talk to; None if they are of one turn."""
         return self.options.get("episode")

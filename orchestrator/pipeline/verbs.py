@@ -102,6 +102,13 @@ def behind_teacher_prompts(stage: Stage, *, demonstrated: bool = False) -> Stage
     return replace(stage, reads=stage.reads | names, options={**stage.options, "other_prompts": True})
 
 
+def retokenised(stage: Stage) -> Stage:
+    """`behind_teacher_prompts`, of a role whose model has another tokenizer: prompts and completions are in its tokens.
+    The columns are known, and not NaN, where one of our tokens begins at the same character as one of its."""
+    stage = behind_teacher_prompts(stage)
+    return replace(stage, options={**stage.options, "retokenised": True})
+
+
 def credit(call: Callable[..., Any], **options: Any) -> Stage:
     """Turn rewards into advantages, by what `orchestrator/advantages.py` calls a credit call. `call.reads` and
     `call.writes` name its columns: one that reads columns per token runs where the tokens are, on the ranks of the

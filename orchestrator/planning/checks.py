@@ -63,6 +63,10 @@ def check_vocabularies(prepared: Prepared) -> None:
     teaching = {role for phase in prepared.phases for role in phase.pipeline.teachers} | _mixed_in(prepared)
     for phase in prepared.phases:
         for stage in phase.pipeline:
+            if stage.retokenised:
+                teaching.discard(stage.role)
+                _check_retokenised(prepared, phase, stage)
+                continue
             engine = prepared.config.roles.get(stage.role)
             if stage.top_k is not None and isinstance(engine, EngineRole):
                 teaching.add(engine.follows)
@@ -94,6 +98,22 @@ def check_vocabularies(prepared: Prepared) -> None:
                     f"{key}={model} predicts {rows} tokens, and the tokenizer has ids up to {max(known.values())}; the "
                     "two distributions cannot be compared"
                 )
+
+
+def _check_retokenised(prepared: Prepared, phase: PreparedPhase, stage: Stage) -> None:
+    path = prepared.models.get(stage.role) or prepared.tokenizer_path
+    tokenizer = pretrained.load_tokenizer(path, prepared.config.model.trust_remote_code)
+    size = len(tokenizer.get_vocab())
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"roles.{stage.role}.model={path} has no fast tokenizer, and only these know where in a text a token "
+            "stands; use a model that has one"
+        )
+    if stage.top_k is not None and stage.top_k > min(size, prepared.vocabulary):
+        raise ConfigError(
+            f"phase {phase.name}: {stage.role} is asked for its {stage.top_k} most likely tokens, and the tokenizers "
+            f"have {size} and {prepared.vocabulary}; ask for as many at most"
+        )
 
 
 def _check_teaching_engine(phase: PreparedPhase, stage: Stage, engine: EngineRole) -> None:

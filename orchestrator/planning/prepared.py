@@ -13,6 +13,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from actors.columns import Head
+from actors.other_prompts import OtherPrompts
 from actors.specs import LoraSpec
 from orchestrator.config.roles import EngineRole
 from orchestrator.config.schema import PhaseConfig, RunConfig
@@ -176,6 +177,12 @@ class Prepared:
     def vocabulary(self) -> int:
         """Entries of a model's vocabulary that stand for tokens: it may be padded beyond them."""
         return max(self.tokenizer.get_vocab().values()) + 1
+
+    def other_tokenizers(self, pipeline: Pipeline) -> dict[str, OtherPrompts]:
+        """Of the roles that read completions in their own tokens, ours and theirs."""
+        roles = dict.fromkeys(stage.role for stage in pipeline if stage.retokenised)
+        trusted, ours = self.config.model.trust_remote_code, self.tokenizer_path
+        return {role: OtherPrompts(ours, self.models.get(role) or ours, trusted) for role in roles}
 
     def asked_of_engines(self, phase: PreparedPhase) -> int:
         """How many likeliest tokens the phase asks engines for in the place of each token of a row."""

@@ -6,7 +6,7 @@ rewards, batch sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,7 @@ def prepare(config: RunConfig, *, run: Path | None = None) -> Prepared:
     vocab = vocabulary_size(model, config.model.trust_remote_code)
     phases: list[PreparedPhase] = []
     for name, pipeline in pipelines.items():
+        pipeline = _for_other_tokenizers(pipeline, models, tokenizer_path, config.model.trust_remote_code)
         phase = _prepare_phase(config, name, pipeline, tokenizer, room, vocab, phases, run)
         phases.append(phase if phase.awaits_data else recall(config, model, phase))
     prepared = Prepared(
@@ -174,6 +175,17 @@ def _shapes(prepared: Prepared) -> dict[str, Shape]:
     }
     of_path = {path: Shape.of(pretrained.load_config(path, trusted)) for path in set(paths.values())}
     return {role: shape for role, path in paths.items() if (shape := of_path[path]) is not None}
+
+
+def _for_other_tokenizers(
+    pipeline: Pipeline, models: Mapping[str, str], tokenizer_path: str, trusted: bool
+) -> Pipeline:
+    """The pipeline whose data has teachers' prompts in the tokens of the teacher that has its own."""
+    theirs = next((models.get(stage.role) or tokenizer_path for stage in pipeline if stage.retokenised), None)
+    if theirs is None:
+        return pipeline
+    data = replace(pipeline.data, teacher_tokenizer=(theirs, trusted))
+    return Pipeline(data, *pipeline, warnings=pipeline.warnings, temperature=pipeline.temperature)
 
 
 def _prepare_phase(

@@ -12,6 +12,7 @@ import pytest
 from actors.errors import ConfigError, DataError
 from orchestrator.config.loading import config_of
 from orchestrator.run import run
+from tests.unit.source_stub import merging_tokenizer
 from tests.unit.tiny import tiny_model_folder
 
 STEPS = 3
@@ -28,6 +29,7 @@ def ran(
     method: str = "gkd",
     steps: int = STEPS,
     named: tuple[str, ...] = ("teacher",),
+    teacher: Path | None = None,
 ) -> tuple[list[dict[str, Any]], list[float]]:
     """(the metrics of each step, the divergence on held-out rows before and after). `named`: what the rows' column
     `teacher` holds, in turn."""
@@ -38,7 +40,7 @@ def ran(
         "options": options,
         "model": {"path": str(tiny_model_folder(tmp_path, hidden=32))},
         "roles": {
-            "teacher": {"model": str(tiny_model_folder(tmp_path, hidden=32, seed=1))},
+            "teacher": {"model": str(teacher or tiny_model_folder(tmp_path, hidden=32, seed=1))},
             "coach": {"kind": "engine", "engine": "hf", "follows": "teacher"},
             "tutor": {"kind": "frozen", "model": str(tiny_model_folder(tmp_path, hidden=32, seed=2))},
             "rollout": {"engine": "hf"},
@@ -47,7 +49,7 @@ def ran(
         "data": {"path": str(rows)},
         "sampling": {"max_tokens": 4},
         "train": {"steps": steps, "batch_size": 8, "learning_rate": 0.01, "max_staleness": max_staleness},
-        "evaluation": {"rows": {"path": str(rows)}},
+        "evaluation": None if teacher else {"rows": {"path": str(rows)}},
         "output": str(tmp_path / "runs"),
         "logging": {"trackers": []},
     }
@@ -85,6 +87,19 @@ def test_an_engine_teaches_what_the_same_model_in_ranks_teaches(tmp_path: Path) 
     for one, other in zip(by_ranks, by_engine, strict=True):
         assert other["divergence"] == pytest.approx(one["divergence"], rel=1e-3)
     assert held_out[1] < 0.9 * held_out[0]
+
+
+def test_a_student_learns_from_a_teacher_with_another_tokenizer(tmp_path: Path) -> None:
+    """Half of the prompts have the data's answers, half the student's own."""
+    words = merging_tokenizer("b1", "1a")
+    folder = tiny_model_folder(tmp_path, hidden=32, vocab=len(words.get_vocab()), seed=1, tied=False)
+    words.save_pretrained(folder)
+    options = {"teacher_top_k": 16, "shared_weight": 0.5, "lmbda": 0.5}
+    steps, _ = ran(tmp_path, options, method="gold", steps=16, teacher=folder)
+    assert all(step["grad_norm"] > 0 for step in steps)
+    assert min(step["aligned_share"] for step in steps) < 1 and all(step["aligned_share"] > 0.3 for step in steps)
+    first, last = (np.mean([step["divergence"] for step in part]) for part in (steps[:4], steps[-4:]))
+    assert last < 0.95 * first
 
 
 TWO = {"teachers": ["teacher", "tutor"], "teacher_top_k": 8}

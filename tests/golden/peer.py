@@ -12,7 +12,6 @@ from typing import Any
 Options = dict[str, Any]
 
 NOT_BUILT = {  # families of cases: what they belong to
-    "gold": "gold",
     "papo": "papo, which sees images",
 }
 ELSEWHERE = {  # case: the test that holds the same number, or the same fact
@@ -238,6 +237,11 @@ def _iw_opd(keys: Keys, _: Any) -> tuple[str, Options]:
     return "iw_opd", {"gamma": keys.take("gamma")}
 
 
+def _gold(keys: Keys, _: Any) -> tuple[str, Options]:
+    """The teacher's vocabulary of 12 entries, all over the wire."""
+    return "gold", {"teacher_top_k": 12}
+
+
 def _sdft(keys: Keys, _: Any) -> tuple[str, Options]:
     """Whole distributions are those of all tokens; the case of the sampled token has none."""
     k, alpha = keys.take("k", 9), keys.take("alpha", None)
@@ -278,6 +282,7 @@ MAPPINGS = {
     "dppo": _dppo,
     "gkd": _gkd,
     "gmpo": _gmpo,
+    "gold": _gold,
     "grpo": _grpo,
     "gspo_token": _gspo_token,
     "iw_opd": _iw_opd,

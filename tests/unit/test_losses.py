@@ -79,6 +79,9 @@ METHOD_OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("minillm", {}),
     ("minillm", {"gamma": 0.9, "teacher_top_k": 3}),
     ("minillm", {"gamma": 0.5, "length_normalization": False, "single_step_decomposition": False}),
+    ("gold", {"teacher_top_k": 3}),
+    ("gold", {"teacher_top_k": 3, "shared_weight": 0.4}),
+    ("gold", {"teacher_top_k": 3, "shared_weight": 1.0, "beta": 0.0}),
     ("sdft", {"teacher_top_k": 3}),
     ("sdft", {"teacher_top_k": 3, "beta": 1.0, "importance_clip": None}),
     ("sdft", {"teacher_top_k": None}),
@@ -337,7 +340,7 @@ def test_the_gradient_is_the_slope_of_the_value(method: str, options: dict[str, 
 DISTIL = [
     (name, options)
     for name, options in METHOD_OPTIONS
-    if name in ("gkd", "on_policy_distillation") or (name in ("sdft", "sdpo") and options["teacher_top_k"])
+    if name in ("gkd", "on_policy_distillation", "gold") or (name in ("sdft", "sdpo") and options["teacher_top_k"])
 ]
 
 

@@ -14,7 +14,7 @@ from actors.columns import Head
 from actors.distributions import TopK
 from actors.model import ModelSpec
 from actors.model_worker import ModelWorker
-from actors.other_prompts import FILL, INSERT, exchanged, returned
+from actors.other_prompts import FILL, INSERT, OtherPrompts, exchanged, returned
 from actors.sharding import shard
 from actors.specs import BackendSpec, OptimSpec
 from orchestrator.advantages import demonstrated_by_siblings
@@ -62,7 +62,8 @@ def worker(model: ModelSpec, *, trained: bool = False) -> ModelWorker:
 
 def said(of: ModelWorker, batch: Batch, *, other_prompts: bool) -> Batch:
     ((order, part),) = shard(batch, 1, 64)
-    asked = (*TEACHER_TOP_K, "teacher_logps"), Head.VOCABULARY, 0.8, True, TopK(K, 0.8), other_prompts
+    asked = (*TEACHER_TOP_K, "teacher_logps"), Head.VOCABULARY, 0.8, True, TopK(K, 0.8)
+    asked = (*asked, OtherPrompts() if other_prompts else None)
     return of.infer(part, *asked)[1].select(np.argsort(order))
 
 
