@@ -129,7 +129,7 @@ COLUMNS: dict[str, Column] = {
         _row("preference", np.float32, "probability that the row is preferred to its opponent's", "regroup"),
         _row("preferred", np.bool_, "of a pair: the chosen one", "source, regroup"),
         _row("label", np.bool_, "unpaired preference: desirable", "source"),
-        _row("gold", np.bool_, "of a triple: the completion that is imitated", "source"),
+        _row("imitated", np.bool_, "of a triple: the completion that is imitated", "source"),
         _row(
             "mismatched", np.bool_, "a prompt with another prompt's completion, to estimate a KL divergence", "source"
         ),

@@ -38,7 +38,7 @@ def accuracy_reward(completions: Sequence[Completion], solution: Sequence[str]) 
     something that can be compared (see `rewards.mathematics` for what can). An answer that takes longer to compare than
     `rewards.verification` allows is wrong."""
     accuracy = verifier().accuracy
-    return [accuracy(text_of(completion), gold) for completion, gold in zip(completions, solution, strict=True)]
+    return [accuracy(text_of(completion), expected) for completion, expected in zip(completions, solution, strict=True)]
 
 
 def reasoning_accuracy_reward(
@@ -46,11 +46,11 @@ def reasoning_accuracy_reward(
 ) -> Scores:
     """`accuracy_reward` of the text after the last delimiter; 0 if there is none, because the reasoning never ended."""
 
-    def judged(completion: Completion, gold: str) -> float | None:
+    def judged(completion: Completion, expected: str) -> float | None:
         answer = _after_last(text_of(completion), reasoning_delimiters)
-        return 0.0 if answer is None else verifier().accuracy(answer, gold)
+        return 0.0 if answer is None else verifier().accuracy(answer, expected)
 
-    return [judged(completion, gold) for completion, gold in zip(completions, solution, strict=True)]
+    return [judged(completion, expected) for completion, expected in zip(completions, solution, strict=True)]
 
 
 def think_format_reward(completions: Sequence[Completion], *, closers: Sequence[str] = ("</think>",)) -> Scores:

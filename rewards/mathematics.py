@@ -23,24 +23,24 @@ DECIMAL_TOLERANCE = mpmath.mpf(5) * mpmath.mpf(10) ** -7  # absolute
 
 def accuracy(text: str, solution: str) -> float | None:
     """1 if the answer in `text` equals `solution`, else 0; None if the solution cannot be compared with anything."""
-    gold = comparable(solution)
-    return None if gold is None else agreement(text, gold)
+    expected = comparable(solution)
+    return None if expected is None else agreement(text, expected)
 
 
 def comparable(solution: str) -> Expression | None:
     """What a solution says, if it has a value."""
     try:
-        gold = parse(marked(solution) or solution)
-        gold.values()
+        expected = parse(marked(solution) or solution)
+        expected.values()
     except NotMathematics:
         return None
-    return gold
+    return expected
 
 
-def agreement(text: str, gold: Expression) -> float:
-    """1 if the answer in `text` equals `gold`, else 0."""
+def agreement(text: str, expected: Expression) -> float:
+    """1 if the answer in `text` equals `expected`, else 0."""
     try:
-        return float(equal(answer(text), gold))
+        return float(equal(answer(text), expected))
     except NotMathematics:
         return 0.0
 

@@ -1,7 +1,7 @@
 """Compares an answer with a solution in a separate process that can be killed.
 
     reward's thread ── (text, solution) ──► the process: limits on its CPU time and memory for each pair
-                    ◄── "gold", verdict ──  or nothing: the kernel ended it
+                    ◄── "expected", verdict ──  or nothing: the kernel ended it
 
 `rewards.mathematics` bounds its own work; this is the second line of defence. An answer that exceeds the limits fails
 alone: the worker and the other groups are unaffected. The limit is on CPU time, not wall time, so that a busy machine
@@ -142,13 +142,13 @@ def _serve() -> None:
         text, solution = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, limit_s)
         try:
-            gold = comparable(solution)
+            expected = comparable(solution)
         except MemoryError:
-            gold = None
-        _say("none" if gold is None else "gold")
-        if gold is not None:
+            expected = None
+        _say("none" if expected is None else "expected")
+        if expected is not None:
             try:
-                verdict = agreement(text, gold)
+                verdict = agreement(text, expected)
             except MemoryError:
                 verdict = 0.0
             _say(str(verdict))

@@ -124,8 +124,8 @@ class Items:
         columns: dict[str, Any] = {}
         if "preferred" in self.kind.columns:
             columns["preferred"] = np.arange(rows) == 0
-        if "gold" in self.kind.columns:
-            columns["gold"] = np.arange(rows) == 2
+        if "imitated" in self.kind.columns:
+            columns["imitated"] = np.arange(rows) == 2
         if "label" in self.kind.columns:
             columns["label"] = np.full(rows, self.store.label[index] == 1)
         for name, values in (("margin", self.store.margin), ("weight", self.store.weight)):

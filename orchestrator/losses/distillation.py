@@ -50,9 +50,9 @@ def top_k_jensen_shannon(
     tail of 0 does not have are in neither distribution.
     """
     scaled, several = logits / temperature, len(weights)
-    said = zip(*(each.chunk(several, dim=1) for each in (topk_ids.long(), topk_logps, tail_logps)), strict=True)
+    ids, logps, tails = (each.chunk(several, dim=1) for each in (topk_ids.long(), topk_logps, tail_logps))
     return sum(
-        (weight * of_k_and_the_rest(scaled, *each, beta) for weight, each in zip(weights, said, strict=True)),
+        (weights[at] * of_k_and_the_rest(scaled, ids[at], logps[at], tails[at], beta) for at in range(several)),
         logits.new_zeros(()),
     )
 

@@ -277,11 +277,11 @@ class PairsOfTwoSamplers(SampledPairs):
 class Triples(Pairs):
     """Preference pairs, each with a gold completion as the third row of its group."""
 
-    gold: Tensor  # [B] bool
+    imitated: Tensor  # [B] bool
 
     @property
     def is_rejected(self) -> Tensor:
-        return ~self.preferred & ~self.gold
+        return ~self.preferred & ~self.imitated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,11 +314,11 @@ class ChosenSequences(Tokens):
 class GoldTokens(Tokens):
     """The gold completions of triples."""
 
-    gold: Tensor  # [B] bool
+    imitated: Tensor  # [B] bool
 
     @staticmethod
     def mask_of(micro: MicroBatch) -> Tensor:
-        return micro["mask"] & micro.per_token(micro["gold"])
+        return micro["mask"] & micro.per_token(micro["imitated"])
 
 
 @dataclass(frozen=True, kw_only=True)

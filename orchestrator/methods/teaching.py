@@ -16,7 +16,7 @@ from orchestrator.pipeline import DataKind, Stage, infer_top_k, only_where, upda
 
 Roles = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
 Weights = tuple[Positive, ...] | None
-TEACHER: tuple[str, ...] = ("teacher",)
+TEACHER: tuple[str, ...] = ("teacher",)  # of one
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Teachers:
                 f"options.teachers={list(self.roles)}: the ranks of the student hold the model of one teacher, and "
                 "several have ranks of their own; set options.teacher_top_k (64, say), too"
             )
-        return self.roles[0]
+        return next(iter(self.roles))
 
     def taught(self, data: DataKind) -> DataKind:
         """The data, whose items name their teachers if these do not all teach every row."""

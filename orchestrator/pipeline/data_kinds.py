@@ -46,7 +46,7 @@ JudgedCompletions = DataKind("judged_completions", frozenset(), answered=True, u
 Pairs = DataKind("pairs", _ROWS | {"preferred"}, rows_per_item=2)
 UncutPairs = replace(Pairs, uncut=True)
 PairsWithMargin = DataKind("pairs_with_margin", Pairs.columns | {"margin"}, rows_per_item=2, uncut=True)
-Triples = DataKind("triples", _ROWS | {"preferred", "gold"}, rows_per_item=3)
+Triples = DataKind("triples", _ROWS | {"preferred", "imitated"}, rows_per_item=3)
 Labelled = DataKind("labelled", _ROWS | {"label"})
 WeightedLabelled = DataKind("weighted_labelled", Labelled.columns | {"weight"})  # by density ratio
 MismatchedLabelled = DataKind(  # each row with a second one: its prompt with another row's completion

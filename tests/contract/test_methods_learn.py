@@ -90,7 +90,7 @@ def made_up(pipeline: Pipeline, policy: ModelWorker) -> Batch:
     batch = Batch.build(lengths, tokens=rng.integers(2, 32, lengths.sum()), mask=mask, group=rows // size)
     of_row = {
         "preferred": rows % size == 0,
-        "gold": rows % size == 2,
+        "imitated": rows % size == 2,
         "mismatched": rows % size == 1,
         "label": rows // size % 2 == 0,
         "weight": rng.uniform(0.5, 2.0, len(rows)),
@@ -134,7 +134,7 @@ def likelihood(policy: ModelWorker, batch: Batch) -> float:
 def margin(policy: ModelWorker, batch: Batch) -> float:
     """By how much better rows are more likely, per token, than worse ones; unpaired rows have a label for that."""
     of_row = batch.sum_by_row(said_of(policy, batch) * batch["mask"]) / batch.sum_by_row(batch["mask"])
-    better, worse = batch["preferred"], ~batch["preferred"] & ~batch["gold"]
+    better, worse = batch["preferred"], ~batch["preferred"] & ~batch["imitated"]
     return float(of_row[better].mean() - of_row[worse].mean())
 
 

@@ -702,7 +702,7 @@ def test_tpo_equals_the_peer(case: dict[str, Any]) -> None:
         mask=mask,
         group=torch.arange(triples).repeat(3),
         preferred=side == 0,
-        gold=side == 2,
+        imitated=side == 2,
     )
     assert (value, norm) == (
         pytest.approx(case["outputs"]["loss"], abs=1e-6),

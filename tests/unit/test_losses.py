@@ -194,7 +194,7 @@ def _columns(lengths: Tensor, size: int, rng: torch.Generator) -> dict[str, Tens
         "sampler": (member > 0).to(torch.int8),
         "optimal_value": torch.rand(len(lengths), generator=rng, dtype=torch.float64),
         "preference": torch.rand(len(lengths), generator=rng, dtype=torch.float64),
-        "gold": member == 2,
+        "imitated": member == 2,
         "mismatched": member == 1,
         "label": (rows // size) % 2 == 0,
         "margin": (rows // size % 3).double() / 3,

@@ -213,7 +213,7 @@ def test_a_triple_is_a_pair_with_the_gold_completion_as_its_third_row(tmp_path: 
     batch = source.batch([0])
     assert source.preview() == "ab=⟦cd<eos>⟧\nab=⟦e<eos>⟧\nab=⟦f<eos>⟧"
     assert batch["preferred"].tolist() == [True, False, False]
-    assert batch["gold"].tolist() == [False, False, True]
+    assert batch["imitated"].tolist() == [False, False, True]
 
 
 def test_a_batch_of_labelled_rows_has_a_mismatched_row_after_each_within_the_models_length(tmp_path: Path) -> None:
