@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,7 +59,7 @@ class LiveChat:
         self._conversation: Conversation | None = None
         self._running = 0
 
-    async def answer(self, body: Any, *, stream: bool) -> AsyncIterator[Part]:
+    async def answer(self, body: Any, *, stream: bool) -> AsyncGenerator[Part, None]:
         """The answer in one part, or in several. Raises Refused."""
         asked = await asyncio.to_thread(self._understood, body)
         if self._running >= AT_ONCE:
@@ -102,8 +102,8 @@ class LiveChat:
         """Of the request; what it does not say is the protocol's default, and the longest answer the recipe's."""
         recipe = self._roles.phase.sampling
         longest = _given(body, "max_completion_tokens", body.get("max_tokens"))
-        stop = body.get("stop") or ()
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        given: Any = body.get("stop") or []
+        stops: list[Any] = given if isinstance(given, list) else [given]
         if not all(isinstance(each, str) and each for each in stops) or len(stops) > 4:
             raise Refused("stop: a text, or up to four")
         return replace(
@@ -113,12 +113,12 @@ class LiveChat:
             top_p=_number("top_p", _given(body, "top_p", 1.0), 1e-6, 1.0),
             top_k=-1,
             min_p=0.0,
-            stop=stops,
+            stop=tuple(stops),
             replay_routing=False,
             replay_truncation=False,
         )
 
-    async def _whole(self, asked: _Asked) -> AsyncIterator[Part]:
+    async def _whole(self, asked: _Asked) -> AsyncGenerator[Part, None]:
         tokens, ended = await self._sampled(asked, (), asked.sampling.max_tokens, 0)
         text = self._text(tokens)
         for stop in asked.sampling.stop:
@@ -130,7 +130,7 @@ class LiveChat:
         why = "tool_calls" if message.get("tool_calls") else ended
         yield Part(message, why, _usage(asked.prompt, tokens))
 
-    async def _parts(self, asked: _Asked) -> AsyncIterator[Part]:
+    async def _parts(self, asked: _Asked) -> AsyncGenerator[Part, None]:
         yield Part({"role": "assistant", "content": ""})
         tokens: list[int] = []
         said = ""

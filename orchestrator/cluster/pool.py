@@ -132,7 +132,7 @@ class Pool:
         """`version`, `tokens_per_s`: of members that say so when they are pinged."""
         info, health = self.infos.get(member.index), self.health.get(member.index, {})
         where = {"node": info.node, "pid": info.pid} if info is not None else {}
-        said = {name: health[name] for name in ("version", "tokens_per_s") if name in health}
+        said = {name: round(health[name], 1) for name in ("version", "tokens_per_s") if name in health}
         return {"index": member.index, "state": str(member.state), "calls": member.load, **where, **said}
 
     def count(self, *states: State) -> int:

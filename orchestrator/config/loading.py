@@ -28,6 +28,7 @@ from orchestrator.config.schema import PhaseConfig, RunConfig
 RECIPES = Path(__file__).parent.parent / "recipes"
 PHASE_KEYS = tuple(PhaseConfig.model_fields)  # a file with one phase writes them at its top level
 SAVED = "config.json"  # in a run's folder; JSON is YAML
+SUBMITTED = "recipe.json"  # beside it, of a run that a service was asked for: what was submitted
 
 
 def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -54,6 +55,10 @@ def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def saved_config(folder: Path) -> Path:
     """The file of a run's configuration. Raises ConfigError if the folder is no run's."""
+    if not (folder / SAVED).is_file() and (folder / SUBMITTED).is_file():
+        raise ConfigError(
+            f"the run in {folder} was submitted and is not accepted yet; `troupe logs {folder}` says more"
+        )
     if not (folder / SAVED).is_file():
         raise ConfigError(f"{folder} is not a run's folder: it has no {SAVED}. Give the one that `troupe run` printed")
     return folder / SAVED

@@ -23,5 +23,5 @@ def add_page(app: FastAPI) -> None:
     app.mount(PAGE, StaticFiles(directory=FOLDER))
 
     @app.get("/", include_in_schema=False)
-    def index() -> FileResponse:  # pyright: ignore[reportUnusedFunction]
+    def index() -> FileResponse:
         return FileResponse(FOLDER / "index.html", headers=HEADERS)

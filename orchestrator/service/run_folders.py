@@ -19,7 +19,7 @@ from typing import Any
 from orchestrator.api import RunHandle, State, Status
 from orchestrator.cluster.control import EVENTS_FILE, RUN_FILE
 from orchestrator.cluster.run_lock import LOCK
-from orchestrator.config.loading import SAVED
+from orchestrator.config.loading import SAVED, SUBMITTED
 from orchestrator.config.section import RUN_ID
 from orchestrator.console_copy import CONSOLE_FILE
 from orchestrator.json_lines import LineReader, last_lines
@@ -29,7 +29,7 @@ from orchestrator.service.jobs import Jobs, JobState
 from orchestrator.service.schemas import RunDetail, RunSummary
 
 ID = re.compile(RUN_ID)
-RECIPE, SUBMISSION = "recipe.json", "submission.json"  # what was submitted, and when
+SUBMISSION = "submission.json"  # when it was submitted last
 WATCHED = (
     EVENTS_FILE,
     METRICS_FILE,
@@ -124,7 +124,7 @@ def submitted(folder: Path) -> float:
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / SAVED).is_file() or (folder / RECIPE).is_file()
+    return (folder / SAVED).is_file() or (folder / SUBMITTED).is_file()
 
 
 def _last_word(folder: Path) -> float:
@@ -158,7 +158,7 @@ def _summary(folder: Path, status: Status) -> RunSummary:
 
 def _config(folder: Path) -> dict[str, Any]:
     """As the run saved it; before that, as it was submitted."""
-    for name in (SAVED, RECIPE):
+    for name in (SAVED, SUBMITTED):
         with contextlib.suppress(FileNotFoundError, ValueError):  # it is being written
             return json.loads((folder / name).read_text())
     return {}

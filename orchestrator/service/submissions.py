@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from orchestrator.api import NoAnswerInTime
-from orchestrator.config.loading import SAVED, load_config
+from orchestrator.config.loading import SAVED, SUBMITTED, load_config
 from orchestrator.config.schema import RunConfig
 from orchestrator.console_copy import CONSOLE_FILE
 from orchestrator.restarts import COMMAND
 from orchestrator.service import run_contents
 from orchestrator.service.errors import Problem
 from orchestrator.service.jobs import Jobs, JobState
-from orchestrator.service.run_folders import RECIPE, RunFolders, write_submitted
+from orchestrator.service.run_folders import RunFolders, write_submitted
 
 END_TIMEOUT_S, POLL_S = 30.0, 0.2
 KILL_AFTER_S = 30.0  # beyond a run's own `checkpoint.grace_s`
@@ -45,7 +45,7 @@ class Submissions:
             if new or not self._was_started(run, folder):
                 write_submitted(folder)
                 try:
-                    self._start(run, folder, ["run", str(folder / RECIPE), "--id", run], config)
+                    self._start(run, folder, ["run", str(folder / SUBMITTED), "--id", run], config)
                 except BaseException:
                     if new:
                         shutil.rmtree(folder)
@@ -86,16 +86,16 @@ class Submissions:
 
     def _reserve(self, folder: Path, recipe: str) -> bool:
         """Whether the run is new. From then on its recipe is there, whole."""
-        if folder.is_symlink() or ((folder / SAVED).exists() and not (folder / RECIPE).exists()):
+        if folder.is_symlink() or ((folder / SAVED).exists() and not (folder / SUBMITTED).exists()):
             raise Problem(409, f"there is another run {folder.name}, which was not submitted here", "name")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         temporary = folder / f".recipe-{secrets.token_hex(4)}"
         temporary.write_text(recipe)
         try:
-            os.link(temporary, folder / RECIPE)
+            os.link(temporary, folder / SUBMITTED)
             return True
         except FileExistsError:
-            if (folder / RECIPE).read_text() != recipe:
+            if (folder / SUBMITTED).read_text() != recipe:
                 raise Problem(409, f"there is a run {folder.name} with another recipe", "name") from None
             return False
         finally:

@@ -13,8 +13,9 @@ import pytest
 
 from actors.errors import ConfigError
 from orchestrator.cli import main
+from orchestrator.config.loading import SUBMITTED
 from orchestrator.service.jobs import OutsideJobs
-from orchestrator.service.run_folders import RECIPE, SUBMISSION, RunFolders
+from orchestrator.service.run_folders import SUBMISSION, RunFolders
 from orchestrator.service.service_folder import announce, found_service, token_of
 from tests.runs import TROUPE, plain_environment
 from tests.service_client import write_run, write_samples
@@ -49,13 +50,16 @@ def test_runs_are_listed_as_a_table_and_as_json(runs: Path, capsys: pytest.Captu
     assert (run["id"], run["state"], run["step"]) == ("t-1", "finished", 2)
 
 
-def test_a_run_that_was_submitted_elsewhere_and_has_said_nothing_yet_is_starting(runs: Path):
+def test_a_run_that_was_submitted_elsewhere_and_has_said_nothing_yet_is_starting(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+):
     folder = runs / "new"
     folder.mkdir()
-    (folder / RECIPE).write_text(json.dumps({"phases": {"sft": {"method": "sft"}}}))
+    (folder / SUBMITTED).write_text(json.dumps({"phases": {"sft": {"method": "sft"}}}))
     (folder / SUBMISSION).write_text(json.dumps({"submitted": time.time()}))
     [new] = [run for run in RunFolders(runs, OutsideJobs()).summaries() if run.id == "new"]
     assert (new.state, new.methods) == ("starting", ["sft"])
+    assert "was submitted and is not accepted yet" in said(capsys, "status", str(folder), code=2)
 
 
 def test_what_a_run_measured_and_sampled_is_printed(runs: Path, capsys: pytest.CaptureFixture[str]):
