@@ -66,11 +66,14 @@ class Writer:
         arguments = [sys.executable, "-c", WRITER, str(folder), str(KEEP), str(largest_file), library]
         self.process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    def kill_after(self, seconds: float) -> list[int]:
-        """The steps that it said were written when it was killed, `seconds` after it had written the first."""
+    def kill_after(self, seconds: float, steps: int = 1) -> list[int]:
+        """The steps that it said were written when it was killed, `seconds` after it had written that many."""
         assert self.process.stdout is not None
-        first = self.process.stdout.readline()
-        assert first, self.process.communicate()[1]
+        first = ""
+        for _ in range(steps):
+            line = self.process.stdout.readline()
+            assert line, self.process.communicate()[1]
+            first += line
         time.sleep(seconds)
         self.process.send_signal(signal.SIGKILL)
         with self.process:  # closes the pipes
@@ -94,8 +97,8 @@ def flip_a_bit(path: Path, chance: random.Random) -> None:
 @pytest.mark.filterwarnings("error")  # nothing that a kill leaves behind is ever taken for a checkpoint
 def test_the_newest_checkpoint_stays_valid_and_its_step_never_decreases_through_many_kills(tmp_path: Path):
     chance, last = random.Random(0), 0
-    for _ in range(KILLS):
-        said = Writer(tmp_path).kill_after(chance.uniform(0, 0.05))
+    for kill in range(KILLS):
+        said = Writer(tmp_path).kill_after(chance.uniform(0, 0.05), steps=1 + kill % 2)
         assert said[0] == last + 1, "it went on from the newest"
         last = newest(tmp_path).state.total_step
         assert last in (said[-1], said[-1] + 1), "what was said to be written is there"
@@ -105,7 +108,7 @@ def test_the_newest_checkpoint_stays_valid_and_its_step_never_decreases_through_
 def test_a_checkpoint_with_a_flipped_bit_is_skipped_and_the_run_continues_from_the_previous_one(tmp_path: Path):
     chance = random.Random(1)
     for _ in range(5):
-        said = Writer(tmp_path).kill_after(0.05)
+        said = Writer(tmp_path).kill_after(0.05, steps=2)
         before = newest(tmp_path)
         assert before.state.total_step >= said[-1] >= 2
         flip_a_bit(before.path, chance)
