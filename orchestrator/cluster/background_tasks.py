@@ -4,7 +4,7 @@ troupe scale RUN rollout=4 ──► RUN/requests ── twice a second: desired
 troupe pause RUN           ──►                        pause, checkpoint, stop ──► requests, read between two steps
 troupe status RUN          ◄── RUN/status.json ◄── every second ── pools
                                ranks ── every two seconds: ping ──► a rank that died or hangs ends the loop
-                               Ray ──── every second: gone? ──────► the process ends
+                               Ray ──── ten times a second: gone? ► the process ends
                                watchdog ── every five seconds: overdue waits ──► console
 """
 
@@ -31,7 +31,7 @@ from orchestrator.config.schema import RunConfig
 from orchestrator.executor import Executor
 
 LOOK_EVERY_S, STATUS_EVERY_S = 0.5, 1.0
-LOST_EVERY_S = 1.0
+LOST_EVERY_S = 0.1  # Ray ends this process without a word if it meets the store of a dead raylet before we look
 WATCH_EVERY_S = 5.0
 PING_EVERY_S = 2.0
 PING_TIMEOUT_S = 5.0  # of one ping; what ends a run is `roles.ROLE.ping_timeout_s` without any

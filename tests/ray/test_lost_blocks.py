@@ -21,6 +21,7 @@ from orchestrator.cluster.ray_connection import end_half_started, started
 from orchestrator.collection.cursor import Cursor
 from orchestrator.collection.group_collector import GroupCollector
 from orchestrator.collection.staleness import Contract
+from orchestrator.data.items import Prompt
 from orchestrator.executor import Executor
 from orchestrator.losses.likelihood import nll
 from orchestrator.pipeline import Pipeline, Prompts, generate, update
@@ -28,7 +29,7 @@ from orchestrator.row_table import RowTable
 from rollout.sampling import Sampling, sample_seed
 from tests.lost_samples import MANY_TOKENS, Holder, Sampler, sampled
 
-READY_S = 60.0
+READY_S = 200.0
 
 
 @pytest.fixture
@@ -95,7 +96,7 @@ async def test_samples_that_are_lost_with_their_node_are_sampled_again_elsewhere
     roles.die = die
     prompts = SimpleNamespace(
         order=SimpleNamespace(at=lambda position: (0, position)),
-        item=lambda index: SimpleNamespace(id=index, tokens=(1,), prompt="", columns={}),
+        item=lambda index: Prompt(index, (1,), "", {}),
     )
     settings = {"run": "lost", "seed": 3, "version": 0, "ledger": Ledger(100), "watchdog": Watchdog()}
     feed = GroupCollector(prompts, roles, pipeline, Cursor(), Contract(0, 3, batches=1), **settings)
