@@ -18,6 +18,7 @@ from orchestrator import replay_buffer
 from orchestrator.batch_stages import PhaseSettings
 from orchestrator.checkpoint import Checkpoint, RunState
 from orchestrator.cluster.shutdown import Stopped
+from orchestrator.collection import saved_groups
 from orchestrator.collection.collected import Collector
 from orchestrator.collection.cursor import Cursor
 from orchestrator.collection.group_collector import GroupCollector
@@ -50,6 +51,7 @@ class PhaseRun:
         state = self.found.state if self.found else None
         self.progress = Progress(state.step, state.version) if state else Progress(0, self.phase.first_version)
         self.cursor = Cursor.from_json(state.cursor) if state else Cursor()
+        self.collector: Collector | None = None  # until the phase's first step
         self.output: Output | None = None  # the data set that the phase makes, if it makes one
 
     async def run(self) -> None:
@@ -72,7 +74,8 @@ class PhaseRun:
             context.event("published", {"phase": self.phase.name, **detail, "seconds": round(report.seconds, 3)})
         with account.spending("evaluation"):
             await context.evaluations.at(self.phase, roles, progress)
-        collector = self._collector()
+        collector = self.collector = self._collector()
+        await self._restore_groups(collector)
         phase, stop = self.phase, context.ending.stop
         with context.ending.saving():
             try:
@@ -236,12 +239,26 @@ class PhaseRun:
         if buffer is not None and self.found is not None:
             buffer.groups = await replay_buffer.load(self.roles.objects, self.found.path)
 
+    async def _restore_groups(self, collector: Collector) -> None:
+        """If the phase is resumed as it was, the groups that had ended and were not trained on. After a change of what
+        samples or scores they are sampled again."""
+        if self.found is None or not isinstance(collector, GroupCollector):
+            return
+        before, now = self.found.state.config, self.context.config.model_dump(mode="json")
+        if _collects_as(before, self.phase.name) != _collects_as(now, self.phase.name):
+            return
+        groups = await saved_groups.load(self.roles.objects, self.found.path, collector.drawn)
+        collector.restore(groups)
+        self.context.event("groups_restored", {"phase": self.phase.name, "groups": len(groups)})
+
     async def _save_parts(self, folder: Path) -> None:
         """What a checkpoint of the phase holds, beside where it stands."""
         await save_weights(self.context.config, self.phase, self.roles, folder)
         buffer = self.roles.batch_stages.replay_buffer
         if buffer is not None:
             await replay_buffer.save(buffer, self.roles.objects, folder)
+        if self.collector is not None and self.collector.finished:
+            await saved_groups.save(self.collector.finished, self.roles.objects, folder)
 
     async def _save_last_step(self) -> None:
         """Saves the last step of a run that was asked to stop, unless a checkpoint has it already."""
@@ -280,3 +297,9 @@ class PhaseRun:
                 "asked": tickets,
             },
         )
+
+
+def _collects_as(config: dict[str, Any], phase: str) -> tuple[Any, ...]:
+    """What of a configuration (as JSON) decides which groups are collected, and what they are worth."""
+    settings = config["phases"][phase]
+    return config["rewards"], *(settings[key] for key in ("method", "options", "data", "sampling", "episode"))

@@ -37,6 +37,11 @@ class Collector(Protocol):
         """The policy is at `version` now, having trained on that batch."""
         ...
 
+    @property
+    def finished(self) -> tuple[PromptGroup, ...]:
+        """Groups that a checkpoint keeps, because the next step would train on them."""
+        ...
+
     async def close(self) -> None: ...
 
 

@@ -1,7 +1,8 @@
 """Which items of the data have been trained on: the cursor that a checkpoint stores. Pure.
 
 The cursor stands at the *training* frontier, not at the drawing one: items that were drawn, generated or scored but not
-yet trained on are drawn again after a resume, so none is lost and none is trained on twice.
+yet trained on are drawn again after a resume, unless the checkpoint has their finished group (`saved_groups.py`). So
+none is lost and none is trained on twice.
 """
 
 from __future__ import annotations

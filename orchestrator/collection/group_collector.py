@@ -54,11 +54,13 @@ class GroupCollector:
         self._contract, self._run, self._seed = contract, run, seed
         self._ledger, self._watchdog = ledger, watchdog
         self._version, self._accepted = version, (version - contract.first_version) * contract.batch
-        self._drawing = cursor.unsettled()
+        self._restored = set[int]()  # positions of groups that a checkpoint had
+        self._drawing = (position for position in cursor.unsettled() if position not in self._restored)
         self._redraw: list[int] = []
         self._running: dict[int, asyncio.Task[None]] = {}
         self._started: dict[int, int] = {}  # position -> version when it was admitted
         self._ready: dict[int, PromptGroup] = {}
+        self._assembled: tuple[PromptGroup, ...] = ()  # of the batch that is assembled ahead
         self._settled: list[int] = []  # dropped or filtered since the last step
         self._filtered = self._filtered_in_a_row = self._expired = self._kept = 0
         self._lost = Counter[int]()  # position -> how many times its samples were lost with a node
@@ -75,6 +77,7 @@ class GroupCollector:
             while await self._make_again(collected.groups):
                 collected = await self._assemble(version)
         self._contract.check((group.oldest_version for group in collected.groups), version=version)
+        self._assembled = ()
         self._ahead = asyncio.ensure_future(self._assemble(version + 1))
         return collected
 
@@ -102,6 +105,25 @@ class GroupCollector:
         self._closed = True  # a group that finishes meanwhile makes no room for another
         await cancel([*self._running.values(), *([self._ahead] if self._ahead else [])])
 
+    @property
+    def finished(self) -> tuple[PromptGroup, ...]:
+        """Between two steps: the groups that have passed their stages and were not trained on."""
+        return tuple(sorted([*self._ready.values(), *self._assembled], key=lambda group: group.position))
+
+    def drawn(self, position: int) -> PromptGroup:
+        """The group of a position before its first stage."""
+        epoch, index = self._source.order.at(position)
+        name = "/".join([f"{self._run}/{position}/v{self._version}", *["again"] * self._lost[position]])
+        return PromptGroup(name, position, self._source.item(index), sample_seed(self._seed, position), epoch)
+
+    def restore(self, groups: Sequence[PromptGroup]) -> None:
+        """Go on with groups that another process collected, before the first batch. One that is too old by now is
+        sampled again."""
+        for group in groups:
+            if not self._contract.too_old(group.oldest_version, next_version=self._version):
+                self._restored.add(group.position)
+                self._accept(group)
+
     def _admit(self) -> None:
         while (
             not self._closed
@@ -127,9 +149,7 @@ class GroupCollector:
 
     async def _collect(self, position: int) -> None:
         """One group's way through the group-wise stages. It ends in `_ready`, or settled and replaced by another."""
-        epoch, index = self._source.order.at(position)
-        name = "/".join([f"{self._run}/{position}/v{self._version}", *["again"] * self._lost[position]])
-        group = PromptGroup(name, position, self._source.item(index), sample_seed(self._seed, position), epoch)
+        group = self.drawn(position)
         try:
             for stage in self._pipeline.group_stages:
                 after = await self._roles.run_group(stage, group)
@@ -169,6 +189,7 @@ class GroupCollector:
         lost = await self._roles.lost([group.rows for group in groups])
         if not any(lost):
             return False
+        self._assembled = ()
         for group, gone in zip(groups, lost, strict=True):
             if gone:
                 self._accepted -= 1
@@ -208,7 +229,7 @@ class GroupCollector:
         while True:
             await self._until_enough(version)
             positions = sorted(self._usable(version)[: self._contract.size(version)])
-            groups = tuple(self._ready.pop(position) for position in positions)
+            groups = self._assembled = tuple(self._ready.pop(position) for position in positions)
             assembled = time.perf_counter()
             try:
                 table = await self._roles.run_batch_stages(RowTable.concat([group.rows for group in groups]))

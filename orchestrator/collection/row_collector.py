@@ -8,6 +8,7 @@ from typing import Any
 
 from orchestrator.collection.collected import Collected, RoleClient, cancel
 from orchestrator.collection.cursor import Cursor
+from orchestrator.collection.group_stages import PromptGroup
 from orchestrator.row_table import RowTable
 
 
@@ -54,6 +55,10 @@ class RowCollector:
 
     def advance(self, version: int, trained: Collected) -> None:
         self._cursor.settle(trained.positions)
+
+    @property
+    def finished(self) -> tuple[PromptGroup, ...]:
+        return ()  # rows are read again
 
     async def close(self) -> None:
         await cancel([self._ahead] if self._ahead else [])

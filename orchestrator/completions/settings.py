@@ -77,7 +77,7 @@ class Settings:
 
     def _role(self, name: str, role: Any, *, named: bool) -> dict[str, Any] | None:
         """A role's keys that are not the defaults. `named`: keep the model that it names; else it gets the run's."""
-        dumped: dict[str, Any] = role.model_dump(mode="json", exclude_defaults=True)
+        kind, dumped = str(role.kind), dict[str, Any](role.model_dump(mode="json", exclude_defaults=True))
         model = role.model if isinstance(role, RanksRole) else None
         if model is not None and not named:
             del dumped["model"]
@@ -87,7 +87,7 @@ class Settings:
             if folder is None or not folder.is_dir():
                 return None  # asked for, the plan says which role has no model
             dumped["model"] = str(folder)
-        return {"kind": role.kind, **dumped} if dumped or name not in _USUAL else None
+        return {"kind": kind, **dumped} if dumped or name not in _USUAL else None
 
 
 _USUAL = frozenset(RunConfig.model_fields["roles"].annotation.model_fields)  # pyright: ignore

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from actors.batch import Batch
 from actors.errors import BlockLost, BudgetExhausted, DataFailure, Dropped, InfraFailure, RunError
 from actors.worker import LocalObjects, Ref
 from orchestrator.cluster.failures import Ledger, Watchdog
+from orchestrator.collection import saved_groups
 from orchestrator.collection.collected import Collected
 from orchestrator.collection.cursor import Cursor
 from orchestrator.collection.group_collector import GroupCollector
@@ -611,4 +613,54 @@ async def test_stages_before_learning_run_ahead_only_where_roles_overlap(overlap
     await feed.next(0)
     await settled()
     assert stages.staged == ahead
+    await feed.close()
+
+
+async def test_groups_that_a_checkpoint_has_are_trained_on_once_and_not_sampled_again(tmp_path: Path):
+    """Two batches ahead; the process ends after the first step, and another one goes on from what was saved."""
+    before, cursor = Stages(), Cursor()
+    feed = collector(before, staleness=2, cursor=cursor)
+    first = await feed.next(0)
+    before.version = 1
+    await feed.expire(1)
+    feed.advance(1, first)
+    await settled()
+    await saved_groups.save(feed.finished, before._objects, tmp_path)
+    saved = {group.position: group.rows for group in feed.finished}
+    at, kept = cursor.to_json(), {group.position: group.oldest_version for group in feed.finished}
+    await feed.close()
+    assert sorted(kept.values()) == [0] * 6 + [1] * 3 and set(saved).isdisjoint(first.positions)
+
+    after, cursor = Stages(version=1), Cursor.from_json(at)
+    feed = collector(after, staleness=2, cursor=cursor, version=1)
+    feed.restore(await saved_groups.load(after._objects, tmp_path, feed.drawn))
+    trained: list[int] = []
+    for version in (1, 2, 3, 4):
+        batch = await feed.next(version)
+        trained += batch.positions
+        for group in batch.groups:
+            assert group.position not in saved or group.oldest_version == kept[group.position]
+            assert group.score is not None and group.score.total.tolist() == [0.0, 1.0]
+        after.version = version + 1
+        await feed.expire(version + 1)
+        feed.advance(version + 1, batch)
+    await feed.close()
+    assert set(trained) >= set(saved)
+    assert len(trained) == len(set(trained)) == 12 and set(trained).isdisjoint(first.positions)
+    assert set(after.seen).isdisjoint(saved)
+
+
+async def test_a_saved_group_that_is_too_old_for_the_resumed_run_is_sampled_again(tmp_path: Path):
+    before = Stages()
+    feed = collector(before, staleness=2)
+    await feed.next(0)
+    await settled()
+    await saved_groups.save(feed.finished, before._objects, tmp_path)
+    await feed.close()
+    after = Stages(version=1)
+    feed = collector(after, staleness=0, version=1)  # the run allows no staleness any more
+    feed.restore(await saved_groups.load(after._objects, tmp_path, feed.drawn))
+    assert feed.finished == ()
+    batch = await feed.next(1)
+    assert set(after.seen) >= set(batch.positions)
     await feed.close()

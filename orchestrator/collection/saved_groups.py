@@ -1,0 +1,170 @@
+"""Prompt groups that have ended and were not trained on yet, in a checkpoint: a run that is resumed does not sample
+them again.
+
+    collector.finished ──► tables, values of their blocks, scores ──► finished_groups.npz
+                                                                         │
+    collector.restore  ◄── groups with blocks of the new run ◄───────────┘
+
+What a group needed on its way only (clocks, transcripts) is not kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors.batch import Array, Batch
+from actors.errors import BlockLost
+from actors.worker import Objects
+from orchestrator.collection.group_stages import PromptGroup
+from orchestrator.row_table import RowTable
+from rewards.worker import ScoredTexts, ScoreResult
+from rollout.sampling import EpisodeFacts, Finish, GroupMeta
+
+FILE = "finished_groups.npz"  # in a checkpoint
+FETCH_TIMEOUT_S = 120.0
+Arrays = dict[str, Array]
+
+
+async def save(groups: Sequence[PromptGroup], objects: Objects, folder: Path) -> None:
+    """Write the groups; those whose blocks are gone with a node are left out, and are sampled again after a resume."""
+    arrays: Arrays = {}
+    entries: list[dict[str, Any]] = []
+    for group in groups:
+        try:
+            entry, values = await _packed(group, objects)
+        except BlockLost:
+            continue
+        arrays |= {f"{len(entries)}/{name}": value for name, value in values.items()}
+        entries.append(entry)
+    arrays["entries"] = np.frombuffer(json.dumps(entries, default=str).encode(), np.uint8)
+    await asyncio.to_thread(_write, folder / FILE, arrays)
+
+
+async def load(objects: Objects, folder: Path, drawn: Callable[[int], PromptGroup]) -> list[PromptGroup]:
+    """The groups of a checkpoint, their values in blocks of this run; none if it has no file of them. `drawn`: the
+    group of a position as it is before its first stage."""
+    file = folder / FILE
+    if not file.is_file():
+        return []
+    with np.load(file, allow_pickle=False) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    entries: list[dict[str, Any]] = json.loads(arrays.pop("entries").tobytes())
+    found: list[PromptGroup] = []
+    for index, entry in enumerate(entries):
+        prefix = f"{index}/"
+        own = {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+        found.append(await _unpacked(entry, own, objects, drawn(int(entry["position"]))))
+    return found
+
+
+async def _packed(group: PromptGroup, objects: Objects) -> tuple[dict[str, Any], Arrays]:
+    """What of a group is JSON, and what is arrays."""
+    table, arrays = group.rows, dict[str, Array]()
+    blocks, texts = await asyncio.gather(_fetched(table.blocks, objects), _fetched(group.texts, objects))
+    if len(table):
+        whole = table.whole().shard.fetched(blocks).batch
+        arrays |= {f"rows/{name}": values for name, values in whole.columns.items() if name not in table.spread}
+        arrays |= {f"spread/{name}": values for name, values in table.spread.items()}
+        arrays["lengths"] = whole.lengths
+    entry: dict[str, Any] = {
+        "id": group.id,
+        "position": group.position,
+        "stored": [sorted(each.names) for each in table.stored],
+        "metas": [asdict(meta) for meta in group.metas],
+        "own": group.own,
+        "passed": group.passed,
+        "oldest_version": group.oldest_version,
+        "texts": [_texts_to_json(each) for each in texts],
+        "score": None,
+    }
+    if group.score is not None:
+        score = group.score
+        arrays |= {"score/rewards": score.rewards, "score/total": score.total, "score/weights": score.weights}
+        entry["score"] = {
+            "names": score.names,
+            "metrics": dict(score.metrics),
+            "preferring": sorted(score.preferring),
+        }
+    return entry, arrays
+
+
+async def _unpacked(entry: Mapping[str, Any], arrays: Arrays, objects: Objects, drawn: PromptGroup) -> PromptGroup:
+    texts = [_texts_of_json(each) for each in entry["texts"]]
+    return replace(
+        drawn,
+        id=entry["id"],
+        rows=await _table(entry["stored"], arrays, objects),
+        metas=tuple(_meta(each) for each in entry["metas"]),
+        own=tuple(entry["own"]),
+        passed=entry["passed"],
+        oldest_version=entry["oldest_version"],
+        score=_score(entry["score"], arrays),
+        texts=tuple([await objects.put(each) for each in texts]),
+    )
+
+
+async def _table(stored: Sequence[Sequence[str]], arrays: Arrays, objects: Objects) -> RowTable:
+    if "lengths" not in arrays:
+        return RowTable(Batch.empty())
+    columns = {name.removeprefix("rows/"): value for name, value in arrays.items() if name.startswith("rows/")}
+    whole = Batch.build(arrays["lengths"], **columns)
+    everywhere = np.arange(len(whole))
+    table = RowTable(whole).without(name for names in stored for name in names)
+    table = table.with_values(
+        **{name.removeprefix("spread/"): value for name, value in arrays.items() if name.startswith("spread/")}
+    )
+    for names in stored:
+        table = table.with_blocks(names, [(everywhere, await objects.put(whole.only(names)))])
+    return table
+
+
+def _score(entry: Mapping[str, Any] | None, arrays: Arrays) -> ScoreResult | None:
+    """Without the statistics of its calls: those were of the run that is over."""
+    if entry is None:
+        return None
+    return ScoreResult(
+        tuple(entry["names"]),
+        arrays["score/rewards"],
+        arrays["score/total"],
+        metrics=entry["metrics"],
+        weights=arrays["score/weights"],
+        preferring=frozenset(entry["preferring"]),
+    )
+
+
+def _meta(entry: Mapping[str, Any]) -> GroupMeta:
+    made = {
+        **entry,
+        "lengths": tuple(entry["lengths"]),
+        "finishes": tuple(Finish(each) for each in entry["finishes"]),
+        "failures": tuple(entry["failures"]),
+        "totals": None if entry["totals"] is None else tuple(entry["totals"]),
+        "episodes": tuple(EpisodeFacts(**each) for each in entry["episodes"]),
+    }
+    return GroupMeta(**made)
+
+
+def _texts_to_json(scored: ScoredTexts | None) -> dict[str, Any] | None:
+    return None if scored is None else {"texts": scored.texts, "extra": dict(scored.extra)}
+
+
+def _texts_of_json(entry: Mapping[str, Any] | None) -> ScoredTexts | None:
+    if entry is None:
+        return None
+    return ScoredTexts(tuple(entry["texts"]), {name: tuple(values) for name, values in entry["extra"].items()})
+
+
+async def _fetched(refs: Sequence[Any], objects: Objects) -> list[Any]:
+    return list(await asyncio.gather(*(objects.get(ref, timeout_s=FETCH_TIMEOUT_S) for ref in refs)))
+
+
+def _write(file: Path, arrays: Arrays) -> None:
+    with file.open("wb") as stream:
+        np.savez(stream, allow_pickle=False, **arrays)
