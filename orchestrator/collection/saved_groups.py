@@ -25,7 +25,7 @@ from actors.worker import Objects
 from orchestrator.collection.group_stages import PromptGroup
 from orchestrator.row_table import RowTable
 from rewards.worker import ScoredTexts, ScoreResult
-from rollout.sampling import EpisodeFacts, Finish, GroupMeta
+from rollout.sampling import EpisodeFacts, Finish, GroupMeta, TurnRow
 
 FILE = "finished_groups.npz"  # in a checkpoint
 FETCH_TIMEOUT_S = 120.0
@@ -140,14 +140,14 @@ def _score(entry: Mapping[str, Any] | None, arrays: Arrays) -> ScoreResult | Non
 
 
 def _meta(entry: Mapping[str, Any]) -> GroupMeta:
-    made = {
-        **entry,
-        "lengths": tuple(entry["lengths"]),
-        "finishes": tuple(Finish(each) for each in entry["finishes"]),
-        "failures": tuple(entry["failures"]),
-        "totals": None if entry["totals"] is None else tuple(entry["totals"]),
-        "episodes": tuple(EpisodeFacts(**each) for each in entry["episodes"]),
-    }
+    made: dict[str, Any] = {**entry}
+    made["lengths"], made["failures"] = tuple(entry["lengths"]), tuple(entry["failures"])
+    made["finishes"] = tuple(Finish(each) for each in entry["finishes"])
+    made["episodes"] = tuple(EpisodeFacts(**each) for each in entry["episodes"])
+    if entry["totals"] is not None:
+        made["totals"] = tuple(entry["totals"])
+    if entry["turn_rows"] is not None:
+        made["turn_rows"] = tuple(TurnRow(**each) for each in entry["turn_rows"])
     return GroupMeta(**made)
 
 

@@ -39,8 +39,8 @@ from orchestrator.records import scored_pairs
 from orchestrator.regrouping import best_and_worst
 from orchestrator.reporting.rollout_metrics import rollout_metrics
 from orchestrator.row_table import RowTable
-from rewards.worker import ScoreResult
-from rollout.sampling import Finish, GroupMeta, Request, Sampling
+from rewards.worker import ScoredTexts, ScoreResult
+from rollout.sampling import EpisodeFacts, Finish, GroupMeta, Request, Sampling, TurnRow
 
 SAMPLES = 2
 
@@ -664,3 +664,24 @@ async def test_a_saved_group_that_is_too_old_for_the_resumed_run_is_sampled_agai
     batch = await feed.next(1)
     assert set(after.seen) >= set(batch.positions)
     await feed.close()
+
+
+async def test_a_saved_group_keeps_what_is_known_of_its_episodes_and_what_was_logged_of_its_texts(tmp_path: Path):
+    stages = Stages()
+    feed = collector(stages)
+    facts = EpisodeFacts(2, 1, 0, 5, 0.5, 0.25, None)
+    meta = GroupMeta("r", "w", (3,), (Finish.STOP,), 0, 0, 0.5, ("why",), (9,), (facts,), (TurnRow(9, 3, 0.5),))
+    rows = Batch.build([2, 2], group=[5, 5], sampler=np.zeros(2, np.int8), tokens=[1, 2, 3, 4])
+    table = RowTable.of_block(rows.only({"group", "sampler"}), Ref(rows.only({"tokens"})), {"tokens"})
+    texts = Ref(ScoredTexts(("a", "b"), {"seen": (1, "x")}))
+    group = replace(feed.drawn(5), rows=table.with_values(version=[3, 4]), metas=(meta,), own=(True,), texts=(texts,))
+    await saved_groups.save([group, feed.drawn(6)], stages._objects, tmp_path)
+    found, empty = await saved_groups.load(stages._objects, tmp_path, feed.drawn)
+    assert (found.metas, found.own, found.id, found.seed) == (group.metas, group.own, group.id, group.seed)
+    (said,) = [await stages._objects.get(ref, timeout_s=1) for ref in found.texts]
+    assert (said.texts, dict(said.extra)) == (("a", "b"), {"seen": (1, "x")})
+    assert found.rows._layout == group.rows._layout
+    assert found.rows["version"].tolist() == [3, 4]
+    (block,) = [await stages._objects.get(ref, timeout_s=1) for ref in found.rows.blocks]
+    assert block["tokens"].tolist() == [1, 2, 3, 4]
+    assert len(empty.rows) == 0 and empty.score is None
