@@ -4,7 +4,7 @@ troupe scale RUN rollout=4 ──► RUN/requests ── twice a second: desired
 troupe pause RUN           ──►                        pause, checkpoint, stop ──► requests, read between two steps
 troupe status RUN          ◄── RUN/status.json ◄── every second ── pools
                                ranks ── every two seconds: ping ──► a rank that died or hangs ends the loop
-                               Ray ──── ten times a second: gone? ► the process ends
+                               Ray ──── a thread waits for its end ► the process ends
                                watchdog ── every five seconds: overdue waits ──► console
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -31,8 +32,8 @@ from orchestrator.config.schema import RunConfig
 from orchestrator.executor import Executor
 
 LOOK_EVERY_S, STATUS_EVERY_S = 0.5, 1.0
-LOST_EVERY_S = 0.1  # Ray ends this process without a word if it meets the store of a dead raylet before we look
 WATCH_EVERY_S = 5.0
+LOST_WITHIN_S = 1.0  # of one wait of the thread, which ends with the block
 PING_EVERY_S = 2.0
 PING_TIMEOUT_S = 5.0  # of one ping; what ends a run is `roles.ROLE.ping_timeout_s` without any
 
@@ -41,17 +42,23 @@ PING_TIMEOUT_S = 5.0  # of one ping; what ends a run is `roles.ROLE.ping_timeout
 async def watching(
     cluster: Cluster, watchdog: Watchdog, warn: Callable[[str], None], gone: Callable[[str], None]
 ) -> AsyncIterator[None]:
-    """While the block runs: prints overdue waits, and calls `gone` with what was lost if the cluster dies."""
+    """While the block runs: prints overdue waits, and calls `gone` with what was lost if the cluster dies, from a
+    thread that waits for it: Ray's client ends this process without a word once it meets the store of a dead raylet."""
+    left = threading.Event()
 
-    async def look() -> None:
-        while (lost := cluster.lost()) is None:
-            await asyncio.sleep(LOST_EVERY_S)
-        gone(lost)
+    def look() -> None:
+        while not left.is_set():
+            if (lost := cluster.lost(within_s=LOST_WITHIN_S)) is not None and not left.is_set():
+                gone(lost)
+                return
 
-    async with AsyncExitStack() as stack:
-        for work in (_watch(watchdog.overdue, warn), look()):
-            stack.push_async_callback(_cancelled, asyncio.ensure_future(work))
+    watching = asyncio.ensure_future(_watch(watchdog.overdue, warn))
+    threading.Thread(target=look, name="the end of Ray", daemon=True).start()
+    try:
         yield
+    finally:
+        left.set()
+        await _cancelled(watching)
 
 
 @asynccontextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import platform
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,9 +57,9 @@ class Cluster(Protocol):
         """One row per process that is ready: role, name, node, pid, cpus, gpus, threads."""
         ...
 
-    def lost(self) -> str | None:
-        """What of the machinery under this cluster is gone, and every process with it; None if nothing. From any
-        thread."""
+    def lost(self, within_s: float = 0.0) -> str | None:
+        """What of the machinery under this cluster is gone, and every process with it: as soon as something is; None if
+        nothing is within that time. Blocks its thread, which may be any."""
         ...
 
     async def close(self) -> None:
@@ -102,7 +103,8 @@ class LocalCluster:
         here = {"node": platform.node(), "pid": os.getpid()}
         return [{"role": role.name, "name": name, **here, "threads": role.threads} for role, name in planned]
 
-    def lost(self) -> str | None:
+    def lost(self, within_s: float = 0.0) -> str | None:
+        time.sleep(within_s)
         return None
 
     async def close(self) -> None:

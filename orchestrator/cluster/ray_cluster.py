@@ -11,6 +11,8 @@ group is removed: a call to an actor whose group is gone may never return.
 from __future__ import annotations
 
 import asyncio
+import os
+import select
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -99,6 +101,7 @@ class RayCluster:
         self._groups: list[RayGroup] = []
         self._workers: dict[str, PlacedWorker] = {}
         self._daemons = own_daemons()
+        self._daemon_descriptors = [os.pidfd_open(process.pid) for _, process in self._daemons]  # readable once ended
         self._leftovers = Leftovers(session(self._daemons)) if self._daemons and disconnect else None
 
     async def reserve(self, plan: Plan) -> None:
@@ -149,7 +152,12 @@ class RayCluster:
         rows = [worker.row() for worker in (*ranks, *self._workers.values())]
         return [row for row in rows if row is not None]
 
-    def lost(self) -> str | None:
+    def lost(self, within_s: float = 0.0) -> str | None:
+        ended = select.poll()
+        for descriptor in self._daemon_descriptors:
+            ended.register(descriptor, select.POLLIN)
+        if within_s:
+            ended.poll(1000 * within_s)
         gone = [(name, process.pid) for name, process in self._daemons if not is_running(process)]
         return f"Ray's {gone[0][0]} (pid {gone[0][1]}) is gone, and every process of the run with it" if gone else None
 
