@@ -19,14 +19,14 @@ from typing import Any
 from actors.batch import Array
 from actors.errors import BlockLost
 from actors.worker import Group, Objects, Ref
-from orchestrator.batch_stages import BatchStages, PhaseSettings
+from orchestrator.batches.batch_stages import BatchStages, PhaseSettings
+from orchestrator.batches.row_table import RowTable
 from orchestrator.cluster.pool import Pool
 from orchestrator.collection.group_stages import GroupStages, PromptGroup
 from orchestrator.collection.model_scorer import ModelScorer
 from orchestrator.pipeline import GROUPWISE, Stage, Verb, in_conflict
 from orchestrator.planning.prepared import ModelReward
 from orchestrator.publishing.publisher import Publisher, SyncReport
-from orchestrator.row_table import RowTable
 from rewards.judge import JudgeSpec
 
 Clock = Callable[[str], AbstractContextManager[None]]

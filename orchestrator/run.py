@@ -29,13 +29,15 @@ from orchestrator.cluster.event_loop import run_to_end
 from orchestrator.cluster.launch import launch
 from orchestrator.cluster.run_lock import Driver, driving
 from orchestrator.cluster.shutdown import Ending, hangups_ignored
+from orchestrator.collection.live_chat import LiveChat, models_of
 from orchestrator.config.loading import SAVED
 from orchestrator.config.roles import EngineRole
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.section import RUN_ID
 from orchestrator.executor import Executor
-from orchestrator.live_chat import LiveChat, models_of
-from orchestrator.phase_run import PhaseRun
+from orchestrator.phases.phase_run import PhaseRun
+from orchestrator.phases.resuming import Resumption, resume_point, save_config
+from orchestrator.phases.run_context import RunContext
 from orchestrator.planning.handover import kept_folder, written_folder
 from orchestrator.planning.plan import make_plan
 from orchestrator.planning.preconditions import refuse_surroundings
@@ -44,8 +46,6 @@ from orchestrator.reporting.gains import phase_gains
 from orchestrator.reporting.metrics import METRICS_FILE, read
 from orchestrator.reporting.plot import draw
 from orchestrator.result import RunResult
-from orchestrator.resuming import Resumption, resume_point, save_config
-from orchestrator.run_context import RunContext
 
 
 def run(

@@ -11,10 +11,10 @@ from actors.model import ModelSpec
 from actors.model_worker import ModelWorker
 from actors.specs import BackendSpec, OptimSpec
 from actors.worker import Group, LocalGroup, LocalObjects, LocalWorker
-from orchestrator.batch_stages import PhaseSettings
+from orchestrator.batches.batch_stages import PhaseSettings
+from orchestrator.batches.row_table import RowTable
 from orchestrator.executor import Executor
 from orchestrator.pipeline import GROUPWISE, Pipeline, Stage
-from orchestrator.row_table import RowTable
 from rollout.sampling import Sampling
 
 TIMEOUT_S = 60.0

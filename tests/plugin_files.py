@@ -66,7 +66,7 @@ ONLINE = '''
 import numpy as np
 from next_to_it import tenfold
 
-from orchestrator.advantages import credits
+from orchestrator.credit.advantages import credits
 from orchestrator.losses.declare import Loss, Sum, Term
 from orchestrator.losses.reduce import token_mean
 from orchestrator.losses.views import PolicyTokens

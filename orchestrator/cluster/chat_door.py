@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.live_chat import LiveChat
+from orchestrator.collection.live_chat import LiveChat
 from rewards.environments.openai_protocol import DONE, Refused, event, heading, models, piece, whole
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from orchestrator.batches.row_table import RowTable
 from orchestrator.collection.group_stages import PromptGroup
 from orchestrator.pipeline import Stage
-from orchestrator.row_table import RowTable
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ import numpy as np
 from actors.batch import Array
 from actors.errors import DataFailure, InfraFailure
 from actors.worker import Ref, Worker
+from orchestrator.batches.row_table import RowTable
 from orchestrator.cluster.pool import Pool
 from orchestrator.collection.samples import rows_of_samples, rows_of_turns
 from orchestrator.planning.episode_settings import EpisodeSettings
-from orchestrator.row_table import RowTable
 from rollout.episode import EnvironmentLost, EpisodeRequest
 from rollout.sampling import EpisodeFacts, GroupMeta, Request, sample_seed
 

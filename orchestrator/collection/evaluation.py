@@ -16,6 +16,8 @@ import numpy as np
 
 from actors.errors import DataFailure, InfraFailure, RunError
 from actors.worker import all_or_first_error
+from orchestrator.batches.row_table import RowTable
+from orchestrator.batches.split_episodes import whole_episodes
 from orchestrator.cluster.failures import Watchdog
 from orchestrator.collection.scoring import ToScore
 from orchestrator.config.roles import RolesConfig
@@ -26,8 +28,6 @@ from orchestrator.planning.prepared import PreparedPhase
 from orchestrator.reporting.console import Console
 from orchestrator.reporting.metrics import METRICS_FILE, MetricsLog, read
 from orchestrator.reporting.rollout_metrics import episode_metrics
-from orchestrator.row_table import RowTable
-from orchestrator.split_episodes import whole_episodes
 from rewards.worker import ScoreResult
 from rollout.sampling import GroupMeta, Sampling
 

@@ -21,13 +21,13 @@ from typing import Any
 
 from actors.batch import Batch
 from actors.errors import BlockLost, BudgetExhausted, Dropped, RunError
+from orchestrator.batches.row_table import RowTable
 from orchestrator.cluster.failures import Kind, Ledger, Watchdog, classify
 from orchestrator.collection.collected import Collected, RoleClient, cancel
 from orchestrator.collection.cursor import Cursor
 from orchestrator.collection.group_stages import PromptGroup
 from orchestrator.collection.staleness import Contract
 from orchestrator.pipeline import Pipeline, Verb
-from orchestrator.row_table import RowTable
 from rollout.sampling import sample_seed
 
 TIMES_LOST = 3  # of one group, before it is dropped

@@ -19,6 +19,8 @@ from actors.batch import Batch
 from actors.errors import BlockLost, BudgetExhausted, DataFailure, Dropped, InfraFailure
 from actors.other_prompts import FILL, TEACHER_PROMPT
 from actors.worker import Objects, Ref, Worker
+from orchestrator.batches.row_table import RowTable
+from orchestrator.batches.split_episodes import whole_episodes
 from orchestrator.cluster.failures import enough_survive
 from orchestrator.cluster.pool import Pool
 from orchestrator.collection.episodes import REWARD, Episodes, abort, rewards_of, rows_of
@@ -27,8 +29,6 @@ from orchestrator.collection.samples import Samples, recorded, rows_of_samples
 from orchestrator.collection.scoring import Given, Scored, Scoring, ToScore
 from orchestrator.pipeline import ROW_SOURCES, Stage, Verb
 from orchestrator.planning.prepared import ModelReward
-from orchestrator.row_table import RowTable
-from orchestrator.split_episodes import whole_episodes
 from rewards.judge import JudgeSpec
 from rewards.worker import ScoreResult
 from rollout.sampling import EpisodeFacts, Finish, GroupMeta, Request, Sampling, sample_seed

@@ -21,7 +21,7 @@ from contextlib import suppress
 import numpy as np
 
 from actors.sharding import PASS_TOKENS
-from orchestrator.row_table import RowTable
+from orchestrator.batches.row_table import RowTable
 
 GATHER_S = 0.01  # a call of a small model takes about as long
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from actors.errors import ModelError
+from orchestrator.batches.row_table import RowTable
 from orchestrator.config.roles import FrozenRole
 from orchestrator.config.schema import RunConfig
 from orchestrator.data import caches as kept
@@ -30,7 +31,6 @@ from orchestrator.data.caches import Origin
 from orchestrator.data.source import RowSource, cache_root
 from orchestrator.executor import Executor
 from orchestrator.pipeline import Stage
-from orchestrator.row_table import RowTable
 
 if TYPE_CHECKING:
     from orchestrator.planning.prepared import PreparedPhase

@@ -6,10 +6,10 @@ import asyncio
 from dataclasses import replace
 from typing import Any
 
+from orchestrator.batches.row_table import RowTable
 from orchestrator.collection.collected import Collected, RoleClient, cancel
 from orchestrator.collection.cursor import Cursor
 from orchestrator.collection.group_stages import PromptGroup
-from orchestrator.row_table import RowTable
 
 
 class RowCollector:

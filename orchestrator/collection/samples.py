@@ -10,7 +10,7 @@ import numpy as np
 from actors.batch import Batch
 from actors.columns import ADMITTED, ROUTES
 from actors.worker import Ref
-from orchestrator.row_table import RowTable
+from orchestrator.batches.row_table import RowTable
 from rollout.sampling import Finish, GroupMeta, Sampling
 
 SAMPLED = frozenset({"tokens", "mask", "sample_logps", "version"})  # columns of every sample, which lie in its block

@@ -22,8 +22,8 @@ import numpy as np
 from actors.batch import Array, Batch
 from actors.errors import BlockLost
 from actors.worker import Objects
+from orchestrator.batches.row_table import RowTable
 from orchestrator.collection.group_stages import PromptGroup
-from orchestrator.row_table import RowTable
 from rewards.worker import ScoredTexts, ScoreResult
 from rollout.sampling import EpisodeFacts, Finish, GroupMeta, TurnRow
 

@@ -22,10 +22,10 @@ import numpy as np
 from actors.batch import Array
 from actors.errors import BudgetExhausted, DataFailure, Dropped, InfraFailure, NoAnswer, RunError
 from actors.worker import Ref, Worker, all_or_first_error
+from orchestrator.batches.row_table import RowTable
 from orchestrator.cluster.pool import Pool
 from orchestrator.collection.model_scorer import ModelScorer
 from orchestrator.planning.prepared import ModelReward
-from orchestrator.row_table import RowTable
 from rewards.attempts import CallStatistics, GaveUp, call_statistics, instead
 from rewards.combine import of_ensemble, weighted_sum
 from rewards.judge import JudgeSpec

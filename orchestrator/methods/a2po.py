@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from orchestrator.batches.regrouping import with_optimal_value
 from orchestrator.losses.reduce import row_mean_of_token_means
 from orchestrator.losses.regression import optimal_advantage
 from orchestrator.methods.option_types import Count, Positive
 from orchestrator.pipeline import Pipeline, Prompts, generate, infer, regroup, score, update
-from orchestrator.regrouping import with_optimal_value
 
 
 def a2po(

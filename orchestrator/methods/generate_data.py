@@ -6,7 +6,17 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from actors.errors import ConfigError
-from orchestrator import records
+from orchestrator.batches import records
+from orchestrator.batches.regrouping import (
+    Ties,
+    accepted,
+    best,
+    best_and_worst,
+    ended,
+    first_against_others,
+    labelled,
+    statistical_rejection,
+)
 from orchestrator.methods.option_types import Count, Positive
 from orchestrator.pipeline import (
     AnsweredPrompts,
@@ -20,16 +30,6 @@ from orchestrator.pipeline import (
     take,
     when,
     write,
-)
-from orchestrator.regrouping import (
-    Ties,
-    accepted,
-    best,
-    best_and_worst,
-    ended,
-    first_against_others,
-    labelled,
-    statistical_rejection,
 )
 
 Keep = Literal[

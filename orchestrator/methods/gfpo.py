@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Literal
 
 from actors.errors import ConfigError
-from orchestrator.advantages import Scale, group_zscore, group_zscore_of_some, has_signal
+from orchestrator.batches.regrouping import FilterScores, highest, keep_highest, most_reward_per_token, shortest
+from orchestrator.credit.advantages import Scale, group_zscore, group_zscore_of_some, has_signal
 from orchestrator.losses.policy_gradient import Correction
 from orchestrator.methods.grpo import grpo
 from orchestrator.methods.importance_ratio import EPSILON
 from orchestrator.methods.option_types import Count, NotNegative, Positive, Several
 from orchestrator.pipeline import Pipeline, Verb, credit, keep, regroup, when
 from orchestrator.plugins import Plugin, is_plugin, load
-from orchestrator.regrouping import FilterScores, highest, keep_highest, most_reward_per_token, shortest
 
 FILTERS: dict[str, FilterScores] = {"length": shortest, "reward_per_token": most_reward_per_token}
 

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from actors.errors import ConfigError
-from orchestrator.advantages import Scale, group_zscore, group_zscores_of_parts, has_signal, mask_truncated
+from orchestrator.credit.advantages import Scale, group_zscore, group_zscores_of_parts, has_signal, mask_truncated
+from orchestrator.credit.returns import group_zscores_of_steps, only_scored
 from orchestrator.losses.declare import Sum, Term
 from orchestrator.losses.policy_gradient import (
     Correction,
@@ -51,7 +52,6 @@ from orchestrator.pipeline import (
     update,
     when,
 )
-from orchestrator.returns import group_zscores_of_steps, only_scored
 
 REPLAY_MAX_AGE = 32  # steps
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "gmpo", "vespo", "dppo"]

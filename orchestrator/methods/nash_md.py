@@ -6,11 +6,11 @@ from typing import Annotated
 
 from pydantic import Field
 
+from orchestrator.batches.regrouping import penalise_missing_eos, preference_over_opponent
 from orchestrator.losses.against_opponent import preferred_to_opponent
 from orchestrator.losses.reduce import row_mean_of_token_sums
 from orchestrator.methods.option_types import Positive, Share
 from orchestrator.pipeline import Pipeline, Prompts, generate, infer, regroup, score, update, when
-from orchestrator.regrouping import penalise_missing_eos, preference_over_opponent
 
 
 def nash_md(

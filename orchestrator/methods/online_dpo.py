@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
+from orchestrator.batches.regrouping import Ties, best_and_worst, penalise_missing_eos
 from orchestrator.losses.pairwise import Contrast, ipo_of_sums, sigmoid
 from orchestrator.losses.reduce import item_mean
 from orchestrator.losses.sampled_pairs import against_reference_of_samples
 from orchestrator.methods.option_types import Positive, Several
 from orchestrator.pipeline import Pipeline, Prompts, generate, infer, regroup, score, update, when
-from orchestrator.regrouping import Ties, best_and_worst, penalise_missing_eos
 
 CONTRASTS: dict[str, Contrast] = {"sigmoid": sigmoid, "ipo": ipo_of_sums}
 

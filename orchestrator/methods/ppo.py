@@ -6,11 +6,7 @@ from typing import Any
 
 from actors.columns import Head
 from actors.errors import ConfigError
-from orchestrator.losses.actor_critic import clipped_policy, clipped_value
-from orchestrator.losses.reduce import token_mean
-from orchestrator.methods.option_types import Count, NotNegative, Positive, Share
-from orchestrator.pipeline import Pipeline, Prompts, Stage, credit, generate, infer, score, update, when
-from orchestrator.returns import (
+from orchestrator.credit.returns import (
     Estimator,
     generalised_advantages,
     kl_in_reward,
@@ -19,6 +15,10 @@ from orchestrator.returns import (
     whitened_rewards,
     without_eos,
 )
+from orchestrator.losses.actor_critic import clipped_policy, clipped_value
+from orchestrator.losses.reduce import token_mean
+from orchestrator.methods.option_types import Count, NotNegative, Positive, Share
+from orchestrator.pipeline import Pipeline, Prompts, Stage, credit, generate, infer, score, update, when
 
 KL_HORIZON = 10_000
 

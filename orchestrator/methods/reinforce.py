@@ -7,14 +7,8 @@ from functools import partial
 from typing import Any
 
 from actors.errors import ConfigError
-from orchestrator.advantages import clipped_rewards, group_zscore, has_signal, leave_one_out, mask_truncated
-from orchestrator.losses.policy_gradient import Correction, RatioLevel, policy_gradient
-from orchestrator.losses.reduce import Reduction, row_mean_of_token_means, token_mean
-from orchestrator.losses.surrogates import clipped
-from orchestrator.methods.importance_ratio import EPSILON, clips_nothing, correction_options, old_of
-from orchestrator.methods.option_types import Count, NotNegative, Positive, Several, Share, Supervision
-from orchestrator.pipeline import Pipeline, Prompts, Stage, credit, generate, infer, keep, score, update, when
-from orchestrator.returns import (
+from orchestrator.credit.advantages import clipped_rewards, group_zscore, has_signal, leave_one_out, mask_truncated
+from orchestrator.credit.returns import (
     group_zscores_of_steps,
     kl_in_reward,
     only_scored,
@@ -23,6 +17,12 @@ from orchestrator.returns import (
     reward_less_kl,
     whitened_advantages,
 )
+from orchestrator.losses.policy_gradient import Correction, RatioLevel, policy_gradient
+from orchestrator.losses.reduce import Reduction, row_mean_of_token_means, token_mean
+from orchestrator.losses.surrogates import clipped
+from orchestrator.methods.importance_ratio import EPSILON, clips_nothing, correction_options, old_of
+from orchestrator.methods.option_types import Count, NotNegative, Positive, Several, Share, Supervision
+from orchestrator.pipeline import Pipeline, Prompts, Stage, credit, generate, infer, keep, score, update, when
 
 Range = tuple[float, float]
 

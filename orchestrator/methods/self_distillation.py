@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from actors.errors import ConfigError
-from orchestrator.advantages import demonstrated_by_siblings
+from orchestrator.credit.advantages import demonstrated_by_siblings
 from orchestrator.data.teacher_prompts import SAMPLED, fields_of
 from orchestrator.losses.distillation import TEACHER_TOP_K, distil_samples_top_k
 from orchestrator.losses.reduce import row_mean_of_token_means

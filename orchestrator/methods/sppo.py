@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
+from orchestrator.batches.regrouping import Ties, most_and_least_preferred
 from orchestrator.losses.reduce import row_mean_of_token_means
 from orchestrator.losses.regression import preference_beyond_half
 from orchestrator.methods.option_types import Positive, Several
 from orchestrator.pipeline import Pipeline, Prompts, generate, infer, regroup, score, update
-from orchestrator.regrouping import Ties, most_and_least_preferred
 
 
 def sppo(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
+from orchestrator.batches.regrouping import Ties, best_and_worst, penalise_missing_eos
 from orchestrator.losses.reduce import item_mean
 from orchestrator.losses.sampled_pairs import with_exploration_bonus
 from orchestrator.methods.online_dpo import CONTRASTS
 from orchestrator.methods.option_types import Positive
 from orchestrator.pipeline import Pipeline, Prompts, generate, infer, regroup, score, update, when
-from orchestrator.regrouping import Ties, best_and_worst, penalise_missing_eos
 
 
 def xpo(

@@ -110,7 +110,7 @@ def retokenised(stage: Stage) -> Stage:
 
 
 def credit(call: Callable[..., Any], **options: Any) -> Stage:
-    """Turn rewards into advantages, by what `orchestrator/advantages.py` calls a credit call. `call.reads` and
+    """Turn rewards into advantages, by what `orchestrator/credit/advantages.py` calls a credit call. `call.reads` and
     `call.writes` name its columns: one that reads columns per token runs where the tokens are, on the ranks of the
     first trained role, any other in the driver. It writes columns per token or columns per row, not both."""
     reads = getattr(call, "reads", frozenset({"reward", "group"}))
@@ -143,7 +143,7 @@ def update(
 
 def write(call: Callable[..., Any], **options: Any) -> Stage:
     """Add the batch to the data set that the phase makes: `call(answered, **options)` returns the records of one
-    prompt's rows (`orchestrator/records.py`). `call.reads` names the columns that it reads, `call.columns` those of
+    prompt's rows (`batches/records.py`). `call.reads` names the columns that it reads, `call.columns` those of
     the data set that it fills."""
     reads = frozenset({"tokens", "mask", "group"}) | getattr(call, "reads", frozenset[str]())
     return Stage(Verb.WRITE, DRIVER, reads, frozenset(), call, options)

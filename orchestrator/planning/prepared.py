@@ -17,13 +17,13 @@ from actors.other_prompts import OtherPrompts
 from actors.specs import LoraSpec
 from orchestrator.config.roles import EngineRole
 from orchestrator.config.schema import PhaseConfig, RunConfig
+from orchestrator.credit.step_rewards import Steps
 from orchestrator.data.awaited import AwaitedSource
 from orchestrator.data.source import RowSource, Source
 from orchestrator.pipeline import Pipeline, Stage, Verb, items_of
 from orchestrator.planning.episode_settings import EpisodeSettings
 from orchestrator.planning.memory_estimate import Shape
 from orchestrator.planning.schedule import Schedule
-from orchestrator.step_rewards import Steps
 from rewards.combine import Combine
 from rewards.judge import JudgeSpec
 from rewards.reward import OnFailure

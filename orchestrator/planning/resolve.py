@@ -19,6 +19,7 @@ from orchestrator.collection.episodes import REWARD
 from orchestrator.collection.precompute import recall
 from orchestrator.config.roles import EngineRole, EnvironmentsRole, RanksRole
 from orchestrator.config.schema import ENVIRONMENT, DataConfig, EvaluationConfig, PhaseConfig, RewardConfig, RunConfig
+from orchestrator.credit.step_rewards import Steps
 from orchestrator.data.awaited import AwaitedSource
 from orchestrator.data.source import Source, open_source
 from orchestrator.data.synthetic_examples import PREFIX, is_example, model_folder
@@ -34,7 +35,6 @@ from orchestrator.planning.prepared import ModelReward, Prepared, PreparedPhase
 from orchestrator.planning.schedule import Schedule
 from orchestrator.planning.written_sources import in_folder, is_made, open_phase_source
 from orchestrator.plugins import importable
-from orchestrator.step_rewards import Steps
 from rewards.specs import check_names, check_reward
 from rollout.conversation import Conversation
 from rollout.sampling import Sampling

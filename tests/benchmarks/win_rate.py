@@ -19,12 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.errors import ConfigError
+from orchestrator.batches.row_table import RowTable
 from orchestrator.checkpoint import MODEL, CheckpointStore
 from orchestrator.config.loading import load_run
 from orchestrator.planning.handover import kept_folder
 from orchestrator.planning.prepared import Prepared
 from orchestrator.planning.resolve import prepare
-from orchestrator.row_table import RowTable
 from rewards.worker import RewardWorker
 from rollout.engine import EngineSpec
 from rollout.hf_engine import HfEngine

@@ -19,9 +19,9 @@ from actors.model import ModelSpec, load_model
 from actors.model_worker import ModelWorker
 from actors.sharding import shard
 from actors.specs import BackendSpec, LoraSpec, OptimSpec
+from orchestrator.batches.row_table import RowTable
 from orchestrator.losses.objective import LossObjective
 from orchestrator.methods import build
-from orchestrator.row_table import RowTable
 from tests.contract.test_backends import Role
 from tests.local_executor import executor_of, steps
 from tests.trainer_ranks import Gangs

@@ -19,11 +19,11 @@ from actors.model_worker import ModelWorker
 from actors.sharding import shard
 from actors.specs import BackendSpec
 from actors.worker import LocalWorker
-from orchestrator.advantages import zscore_by_group
 from orchestrator.cluster.launch import optim_spec
 from orchestrator.collection.episodes import rewards_of
 from orchestrator.config.loading import config_of
 from orchestrator.config.schema import RunConfig
+from orchestrator.credit.advantages import zscore_by_group
 from orchestrator.losses.objective import LossObjective
 from orchestrator.planning.resolve import prepare
 from orchestrator.reporting.metrics import METRICS_FILE, read

@@ -17,9 +17,9 @@ from actors.model import ModelSpec
 from actors.model_worker import ModelWorker
 from actors.specs import BackendSpec, LoraSpec, OptimSpec
 from actors.worker import Group, Ref
+from orchestrator.batches.row_table import RowTable
 from orchestrator.methods import METHODS, build
 from orchestrator.pipeline import Pipeline
-from orchestrator.row_table import RowTable
 from tests.contract.test_backends import VERB_S, Role
 from tests.contract.test_methods_learn import TOKEN_BUDGET, made_up, said_of
 from tests.local_executor import executor_of, in_process, local_executor, model_workers, steps

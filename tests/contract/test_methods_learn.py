@@ -17,9 +17,9 @@ from actors.model import ModelSpec
 from actors.model_worker import ModelWorker
 from actors.sharding import shard
 from actors.specs import BackendSpec, OptimSpec
+from orchestrator.batches.row_table import RowTable
 from orchestrator.methods import build
 from orchestrator.pipeline import Pipeline
-from orchestrator.row_table import RowTable
 from tests.local_executor import executor_of, model_workers, steps
 from tests.unit.tiny import tiny_model_folder
 

@@ -35,7 +35,10 @@ from actors.lora import resident
 from actors.objective import MicroBatch, Outputs
 from actors.weight_averaging import Average, AverageSpec
 from actors.weight_swap import mix_in
-from orchestrator.advantages import mask_truncated, zscore_by_group
+from orchestrator.batches.replay_buffer import Kept, ReplayBuffer
+from orchestrator.batches.row_table import RowTable
+from orchestrator.credit.advantages import mask_truncated, zscore_by_group
+from orchestrator.credit.returns import whitened
 from orchestrator.data.density_ratio import density_ratio_weights
 from orchestrator.data.mismatched_rows import with_mismatches
 from orchestrator.losses.objective import LossObjective
@@ -46,9 +49,6 @@ from orchestrator.losses.surrogates import clipped
 from orchestrator.losses.views import PolicyTokens, Taught
 from orchestrator.methods import METHODS, build
 from orchestrator.pipeline import Pipeline, Verb
-from orchestrator.replay_buffer import Kept, ReplayBuffer
-from orchestrator.returns import whitened
-from orchestrator.row_table import RowTable
 from rewards.combine import weighted_sum
 from tests.golden.peer import (
     ELSEWHERE,

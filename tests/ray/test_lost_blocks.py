@@ -14,7 +14,8 @@ from ray.cluster_utils import Cluster
 
 from actors.batch import Batch
 from actors.group import RayObjects, RayWorker, start_ranks, start_worker
-from orchestrator.batch_stages import PhaseSettings
+from orchestrator.batches.batch_stages import PhaseSettings
+from orchestrator.batches.row_table import RowTable
 from orchestrator.cluster.failures import Ledger, Watchdog
 from orchestrator.cluster.pool import Pool, PoolPolicy
 from orchestrator.cluster.ray_connection import end_half_started, started
@@ -25,7 +26,6 @@ from orchestrator.data.items import Prompt
 from orchestrator.executor import Executor
 from orchestrator.losses.likelihood import nll
 from orchestrator.pipeline import Pipeline, Prompts, generate, update
-from orchestrator.row_table import RowTable
 from rollout.sampling import Sampling, sample_seed
 from tests.lost_samples import MANY_TOKENS, Holder, Sampler, sampled
 

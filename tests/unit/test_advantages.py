@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.batch import Batch
-from orchestrator.advantages import (
+from orchestrator.batches.row_table import RowTable
+from orchestrator.credit.advantages import (
     clipped_rewards,
     group_zscore,
     has_signal,
@@ -17,7 +18,6 @@ from orchestrator.advantages import (
     zscore_by_group,
 )
 from orchestrator.data.density_ratio import density_ratio_weights, desirable_probability
-from orchestrator.row_table import RowTable
 
 NAN = float("nan")
 

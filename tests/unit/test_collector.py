@@ -13,6 +13,9 @@ import pytest
 from actors.batch import Batch
 from actors.errors import BlockLost, BudgetExhausted, DataFailure, Dropped, InfraFailure, RunError
 from actors.worker import LocalObjects, Ref
+from orchestrator.batches.records import scored_pairs
+from orchestrator.batches.regrouping import best_and_worst
+from orchestrator.batches.row_table import RowTable
 from orchestrator.cluster.failures import Ledger, Watchdog
 from orchestrator.collection import saved_groups
 from orchestrator.collection.collected import Collected
@@ -35,10 +38,7 @@ from orchestrator.pipeline import (
     take,
     write,
 )
-from orchestrator.records import scored_pairs
-from orchestrator.regrouping import best_and_worst
 from orchestrator.reporting.rollout_metrics import rollout_metrics
-from orchestrator.row_table import RowTable
 from rewards.worker import ScoredTexts, ScoreResult
 from rollout.sampling import EpisodeFacts, Finish, GroupMeta, Request, Sampling, TurnRow
 

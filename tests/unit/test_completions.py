@@ -18,8 +18,8 @@ from orchestrator.completions.score import scoring_config
 from orchestrator.completions.settings import Settings
 from orchestrator.completions.statistics import Estimate, measured, pass_at_k
 from orchestrator.config.loading import load_config
+from orchestrator.phases.resuming import save_config
 from orchestrator.planning.resolve import prepare
-from orchestrator.resuming import save_config
 from tests.unit.source_stub import write_rows
 from tests.unit.tiny import tiny_model_folder
 

@@ -17,7 +17,8 @@ from actors.errors import RunError
 from actors.model_worker import UpdateReport
 from actors.sharding import Shard
 from actors.worker import LocalObjects, Ref
-from orchestrator.advantages import credits
+from orchestrator.batches.row_table import RowTable
+from orchestrator.credit.advantages import credits
 from orchestrator.executor import Executor
 from orchestrator.losses.declare import Loss
 from orchestrator.losses.likelihood import nll
@@ -25,7 +26,6 @@ from orchestrator.losses.reduce import token_mean
 from orchestrator.losses.views import Scalars, Tokens
 from orchestrator.methods import build
 from orchestrator.pipeline import Completions, Pipeline, credit, infer, update
-from orchestrator.row_table import RowTable
 from tests.local_executor import batch_stages, local_executor
 
 SOON_S = 60.0  # of waits that end at once, if they end at all

@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.config.schema import RunConfig
 from orchestrator.methods import build
-from orchestrator.phase_weights import keep_phase
+from orchestrator.phases.phase_weights import keep_phase
 from orchestrator.planning.handover import is_handed_over, kept_folder, phase_of
 from orchestrator.planning.plan import Machine, draft_plan
 

@@ -21,7 +21,8 @@ from pydantic import BaseModel, ValidationError
 from actors.batch import Batch
 from actors.errors import UserError
 from actors.worker import Ref
-from orchestrator.batch_stages import PhaseSettings
+from orchestrator.batches.batch_stages import PhaseSettings
+from orchestrator.batches.row_table import RowTable
 from orchestrator.cluster.background_tasks import rank_limits
 from orchestrator.cluster.failures import Watchdog
 from orchestrator.cluster.launch import _Starting, average_spec, model_spec, optim_spec
@@ -48,7 +49,6 @@ from orchestrator.planning.plan import Machine, Plan, draft_plan
 from orchestrator.planning.prepared import Prepared, PreparedPhase
 from orchestrator.planning.resolve import _scoring, build_pipeline
 from orchestrator.planning.schedule import Schedule
-from orchestrator.row_table import RowTable
 from rewards.specs import spec_of
 from rollout.sampling import Sampling
 from tests.unit.tiny import tiny_tokenizer
@@ -306,10 +306,10 @@ SHOWN_BY: dict[str, str] = {  # what happens while a run goes on, or needs other
 }
 READ_WHILE_RUNNING: dict[str, str] = {  # no test sees them: the line that reads them
     "weights.bucket_mib": "orchestrator/publishing/publisher.py: config.bucket_mib",
-    "logging.every": "orchestrator/phase_run.py: logging.every",
-    "logging.ray_metrics": "orchestrator/run_context.py: logging.ray_metrics",
-    "logging.completions_shown": "orchestrator/phase_run.py: logging.completions_shown",
-    "cluster.watchdog_s": "orchestrator/run_context.py: cluster.watchdog_s",
+    "logging.every": "orchestrator/phases/phase_run.py: logging.every",
+    "logging.ray_metrics": "orchestrator/phases/run_context.py: logging.ray_metrics",
+    "logging.completions_shown": "orchestrator/phases/phase_run.py: logging.completions_shown",
+    "cluster.watchdog_s": "orchestrator/phases/run_context.py: cluster.watchdog_s",
     "debug": "orchestrator/run.py: config.debug",
 }
 KINDS = {"trainer", "frozen", "engine", "scorers", "environments"}

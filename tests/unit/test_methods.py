@@ -11,7 +11,7 @@ import pytest
 
 from actors.columns import Head
 from actors.errors import ConfigError
-from orchestrator.advantages import credits
+from orchestrator.credit.advantages import credits
 from orchestrator.losses.objective import LossObjective
 from orchestrator.losses.pairwise import CONTRASTS
 from orchestrator.methods import METHODS, build

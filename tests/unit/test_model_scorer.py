@@ -21,13 +21,13 @@ from actors.model import ModelSpec
 from actors.model_worker import ModelWorker
 from actors.sharding import PASS_TOKENS
 from actors.worker import Ref
+from orchestrator.batches.row_table import RowTable
 from orchestrator.collection.model_scorer import ModelScorer
+from orchestrator.credit.step_rewards import Steps
 from orchestrator.executor import Executor
 from orchestrator.losses.likelihood import nll
 from orchestrator.losses.reduce import token_mean
 from orchestrator.pipeline import Completions, Pipeline, infer, update
-from orchestrator.row_table import RowTable
-from orchestrator.step_rewards import Steps
 from tests.local_executor import in_process, local_executor
 from tests.unit.tiny import tiny_model_folder, tiny_tokenizer
 

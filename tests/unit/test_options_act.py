@@ -20,11 +20,11 @@ from actors.batch import Batch
 from actors.columns import Head
 from actors.errors import ConfigError
 from actors.objective import MicroBatch
+from orchestrator.batches.row_table import RowTable
 from orchestrator.losses.declare import DIVERGENCE, EXTRAS
 from orchestrator.losses.objective import LossObjective
 from orchestrator.methods import METHODS, build
 from orchestrator.pipeline import Pipeline, Stage, Verb
-from orchestrator.row_table import RowTable
 from tests.unit.test_losses import _columns, _masked_rows_start, _names_in, _positive, rows_per_group
 from tests.unit.trainer_stub import Rows, optimise
 

@@ -17,10 +17,10 @@ from actors.model_worker import ModelWorker
 from actors.other_prompts import FILL, INSERT, OtherPrompts, exchanged, returned
 from actors.sharding import shard
 from actors.specs import BackendSpec, OptimSpec
-from orchestrator.advantages import demonstrated_by_siblings
+from orchestrator.batches.row_table import RowTable
+from orchestrator.credit.advantages import demonstrated_by_siblings
 from orchestrator.losses.distillation import TEACHER_TOP_K
 from orchestrator.methods import build
-from orchestrator.row_table import RowTable
 from tests.local_executor import batch_stages, executor_of, steps
 from tests.unit.tiny import tiny_model_folder
 

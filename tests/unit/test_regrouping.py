@@ -12,10 +12,7 @@ import pytest
 from actors.batch import Batch
 from actors.errors import ConfigError
 from actors.worker import Ref
-from orchestrator.advantages import group_zscore_of_some
-from orchestrator.methods import build
-from orchestrator.pipeline import Verb
-from orchestrator.regrouping import (
+from orchestrator.batches.regrouping import (
     best_and_worst,
     highest,
     keep_highest,
@@ -26,7 +23,10 @@ from orchestrator.regrouping import (
     shortest,
     with_optimal_value,
 )
-from orchestrator.row_table import RowTable
+from orchestrator.batches.row_table import RowTable
+from orchestrator.credit.advantages import group_zscore_of_some
+from orchestrator.methods import build
+from orchestrator.pipeline import Verb
 
 OWN_FILTER = """
 import numpy as np

@@ -11,11 +11,11 @@ import pytest
 from actors.batch import Batch
 from actors.errors import ConfigError
 from actors.worker import LocalObjects
+from orchestrator.batches.replay_buffer import Kept, ReplayBuffer, group_scores, load, replayed, save
+from orchestrator.batches.row_table import RowTable
 from orchestrator.losses.declare import columns_of
 from orchestrator.methods import build
 from orchestrator.pipeline import Pipeline, Verb
-from orchestrator.replay_buffer import Kept, ReplayBuffer, group_scores, load, replayed, save
-from orchestrator.row_table import RowTable
 
 OBJECTS = LocalObjects()
 

@@ -6,7 +6,7 @@ from orchestrator.config.error_messages import schema_keys
 from orchestrator.config.loading import config_of
 from orchestrator.config.overrides import dotted
 from orchestrator.config.schema import RunConfig
-from orchestrator.resuming import changes, why_fixed
+from orchestrator.phases.resuming import changes, why_fixed
 
 
 def test_exactly_these_settings_may_not_change_on_resume():

@@ -13,9 +13,8 @@ from actors.backends.single import SoloWorld
 from actors.batch import Batch
 from actors.errors import ConfigError
 from actors.objective import MicroBatch
-from orchestrator.losses.objective import LossObjective
-from orchestrator.methods import build
-from orchestrator.returns import (
+from orchestrator.batches.row_table import RowTable
+from orchestrator.credit.returns import (
     gae,
     generalised_advantages,
     group_zscores_of_steps,
@@ -29,7 +28,8 @@ from orchestrator.returns import (
     whitened_rewards,
     without_eos,
 )
-from orchestrator.row_table import RowTable
+from orchestrator.losses.objective import LossObjective
+from orchestrator.methods import build
 from tests.unit.trainer_stub import Rows, ThreadWorld, optimise
 
 ALONE = SoloWorld()

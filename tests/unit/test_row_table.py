@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from actors.batch import Batch
 from actors.worker import Ref
-from orchestrator.row_table import RowTable, Share
+from orchestrator.batches.row_table import RowTable, Share
 
 STORED = ("tokens", "mask", "sample_logps")
 Draw = np.random.Generator

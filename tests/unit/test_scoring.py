@@ -14,13 +14,13 @@ import pytest
 from actors.batch import Batch
 from actors.errors import BudgetExhausted, DataFailure, Dropped, InfraFailure, NoAnswer, RunError
 from actors.worker import Ref
+from orchestrator.batches.row_table import RowTable
 from orchestrator.collection.collected import Collected
 from orchestrator.collection.group_stages import PromptGroup
 from orchestrator.collection.scoring import Scoring, ToScore
+from orchestrator.credit.step_rewards import Steps
 from orchestrator.planning.prepared import ModelReward
 from orchestrator.reporting.rollout_metrics import rollout_metrics
-from orchestrator.row_table import RowTable
-from orchestrator.step_rewards import Steps
 from rewards.attempts import CallStatistics
 from rewards.combine import Combine, of_ensemble
 from rewards.engine_judge import Question

@@ -8,11 +8,11 @@ import pytest
 from actors.backends.single import SoloWorld
 from actors.batch import Batch
 from actors.worker import Ref
-from orchestrator.advantages import group_zscore, leave_one_out, mask_truncated, zscore_by_group
+from orchestrator.batches.row_table import RowTable
+from orchestrator.batches.split_episodes import by_episode, whole_episodes
 from orchestrator.collection.samples import rows_of_turns
-from orchestrator.returns import reward_at_the_end, reward_less_kl
-from orchestrator.row_table import RowTable
-from orchestrator.split_episodes import by_episode, whole_episodes
+from orchestrator.credit.advantages import group_zscore, leave_one_out, mask_truncated, zscore_by_group
+from orchestrator.credit.returns import reward_at_the_end, reward_less_kl
 from rollout.sampling import Finish, GroupMeta, TurnRow
 
 TURNS = (3, 1, 2, 2, 1)  # of five episodes, the first three of which are of one prompt

@@ -17,12 +17,12 @@ from actors.model import ModelSpec
 from actors.model_worker import ModelWorker
 from actors.specs import BackendSpec, OptimSpec
 from actors.worker import Ref
+from orchestrator.batches.row_table import RowTable
 from orchestrator.collection.model_scorer import ModelScorer
+from orchestrator.credit.step_rewards import Aggregate, Steps, reward_of_steps, step_ends
 from orchestrator.losses.likelihood import nll
 from orchestrator.losses.reduce import token_mean
 from orchestrator.pipeline import Completions, Pipeline, update
-from orchestrator.row_table import RowTable
-from orchestrator.step_rewards import Aggregate, Steps, reward_of_steps, step_ends
 from tests.local_executor import in_process, local_executor
 from tests.unit.tiny import tiny_model_folder, tiny_tokenizer
 

@@ -13,6 +13,17 @@ from pyarrow import parquet
 
 from actors.batch import Batch
 from actors.errors import ConfigError, DataError
+from orchestrator.batches.records import (
+    Answered,
+    completions_with_rewards,
+    labelled_completions,
+    pairs,
+    scored_completions,
+    scored_pairs,
+)
+from orchestrator.batches.regrouping import accepted, best, ended, first_against_others, labelled, statistical_rejection
+from orchestrator.batches.row_table import RowTable
+from orchestrator.batches.written_data import Output
 from orchestrator.config.schema import DataConfig, RunConfig
 from orchestrator.data.formats import carried
 from orchestrator.data.parts import Parts, is_complete
@@ -21,17 +32,6 @@ from orchestrator.methods import build
 from orchestrator.pipeline import AnsweredPrompts, Prompts, Verb, generate, regroup, score, take, write
 from orchestrator.pipeline import Pipeline as Stages
 from orchestrator.planning.resolve import prepare
-from orchestrator.records import (
-    Answered,
-    completions_with_rewards,
-    labelled_completions,
-    pairs,
-    scored_completions,
-    scored_pairs,
-)
-from orchestrator.regrouping import accepted, best, ended, first_against_others, labelled, statistical_rejection
-from orchestrator.row_table import RowTable
-from orchestrator.written_data import Output
 from tests.conversations import TEMPLATE
 from tests.unit.source_stub import write_rows
 from tests.unit.tiny import tiny_model_folder, tiny_tokenizer

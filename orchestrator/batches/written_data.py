@@ -14,12 +14,12 @@ import numpy as np
 
 from actors.batch import Batch
 from actors.columns import COLUMNS, Axis
+from orchestrator.batches.records import Answered, Record
 from orchestrator.data.conversation import ASSISTANT, Content
 from orchestrator.data.formats import carried
 from orchestrator.data.parts import Parts
 from orchestrator.data.source import Source
 from orchestrator.pipeline import Stage
-from orchestrator.records import Answered, Record
 
 
 @dataclass(frozen=True)

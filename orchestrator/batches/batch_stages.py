@@ -20,16 +20,16 @@ from actors.columns import COLUMNS, Axis, Head
 from actors.distributions import TopK
 from actors.other_prompts import OtherPrompts
 from actors.worker import Group, Objects, Ref, Worker
+from orchestrator.batches.replay_buffer import ReplayBuffer, replayed
+from orchestrator.batches.row_table import RowTable, Share
+from orchestrator.batches.split_episodes import by_episode
+from orchestrator.batches.written_data import Output
 from orchestrator.cluster.pool import Pool
+from orchestrator.credit.step_rewards import Steps, reward_of_steps, rewards_of_steps
 from orchestrator.losses.objective import LossObjective
 from orchestrator.pipeline import DRIVER, Pipeline, Stage, Verb, credit, infer
 from orchestrator.planning.episode_settings import EpisodeSettings
 from orchestrator.publishing.transfer import mix_towards
-from orchestrator.replay_buffer import ReplayBuffer, replayed
-from orchestrator.row_table import RowTable, Share
-from orchestrator.split_episodes import by_episode
-from orchestrator.step_rewards import Steps, reward_of_steps, rewards_of_steps
-from orchestrator.written_data import Output
 from rollout.sampling import Sampling
 
 FETCH_TIMEOUT_S = 120.0

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from actors.batch import Array
-from orchestrator.row_table import RowTable
+from orchestrator.batches.row_table import RowTable
 
 
 def whole_episodes(rows: RowTable) -> tuple[RowTable, Array]:

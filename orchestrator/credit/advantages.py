@@ -8,7 +8,7 @@ reads `reward` and `group`, and writes `advantages`. What it reads decides where
     columns per token, too   where the tokens are, on every rank for its rows: `call(batch, world, state, **options) ->
                              ({column: [T]} or {column: [B]}, {metric: Stat})`; `world` sums over all ranks
                              (`actors.objective.World`), and what the call puts into the dictionary `state` it finds
-                             there in the next step, also after a resume (`orchestrator/returns.py` has such calls)
+                             there in the next step, also after a resume (`credit/returns.py` has such calls)
 
 A reward of NaN says that the sample could not be scored: it takes no part in any mean, and is not learned from at all.
 """
@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from actors.batch import Array
-from orchestrator.row_table import RowTable
+from orchestrator.batches.row_table import RowTable
 
 Scale = Literal["group", "batch", "none"]
 STD_EPS = 1e-4  # added to standard deviations of rewards

@@ -21,8 +21,8 @@ import numpy as np
 from actors.batch import Array, Batch
 from actors.errors import ConfigError
 from actors.worker import Objects
-from orchestrator.advantages import Scale, zscore_by_group
-from orchestrator.row_table import RowTable
+from orchestrator.batches.row_table import RowTable
+from orchestrator.credit.advantages import Scale, zscore_by_group
 
 FILE = "replay.npz"  # in a checkpoint
 FETCH_TIMEOUT_S = 120.0

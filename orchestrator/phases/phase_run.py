@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from actors.errors import RunError
-from orchestrator import replay_buffer
-from orchestrator.batch_stages import PhaseSettings
+from orchestrator.batches import replay_buffer
+from orchestrator.batches.batch_stages import PhaseSettings
+from orchestrator.batches.written_data import Output
 from orchestrator.checkpoint import Checkpoint, RunState
 from orchestrator.cluster.shutdown import Stopped
 from orchestrator.collection import saved_groups
@@ -28,14 +29,13 @@ from orchestrator.collection.staleness import Contract
 from orchestrator.data.parts import Parts
 from orchestrator.driver import Progress, StepRecord, train
 from orchestrator.executor import Executor
-from orchestrator.phase_weights import keep_phase, reference_folder, save_weights, set_optimizers, set_weights
+from orchestrator.phases.phase_weights import keep_phase, reference_folder, save_weights, set_optimizers, set_weights
+from orchestrator.phases.resuming import fingerprint
+from orchestrator.phases.run_context import RunContext
 from orchestrator.planning.handover import kept_folder, written_folder
 from orchestrator.planning.prepared import PreparedPhase
 from orchestrator.planning.resolve import with_made_data
 from orchestrator.reporting.rollout_metrics import completion_rows, rollout_metrics
-from orchestrator.resuming import fingerprint
-from orchestrator.run_context import RunContext
-from orchestrator.written_data import Output
 
 
 @dataclass

@@ -12,8 +12,8 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from actors.batch import Array
-from orchestrator.returns import without_eos
-from orchestrator.row_table import RowTable
+from orchestrator.batches.row_table import RowTable
+from orchestrator.credit.returns import without_eos
 
 Ties = Literal["drop", "keep"]
 Regrouping = TypeVar("Regrouping", bound=Callable[..., RowTable | None])

@@ -20,7 +20,7 @@ import numpy as np
 from actors.batch import Array, Batch
 from actors.errors import ConfigError, DataFailure
 from actors.objective import Stat, World
-from orchestrator.advantages import credits
+from orchestrator.credit.advantages import credits
 
 Aggregate = Literal["min", "product", "last", "mean", "each"]
 AGGREGATES: Mapping[str, Callable[[Array], float]] = {

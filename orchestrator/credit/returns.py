@@ -18,9 +18,9 @@ import torch
 from actors.batch import Array, Batch
 from actors.columns import STEP_REWARDS
 from actors.objective import Stat, World
-from orchestrator.advantages import STD_EPS, Scale, credits, learned, zscore_by_group
+from orchestrator.batches.row_table import RowTable
+from orchestrator.credit.advantages import STD_EPS, Scale, credits, learned, zscore_by_group
 from orchestrator.losses.surrogates import LARGEST_LOG
-from orchestrator.row_table import RowTable
 
 Credited = tuple[dict[str, Array], dict[str, Stat]]  # columns per token, and metrics
 Estimator = Literal["k1", "k3"]

@@ -1,0 +1,1 @@
+"""A batch as the driver knows it, a table of rows, and the stages that change it."""

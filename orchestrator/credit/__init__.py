@@ -1,0 +1,1 @@
+"""From rewards to what each token is credited with: advantages, returns, rewards of single steps. Pure mathematics."""
