@@ -9,6 +9,7 @@ from typing import Any
 
 from actors.model import ModelSpec
 from actors.model_worker import ModelWorker
+from actors.other_prompts import OtherPrompts
 from actors.specs import BackendSpec, OptimSpec
 from actors.worker import Group, LocalGroup, LocalObjects, LocalWorker
 from orchestrator.batches.batch_stages import PhaseSettings
@@ -29,8 +30,9 @@ def local_executor(
     concurrent: bool = False,
     objects: Any = None,
     publishers: Sequence[Any] = (),
+    tokenizer: str | None = None,
 ) -> Executor:
-    """Over these groups; nobody samples or scores."""
+    """Over these groups; nobody samples or scores. `tokenizer`: that of the models, where a stage asks for it."""
 
     async def start(role: str, model: str) -> None:
         raise AssertionError(f"{role} is started already")
@@ -47,7 +49,8 @@ def local_executor(
         stand_ins=stand_ins or {},
         concurrent=concurrent,
     )
-    executor.enter(PhaseSettings(pipeline, token_budget, 1.0, 0, Sampling(max_tokens=8)))
+    tokenizers = {stage.role: OtherPrompts(tokenizer, tokenizer) for stage in pipeline if stage.retokenised}
+    executor.enter(PhaseSettings(pipeline, token_budget, 1.0, 0, Sampling(max_tokens=8), tokenizers=tokenizers))
     return executor
 
 
@@ -68,10 +71,12 @@ def model_workers(pipeline: Pipeline, model: ModelSpec, optim: OptimSpec) -> dic
     return workers
 
 
-def executor_of(pipeline: Pipeline, workers: Mapping[str, ModelWorker], *, token_budget: int) -> Executor:
+def executor_of(
+    pipeline: Pipeline, workers: Mapping[str, ModelWorker], *, token_budget: int, tokenizer: str | None = None
+) -> Executor:
     groups = {role: in_process(role, worker) for role, worker in workers.items()}
     absent = {role: pipeline.trained[0] for role in pipeline.heads if role not in workers}
-    return local_executor(pipeline, groups, token_budget=token_budget, stand_ins=absent)
+    return local_executor(pipeline, groups, token_budget=token_budget, stand_ins=absent, tokenizer=tokenizer)
 
 
 def batch_stages(pipeline: Pipeline) -> Sequence[Stage]:

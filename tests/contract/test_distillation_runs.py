@@ -123,8 +123,8 @@ def test_a_row_that_names_no_teacher_of_the_run_is_refused_before_anything_is_la
     with pytest.raises(DataError, match=r"row 2.*teacher is 'nobody'; it must be one of teacher, tutor") as refused:
         ran(tmp_path, TWO, named=("teacher", "nobody"))
     assert "rows.jsonl" in str(refused.value)
-    with pytest.raises(ConfigError, match=r"gkd learns from the distributions of coach; describe it as roles\.coach"):
-        ran(tmp_path, {**TWO, "teachers": ["teacher", "coach"]}, named=("teacher", "coach"))
+    with pytest.raises(ConfigError, match=r"gkd learns from the distributions of nobody; describe it as roles\.nobody"):
+        ran(tmp_path, {**TWO, "teachers": ["teacher", "nobody"]}, named=("teacher", "nobody"))
 
 
 @pytest.mark.parametrize(

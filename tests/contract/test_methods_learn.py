@@ -15,6 +15,7 @@ from actors.batch import Batch
 from actors.columns import Head
 from actors.model import ModelSpec
 from actors.model_worker import ModelWorker
+from actors.other_prompts import INSERT
 from actors.sharding import shard
 from actors.specs import BackendSpec, OptimSpec
 from orchestrator.batches.row_table import RowTable
@@ -100,6 +101,9 @@ def made_up(pipeline: Pipeline, policy: ModelWorker) -> Batch:
         "optimal_value": np.full(len(rows), 0.5, np.float32),
         "preference": np.where(rows % 2, 0.73, 0.27).astype(np.float32),
         "completion_tokens": lengths.astype(np.int32) - 2,
+        # another prompt of two tokens, and a place for a demonstration
+        "teacher_prompt": np.tile(np.array([3, INSERT, 5], np.int32), (len(rows), 1)),
+        "teacher_row_tokens": lengths.astype(np.int32),
     }
     parts = np.stack([of_row["reward"], rng.normal(size=len(rows))], axis=1)
     of_row |= {"reward_parts": parts, "reward_weights": np.tile([1.0, 0.1], (len(rows), 1))}

@@ -42,6 +42,7 @@ ROWS["step_labels"] = lambda i: {
 }
 ROWS["triples"] = lambda i: {**ROWS["pairs"](i), "reference": str(i + 1)}
 ROWS["pairs_with_margin"] = lambda i: {**ROWS["pairs"](i), "margin": i % 4 / 3}
+ROWS["answered_prompts"] = ROWS["completions"]
 ROWS |= {f"{how}_labelled": ROWS["labelled"] for how in ("mismatched", "weighted")}
 
 
@@ -57,6 +58,8 @@ def started(config: RunConfig, model: Path, output: Path, replaced: dict[str, An
         bema = phase.train.bema and phase.train.bema.model_copy(update={"update_freq": 1})
         short = {"steps": STEPS, "epochs": None, "batch_size": 8, "bema": bema}
         options = {**phase.options, **({"ref_model_sync_steps": 2} if "ref_model_sync_steps" in phase.options else {})}
+        if any(stage.top_k for stage in build_pipeline(phase)):
+            options["teacher_top_k"] = 8  # of the miniature's few tokens
         changed: dict[str, Any] = {
             "train": phase.train.model_copy(update=short),
             "data": phase.data.model_copy(update=replaced),
