@@ -3,6 +3,9 @@
 driver ── pipe ──► a small process in a session of its own: sleeps until the pipe closes, which is when the driver
                    is gone, `kill -9` included; then ends what still runs in Ray's session, first of all its agents,
                    which would take a minute to notice
+
+Most of them name the session in their command lines. Those that Ray has given a title (`ray::RuntimeEnvAgent`) have no
+command line any more, but files open in the session's folder.
 """
 
 from __future__ import annotations
@@ -13,14 +16,20 @@ import sys
 WATCHER = """
 import os, signal, sys, time
 
+def of_session(process):
+    with open(f"{process}/cmdline") as stream:
+        command = stream.read()
+    if not command.startswith("ray::"):
+        return sys.argv[1] in command
+    return any(sys.argv[1] in os.readlink(f"{process}/fd/{each}") for each in os.listdir(f"{process}/fd"))
+
 def left():
     for entry in os.listdir("/proc"):
         if entry.isdigit() and int(entry) != os.getpid():
             try:
-                with open(f"/proc/{entry}/cmdline", "rb") as stream:
-                    if sys.argv[1].encode() in stream.read():
-                        yield int(entry)
-            except OSError:
+                if of_session(f"/proc/{entry}"):
+                    yield int(entry)
+            except (OSError, UnicodeError):
                 pass
 
 sys.stdin.buffer.read()
@@ -39,7 +48,7 @@ _watchers: set[subprocess.Popen[bytes]] = set()  # else the pipe would close whe
 
 
 class Leftovers:
-    """From now on, processes whose command line names `session` end soon after this process does."""
+    """From now on, processes of Ray's `session` end soon after this process does."""
 
     def __init__(self, session: str) -> None:
         command = [sys.executable, "-I", "-S", "-c", WATCHER, session, str(GRACE_S)]
