@@ -254,9 +254,10 @@ def test_a_resumed_run_trains_as_it_is_configured_now(start: Start, train: Train
     now = OptimSpec(2e-3, total_steps=8, weight_decay=0.5, adam_betas=(0.5, 0.9), max_grad_norm=0.1)
 
     def two_more(case: Case) -> tuple[list[UpdateReport], dict[str, np.ndarray]]:
+        state = train(case).state  # before the role starts: it may be trained only now, by the same gang
         role = start(case)
         role.act("reset", now)
-        role.act("load_state", train(case).state)
+        role.act("load_state", state)
         return role.update(2), role.weights()
 
     reports, weights = two_more(case)
@@ -484,11 +485,11 @@ def test_a_frozen_role_takes_in_a_share_of_the_trained_ones_weights(
 @every_backend
 def test_what_is_parked_between_two_steps_comes_back_to_the_bit(start: Start, train: Train, case: Case) -> None:
     small = {"zero_optimization": {**PARTITION_ALL["zero_optimization"], "reduce_bucket_size": 100_000}}
+    run = train(case)
     role = start(case, config=small)  # DeepSpeed's own buffers have half a billion numbers
     reports = role.update(2)
     held = sum(role.call("park_and_take_back"))
     reports += role.update(2)
-    run = train(case)
     assert [report.metrics["loss"] for report in reports] == run.losses
     assert_same_weights(role.weights(), run.weights)
     numel = sum(weight.size for weight in run.weights.values())
