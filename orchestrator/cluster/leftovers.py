@@ -47,6 +47,11 @@ GRACE_S = 3.0
 _watchers: set[subprocess.Popen[bytes]] = set()  # else the pipe would close when a `Leftovers` is garbage
 
 
+def watchers() -> set[int]:
+    """The process ids of those that outlive this process, to end what it leaves behind."""
+    return {watcher.pid for watcher in _watchers}
+
+
 class Leftovers:
     """From now on, processes of Ray's `session` end soon after this process does."""
 

@@ -26,6 +26,8 @@ from typing import TypeVar
 
 import psutil
 
+from orchestrator.cluster.leftovers import watchers
+
 GRACE_S = 10.0  # for an orderly shutdown
 LOOK_EVERY_S = 0.02
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -163,10 +165,11 @@ class Ending:
         threading.Thread(target=self._watch, name="ending", daemon=True).start()
 
     def _watch(self) -> None:
-        """Kills the process and its descendants at the deadline. Normally all of them have ended before, and this
-        thread with them."""
+        """Kills the process and its descendants at the deadline, but for the one that ends what is left of Ray (agents
+        of a raylet that died are no descendants any more). Normally all of them have ended before, and this thread
+        with them."""
         # Listed now: a process whose parent has died is not found later.
-        family = psutil.Process().children(recursive=True)
+        family = [each for each in psutil.Process().children(recursive=True) if each.pid not in watchers()]
         while time.monotonic() < self._deadline and self._alive():
             time.sleep(LOOK_EVERY_S)
         self.say()
