@@ -169,7 +169,8 @@ class Ending:
         of a raylet that died are no descendants any more). Normally all of them have ended before, and this thread
         with them."""
         # Listed now: a process whose parent has died is not found later.
-        family = [each for each in psutil.Process().children(recursive=True) if each.pid not in watchers()]
+        spared = watchers()
+        family = [each for each in psutil.Process().children(recursive=True) if each.pid not in spared]
         while time.monotonic() < self._deadline and self._alive():
             time.sleep(LOOK_EVERY_S)
         self.say()
