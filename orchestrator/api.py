@@ -165,7 +165,9 @@ class Status:
     """How a run stands. `state`: `starting`, `running`, `paused`, `finished`, or a sentence that says how it ended or
     why it does not answer; `kind`: the same as one of a few words. `step`, `metrics`: what was logged last, with the
     evaluation after that step. `workers`: of its elastic roles while it is running: role -> how many are `desired`, how
-    many are `serving`. `members`: role -> each worker with its state and place."""
+    many are `serving`. `members`: role -> each worker with its state and place. Of a run in progress: its `phase`, the
+    stages `at_work` (`stage`, `writes`, `calls`, `share` of the last second), and what its driver `waits` for (`what`,
+    `seconds`)."""
 
     kind: State
     state: str
@@ -173,6 +175,9 @@ class Status:
     workers: Mapping[str, Mapping[str, int]]
     members: Mapping[str, Sequence[Mapping[str, Any]]]
     metrics: Mapping[str, Any]
+    phase: str | None = None
+    at_work: Sequence[Mapping[str, Any]] = ()
+    waits: Sequence[Mapping[str, Any]] = ()
 
 
 class RunHandle:
@@ -207,22 +212,29 @@ class RunHandle:
         last: dict[str, Any] = {}
         for line in last_lines(self.folder / METRICS_FILE):  # training and evaluation have one each for the same step
             last = {**last, **line} if line["step"] == last.get("step") else line
-        kind, state, roles = self._state()
+        kind, state, put_up = self._state()
+        roles = put_up.roles
         workers = {role: {"desired": seen["desired"], "serving": seen["serving"]} for role, seen in roles.items()}
         members = {role: seen["members"] for role, seen in roles.items()}
-        return Status(kind, state, int(last.get("step", 0)), workers, members, last)
+        step, now = int(last.get("step", 0)), (put_up.phase, put_up.at_work, put_up.waits)
+        return Status(kind, state, step, workers, members, last, *now)
 
-    def _state(self) -> tuple[State, str, Mapping[str, Any]]:
-        """(state, in words, elastic roles)."""
+    def pipelines(self) -> Mapping[str, Sequence[Mapping[str, Any]]]:
+        """For each phase its stages in order (`orchestrator.activity.drawn`); empty until the run has read its data."""
+        said = (event for event in reversed(control.events(self.folder)) if event["event"] == "prepared")
+        return next(said, {}).get("pipelines", {})
+
+    def _state(self) -> tuple[State, str, control.Standing]:
+        """(state, in words, what its driver says)."""
         if not self.running:
-            return *self._last_word(), {}
+            return *self._last_word(), control.Standing()
         if not self.reachable:
-            return State.STARTING, "starting", {}
+            return State.STARTING, "starting", control.Standing()
         state = State.PAUSED if self._pausing()["event"] == "paused" else State.RUNNING
         try:
             return state, state.value, control.status(self.folder)
         except control.Silent as silent:
-            return State.SILENT, f"not answering: {silent}", {}
+            return State.SILENT, f"not answering: {silent}", control.Standing()
 
     def _last_word(self) -> tuple[State, str]:
         """How a run that is not running says that it ended."""

@@ -19,6 +19,7 @@ from typing import Any
 from actors.batch import Array
 from actors.errors import BlockLost
 from actors.worker import Group, Objects, Ref
+from orchestrator.activity import PUBLISH, Activity
 from orchestrator.batches.batch_stages import BatchStages, PhaseSettings
 from orchestrator.batches.row_table import RowTable
 from orchestrator.cluster.pool import Pool
@@ -56,6 +57,7 @@ class Executor:
     ) -> None:
         self.groups, self.objects = groups, objects
         self.publishers, self._start = publishers, start
+        self.activity = Activity()
         self.batch_stages = BatchStages(
             groups, objects, call_timeout_s=call_timeout_s, stand_ins=stand_ins, engines=engines
         )
@@ -109,7 +111,8 @@ class Executor:
 
     async def run_group(self, stage: Stage, group: PromptGroup) -> PromptGroup | None:
         """One group-wise stage: see `GroupStages.run`."""
-        return await self.group_stages.run(stage, group, self.phase.sampling)
+        with self.activity.working(stage):
+            return await self.group_stages.run(stage, group, self.phase.sampling)
 
     async def lost(self, tables: Sequence[RowTable]) -> list[bool]:
         """Which of the tables have blocks that are gone with their node. The blocks of the others are on the nodes of
@@ -135,7 +138,7 @@ class Executor:
             nonlocal table
             if after:
                 await asyncio.wait(after)
-            with clock(stage.name):
+            with clock(stage.name), self.activity.working(stage):
                 written, metrics = await self.batch_stages.run(stage, table, step)
             table = written.added_to(table)
             return metrics
@@ -196,7 +199,8 @@ class Executor:
         for publisher in self.publishers:
             changes = publisher.source in {*self.phase.pipeline.trained, *self.phase.pipeline.mixed}
             if publisher.version != version and (begins or changes):
-                reports.append(await publisher.publish(version))
+                with self.activity.working(PUBLISH):
+                    reports.append(await publisher.publish(version))
         return reports
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from actors.errors import ConfigError, Interrupted, UserError
 from actors.saved_state import writing
+from orchestrator.activity import drawn
 from orchestrator.checkpoint import AVERAGED, MODEL
 from orchestrator.cluster.background_tasks import supervised, watching
 from orchestrator.cluster.base import Cluster, LocalCluster
@@ -161,7 +162,8 @@ class _Run:
             raise Interrupted(ending.signal) from None
 
     async def _execute(self) -> RunResult:
-        self._since_start("prepared")
+        pipelines = {phase.name: phase.pipeline for phase in self.context.prepared.phases}
+        self._since_start("prepared", pipelines=drawn(pipelines))
         context, found = self.context, self.resumed.checkpoint if self.resumed is not None else None
         prepared, plan, folder, console = context.prepared, context.plan, context.folder, context.console
         async with (
@@ -169,7 +171,15 @@ class _Run:
             watching(cluster, context.watchdog, console.warn, self._ray_is_gone),
             launch(prepared, plan, cluster, folder, context.event, context.watchdog) as roles,
             chat_door(self._chat(roles), cluster.host) as chat,
-            supervised(context.config, self._run_file(cluster, chat), folder, roles, context.requests, console.warn),
+            supervised(
+                context.config,
+                self._run_file(cluster, chat),
+                folder,
+                roles,
+                context.requests,
+                context.watchdog,
+                console.warn,
+            ),
         ):
             console.placed(cluster.describe())
             console.at(folder, self.dashboard)
@@ -244,9 +254,9 @@ class _Run:
         self.context.event("ray_is_gone", {"what": what})
         self.context.ending.failed(what)
 
-    def _since_start(self, kind: str) -> None:
+    def _since_start(self, kind: str, **detail: Any) -> None:
         """Reports that a part of the start is done: seconds since the run was asked for, without the imports."""
-        self.context.event(kind, {"seconds": round(time.monotonic() - self.began, 3)})
+        self.context.event(kind, {"seconds": round(time.monotonic() - self.began, 3), **detail})
 
     @asynccontextmanager
     async def _cluster(self) -> AsyncIterator[Cluster]:

@@ -63,6 +63,11 @@ def status(folder: RunFolder, as_json: AsJson = False) -> None:
         typer.echo(json.dumps({"run": run.folder.name, **asdict(seen)}))
         return
     typer.echo(f"{typer.style(run.folder.name, bold=True)}: {seen.state}")
+    for each in seen.at_work:
+        name = " ".join([each["stage"], *each["writes"]])
+        typer.echo(f"  at work: {name}, {each['calls']} call(s), {each['share']:.0%} of the last second")
+    for wait in seen.waits:
+        typer.echo(f"  waits {wait['seconds']:.0f} s for {wait['what']}")
     if seen.workers:
         typer.echo(json.dumps(dict(seen.workers), indent=2))
     for role, members in seen.members.items():

@@ -2,7 +2,7 @@
 
 troupe scale RUN rollout=4 ──► RUN/requests ── twice a second: desired counts ──► pools
 troupe pause RUN           ──►                        pause, checkpoint, stop ──► requests, read between two steps
-troupe status RUN          ◄── RUN/status.json ◄── every second ── pools
+troupe status RUN          ◄── RUN/status.json ◄── every second ── pools, stages at work, waits
                                ranks ── every two seconds: ping ──► a rank that died or hangs ends the loop
                                Ray ──── a thread waits for its end ► the process ends
                                watchdog ── every five seconds: overdue waits ──► console
@@ -63,7 +63,13 @@ async def watching(
 
 @asynccontextmanager
 async def supervised(
-    config: RunConfig, run: RunFile, folder: Path, roles: Executor, requests: Requests, warn: Callable[[str], None]
+    config: RunConfig,
+    run: RunFile,
+    folder: Path,
+    roles: Executor,
+    requests: Requests,
+    watchdog: Watchdog,
+    warn: Callable[[str], None],
 ) -> AsyncIterator[None]:
     """While the block runs: the run can be found and controlled through its folder, and the ranks are pinged. If a rank
     died or hangs, the block is cancelled and InfraFailure raised in its place."""
@@ -80,7 +86,9 @@ async def supervised(
 
     forget_requests(folder)
     run.write(folder)
-    polling = _take_requests(folder, Desired(run.elastic), roles, requests, warn)
+    polling = _take_requests(
+        folder, Desired(run.elastic), roles, requests, partial(_put_up, folder, roles, watchdog), warn
+    )
     try:
         async with AsyncExitStack() as stack:
             for work in (look(), _watch(lambda: health.overdue(time.monotonic()), warn), polling):
@@ -128,15 +136,26 @@ async def _watch(overdue: Callable[[], list[str]], warn: Callable[[str], None]) 
             warn(line)
 
 
+def _put_up(folder: Path, roles: Executor, watchdog: Watchdog) -> None:
+    described = {role: pool.described() for role, pool in roles.pools.items()}
+    at_work, waits = roles.activity.observed(), watchdog.waits()
+    put_status(folder, described, phase=roles.activity.phase, at_work=at_work, waits=waits)
+
+
 async def _take_requests(
-    folder: Path, desired: Desired, roles: Executor, requests: Requests, warn: Callable[[str], None]
+    folder: Path,
+    desired: Desired,
+    roles: Executor,
+    requests: Requests,
+    put_up_status: Callable[[], None],
+    warn: Callable[[str], None],
 ) -> None:
     """Put up how the run stands, and take over what was requested from outside."""
     put_up = -math.inf
     while True:
         with contextlib.suppress(OSError):  # a full disk must not end the training because of this
             if time.monotonic() - put_up >= STATUS_EVERY_S:
-                put_status(folder, {role: pool.described() for role, pool in roles.pools.items()})
+                put_up_status()
                 put_up = time.monotonic()
             for request in take_requests(folder):
                 try:

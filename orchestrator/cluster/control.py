@@ -17,7 +17,7 @@ import re
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,18 @@ class RunFile:
             ) from None
 
 
+@dataclass(frozen=True)
+class Standing:
+    """What a driver says of itself every second. `roles`: elastic role -> desired, serving, members. `phase`: the one
+    under way. `at_work`: those of its stages, as `Activity.observed` tells them. `waits`: what the driver waits for,
+    and since how many seconds."""
+
+    roles: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    phase: str | None = None
+    at_work: Sequence[Mapping[str, Any]] = ()
+    waits: Sequence[Mapping[str, Any]] = ()
+
+
 def events(folder: Path) -> list[dict[str, Any]]:
     """The complete lines of a run's `events.jsonl`."""
     return LineReader(folder / EVENTS_FILE).new()
@@ -143,22 +155,22 @@ def take_requests(folder: Path) -> Iterator[Any]:
             yield text
 
 
-def put_status(folder: Path, roles: Mapping[str, Any]) -> None:
-    """The driver's side. Raises OSError if the disk does not take it."""
-    _replace(folder / STATUS_FILE, {"time": round(time.time(), 3), "roles": roles})
+def put_status(folder: Path, roles: Mapping[str, Any], **more: Any) -> None:
+    """The driver's side: the elastic roles, and what else `Standing` has. Raises OSError if the disk does not take
+    it."""
+    _replace(folder / STATUS_FILE, {"time": round(time.time(), 3), **asdict(Standing(roles, **more))})
 
 
-def status(folder: Path) -> Mapping[str, Any]:
-    """The elastic roles of a run as its driver put them up: role -> desired, serving, members. Raises Silent if that
-    was long ago."""
+def status(folder: Path) -> Standing:
+    """How a run stands, as its driver put it up. Raises Silent if that was long ago."""
     try:
         found: dict[str, Any] = json.loads((folder / STATUS_FILE).read_text())
     except (OSError, ValueError):
-        return {}  # it has just started
+        return Standing()  # it has just started
     age = time.time() - found["time"]
     if age > SILENT_S:
         raise Silent(f"its driver has written nothing to {folder / STATUS_FILE} for {age:.0f} s")
-    return found["roles"]
+    return Standing(**{field.name: found[field.name] for field in fields(Standing) if field.name in found})
 
 
 def forget_requests(folder: Path) -> None:

@@ -91,6 +91,12 @@ class Watchdog:
             del self._waits[token]
             self._reported.pop(token, None)
 
+    def waits(self) -> list[dict[str, str | float]]:
+        """What is waited for now, and for how many seconds it has been; what is intended is left out."""
+        now = self._now()
+        found = ((wait.what(), now - wait.since) for wait in self._waits.values())
+        return [{"what": what, "seconds": round(seconds, 1)} for what, seconds in found if what]
+
     def overdue(self) -> list[str]:
         """One line per wait older than `report_after_s` since its start or its last line."""
         now = self._now()

@@ -72,7 +72,7 @@ class PhaseRun:
             names = ("role", "source", "version", "fingerprint")
             detail = {name: getattr(report, name) for name in names}
             context.event("published", {"phase": self.phase.name, **detail, "seconds": round(report.seconds, 3)})
-        with account.spending("evaluation"):
+        with account.spending("evaluation"), roles.activity.working("evaluation"):
             await context.evaluations.at(self.phase, roles, progress)
         collector = self.collector = self._collector()
         await self._restore_groups(collector)
@@ -106,6 +106,7 @@ class PhaseRun:
 
     def _enter(self) -> None:
         phase, budget = self.phase, self.phase.config.train.token_budget
+        self.roles.activity.phase = phase.name
         seed, vocabulary = self.context.config.seed, self.context.prepared.vocabulary
         self.roles.enter(
             PhaseSettings(
@@ -214,7 +215,7 @@ class PhaseRun:
         if last or (every and step % every == 0):
             with account.spending("save"):
                 await self._save()
-        with account.spending("evaluation"):
+        with account.spending("evaluation"), self.roles.activity.working("evaluation"):
             await context.ending.stop.before(context.evaluations.at(phase, self.roles, self.progress))
 
     async def _show_completions(self, record: StepRecord, last: bool) -> None:
@@ -286,7 +287,8 @@ class PhaseRun:
         )
         began, tickets = time.monotonic(), context.requests.checkpoints
         if context.last_checkpoint is None or context.last_checkpoint.state.total_step != total:
-            context.last_checkpoint = await context.store.write(self._save_parts, state)
+            with self.roles.activity.working("checkpoint"):
+                context.last_checkpoint = await context.store.write(self._save_parts, state)
         context.requests.answered(tickets)
         context.event(
             "checkpoint",

@@ -90,6 +90,10 @@ class RunFolders:
             **_summary(folder, status).model_dump(),
             workers={role: dict(count) for role, count in status.workers.items()},  # pyright: ignore[reportArgumentType]
             members={role: [dict(member) for member in members] for role, members in status.members.items()},
+            pipelines=RunHandle(folder, None).pipelines(),  # pyright: ignore[reportArgumentType]
+            phase=status.phase,
+            at_work=status.at_work,  # pyright: ignore[reportArgumentType]
+            waits=status.waits,  # pyright: ignore[reportArgumentType]
             metrics=dict(status.metrics),
             config=_config(folder),
         )

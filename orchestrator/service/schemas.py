@@ -98,11 +98,44 @@ class WorkerCount(Given):
     serving: int
 
 
+class DrawnStage(Given):
+    stage: str
+    writes: list[str]
+    """Of stages that infer: the columns that they write. With `stage`, this names it."""
+    per: Literal["group", "batch", "data"]
+    """What one call of it is for: a prompt group, a batch, or the whole data set before the first step."""
+    ahead: bool
+    """Whether it may run ahead of training."""
+
+
+class StageAtWork(Given):
+    stage: str
+    """As the pipeline names it; or `publish`, `evaluation`, `checkpoint`."""
+    writes: list[str]
+    calls: int
+    """Under way now."""
+    share: float
+    """Of the last second, for which it was at work: 0 to 1."""
+
+
+class Wait(Given):
+    what: str
+    seconds: float
+
+
 class RunDetail(RunSummary):
     workers: dict[str, WorkerCount]
     """Elastic roles of a run in progress: how many workers are wanted, and how many serve."""
     members: dict[str, list[dict[str, Any]]]
     """Elastic role -> its workers, with state, place, weight version and rate."""
+    pipelines: dict[str, list[DrawnStage]]
+    """Phase -> its stages in order; empty until the run has read its data."""
+    phase: str | None
+    """The one under way."""
+    at_work: list[StageAtWork]
+    """Its stages that are at work."""
+    waits: list[Wait]
+    """What its driver waits for."""
     metrics: dict[str, Any]
     """What was logged last."""
     config: dict[str, Any]

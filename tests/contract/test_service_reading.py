@@ -17,15 +17,18 @@ from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 
 from actors.errors import ConfigError
+from orchestrator.activity import drawn
 from orchestrator.checkpoint import CheckpointStore, RunState
 from orchestrator.cluster.control import RunFile, put_status
 from orchestrator.cluster.run_lock import Driver, driving
+from orchestrator.methods import build
 from orchestrator.service.app import create_app
 from orchestrator.service.gate import PUBLIC, is_open
 from orchestrator.service.settings import Settings
 from tests.service_client import AUTHORIZED, TOKEN, add_events, client, listening, write_run, write_samples
 
 FINISHED = {"event": "finished", "time": 1010.0}
+AT_WORK = {"stage": "rollout.generate", "writes": [], "calls": 3, "share": 0.5}
 OUTSIDE = [  # written into a path where a run's id belongs
     "..", "../", "../secret", "..%2fsecret", "..%252fsecret", "%2e%2e", "%2e%2e%2fsecret", ".%2e/secret",
     "....//secret", "/etc", "%2fetc%2fpasswd", "..\\secret", "..%5csecret", "a%2f..%2f..%2fsecret", "secret%00",
@@ -63,16 +66,21 @@ def test_runs_are_listed_with_their_states_the_newest_first(http: TestClient, ru
 
 def test_a_run_that_goes_on_is_not_told_from_memory(http: TestClient, runs: Path):
     assert http.get("/v1/runs/t-1").json()["state"] == "finished"
-    add_events(runs / "t-1", {"event": "prepared", "time": 3000.0})
+    pipelines = drawn({"grpo": build("grpo", {"beta": 0.0})})
+    add_events(runs / "t-1", {"event": "prepared", "time": 3000.0, "pipelines": pipelines})
+    assert http.get("/v1/runs/t-1").json()["pipelines"] == pipelines
     member = {"index": 0, "state": "serving", "calls": 1}
     with driving(runs / "t-1"):
         RunFile("t-1", "10.0.0.1:6379", Driver.here(), ("rollout",)).write(runs / "t-1")
-        put_status(runs / "t-1", {"rollout": {"desired": 2, "serving": 1, "members": [member]}})
+        told = {"rollout": {"desired": 2, "serving": 1, "members": [member]}}
+        put_status(runs / "t-1", told, phase="grpo", at_work=[AT_WORK], waits=[{"what": "groups", "seconds": 2.5}])
         listed = {run["id"]: run["state"] for run in http.get("/v1/runs").json()["runs"]}
         detail = http.get("/v1/runs/t-1").json()
     assert listed == {"t-1": "running", "t-2": "stopped"}
     assert detail["workers"] == {"rollout": {"desired": 2, "serving": 1}}
     assert detail["members"] == {"rollout": [member]}
+    assert (detail["phase"], detail["at_work"]) == ("grpo", [AT_WORK])
+    assert detail["waits"] == [{"what": "groups", "seconds": 2.5}]
     assert (detail["metrics"]["step"], detail["metrics"]["reward"]) == (3, None)
     assert http.get("/v1/runs").json()["runs"][0]["state"] in ("failed", "stopped"), "its driver has ended"
 

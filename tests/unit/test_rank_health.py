@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from actors.errors import InfraFailure
+from orchestrator.activity import Activity
 from orchestrator.cluster.background_tasks import supervised
 from orchestrator.cluster.control import RunFile
+from orchestrator.cluster.failures import Watchdog
 from orchestrator.cluster.rank_health import Rank, RankHealth, RankLimits
 from orchestrator.cluster.requests import Requests
 from orchestrator.cluster.run_lock import Driver
@@ -114,10 +116,11 @@ class Answering:
 
 
 async def test_a_role_that_starts_with_a_later_phase_is_watched_by_the_limits_of_its_own(tmp_path: Path):
-    roles: Any = SimpleNamespace(groups={"policy": SimpleNamespace(workers=[Answering(30.0)])}, pools={})
+    groups = {"policy": SimpleNamespace(workers=[Answering(30.0)])}
+    roles: Any = SimpleNamespace(groups=groups, pools={}, activity=Activity())
     config = RunConfig.model_validate({"phases": {"main": {}}, "roles": {"value": {"call_timeout_s": 20}}})
     run = RunFile("t-1", None, Driver.here())
     with pytest.raises(InfraFailure, match=r"value rank 0 .* in `update` for 30 s \(roles.value.call_timeout_s=20\)"):
-        async with supervised(config, run, tmp_path, roles, Requests(lambda: None), print):
+        async with supervised(config, run, tmp_path, roles, Requests(lambda: None), Watchdog(), print):
             roles.groups["value"] = SimpleNamespace(workers=[Answering(30.0)])
             await asyncio.sleep(30)

@@ -4,6 +4,7 @@ import { chat } from "./chat.js";
 import { controls } from "./control.js";
 import { Curves } from "./curves.js";
 import { ago, field, h, number, size, table } from "./dom.js";
+import { drawPipelines } from "./pipeline.js";
 import { samples } from "./samples.js";
 import { call, run, streamed } from "./service.js";
 
@@ -28,8 +29,6 @@ export async function runView(main, { every, signal }, id, other) {
   );
   offerComparison(comparison, id, other, signal);
   const sources = [id, other].filter(Boolean).map((name) => new Metrics(name, signal));
-  let draw = () => {};
-  pipelineOf(id, pipeline, signal).then((ready) => (draw = ready), () => {}); // the service takes seconds to list the methods
   await every(2, async () => {
     const [detail] = await Promise.all([call(run(id), { signal }), ...sources.map((source) => source.update())]);
     state.replaceChildren(
@@ -39,7 +38,7 @@ export async function runView(main, { every, signal }, id, other) {
       h("span", { class: "faint" }, `started ${ago(detail.created)}`),
     );
     workers.replaceChildren(...workerTable(detail));
-    draw(detail);
+    drawPipelines(pipeline, detail);
     curves.show(sources.map(({ id: label, lines }) => ({ label, lines })));
   });
 }
@@ -57,31 +56,6 @@ class Metrics {
     const first = lines[0]?.step ?? Infinity; // steps that a resumed run did again replace those of before
     this.lines = [...this.lines.filter((line) => line.step < first), ...lines];
   }
-}
-
-async function pipelineOf(id, place, signal) {
-  const [{ config }, { methods }] = await Promise.all([call(run(id), { signal }), call("v1/methods", { signal })]);
-  const known = new Map(methods.map((method) => [method.name, method]));
-  const phases = Object.entries(config.phases ?? {}).map(([name, { method }]) => ({ name, method, found: known.get(method) }));
-  return (detail) => {
-    const current = detail.metrics.phase ?? phases[0]?.name;
-    place.replaceChildren(
-      ...phases.map(({ name, method, found }) =>
-        h(
-          "div",
-          name === current ? { "aria-current": "step" } : { class: "faint" },
-          h("p", {}, h("strong", {}, name), name === method ? "" : ` (${method})`, name === current ? seconds(detail.metrics) : ""),
-          h("ol", { class: "pipeline" }, (found?.stages ?? []).map((stage) => h("li", {}, stage))),
-        ),
-      ),
-    );
-  };
-}
-
-// Where the last step's time went.
-function seconds(metrics) {
-  const parts = Object.entries(metrics).filter(([name]) => name.startsWith("time/"));
-  return parts.length ? `, last step: ${parts.map(([name, value]) => `${name.slice(5)} ${number(value, 3)} s`).join(", ")}` : "";
 }
 
 function workerTable({ workers, members, state }) {
