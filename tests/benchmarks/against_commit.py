@@ -3,8 +3,8 @@
     python tests/benchmarks/against_commit.py COMMIT --methods grpo sft --sizes 2.6m --rounds 3
 
 The other commit is checked out beside this one for as long as the benchmark runs; both use the packages that are
-installed here. What counts are the ratios: both sides ran within minutes on the same machine. Prints a table after
-every workload and, last, one line of JSON.
+installed here. What counts are the ratios: both sides ran within minutes on the same machine. Prints a table
+after every size and, last, one line of JSON.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -34,9 +34,9 @@ def main() -> None:
     results: list[Figures] = []
     with checked_out(options.commit) as other:
         for size in options.sizes:
-            for method in options.methods:
-                results.append(compare(Job.of(method, size, options.dtype, options.steps), other, options.rounds))
-                show(results, options.commit)
+            jobs = [Job.of(method, size, options.dtype, options.steps) for method in options.methods]
+            results += compare(jobs, other, options.rounds)
+            show(results, options.commit)
     print(
         json.dumps(
             {"benchmark": "against_commit", "commit": options.commit, "processor": processor(), "results": results}
@@ -44,15 +44,18 @@ def main() -> None:
     )
 
 
-def compare(job: Job, other: Path, rounds: int) -> Figures:
-    """Medians of both sides, which take turns."""
-    theirs: list[Figures] = []
-    ours: list[Figures] = []
+def compare(jobs: Sequence[Job], other: Path, rounds: int) -> list[Figures]:
+    """Medians of both sides, which take turns; one run of each side has all jobs."""
+    theirs: list[list[Figures]] = []
+    ours: list[list[Figures]] = []
     for _ in range(rounds):
-        theirs.append(run_troupe(job, other))
-        ours.append(run_troupe(job))
-    before, now = median(theirs), median(ours)
-    return {"job": asdict(job), "before": before, "now": now, "ratio": now["step_s"] / before["step_s"]}
+        theirs.append(run_troupe(jobs, other))
+        ours.append(run_troupe(jobs))
+    found: list[Figures] = []
+    for at, job in enumerate(jobs):
+        before, now = (median([figures[at] for figures in side]) for side in (theirs, ours))
+        found.append({"job": asdict(job), "before": before, "now": now, "ratio": now["step_s"] / before["step_s"]})
+    return found
 
 
 @contextmanager

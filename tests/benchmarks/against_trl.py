@@ -2,10 +2,12 @@
 
     python tests/benchmarks/against_trl.py --methods sft dpo --sizes 2.6m --dtypes float32 --rounds 3
 
-TRL 1.16.0 is installed into an environment of its own (`.cache/trl`) that shares every other package with this one, so
-both sides compute with the same torch. Both read one file in the same order, and it is an error if the two sides count
-different tokens; where completions are sampled, lengths are equal on average only. What counts are the ratios: both
-sides ran on the same machine within minutes. Prints tables after every workload and, last, one line of JSON.
+One process of each side does all methods of a size and dtype, one after the other; `readme_table.py` makes the README's
+table of what this measures. TRL 1.16.0 is installed into an environment of its own (`.cache/trl`) that shares every
+other package with this one, so both sides compute with the same torch. Both read one file in the same order, and it is
+an error if the two sides count different tokens; where completions are sampled, lengths are equal on average only. What
+counts are the ratios: both sides ran on the same machine within minutes. Prints tables after every size and dtype and,
+last, one line of JSON.
 
 A step's rows are the same on both sides but for TRL's packing, whose steps have about as many tokens; ratios per token
 hold for all. `Ray and rest` is what no phase claims: of Troupe's steps, above all calls and the driver.
@@ -21,7 +23,7 @@ import sys
 import tempfile
 import time
 import venv
-from collections.abc import Iterator
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -34,6 +36,7 @@ from workload import BATCHING, METHODS, SIZES, Job
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent.parent
 TRL = "trl==1.16.0"
+BATCHINGS = tuple(dict.fromkeys(name for names in BATCHING.values() for name in names))
 QUIET = 0.1  # cores that other programs may use without spoiling a comparison
 
 
@@ -46,10 +49,11 @@ class Target:
 
 
 TARGETS = {
-    ("grpo", "plain"): Target(2.5, "step"),
-    ("sft", "plain"): Target(2.0, "token"),
-    ("sft", "group_by_length"): Target(1.0, "token"),
-    ("dpo", "plain"): Target(2.0, "token"),
+    ("grpo", "plain"): Target(3.5, "step"),
+    ("sft", "plain"): Target(2.5, "token"),
+    ("sft", "group_by_length"): Target(1.2, "token"),
+    ("dpo", "plain"): Target(2.5, "token"),
+    ("kto", "plain"): Target(2.5, "token"),
     ("gkd", "plain"): Target(4.0, "step"),
     ("on_policy_distillation", "plain"): Target(4.0, "step"),
 }
@@ -57,31 +61,39 @@ TARGETS = {
 
 def main() -> None:
     options = _options()
-    python = trl_environment(REPOSITORY / ".cache" / "trl")
     results: list[Figures] = []
     for size in options.sizes:
         for dtype in options.dtypes:
-            for method in options.methods:
-                results += compare(Job.of(method, size, dtype, options.steps), python, options)
-                show(results)
+            jobs = [Job.of(method, size, dtype, options.steps) for method in options.methods]
+            results += compare(jobs, options.rounds, options.batching, passive=options.passive)
+            show(results)
     print(json.dumps({"benchmark": "against_trl", "trl": TRL, "processor": processor(), "results": results}))
 
 
-def compare(job: Job, python: Path, options: argparse.Namespace) -> Iterator[Figures]:
-    """One result per way in which TRL makes batches. In every round each side runs once."""
-    batchings = [name for name in BATCHING.get(job.method, ("plain",)) if name in options.batching]
-    theirs: dict[str, list[Figures]] = {name: [] for name in batchings}
-    ours: list[Figures] = []
-    for _ in range(options.rounds):
-        for batching in batchings:
-            theirs[batching].append(run_trl(replace(job, batching=batching), python, passive=options.passive))
-        ours.append(run_troupe(job))
-    for batching in batchings:
-        trl, troupe = median(theirs[batching]), median(ours)
-        if batching == "plain":
-            _same_tokens(job, trl, troupe)
-        ratios = {"step": trl["step_s"] / troupe["step_s"], "token": _rate(troupe) / _rate(trl)}
-        yield {"job": asdict(replace(job, batching=batching)), "trl": trl, "troupe": troupe, "ratios": ratios}
+def compare(
+    jobs: Sequence[Job], rounds: int, batching: Collection[str] = BATCHINGS, *, passive: bool = False
+) -> list[Figures]:
+    """One result per job and way in which TRL makes batches: medians of the rounds, in each of which every side runs
+    once. The jobs have one size and dtype."""
+    python = trl_environment(REPOSITORY / ".cache" / "trl")
+    asked = [replace(job, batching=way) for job in jobs for way in BATCHING.get(job.method, ("plain",))]
+    asked = [job for job in asked if job.batching in batching]
+    theirs: list[list[Figures]] = []
+    ours: list[list[Figures]] = []
+    for _ in range(rounds):
+        theirs.append(run_trl(asked, python, passive=passive))
+        ours.append(run_troupe(jobs))
+    of_method = {job.method: median([each[at] for each in ours]) for at, job in enumerate(jobs)}
+    return [
+        _compared(job, median([each[at] for each in theirs]), of_method[job.method]) for at, job in enumerate(asked)
+    ]
+
+
+def _compared(job: Job, trl: Figures, troupe: Figures) -> Figures:
+    if job.batching == "plain":
+        _same_tokens(job, trl, troupe)
+    ratios = {"step": trl["step_s"] / troupe["step_s"], "token": _rate(troupe) / _rate(trl)}
+    return {"job": asdict(job), "trl": trl, "troupe": troupe, "ratios": ratios}
 
 
 def _same_tokens(job: Job, trl: Figures, troupe: Figures) -> None:
@@ -91,16 +103,20 @@ def _same_tokens(job: Job, trl: Figures, troupe: Figures) -> None:
         )
 
 
-def run_trl(job: Job, python: Path, *, passive: bool) -> Figures:
+def run_trl(jobs: Sequence[Job], python: Path, *, passive: bool) -> list[Figures]:
     with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "data.jsonl"
-        job.write(data)
-        given = {**asdict(job), "items": job.items, "model": str(job.model), "data": str(data), "output": folder}
+        given = [_for_trl(job, Path(folder)) for job in jobs]
         command = [python, "-W", "ignore", HERE / "trl_run.py", json.dumps(given)]
-        environment = {"OMP_NUM_THREADS": str(job.threads), "HF_DATASETS_CACHE": folder}
+        environment = {"OMP_NUM_THREADS": str(jobs[0].threads), "HF_DATASETS_CACHE": folder}
         environment |= {"OMP_WAIT_POLICY": "PASSIVE"} if passive else {}
         ran = run(command, environment, TIMEOUT_S)
-    return {**json.loads(ran.output.strip().splitlines()[-1]), **around(ran)}
+    return [{**figures, **around(ran)} for figures in json.loads(ran.output.strip().splitlines()[-1])]
+
+
+def _for_trl(job: Job, folder: Path) -> Figures:
+    data = folder / f"{job.method}.jsonl"
+    job.write(data)
+    return {**asdict(job), "items": job.items, "model": str(job.model), "data": str(data), "output": str(folder)}
 
 
 def trl_environment(folder: Path) -> Path:
@@ -142,7 +158,10 @@ def show(results: list[Figures]) -> None:
         for label, side in ((f"TRL {job['batching']}", theirs), ("Troupe", ours)):
             seconds = [f"{side['phases'][phase]:.3f}" for phase in PHASES]
             parts.add_row(f"{name}  {label}", *seconds, f"{side['phases']['rest'] / side['step_s']:.1%}")
-    console.print("Two figures: TRL's and Troupe's. Padding: share of what goes through the models in training.")
+    console.print(
+        "Two figures: TRL's and Troupe's. Padding: share of what goes through the models in training. "
+        "GiB: the most that the processes held, over all methods of that size and dtype."
+    )
     console.print(speed)
     console.print(parts)
     busy = max(result[side]["others_cores"] for result in results for side in ("trl", "troupe"))
@@ -160,13 +179,12 @@ def _verdict(job: Figures, ratios: dict[str, float]) -> str:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     dtypes = ["float32", *(["bfloat16"] if computes_bfloat16() else [])]
-    batchings = list(dict.fromkeys(name for names in BATCHING.values() for name in names))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument(
         "--dtypes", nargs="+", default=dtypes, help="default: float32, and bfloat16 if the processor has it"
     )
-    parser.add_argument("--batching", nargs="+", choices=batchings, default=batchings, help="TRL's, for sft")
+    parser.add_argument("--batching", nargs="+", choices=BATCHINGS, default=list(BATCHINGS), help="TRL's, for sft")
     parser.add_argument(
         "--passive",
         action="store_true",

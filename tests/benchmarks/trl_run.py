@@ -1,4 +1,5 @@
-"""One training by TRL, timed by phase; runs inside the environment that `against_trl.py` makes. Prints one JSON line.
+"""Trainings by TRL, one after the other, timed by phase; runs inside the environment that `against_trl.py` makes.
+Prints one JSON line, with a result for each.
 
 The time of a phase is the wall time inside TRL's own functions for it, phases inside it left out; `rest` is what no
 phase claims. Padding is counted where the models are called: tokens that the attention mask leaves out.
@@ -214,8 +215,12 @@ def _batching(job: dict[str, Any], rows: Dataset) -> dict[str, Any]:
 
 
 def main() -> None:
-    job = json.loads(sys.argv[1])
-    torch.set_num_threads(job["threads"])
+    jobs = json.loads(sys.argv[1])
+    torch.set_num_threads(jobs[0]["threads"])
+    print(json.dumps([train(job) for job in jobs]))
+
+
+def train(job: dict[str, Any]) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job["dtype"]), use_cache=True)
     clock = Clock()
@@ -226,7 +231,7 @@ def main() -> None:
     for module in {trainer.model, getattr(trainer, "ref_model", None)} - {None}:
         module.register_forward_pre_hook(tokens.count, with_kwargs=True)
     trainer.train()
-    print(json.dumps(summary(job, trainer, steps, clock, tokens)))
+    return summary(job, trainer, steps, clock, tokens)
 
 
 def summary(job: dict[str, Any], trainer: Any, steps: Steps, clock: Clock, tokens: Tokens) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Troupe's side of a comparison: one run of a workload, and what its steps cost."""
+"""Troupe's side of a comparison: one run with a phase for each workload, and what the steps of each cost."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,24 @@ PHASES = ("generate", "score", "logps", "update", "publish", "rest")
 Figures = dict[str, Any]
 
 
-def run_troupe(job: Job, checkout: Path = HERE.parent.parent) -> Figures:
-    """Means over the counted steps. `checkout`: of Troupe's source."""
+def run_troupe(jobs: Sequence[Job], checkout: Path = HERE.parent.parent) -> list[Figures]:
+    """Means over the counted steps of each job. The jobs differ in nothing but their method, so that one run can have a
+    phase for each: what starts is started once. Memory and other programs are those of the run. `checkout`: of Troupe's
+    source."""
     with tempfile.TemporaryDirectory() as folder:
-        data, recipe = Path(folder) / "data.jsonl", Path(folder) / "recipe.yaml"
-        job.write(data)
-        recipe.write_text(yaml.safe_dump(_recipe(job, data, folder)))
+        recipe = Path(folder) / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump(_recipe(jobs, Path(folder))))
         ran = run([Path(sys.executable).parent / "troupe", "run", recipe], {"PYTHONPATH": str(checkout)}, TIMEOUT_S)
         (metrics,) = Path(folder).glob("bench-*/metrics.jsonl")
         lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    steps = [line for line in lines if "step_time" in line][job.warmup :]
+    steps = [line for line in lines if "step_time" in line]
+    return [
+        {**_figures(job, [line for line in steps if line["phase"] == job.method][job.warmup :]), **around(ran)}
+        for job in jobs
+    ]
 
+
+def _figures(job: Job, steps: list[Figures]) -> Figures:
     def mean(name: str) -> float:
         return sum(line.get(name, 0.0) for line in steps) / len(steps)
 
@@ -49,7 +57,6 @@ def run_troupe(job: Job, checkout: Path = HERE.parent.parent) -> Figures:
         "update": update,
         "padding": mean("padding_share"),
         "mean_length": mean("completions/mean_length") or None,
-        **around(ran),
     }
 
 
@@ -69,11 +76,29 @@ def median(runs: list[Figures]) -> Figures:
     return merged
 
 
-def _recipe(job: Job, data: Path, folder: str) -> Figures:
+def _recipe(jobs: Sequence[Job], folder: Path) -> Figures:
+    first, methods = jobs[0], {job.method for job in jobs}
     recipe: Figures = {
         "name": "bench",
-        "output": folder,
-        "model": {"path": f"example:skewed-{job.size}", "dtype": job.dtype},
+        "output": str(folder),
+        "model": {"path": f"example:skewed-{first.size}", "dtype": first.dtype},
+        "phases": {job.method: _phase(job, folder / f"{job.method}.jsonl") for job in jobs},
+        "roles": {},
+        "logging": {"completions_every": None, "trackers": [], "ray_metrics": False},
+        "cluster": {"num_cpus": 8},
+    }
+    if methods & set(SAMPLING):
+        recipe["roles"]["rollout"] = {"workers": first.threads, "threads": 1, "kv_cache_gib": 0.25}
+    if methods & set(DISTILLING):
+        recipe["roles"]["teacher"] = {"model": recipe["model"]["path"]}
+    if "grpo" in methods:
+        recipe["rewards"] = [{"fn": f"{HERE / 'length_reward.py'}:length_reward"}]
+    return recipe
+
+
+def _phase(job: Job, data: Path) -> Figures:
+    job.write(data)
+    phase: Figures = {
         "method": job.method,
         "data": {"path": str(data), "max_length": job.max_length, "shuffle": False},
         "train": {
@@ -82,18 +107,11 @@ def _recipe(job: Job, data: Path, folder: str) -> Figures:
             "learning_rate": 1e-6,
             "token_budget": 4096,
         },
-        "logging": {"completions_every": None, "trackers": [], "ray_metrics": False},
-        "cluster": {"num_cpus": 8},
     }
     if job.method in SAMPLING:
-        recipe["sampling"] = {"max_tokens": job.max_tokens}
-        recipe["roles"] = {"rollout": {"workers": job.threads, "threads": 1, "kv_cache_gib": 0.25}}
-    if job.method in DISTILLING:
-        recipe["options"] = {"beta": job.beta}
-        recipe["roles"]["teacher"] = {"model": recipe["model"]["path"]}
-    elif job.method == "grpo":
-        recipe["options"] = {"num_generations": job.samples, "beta": job.beta}
-        recipe["rewards"] = [{"fn": f"{HERE / 'length_reward.py'}:length_reward"}]
+        phase["sampling"] = {"max_tokens": job.max_tokens}
+    if job.method == "grpo":
+        phase["options"] = {"num_generations": job.samples, "beta": job.beta}
     elif job.method != "sft":
-        recipe["options"] = {"beta": job.beta}
-    return recipe
+        phase["options"] = {"beta": job.beta}
+    return phase
