@@ -8,6 +8,7 @@ TOOLS: dict[str, str] = {  # functions: episode.tools
 }
 
 ENVIRONMENTS: dict[str, str] = {  # classes with `reset` and `step`: episode.environment
+    "critique_and_revision": "rewards.environments.critique_and_revision:CritiqueAndRevision",
     "guessing_game": "rewards.environments.guessing_game:GuessingGame",
 }
 

@@ -176,6 +176,34 @@ def ended(table: RowTable) -> RowTable:
     return table.select(np.flatnonzero(~table["truncated"]))
 
 
+@regroups(reads={"truncated", "episode"}, writes=set())
+def last_turn(table: RowTable) -> RowTable | None:
+    """The last turn of each episode. Episodes that a limit cut take no part: what they were asked last is not answered.
+    None if there is no other."""
+    last = _ends_of_episodes(table)[1]
+    return table.select(last) if len(last) else None
+
+
+@regroups(reads={"truncated", "episode"}, writes={"preferred"})
+def last_turn_over_first(table: RowTable) -> RowTable | None:
+    """A pair of each episode: its last turn is preferred to its first one. Episodes that a limit cut, or of one turn,
+    take no part; None if there is no other.
+    Source: arXiv:2212.08073 (Constitutional AI), section 3, where the last turn is a revision of the first."""
+    first, last = _ends_of_episodes(table)
+    several = first != last
+    chosen = np.stack([last[several], first[several]], axis=1).reshape(-1)
+    return table.select(chosen).with_values(preferred=np.tile([True, False], len(chosen) // 2)) if len(chosen) else None
+
+
+def _ends_of_episodes(table: RowTable) -> tuple[Array, Array]:
+    """[E], [E] int64: the first and the last row of each episode that came to its end, in order of appearance."""
+    whole = np.flatnonzero(~table["truncated"])
+    _, first = np.unique(table["episode"][whole], return_index=True)
+    _, from_behind = np.unique(table["episode"][whole][::-1], return_index=True)
+    order = np.argsort(first)
+    return whole[first[order]], whole[len(whole) - 1 - from_behind[order]]
+
+
 @regroups(reads={"sampler"}, writes={"preferred"})
 def first_against_others(table: RowTable) -> RowTable | None:
     """A pair of each later sampler's row: the first sampler's row is preferred to it. None if either has no row.

@@ -15,7 +15,7 @@ import numpy as np
 from actors.batch import Batch
 from actors.columns import COLUMNS, Axis
 from orchestrator.batches.records import Answered, Record
-from orchestrator.data.conversation import ASSISTANT, Content
+from orchestrator.data.conversation import ASSISTANT, Content, as_messages
 from orchestrator.data.formats import carried
 from orchestrator.data.parts import Parts
 from orchestrator.data.source import Source
@@ -25,12 +25,14 @@ from orchestrator.pipeline import Stage
 @dataclass(frozen=True)
 class Output:
     """The data set that a phase makes, and what its records are made of besides the batch. `reward_names`: of the
-    columns of `reward_parts`, in their order."""
+    columns of `reward_parts`, in their order. `turns`: completions are turns of conversations, also where the prompt is
+    a text."""
 
     parts: Parts
     source: Source
     tokenizer: Any
     reward_names: tuple[str, ...] = ()
+    turns: bool = False
 
     def write(self, stage: Stage, batch: Batch, step: int) -> dict[str, float]:
         """The batch of a step, counted from 0; its metrics."""
@@ -48,8 +50,9 @@ class Output:
             index = self.source.order.at(position)[1]
             prompt: Any = self.source.item(index)  # a Prompt: it was answered
             columns = {name: values[rows] for name, values in batch.columns.items() if COLUMNS[name].axis is Axis.ROW}
-            texts = self._completions(prompt.prompt, batch, rows.tolist())
-            answered = Answered(prompt.prompt, texts, columns, index, self.reward_names)
+            asked = as_messages(prompt.prompt) if self.turns else prompt.prompt
+            texts = self._completions(asked, batch, rows.tolist())
+            answered = Answered(asked, texts, columns, index, self.reward_names)
             made: list[Record] = stage.call(answered, **stage.options)
             beside = {name: prompt.columns[name] for name in carried(prompt.columns)}
             yield from ({**beside, **record} for record in made)

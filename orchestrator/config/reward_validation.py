@@ -34,7 +34,7 @@ def of_split_episodes(where: str, config: RunConfig, phase: PhaseConfig, pipelin
     if phase.episode is None or phase.episode.split != "turns":
         return
     split = f"{where}.episode.split=turns makes several rows of a sample, and"
-    if any(stage.verb is Verb.REGROUP for stage in pipeline):
+    if any(stage.verb is Verb.REGROUP and "episode" not in stage.reads for stage in pipeline):
         yield f"{split} {phase.method} makes other rows of whole samples (pairs, say); leave one of them out"
     if any(stage.verb is Verb.REPLAY for stage in pipeline):
         yield f"{split} options.replay_buffer_size keeps groups of whole samples; leave out one of the two"

@@ -171,10 +171,16 @@ def _of_phase(
             f"{where}.episode: {phase.method} as configured learns from completions of the data, too, which are no "
             "episodes; choose options with which it samples all of them, or leave the section out"
         )
-    if phase.episode is not None and pipeline.written_columns:
+    if phase.episode is not None and pipeline.written_columns and not pipeline.needs_turns:
         yield (
-            f"{where}.episode: {phase.method} writes completions of one turn; leave the section out, and see the "
-            "turns of episodes in the tables of completions (logging.completions_every)"
+            f"{where}.episode: {phase.method} as configured writes completions of one turn; leave the section out, and "
+            "see the turns of episodes in the tables of completions (logging.completions_every), or choose an option "
+            "that writes turns (keep=last_turn)"
+        )
+    if pipeline.needs_turns and (phase.episode is None or phase.episode.split != "turns"):
+        yield (
+            f"{where}: {phase.method} as configured takes turns of episodes; say with whom the model talks, and that "
+            f"each turn is a row: {where}.episode.environment=NAME {where}.episode.split=turns"
         )
     if phase.data.path is not None and phase.data.mixture:
         yield f"{where}.data.path={phase.data.path} beside {where}.data.mixture, which has paths of its own; keep one"

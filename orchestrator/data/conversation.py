@@ -55,6 +55,11 @@ def joined(prompt: Sequence[Message], completion: Sequence[Message]) -> list[Mes
     return [*prompt[:-1], {**begun, **rest, "content": begun["content"] + rest["content"]}, *completion[1:]]
 
 
+def as_messages(content: Content) -> list[Message]:
+    """A text is one message of the user's."""
+    return [{"role": "user", "content": content}] if isinstance(content, str) else content
+
+
 def answers(content: Content | None) -> list[Message]:
     """The assistant's messages."""
     return [] if content is None or isinstance(content, str) else [m for m in content if m["role"] == ASSISTANT]

@@ -7,7 +7,9 @@ arithmetic   a model of 1.3M parameters with random weights; two-digit additions
              and, as `arithmetic_pairs`, `_triples` and `_labelled`, right answers paired with wrongly carried ones,
              with which preference optimisation continues; as `arithmetic_worked`, additions worked in three steps, and
              as `arithmetic_steps`, such steps with labels, of which one is wrong in half of the answers; as
-             `arithmetic_judgements`, sums with y or n: is it right?
+             `arithmetic_judgements`, sums that are worked out, with y or n: is it right? As `arithmetic_revisions`,
+             conversations in which the answer is wrong as often, then worked out in steps, then revised (for the model
+             `calculator`)
 calculator   the same model with a chat template, two-digit multiplications as conversations, and, as `calculator_sft`,
              conversations with calls of a calculator that is used badly
 skewed       models with random weights that end their completions at a constant rate, and random text whose lengths
@@ -52,10 +54,12 @@ def is_example(path: str) -> bool:
     return path.startswith(PREFIX)
 
 
-def arithmetic(*, seed: int, split: str, rows: int | None = None) -> dict[str, list[str]]:
-    """Two-digit additions: `prompt` (37+58=) and `answer` (95). No problem of `test`, nor its mirror, is in `train`."""
+def arithmetic(*, seed: int, split: str, rows: int | None = None, conversation: bool = False) -> dict[str, list[Any]]:
+    """Two-digit additions: `prompt` (37+58=) and `answer` (95). No problem of `test`, nor its mirror, is in `train`.
+    `conversation`: the prompt is a message of the user's (37+58)."""
     problems = _shuffled(_problems(split), seed, rows)
-    return {"prompt": [f"{a}+{b}=" for a, b in problems], "answer": [str(a + b) for a, b in problems]}
+    prompts = [_asked(f"{a}+{b}") if conversation else f"{a}+{b}=" for a, b in problems]
+    return {"prompt": prompts, "answer": [str(a + b) for a, b in problems]}
 
 
 def arithmetic_sft(
@@ -134,13 +138,36 @@ def arithmetic_steps(*, seed: int, split: str, rows: int | None = None, wrong: f
 
 
 def arithmetic_judgements(*, seed: int, split: str, rows: int | None = None) -> dict[str, list[str]]:
-    """Is an addition right? `prompt` (37+58=95?), `completion`: y or n. Half of them are wrong, by a carry or by 1 to
-    20: what a model needs to judge the answers to `arithmetic`."""
+    """Is an addition right? `prompt` (37+58=95?), `completion`: the steps of `arithmetic_worked`, then y or n. Half of
+    them are wrong, by a carry or by 1 to 20: what a model needs to judge the answers to `arithmetic`. Asked for y or n
+    at once, a model of this size learns in a thousand steps to say either as often as the other."""
+    problems = _shuffled(_problems(split), seed, rows)
     pairs = arithmetic_pairs(seed=seed, split=split, rows=rows, slips=0.3)
     right = np.random.default_rng([seed, 6]).random(len(pairs["prompt"])) < 0.5
     answers = [pairs["chosen" if is_right else "rejected"][row] for row, is_right in enumerate(right)]
     prompts = [f"{prompt}{answer}?" for prompt, answer in zip(pairs["prompt"], answers, strict=True)]
-    return {"prompt": prompts, "completion": ["y" if is_right else "n" for is_right in right]}
+    worked = [" ".join(_worked(a, b)) for a, b in problems]
+    verdicts = [f"{steps} {'y' if is_right else 'n'}" for steps, is_right in zip(worked, right, strict=True)]
+    return {"prompt": prompts, "completion": verdicts}
+
+
+def arithmetic_revisions(
+    *, seed: int, split: str, rows: int | None = None, forgotten: float = 0.7
+) -> dict[str, list[Any]]:
+    """Conversations, `messages`: a problem with an answer as in `arithmetic_sft`; the user says "check", and the answer
+    is the steps of `arithmetic_worked`; the user says "revise", and it is the sum."""
+    first = arithmetic_sft(seed=seed, split=split, rows=rows, forgotten=forgotten)["completion"]
+    problems = _shuffled(_problems(split), seed, rows)
+    said = [(answer, " ".join(_worked(a, b)), str(a + b)) for (a, b), answer in zip(problems, first, strict=True)]
+    talks = [
+        [
+            message
+            for asked, told in zip((f"{a}+{b}", "check", "revise"), answers, strict=True)
+            for message in (*_asked(asked), {"role": "assistant", "content": told})
+        ]
+        for (a, b), answers in zip(problems, said, strict=True)
+    ]
+    return {"messages": talks}
 
 
 def calculator(*, seed: int, split: str, rows: int | None = None) -> dict[str, list[Any]]:
@@ -179,6 +206,7 @@ DATASETS: dict[str, Callable[..., dict[str, Any]]] = {
     "arithmetic_worked": arithmetic_worked,
     "arithmetic_steps": arithmetic_steps,
     "arithmetic_judgements": arithmetic_judgements,
+    "arithmetic_revisions": arithmetic_revisions,
     "calculator": calculator,
     "calculator_sft": calculator_sft,
     "skewed": skewed,
@@ -214,6 +242,10 @@ def _shuffled(problems: list[tuple[int, int]], seed: int, rows: int | None) -> l
     rows = len(problems) if rows is None else rows
     rounds = [rng.permutation(len(problems)) for _ in range(-(-rows // len(problems)))]
     return [problems[i] for i in np.concatenate(rounds)[:rows]] if rows else []
+
+
+def _asked(problem: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": problem}]
 
 
 def _without_carry(a: int, b: int) -> str:

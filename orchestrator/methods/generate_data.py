@@ -15,6 +15,8 @@ from orchestrator.batches.regrouping import (
     ended,
     first_against_others,
     labelled,
+    last_turn,
+    last_turn_over_first,
     statistical_rejection,
 )
 from orchestrator.methods.option_types import Count, Positive
@@ -33,7 +35,16 @@ from orchestrator.pipeline import (
 )
 
 Keep = Literal[
-    "all", "best", "accepted", "labelled", "best_and_worst", "statistical_rejection", "data_and_samples", "data"
+    "all",
+    "best",
+    "accepted",
+    "labelled",
+    "best_and_worst",
+    "statistical_rejection",
+    "data_and_samples",
+    "data",
+    "last_turn",
+    "last_turn_over_first",
 ]
 
 
@@ -56,6 +67,11 @@ def generate_data(
         ending = when(drop_truncated, regroup(ended))
         sources = (take(), generate("rollout", n=num_generations))
         return Pipeline(AnsweredPrompts, *sources, *ending, regroup(first_against_others), write(records.pairs))
+    if keep in ("last_turn", "last_turn_over_first"):
+        ending = (regroup(last_turn), write(records.completions))
+        if keep == "last_turn_over_first":
+            ending = (regroup(last_turn_over_first), write(records.pairs))
+        return Pipeline(Prompts, generate("rollout", n=num_generations, turns=True), *ending)
     kept: dict[str, Callable[[], tuple[Stage, ...]]] = {
         "all": lambda: (write(records.completions_with_rewards if scored else records.completions),),
         "best": lambda: (regroup(best, count=best_count), write(records.scored_completions)),

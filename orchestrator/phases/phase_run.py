@@ -102,7 +102,8 @@ class PhaseRun:
             if self.progress.step < self.phase.steps:
                 parts.begin(self.progress.step)
             prepared = context.prepared
-            self.output = Output(parts, self.phase.source, prepared.tokenizer, prepared.reward_names)
+            turns = self.phase.episode is not None
+            self.output = Output(parts, self.phase.source, prepared.tokenizer, prepared.reward_names, turns)
 
     def _enter(self) -> None:
         phase, budget = self.phase, self.phase.config.train.token_budget

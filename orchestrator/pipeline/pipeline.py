@@ -121,6 +121,11 @@ class Pipeline:
         stages = map(of_episodes, self.stages)
         return Pipeline(self.data, *stages, warnings=self.warnings, temperature=self.temperature)
 
+    @property
+    def needs_turns(self) -> bool:
+        """Whether its samples must be episodes each turn of which is a row of its own."""
+        return any("episode" in stage.reads - _takes(stage) for stage in self.stages)
+
     def with_step_rewards(self) -> Pipeline:
         """The pipeline whose answers are rewarded step by step: that reaches the credit calls that take it."""
 

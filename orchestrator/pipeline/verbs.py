@@ -6,17 +6,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from actors.columns import STEP_REWARDS, Head
+from actors.columns import SPLIT, STEP_REWARDS, Head
 from actors.errors import ConfigError
 from orchestrator.pipeline.stage import DRIVER, Stage, Verb
 
 
-def generate(role: str = "rollout", *, n: int = 1, mixture: float | Sequence[float] | None = None) -> Stage:
+def generate(
+    role: str = "rollout", *, n: int = 1, mixture: float | Sequence[float] | None = None, turns: bool = False
+) -> Stage:
     """Sample `n` completions of each prompt. Several such stages add their samples to the same group; `sampler` says
     which stage a row is of, from 0. `mixture`: sample every token from the geometric mixture of the engine's own model
-    and its second one, of which that is the share; or one share per epoch of the data, the last for all later ones."""
+    and its second one, of which that is the share; or one share per epoch of the data, the last for all later ones.
+    `turns`: samples must be episodes each turn of which is a row of its own, and say which episode a row is of."""
     shares = (mixture,) if isinstance(mixture, float | int) else tuple(mixture or ())
     writes = {"tokens", "mask", "sample_logps", "version", "group", "truncated", "sampler", "completion_tokens"}
+    writes |= SPLIT if turns else frozenset()
     options = {"n": n, **({"mixture": shares} if shares else {})}
     return Stage(Verb.GENERATE, role, frozenset(), frozenset(writes), options=options)
 

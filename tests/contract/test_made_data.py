@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from orchestrator.config.loading import config_of, load_run
 from orchestrator.result import RunResult
 from orchestrator.run import run
+from tests.online_phases import TEMPLATE
 from tests.unit.tiny import tiny_model_folder
 
 PROMPTS = 10
@@ -105,3 +106,77 @@ def test_a_run_that_is_resumed_after_the_data_was_made_reads_what_is_there(finis
     shutil.rmtree(made)
     with pytest.raises(Exception, match="is no longer in the run's folder"):
         run(load_run(folder, []), local=True, resume=folder, from_step=4)
+
+
+HEARD = """
+import json
+from rewards.environments.critique_and_revision import CritiqueAndRevision
+
+class Heard(CritiqueAndRevision):
+    def __init__(self, file, **options):
+        super().__init__(**options)
+        self.file = file
+
+    def reset(self, row):
+        self.prompt, self.said = row["prompt"], []
+        super().reset(row)
+
+    def step(self, message):
+        self.said.append(message["content"])
+        answer = super().step(message)
+        if answer[-1]:
+            with open(self.file, "a") as file:
+                print(json.dumps([self.prompt, *self.said]), file=file)
+        return answer
+"""
+
+
+def test_a_model_s_revisions_are_preferred_to_its_first_answers_and_learned_from(tmp_path: Path) -> None:
+    """Where the prompt is a text, what was asked, and is learned from, is a conversation."""
+    rows, heard = tmp_path / "rows.jsonl", tmp_path / "heard.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"a{i}"}) + "\n" for i in range(8)))
+    (tmp_path / "template.jinja").write_text(TEMPLATE)
+    (tmp_path / "heard.py").write_text(HEARD)
+    generating = {
+        "method": "generate_data",
+        "options": {"num_generations": 2, "keep": "last_turn_over_first"},
+        "data": {"path": str(rows)},
+        "episode": {
+            "environment": f"{tmp_path / 'heard.py'}:Heard",
+            "options": {"file": str(heard), "principles": ["kind"]},
+            "split": "turns",
+        },
+        "sampling": {"max_tokens": 400, "stop_token_ids": list(range(2, 64, 4))},  # a turn is about four tokens
+        "train": {"epochs": 1, "batch_size": 4},
+    }
+    learning = {
+        "method": "dpo",
+        "data": {"path": "${phases.generating.output}"},
+        "train": {"steps": 2, "batch_size": 4, "learning_rate": 0.01},
+    }
+    model = {
+        "path": str(tiny_model_folder(tmp_path, hidden=32)),
+        "chat_template": str(tmp_path / "template.jinja"),
+    }
+    tree: dict[str, Any] = {
+        "phases": {"generating": generating, "learning": learning},
+        "model": model,
+        "roles": {"rollout": {"engine": "hf"}},
+        "output": str(tmp_path / "runs"),
+        "logging": {"trackers": []},
+    }
+    result = run(config_of(tree, [], "test"), local=True)
+    assert result.output is not None
+    made = {
+        tuple(row[name][0]["content"] for name in ("prompt", "rejected", "chosen")) for row in records(result.output)
+    }
+    told = [json.loads(line) for line in heard.read_text().splitlines()]
+    assert len(told) == 16 and all(len(each) == 4 for each in told)
+    assert made == {
+        (prompt, answer, revision)
+        for prompt, answer, critique, revision in told
+        if answer != revision and answer.strip() and revision.strip()
+    }
+    assert len(made) > 8
+    metrics = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[-1]["phase"] == "learning" and metrics[-1]["grad_norm"] > 0

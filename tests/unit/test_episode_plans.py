@@ -63,6 +63,19 @@ def test_a_method_that_also_learns_from_the_data_s_completions_takes_no_episodes
     assert not any("episodes" in said for said in drafted(tree).refusals)
 
 
+@pytest.mark.parametrize("keep", ["last_turn", "last_turn_over_first"])
+def test_turns_become_data_where_each_is_a_row_and_nowhere_else(keep: str) -> None:
+    tree = config({"environment": "guessing_game", "split": "turns"}, "generate_data", rewards=[])
+    tree["phases"]["a"]["options"] = {"keep": keep}
+    assert not drafted(tree).refusals
+    tree["phases"]["a"]["options"] = {"keep": "all", "scored": False}
+    assert any("writes completions of one turn" in said for said in drafted(tree).refusals)
+    tree["phases"]["a"]["options"] = {"keep": keep}
+    for episode in (None, {"environment": "guessing_game"}):
+        tree["phases"]["a"]["episode"] = episode
+        assert any("a.episode.split=turns" in said for said in drafted(tree).refusals)
+
+
 def test_a_phase_that_samples_nothing_is_warned_of_its_episodes() -> None:
     plan = drafted(config({"tools": ["calculator"]}, "sft", rewards=[]))
     assert any("episode" in said and "samples nothing" in said for said in plan.warnings)

@@ -77,9 +77,23 @@ def test_half_of_the_judgements_are_of_right_sums_and_say_so() -> None:
     asked = [
         (prompt.rstrip("?").split("="), said) for prompt, said in zip(data["prompt"], data["completion"], strict=True)
     ]
-    right = [sum(map(int, problem.split("+"))) == int(answer) for (problem, answer), _ in asked]
-    assert [said == "y" for _, said in asked] == right
+    sums = [sum(map(int, problem.split("+"))) for (problem, _), _ in asked]
+    right = [total == int(answer) for total, ((_, answer), _) in zip(sums, asked, strict=True)]
+    assert [said[-2:] for _, said in asked] == [" y" if each else " n" for each in right]
+    assert [int(said[:-2].rsplit("=", 1)[1]) for _, said in asked] == sums
     assert sum(right) / len(right) == pytest.approx(0.5, abs=0.02)
+
+
+def test_an_answer_that_forgets_its_carry_is_worked_out_and_revised_when_the_user_asks() -> None:
+    talks = examples.dataset("arithmetic_revisions", seed=0, split="train")["messages"]
+    asked = examples.dataset("arithmetic", seed=0, split="train", conversation=True)
+    right = 0
+    for talk, prompt, answer in zip(talks, asked["prompt"], asked["answer"], strict=True):
+        assert talk[:1] == prompt and [said["role"] for said in talk] == ["user", "assistant"] * 3
+        assert [talk[2]["content"], talk[4]["content"]] == ["check", "revise"]
+        assert talk[5]["content"] == answer == talk[3]["content"].rsplit("=", 1)[1]
+        right += talk[1]["content"] == answer
+    assert right / len(talks) == pytest.approx(1 - 0.45 * 0.7, abs=0.02)
 
 
 def test_each_problem_is_used_once_before_any_is_repeated() -> None:

@@ -170,6 +170,8 @@ BESIDE: dict[str, list[dict[str, Any]]] = {  # what else is set: the first besid
         {"keep": "statistical_rejection", "num_generations": 8, "accepted_count": 6},
         {"keep": "data_and_samples"},
         {"keep": "data"},
+        {"keep": "last_turn"},
+        {"keep": "last_turn_over_first"},
     ],
     "gkd": [{}, {"lmbda": 0.0}, {"lmbda": 0.3}, {"teachers": ("a", "b"), "teacher_top_k": 3}],
     "on_policy_distillation": [{}, {"teachers": ("a", "b"), "teacher_top_k": 3}],

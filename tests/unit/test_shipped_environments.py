@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
@@ -16,6 +17,7 @@ from rewards.environment_specs import EnvironmentSpec
 from rewards.environment_worker import EnvironmentWorker
 from rewards.environments.calculator import calculator
 from rewards.environments.corpus_search import CorpusSearch
+from rewards.environments.critique_and_revision import CRITIQUE, REVISION, CritiqueAndRevision
 from rewards.environments.guessing_game import GuessingGame
 from rewards.environments.python_sandbox import PythonSandbox
 from rewards.shipped_environments import ENVIRONMENTS, FACTORIES, TOOLS
@@ -75,6 +77,46 @@ def test_the_game_ends_with_its_guesses_and_a_turn_without_a_number_uses_one_up(
     assert say(game, "9" * 5000) == ("It was 7.", 0.0, True)
     with pytest.raises(ValueError, match="`secret` is 101"):
         game.reset({"secret": 101})
+
+
+PRINCIPLES = ["Be brief.", {"critique": "Is it kind?", "revision": "Be kind."}]
+
+
+def asks(environment: CritiqueAndRevision, prompt: str) -> list[str]:
+    environment.reset({"prompt": prompt})
+    asked: list[str] = []
+    while not (reply := environment.step({"role": "assistant", "content": "words"}))[2]:
+        assert reply[1] is None and reply[0] is not None
+        asked.append(reply[0])
+    assert reply == (None, None, True)
+    return asked
+
+
+def test_each_revision_follows_a_critique_by_the_same_principle_and_the_episode_ends_with_the_last_one():
+    asked = [asks(CritiqueAndRevision(PRINCIPLES, revisions=3), f"p{i}") for i in range(16)]
+    own, written = (
+        ("Is it kind?", "Be kind."),
+        tuple(text.format(principle="Be brief.") for text in (CRITIQUE, REVISION)),
+    )
+    for each in asked:
+        assert len(each) == 6 and {*zip(each[::2], each[1::2], strict=True)} <= {own, written}
+    assert len({tuple(each) for each in asked}) > 4  # prompts go by different ones
+    assert asked[3] == asks(CritiqueAndRevision(PRINCIPLES, revisions=3), "p3")
+    assert asks(CritiqueAndRevision([{"revision": "Be kind."}], critiques=False), "p") == ["Be kind."]
+
+
+@pytest.mark.parametrize(
+    ("principles", "options", "message"),
+    [
+        ([], {}, "a list of at least one"),
+        ("Be kind.", {}, "a list of at least one"),
+        (["Be kind."], {"revisions": 0}, "revisions=0"),
+        ([{"revision": "Be kind."}], {}, "must have a text 'critique'"),
+    ],
+)
+def test_principles_that_say_nothing_are_refused(principles: Any, options: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        CritiqueAndRevision(principles, **options)
 
 
 def test_the_python_tool_shows_what_was_printed_and_why_it_ended():
@@ -137,10 +179,13 @@ def test_each_is_found_by_its_name_and_answers_in_an_environment_worker(tmp_path
     specs = {
         "tools": EnvironmentSpec.of(["calculator"], None, {}, {}),
         "game": EnvironmentSpec.of([], "guessing_game", {}, {"high": 9}),
+        "revision": EnvironmentSpec.of([], "critique_and_revision", {}, {"principles": ["Be kind."]}),
         "search": EnvironmentSpec.of(["calculator"], None, {"": "search"}, {"corpus": str(tmp_path / "corpus.txt")}),
         "python": EnvironmentSpec.of([], None, {"": "python"}, {"without": ["namespaces", "landlock", "seccomp"]}),
     }
-    assert {*TOOLS, *ENVIRONMENTS, *FACTORIES} == {"calculator", "guessing_game", "search", "python"}
+    assert {*TOOLS, *ENVIRONMENTS, *FACTORIES} == {
+        *("calculator", "critique_and_revision", "guessing_game", "search", "python")
+    }
 
     def calls(name: str, **arguments: str) -> dict[str, object]:
         return {
@@ -152,6 +197,7 @@ def test_each_is_found_by_its_name_and_answers_in_an_environment_worker(tmp_path
     turns = {
         "tools": calls("calculator", expression="6*7"),
         "game": {"role": "assistant", "content": "5"},
+        "revision": {"role": "assistant", "content": "5"},
         "search": calls("search", query="aare"),
         "python": calls("python", code="print('é')"),
     }
@@ -172,6 +218,7 @@ def test_each_is_found_by_its_name_and_answers_in_an_environment_worker(tmp_path
     assert asyncio.run(answers()) == {
         "tools": "42",
         "game": "Right.",
+        "revision": CRITIQUE.format(principle="Be kind."),
         "search": "[1] Bern lies on the Aare.",
         "python": "é",
     }

@@ -21,7 +21,16 @@ from orchestrator.batches.records import (
     scored_completions,
     scored_pairs,
 )
-from orchestrator.batches.regrouping import accepted, best, ended, first_against_others, labelled, statistical_rejection
+from orchestrator.batches.regrouping import (
+    accepted,
+    best,
+    ended,
+    first_against_others,
+    labelled,
+    last_turn,
+    last_turn_over_first,
+    statistical_rejection,
+)
 from orchestrator.batches.row_table import RowTable
 from orchestrator.batches.written_data import Output
 from orchestrator.config.schema import DataConfig, RunConfig
@@ -72,6 +81,18 @@ def test_the_data_s_own_completion_is_preferred_to_each_sample() -> None:
     assert table is not None and table["reward"].tolist() == [5.0, 1.0, 5.0, 2.0]
     assert table["preferred"].tolist() == [True, False, True, False]
     assert first_against_others(group([5.0], sampler=np.array([0], np.int8))) is None
+
+
+def test_of_episodes_that_came_to_their_end_the_last_turn_is_kept_or_preferred_to_the_first() -> None:
+    episodes, turns = [7, 7, 7, 2, 2, 5, 9, 9], [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+    cut = [False] * 3 + [True] * 2 + [False] * 3
+    table = group(turns, episode=episodes, truncated=cut)
+    kept, pair = last_turn(table), last_turn_over_first(table)
+    assert kept is not None and kept["reward"].tolist() == [2.0, 5.0, 7.0]
+    assert pair is not None and pair["reward"].tolist() == [2.0, 0.0, 7.0, 6.0]
+    assert pair["preferred"].tolist() == [True, False] * 2
+    assert last_turn_over_first(group([1.0], episode=[0], truncated=[False])) is None
+    assert last_turn(group([1.0], episode=[0], truncated=[True])) is None
 
 
 def test_statistical_rejection_pairs_what_it_accepts_and_the_higher_reward_is_preferred() -> None:
