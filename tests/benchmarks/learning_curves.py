@@ -1,11 +1,13 @@
 """What a method learns: its shipped recipe, run as a user runs it, measured on held-out additions.
 
-    python tests/benchmarks/learning_curves.py [METHOD ...]
+    python tests/benchmarks/learning_curves.py [--local] [METHOD | LOOP ...]
+    python tests/benchmarks/learning_curves.py --run FOLDER METHOD      of a run that has ended
 
-Writes `docs/methods/curves/METHOD.png` and prints what was measured where the method's own phase began and ended. A
-recipe `METHOD_arithmetic` runs in one process, or on Ray if the method samples. Offline recipes evaluate held-out rows
-by themselves; beside that, the share of held-out problems that are answered rightly is measured, if what is trained
-answers. A minute to a few each on two cores.
+Writes `docs/methods/curves/METHOD.png` and prints what was measured where the method's own phase began and ended; of a
+loop over methods, a recipe by its own name, at the end of each phase. A recipe `METHOD_arithmetic` runs in one process,
+or on Ray if an engine of it is vLLM (with --local, the hf engine takes its place). Offline recipes evaluate held-out
+rows by themselves; beside that, the share of held-out problems that are answered rightly is measured, if what is
+trained answers. A minute to a few each on two cores.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.columns import Head
-from orchestrator.config.loading import load_config
+from orchestrator.config.loading import load_config, recipes
+from orchestrator.config.roles import EngineRole
+from orchestrator.config.schema import RunConfig
 from orchestrator.planning.resolve import build_pipeline
 from orchestrator.reporting.metrics import METRICS_FILE, read
 from orchestrator.reporting.plot import EXPLAINED, KL, PANELS, REWARD, draw
@@ -31,7 +35,9 @@ REPOSITORY = Path(__file__).parent.parent.parent
 CURVES = REPOSITORY / "docs" / "methods" / "curves"
 PREFERENCES = ("dpo", "cpo", "simpo", "alphapo", "orpo", "tpo", "kto", "bco", "reward_model")
 OFFLINE = ("sft", *PREFERENCES, "process_reward_model", "gkd")
-METHODS = (*OFFLINE, "online_dpo", "ppo")
+DISTILLATION = ("on_policy_distillation", "minillm", "gold", "iw_opd", "sdft", "sdpo")
+METHODS = (*OFFLINE, *DISTILLATION, "online_dpo", "ppo", "gfpo", "a2po", "nash_md")
+LOOPS = ("sppo", "iterative_dpo", "self_rewarding", "spin", "rso", "constitutional_ai", "rlaif", "distil_then_grpo")
 EVERY = 10  # steps between evaluations
 DPI = 70  # the pictures are part of the repository
 TIMEOUT_S = 1800
@@ -41,42 +47,72 @@ PICTURED = (*(panel for panel in PANELS if panel.sparse), REWARD, EXPLAINED, KL)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("methods", nargs="*", default=METHODS, help=", ".join(METHODS))
+    parser.add_argument("names", nargs="*", default=(*METHODS, *LOOPS), help=", ".join((*METHODS, *LOOPS)))
+    parser.add_argument("--local", action="store_true", help="in one process, with the hf engine")
+    parser.add_argument("--run", type=Path, help="a run's folder; nothing is run")
+    given = parser.parse_args()
     CURVES.mkdir(exist_ok=True)
-    table = Table("method", "step", *COLUMNS)
-    for method in parser.parse_args().methods:
+    table = Table("run", "phase", "step", *COLUMNS)
+    for name in given.names:
         with tempfile.TemporaryDirectory() as output:
-            folder = run(method, Path(output))
-            picture = CURVES / f"{method}.png"
-            draw(folder, picture, title=f"{method}_arithmetic", phase=method, panels=PICTURED, dpi=DPI)
-            for line in began_and_ended(read(folder / METRICS_FILE), method):
-                table.add_row(method, str(line["step"]), *_measured(line))
+            folder = given.run or run(name, Path(output), local=given.local)
+            phase = None if name in LOOPS else name
+            picture = CURVES / f"{name}.png"
+            draw(folder, picture, title=recipe_of(name), phase=phase, panels=PICTURED, dpi=DPI)
+            lines = read(folder / METRICS_FILE)
+            for line in ends_of_phases(lines) if phase is None else began_and_ended(lines, phase):
+                table.add_row(name, line["phase"], str(line["step"]), *_measured(line))
     Console(width=140).print(table)
 
 
-def run(method: str, output: Path) -> Path:
-    """The folder of a finished run of the method's recipe."""
-    recipe = f"{method}_arithmetic"
-    phase = load_config(recipe).phases[method]
-    key = "" if method == "sft" else f"phases.{method}."  # the one recipe with its phase at the top level
-    overrides = [
-        f"output={output}",
-        "logging.trackers=[]",
-        f"{key}evaluation.every={EVERY if key else 4 * EVERY}",
-    ]
-    pipeline = build_pipeline(phase)
-    if Head.VOCABULARY in pipeline.heads.values():  # what is trained can answer
-        overrides += [
-            *([] if pipeline.generates else ["roles.rollout.engine=hf"]),
-            "rewards=[{fn: exact_match}]",
-            f"{key}sampling.max_tokens=5",
-            f"{key}evaluation.data={{path: 'example:arithmetic', split: test}}",
-        ]
-    place = [] if pipeline.generates else ["--local"]
+def recipe_of(name: str) -> str:
+    """The recipe of a method or a loop."""
+    shipped = recipes()
+    return name if name in shipped else f"{name}_arithmetic"
+
+
+def run(name: str, output: Path, *, local: bool) -> Path:
+    """The folder of a finished run of a recipe."""
+    recipe = recipe_of(name)
+    config = load_config(recipe)
+    overrides = [f"output={output}", "logging.trackers=[]"]
+    if name not in LOOPS:
+        overrides += measuring(name, config)
+    phases = map(build_pipeline, config.phases.values())
+    engines = {role for pipeline in phases for role in pipeline.roles if isinstance(config.roles.get(role), EngineRole)}
+    slow = sorted(role for role in {*engines, "rollout"} if _engine(config, role) == "vllm")
+    if local or not engines:
+        overrides += [f"roles.{role}.engine=hf" for role in slow]
+    place = ["--local"] if local or not engines or not slow else []
     command = [Path(sys.executable).parent / "troupe", "run", recipe, *place, *overrides]
     subprocess.run(command, check=True, timeout=TIMEOUT_S, env={**os.environ, "COLUMNS": "140"})
     (folder,) = output.iterdir()
     return folder
+
+
+def measuring(method: str, config: RunConfig) -> list[str]:
+    """Overrides with which the method's own phase measures what it learns."""
+    key = "" if method == "sft" else f"phases.{method}."  # the one recipe with its phase at the top level
+    overrides = [f"{key}evaluation.every={EVERY if key else 4 * EVERY}"]
+    if Head.VOCABULARY in build_pipeline(config.phases[method]).heads.values():  # what is trained can answer
+        overrides += [
+            "rewards=[{fn: exact_match}]",
+            f"{key}sampling.max_tokens=5",
+            f"{key}evaluation.data={{path: 'example:arithmetic', split: test}}",
+        ]
+    return overrides
+
+
+def _engine(config: RunConfig, role: str) -> str:
+    settings = config.roles.get(role)
+    assert isinstance(settings, EngineRole)
+    return settings.engine
+
+
+def ends_of_phases(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last evaluation of each phase that has any."""
+    evaluated = [line for line in lines if any(name.startswith("eval_") for name in line)]
+    return list({line["phase"]: line for line in evaluated}.values())
 
 
 def began_and_ended(lines: list[dict[str, Any]], phase: str) -> list[dict[str, Any]]:

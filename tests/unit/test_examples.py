@@ -91,7 +91,9 @@ def test_an_answer_that_forgets_its_carry_is_worked_out_and_revised_when_the_use
     for talk, prompt, answer in zip(talks, asked["prompt"], asked["answer"], strict=True):
         assert talk[:1] == prompt and [said["role"] for said in talk] == ["user", "assistant"] * 3
         assert [talk[2]["content"], talk[4]["content"]] == ["check", "revise"]
-        assert talk[5]["content"] == answer == talk[3]["content"].rsplit("=", 1)[1]
+        ones, total = talk[3]["content"].split("=")
+        assert sum(map(int, ones.split("+"))) == int(total) and int(total) % 10 == int(answer) % 10
+        assert talk[5]["content"] == answer
         right += talk[1]["content"] == answer
     assert right / len(talks) == pytest.approx(1 - 0.45 * 0.7, abs=0.02)
 
@@ -191,7 +193,7 @@ def test_the_rejected_answer_of_a_pair_omits_or_adds_a_carry() -> None:
 
 
 def test_with_slips_a_share_of_the_rejected_answers_is_wrong_in_other_ways_too() -> None:
-    pairs = examples.arithmetic_pairs(seed=0, split="train", slips=0.5)
+    pairs = examples.dataset("arithmetic_pairs", seed=0, split="train", slips=0.5)
     off_by = [abs(int(wrong) - int(right)) for wrong, right in zip(pairs["rejected"], pairs["chosen"], strict=True)]
     assert min(off_by) >= 1 and set(off_by) == set(range(1, 21))
     assert 0.45 < np.mean([each != 10 for each in off_by]) < 0.5, "the others are carries"
@@ -242,3 +244,28 @@ def test_a_call_of_the_calculator_is_read_back_and_has_few_tokens(tmp_path: Path
     assert json.loads(call) == {"name": "calculator", "arguments": {"expression": messages[0]["content"]}}
     assert len(words(text, add_special_tokens=False).input_ids) < 30
     assert words.decode(words(text, add_special_tokens=False).input_ids) == text
+
+
+def test_problems_that_carry_and_the_others_are_told_apart_and_taken_alone() -> None:
+    data = examples.dataset("arithmetic", seed=0, split="train", kinds=True)
+    carries = [sum(int(part) % 10 for part in prompt.rstrip("=").split("+")) >= 10 for prompt in data["prompt"]]
+    assert data["kind"] == ["carry" if each else "plain" for each in carries]
+    some = {
+        which: examples.dataset("arithmetic_sft", seed=0, split="train", carries=which, forgotten=0.0)["prompt"]
+        for which in (True, False)
+    }
+    assert sorted([*some[True], *some[False]]) == sorted(data["prompt"])
+    assert set(some[True]) == {prompt for prompt, each in zip(data["prompt"], carries, strict=True) if each}
+
+
+def test_worked_additions_forget_their_first_carry_as_often_as_is_said_and_go_on_from_that() -> None:
+    right, forgetful = (
+        examples.dataset("arithmetic_worked", seed=0, split="train", **options)["completion"]
+        for options in ({}, {"forgotten": 0.7})
+    )
+    wrong = [(known, said) for known, said in zip(right, forgetful, strict=True) if known != said]
+    assert len(wrong) / len(right) == pytest.approx(0.45 * 0.7, abs=0.02)
+    for known, said in wrong:
+        (first, tens, last), (ones, same, end) = known.split(), said.split()
+        assert tens == same and int(first.split("=")[1]) - int(ones.split("=")[1]) == 10
+        assert int(last.split("=")[1]) - int(end.split("=")[1]) == 10
