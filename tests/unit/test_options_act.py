@@ -260,7 +260,8 @@ def regrouped(stage: Stage, group: int) -> Any:
     """What a stage makes of the rows of a group: their numbers in the batch, with the columns that it writes."""
     assert stage.call is not None
     rows = np.flatnonzero(sampled()["group"] == group)
-    table = stage.call(RowTable(sampled()).select(rows), **stage.options["call"])
+    turns = np.arange(len(rows)) // 2  # of each group, two turns make an episode
+    table = stage.call(RowTable(sampled()).select(rows).with_values(episode=turns), **stage.options["call"])
     return table and (table.lengths.tolist(), {name: table[name].tolist() for name in stage.writes})
 
 
