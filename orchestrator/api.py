@@ -19,7 +19,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -167,7 +167,8 @@ class Status:
     evaluation after that step. `workers`: of its elastic roles while it is running: role -> how many are `desired`, how
     many are `serving`. `members`: role -> each worker with its state and place. Of a run in progress: its `phase`, the
     stages `at_work` (`stage`, `writes`, `calls`, `share` of the last second), and what its driver `waits` for (`what`,
-    `seconds`)."""
+    `seconds`). `autoscale`: role -> `min`, `max`, whether it is `held` at a number that somebody asked for, and what
+    was decided last (`said`)."""
 
     kind: State
     state: str
@@ -178,6 +179,7 @@ class Status:
     phase: str | None = None
     at_work: Sequence[Mapping[str, Any]] = ()
     waits: Sequence[Mapping[str, Any]] = ()
+    autoscale: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
 
 
 class RunHandle:
@@ -216,8 +218,9 @@ class RunHandle:
         roles = put_up.roles
         workers = {role: {"desired": seen["desired"], "serving": seen["serving"]} for role, seen in roles.items()}
         members = {role: seen["members"] for role, seen in roles.items()}
+        autoscale = {role: seen["autoscale"] for role, seen in roles.items() if "autoscale" in seen}
         step, now = int(last.get("step", 0)), (put_up.phase, put_up.at_work, put_up.waits)
-        return Status(kind, state, step, workers, members, last, *now)
+        return Status(kind, state, step, workers, members, last, *now, autoscale)
 
     def pipelines(self) -> Mapping[str, Sequence[Mapping[str, Any]]]:
         """For each phase its stages in order (`orchestrator.activity.drawn`); empty until the run has read its data."""
@@ -247,9 +250,10 @@ class RunHandle:
             return State.FINISHED, "finished"
         return State.STOPPED, f"stopped by {ended['signal']}; `troupe resume {self.folder}` continues it"
 
-    def scale(self, role: str, count: int, *, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
-        """Ask for `count` workers of an elastic role; they come and go while the run goes on. Returns once the run has
-        been told. Raises UserError for a role that has no workers of its own, and for a run with `local`."""
+    def scale(self, role: str, count: control.Workers, *, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
+        """Ask for `count` workers of an elastic role; they come and go while the run goes on. A role with `autoscale`
+        keeps that number until "auto" is asked for. Returns once the run has been told. Raises UserError for a role
+        that has no workers of its own, or no `autoscale` to go back to, and for a run with `local`."""
         request = self._ask(timeout_s, "scale", role, count)
         self._await(lambda: not request.exists(), timeout_s, "the run to take the request")
 

@@ -13,7 +13,7 @@ import os
 import re
 import time
 from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,15 +171,7 @@ class _Run:
             watching(cluster, context.watchdog, console.warn, self._ray_is_gone),
             launch(prepared, plan, cluster, folder, context.event, context.watchdog) as roles,
             chat_door(self._chat(roles), cluster.host) as chat,
-            supervised(
-                context.config,
-                self._run_file(cluster, chat),
-                folder,
-                roles,
-                context.requests,
-                context.watchdog,
-                console.warn,
-            ),
+            self._supervised(cluster, chat, roles),
         ):
             console.placed(cluster.describe())
             console.at(folder, self.dashboard)
@@ -193,6 +185,14 @@ class _Run:
                     await PhaseRun(context, phase, roles, found if inside else None).run()
         return self._finish()
 
+    def _supervised(self, cluster: Cluster, chat: ChatDoor, roles: Executor) -> AbstractAsyncContextManager[None]:
+        context = self.context
+        context.autoscaler.attach(roles.pools, cluster.room)
+        run, requests, warn = self._run_file(cluster, chat), context.requests, context.console.warn
+        return supervised(
+            context.config, run, context.folder, roles, requests, context.watchdog, warn, context.autoscaler
+        )
+
     def _chat(self, roles: Executor) -> LiveChat:
         config, run = self.context.config, self.context.folder.name
         settings = {role: config.roles[role] for role in roles.engines}
@@ -202,7 +202,10 @@ class _Run:
 
     def _run_file(self, cluster: Cluster, chat: ChatDoor) -> RunFile:
         elastic = tuple(role.name for role in self.context.plan.elastic)
-        return RunFile(self.context.folder.name, cluster.address, Driver.here(), elastic, chat.url, chat.models)
+        autoscaled = self.context.autoscaler.roles
+        return RunFile(
+            self.context.folder.name, cluster.address, Driver.here(), elastic, chat.url, chat.models, autoscaled
+        )
 
     def _finish(self) -> RunResult:
         context = self.context

@@ -77,6 +77,7 @@ class EngineLoop:
         self.version = -1
         self.device: torch.device | None = None  # the engine's, once it is built
         self.paused = False
+        self.kv_cache_use: float | None = None  # of the engine's last step
         self.death: str | None = None  # why the engine has ended
         self._build = build
         self._built: Future[None] = Future()
@@ -193,6 +194,7 @@ class EngineLoop:
             if engine.busy and not self.paused:
                 for finished in engine.step():
                     self._finish(finished)
+                self.kv_cache_use = getattr(engine, "kv_cache_use", None)  # engines of users need not say
             self._turned = time.monotonic()
 
     def _carry_out(self, command: _Command, engine: Engine) -> None:

@@ -121,6 +121,12 @@ class VllmEngine:
                 finished.append(Finished(running.request, running.completions))
         return finished
 
+    @property
+    def kv_cache_use(self) -> float:
+        """The share of the key-value cache that the running requests hold: 0 to 1."""
+        core: Any = self._llm.engine_core
+        return float(core.engine_core.scheduler.kv_cache_manager.usage)
+
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Requests in flight compute their keys and values again under the new weights: every token's log-probability
         is that of one version alone."""

@@ -174,6 +174,7 @@ class RolloutWorker:
             "tokens_per_s": self._loop.tokens.per_second(),
             "stuck_s": stuck_s,
             "paused": self._loop.paused,
+            "kv_cache_use": self._loop.kv_cache_use,
         }
 
     async def pause(self) -> None:

@@ -16,13 +16,19 @@ if TYPE_CHECKING:
 
 
 @app.command()
-def scale(folder: RunFolder, target: Annotated[str, typer.Argument(help="ROLE=N, for example rollout=4.")]) -> None:
+def scale(folder: RunFolder, target: Annotated[str, typer.Argument(help="ROLE=N (rollout=4), or ROLE=auto.")]) -> None:
     """Change the number of a running job's workers."""
     from orchestrator.cluster.control import parse_scale
 
     role, count = parse_scale(target)
-    _handle(folder).scale(role, count)
+    handle = _handle(folder)
+    handle.scale(role, count)
+    if count == "auto":
+        typer.echo(f"the number of {role} workers follows the load; `troupe status {folder}` says why it changes")
+        return
     typer.echo(f"asked for {count} {role} worker(s); `troupe status {folder}` shows them come and go")
+    if role in handle.status().autoscale:
+        typer.echo(f"it stays at {count} until `troupe scale {folder} {role}=auto`")
 
 
 @app.command()
@@ -70,6 +76,10 @@ def status(folder: RunFolder, as_json: AsJson = False) -> None:
         typer.echo(f"  waits {wait['seconds']:.0f} s for {wait['what']}")
     if seen.workers:
         typer.echo(json.dumps(dict(seen.workers), indent=2))
+    for role, scaled in seen.autoscale.items():
+        held = f", held until `troupe scale {folder} {role}=auto`" if scaled["held"] else ""
+        last = f"; last decision {scaled['said']}" if scaled["said"] else ""
+        typer.echo(f"  {role}: {scaled['min']} to {scaled['max']} workers by load{held}{last}")
     for role, members in seen.members.items():
         for member in members:
             facts = (f"{name} {value}" for name, value in member.items() if name not in ("index", "state"))

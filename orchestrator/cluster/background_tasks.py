@@ -1,6 +1,7 @@
 """Background tasks of a run: they take requests, ping the ranks, check that Ray is alive, and print overdue waits.
 
 troupe scale RUN rollout=4 ──► RUN/requests ── twice a second: desired counts ──► pools
+                             the load of the pools ──────────────────► pools (`autoscaler.py`)
 troupe pause RUN           ──►                        pause, checkpoint, stop ──► requests, read between two steps
 troupe status RUN          ◄── RUN/status.json ◄── every second ── pools, stages at work, waits
                                ranks ── every two seconds: ping ──► a rank that died or hangs ends the loop
@@ -23,6 +24,7 @@ from typing import Any
 
 from actors.errors import ConfigError, InfraFailure, NoAnswer, WorkerDied
 from actors.worker import Worker
+from orchestrator.cluster.autoscaler import Autoscaler
 from orchestrator.cluster.base import Cluster
 from orchestrator.cluster.control import Desired, RunFile, forget_requests, put_status, take_requests
 from orchestrator.cluster.failures import Watchdog
@@ -70,6 +72,7 @@ async def supervised(
     requests: Requests,
     watchdog: Watchdog,
     warn: Callable[[str], None],
+    autoscaler: Autoscaler,
 ) -> AsyncIterator[None]:
     """While the block runs: the run can be found and controlled through its folder, and the ranks are pinged. If a rank
     died or hangs, the block is cancelled and InfraFailure raised in its place."""
@@ -86,9 +89,8 @@ async def supervised(
 
     forget_requests(folder)
     run.write(folder)
-    polling = _take_requests(
-        folder, Desired(run.elastic), roles, requests, partial(_put_up, folder, roles, watchdog), warn
-    )
+    put_up = partial(_put_up, folder, roles, watchdog, autoscaler)
+    polling = _take_requests(folder, Desired(run.elastic, run.autoscaled), roles, requests, put_up, warn, autoscaler)
     try:
         async with AsyncExitStack() as stack:
             for work in (look(), _watch(lambda: health.overdue(time.monotonic()), warn), polling):
@@ -136,8 +138,8 @@ async def _watch(overdue: Callable[[], list[str]], warn: Callable[[str], None]) 
             warn(line)
 
 
-def _put_up(folder: Path, roles: Executor, watchdog: Watchdog) -> None:
-    described = {role: pool.described() for role, pool in roles.pools.items()}
+def _put_up(folder: Path, roles: Executor, watchdog: Watchdog, autoscaler: Autoscaler) -> None:
+    described = {role: {**pool.described(), **autoscaler.described(role)} for role, pool in roles.pools.items()}
     at_work, waits = roles.activity.observed(), watchdog.waits()
     put_status(folder, described, phase=roles.activity.phase, at_work=at_work, waits=waits)
 
@@ -149,6 +151,7 @@ async def _take_requests(
     requests: Requests,
     put_up_status: Callable[[], None],
     warn: Callable[[str], None],
+    autoscaler: Autoscaler,
 ) -> None:
     """Put up how the run stands, and take over what was requested from outside."""
     put_up = -math.inf
@@ -165,6 +168,7 @@ async def _take_requests(
         for role, count in desired.workers.items():
             if role in roles.pools:  # or as soon as a later phase starts it
                 roles.pools[role].resize(count)
+        await autoscaler.look(held=desired.workers)
         requests.update(desired)
         await asyncio.sleep(LOOK_EVERY_S)
 

@@ -53,6 +53,10 @@ class Cluster(Protocol):
         """End a worker of an elastic role and give its room back. Stopping twice is fine."""
         ...
 
+    async def room(self, role: str) -> int | None:
+        """For how many more workers of an elastic role there is room now; None: no limit is known."""
+        ...
+
     def describe(self) -> list[dict[str, Any]]:
         """One row per process that is ready: role, name, node, pid, cpus, gpus, threads."""
         ...
@@ -95,6 +99,9 @@ class LocalCluster:
     async def stop_worker(self, worker: Worker) -> None:
         self._workers.pop(worker.name, None)
         await worker.kill()
+
+    async def room(self, role: str) -> int | None:
+        return None
 
     def describe(self) -> list[dict[str, Any]]:
         plan = self._plan

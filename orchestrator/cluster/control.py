@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from actors.errors import ConfigError, RunError, UserError
 from orchestrator.cluster.run_lock import Driver
@@ -29,16 +29,19 @@ RUN_FILE = "run.json"
 EVENTS_FILE = "events.jsonl"
 REQUESTS = "requests"
 STATUS_FILE = "status.json"
+Workers = int | Literal["auto"]  # how many a role is to have; auto: as many as its `autoscale` decides
 SILENT_S = 60.0  # a driver that has put up no status for so long does not answer
 
 
 @dataclass
 class Desired:
-    """What was asked of a run since its driver started. `elastic`: the roles that it can scale. A ticket is any name
-    that no other request has: the event that answers a request has it in its `asked`."""
+    """What was asked of a run since its driver started. `elastic`: the roles that it can scale; `autoscaled`: those of
+    them that it scales by itself. A ticket is any name that no other request has: the event that answers a request has
+    it in its `asked`."""
 
     elastic: Sequence[str] = ()
-    workers: dict[str, int] = field(default_factory=dict[str, int])  # by elastic role
+    autoscaled: Sequence[str] = ()
+    workers: dict[str, int] = field(default_factory=dict[str, int])  # by elastic role; until it is to be automatic
     pauses: dict[str, bool] = field(default_factory=dict[str, bool])  # ticket -> whether to hold; the last one counts
     checkpoints: list[str] = field(default_factory=list[str])  # tickets
     stop: bool = False
@@ -49,6 +52,10 @@ class Desired:
             case ["scale", str(role), int(count)] if count >= 0:
                 refuse_fixed(role, self.elastic)
                 self.workers[role] = count
+            case ["scale", str(role), "auto"]:
+                refuse_fixed(role, self.elastic)
+                refuse_manual(role, self.autoscaled)
+                self.workers.pop(role, None)
             case ["pause", bool(hold), str(ticket)]:
                 self.pauses.setdefault(ticket, hold)
             case ["checkpoint", str(ticket)]:
@@ -67,6 +74,15 @@ def refuse_fixed(role: str, elastic: Sequence[str]) -> None:
         raise ConfigError(f"this run has no role {role} whose workers come and go; {can}")
 
 
+def refuse_manual(role: str, autoscaled: Sequence[str]) -> None:
+    """Raises ConfigError for a role that a run with these autoscaled roles does not scale by itself."""
+    if role not in autoscaled:
+        raise ConfigError(
+            f"{role}=auto: this run was started without roles.{role}.autoscale; `troupe resume RUN "
+            f"roles.{role}.autoscale.max=N` continues it with one once it has ended, and {role}=N sets a number now"
+        )
+
+
 @dataclass(frozen=True)
 class RunFile:
     """`run.json` in a run's folder: who drives it, and what can be asked of it."""
@@ -77,6 +93,7 @@ class RunFile:
     elastic: tuple[str, ...] = ()  # roles whose workers come and go
     chat: str | None = None  # where its policy is chatted with: a URL that nobody can guess
     models: tuple[str, ...] = ()  # what can be named there
+    autoscaled: tuple[str, ...] = ()  # of the elastic roles, those that it scales by itself
 
     def write(self, folder: Path) -> None:
         _replace(folder / RUN_FILE, asdict(self))
@@ -86,7 +103,7 @@ class RunFile:
         try:
             read: dict[str, Any] = json.loads((folder / RUN_FILE).read_text())
             driver = Driver(**read.pop("driver"))
-            lists = {name: tuple(read.pop(name, ())) for name in ("elastic", "models")}
+            lists = {name: tuple(read.pop(name, ())) for name in ("elastic", "models", "autoscaled")}
             return cls(driver=driver, **lists, **read)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ConfigError(
@@ -111,14 +128,15 @@ def events(folder: Path) -> list[dict[str, Any]]:
     return LineReader(folder / EVENTS_FILE).new()
 
 
-def parse_scale(text: str) -> tuple[str, int]:
-    """`rollout=4` -> ("rollout", 4)."""
-    match = re.fullmatch(r"(\w+)=(\d+)", text)
+def parse_scale(text: str) -> tuple[str, Workers]:
+    """`rollout=4` -> ("rollout", 4); `rollout=auto` -> ("rollout", "auto")."""
+    match = re.fullmatch(r"(\w+)=(\d+|auto)", text)
     if match is None:
         raise ConfigError(
-            f"cannot scale {text!r}; write ROLE=N with the name of a role and a number of workers, e.g. rollout=4"
+            f"cannot scale {text!r}; write ROLE=N with the name of a role and a number of workers, e.g. rollout=4, or "
+            "ROLE=auto for a role with `autoscale`"
         )
-    return match[1], int(match[2])
+    return match[1], "auto" if match[2] == "auto" else int(match[2])
 
 
 class InOneProcess(UserError):
@@ -137,6 +155,8 @@ def ask(folder: Path, method: str, *arguments: Any) -> Path:
         if run.address is None:
             raise InOneProcess(f"{run.name} runs in one process (--local): it has no workers that come and go")
         refuse_fixed(arguments[0], run.elastic)
+        if arguments[1] == "auto":
+            refuse_manual(arguments[0], run.autoscaled)
     requests = folder / REQUESTS
     requests.mkdir(exist_ok=True)
     file = requests / f"{time.time_ns()}-{uuid.uuid4().hex[:8]}.json"

@@ -229,6 +229,7 @@ class _Starting:
             start_timeout_s=settings.start_timeout_s,
             max_restarts=settings.max_restarts,
             alone_after=settings.max_attempts,  # a worker with a single request is slow: only for the last attempt
+            at_a_time=max(1, calls),
         )
         kwargs: dict[str, Any] = {"spec": spec}
         if episodes:

@@ -28,7 +28,9 @@ from actors.errors import BlockLost, InfraFailure, NoAnswer
 from actors.worker import Worker, WorkerInfo
 from orchestrator.cluster.failures import Watchdog
 from orchestrator.cluster.fleet import Fleet, Member, Start, State, Stop
+from orchestrator.cluster.pool_load import PoolLoad
 
+SAID = {"version": 1, "tokens_per_s": 1, "kv_cache_use": 3}  # of members that say so when they are pinged: digits
 T = TypeVar("T")
 Event = Callable[[str, dict[str, Any]], None]
 
@@ -47,6 +49,11 @@ class PoolPolicy:
     alone_after: int = 1  # worker deaths with several calls; after that many a call gets a worker to itself
     ping_every_s: float = 1.0
     ping_timeout_s: float = 15.0
+    at_a_time: int | None = None  # calls that one worker works on at a time; the rest of its slots wait in it
+
+    @property
+    def places(self) -> int:
+        return self.slots if self.at_a_time is None else self.at_a_time
 
 
 @dataclass(eq=False)
@@ -78,6 +85,8 @@ class Pool:
         self.workers: dict[int, Worker] = {}
         self.infos: dict[int, WorkerInfo] = {}
         self.health: dict[int, dict[str, Any]] = {}
+        self.load = PoolLoad()
+        self.wakes = False  # it is resized by itself when it has no worker and is called
         self._untried: dict[int, float] = {}  # member that returned nothing yet -> when its start began
         self.admit: Callable[[int], Awaitable[None]] = _at_once  # what a member that is up waits for before it serves
         self._start, self._stop = start, stop
@@ -106,19 +115,26 @@ class Pool:
         workers, self.workers = list(self.workers.values()), {}
         await asyncio.gather(*(self._stop(worker) for worker in workers), return_exceptions=True)
 
-    def resize(self, desired: int) -> None:
+    def resize(self, desired: int, *, why: str | None = None) -> None:
         """Change the desired number of members; takes effect at once, surplus members drain. With none, calls wait for
-        the next resize."""
+        the next resize. `why`: if nobody asked for it."""
         if desired != self.fleet.desired:
-            paused = {} if desired else {"paused": f"whatever needs a {self.role} worker, until there is one again"}
-            self._event("resized", {"role": self.role, "from": self.fleet.desired, "to": desired, **paused})
+            waits = desired == 0 and not self.wakes
+            paused = {"paused": f"whatever needs a {self.role} worker, until there is one again"} if waits else {}
+            reason = {} if why is None else {"why": why}
+            self._event("resized", {"role": self.role, "from": self.fleet.desired, "to": desired, **reason, **paused})
             self.fleet.desired = desired
             self._wake.set()
 
     @property
+    def _places(self) -> int:
+        """Calls that the members which serve can work on at a time."""
+        return self.count(State.SERVING) * self.policy.places
+
+    @property
     def paused(self) -> bool:
-        """Whether it has no member because none is wanted."""
-        return self.fleet.desired == 0
+        """Whether it has no member because none is wanted, and calls do not change that."""
+        return self.fleet.desired == 0 and not self.wakes
 
     def described(self) -> dict[str, Any]:
         """For those who look from outside: how many members are wanted and serve, and each of them."""
@@ -129,10 +145,9 @@ class Pool:
         }
 
     def _described(self, member: Member) -> dict[str, Any]:
-        """`version`, `tokens_per_s`: of members that say so when they are pinged."""
         info, health = self.infos.get(member.index), self.health.get(member.index, {})
         where = {"node": info.node, "pid": info.pid} if info is not None else {}
-        said = {name: round(health[name], 1) for name in ("version", "tokens_per_s") if name in health}
+        said = {name: round(health[name], digits) for name, digits in SAID.items() if health.get(name) is not None}
         return {"index": member.index, "state": str(member.state), "calls": member.load, **where, **said}
 
     def count(self, *states: State) -> int:
@@ -147,6 +162,13 @@ class Pool:
         worker counts as an attempt of a call that was alone with it, or that lost a worker before; of the others it
         does not. Other errors are the caller's. Raises InfraFailure when the attempts are used up, BlockLost at once if
         what the call needs is gone."""
+        self.load.note(1, self._places)
+        try:
+            return await self._attempts(key, work)
+        finally:
+            self.load.note(-1, self._places)
+
+    async def _attempts(self, key: str, work: Callable[[Worker], Awaitable[T]]) -> T:
         tried: frozenset[int] = frozenset()
         attempts = deaths = 0
         while True:
@@ -319,6 +341,9 @@ class Pool:
             await asyncio.gather(
                 *(self._check(index) for index in self.indices(State.JOINING, State.SERVING, State.DRAINING))
             )
+            uses = [self.health.get(index, {}).get("kv_cache_use") for index in self.indices(State.SERVING)]
+            if known := [use for use in uses if use is not None]:
+                self.load.fills(sum(known) / len(known))
 
     async def _check(self, index: int) -> None:
         if not await self._answers(index):
@@ -353,6 +378,7 @@ class Pool:
     def _notify(self) -> None:
         """Hand out what is free, and let those who wait for another change look again (each waits on the event that was
         current when it looked last)."""
+        self.load.note(0, self._places)
         self._hand_out()
         self._changed.set()
         self._changed = asyncio.Event()

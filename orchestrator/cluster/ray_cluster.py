@@ -28,12 +28,13 @@ from actors.group import RayGroup, RayObjects, RayWorker, start_ranks, start_wor
 from actors.worker import Group, Objects, Worker, WorkerInfo
 from orchestrator.cluster.base import START_TIMEOUT_S, refuse_foreign
 from orchestrator.cluster.leftovers import Leftovers
-from orchestrator.cluster.ray_connection import is_running, own_daemons, session, view_cluster
+from orchestrator.cluster.ray_connection import is_running, own_daemons, session, view_cluster, view_free
 from orchestrator.config.schema import RunConfig
-from orchestrator.planning.bundles import Bundle, describe, shortages
+from orchestrator.planning.bundles import Bundle, describe, how_many_fit, shortages
 from orchestrator.planning.plan import Plan, RolePlan
 
 POLL_S = 0.05
+MOST_AT_ONCE = 64  # workers that room is looked for
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,12 @@ class RayCluster:
             await asyncio.to_thread(remove_placement_group, placed.slot.group)
         else:
             self._free[placed.role.name].append(placed.slot)
+
+    async def room(self, role: str) -> int | None:
+        planned, kept = self._planned(role), len(self._free.get(role, ()))
+        if planned.host is not None:
+            return kept
+        return kept + how_many_fit(planned.own_bundle, await asyncio.to_thread(view_free), at_most=MOST_AT_ONCE)
 
     def describe(self) -> list[dict[str, Any]]:
         ranks = [worker for group in self._groups for worker in group.workers if isinstance(worker, PlacedWorker)]

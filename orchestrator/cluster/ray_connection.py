@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import psutil
 import ray
+from ray._private.state import available_resources_per_node  # of each node; the public function has the sum only
 
 from actors.errors import PlacementError, RunError, first_lines
 from actors.worker import NAMESPACE
@@ -122,6 +123,15 @@ def view_cluster() -> ClusterView:
             Node(node["NodeManagerHostname"] + "/" + node["NodeID"][:6], node["Resources"], node["Labels"])
             for node in nodes
         )
+    )
+
+
+def view_free() -> ClusterView:
+    """The same, with what is free on each node now."""
+    free = available_resources_per_node()
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    return ClusterView(
+        tuple(Node(node["NodeID"], free.get(node["NodeID"], {}), node["Labels"]) for node in nodes),
     )
 
 

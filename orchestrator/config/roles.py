@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from actors.specs import BackendKind, BackendSpec, Scheduler
+from orchestrator.config.autoscale import AutoscaleConfig
 from orchestrator.config.section import DType, LabelSelector, Positive, Seconds, Section
 from rollout.engine import EngineSpec
 
@@ -87,6 +88,8 @@ class UserCodeRole(Section):
 
     workers: Positive = 1
     """Number of processes; `troupe scale RUN ROLE=N` changes the number of a running job."""
+    autoscale: AutoscaleConfig | None = None
+    """Bounds within which the number of processes follows the load, beginning with `workers`. None: it does not."""
     cpus: Annotated[float, Field(ge=0)] = 0.5
     """CPUs reserved per worker, in Ray's book-keeping."""
     gpus: Annotated[float, Field(ge=0)] = 0.0
@@ -147,6 +150,8 @@ class EngineRole(Section):
     """Name of the engine: vllm, hf or scripted, or your own as path/to/file.py:Class."""
     workers: Positive = 1
     """Number of processes; `troupe scale RUN rollout=N` changes the number of a running job."""
+    autoscale: AutoscaleConfig | None = None
+    """Bounds within which the number of processes follows the load, beginning with `workers`. None: it does not."""
     gpus: Annotated[float, Field(ge=0)] = 0.0
     """GPUs reserved per worker."""
     cpus: Annotated[float, Field(gt=0)] = 1.0

@@ -306,7 +306,21 @@ def _of_update(where: str, config: RunConfig, phase: PhaseConfig, role: str, min
         )
 
 
+def _of_autoscale(where: str, settings: Role) -> Iterator[str]:
+    limits = None if isinstance(settings, RanksRole) else settings.autoscale
+    if limits is None:
+        return
+    if limits.min > limits.max:
+        yield f"{where}.autoscale.min={limits.min} is more than {where}.autoscale.max={limits.max}"
+    elif not limits.min <= count(settings) <= limits.max:
+        yield (
+            f"{where}.workers={count(settings)} is the number to begin with, and {where}.autoscale allows "
+            f"{limits.min} to {limits.max}; set it to one of these"
+        )
+
+
 def _of_role(where: str, role: str, settings: Role, roles: RolesConfig, launched: Sequence[str]) -> Iterator[str]:
+    yield from _of_autoscale(where, settings)
     if isinstance(settings, RanksRole) and settings.backend == "single" and settings.ranks > 1:
         yield f"{where}.ranks={settings.ranks}: the backend `single` is one process; set {where}.backend=deepspeed"
     if (
@@ -335,7 +349,7 @@ def _of_role(where: str, role: str, settings: Role, roles: RolesConfig, launched
     if settings.colocate is not None:
         yield from _of_colocation(where, role, settings, roles, launched)
     elif not any(roles[other].colocate == role for other in launched if other in roles):
-        yield from _of_gpus(where, settings.gpus, count(settings))
+        yield from _of_gpus(where, settings.gpus, most(settings))
 
 
 def _of_colocation(where: str, role: str, settings: Role, roles: RolesConfig, launched: Sequence[str]) -> Iterator[str]:
@@ -347,8 +361,9 @@ def _of_colocation(where: str, role: str, settings: Role, roles: RolesConfig, la
     beside = roles[host]
     if beside.colocate is not None:
         yield f"{where}.colocate={host}: {host} itself is colocated with {beside.colocate}; name that one"
-    if count(settings) > count(beside):
-        yield f"{where}: {count(settings)} processes cannot share the {count(beside)} bundle(s) of {host}, one in each"
+    if (wanted := most(settings)) > count(beside):
+        key = where if wanted == count(settings) else f"{where}.autoscale.max"
+        yield f"{key}: {wanted} processes cannot share the {count(beside)} bundle(s) of {host}, one in each"
     guests = [name for name in launched if name in roles and roles[name].colocate == host]
     if role == guests[0]:  # the sum is the same for all guests: report it once
         total = beside.gpus + sum(roles[name].gpus for name in guests)
@@ -406,6 +421,13 @@ def _of_source(
 def count(settings: Role) -> int:
     """Number of processes of a role at the start."""
     return settings.ranks if isinstance(settings, RanksRole) else settings.workers
+
+
+def most(settings: Role) -> int:
+    """Number of processes that a role may come to have by itself."""
+    if isinstance(settings, RanksRole) or settings.autoscale is None:
+        return count(settings)
+    return max(settings.workers, settings.autoscale.max)
 
 
 def _truncates(phase: PhaseConfig) -> bool:

@@ -59,6 +59,7 @@ class PhaseRun:
         prepared, folder, account = context.prepared, context.folder, context.account
         await asyncio.to_thread(self._open_data)
         self._enter()
+        context.autoscaler.enter()
         context.console.data(self.phase.name, [*self.phase.source.report.lines(), self.phase.drawn])
         await set_weights(prepared, folder, self.phase, roles, self.found)
         with account.spending("log-probabilities"):
@@ -202,6 +203,7 @@ class PhaseRun:
         metrics = {**sampled, **record.metrics, **phase.source.report.metrics()}
         total = phase.first_version + step
         account.step(phase.name, phase.pipeline, metrics)
+        await context.autoscaler.stepped(metrics["time/collect"] / metrics["step_time"], self._ahead())
         with context.write_errors_as_warnings(f"metrics of step {total}"):
             if last or step % config.logging.every == 0:
                 context.console.step(phase.name, step, phase.steps, metrics)
@@ -218,6 +220,13 @@ class PhaseRun:
                 await self._save()
         with account.spending("evaluation"), self.roles.activity.working("evaluation"):
             await context.ending.stop.before(context.evaluations.at(phase, self.roles, self.progress))
+
+    def _ahead(self) -> float | None:
+        """Share of the groups that `max_staleness` allows to be ready beyond a step's batch that are; None: none may
+        be."""
+        settings = self.phase.config.train
+        allowed = settings.max_staleness * settings.batch_size
+        return len(self.collector.finished) / allowed if self.collector and allowed else None
 
     async def _show_completions(self, record: StepRecord, last: bool) -> None:
         logging = self.context.config.logging

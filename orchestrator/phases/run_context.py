@@ -12,6 +12,7 @@ from typing import Any
 
 from actors.errors import InfraFailure
 from orchestrator.checkpoint import Checkpoint, CheckpointStore
+from orchestrator.cluster.autoscaler import Autoscaler
 from orchestrator.cluster.control import EVENTS_FILE
 from orchestrator.cluster.failures import Ledger, Watchdog
 from orchestrator.cluster.requests import Requests
@@ -51,6 +52,8 @@ class RunContext:
         self.evaluations = Evaluations(
             self.folder, self.log, self.console, self.watchdog, self.event, self.config.roles
         )
+        limits = {role.name: role.autoscale for role in self.plan.elastic if role.autoscale is not None}
+        self.autoscaler = Autoscaler(limits, self.event)
         self.requests = Requests(lambda: self.ending.asked())
         self.ledger = Ledger(allowed_in_a_row=max(64, 4 * max(p.config.train.batch_size for p in self.prepared.phases)))
 

@@ -102,6 +102,11 @@ def fit(bundles: Sequence[Bundle], cluster: ClusterView) -> Fit:
     return found
 
 
+def how_many_fit(bundle: Bundle, cluster: ClusterView, *, at_most: int) -> int:
+    """How many bundles like that one there is room for."""
+    return sum(node is not None for node in fit([bundle] * at_most, cluster).nodes)
+
+
 def shortages(bundles: Sequence[Bundle], cluster: ClusterView) -> list[str]:
     """One line for each role or group of roles with a bundle that does not fit: what it needs, and what is missing."""
     placed = fit(bundles, cluster).nodes

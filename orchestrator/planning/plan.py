@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.errors import ConfigError
+from orchestrator.config.autoscale import AutoscaleConfig
 from orchestrator.config.roles import EngineRole, Fallback, FrozenRole, RanksRole, UserCodeRole
 from orchestrator.config.schema import BemaConfig, PhaseConfig, RunConfig
 from orchestrator.config.validation import Role, count, refusals, warnings
@@ -59,6 +60,7 @@ class RolePlan:
     bundles: tuple[int, ...]  # in the gang, one per rank; of an elastic role only if it shares them
     pool: bool = False  # elastic workers, not ranks of a gang
     selectors: tuple[Selector, ...] = ()  # of nodes, in the order of preference
+    autoscale: AutoscaleConfig | None = None  # bounds within which a pool follows its load
 
     @property
     def elastic(self) -> bool:
@@ -309,7 +311,19 @@ def _role_plan(role: str, config: RunConfig, threads: int, bundles: tuple[int, .
         env |= GPU_RANK
     resources, selectors = _resources(settings), _selectors(settings)
     pool = not isinstance(settings, RanksRole)
-    return RolePlan(role, count(settings), resources, threads, env, memory, settings.colocate, bundles, pool, selectors)
+    return RolePlan(
+        role,
+        count(settings),
+        resources,
+        threads,
+        env,
+        memory,
+        settings.colocate,
+        bundles,
+        pool,
+        selectors,
+        None if isinstance(settings, RanksRole) else settings.autoscale,
+    )
 
 
 def _environment(settings: Role, threads: int, *, alone: bool) -> dict[str, str]:

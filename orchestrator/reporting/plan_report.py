@@ -12,7 +12,7 @@ from rich.text import Text
 
 from actors.columns import COLUMNS
 from orchestrator.pipeline import items_of
-from orchestrator.planning.bundles import ClusterView, describe, fit
+from orchestrator.planning.bundles import ClusterView, Node, describe, fit, how_many_fit
 from orchestrator.planning.memory_estimate import Memory
 from orchestrator.planning.plan import PhasePlan, Plan, RolePlan, problems
 from orchestrator.reporting.terminal_tables import Rows
@@ -60,6 +60,7 @@ def _role_data(role: RolePlan) -> dict[str, Any]:
         "threads": role.threads,
         "memory_gib": memory,
         "elastic": role.elastic,
+        "autoscale": None if role.autoscale is None else role.autoscale.model_dump(),
     }
 
 
@@ -76,6 +77,8 @@ def _parts(plan: Plan, cluster: ClusterView) -> Iterator[RenderableType]:
         yield Text(f"{role}: passes over the data once, then its processes end; what they reserve stays reserved")
     yield _heading(f"\nplacement on {cluster}")
     yield _placement(plan, cluster)
+    for line in _room(plan, cluster):
+        yield Text(line)
     for warning in plan.warnings:
         yield Text(f"\nwarning: {warning}", "yellow")
     refused = problems(plan, cluster)
@@ -146,8 +149,27 @@ def _roles(plan: Plan) -> Rows:
     for role in plan.roles.values():
         total, parts = ("?", "the model's size is not known") if role.memory is None else _memory(role.memory)
         reserved = describe(role.resources)
-        rows.add(role.name, str(role.count), reserved, str(role.threads), total, parts, _bundles(role))
+        rows.add(role.name, _processes(role), reserved, str(role.threads), total, parts, _bundles(role))
     return rows
+
+
+def _processes(role: RolePlan) -> str:
+    """`1`, or `1 (0 to 8 by load)`."""
+    scaled = role.autoscale
+    return str(role.count) if scaled is None else f"{role.count} ({scaled.min} to {scaled.max} by load)"
+
+
+def _room(plan: Plan, cluster: ClusterView) -> Iterator[str]:
+    """Roles that may ask for more workers than the cluster has room for."""
+    left = fit(plan.bundles, cluster).left
+    free = ClusterView(tuple(Node(node.name, left[node.name], node.labels) for node in cluster.nodes))
+    for role in plan.elastic:
+        if role.autoscale is None or role.host is not None:
+            continue
+        most = role.autoscale.max
+        room = role.count + how_many_fit(role.own_bundle, free, at_most=most - role.count)
+        if room < most:
+            yield f"{role.name}: room for {room} of the {most} that autoscale allows"
 
 
 def _memory(memory: Memory) -> tuple[str, str]:

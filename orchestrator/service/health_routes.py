@@ -69,6 +69,9 @@ class _Runs:
                 for role, count in detail.workers.items():
                     workers.add_metric([summary.id, role, "desired"], count.desired)
                     workers.add_metric([summary.id, role, "serving"], count.serving)
+                for role, scaled in detail.autoscale.items():
+                    for bound in ("min", "max"):
+                        workers.add_metric([summary.id, role, bound], scaled[bound])
                 for name, value in detail.metrics.items():
                     if isinstance(value, int | float) and name not in ("step", "time"):
                         last.add_metric([summary.id, name], value)

@@ -94,6 +94,7 @@ class RunFolders:
             phase=status.phase,
             at_work=status.at_work,  # pyright: ignore[reportArgumentType]
             waits=status.waits,  # pyright: ignore[reportArgumentType]
+            autoscale={role: dict(scaled) for role, scaled in status.autoscale.items()},
             metrics=dict(status.metrics),
             config=_config(folder),
         )

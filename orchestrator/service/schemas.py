@@ -39,8 +39,8 @@ class Submission(Recipe):
 class Changes(Taken):
     paused: bool | None = None
     """Hold the run before its next step, or let it go on."""
-    scale: dict[str, Annotated[int, Field(ge=0, le=10_000)]] = Field(default={}, max_length=100)
-    """Elastic role -> how many workers it is to have."""
+    scale: dict[str, Annotated[int, Field(ge=0, le=10_000)] | Literal["auto"]] = Field(default={}, max_length=100)
+    """Elastic role -> how many workers it is to have; "auto": as many as its `autoscale` decides."""
 
 
 class Resumption(Taken):
@@ -136,6 +136,8 @@ class RunDetail(RunSummary):
     """Its stages that are at work."""
     waits: list[Wait]
     """What its driver waits for."""
+    autoscale: dict[str, dict[str, Any]]
+    """Roles that scale by themselves: bounds, whether held at a number that was asked for, the last decision."""
     metrics: dict[str, Any]
     """What was logged last."""
     config: dict[str, Any]

@@ -319,11 +319,14 @@ def test_every_error_has_the_one_shape_and_is_in_the_schema(http: TestClient):
 def test_prometheus_gets_the_runs_by_state_and_the_numbers_of_those_in_progress(http: TestClient, runs: Path):
     with driving(runs / "t-1"):
         RunFile("t-1", None, Driver.here()).write(runs / "t-1")
-        put_status(runs / "t-1", {"rollout": {"desired": 2, "serving": 1, "members": []}})
+        scaled = {"min": 0, "max": 8, "held": False, "said": ""}
+        put_status(runs / "t-1", {"rollout": {"desired": 2, "serving": 1, "members": [], "autoscale": scaled}})
         text = http.get("/metrics").text
+        assert http.get("/v1/runs/t-1").json()["autoscale"] == {"rollout": scaled}
     assert 'troupe_runs{state="running"} 1.0' in text and 'troupe_runs{state="stopped"} 1.0' in text
     assert 'troupe_run_step{run="t-1"} 3.0' in text
     assert 'troupe_run_workers{count="desired",role="rollout",run="t-1"} 2.0' in text
+    assert 'troupe_run_workers{count="max",role="rollout",run="t-1"} 8.0' in text
     assert 'troupe_run_metric{name="loss",run="t-1"} 0.3333333' in text
     assert 'run="t-2"' not in text
     assert TOKEN not in text and str(runs) not in text

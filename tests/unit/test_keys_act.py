@@ -214,6 +214,19 @@ PLANNED: dict[str, tuple[Any, dict[str, Any]]] = {
     "roles.*.backend": ("deepspeed", {}),
     "roles.*.ranks": (2, DEEPSPEED),
     "roles.*.workers": (3, {}),
+    "roles.*.autoscale": ({"max": 8}, {}),
+    **{
+        f"roles.*.autoscale.{key}": (value, {"roles": {"ROLE": {"autoscale": {"max": 8}}}})
+        for key, value in {
+            "min": 0,
+            "max": 9,
+            "target_wait": 0.5,
+            "target_load": 0.5,
+            "steps": 9,
+            "cooldown_s": 9.0,
+            "idle_s": 9.0,
+        }.items()
+    },
     "roles.*.gpus": (1.0, {}),
     "roles.*.cpus": (3.0, {}),
     "roles.*.threads": (3, {}),

@@ -18,11 +18,11 @@ from orchestrator.losses.likelihood import nll
 from orchestrator.losses.reduce import token_mean
 from orchestrator.methods import build
 from orchestrator.pipeline import Completions, Pairs, Pipeline, Prompts, generate, infer, score, update
-from orchestrator.planning.bundles import Bundle, ClusterView, Node, fit, shortages
+from orchestrator.planning.bundles import Bundle, ClusterView, Node, fit, how_many_fit, shortages
 from orchestrator.planning.memory_estimate import Shape, Training, estimate
 from orchestrator.planning.node_selectors import meets
 from orchestrator.planning.plan import Machine, Plan, draft_plan, make_plan, problems
-from orchestrator.reporting.plan_report import render
+from orchestrator.reporting.plan_report import as_data, render
 
 SEVEN_BILLION = 7_000_000_000
 SMALL = 1_300_000
@@ -304,6 +304,18 @@ def test_memory_and_custom_resources_are_reserved_as_given() -> None:
         (config(roles={"policy": {"gpus": 1}, "rollout": {"gpus": 0.5, "workers": 2}}), "several of them on one GPU"),
         (config(roles={"policy": {"gpus": 1}}), "set weights.transport=object_store"),
         (
+            config(roles={"rollout": {"autoscale": {"min": 3, "max": 2}}}),
+            "roles.rollout.autoscale.min=3 is more than roles.rollout.autoscale.max=2",
+        ),
+        (
+            config(roles={"rollout": {"workers": 9, "autoscale": {"min": 0, "max": 8}}}),
+            "roles.rollout.workers=9 is the number to begin with, and roles.rollout.autoscale allows 0 to 8",
+        ),
+        (
+            config(roles={"rollout": {"colocate": "policy", "autoscale": {"max": 4}}}),
+            "roles.rollout.autoscale.max: 4 processes cannot share the 1 bundle(s) of policy",
+        ),
+        (
             config(roles={"policy": {"gpus": 1}, "rollout": {"gpus": 1, "tensor_parallel": 2}}),
             "set roles.rollout.gpus=2",
         ),
@@ -318,6 +330,23 @@ def test_invalid_settings_are_refused_with_the_key_and_a_remedy(changed: RunConf
     with pytest.raises(ConfigError) as caught:
         make_plan(changed, pipelines, machine=Machine(2))
     assert str(caught.value) == refusal
+
+
+def test_a_plan_says_how_many_of_the_workers_that_autoscale_allows_there_is_room_for() -> None:
+    plan = planned(config(roles={"rollout": {"cpus": 2, "autoscale": {"min": 0, "max": 8}}}))
+    report = as_data(plan, ClusterView.of_machine(cpus=8), {"grpo": ()})["report"]
+    assert "1 (0 to 8 by load)" in report
+    assert "rollout: room for 3 of the 8 that autoscale allows" in report  # beside the policy and the rewards
+    large = as_data(plan, ClusterView.of_machine(cpus=64), {"grpo": ()})
+    assert large["accepted"] and "room for" not in large["report"]
+
+
+def test_room_is_counted_in_whole_workers_on_nodes_that_they_may_run_on() -> None:
+    nodes = [Node(str(each), {"CPU": 3.0}, {"role": role}) for each, role in enumerate("aab")]
+    bundle = Bundle(("rollout",), {"CPU": 2.0}, ({"role": "a"},))
+    assert how_many_fit(bundle, ClusterView(tuple(nodes)), at_most=9) == 2
+    assert how_many_fit(replace(bundle, selectors=()), ClusterView(tuple(nodes)), at_most=9) == 3
+    assert how_many_fit(bundle, ClusterView(tuple(nodes)), at_most=1) == 1
 
 
 def test_all_refusals_are_reported_at_once_with_what_the_cluster_lacks() -> None:

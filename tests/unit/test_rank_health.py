@@ -9,6 +9,7 @@ import pytest
 
 from actors.errors import InfraFailure
 from orchestrator.activity import Activity
+from orchestrator.cluster.autoscaler import Autoscaler
 from orchestrator.cluster.background_tasks import supervised
 from orchestrator.cluster.control import RunFile
 from orchestrator.cluster.failures import Watchdog
@@ -121,6 +122,7 @@ async def test_a_role_that_starts_with_a_later_phase_is_watched_by_the_limits_of
     config = RunConfig.model_validate({"phases": {"main": {}}, "roles": {"value": {"call_timeout_s": 20}}})
     run = RunFile("t-1", None, Driver.here())
     with pytest.raises(InfraFailure, match=r"value rank 0 .* in `update` for 30 s \(roles.value.call_timeout_s=20\)"):
-        async with supervised(config, run, tmp_path, roles, Requests(lambda: None), Watchdog(), print):
+        requests, autoscaler = Requests(lambda: None), Autoscaler({}, lambda *_: None)
+        async with supervised(config, run, tmp_path, roles, requests, Watchdog(), print, autoscaler):
             roles.groups["value"] = SimpleNamespace(workers=[Answering(30.0)])
             await asyncio.sleep(30)

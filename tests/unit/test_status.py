@@ -12,7 +12,7 @@ import pytest
 from actors.errors import ConfigError, RunError
 from orchestrator.api import attach
 from orchestrator.cli import main
-from orchestrator.cluster.control import Desired, RunFile, ask, events, put_status, take_requests
+from orchestrator.cluster.control import Desired, RunFile, ask, events, parse_scale, put_status, take_requests
 from orchestrator.cluster.run_lock import Driver, driving
 
 
@@ -86,7 +86,40 @@ def test_a_running_job_says_how_many_workers_it_has_and_where_they_are(
     with driving(folder):
         seen = attach(folder).status()
     assert (seen.kind, seen.workers) == ("running", {"rollout": {"desired": 2, "serving": 1}})
-    assert seen.members == {"rollout": [member]}
+    assert (seen.members, seen.autoscale) == ({"rollout": [member]}, {})
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_role_that_scales_by_itself_says_between_what_and_why_and_whether_it_is_held(
+    folder: Path, capsys: pytest.CaptureFixture[str], held: bool
+):
+    scaled = {"min": 0, "max": 8, "held": held, "said": "3 -> 4: training waited"}
+    put_status(folder, {"rollout": {"desired": 4, "serving": 3, "members": [], "autoscale": scaled}})
+    write(folder / "events.jsonl", [{"event": "prepared"}])
+    with driving(folder):
+        assert attach(folder).status().autoscale == {"rollout": scaled}
+        with pytest.raises(SystemExit):
+            main(["status", str(folder)])
+    line = next(line for line in capsys.readouterr().out.splitlines() if "by load" in line)
+    assert line.startswith("  rollout: 0 to 8 workers by load")
+    assert line.endswith("; last decision 3 -> 4: training waited")
+    assert (f", held until `troupe scale {folder} rollout=auto`" in line) is held
+
+
+def test_a_number_that_was_asked_for_is_withdrawn_by_auto_and_only_where_the_run_scales_by_itself(folder: Path):
+    RunFile("t-1", "10.0.0.1:6379", Driver.here(), ("rollout", "reward"), autoscaled=("rollout",)).write(folder)
+    assert [parse_scale(text) for text in ("rollout=auto", "rollout=3")] == [("rollout", "auto"), ("rollout", 3)]
+    with pytest.raises(ConfigError, match="or ROLE=auto"):
+        parse_scale("rollout=all")
+    desired = Desired(("rollout", "reward"), ("rollout",))
+    for role, count in (("rollout", 3), ("reward", 2), ("rollout", "auto")):
+        ask(folder, "scale", role, count)
+    for request in take_requests(folder):
+        desired.add(request)
+    assert desired.workers == {"reward": 2}
+    for refuses in (lambda: desired.add(["scale", "reward", "auto"]), lambda: ask(folder, "scale", "reward", "auto")):
+        with pytest.raises(ConfigError, match=r"reward=auto: this run was started without roles\.reward\.autoscale"):
+            refuses()
 
 
 def test_requests_are_taken_once_in_their_order_and_what_is_none_is_refused(folder: Path):

@@ -16,6 +16,10 @@ export function controls(id, signal) {
       await ask("PATCH", "", { scale: { [role.value.trim()]: Number(count.value) } });
       return `${role.value}: ${count.value} worker(s) wanted`;
     }),
+    action("Auto", async () => {
+      await ask("PATCH", "", { scale: { [role.value.trim()]: "auto" } });
+      return `${role.value}: as many workers as its load asks for`;
+    }),
     action("Pause", async () => (await ask("PATCH", "", { paused: true }), "paused")),
     action("Continue", async () => (await ask("PATCH", "", { paused: false }), "continues")),
     action("Checkpoint", async () => {

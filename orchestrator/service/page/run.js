@@ -58,7 +58,13 @@ class Metrics {
   }
 }
 
-function workerTable({ workers, members, state }) {
+// How a role scales by itself, if it does.
+function scaling({ min, max, held, said } = {}) {
+  if (max === undefined) return "";
+  return `; ${min} to ${max} by load${held ? ", held at this number" : ""}${said ? `; last decision ${said}` : ""}`;
+}
+
+function workerTable({ workers, members, autoscale, state }) {
   const roles = Object.entries(members ?? {});
   if (!roles.length) return [h("p", { class: "faint" }, state === "running" ? "none reported yet" : "the run has no processes")];
   const columns = [...new Set(roles.flatMap(([, list]) => list.flatMap(Object.keys)))].filter((name) => name !== "index" && name !== "state");
@@ -70,7 +76,7 @@ function workerTable({ workers, members, state }) {
       h("span", { class: `state ${member.state}` }, String(member.state ?? "")),
       ...columns.map((name) => plain(member[name])),
     ]);
-    return [h("p", {}, h("strong", {}, role), wanted), list.length ? table(["", "state", ...columns], rows) : null];
+    return [h("p", {}, h("strong", {}, role), wanted, scaling(autoscale?.[role])), list.length ? table(["", "state", ...columns], rows) : null];
   }).flat();
 }
 
