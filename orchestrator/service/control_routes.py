@@ -24,8 +24,9 @@ from orchestrator.service.schemas import (
     Submitted,
 )
 from orchestrator.service.submissions import Submissions
+from orchestrator.service.waiting import waits
 
-router = APIRouter(prefix="/v1/runs", tags=["control"], responses=documented(400, 401, 409, 413, 422))
+router = APIRouter(prefix="/v1/runs", tags=["control"], responses=documented(400, 401, 409, 413, 422, 429))
 OF_A_RUN = documented(404, 504)
 OF_JOBS = documented(502, 503)
 
@@ -40,6 +41,7 @@ Submitting = Annotated[Submissions, Depends(submissions)]
 
 
 @router.post("", status_code=201, responses={200: {"model": Submitted}, **documented(403), **OF_JOBS})
+@waits
 def submit(sent: Submission, runs: Runs, jobs: Submitting, request: Request, response: Response) -> Submitted:
     """Start a run. The same recipe under the same name again is the same run (200). Its id is that of its Ray job."""
     settings = request.app.state.settings
@@ -50,6 +52,7 @@ def submit(sent: Submission, runs: Runs, jobs: Submitting, request: Request, res
 
 
 @router.patch("/{run}", responses=OF_A_RUN)
+@waits
 def change(run: RunId, changes: Changes, runs: Runs, wait_s: Wait = 60.0) -> RunDetail:
     """Scale elastic roles; pause or let go on. A run that is paused keeps its processes."""
     if not changes.scale and changes.paused is None:
@@ -63,6 +66,7 @@ def change(run: RunId, changes: Changes, runs: Runs, wait_s: Wait = 60.0) -> Run
 
 
 @router.post("/{run}/checkpoint", responses=OF_A_RUN)
+@waits
 def checkpoint(run: RunId, runs: Runs, wait_s: Wait = 60.0) -> CheckpointEntry:
     """Write a checkpoint between two steps."""
     written = _reachable(runs, run).checkpoint(timeout_s=wait_s)
@@ -73,6 +77,7 @@ def checkpoint(run: RunId, runs: Runs, wait_s: Wait = 60.0) -> CheckpointEntry:
 
 
 @router.post("/{run}/stop", responses={**OF_A_RUN, **OF_JOBS})
+@waits
 def stop(
     run: RunId,
     runs: Runs,
@@ -86,6 +91,7 @@ def stop(
 
 
 @router.post("/{run}/resume", responses={**documented(403, 404), **OF_JOBS})
+@waits
 def resume(run: RunId, runs: Runs, jobs: Submitting, request: Request, sent: Resumption | None = None) -> RunSummary:
     """Continue a run that has ended from its newest checkpoint, under the same id."""
     overrides = sent.overrides if sent is not None else []
