@@ -60,9 +60,10 @@ def metrics(
     as_json: AsJson = False,
 ) -> None:
     """Print what a run measured last, a line for each step and evaluation."""
-    from orchestrator.service import run_contents
+    from orchestrator.service.metric_lines import MetricLines
 
-    found = run_contents.metrics(_run(folder), names=name or (), limit=limit)
+    lines = MetricLines(_run(folder)).answer(after=-1, phase=None, names=name or (), limit=limit)
+    found: list[dict[str, Any]] = json.loads(lines)
     for line in found:
         typer.echo(json.dumps(line) if as_json else _line(line))
 

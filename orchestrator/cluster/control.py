@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from actors.errors import ConfigError, RunError, UserError
 from orchestrator.cluster.run_lock import Driver
-from orchestrator.json_lines import LineReader
+from orchestrator.json_lines import all_lines
 
 RUN_FILE = "run.json"
 EVENTS_FILE = "events.jsonl"
@@ -124,8 +124,8 @@ class Standing:
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
-    """The complete lines of a run's `events.jsonl`."""
-    return LineReader(folder / EVENTS_FILE).new()
+    """The complete lines of a run's `events.jsonl`, which are not to be changed."""
+    return all_lines(folder / EVENTS_FILE)
 
 
 def parse_scale(text: str) -> tuple[str, Workers]:

@@ -11,6 +11,7 @@ from orchestrator.service import chat_routes, control_routes, health_routes, pla
 from orchestrator.service.errors import handle_errors
 from orchestrator.service.gate import Gate
 from orchestrator.service.jobs import Jobs, ProcessJobs, RayJobs
+from orchestrator.service.metric_lines import MetricFiles
 from orchestrator.service.page_routes import add_page
 from orchestrator.service.run_folders import RunFolders
 from orchestrator.service.settings import Settings
@@ -34,6 +35,7 @@ def create_app(settings: Settings, jobs: Jobs | None = None) -> FastAPI:
     app.state.settings = settings
     app.state.jobs = jobs
     app.state.runs = RunFolders(settings.runs, jobs)
+    app.state.metric_files = MetricFiles()
     app.state.submissions = Submissions(app.state.runs, jobs, local=settings.local)
     handle_errors(app)
     app.include_router(health_routes.open_router)

@@ -33,7 +33,7 @@ OF_JOBS = documented(502, 503)
 Wait = Annotated[float, Query(ge=0, le=300, description="How long to wait for it, in seconds.")]
 
 
-def submissions(request: Request) -> Submissions:
+async def submissions(request: Request) -> Submissions:
     return request.app.state.submissions
 
 

@@ -18,8 +18,7 @@ from typing import Any
 
 from sse_starlette import ServerSentEvent
 
-from orchestrator.cluster.control import EVENTS_FILE
-from orchestrator.json_lines import LineReader
+from orchestrator.cluster.control import events
 from orchestrator.service.run_folders import RunFolders
 from orchestrator.service.schemas import EventLine
 
@@ -34,15 +33,17 @@ class EventReader:
     """The events of a run from the one after `last` on, each given once."""
 
     def __init__(self, folder: Path, last: int) -> None:
-        self._lines, self._after, self._read = LineReader(folder / EVENTS_FILE), last, 0
+        self._folder, self._last = folder, last
 
     def new(self) -> list[EventLine]:
-        found: list[EventLine] = []
-        for line in self._lines.new():
-            self._read += 1
-            if self._read > self._after:
-                found.append(EventLine(id=self._read, event=str(line.pop("event", "event")), data=line))
+        found = [_line(number, event) for number, event in enumerate(events(self._folder), 1) if number > self._last]
+        self._last += len(found)
         return found
+
+
+def _line(number: int, event: dict[str, Any]) -> EventLine:
+    data = {name: value for name, value in event.items() if name != "event"}
+    return EventLine(id=number, event=str(event.get("event", "event")), data=data)
 
 
 async def event_stream(runs: RunFolders, run: str, last: int) -> AsyncIterator[ServerSentEvent]:

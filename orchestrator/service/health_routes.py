@@ -22,7 +22,7 @@ router = APIRouter(tags=["health"])
 
 
 @open_router.get("/healthz")
-def healthz() -> Health:
+async def healthz() -> Health:
     """The process lives and answers."""
     return Health(status="ok")
 

@@ -1,41 +1,22 @@
-"""What a run wrote, as the service gives it: metrics, samples, checkpoints, console. Reads files; not for an event
-loop."""
+"""What a run wrote, as the service gives it: samples, checkpoints, console (metrics: `metric_lines.py`).
+Reads files; not for an event loop."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.checkpoint import AVERAGED, MANIFEST, NAME, STATE
 from orchestrator.console_copy import CONSOLE_FILE
-from orchestrator.json_lines import LineReader
-from orchestrator.reporting.metrics import COMPLETIONS_FOLDER, FIELDS, METRICS_FILE
+from orchestrator.reporting.metrics import COMPLETIONS_FOLDER
 from orchestrator.service.errors import Problem
 from orchestrator.service.schemas import CheckpointEntry, LogText, Samples
 
 LOG_BYTES = 2**16  # of one answer
 Order = Literal["position", "reward", "-reward"]
-
-
-def metrics(
-    folder: Path, *, after_step: int | None = None, phase: str | None = None, names: Sequence[str] = (), limit: int
-) -> list[dict[str, Any]]:
-    """The last `limit` lines after a step. `names`: only these metrics, and only lines that have one of them."""
-    after = -1 if after_step is None else after_step  # the first line may be the evaluation before step 1
-    lines = [line for line in LineReader(folder / METRICS_FILE).new() if line.get("step", -1) > after]
-    lines = [line for line in lines if phase is None or line.get("phase") == phase]
-    if names:
-        wanted = {*FIELDS, *names}
-        lines = [
-            {name: value for name, value in line.items() if name in wanted}
-            for line in lines
-            if not line.keys().isdisjoint(names)
-        ]
-    return lines[-limit:]
 
 
 def samples(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import time
 from dataclasses import replace
@@ -17,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.api import RunHandle, State, Status
-from orchestrator.cluster.control import EVENTS_FILE, RUN_FILE
+from orchestrator.cluster.control import EVENTS_FILE, RUN_FILE, events
 from orchestrator.cluster.run_lock import LOCK
 from orchestrator.config.loading import SAVED, SUBMITTED
 from orchestrator.config.section import RUN_ID
 from orchestrator.console_copy import CONSOLE_FILE
-from orchestrator.json_lines import LineReader, last_lines
+from orchestrator.json_lines import last_lines
 from orchestrator.reporting.metrics import METRICS_FILE
 from orchestrator.service.errors import Problem
 from orchestrator.service.jobs import Jobs, JobState
@@ -67,20 +68,30 @@ class RunFolders:
         """Of all runs, the newest first."""
         if not self.root.is_dir():
             return []
-        names = [entry.name for entry in self.root.iterdir() if ID.fullmatch(entry.name) and not entry.is_symlink()]
-        found = [self.summary(name) for name in names if _is_run(self.root / name)]
+        with os.scandir(self.root) as entries:
+            names = [each.name for each in entries if ID.fullmatch(each.name) and not each.is_symlink()]
+        found = [summary for name in names if (summary := self._summary(self.root / name)) is not None]
         return sorted(found, key=lambda summary: summary.created, reverse=True)
 
     def summary(self, run: str) -> RunSummary:
-        folder = self.folder(run)
-        seen = tuple(_stamp(folder / name) for name in WATCHED)
-        known = self._over.get(run)
+        """Raises Problem 404 if there is no such run."""
+        found = self._summary(self.folder(run))
+        if found is None:
+            raise Problem(404, f"there is no run {run[:200]!r}")
+        return found
+
+    def _summary(self, folder: Path) -> RunSummary | None:
+        """None if it is no run's folder. Of many runs that are over, this is what a list costs."""
+        seen = tuple(_stamp(f"{folder}/{name}") for name in WATCHED)
+        known = self._over.get(folder.name)
         if known is not None and known[0] == seen:
             return known[1]
+        if not _is_run(folder):
+            return None
         status, waits = self._status(folder)
         summary = _summary(folder, status)
         if summary.state.over and not waits:
-            self._over[run] = seen, summary
+            self._over[folder.name] = seen, summary
         return summary
 
     def detail(self, run: str) -> RunDetail:
@@ -170,13 +181,13 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _created(folder: Path) -> float:
-    first = next(iter(LineReader(folder / EVENTS_FILE).new()), {})
+    first = next(iter(events(folder)), {})
     return float(first.get("time", folder.stat().st_ctime))
 
 
-def _stamp(file: Path) -> tuple[int, int]:
+def _stamp(file: str) -> tuple[int, int]:
     try:
-        found = file.stat()
+        found = os.stat(file)
         return found.st_size, found.st_mtime_ns
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return -1, 0

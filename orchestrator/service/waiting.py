@@ -1,8 +1,8 @@
 """Routes that wait for a run, in threads of their own, so that however many wait, reads are answered.
 
-    GET ...   ──► the server's threads
-    PATCH ... ──► WAITING further threads ──► the run, up to `wait_s`
-                  a request that finds none free waits without a thread, and is refused after QUEUE_S
+GET ...   ──► the server's threads
+PATCH ... ──► WAITING further threads ──► the run, up to `wait_s`
+              a request that finds none free waits without a thread, and is refused after QUEUE_S
 """
 
 from __future__ import annotations
