@@ -15,6 +15,7 @@ import asyncio
 import inspect
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -115,6 +116,9 @@ class RayGroup:
         self.name = name
         self.workers = tuple(workers)
         self._store = store
+
+    def turn(self) -> AbstractAsyncContextManager[None]:
+        return nullcontext()
 
     async def call(
         self,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from actors.columns import Head
 from actors.errors import ModelError
 from actors.pretrained import SCORE, skeleton
-from actors.specs import LoraSpec
+from actors.specs import LoraSpec, WeightsForm
 
 ADAPTER = "default"
 TASKS = {  # PEFT's task type of a model with that head
@@ -179,6 +179,49 @@ def full_tensors(causal: Any, bucket_bytes: int, gather: Gather = resident) -> I
             yield from revert_weight_conversion(causal, {name: tensor}).items()
         else:
             yield name, tensor
+
+
+def adapter_parameters(causal: Any) -> dict[str, nn.Parameter]:
+    """The adapters' own parameters in a fixed order, by their names in a PEFT folder."""
+
+    def saved(name: str) -> str:
+        layer, _, kind = name.removesuffix(f".{ADAPTER}.weight").rpartition(".")
+        leaf = kind if kind == "lora_magnitude_vector" else f"{kind}.weight"
+        return f"base_model.model.{layer}.{leaf}"
+
+    return {saved(name): parameter for name, parameter in causal.named_parameters() if ".lora_" in name}
+
+
+def adapter_tensors(causal: Any, bucket_bytes: int, gather: Gather = resident) -> Iterator[tuple[str, Tensor]]:
+    """(name in a PEFT folder, full tensor) of the adapters alone; otherwise as `merged_tensors`."""
+    own = [Entry(name, parameter) for name, parameter in adapter_parameters(causal).items()]
+    for bucket in buckets(own, bucket_bytes):
+        with gather([parameter for entry in bucket for parameter in entry.parameters]):
+            for entry in bucket:
+                yield entry.name, entry.tensor.detach()
+
+
+EXPORTS: dict[WeightsForm, Callable[[Any, int, Gather], Iterator[tuple[str, Tensor]]]] = {
+    "merged": full_tensors,
+    "in_memory": merged_tensors,
+    "adapters": adapter_tensors,
+}
+
+
+@torch.no_grad()
+def set_adapters(causal: Any, weights: dict[str, Tensor]) -> None:
+    """Copies what `adapter_tensors` gave elsewhere into the adapters of this model. Raises ModelError, before anything
+    is copied, unless exactly its adapters are given, in their shapes."""
+    own = adapter_parameters(causal)
+    other = sorted(
+        name
+        for name in own.keys() | weights.keys()
+        if name not in own or name not in weights or own[name].shape != weights[name].shape
+    )
+    if other:
+        raise ModelError(f"these adapters do not fit the model's: {', '.join(other[:5])} (of {len(other)} that differ)")
+    for name, parameter in own.items():
+        parameter.copy_(weights[name])
 
 
 def adapter_weights(causal: Any, gather: Gather = resident) -> dict[str, Tensor]:

@@ -41,7 +41,7 @@ from actors.objective import Objective, Stat
 from actors.other_prompts import OtherPrompts, exchanged, returned
 from actors.retokenise import exchanged_in, retokeniser_of, returned_from
 from actors.sharding import Shard
-from actors.specs import BackendSpec, OptimSpec
+from actors.specs import BackendSpec, OptimSpec, WeightsForm
 from actors.train_step import Pass, infer
 from actors.weight_averaging import Average, AverageSpec
 from actors.worker import WorkerInfo
@@ -116,6 +116,7 @@ class ModelWorker:
             "verb": busy[0] if busy else None,
             "busy_s": time.monotonic() - busy[1] if busy else 0.0,
             "steps_done": self._steps_done,
+            "asleep": self._asleep,
         }
 
     def reset(self, optim: OptimSpec, average: AverageSpec | None = None) -> None:
@@ -207,14 +208,18 @@ class ModelWorker:
         """Nothing: that it was called means that the blocks have reached this rank's node."""
 
     def export(
-        self, consumer: Callable[[Iterator[tuple[str, Tensor]]], Any], bucket_bytes: int, as_saved: bool = True
+        self,
+        consumer: Callable[[Iterator[tuple[str, Tensor]]], Any],
+        bucket_bytes: int,
+        form: WeightsForm = "merged",
     ) -> Any:
-        """Passes all (Hugging Face name, full tensor) to `consumer` on rank 0 and returns its result; None on other
-        ranks. Without `as_saved`, names and tensors are those of the model in memory, which `mix` takes.
+        """Passes all (name, full tensor) to `consumer` on rank 0 and returns its result; None on other ranks. The form
+        is `merged` for an engine that holds the model alone, `adapters` for one that holds these apart, `in_memory` for
+        `mix`.
 
         Gathering is collective, so the iterator is always exhausted, even if the consumer fails."""
         with self._doing("export"):
-            weights = self.backend.full_weights(bucket_bytes, as_saved=as_saved)
+            weights = self.backend.full_weights(bucket_bytes, form)
             try:
                 return consumer(weights) if self._placement.rank == 0 else None
             finally:

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 BackendKind = Literal["single", "deepspeed"]
+# What leaves a model: its weights with adapters merged, under the names of a saved folder or under those in memory,
+# where some are fused; or the adapters alone, under the names of a PEFT folder.
+WeightsForm = Literal["merged", "in_memory", "adapters"]
 Scheduler = Literal["constant", "linear", "cosine"]
 
 

@@ -12,6 +12,7 @@ import asyncio
 import inspect
 import os
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -73,6 +74,11 @@ class Group(Protocol):
 
     @property
     def workers(self) -> Sequence[Worker]: ...
+
+    def turn(self) -> AbstractAsyncContextManager[None]:
+        """Hold this around calls of single `workers`: the role's turn on a device that it shares. The calls below wait
+        for it by themselves."""
+        ...
 
     async def call(
         self,
@@ -170,6 +176,9 @@ class LocalGroup:
     def __init__(self, name: str, worker: LocalWorker) -> None:
         self.name = name
         self.workers = (worker,)
+
+    def turn(self) -> AbstractAsyncContextManager[None]:
+        return nullcontext()
 
     async def call(
         self,

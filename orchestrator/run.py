@@ -73,6 +73,7 @@ def run(
             parameters=prepared.parameters,
             own_parameters=prepared.own_parameters,
             shapes=prepared.shapes,
+            merged_because=prepared.merged_because,
         )
         if resume is None:
             folder, resumed = _new_folder(config, run_id), None

@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
 from actors.errors import ConfigError
+from actors.specs import LoraSpec
 from rollout.sampling import Completion, Request
 
 if TYPE_CHECKING:  # the configuration reads `EngineSpec` without importing torch
@@ -38,6 +39,7 @@ class Ability(StrEnum):
         "prompt_top_k"  # it says of each token of a prompt which ones were likeliest (`Request.prompt_top_k`)
     )
     MIXES = "mixes"  # it holds a second model, and samples from the geometric mixture of both
+    ADAPTERS = "adapters"  # it holds LoRA adapters beside the weights of the model's folder, and takes new ones alone
 
 
 CPU_KV_CACHE_GIB = 0.25  # on a CPU the cache is taken from memory that all processes share
@@ -55,9 +57,11 @@ class EngineSpec:
     threads: int = 1
     tensor_parallel: int = 1
     gpus: float = 0.0
+    alone_on_gpu: bool = False  # whoever shares its GPU sleeps while it is awake
     kv_cache_gib: float | None = None  # None: on a GPU, what the engine finds left; on a CPU, CPU_KV_CACHE_GIB
     seed: int = 0
     trust_remote_code: bool = False
+    lora: LoraSpec | None = None  # adapters beside the model, which are published alone; None: there are none
     mixes: str | None = None  # a second model, in the logits of requests with a `mixture`; None: there is none
     lm_head_fp32: bool = False  # compute logits in float32, whatever the dtype
     max_admitted: int = 0  # the largest `top_k` of requests with `replay_truncation`, or `prompt_top_k`
@@ -102,6 +106,12 @@ class Engine(Protocol):
         that was computed with the old ones (keys and values, a prefix cache) is used again: the log-probability of a
         token is that of its one version. Raises if a parameter of the model is missing; the engine must not be used
         afterwards."""
+        ...
+
+    def load_adapters(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """`load` for the adapters alone, under the names of a PEFT folder; the model's other weights are those of
+        `EngineSpec.model`. Called only on an engine with the ability `ADAPTERS` that was built with `EngineSpec.lora`.
+        """
         ...
 
     def load_second(self, weights: Iterable[tuple[str, Tensor]]) -> None:

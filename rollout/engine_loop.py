@@ -119,15 +119,17 @@ class EngineLoop:
         return self.submit(lambda engine: sum(self._abort(engine, request_id) for request_id in request_ids))
 
     def load(self, weights: list[tuple[str, Tensor]], version: int, part: Part = "own") -> Future[float]:
-        """Switch to new weights, of the engine's own model or of its second one, between two steps. Returns for how
-        many seconds decoding paused. If that fails, the engine may hold a mixture of weights, so it is shut down."""
+        """Switch to new weights of that part of what the engine holds, between two steps. Returns for how many seconds
+        decoding paused. If that fails, the engine may hold a mixture of weights, so it is shut down."""
 
         def apply(engine: Engine) -> float:
             began = time.monotonic()
-            if part == "own":
-                engine.load(weights, version)
-            else:
+            if part == "second":
                 engine.load_second(weights)
+            elif part == "adapters":
+                engine.load_adapters(weights, version)
+            else:
+                engine.load(weights, version)
             self.version = engine.version
             return time.monotonic() - began
 

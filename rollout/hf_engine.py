@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from actors.errors import ConfigError, DataFailure
+from actors.lora import set_adapters
 from actors.routing import Routers
 from rollout.engine import Ability, EngineSpec, Finished
 from rollout.sampling import Completion, Finish, PromptTopK, Request, Sampling, sample_seed
 from rollout.stopping import StopRule, end_token_ids, token_budget
-from rollout.transformers_model import copy_weights, read_model
+from rollout.transformers_model import add_adapters, copy_weights, read_model
 
 OWN, SECOND = 0, 1  # the model that the engine follows, and the one that is mixed in
 
@@ -78,7 +79,16 @@ class HfEngine:
     """`options` are keyword arguments of `from_pretrained`. A request of more than `max_concurrency` samples is decoded
     in parts of that many."""
 
-    abilities = frozenset({Ability.ADMITTED, Ability.FLOAT32_HEAD, Ability.MIXES, Ability.PROMPT_TOP_K, Ability.ROUTES})
+    abilities = frozenset(
+        {
+            Ability.ADAPTERS,
+            Ability.ADMITTED,
+            Ability.FLOAT32_HEAD,
+            Ability.MIXES,
+            Ability.PROMPT_TOP_K,
+            Ability.ROUTES,
+        }
+    )
 
     def __init__(self, spec: EngineSpec) -> None:
         if spec.tensor_parallel != 1:
@@ -88,7 +98,11 @@ class HfEngine:
         self._spec = spec
         self.device = torch.device("cuda" if spec.gpus > 0 else "cpu")
         paths = [spec.model, *([spec.mixes] if spec.mixes is not None else [])]
-        self._models = [read_model(spec, path, spec.options).to(self.device) for path in paths]
+        self._models = [read_model(spec, path, spec.options) for path in paths]
+        if spec.lora is not None:
+            add_adapters(self._models[OWN], spec.lora)
+        for model in self._models:
+            model.to(self.device)
         self._stop = StopRule(spec.model, end_token_ids(spec.model, spec.trust_remote_code), spec.trust_remote_code)
         self._routers: Routers | None = None  # of the own model, once they are asked
         self._waiting: deque[_Part] = deque()  # the first one is running
@@ -136,6 +150,11 @@ class HfEngine:
         self._replace_weights(OWN, weights)
         self.version = version
 
+    def load_adapters(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        set_adapters(self._models[OWN], dict(weights))
+        self._forget_caches(OWN)
+        self.version = version
+
     def load_second(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         self._replace_weights(SECOND, weights)
 
@@ -154,6 +173,9 @@ class HfEngine:
 
     def _replace_weights(self, which: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         copy_weights(self._models[which], dict(weights))
+        self._forget_caches(which)
+
+    def _forget_caches(self, which: int) -> None:
         for part in self._waiting:
             part.caches[which] = None
 

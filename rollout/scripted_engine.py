@@ -146,6 +146,9 @@ class ScriptedEngine:
             raise RuntimeError(f"scripted to break at load {len(self.loads)}")
         self.version = version
 
+    def load_adapters(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        raise InfraFailure("the scripted engine has no adapters")
+
     def load_second(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         raise InfraFailure("the scripted engine has no second model")
 

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from actors.errors import InfraFailure
+from actors.lora import attach
 from actors.pretrained import check_folder, load_config, load_pretrained
+from actors.specs import LoraSpec
 from rollout.engine import EngineSpec
 
 
@@ -29,6 +31,13 @@ def read_model(spec: EngineSpec, path: str, arguments: Mapping[str, Any] | None 
         head = model.get_output_embeddings()
         head.forward = partial(_float32_projection, head)
     return model
+
+
+def add_adapters(model: Any, lora: LoraSpec) -> None:
+    """Adapters that change nothing until `actors.lora.set_adapters`."""
+    with torch.random.fork_rng(devices=[]):
+        attach(model, lora)
+    model.eval()
 
 
 def _float32_projection(head: Any, states: Tensor) -> Tensor:

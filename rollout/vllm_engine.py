@@ -23,6 +23,7 @@ from actors.pretrained import check_folder
 from rollout.engine import CPU_KV_CACHE_GIB, Ability, EngineSpec, Finished
 from rollout.sampling import Completion, Finish, PromptTopK, Request, sample_seed
 from rollout.stopping import end_token_ids, token_budget
+from rollout.vllm_adapters import Adapters
 from rollout.vllm_mixture import MIXTURE, SecondModel
 
 if TYPE_CHECKING:
@@ -54,7 +55,9 @@ class VllmEngine:
     """`options` are `EngineArgs` of vLLM and win over what is derived from the specification. A second model
     (`EngineSpec.mixes`) is one of transformers in this process, outside vLLM's key-value cache and memory budget."""
 
-    abilities = frozenset({Ability.ADMITTED, Ability.FLOAT32_HEAD, Ability.MIXES, Ability.PROMPT_TOP_K})
+    abilities = frozenset(
+        {Ability.ADAPTERS, Ability.ADMITTED, Ability.FLOAT32_HEAD, Ability.MIXES, Ability.PROMPT_TOP_K}
+    )
 
     def __init__(self, spec: EngineSpec) -> None:
         check_folder(spec.model)
@@ -67,7 +70,8 @@ class VllmEngine:
         self._end_ids = end_token_ids(spec.model, spec.trust_remote_code)
         self.device = torch.device("cuda" if spec.gpus > 0 else "cpu")
         self._second = None if spec.mixes is None else SecondModel(spec, spec.mixes, self.device)
-        self._llm = _start(spec, self._second)
+        self._adapters = None if spec.lora is None else Adapters(spec.lora)
+        self._llm = _start(spec, self._second, self._adapters)
         self._running: dict[str, _Running] = {}
         self.version = -1
 
@@ -87,12 +91,14 @@ class VllmEngine:
         if request.mixture and self._second is None:
             raise DataFailure(f"request {request.id}: it mixes two models, and the engine was built with one")
         budget = token_budget(request, self._max_model_len)
+        adapters = None if self._adapters is None else self._adapters.request
         self._running[request.id] = _Running(request)
         try:
             params, prompt = self._sampling_params(request, budget), tokens_input(list(request.prompt))
             for index in range(request.n):
                 params.seed = sample_seed(request.seed, index)
-                self._llm.add_request(_sample_id(request.id, index), prompt, params)  # which copies the parameters
+                name = _sample_id(request.id, index)
+                self._llm.add_request(name, prompt, params, lora_request=adapters)  # which copies the parameters
         except (ValueError, VLLMClientError) as error:
             self.abort(request.id)
             raise DataFailure(f"request {request.id}: vLLM refuses it: {error}") from error
@@ -131,11 +137,20 @@ class VllmEngine:
         """Requests in flight compute their keys and values again under the new weights: every token's log-probability
         is that of one version alone."""
         self._llm.collective_rpc(partial(_reload, weights=list(weights)))
+        self._forget_keys_and_values()
+        self.version = version
+
+    def load_adapters(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        assert self._adapters is not None, "the engine was built without adapters"
+        self._adapters.load(self._llm, weights)
+        self._forget_keys_and_values()
+        self.version = version
+
+    def _forget_keys_and_values(self) -> None:
         if not self._llm.reset_prefix_cache(reset_running_requests=True):
             raise InfraFailure(
                 "vLLM could not reset its prefix cache, and would go on with the old weights' keys and values"
             )
-        self.version = version
 
     def load_second(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         assert self._second is not None, "the engine was built with one model"
@@ -194,7 +209,7 @@ def cpu_refusal(config: Any) -> str | None:
     )
 
 
-def _start(spec: EngineSpec, second: SecondModel | None) -> LLMEngine:
+def _start(spec: EngineSpec, second: SecondModel | None, adapters: Adapters | None) -> LLMEngine:
     os.environ.update(ENVIRONMENT)
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # it warns that a CPU has no Triton
@@ -226,6 +241,7 @@ def _start(spec: EngineSpec, second: SecondModel | None) -> LLMEngine:
         **({"hf_overrides": {"head_dtype": "float32"}} if spec.lm_head_fp32 else {}),
         **({"max_logprobs": spec.max_admitted} if spec.max_admitted else {}),
         **_mixture(second),
+        **({} if adapters is None else adapters.arguments()),
     }
     set_num_threads = torch.set_num_threads
     set_num_threads(spec.threads)
@@ -254,9 +270,9 @@ def _cache_size(spec: EngineSpec) -> dict[str, Any]:
 
 
 def _share_of_gpu(spec: EngineSpec) -> dict[str, Any]:
-    """A colocated engine has a fraction of a GPU. vLLM does not start unless the fraction of the GPU that it may use is
-    free, most of it by default, even if the size of the cache is given."""
-    return {"gpu_memory_utilization": spec.gpus} if 0 < spec.gpus < 1 else {}
+    """A colocated engine has a fraction of a GPU, unless the others sleep while it works. vLLM does not start unless
+    the fraction of the GPU that it may use is free, most of it by default, even if the size of the cache is given."""
+    return {"gpu_memory_utilization": spec.gpus} if 0 < spec.gpus < 1 and not spec.alone_on_gpu else {}
 
 
 def _whole_prompts(spec: EngineSpec) -> dict[str, Any]:

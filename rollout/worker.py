@@ -79,6 +79,7 @@ class RolloutWorker:
         self._receivers: dict[tuple[str, Part], Receiver] = {}
         self._receiving = asyncio.Lock()
         self._applied: tuple[str, Ack] | None = None  # the last order, by id
+        self._asleep = False
 
     async def ready(self) -> WorkerInfo:
         """Build the engine, once. Returns the worker's description. Raises ModelError or ConfigError."""
@@ -159,6 +160,7 @@ class RolloutWorker:
         if applying them fails, the engine is dead."""
         async with self._receiving:
             if self._applied is None or self._applied[0] != order.id:
+                self._refuse_asleep(f"the weights of version {order.version}")
                 self._applied = (order.id, await self._receive(order, payload))
             return self._applied[1]
 
@@ -175,6 +177,7 @@ class RolloutWorker:
             "stuck_s": stuck_s,
             "paused": self._loop.paused,
             "kv_cache_use": self._loop.kv_cache_use,
+            "asleep": self._asleep,
         }
 
     async def pause(self) -> None:
@@ -185,7 +188,8 @@ class RolloutWorker:
         await self._within(self._loop.pause(False), VERB_TIMEOUT_S, "resume")
 
     async def sleep(self) -> None:
-        """Release the accelerator's memory. Raises InfraFailure while requests are running."""
+        """Release the accelerator's memory. Raises InfraFailure while requests are running. Until `wake`, requests and
+        new weights are refused with an InfraFailure."""
 
         def sleep(engine: Engine) -> None:
             if engine.busy:
@@ -193,9 +197,15 @@ class RolloutWorker:
             engine.sleep()
 
         await self._within(self._loop.submit(sleep), VERB_TIMEOUT_S, "sleep")
+        self._asleep = True
 
     async def wake(self) -> None:
         await self._within(self._loop.submit(lambda engine: engine.wake()), VERB_TIMEOUT_S, "wake")
+        self._asleep = False
+
+    def _refuse_asleep(self, what: str) -> None:
+        if self._asleep:
+            raise InfraFailure(f"{self.name} sleeps, and its weights are not on its device: `wake` comes before {what}")
 
     def close(self) -> None:
         """End the threads and the engine. Calls in flight raise InfraFailure. Closing twice is fine."""
@@ -206,6 +216,7 @@ class RolloutWorker:
 
     async def _completions(self, request: Request) -> list[Completion]:
         """A request's samples. When the last call that waits for them is cancelled, the request is aborted."""
+        self._refuse_asleep(f"request {request.id}")
         future = self._loop.generate(request)
         self._waiters[request.id] += 1
         try:

@@ -33,9 +33,9 @@ from actors.backends.optimizer import StepInfo, build_optimizer, build_schedule,
 from actors.backends.parking import Sleeper
 from actors.backends.placement import Placement, device_of
 from actors.errors import ConfigError
-from actors.lora import adapter_weights, adapters_off, full_tensors, has_adapters, merged_tensors, write_adapter
+from actors.lora import EXPORTS, adapter_weights, adapters_off, full_tensors, has_adapters, write_adapter
 from actors.model import LanguageModel, ModelSpec, load_model
-from actors.specs import BackendSpec, OptimSpec
+from actors.specs import BackendSpec, OptimSpec, WeightsForm
 from actors.weight_swap import Instead, mix_in, replaced
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # of one collective; after it, the waiting ranks raise
@@ -167,9 +167,8 @@ class DeepSpeedBackend:
         self._engine.step()
         return StepInfo(float(self._engine.get_global_grad_norm() if norm is None else norm), learning_rate)
 
-    def full_weights(self, bucket_bytes: int, *, as_saved: bool = True) -> Iterator[tuple[str, Tensor]]:
-        tensors = full_tensors if as_saved else merged_tensors
-        return tensors(self._module.causal, bucket_bytes, self._gathered)
+    def full_weights(self, bucket_bytes: int, form: WeightsForm = "merged") -> Iterator[tuple[str, Tensor]]:
+        return EXPORTS[form](self._module.causal, bucket_bytes, self._gathered)
 
     def trained_weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, weight in self._module.causal.named_parameters():

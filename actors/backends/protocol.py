@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from actors.backends.optimizer import StepInfo
 from actors.objective import World
-from actors.specs import OptimSpec
+from actors.specs import OptimSpec, WeightsForm
 from actors.weight_swap import Instead
 
 
@@ -45,10 +45,9 @@ class Backend(Protocol):
         """A new phase of a run: fresh moments and schedule on the same weights."""
         ...
 
-    def full_weights(self, bucket_bytes: int, *, as_saved: bool = True) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face parameter name, full tensor) in a fixed order, on every rank, adapters merged. Collective.
-        Never holds more than `bucket_bytes` (or one tensor) beyond the rank's own share. A tensor is valid until the
-        next. Without `as_saved` the names and tensors are those of the model in memory, which holds some fused."""
+    def full_weights(self, bucket_bytes: int, form: WeightsForm = "merged") -> Iterator[tuple[str, Tensor]]:
+        """(name, full tensor) in a fixed order, on every rank, in that form. Collective. Never holds more than
+        `bucket_bytes` (or one tensor) beyond the rank's own share. A tensor is valid until the next."""
         ...
 
     def trained_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -58,8 +57,8 @@ class Backend(Protocol):
 
     def mix(self, weights: Iterator[tuple[str, Tensor]], share: float, bucket_bytes: int) -> None:
         """For a frozen role: each weight becomes `share` times the given one plus `1 - share` times its own. `weights`
-        are `full_weights(as_saved=False)` of a model with the same architecture, whole on every rank. Raises RunError
-        if names or shapes differ."""
+        are `full_weights` in the form `in_memory` of a model with the same architecture, whole on every rank. Raises
+        RunError if names or shapes differ."""
         ...
 
     def adapters_off(self) -> AbstractContextManager[None]:

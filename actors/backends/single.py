@@ -20,9 +20,9 @@ from actors.backends.optimizer import StepInfo, Stepper
 from actors.backends.parking import Sleeper
 from actors.backends.placement import Placement, device_of
 from actors.errors import ConfigError
-from actors.lora import adapter_weights, adapters_off, full_tensors, merged_tensors, resident, write_adapter
+from actors.lora import EXPORTS, adapter_weights, adapters_off, merged_tensors, resident, write_adapter
 from actors.model import ModelSpec, load_model
-from actors.specs import BackendSpec, OptimSpec
+from actors.specs import BackendSpec, OptimSpec, WeightsForm
 from actors.weight_swap import Instead, mix_in, replaced
 
 STATE_FILE = "single.pt"
@@ -81,9 +81,8 @@ class SingleBackend:
         self._round_weights()
         return info
 
-    def full_weights(self, bucket_bytes: int, *, as_saved: bool = True) -> Iterator[tuple[str, Tensor]]:
-        tensors = full_tensors if as_saved else merged_tensors
-        return tensors(self.model.causal, bucket_bytes)
+    def full_weights(self, bucket_bytes: int, form: WeightsForm = "merged") -> Iterator[tuple[str, Tensor]]:
+        return EXPORTS[form](self.model.causal, bucket_bytes, resident)
 
     def trained_weights(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, weight.master.detach()) for name, weight in self._weights.items())

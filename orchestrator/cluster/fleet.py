@@ -9,6 +9,7 @@ A replacement is a new member with a new index: it inherits neither the name nor
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -110,6 +111,19 @@ class Fleet:
 
     def _in(self, state: State) -> list[Member]:
         return [member for member in self.members.values() if member.state is state]
+
+    def waits(self, index: int) -> None:
+        """Its start waits for the turn of its role, and has no deadline until `begins`."""
+        self._since(index, math.inf)
+
+    def begins(self, index: int, now: float) -> None:
+        """Its start begins."""
+        self._since(index, now)
+
+    def _since(self, index: int, when: float) -> None:
+        member = self.members.get(index)
+        if member is not None:
+            self.members[index] = replace(member, since=when)
 
     def ready(self, index: int, now: float) -> None:
         """Its process is up."""

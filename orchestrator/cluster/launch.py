@@ -10,7 +10,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from actors.worker import Group, Worker
 from orchestrator.cluster.base import Cluster
 from orchestrator.cluster.failures import Watchdog
 from orchestrator.cluster.pool import Event, Pool, PoolPolicy
+from orchestrator.cluster.turns import TurnGroup, takes_turns, turns_of
+from orchestrator.config.colocation import transport_between
 from orchestrator.config.roles import EngineRole, EnvironmentsRole, FrozenRole, RanksRole, ScorersRole, TrainerRole
 from orchestrator.config.schema import RunConfig, TrainConfig
 from orchestrator.executor import Executor
@@ -54,22 +56,29 @@ async def launch(
         scorers = {role: starting.scorers(role) for role in plan.roles if isinstance(roles[role], ScorersRole)}
         hosts = {role: starting.environments(role) for role in plan.roles if isinstance(roles[role], EnvironmentsRole)}
         pools = [*engines.values(), *scorers.values(), *hosts.values()]
+        turns = turns_of(plan.turns)
         for pool in pools:
             stack.push_async_callback(pool.close)
+            if pool.role in turns:
+                takes_turns(pool, turns[pool.role])
 
         async def start_group(role: str, model: str | None = None) -> None:
-            began = time.monotonic()
-            groups[role] = await starting.group(role, model)
+            async with turns[role].at_work(role) if role in turns else nullcontext():
+                began = time.monotonic()
+                group = await starting.group(role, model)
+                groups[role] = TurnGroup(group, turns[role]) if role in turns else group
             ranks = [worker.where for worker in groups[role].workers]
             event("up", {"role": role, "seconds": round(time.monotonic() - began, 3), "ranks": ranks})
 
         gangs = [role for role in plan.roles if isinstance(roles[role], RanksRole)]
         first = [role for role in gangs if role not in prepared.handed_over]
-        await _all_or_none(*(pool.open() for pool in pools), *(start_group(role) for role in first))
+        at_once, later = [pool for pool in pools if pool.role not in turns], [p for p in pools if p.role in turns]
+        await _all_or_none(*(pool.open() for pool in at_once), *(start_group(role) for role in first))
+        await _all_or_none(*(pool.open() for pool in later))  # with their deadlines, once it can be their turn
         publishers = [
             publisher
             for role, pool in engines.items()
-            for publisher in _publishers(prepared.config, role, groups, pool, cluster, folder, event)
+            for publisher in _publishers(prepared.config, role, groups, pool, cluster, folder, event, plan)
         ]
         yield Executor(
             groups,
@@ -212,9 +221,11 @@ class _Starting:
             threads=self.plan.roles[role].threads,
             tensor_parallel=settings.tensor_parallel,
             gpus=settings.gpus,
+            alone_on_gpu=any(role in roles for roles in self.plan.turns),
             kv_cache_gib=settings.kv_cache_gib,
             seed=config.seed,
             trust_remote_code=config.model.trust_remote_code,
+            lora=prepared.lora if self.plan.adapters_alone(role) else None,
             mixes=None if settings.mixes is None else model_of(prepared, settings.mixes),
             lm_head_fp32=config.model.lm_head_fp32,
             max_admitted=max(max(_admitted(each), prepared.asked_of_engines(each)) for each in prepared.phases),
@@ -295,9 +306,11 @@ def _publishers(
     cluster: Cluster,
     folder: Path,
     event: Event,
+    plan: Plan,
 ) -> list[Publisher]:
-    """Between an engine role and the role that it follows; its workers join when they have those weights. If it mixes
-    in another role, the publisher of that comes first, and they join when they have both."""
+    """Between an engine role and the role that it follows; its workers join when they have those weights, or that
+    role's adapters alone. If it mixes in another role, the publisher of that comes first, and they join when they have
+    both."""
     settings = config.roles.engine(role)
     dtype = config.weights.dtype or settings.dtype or config.model.dtype
 
@@ -312,11 +325,12 @@ def _publishers(
             dtype=dtype,
             folder=str(folder / "weights" / role / part),
             event=event,
+            transport=transport_between(config, plan.turns, source, role),
             part=part,
             second=second,
         )
 
     second = [] if settings.mixes is None else [publisher(settings.mixes, "second")]
-    own = publisher(settings.follows, "own", *second)
+    own = publisher(settings.follows, "adapters" if plan.adapters_alone(role) else "own", *second)
     pool.admit = own.admit
     return [*second, own]

@@ -21,10 +21,11 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from actors.errors import BlockLost, InfraFailure, NoAnswer
+from actors.errors import BlockLost, InfraFailure, NoAnswer, WorkerDied
 from actors.worker import Worker, WorkerInfo
 from orchestrator.cluster.failures import Watchdog
 from orchestrator.cluster.fleet import Fleet, Member, Start, State, Stop
@@ -88,6 +89,7 @@ class Pool:
         self.load = PoolLoad()
         self.wakes = False  # it is resized by itself when it has no worker and is called
         self._untried: dict[int, float] = {}  # member that returned nothing yet -> when its start began
+        self.turn: Callable[[], AbstractAsyncContextManager[None]] = nullcontext  # held by calls and starts
         self.admit: Callable[[int], Awaitable[None]] = _at_once  # what a member that is up waits for before it serves
         self._start, self._stop = start, stop
         self._event, self._watchdog = event, watchdog
@@ -177,7 +179,10 @@ class Pool:
             call = _Call()
             self._carried.setdefault(index, set()).add(call)
             try:
-                result = await work(self.workers[index])
+                async with self.turn():
+                    if index not in self.workers:  # lost while this waited for its turn
+                        raise WorkerDied(f"{self.role}: worker {index} was lost before it began")
+                    result = await work(self.workers[index])
                 self._returned(index)
                 return result
             except BlockLost:  # no worker would find it
@@ -300,15 +305,18 @@ class Pool:
             self._wake.clear()
 
     async def _bring_up(self, index: int) -> None:
-        began = self._untried[index] = time.monotonic()
+        self.fleet.waits(index)
         try:
-            worker = await self._start(index)
-            if index not in self.fleet.members:  # scaled down while it started
-                await self._stop(worker)
-                return
-            self.workers[index] = worker
-            self.infos[index] = await worker.call("ready", timeout_s=self.policy.start_timeout_s)
-            self.fleet.ready(index, time.monotonic())
+            async with self.turn():
+                began = self._untried[index] = time.monotonic()
+                self.fleet.begins(index, began)
+                worker = await self._start(index)
+                if index not in self.fleet.members:  # scaled down while it started
+                    await self._stop(worker)
+                    return
+                self.workers[index] = worker
+                self.infos[index] = await worker.call("ready", timeout_s=self.policy.start_timeout_s)
+                self.fleet.ready(index, time.monotonic())
             seconds = round(time.monotonic() - began, 3)
             self._event("up", {"role": self.role, "worker": index, "seconds": seconds})
             self._notify()

@@ -60,14 +60,22 @@ def _ineffective(
         keys = tuple(type(config.weights).model_fields)
         yield "weights", config.weights, keys, "no rollout worker is launched that weights could be sent to"
         yield "logging", config.logging, ("completions_every", "completions_shown"), "nothing is sampled in this run"
-    elif config.weights.transport != "collective":
-        why = f"only weights.transport=collective has a topology, not {config.weights.transport}"
-        yield "weights", config.weights, ("topology",), why
+    else:
+        yield from _of_weights(config)
     if config.model.dtype == "float32" and all(_of_float32(role) for _, role in config.roles):
         yield "model", config.model, ("lm_head_fp32",), "all of the model is computed in float32"
     if config.cluster.address:
         keys, why = ("num_cpus", "object_store_mib", "dashboard"), f"that at {config.cluster.address} has what it has"
         yield "cluster", config.cluster, keys, f"they are for a Ray of our own; {why}"
+
+
+def _of_weights(config: RunConfig) -> Iterator[Ineffective]:
+    weights = config.weights
+    if weights.transport not in ("collective", None):
+        why = f"only weights.transport=collective has a topology, not {weights.transport}"
+        yield "weights", weights, ("topology",), why
+    if config.model.lora is None:
+        yield "weights", weights, ("lora",), "without model.lora there are no adapters"
 
 
 def _of_roles(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Sequence[str]) -> Iterator[Ineffective]:

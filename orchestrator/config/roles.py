@@ -54,7 +54,7 @@ class RanksRole(Section):
     zero_stage: Annotated[int, Field(ge=0, le=3)] = BackendSpec.zero_stage
     """ZeRO stage, unless `deepspeed` sets one."""
     colocate: str | None = None
-    """Share that role's bundles; `gpus` may be a fraction."""
+    """Share that role's bundles, and sleep while it works; `gpus` may be a fraction."""
     call_timeout_s: Seconds = 3600.0
     """Deadline of one verb (a step, a pass of log-probabilities, a save); if a rank takes longer, the run ends."""
     ping_timeout_s: Seconds = 60.0
@@ -179,7 +179,7 @@ class EngineRole(Section):
     engine_options: dict[str, Any] = Field(default_factory=dict)
     """Arguments passed to the engine as they are."""
     colocate: str | None = None
-    """Share that role's bundles."""
+    """Share that role's bundles, and sleep while it works, unless a phase samples ahead (train.max_staleness)."""
     start_timeout_s: Seconds = 300.0
     """Deadline of a worker's start: process, engine, model."""
     request_timeout_s: Seconds = 600.0

@@ -272,8 +272,9 @@ class RoundsConfig(Section):
 class WeightsConfig(Section):
     """How published weights reach the rollout workers."""
 
-    transport: Literal["collective", "object_store", "disk"] = "collective"
-    """Broadcast between processes (NCCL, gloo), Ray's object store, or files."""
+    transport: Literal["collective", "object_store", "disk"] | None = None
+    """Broadcast between processes (NCCL, gloo), Ray's object store, or files. None: object_store where a trainer and
+    its engines take turns (`colocate`), else collective."""
     topology: Literal["each", "all"] = "each"
     """For collective transport: one broadcast per worker, or one for all of them."""
     bucket_mib: Annotated[float, Field(gt=0)] = 4.0
@@ -282,6 +283,8 @@ class WeightsConfig(Section):
     """Deadline of one publication."""
     dtype: DType | None = None
     """Type in which weights are sent. Default: the rollout's dtype."""
+    lora: Literal["adapter", "merged"] | None = None
+    """With model.lora: send adapters alone, or merged into the weights. None: alone where the engine takes them."""
 
 
 class CheckpointConfig(Section):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from actors.columns import Head
+from orchestrator.config.colocation import take_turns, taking_turns, transport_between
 from orchestrator.config.ineffective_keys import ineffective_keys
 from orchestrator.config.reward_validation import of_learning, of_scoring_roles, of_split_episodes
 from orchestrator.config.roles import (
@@ -410,7 +411,14 @@ def _of_source(
             f"weights are not published; set roles.{name}.model to the folder or hub name that training starts from, "
             "or train without model.lora"
         )
-    elif config.weights.transport == "collective" and (source.gpus > 0) != (engine.gpus > 0):
+    elif config.weights.transport == "collective" and take_turns(taking_turns(config, launched), name, role):
+        yield (
+            f"weights.transport=collective needs {name} and the workers of {role} awake at the same time, and they "
+            "take turns (roles.*.colocate); leave it out, or set weights.transport=object_store"
+        )
+    elif transport_between(config, taking_turns(config, launched), name, role) == "collective" and (
+        (source.gpus > 0) != (engine.gpus > 0)
+    ):
         on_gpu, on_cpu = (name, role) if source.gpus > 0 else (role, name)
         yield (
             f"weights.transport=collective joins {name} and the workers of {role} in one process group, "

@@ -63,6 +63,11 @@ class Memory:
     def total(self) -> float:
         return sum(getattr(self, part.name) for part in fields(self))
 
+    @property
+    def on_device(self) -> float:
+        """Of that, what is on a GPU: given back while the process sleeps."""
+        return self.total - self.averages - self.process
+
 
 @dataclass(frozen=True)
 class Training:

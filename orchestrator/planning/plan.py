@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from actors.errors import ConfigError
 from orchestrator.config.autoscale import AutoscaleConfig
+from orchestrator.config.colocation import taking_turns
 from orchestrator.config.roles import EngineRole, Fallback, FrozenRole, RanksRole, UserCodeRole
 from orchestrator.config.schema import BemaConfig, PhaseConfig, RunConfig
 from orchestrator.config.validation import Role, count, refusals, warnings
@@ -101,7 +102,10 @@ class Plan:
     roles: Mapping[str, RolePlan]
     gang: tuple[Bundle, ...]
     stand_ins: Mapping[str, str]  # a role that is not launched -> the one that, without its adapters, has its weights
+    turns: tuple[tuple[str, ...], ...]  # sets of roles that share devices, one of which is awake at a time
     overlaps: bool  # frozen roles work on the next batch while another role is trained
+    # Of engine roles that follow a role with adapters: why they get merged weights; None: they get the adapters alone.
+    merged_because: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
     refusals: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -122,6 +126,10 @@ class Plan:
         lasting = {stage.role for stage in stages if not stage.precomputed}
         return tuple(role for role in self.roles if role in {stage.role for stage in stages} - lasting)
 
+    def adapters_alone(self, role: str) -> bool:
+        """Whether the engines of a role get adapters, and not whole weights."""
+        return role in self.merged_because and self.merged_because[role] is None
+
     def total(self, resource: str) -> float:
         return sum(bundle.resources.get(resource, 0.0) for bundle in self.bundles)
 
@@ -133,11 +141,13 @@ def make_plan(
     parameters: int | None = None,
     own_parameters: Mapping[str, int | None] | None = None,
     shapes: Mapping[str, Shape] | None = None,
+    merged_because: Mapping[str, str | None] | None = None,
     machine: Machine | None = None,
 ) -> Plan:
     """The plan of a run, `pipelines` by phase. `parameters` of the run's model, `own_parameters` of the models of roles
-    that differ from it, `shapes` by role. Raises ConfigError with all refusals."""
+    that differ from it, `shapes` by role; `merged_because` as in `Prepared`. Raises ConfigError with all refusals."""
     known: dict[str, Any] = {"parameters": parameters, "own_parameters": own_parameters, "shapes": shapes}
+    known["merged_because"] = merged_because
     plan = draft_plan(config, pipelines, machine=machine, **known)
     if plan.refusals:
         raise ConfigError("\n".join(plan.refusals))
@@ -151,12 +161,14 @@ def draft_plan(
     parameters: int | None = None,
     own_parameters: Mapping[str, int | None] | None = None,
     shapes: Mapping[str, Shape] | None = None,
+    merged_because: Mapping[str, str | None] | None = None,
     machine: Machine | None = None,
 ) -> Plan:
     """A plan that may have `refusals`, for display and not for launching."""
     stand_ins = _stand_ins(config, pipelines)
     launched = _launched(config, pipelines, stand_ins)
-    refused = refusals(config, pipelines, launched)
+    merged = {role: why for role, why in (merged_because or {}).items() if role in launched}
+    refused = [*refusals(config, pipelines, launched), *_of_adapters(config, merged)]
     sized = [role for role in launched if role in config.roles]
     threads = _threads(config, pipelines, sized, parameters, machine or Machine.here())
     gang, seats = _gang(config, sized)
@@ -169,8 +181,29 @@ def draft_plan(
     memory = {role: _memory(role, config, pipelines, parameters_of, (shapes or {}).get(role)) for role in sized}
     roles = {role: _role_plan(role, config, threads[role], seats.get(role, ()), memory[role]) for role in sized}
     phases = tuple(_phase_plan(name, config, pipeline) for name, pipeline in pipelines.items())
-    found = tuple(refused), tuple(warnings(config, pipelines, launched))
-    return Plan(config.name, phases, roles, gang, stand_ins, _overlaps(config, sized), *found)
+    return Plan(
+        run=config.name,
+        phases=phases,
+        roles=roles,
+        gang=gang,
+        stand_ins=stand_ins,
+        turns=taking_turns(config, sized),
+        overlaps=_overlaps(config, sized),
+        merged_because=merged,
+        refusals=tuple(refused),
+        warnings=tuple(warnings(config, pipelines, launched)),
+    )
+
+
+def _of_adapters(config: RunConfig, merged_because: Mapping[str, str | None]) -> list[str]:
+    """Refusals of engines that cannot have adapters alone, if that is asked for."""
+    if config.weights.lora != "adapter":
+        return []
+    return [
+        f"weights.lora=adapter: {role} cannot get the adapters alone: {why}; set weights.lora=merged, or leave it out"
+        for role, why in merged_because.items()
+        if why is not None
+    ]
 
 
 def problems(plan: Plan, cluster: ClusterView) -> list[str]:

@@ -32,6 +32,7 @@ from orchestrator.planning.handover import is_handed_over, phase_of
 from orchestrator.planning.memory_estimate import Shape
 from orchestrator.planning.model_files import count_parameters, model_length, vocabulary_size
 from orchestrator.planning.prepared import ModelReward, Prepared, PreparedPhase
+from orchestrator.planning.published_adapters import merged_because
 from orchestrator.planning.schedule import Schedule
 from orchestrator.planning.written_sources import in_folder, is_made, open_phase_source
 from orchestrator.plugins import importable
@@ -87,7 +88,12 @@ def prepare(config: RunConfig, *, run: Path | None = None) -> Prepared:
         model_rewards=_scoring(config.rewards, tokenizer),
         parameters=count_parameters(model),
     )
-    prepared = replace(prepared, own_parameters=_own_parameters(prepared), shapes=_shapes(prepared))
+    prepared = replace(
+        prepared,
+        own_parameters=_own_parameters(prepared),
+        shapes=_shapes(prepared),
+        merged_because=merged_because(prepared),
+    )
     check_rewards(prepared)
     check_engines(prepared)
     check_models(prepared)

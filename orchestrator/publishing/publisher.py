@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from actors.errors import InfraFailure, WeightSyncError
+from actors.specs import WeightsForm
 from actors.worker import Group, Objects, Ref
 from orchestrator.cluster.fleet import State
 from orchestrator.cluster.pool import Event, Pool
@@ -42,8 +43,9 @@ class SyncReport:
 class Publisher:
     """Moves the weights of the role `source` to the members of the engine role `role`. One sync at a time.
 
-    Engines that mix two models have two publishers: that of the `second` part promotes nobody, and that of their `own`
-    part, which knows the other one, promotes members that hold both."""
+    The part `adapters` sends a model's adapters alone, to engines that have the rest from the model's folder. Engines
+    that mix two models have two publishers: that of the `second` part promotes nobody, and the other one, which knows
+    it, promotes members that hold both."""
 
     def __init__(
         self,
@@ -57,12 +59,15 @@ class Publisher:
         dtype: str,
         folder: str,
         event: Event,
+        transport: str,
         part: Part = "own",
         second: Publisher | None = None,
     ) -> None:
         self.version = -1
         self.role, self.source = role, source
         self._part: Part = part
+        self._transport = transport
+        self._form: WeightsForm = "adapters" if part == "adapters" else "merged"
         self._second = second
         self._store = role if part == "own" else f"{role}, {part}"  # of rendezvous, in the sender's process
         self._policy, self._pool, self._objects, self._config = policy, pool, objects, config
@@ -126,7 +131,7 @@ class Publisher:
         )
 
     async def _order(self, version: int, members: Sequence[int]) -> SyncOrder:
-        transport = self._config.transport
+        transport = self._transport
         name, manifest = f"publish-{version}-{time.monotonic_ns()}", await self._get_manifest()
         order = SyncOrder(name, version, transport, manifest, part=self._part)
         if transport == "disk":
@@ -157,7 +162,8 @@ class Publisher:
             return None
         try:
             deadline, name = self._config.timeout_s + 30, f"{self.role}.receive v{order.version}"
-            ack: Ack = await worker.call("receive", order, payload, timeout_s=deadline, task_name=name)
+            async with self._pool.turn():
+                ack: Ack = await worker.call("receive", order, payload, timeout_s=deadline, task_name=name)
             report = await sent if isinstance(sent, asyncio.Future) else sent
             if (ack.version, ack.fingerprint) != (report.version, report.fingerprint):
                 raise InfraFailure(
@@ -168,7 +174,7 @@ class Publisher:
             await self._pool.evict(index, f"weights of version {order.version} not confirmed: {error}")
             return None
         self._held[index] = ack.version
-        if self._part == "own" and self._pool.fleet.members.get(index) is not None:
+        if self._part != "second" and self._pool.fleet.members.get(index) is not None:
             self._pool.fleet.joined(index, time.monotonic())
         return ack
 
@@ -199,11 +205,18 @@ class Publisher:
         if self._snapshot is None:
             packed = PackBuckets(await self._get_manifest(), self.version if version is None else version)
             deadline = self._config.timeout_s + 30
-            self._snapshot = await export_payload(self._policy, packed, self._bucket_bytes, timeout_s=deadline)
+            self._snapshot = await export_payload(
+                self._policy, packed, self._bucket_bytes, self._form, timeout_s=deadline
+            )
         return self._snapshot
 
     async def _export(self, consumer: Any, task_name: str) -> Any:
         results = await self._policy.call(
-            "export", consumer, self._bucket_bytes, timeout_s=self._config.timeout_s + 30, task_name=task_name
+            "export",
+            consumer,
+            self._bucket_bytes,
+            self._form,
+            timeout_s=self._config.timeout_s + 30,
+            task_name=task_name,
         )
         return results[0]

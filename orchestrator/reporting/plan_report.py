@@ -73,6 +73,11 @@ def _parts(plan: Plan, cluster: ClusterView) -> Iterator[RenderableType]:
     yield _roles(plan)
     for role, other in plan.stand_ins.items():
         yield Text(f"{role}: the {other} without its adapters; nothing is launched for it")
+    for roles in plan.turns:
+        yield Text(_turns(plan, roles))
+    for role, why in plan.merged_because.items():
+        gets = "the adapters alone" if why is None else f"weights with the adapters merged in: {why}"
+        yield Text(f"{role}: is sent {gets}")
     for role in plan.precompute_only:
         yield Text(f"{role}: passes over the data once, then its processes end; what they reserve stays reserved")
     yield _heading(f"\nplacement on {cluster}")
@@ -170,6 +175,22 @@ def _room(plan: Plan, cluster: ClusterView) -> Iterator[str]:
         room = role.count + how_many_fit(role.own_bundle, free, at_most=most - role.count)
         if room < most:
             yield f"{role.name}: room for {room} of the {most} that autoscale allows"
+
+
+def _turns(plan: Plan, roles: Sequence[str]) -> str:
+    """What one of the roles that share devices needs at a time, where all of them would need the sum."""
+    said = f"{', '.join(roles)}: take turns; one is awake at a time, the others sleep"
+    if not any(plan.roles[role].resources.get("GPU") for role in roles):
+        return f"{said}, and on a CPU keep their memory"
+    known = {role: memory for role in roles if (memory := plan.roles[role].memory) is not None}
+    if len(known) < len(roles):
+        return said
+    largest = max(known, key=lambda role: known[role].on_device)
+    together = sum(memory.on_device for memory in known.values())
+    return (
+        f"{said}; about {known[largest].on_device:.2f} GiB of each GPU are in use at most ({largest}) instead of "
+        f"{together:.2f}, and up to {together - min(m.on_device for m in known.values()):.2f} wait on the host"
+    )
 
 
 def _memory(memory: Memory) -> tuple[str, str]:

@@ -141,6 +141,7 @@ def show_plan(config: RunConfig, *, as_json: bool = False) -> bool:
         parameters=prepared.parameters,
         own_parameters=prepared.own_parameters,
         shapes=prepared.shapes,
+        merged_because=prepared.merged_because,
     )
     cluster = cluster_at_hand(config.cluster, plan)
     refused = problems(plan, cluster)

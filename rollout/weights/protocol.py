@@ -20,7 +20,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-Part = Literal["own", "second"]  # of an engine's models: the one it follows, or the one that it mixes in
+# Of what an engine holds: the model that it follows, that model's adapters alone, or the model that it mixes in.
+Part = Literal["own", "adapters", "second"]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from actors.errors import DataFailure, InfraFailure
+from actors.lora import adapter_tensors, attach, full_tensors
+from actors.specs import LoraSpec
 from rollout.engine import Engine, EngineSpec, build_engine
 from rollout.sampling import Completion, Finish, Request, Sampling
 from rollout.stopping import resolved_stops
@@ -40,6 +42,9 @@ SUBJECTS: dict[
     "scripted": ("scripted", True, {}),
     "vllm-mixing": ("vllm", False, {"mixes": "SECOND"}),
     "hf-mixing": ("hf", False, {"mixes": "SECOND"}),
+    "vllm-adapters": ("vllm", True, {"lora": LoraSpec(r=12, alpha=16)}),
+    "hf-adapters": ("hf", True, {"lora": LoraSpec(r=12, alpha=16)}),
+    "hf-dora": ("hf", True, {"lora": LoraSpec(r=4, use_dora=True)}),
     "vllm-cut": ("vllm", True, {"max_admitted": 64}),
     "vllm-bf16-head": ("vllm", False, {"dtype": "bfloat16", "lm_head_fp32": True}),
     "hf-bf16-head": ("hf", False, {"dtype": "bfloat16", "lm_head_fp32": True}),
@@ -136,7 +141,7 @@ def subject(request: pytest.FixtureRequest, subjects: Callable[[str], Subject]) 
     """The engine of this test's parameter with its first weights, as version 0."""
     subject = subjects(request.param)
     assert not subject.engine.busy, "an earlier test left a request"
-    if subject.engine.version != 0:
+    if subject.engine.version != 0 and subject.spec.lora is None:
         subject.load(subject.original, 0)
     return subject
 
@@ -299,6 +304,46 @@ def test_every_token_of_a_mixture_is_drawn_from_the_normalised_product_of_both_m
     greedy = subject.one(Request("greedy", PROMPT, 1, Sampling(8, temperature=0), seed=1, mixture=0.5))
     assert greedy.tokens.tolist() == mixed(greedy, 0.5).argmax(-1).tolist()
     subject.engine.load_second(original)
+
+
+@on("vllm-adapters", "hf-adapters", "hf-dora")
+def test_adapters_alone_give_the_samples_of_the_weights_with_them_merged(subject: Subject) -> None:
+    """Twice, and for a request that is running when the second ones come: each of its tokens is of one version."""
+    from transformers import AutoModelForCausalLM
+
+    trained: Any = AutoModelForCausalLM.from_pretrained(subject.spec.model, dtype=torch.float32).eval()
+    assert subject.spec.lora is not None
+    attach(trained, subject.spec.lora)
+
+    def load(version: int) -> None:
+        torch.manual_seed(version)
+        for name, parameter in trained.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.2)
+        merged = dict(full_tensors(trained, 1 << 20))
+        subject.reference.load_state_dict(merged, strict=False)
+        subject.engine.load_adapters([(name, each.clone()) for name, each in adapter_tensors(trained, 1000)], version)
+
+    def greedy() -> Completion:
+        found = subject.one(Request("greedy", PROMPT, 1, Sampling(40, temperature=0), seed=1))
+        assert found.tokens.tolist() == subject.logits(PROMPT, found).argmax(-1).tolist()
+        assert subject.error(PROMPT, found).max() < 1e-4
+        return found
+
+    load(1)
+    first = greedy()
+    subject.engine.add(Request("running", PROMPT, 2, Sampling(40), seed=2))
+    for _ in range(4):
+        subject.engine.step()
+    load(2)
+    moved = subject.finish()["running"]
+    for completion in moved:
+        since = completion.versions == 2
+        assert since.any() and not since.all(), "the adapters came when no sample was running"
+        assert subject.error(PROMPT, completion)[since].max() < 1e-4
+    second = greedy()
+    assert first.tokens.tolist() != second.tokens.tolist(), "the adapters change nothing: this test shows nothing"
+    assert set(first.versions) == {1} and set(second.versions) == {2}
 
 
 @on("vllm-tied", "hf-tied")

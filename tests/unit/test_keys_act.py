@@ -305,6 +305,7 @@ SHOWN_BY: dict[str, str] = {  # what happens while a run goes on, or needs other
     "weights.topology": "tests/unit/test_weights.py",
     "weights.timeout_s": "tests/unit/test_weights.py",
     "weights.dtype": "tests/unit/test_weights.py",
+    "weights.lora": "tests/unit/test_published_adapters.py",
     "checkpoint.every": "tests/contract/test_resumed_runs.py",
     "checkpoint.grace_s": "tests/unit/test_shutdown.py",
     "checkpoint.keep": "tests/unit/test_checkpoint.py",
@@ -620,6 +621,7 @@ IDLE: list[tuple[dict[str, Any], str]] = [  # a configuration, and the key that 
         merged(GRPO, {"weights": {"transport": "disk", "topology": "all"}}),
         "weights.topology=all",
     ),
+    (merged(GRPO, {"weights": {"lora": "merged"}}), "weights.lora=merged: without model.lora"),
     (merged(GRPO, {"cluster": {"address": "a:1", "dashboard": True}}), "cluster.dashboard=True"),
     (
         merged(GRPO, {"phases": {"a": {"train": {"scheduler": "constant", "min_lr_ratio": 0.5}}}}),

@@ -15,12 +15,14 @@ from actors.errors import ModelError
 from actors.forward import forward
 from actors.lora import (
     LoraSpec,
+    adapter_tensors,
     adapter_weights,
     adapters_off,
     attach,
     full_tensors,
     has_adapters,
     merged_tensors,
+    set_adapters,
     write_adapter,
 )
 from actors.model import LanguageModel, ModelSpec, load_model
@@ -64,6 +66,31 @@ def test_merged_weights_compute_what_the_adapters_compute(tmp_path: Path, lora: 
     torch.testing.assert_close(logps(plain, rows()), logps(model, rows()), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(logps(plain, rows()), base, atol=1e-2)
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("lora", VARIANTS, ids=str)
+def test_adapters_that_were_sent_alone_compute_what_they_compute_at_the_sender(tmp_path: Path, lora: LoraSpec) -> None:
+    folder = tiny_model_folder(tmp_path)
+    sender = adapted(folder, lora)
+    torch.manual_seed(7)
+    receiver = load_model(ModelSpec(str(folder), lora=lora), trainable=False)
+    before = logps(receiver, rows())
+    sent = {name: tensor.clone() for name, tensor in adapter_tensors(sender.causal, 1000)}
+    assert sent.keys() == adapter_weights(sender.causal).keys(), "the names are those of a PEFT folder"
+    set_adapters(receiver.causal, sent)
+    assert torch.equal(logps(receiver, rows()), logps(sender, rows()))
+    assert not torch.allclose(logps(receiver, rows()), before, atol=1e-2)
+
+
+def test_adapters_of_another_shape_or_place_are_refused_and_change_nothing(tmp_path: Path) -> None:
+    folder = tiny_model_folder(tmp_path)
+    sent = dict(adapter_tensors(adapted(folder, LoraSpec(r=4)).causal, 1000))
+    wider, fewer = adapted(folder, LoraSpec(r=8)), adapted(folder, LoraSpec(r=4, target_modules=("q_proj",)))
+    for receiver in (wider, fewer):
+        before = logps(receiver, rows())
+        with pytest.raises(ModelError, match=r"these adapters do not fit the model's: .*lora_A"):
+            set_adapters(receiver.causal, sent)
+        assert torch.equal(logps(receiver, rows()), before)
 
 
 @pytest.mark.parametrize("lora", VARIANTS, ids=str)

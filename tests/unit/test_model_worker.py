@@ -459,7 +459,7 @@ def test_ready_reports_the_worker(folder: Path) -> None:
     assert info.packages.endswith("actors")
     assert info.detail["parameters"] == sum(tensor.numel() for tensor in weights(target).values())
     assert (info.detail["dtype"], info.detail["backend"], info.detail["device"]) == ("float32", "single", "cpu")
-    assert target.ping() == {"verb": None, "busy_s": 0.0, "steps_done": 0}
+    assert target.ping() == {"verb": None, "busy_s": 0.0, "steps_done": 0, "asleep": False}
     target.close()
     target.close()
 

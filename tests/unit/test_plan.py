@@ -13,6 +13,7 @@ from rich.console import Console
 from transformers import Qwen2Config
 
 from actors.errors import ConfigError
+from orchestrator.config.colocation import transport_between
 from orchestrator.config.schema import RunConfig
 from orchestrator.losses.likelihood import nll
 from orchestrator.losses.reduce import token_mean
@@ -38,6 +39,13 @@ def config(method: str = "grpo", *, options: dict[str, Any] | None = None, **key
 def planned(config: RunConfig, *, cores: int = 2, parameters: int | None = SMALL) -> Plan:
     pipelines = {name: build(phase.method, phase.options) for name, phase in config.phases.items()}
     return draft_plan(config, pipelines, parameters=parameters, machine=Machine(cores))
+
+
+def report(plan: Plan) -> str:
+    """What `troupe plan` prints."""
+    text = io.StringIO()
+    Console(file=text, width=400).print(render(plan, gpu_nodes(1)))
+    return text.getvalue()
 
 
 def threads(plan: Plan) -> dict[str, int]:
@@ -227,6 +235,49 @@ def test_colocated_roles_add_up_in_the_bundles_of_their_host() -> None:
     assert [role.name for role in plan.elastic if role.host is None] == ["reward"]
 
 
+ON_ONE_GPU: dict[str, Any] = {
+    "policy": {"gpus": 0.4},
+    "reference": {"gpus": 0.2, "colocate": "policy"},
+    "rollout": {"gpus": 0.4, "colocate": "policy", "kv_cache_gib": 8},
+    "reward": {"gpus": 0.0, "colocate": "policy"},
+}
+
+
+def test_colocated_roles_that_hold_models_take_turns_so_that_the_largest_counts_and_not_the_sum() -> None:
+    plan = planned(config(options={"beta": 0.1}, roles=ON_ONE_GPU), parameters=1_000_000_000)
+    assert plan.turns == (("policy", "reference", "rollout"),), "not who runs users' code"
+    held = [memory.on_device for role in plan.turns[0] if (memory := plan.roles[role].memory) is not None]
+    assert len(held) == 3 and sum(held) > 1.4 * max(held)
+    said = report(plan)
+    assert f"about {max(held):.2f} GiB of each GPU are in use at most (policy) instead of {sum(held):.2f}" in said
+    assert f"up to {sum(held) - min(held):.2f} wait on the host" in said
+    on_cpu = {role: {"colocate": keys["colocate"]} for role, keys in ON_ONE_GPU.items() if "colocate" in keys}
+    assert "and on a CPU keep their memory" in report(planned(config(options={"beta": 0.1}, roles=on_cpu)))
+    apart = planned(config(options={"beta": 0.1}))
+    assert apart.turns == () and "take turns" not in report(apart)
+
+
+def test_an_engine_that_samples_ahead_of_training_stays_awake_while_the_others_take_turns() -> None:
+    ahead = config(options={"beta": 0.1, "correction": "token_truncate"}, train={"max_staleness": 1}, roles=ON_ONE_GPU)
+    assert planned(ahead).turns == (("policy", "reference"),)
+
+
+@pytest.mark.parametrize(
+    ("train", "asked", "used"),
+    [
+        ({}, None, "object_store"),
+        ({}, "disk", "disk"),
+        ({"max_staleness": 1}, None, "collective"),
+        ({"max_staleness": 1}, "collective", "collective"),
+    ],
+)
+def test_weights_wait_on_the_host_for_an_engine_that_sleeps_while_its_trainer_is_awake(
+    train: dict[str, Any], asked: Any, used: str
+) -> None:
+    changed = config(train=train, roles=ON_ONE_GPU, weights={"transport": asked})
+    assert transport_between(changed, planned(changed).turns, "policy", "rollout") == used
+
+
 def test_what_a_frozen_role_samples_may_run_ahead_without_a_correction() -> None:
     keys: dict[str, Any] = {"train": {"max_staleness": 2, "batch_size": 8}, "roles": {"teacher": {"model": "big"}}}
     plan = planned(config("gkd", options={"lmbda": 0.0, "seq_kd": True}, **keys))
@@ -314,6 +365,10 @@ def test_memory_and_custom_resources_are_reserved_as_given() -> None:
         (
             config(roles={"rollout": {"colocate": "policy", "autoscale": {"max": 4}}}),
             "roles.rollout.autoscale.max: 4 processes cannot share the 1 bundle(s) of policy",
+        ),
+        (
+            config(roles={"rollout": {"colocate": "policy"}}, weights={"transport": "collective"}),
+            "weights.transport=collective needs policy and the workers of rollout awake at the same time",
         ),
         (
             config(roles={"policy": {"gpus": 1}, "rollout": {"gpus": 1, "tensor_parallel": 2}}),

@@ -30,7 +30,7 @@ class Trainer:
     def ready(self) -> WorkerInfo:
         return WorkerInfo("policy/0", os.getpid(), "here", "", {})
 
-    def export(self, consumer: Any, bucket_bytes: int) -> Any:
+    def export(self, consumer: Any, bucket_bytes: int, form: str) -> Any:
         if isinstance(consumer, DiskWrite):
             return SendReport(consumer.order.version, "same", ())
         return Manifest((), bucket_bytes)
@@ -63,7 +63,7 @@ async def published(folder: Path, meanwhile: Any) -> tuple[Publisher, Pool]:
 
     pool = Pool("rollout", 2, POLICY, start=start, stop=lambda w: w.kill(), event=lambda *_: None, watchdog=Watchdog())
     trainer = LocalGroup("policy", LocalWorker("policy/0", Trainer()))
-    config = WeightsConfig(transport="disk")
+    config = WeightsConfig()
     publisher = Publisher(
         trainer,
         pool,
@@ -74,6 +74,7 @@ async def published(folder: Path, meanwhile: Any) -> tuple[Publisher, Pool]:
         dtype="float32",
         folder=str(folder),
         event=lambda *_: None,
+        transport="disk",
     )
     pool.admit = publisher.admit
     await pool.open()
@@ -121,10 +122,10 @@ class TwoModels(Receiver):
 
 
 class PackingTrainer(Trainer):
-    def export(self, consumer: Any, bucket_bytes: int) -> Any:
+    def export(self, consumer: Any, bucket_bytes: int, form: str) -> Any:
         if isinstance(consumer, PackBuckets):
             return SendReport(consumer.version, "same", ()), None
-        return super().export(consumer, bucket_bytes)
+        return super().export(consumer, bucket_bytes, form)
 
 
 async def test_a_member_with_two_models_serves_when_it_holds_both_also_one_that_joins_late(
@@ -141,7 +142,8 @@ async def test_a_member_with_two_models_serves_when_it_holds_both_also_one_that_
     def publisher(source: str, part: Any, second: Publisher | None = None) -> Publisher:
         group = LocalGroup(source, LocalWorker(f"{source}/0", PackingTrainer()))
         names = {"role": "mixture", "source": source, "dtype": "float32", "folder": str(tmp_path / part)}
-        config = WeightsConfig(transport="disk")
+        names["transport"] = "disk"
+        config = WeightsConfig()
         return Publisher(group, pool, LocalObjects(), config, **names, event=lambda *_: None, part=part, second=second)
 
     second = publisher("reference", "second")

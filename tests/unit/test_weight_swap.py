@@ -118,8 +118,8 @@ def test_mixing_into_a_trained_role_is_refused(tmp_path: Path) -> None:
 
 def test_weights_that_differ_from_those_sent_are_refused_before_any_is_used(tmp_path: Path) -> None:
     source = trainable(tiny_model_folder(tmp_path))
-    manifest = source.export(ManifestOf(None, BUCKET), BUCKET, False)
-    report, payload = source.export(PackBuckets(manifest, 0), BUCKET, False)
+    manifest = source.export(ManifestOf(None, BUCKET), BUCKET, "in_memory")
+    report, payload = source.export(PackBuckets(manifest, 0), BUCKET, "in_memory")
     assert len(payload) > 2
     reader = UnpackBuckets(manifest, report.fingerprint)
     assert [name for name, _ in reader(payload)] == [meta.name for meta in manifest.tensors]
