@@ -152,5 +152,5 @@ def parsed(line: bytes) -> Line | None:
     with contextlib.suppress(ValueError):
         value = json.loads(line)
         if isinstance(value, dict):
-            return value  # pyright: ignore[reportUnknownVariableType]
+            return value
     return None

@@ -19,7 +19,8 @@ from orchestrator.service.errors import Problem
 
 WAITING = 64  # requests that wait for runs at the same time
 QUEUE_S = 60.0
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _threads: RunVar[anyio.CapacityLimiter] = RunVar("threads of routes that wait")  # of each event loop, as anyio's own
 
