@@ -14,6 +14,7 @@ import asyncio
 import os
 import select
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -103,6 +104,8 @@ class RayCluster:
         self._workers: dict[str, PlacedWorker] = {}
         self._daemons = own_daemons()
         self._daemon_descriptors = [os.pidfd_open(process.pid) for _, process in self._daemons]  # readable once ended
+        # Not in `close`: another thread may wait on them.
+        weakref.finalize(self, _close_descriptors, self._daemon_descriptors)
         self._leftovers = Leftovers(session(self._daemons)) if self._daemons and disconnect else None
 
     async def reserve(self, plan: Plan) -> None:
@@ -264,6 +267,11 @@ class RayCluster:
         return "\n".join(
             [f"no room on the cluster ({view}) within cluster.placement_timeout_s={self._timeout_s:g}:", *lines]
         )
+
+
+def _close_descriptors(descriptors: Sequence[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def _ask(bundles: Sequence[Bundle], choice: int) -> PlacementGroup:

@@ -291,7 +291,8 @@ async def test_a_label_that_no_node_has_is_named_within_the_deadline(invented: I
 
 
 OWN_RAY = """
-import asyncio, ray
+import asyncio, gc, os, ray
+from pathlib import Path
 from orchestrator.config.schema import RunConfig
 from orchestrator.methods import build
 from orchestrator.cluster.ray_cluster import RayCluster
@@ -314,9 +315,15 @@ async def main():
     print("health:", await reward.call("ping", timeout_s=120))
     await cluster.close()
     await cluster.close()
-    print("connected:", ray.is_initialized())
+    print("connected:", ray.is_initialized(), "watched:", watched())
+
+def watched():
+    # How many processes this one waits for to end.
+    return sum("pidfd" in str(Path(f"/proc/self/fd/{name}").resolve()) for name in os.listdir("/proc/self/fd"))
 
 asyncio.run(main())
+gc.collect()
+print("watched afterwards:", watched())
 """
 
 
@@ -326,7 +333,8 @@ def test_without_an_address_a_ray_of_our_own_holds_more_workers_than_there_are_c
         [sys.executable, "-c", OWN_RAY], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr
-    assert "'alive': True" in done.stdout and "connected: False" in done.stdout
+    assert "'alive': True" in done.stdout and "connected: False watched: 2" in done.stdout
+    assert "watched afterwards: 0" in done.stdout
 
 
 def test_an_address_that_must_be_guessed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
