@@ -76,6 +76,7 @@ def completion_rows(group: PromptGroup, scored: ScoredTexts) -> list[dict[str, A
         return []
     lengths = [length for meta in group.metas for length in meta.lengths]
     workers = [meta.worker for meta in group.metas for _ in meta.lengths]
+    versions = [meta.oldest_version for meta in group.metas for _ in meta.lengths]
     rows: list[dict[str, Any]] = []
     for index, text in enumerate(scored.texts):
         row: dict[str, Any] = {
@@ -84,7 +85,7 @@ def completion_rows(group: PromptGroup, scored: ScoredTexts) -> list[dict[str, A
             "reward": float(score.total[index]),
             **{f"rewards/{name}": float(score.rewards[index, column]) for column, name in enumerate(score.names)},
             "length": lengths[index],
-            "version": -1 if group.oldest_version is None else group.oldest_version,
+            "version": versions[index],
             "worker": workers[index],
             "position": group.position,
         }

@@ -50,6 +50,12 @@ def test_a_row_of_the_table_has_what_the_data_set_and_the_rewards_say_beside_it(
     assert (second["extracted"], second["answer"]) == ("4", "4")
 
 
+def test_the_table_says_which_weights_wrote_a_completion_also_where_they_do_not_change():
+    steady = replace(group([[0, 1]]), oldest_version=None)  # nothing of it grows old
+    (row,) = completion_rows(steady, ScoredTexts(("x",), {}))
+    assert row["version"] == 2
+
+
 def test_of_episodes_turns_tools_and_where_the_time_went_are_told() -> None:
     episodes = [EpisodeFacts(1, 0, 0, 0, 1.0, 0.0, None), EpisodeFacts(3, 4, 1, 30, 2.0, 1.0, 0.5)]
     assert episode_metrics(episodes, [10, 20]) == {
