@@ -6,7 +6,7 @@ _sft                          worked additions that omit most carries
 _pairs, _triples, _labelled   right answers beside wrongly carried ones, for preference optimisation
 _worked, _steps               additions worked in three steps; such steps with labels, of which one is wrong in half of
                               the answers
-_judgements                   sums that are worked out, with y or n: is it right?
+_judgements                   answered problems, with the sum and y or n: is the answer right?
 _revisions                    conversations in which the answer is wrong as often as in `_sft`, then its ones are
                               added, then it is revised (for the model `calculator`, which has a chat template)
 """
@@ -125,16 +125,15 @@ def arithmetic_steps(*, seed: int, split: str, rows: int | None = None, wrong: f
 
 
 def arithmetic_judgements(*, seed: int, split: str, rows: int | None = None) -> dict[str, list[str]]:
-    """Is an addition right? `prompt` (37+58=95?), `completion`: the steps of `arithmetic_worked`, then y or n. Half of
-    them are wrong, by a carry or by 1 to 20: what a model needs to judge the answers to `arithmetic`. Asked for y or n
-    at once, a model of this size learns in a thousand steps to say either as often as the other."""
+    """Is an addition right? `prompt` (37+58=95?), `completion`: the sum, then y or n (95y). Half of them are wrong,
+    by a carry or by 1 to 20: what a model needs to judge the answers to `arithmetic`. Asked for y or n at once, a model
+    of this size learns in a thousand steps to say either as often as the other."""
     problems = shuffled(number_pairs(split), seed, rows)
     pairs = arithmetic_pairs(seed=seed, split=split, rows=rows, slips=0.3)
     right = np.random.default_rng([seed, 6]).random(len(pairs["prompt"])) < 0.5
     answers = [pairs["chosen" if is_right else "rejected"][row] for row, is_right in enumerate(right)]
     prompts = [f"{prompt}{answer}?" for prompt, answer in zip(pairs["prompt"], answers, strict=True)]
-    worked = [" ".join(_worked(a, b)) for a, b in problems]
-    verdicts = [f"{steps} {'y' if is_right else 'n'}" for steps, is_right in zip(worked, right, strict=True)]
+    verdicts = [f"{a + b}{'y' if is_right else 'n'}" for (a, b), is_right in zip(problems, right, strict=True)]
     return {"prompt": prompts, "completion": verdicts}
 
 
