@@ -8,6 +8,8 @@ print(result.scores, result.model)
 
 handle = troupe.start(config)              # in a process of its own: events(), metrics(), pause(), checkpoint(), ...
 
+handle = troupe.submit(config, priority=5)  # to the service of `runs`, which starts it once there is room
+
 troupe.resume(handle.folder)               # a run that was stopped goes on from its newest checkpoint
 """
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from orchestrator.model_folders.merge import merge
     from orchestrator.result import RunResult
     from orchestrator.run import run
+    from orchestrator.service.client import submit
 
 __all__ = (
     "ConfigError",
@@ -54,6 +57,7 @@ __all__ = (
     "run",
     "score",
     "start",
+    "submit",
 )
 _ROOMS = {
     "actors.errors": (
@@ -69,6 +73,7 @@ _ROOMS = {
     "orchestrator.model_folders.merge": ("merge",),
     "orchestrator.result": ("RunResult",),
     "orchestrator.run": ("run",),
+    "orchestrator.service.client": ("submit",),
 }  # fmt: skip
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 

@@ -19,21 +19,23 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from actors.errors import ConfigError, Interrupted, RunError
 from orchestrator.cluster import control
 from orchestrator.cluster.run_lock import driver_of
-from orchestrator.config.loading import find_recipe, load_config, saved_config
+from orchestrator.config.loading import SAVED, SUBMITTED, find_recipe, load_config, saved_config
 from orchestrator.config.schema import RunConfig
 from orchestrator.console_copy import CONSOLE_FILE
 from orchestrator.json_lines import LineReader, last_lines
+from orchestrator.queueing import entry as entries
+from orchestrator.queueing.entry import Entry, Stage
 from orchestrator.reporting.metrics import METRICS_FILE
 from orchestrator.restarts import COMMAND, REFUSED, folder_of
 from orchestrator.result import RunResult
+from orchestrator.status import State, Status, has_ended, queue_says
 
 START_TIMEOUT_S = 600.0  # until a run has its folder: reading the data, the first time perhaps from the Hub
 ANSWER_TIMEOUT_S = 600.0  # until a run is between two steps
@@ -98,9 +100,10 @@ def resume(
 
 
 def attach(folder: str | Path) -> RunHandle:
-    """The handle of a run that another process started, or this notebook before its kernel was restarted. Raises
-    ConfigError if the folder is no run's."""
-    saved_config(Path(folder))
+    """The handle of a run that another process started, or this notebook before its kernel was restarted, or that waits
+    in the queue of a service. Raises ConfigError if the folder is no run's."""
+    if not (Path(folder) / SUBMITTED).is_file():
+        saved_config(Path(folder))
     return RunHandle(Path(folder), None)
 
 
@@ -143,45 +146,6 @@ def _launched(
     return RunHandle(folder, process)
 
 
-class State(StrEnum):
-    """Of a run, as programs tell them apart."""
-
-    STARTING = "starting"
-    RUNNING = "running"
-    PAUSED = "paused"
-    SILENT = "silent"  # its driver seems to live, but puts up no status
-    FINISHED = "finished"
-    STOPPED = "stopped"  # on request or by a signal; `resume` continues it
-    FAILED = "failed"
-
-    @property
-    def over(self) -> bool:
-        """Whether no process drives the run any more."""
-        return self in (State.FINISHED, State.STOPPED, State.FAILED)
-
-
-@dataclass(frozen=True)
-class Status:
-    """How a run stands. `state`: `starting`, `running`, `paused`, `finished`, or a sentence that says how it ended or
-    why it does not answer; `kind`: the same as one of a few words. `step`, `metrics`: what was logged last, with the
-    evaluation after that step. `workers`: of its elastic roles while it is running: role -> how many are `desired`, how
-    many are `serving`. `members`: role -> each worker with its state and place. Of a run in progress: its `phase`, the
-    stages `at_work` (`stage`, `writes`, `calls`, `share` of the last second), and what its driver `waits` for (`what`,
-    `seconds`). `autoscale`: role -> `min`, `max`, whether it is `held` at a number that somebody asked for, and what
-    was decided last (`said`)."""
-
-    kind: State
-    state: str
-    step: int
-    workers: Mapping[str, Mapping[str, int]]
-    members: Mapping[str, Sequence[Mapping[str, Any]]]
-    metrics: Mapping[str, Any]
-    phase: str | None = None
-    at_work: Sequence[Mapping[str, Any]] = ()
-    waits: Sequence[Mapping[str, Any]] = ()
-    autoscale: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
-
-
 class RunHandle:
     """One run, seen from outside. Every wait has a deadline, and ends early if the run does."""
 
@@ -199,6 +163,11 @@ class RunHandle:
             return self._process.poll() is None
         driver = driver_of(self.folder)
         return driver is not None and driver.may_live
+
+    @property
+    def over(self) -> bool:
+        """Whether no process drives the run any more, and no service will start one by itself."""
+        return not self.running and self._state()[0].over
 
     def events(self, *, timeout_s: float = SILENCE_S) -> Iterator[dict[str, Any]]:
         """The lines of the run's `events.jsonl`, from the first, each as soon as it is there, until the run ends.
@@ -229,8 +198,14 @@ class RunHandle:
 
     def _state(self) -> tuple[State, str, control.Standing]:
         """(state, in words, what its driver says)."""
+        entry = entries.read(self.folder)
+        if entry is not None and entry.stage is Stage.PREEMPTING and not has_ended(self.folder, entry, "finished"):
+            return State.PREEMPTED, entry.reason, control.Standing()
         if not self.running:
-            return *self._last_word(), control.Standing()
+            if entry is None and not (self.folder / SAVED).exists() and (self.folder / SUBMITTED).exists():
+                return State.QUEUED, "was submitted a moment ago", control.Standing()
+            said = queue_says(self.folder, entry) if entry is not None else None
+            return *(said or self._last_word()), control.Standing()
         if not self.reachable:
             return State.STARTING, "starting", control.Standing()
         state = State.PAUSED if self._pausing()["event"] == "paused" else State.RUNNING
@@ -257,6 +232,11 @@ class RunHandle:
         request = self._ask(timeout_s, "scale", role, count)
         self._await(lambda: not request.exists(), timeout_s, "the run to take the request")
 
+    def prioritise(self, priority: int) -> None:
+        """Change the place in the queue of a run that was submitted to a service. Raises ConfigError for another."""
+        if entries.change(self.folder, lambda entry: replace(entry, priority=priority)) is None:
+            raise ConfigError(f"run {self.folder.name} was not submitted to a service: it is in no queue")
+
     def pause(self, *, timeout_s: float = ANSWER_TIMEOUT_S) -> int:
         """Hold the run before its next step; its processes and their memory stay. Returns, once it holds, the number
         of steps that are done. Raises RunError if another client let it go on meanwhile."""
@@ -275,7 +255,7 @@ class RunHandle:
 
         def written() -> Path | None:
             answer = self._answer(ticket)
-            if answer is None and not self.running and self._last("finished"):
+            if answer is None and self.over and self._last("finished"):
                 answer = self._last("checkpoint")
             if answer is None and self._pausing() == {"event": "paused", "step": 0}:
                 raise RunError(f"run {self.folder.name} is paused before its first step: there is nothing to save yet")
@@ -285,7 +265,10 @@ class RunHandle:
 
     def stop(self, *, timeout_s: float = ANSWER_TIMEOUT_S) -> Path | None:
         """End the run in order: after its step and a checkpoint, within `checkpoint.grace_s`. Returns its newest
-        checkpoint, with which `resume` goes on. A run that has ended, or is ending, is not disturbed."""
+        checkpoint, with which `resume` goes on. A run that has ended, or is ending, is not disturbed; one that waits in
+        a queue leaves it."""
+        if not self.over:
+            entries.change(self.folder, Entry.withdrawn)
         if self.running and not self._last("interrupted"):  # a second signal would end it at once
             if self._process is not None:
                 self._process.terminate()
@@ -295,19 +278,23 @@ class RunHandle:
                 except RunError:
                     if self.running:
                         raise
-        _wait(lambda: not self.running, timeout_s, f"run {self.folder.name} to stop")
+        _wait(lambda: self.over, timeout_s, f"run {self.folder.name} to stop")
         found = sorted((self.folder / "checkpoints").glob("step-*"))
         return found[-1] if found else None
 
     def result(self, *, timeout_s: float = END_TIMEOUT_S) -> RunResult:
         """What the run leaves, once it has finished. Raises what ended it otherwise: Interrupted after a signal or
         `stop`, ConfigError if it was refused, RunError with the last lines that it printed."""
-        _wait(lambda: not self.running, timeout_s, f"run {self.folder.name} to end")
+        _wait(lambda: self.over, timeout_s, f"run {self.folder.name} to end")
         ended = self._last("finished", "interrupted")
         if ended is not None and ended["event"] == "finished":
             return RunResult.from_json(self.folder, ended)
         if ended is not None:
             raise Interrupted(signal.Signals[ended["signal"]])
+        entry = entries.read(self.folder)
+        if entry is not None:
+            state, words = queue_says(self.folder, entry) or self._last_word()
+            raise Interrupted(signal.SIGTERM) if state is State.STOPPED else RunError(f"the run ended: {words}")
         if self._process is not None and self._process.poll() == -signal.SIGTERM:  # before it had a handler
             raise Interrupted(signal.SIGTERM)
         raise _failure(self._process, self.folder / CONSOLE_FILE)
@@ -356,16 +343,16 @@ class RunHandle:
         return False
 
     def _ended(self) -> RunError:
-        return RunError(f"run {self.folder.name} has ended: {self._last_word()[1]}")
+        return RunError(f"run {self.folder.name} has ended: {self._state()[1]}")
 
     def _await(self, found: Callable[[], T | None], timeout_s: float, what: str) -> T:
         """The first true answer. Raises RunError if the run ends before it, or after `timeout_s`."""
 
         def look() -> T | RunError | None:
-            running = self.running  # before looking: what the run wrote last must be seen
+            over = self.over  # before looking: what the run wrote last must be seen
             if answer := found():
                 return answer
-            return None if running else self._ended()
+            return self._ended() if over else None
 
         answer = _wait(look, timeout_s, f"{what} ({self.folder.name})")
         if isinstance(answer, RunError):
@@ -375,11 +362,11 @@ class RunHandle:
     def _follow(self, file: Path, timeout_s: float) -> Iterator[dict[str, Any]]:
         lines, heard = LineReader(file), time.monotonic()
         while True:
-            running = self.running  # before reading: what the run wrote last must be read
+            over = self.over  # before reading: what the run wrote last must be read
             for line in lines.new():
                 yield line
                 heard = time.monotonic()
-            if not running:
+            if over:
                 return
             if time.monotonic() - heard > timeout_s:
                 raise RunError(f"{file} has had no new line for {timeout_s:g} s, and the run has not ended")

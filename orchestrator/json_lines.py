@@ -25,11 +25,12 @@ Line = dict[str, Any]
 
 class LineReader:
     """The complete lines of a file, each given once. A file that is not there yet has none; an incomplete last line is
-    given once it is whole, and one that a kill has cut off and another process has written on from is left out."""
+    given once it is whole, and one that a kill has cut off and another process has written on from is left out.
+    `offset`: where to begin, in bytes."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, offset: int = 0) -> None:
         self._file = file
-        self._offset = 0
+        self._offset = offset
 
     def new(self) -> list[Line]:
         """Those that came since the last call."""

@@ -55,10 +55,12 @@ def run(
     local: bool = False,
     resume: Path | None = None,
     from_step: int | None = None,
+    or_begin: bool = False,
     run_id: str | None = None,
 ) -> RunResult:
     """Train as configured. `local` keeps everything in this process. With `resume`, continue the run of that folder
-    from its newest valid checkpoint, or that of `from_step`. `run_id`: the name of a new run's folder; None: one is
+    from its newest valid checkpoint, or that of `from_step`; with `or_begin`, from the beginning if it never saved one.
+    `run_id`: the name of a new run's folder; None: one is
     made from the run's name and the time. Raises UserError before anything is launched, RunError afterwards."""
     began = time.monotonic()
     with writing(resume or config.output), ExitStack() as stack:
@@ -78,9 +80,11 @@ def run(
         if resume is None:
             folder, resumed = _new_folder(config, run_id), None
             stack.enter_context(driving(folder))
+        elif or_begin and not any((resume / "checkpoints").glob("step-*")):
+            folder, resumed = resume, None
         else:
             folder, resumed = resume, resume_point(resume, prepared, from_step)
-        return _Run(RunContext(prepared, plan, folder, local), resumed, began).run()
+        return _Run(RunContext(prepared, plan, folder, local), resumed, again=resume is not None, began=began).run()
 
 
 def _new_folder(config: RunConfig, run_id: str | None) -> Path:
@@ -119,10 +123,12 @@ def _own_folder(config: RunConfig, run_id: str) -> Path:
 
 @dataclass
 class _Run:
-    """From the plan to the result. `began`: when the run was asked for, on the monotonic clock."""
+    """From the plan to the result. `again`: the folder has had a driver before. `began`: when the run was asked for, on
+    the monotonic clock."""
 
     context: RunContext
     resumed: Resumption | None
+    again: bool
     began: float
     dashboard: str | None = None  # the URL of Ray's dashboard
 
@@ -134,7 +140,17 @@ class _Run:
             if self.resumed.nothing_to_train(context.prepared) and not context.evaluations.missing(last):
                 context.console.nothing_to_do(context.folder, last.name)
                 return self._finish()
+        elif self.again:
+            self._begin_again()
         return run_to_end(self.execute)
+
+    def _begin_again(self) -> None:
+        """What the run wrote so far is of steps that are made again."""
+        context = self.context
+        context.log.rewind(0)
+        save_config(context.folder, context.config)
+        context.event("begun_again", {})
+        context.console.note("the run left no checkpoint, and begins again")
 
     def _continue_from(self, resumed: Resumption) -> None:
         context = self.context

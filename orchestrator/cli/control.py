@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 
 @app.command()
-def scale(folder: RunFolder, target: Annotated[str, typer.Argument(help="ROLE=N (rollout=4), or ROLE=auto.")]) -> None:
+def scale(
+    folder: RunFolder,
+    target: Annotated[str, typer.Argument(help="ROLE=N (rollout=4), or ROLE=auto.")],
+    as_json: AsJson = False,
+) -> None:
     """Change the number of a running job's workers."""
     from orchestrator.cluster.control import parse_scale
 
@@ -24,11 +28,23 @@ def scale(folder: RunFolder, target: Annotated[str, typer.Argument(help="ROLE=N 
     handle = _handle(folder)
     handle.scale(role, count)
     if count == "auto":
-        typer.echo(f"the number of {role} workers follows the load; `troupe status {folder}` says why it changes")
-        return
-    typer.echo(f"asked for {count} {role} worker(s); `troupe status {folder}` shows them come and go")
-    if role in handle.status().autoscale:
-        typer.echo(f"it stays at {count} until `troupe scale {folder} {role}=auto`")
+        words = f"the number of {role} workers follows the load; `troupe status {folder}` says why it changes"
+    else:
+        words = f"asked for {count} {role} worker(s); `troupe status {folder}` shows them come and go"
+        if role in handle.status().autoscale:
+            words += f"\nit stays at {count} until `troupe scale {folder} {role}=auto`"
+    _say(as_json, words, role=role, workers=count)
+
+
+@app.command()
+def prioritise(
+    folder: RunFolder,
+    priority: Annotated[int, typer.Argument(help="Higher ones are started first.")],
+    as_json: AsJson = False,
+) -> None:
+    """Change the place in the queue of a run that was submitted to a service."""
+    _handle(folder).prioritise(priority)
+    _say(as_json, f"{folder.name} has priority {priority} now", priority=priority)
 
 
 @app.command()
@@ -68,7 +84,9 @@ def status(folder: RunFolder, as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps({"run": run.folder.name, **asdict(seen)}))
         return
-    typer.echo(f"{typer.style(run.folder.name, bold=True)}: {seen.state}")
+    names_it = seen.kind not in ("queued", "preempted") or seen.state.startswith(seen.kind)
+    state = seen.state if names_it else f"{seen.kind}: {seen.state}"
+    typer.echo(f"{typer.style(run.folder.name, bold=True)}: {state}")
     for each in seen.at_work:
         name = " ".join([each["stage"], *each["writes"]])
         typer.echo(f"  at work: {name}, {each['calls']} call(s), {each['share']:.0%} of the last second")

@@ -9,14 +9,14 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli import completion
-from orchestrator.cli.application import BROKEN, REFUSED, Overrides, Recipe, app
+from orchestrator.cli.application import BROKEN, REFUSED, AsJson, Overrides, Recipe, app
 
 
 @app.command()
 def plan(
     recipe: Recipe,
     overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As one line of JSON, for programs.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what `run` would do, and what it would refuse; launch nothing."""
     from orchestrator.config.loading import load_config
@@ -34,11 +34,12 @@ def methods(
         str | None, typer.Argument(help="Show this method's options.", autocompletion=completion.method_names)
     ] = None,
     papers: Annotated[bool, typer.Option("--papers", help="Show where each method is from.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List the methods, or one method's stages and options."""
     from orchestrator.reporting.tables import show_method, show_methods
 
-    show_methods(papers=papers) if name is None else show_method(name)
+    show_methods(papers=papers, as_json=as_json) if name is None else show_method(name, as_json=as_json)
 
 
 @app.command()
@@ -48,11 +49,12 @@ def keys(
         typer.Argument(help="Only keys that begin with this, for example train.", autocompletion=completion.key_names),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Every key, not only the top level.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say what each key of a recipe does, and what it may be."""
     from orchestrator.reporting.tables import show_keys
 
-    show_keys(prefix, everything=everything)
+    show_keys(prefix, everything=everything, as_json=as_json)
 
 
 @app.command()
@@ -74,11 +76,11 @@ def grafana() -> None:
 
 
 @app.command()
-def recipes() -> None:
+def recipes(as_json: AsJson = False) -> None:
     """List the shipped recipes."""
     from orchestrator.reporting.tables import show_recipes
 
-    show_recipes()
+    show_recipes(as_json=as_json)
 
 
 @app.command()
@@ -147,9 +149,9 @@ def check_reward(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(as_json: AsJson = False) -> None:
     """Say what works on this machine, by trying it."""
     from orchestrator.reporting.doctor import doctor as examine
 
-    if not examine():
+    if not examine(as_json=as_json):
         raise typer.Exit(BROKEN)

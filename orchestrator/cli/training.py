@@ -55,6 +55,9 @@ def resume(
     step: Annotated[
         int | None, typer.Option("--step", min=1, help="Go on from this step's checkpoint; later ones are given up.")
     ] = None,
+    or_begin: Annotated[
+        bool, typer.Option("--or-begin", help="From the beginning, if the run never saved a checkpoint.")
+    ] = False,
     local: Local = False,
     log: Log = None,
 ) -> None:
@@ -66,4 +69,4 @@ def resume(
     config = load_run(folder, overrides or [])
     from orchestrator.run import run as run_config
 
-    run_config(config, local=local, resume=folder, from_step=step)
+    run_config(config, local=local, resume=folder, from_step=step, or_begin=or_begin)

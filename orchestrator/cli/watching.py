@@ -28,10 +28,14 @@ def list_runs(runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps([run.model_dump() for run in found]))
         return
-    rows = Rows("run", "state", "step", "methods", "started", numbers=("step",))
+    rows = Rows(
+        "run", "state", "step", "priority", "methods", "since", "why", numbers=("step", "priority"), prose=("why",)
+    )
     for run in found:
         started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run.created))
-        rows.add(run.id, run.state, str(run.step), ", ".join(run.methods), started)
+        why = "" if run.detail.startswith(run.state) else run.detail
+        priority = "" if run.priority is None else str(run.priority)
+        rows.add(run.id, run.state, str(run.step), priority, ", ".join(run.methods), started, why)
     show_lines([rows])
 
 
@@ -124,10 +128,9 @@ def chat(
 
 
 def _folders(runs: Path) -> RunFolders:
-    from orchestrator.service.jobs import OutsideJobs
     from orchestrator.service.run_folders import RunFolders
 
-    return RunFolders(runs, OutsideJobs())
+    return RunFolders(runs)
 
 
 def _run(folder: Path) -> Path:

@@ -18,6 +18,7 @@ LOCAL = "local"  # Ray's word for a Ray of our own
 TIMEOUT_S = 5.0
 AUTH_MODE = "RAY_AUTH_MODE"
 TOKEN, TOKEN_PATH = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+NO_RAY = "no Ray answers at"
 CHECK_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 
 
@@ -66,11 +67,11 @@ def _refuse(error: Any, address: str, where: str, timeout_s: float, token: str |
     if code == grpc.StatusCode.UNAUTHENTICATED:
         raise PlacementError(f"the Ray at {address} ({where}) {_about_the_token(token)}") from None
     if code == grpc.StatusCode.DEADLINE_EXCEEDED:
-        raise Unreachable(f"no Ray answers at {where}={address}: nothing was heard for {timeout_s:g} s") from None
+        raise Unreachable(f"{NO_RAY} {where}={address}: nothing was heard for {timeout_s:g} s") from None
     if code == grpc.StatusCode.UNAVAILABLE:
         reason = str(error.details()).rpartition(": ")[2].rstrip("]")
         raise Unreachable(
-            f"no Ray answers at {where}={address}: {reason}. Is it running (`ray start`), and is this its GCS port "
+            f"{NO_RAY} {where}={address}: {reason}. Is it running (`ray start`), and is this its GCS port "
             f"(6379 if none was given)? Without an address Troupe starts a Ray of its own"
         ) from None
 

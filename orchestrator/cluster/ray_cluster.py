@@ -31,7 +31,7 @@ from orchestrator.cluster.base import START_TIMEOUT_S, refuse_foreign
 from orchestrator.cluster.leftovers import Leftovers
 from orchestrator.cluster.ray_connection import is_running, own_daemons, session, view_cluster, view_free
 from orchestrator.config.schema import RunConfig
-from orchestrator.planning.bundles import Bundle, describe, how_many_fit, shortages
+from orchestrator.planning.bundles import NO_ROOM, Bundle, describe, how_many_fit, shortages
 from orchestrator.planning.plan import Plan, RolePlan
 
 POLL_S = 0.05
@@ -264,9 +264,7 @@ class RayCluster:
             free = describe({name: ray.available_resources().get(name, 0.0) for name in ("GPU", "CPU")})
             asked = dict.fromkeys(f"{bundle.label}: {bundle.needs} each" for bundle in lacking)
             lines = [*asked, f"the cluster is large enough, but others use it: {free} free now"]
-        return "\n".join(
-            [f"no room on the cluster ({view}) within cluster.placement_timeout_s={self._timeout_s:g}:", *lines]
-        )
+        return "\n".join([f"{NO_ROOM} ({view}) within cluster.placement_timeout_s={self._timeout_s:g}:", *lines])
 
 
 def _close_descriptors(descriptors: Sequence[int]) -> None:

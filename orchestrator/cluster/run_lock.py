@@ -94,6 +94,14 @@ def driver_of(folder: Path) -> Driver | None:
         return None
 
 
+def release(folder: Path) -> None:
+    """The process that drove the run of that folder is gone, as whoever started it says: one of another host, or in
+    another container, where nobody could tell from here."""
+    driver = driver_of(folder)
+    if driver is not None and driver.host != platform.node():
+        os.truncate(folder / LOCK, 0)
+
+
 def _sign(stream: TextIO, driver: Driver | None) -> None:
     stream.seek(0)
     stream.truncate()

@@ -12,6 +12,7 @@ from orchestrator.planning import node_selectors as labels
 from orchestrator.planning.node_selectors import Labels, Selector
 
 GIB = 2**30
+NO_ROOM = "no room on the cluster"  # how a run says that it did not get what it was to reserve
 SLACK = 1e-6  # of a resource: sums of fractions are not exact
 
 Resources = Mapping[str, float]

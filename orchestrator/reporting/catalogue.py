@@ -6,7 +6,8 @@ import inspect
 import re
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from orchestrator.config.keys import as_yaml, type_name
 from orchestrator.pipeline import Pipeline
@@ -29,6 +30,20 @@ class Described:
     text: str  # the whole docstring
     pipeline: Pipeline | None
     options: tuple[Option, ...]
+
+
+def as_data(method: Described) -> dict[str, Any]:
+    """For programs. `data` is None where an option without a default decides it."""
+    pipeline = method.pipeline
+    return {
+        "name": method.name,
+        "summary": method.summary,
+        "source": method.source,
+        "data": pipeline.data.name if pipeline else None,
+        "roles": list(pipeline.roles) if pipeline else [],
+        "stages": [stage.name for stage in pipeline] if pipeline else [],
+        "options": [asdict(option) for option in method.options],
+    }
 
 
 def described(name: str) -> Described:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
@@ -41,10 +41,14 @@ class Finding:
     seconds: float | None = None
 
 
-def doctor() -> bool:
-    """Print the report line by line; True if the default demo can run here."""
+def doctor(*, as_json: bool = False) -> bool:
+    """Print the report line by line, or as a list; True if the default demo can run here."""
     terminal = Console(highlight=False)
     failed: list[str] = []
+    if as_json:
+        found = list(findings())
+        print(json.dumps([asdict(finding) for finding in found]))
+        return not NEEDED_BY_DEMO & {finding.name for finding in found if finding.works is False}
     for finding in findings():
         terminal.print(_line(finding), soft_wrap=True)
         if finding.works is False:

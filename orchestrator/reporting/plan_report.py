@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -47,6 +48,7 @@ def as_data(plan: Plan, cluster: ClusterView, data: Mapping[str, Sequence[str]])
             }
             for phase in plan.phases
         ],
+        "bundles": [asdict(bundle) for bundle in plan.bundles],
         "report": text.getvalue(),
     }
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -16,16 +17,22 @@ from orchestrator.config.keys import as_yaml, every_key, keys_below
 from orchestrator.config.schema import DataConfig, PhaseConfig, RunConfig
 from orchestrator.data.report import LEARNED
 from orchestrator.pipeline import Pipeline
-from orchestrator.reporting.catalogue import described
+from orchestrator.reporting.catalogue import as_data, described
 from orchestrator.reporting.terminal_tables import Rows, entry
 
 PREVIEW_LIMIT = 4_000  # characters of a rendered row
 PLAIN_WIDTH = 170  # columns if the output is not a terminal and COLUMNS is not set
 
 
-def show_methods(*, papers: bool) -> None:
+def show_methods(*, papers: bool, as_json: bool = False) -> None:
+    """`as_json`: a list of the methods, or of the papers' recipes."""
     from orchestrator.methods import METHODS
 
+    if as_json:
+        from orchestrator.reporting.papers import papers as every_paper
+
+        print(json.dumps([*map(asdict, every_paper())] if papers else [as_data(described(name)) for name in METHODS]))
+        return
     sources = ("source",) if papers else ()
     rows = Rows("method", "data", "roles", "what it does", *sources, prose=("what it does", "source"))
     for method in map(described, METHODS):
@@ -48,9 +55,12 @@ def _papers() -> Rows:
     return rows
 
 
-def show_method(name: str) -> None:
+def show_method(name: str, *, as_json: bool = False) -> None:
     """A method's description, stages and options."""
     method = described(name)
+    if as_json:
+        print(json.dumps(as_data(method)))
+        return
     _print(Text(method.text))
     if method.pipeline:
         _print(_stages(method.pipeline))
@@ -60,19 +70,29 @@ def show_method(name: str) -> None:
     _print(options)
 
 
-def show_recipes() -> None:
+def show_recipes(*, as_json: bool = False) -> None:
     from orchestrator.config.loading import recipes
 
+    if as_json:
+        print(json.dumps([{"recipe": name, "what": what} for name, what in recipes().items()]))
+        return
     rows = Rows("recipe", "what it does", prose=("what it does",))
     for name, what in recipes().items():
         rows.add(name, what)
     _print(rows)
 
 
-def show_keys(prefix: str | None, *, everything: bool) -> None:
+def show_keys(prefix: str | None, *, everything: bool, as_json: bool = False) -> None:
     """Keys with type, default and help: all that begin with `prefix`, everything, or those of the top level."""
     top_level = RunConfig.model_fields | PhaseConfig.model_fields
     found = keys_below(prefix) if prefix else [key for key in every_key() if everything or key.name in top_level]
+    if as_json:
+        print(
+            json.dumps(
+                [{"key": each.name, "type": each.type, "default": each.default, "help": each.help} for each in found]
+            )
+        )
+        return
     for key in found:
         default = "" if key.type == "section" else ", required" if key.default is None else f", default {key.default}"
         _print(entry(key.name, f"{key.type}{default}", key.help, width=_terminal().width))

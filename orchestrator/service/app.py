@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from importlib import metadata
 
 from fastapi import Depends, FastAPI
@@ -14,6 +16,7 @@ from orchestrator.service.jobs import Jobs, ProcessJobs, RayJobs
 from orchestrator.service.metric_lines import MetricFiles
 from orchestrator.service.page_routes import add_page
 from orchestrator.service.run_folders import RunFolders
+from orchestrator.service.run_queue import RunQueue, looking
 from orchestrator.service.settings import Settings
 from orchestrator.service.submissions import Submissions
 
@@ -22,8 +25,16 @@ BEARER = Depends(HTTPBearer(auto_error=False, description="The service's token."
 
 
 def create_app(settings: Settings, jobs: Jobs | None = None) -> FastAPI:
-    """`jobs`: where runs are started; None: as the settings say."""
+    """`jobs`: where runs are started; None: as the settings say. While the application is served, a thread looks after
+    the queue."""
     jobs = jobs or (RayJobs(settings.dashboard) if settings.dashboard else ProcessJobs())
+    queue = RunQueue(settings.runs, jobs, settings)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+        with looking(queue):
+            yield
+
     app = FastAPI(
         title="Troupe",
         version=metadata.version("troupe"),
@@ -31,12 +42,13 @@ def create_app(settings: Settings, jobs: Jobs | None = None) -> FastAPI:
         docs_url="/docs",
         redoc_url=None,
         redirect_slashes=False,
+        lifespan=lifespan,
     )
     app.state.settings = settings
     app.state.jobs = jobs
-    app.state.runs = RunFolders(settings.runs, jobs)
+    app.state.runs = RunFolders(settings.runs)
     app.state.metric_files = MetricFiles()
-    app.state.submissions = Submissions(app.state.runs, jobs, local=settings.local)
+    app.state.submissions = Submissions(app.state.runs, jobs, queue)
     handle_errors(app)
     app.include_router(health_routes.open_router)
     for routes in (health_routes, reading_routes, control_routes, chat_routes, planning_routes):

@@ -10,8 +10,11 @@ from typing import Any
 import httpx
 
 from actors.errors import ConfigError, RunError
+from orchestrator.api import RunHandle
 from orchestrator.config import overrides as syntax
 from orchestrator.config.loading import find_recipe, recipes
+from orchestrator.config.schema import RunConfig
+from orchestrator.service.service_folder import found_service
 
 CHAT_TIMEOUT_S = 600.0  # it may wait for a free worker
 TIMEOUT_S = 120.0  # a young Ray takes a minute until it takes jobs
@@ -22,10 +25,13 @@ class Client:
         self._url = url
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
 
-    def submit(self, recipe: str, overrides: Sequence[str], name: str | None) -> dict[str, Any]:
-        """`recipe`: the name of a shipped one, or a YAML file here, whose content is sent. Raises ConfigError if the
-        service refuses it."""
-        sent = {"recipe": _sent(recipe), "overrides": list(overrides), **({"name": name} if name else {})}
+    def submit(
+        self, recipe: str | RunConfig, overrides: Sequence[str], name: str | None, priority: int = 0
+    ) -> dict[str, Any]:
+        """`recipe`: the name of a shipped one, a YAML file here, whose content is sent, or a configuration. Raises
+        ConfigError if the service refuses it."""
+        named = {"name": name} if name else {}
+        sent = {"recipe": _sent(recipe), "overrides": list(overrides), "priority": priority, **named}
         return self._call("POST", "/v1/runs", sent)
 
     def _call(self, method: str, path: str, body: Any = None) -> Any:
@@ -45,7 +51,28 @@ class Client:
         raise (ConfigError if refused else RunError)(f"the service at {self._url} says: {said}")
 
 
-def _sent(recipe: str) -> Any:
+def submit(
+    config: str | RunConfig,
+    overrides: Sequence[str] = (),
+    *,
+    name: str | None = None,
+    priority: int = 0,
+    runs: str | Path = "runs",
+    url: str | None = None,
+) -> RunHandle:
+    """Submit a run to the service of the folder `runs` (`troupe up`, `troupe serve`), which starts it as soon as there
+    is room. `priority`: its place in the queue, the higher ones first. `name`: its id; the same again is the same run.
+
+    The handle reads the run's folder, so `runs` must be the service's folder, also with a `url`. Raises ConfigError if
+    the service refuses the run, RunError if it does not answer."""
+    client = Client(*found_service(Path(runs), url))
+    return RunHandle(Path(runs) / client.submit(config, overrides, name, priority)["id"], None)
+
+
+def _sent(recipe: str | RunConfig) -> Any:
+    if isinstance(recipe, RunConfig):
+        tree = recipe.model_dump(mode="json")
+        return {**tree, "cluster": {key: value for key, value in tree["cluster"].items() if key != "address"}}
     if recipe in recipes() and not Path(recipe).is_file():
         return recipe
     file = find_recipe(recipe)

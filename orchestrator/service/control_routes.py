@@ -43,20 +43,25 @@ Submitting = Annotated[Submissions, Depends(submissions)]
 @router.post("", status_code=201, responses={200: {"model": Submitted}, **documented(403), **OF_JOBS})
 @waits
 def submit(sent: Submission, runs: Runs, jobs: Submitting, request: Request, response: Response) -> Submitted:
-    """Start a run. The same recipe under the same name again is the same run (200). Its id is that of its Ray job."""
+    """Start a run, or let it wait for room: `state`, and `detail` with the reason. The same recipe under the same name
+    again is the same run (200). Its id is that of its Ray job."""
     settings = request.app.state.settings
     config = config_of(sent, runs=runs.root, allow_code=settings.allow_code)
-    run, new = jobs.submit(sent.name, config)
+    run, new = jobs.submit(sent.name, config, sent.priority)
     response.status_code = 201 if new else 200
     return Submitted(**runs.summary(run).model_dump(), created_now=new)
 
 
 @router.patch("/{run}", responses=OF_A_RUN)
 @waits
-def change(run: RunId, changes: Changes, runs: Runs, wait_s: Wait = 60.0) -> RunDetail:
-    """Scale elastic roles; pause or let go on. A run that is paused keeps its processes."""
+def change(run: RunId, changes: Changes, runs: Runs, jobs: Submitting, wait_s: Wait = 60.0) -> RunDetail:
+    """Scale elastic roles; pause or let go on; change its priority. A run that is paused keeps its processes."""
+    if changes == Changes():
+        raise Problem(422, "nothing is asked for: give `scale`, `paused`, `priority`, or several of them")
+    if changes.priority is not None:
+        jobs.prioritise(run, changes.priority)
     if not changes.scale and changes.paused is None:
-        raise Problem(422, "nothing is asked for: give `scale`, `paused`, or both")
+        return runs.detail(run)
     handle = _reachable(runs, run)
     for role, count in changes.scale.items():
         handle.scale(role, count, timeout_s=wait_s)

@@ -15,8 +15,8 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,11 +26,13 @@ import psutil
 
 from orchestrator.cluster.ray_address import ray_token
 from orchestrator.cluster.run_lock import Driver
+from orchestrator.planning.bundles import Node, Resources
 from orchestrator.service.errors import Problem
 
 TIMEOUT_S = 30.0  # of a call of the Job API
 AGENT_TIMEOUT_S = 60.0  # a head that is young has no agent for jobs yet
 AGENT_POLL_S = 1.0
+MOST_LISTED = 10_000  # of nodes, placement groups and actors: what the State API gives at most
 JOB_FILE = "job.json"  # in a run's folder: of a process of this machine
 NO_AGENT = "No available agent"
 
@@ -39,6 +41,28 @@ class JobState(StrEnum):
     PENDING = "pending"
     RUNNING = "running"
     ENDED = "ended"
+    STOPPED = "stopped"  # it has ended, because the Job API was asked for that
+
+    @property
+    def over(self) -> bool:
+        return self in (JobState.ENDED, JobState.STOPPED)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a placement group has reserved on a node. `run`: that of the job that made it, if it is a run's."""
+
+    run: str | None
+    node: str
+    resources: Resources
+
+
+@dataclass(frozen=True)
+class Reserved:
+    """The nodes of a cluster, and what is reserved on them."""
+
+    nodes: tuple[Node, ...]
+    held: tuple[Held, ...]
 
 
 class Jobs(Protocol):
@@ -51,6 +75,10 @@ class Jobs(Protocol):
 
     def states(self, folders: Mapping[str, Path]) -> dict[str, JobState]:
         """Run -> how its process stands; runs that have none are left out. Raises Problem."""
+        ...
+
+    def reserved(self) -> Reserved | None:
+        """The machines that the runs share; None if each has its own. Raises Problem."""
         ...
 
     def kill(self, run: str, folder: Path) -> None:
@@ -71,7 +99,7 @@ class RayJobs:
 
     def submit(self, run: str, folder: Path, command: Sequence[str], *, stop_wait_s: float) -> None:
         state = self.states({run: folder}).get(run)
-        if state is JobState.ENDED:  # the id of a run is that of its job, and a job is submitted once
+        if state is not None and state.over:  # the id of a run is that of its job, and a job is submitted once
             self._call("DELETE", f"/api/jobs/{run}")
         elif state is not None:
             raise Problem(409, f"run {run} has a job, which is {state}")
@@ -94,8 +122,25 @@ class RayJobs:
     def states(self, folders: Mapping[str, Path]) -> dict[str, JobState]:
         jobs: list[dict[str, Any]] = self._call("GET", "/api/jobs/")
         named = {job["submission_id"]: job["status"] for job in jobs if job.get("submission_id") in folders}
-        known = {"PENDING": JobState.PENDING, "RUNNING": JobState.RUNNING}
+        known = {"PENDING": JobState.PENDING, "RUNNING": JobState.RUNNING, "STOPPED": JobState.STOPPED}
         return {run: known.get(status, JobState.ENDED) for run, status in named.items()}
+
+    def reserved(self) -> Reserved:
+        """What actors without a placement group use is counted, too; tasks are not."""
+        jobs: list[dict[str, Any]] = self._call("GET", "/api/jobs/")
+        run_of = {job["job_id"]: job["submission_id"] for job in jobs if job.get("submission_id")}
+        nodes = [node for node in self._listed("nodes") if node["state"] == "ALIVE"]
+        names = {node["node_id"]: f"{node['node_name']}/{node['node_id'][:6]}" for node in nodes}
+        held = [*_of_groups(self._listed("placement_groups")), *_of_actors(self._listed("actors"))]
+        return Reserved(
+            tuple(Node(names[node["node_id"]], node["resources_total"], node["labels"] or {}) for node in nodes),
+            tuple(Held(run_of.get(job), names[node], needs) for job, node, needs in held if node in names),
+        )
+
+    def _listed(self, kind: str) -> list[dict[str, Any]]:
+        """Ray's State API (https://docs.ray.io/en/latest/ray-observability/reference/api.html)."""
+        answer = self._call("GET", f"/api/v0/{kind}?detail=1&limit={MOST_LISTED}&timeout={TIMEOUT_S:g}")
+        return answer["data"]["result"]["result"]
 
     def kill(self, run: str, folder: Path) -> None:
         self._call("POST", f"/api/jobs/{run}/stop")
@@ -117,6 +162,20 @@ class RayJobs:
             said = answer.text.strip().splitlines()[-1:] or [""]
             raise Problem(502, f"Ray's Job API answered {answer.status_code}: {said[0][:500]}")
         return answer.json()
+
+
+def _of_groups(groups: Iterable[dict[str, Any]]) -> Iterator[tuple[str, str, Resources]]:
+    """(job, node, resources) of each reserved bundle."""
+    for group in groups:
+        if group["state"] == "CREATED":
+            for bundle in group["bundles"] or ():
+                yield group["creator_job_id"], bundle["node_id"], bundle["unit_resources"]
+
+
+def _of_actors(actors: Iterable[dict[str, Any]]) -> Iterator[tuple[str, str, Resources]]:
+    for actor in actors:
+        if actor["state"] == "ALIVE" and not actor["placement_group_id"] and actor["required_resources"]:
+            yield actor["job_id"], actor["node_id"], actor["required_resources"]
 
 
 class ProcessJobs:
@@ -150,6 +209,9 @@ class ProcessJobs:
                 found[run] = JobState.RUNNING if driver.may_live else JobState.ENDED
         return found
 
+    def reserved(self) -> None:
+        return
+
     def kill(self, run: str, folder: Path) -> None:
         """A process of this service is killed in the end by a thread of it; if that ends before, it gets SIGTERM."""
         driver = _driver(folder)
@@ -162,16 +224,6 @@ class ProcessJobs:
 
     def ready(self) -> None:
         return
-
-
-class OutsideJobs(ProcessJobs):
-    """For who reads the folder of a service's runs beside it: jobs of a Ray cannot be asked for here."""
-
-    def states(self, folders: Mapping[str, Path]) -> dict[str, JobState]:
-        found = super().states(folders)
-        if len(found) < len(folders):
-            raise Problem(503, "these runs are jobs of a Ray, or were started otherwise")
-        return found
 
 
 def _later(seconds: float, call: Callable[[], Any]) -> None:

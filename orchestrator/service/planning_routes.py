@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any
-
 from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 
 from orchestrator.service import planning
 from orchestrator.service.errors import documented
 from orchestrator.service.recipes import config_of
-from orchestrator.service.schemas import MethodDescription, MethodList, MethodOption, PlanReport, Recipe
+from orchestrator.service.schemas import MethodDescription, MethodList, PlanReport, Recipe
 
 router = APIRouter(prefix="/v1", tags=["planning"], responses=documented(401))
 
@@ -20,9 +17,9 @@ router = APIRouter(prefix="/v1", tags=["planning"], responses=documented(401))
 def list_methods() -> MethodList:
     """Every method that comes with Troupe, with its options."""
     from orchestrator.methods import METHODS  # imports the losses, and torch
-    from orchestrator.reporting.catalogue import described
+    from orchestrator.reporting.catalogue import as_data, described
 
-    return MethodList(methods=[_method(described(name)) for name in METHODS])
+    return MethodList(methods=[MethodDescription(**as_data(described(name))) for name in METHODS])
 
 
 @router.post("/plan", responses=documented(400, 403, 413, 422, 504))
@@ -32,16 +29,3 @@ async def plan(recipe: Recipe, request: Request) -> PlanReport:
     settings = request.app.state.settings
     config = await run_in_threadpool(config_of, recipe, runs=settings.runs, allow_code=settings.allow_code)
     return PlanReport(**await planning.plan(config, settings.ray_address))
-
-
-def _method(found: Any) -> MethodDescription:
-    pipeline = found.pipeline
-    return MethodDescription(
-        name=found.name,
-        summary=found.summary,
-        source=found.source,
-        data=pipeline.data.name if pipeline else None,
-        roles=list(pipeline.roles) if pipeline else [],
-        stages=[stage.name for stage in pipeline] if pipeline else [],
-        options=[MethodOption(**asdict(option)) for option in found.options],
-    )

@@ -106,10 +106,11 @@ def down(runs: Path) -> bool:
     known = Up.read(runs)
     if known is None or not known.lives:
         return False
+    if known.server.may_live:  # first: its queue would start other runs in the room of those that end
+        _end(known.server.pid)
     _stop_runs(runs, known.address)
-    for process in (known.server, known.ray):
-        if process.may_live:
-            _end(process.pid)
+    if known.ray.may_live:
+        _end(known.ray.pid)
     (service_folder(runs) / UP_FILE).unlink(missing_ok=True)
     (service_folder(runs) / ADDRESS_FILE).unlink(missing_ok=True)
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +29,12 @@ def config_of(sent: Recipe, *, runs: Path, allow_code: bool) -> RunConfig:
     _refuse_code(code, allow_code)
     config = check(draft, methods=not code)  # users' own methods are run where the run is, not here
     return config.model_copy(update={"output": runs})
+
+
+def resumed_config(saved: Path, overrides: Sequence[str]) -> RunConfig:
+    """The configuration of a run that is resumed with overrides that are not refused (`refuse_overrides`)."""
+    draft = draft_of(json.loads(saved.read_text()), overrides, "the run's configuration")
+    return check(draft, methods=not code_in(draft.tree))
 
 
 def refuse_overrides(overrides: Sequence[str], *, allow_code: bool) -> None:

@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import re
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,35 +22,32 @@ from orchestrator.cluster.run_lock import LOCK
 from orchestrator.config.loading import SAVED, SUBMITTED
 from orchestrator.config.section import RUN_ID
 from orchestrator.console_copy import CONSOLE_FILE
-from orchestrator.json_lines import last_lines
+from orchestrator.queueing import entry as entries
+from orchestrator.queueing.entry import ENTRY_FILE
 from orchestrator.reporting.metrics import METRICS_FILE
 from orchestrator.service.errors import Problem
-from orchestrator.service.jobs import Jobs, JobState
+from orchestrator.service.observation import FAILED, REFUSED, last_words
 from orchestrator.service.schemas import RunDetail, RunSummary
 
 ID = re.compile(RUN_ID)
-SUBMISSION = "submission.json"  # when it was submitted last
 WATCHED = (
     EVENTS_FILE,
     METRICS_FILE,
     LOCK,
     RUN_FILE,
     SAVED,
-    SUBMISSION,
+    ENTRY_FILE,
     CONSOLE_FILE,
 )  # a run that is over stands as they say
-
-TAIL_BYTES = 2**14
 
 Seen = tuple[tuple[int, int], ...]  # size and time of each of them
 
 
 class RunFolders:
-    """The runs below one folder. Its calls read files: not for an event loop. `jobs`: asked about a run whose driver
-    has not written anything yet."""
+    """The runs below one folder. Its calls read files: not for an event loop."""
 
-    def __init__(self, root: Path, jobs: Jobs) -> None:
-        self.root, self._jobs = root.resolve(), jobs
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
         self._over: dict[str, tuple[Seen, RunSummary]] = {}
 
     def folder(self, run: str) -> Path:
@@ -88,15 +84,14 @@ class RunFolders:
             return known[1]
         if not _is_run(folder):
             return None
-        status, waits = self._status(folder)
-        summary = _summary(folder, status)
-        if summary.state.over and not waits:
+        summary = _summary(folder, _status(folder))
+        if summary.state.over:
             self._over[folder.name] = seen, summary
         return summary
 
     def detail(self, run: str) -> RunDetail:
         folder = self.folder(run)
-        status, _ = self._status(folder)
+        status = _status(folder)
         return RunDetail(
             **_summary(folder, status).model_dump(),
             workers={role: dict(count) for role, count in status.workers.items()},  # pyright: ignore[reportArgumentType]
@@ -110,58 +105,21 @@ class RunFolders:
             config=_config(folder),
         )
 
-    def _status(self, folder: Path) -> tuple[Status, bool]:
-        """How a run stands, and whether its last submission is still without a word of its driver."""
-        status = RunHandle(folder, None).status()
-        waits = status.kind.over and submitted(folder) > _last_word(folder)
-        if waits:
-            try:
-                job = self._jobs.states({folder.name: folder}).get(folder.name)
-            except Problem as problem:
-                return replace(status, kind=State.STARTING, state=f"submitted; {problem}"), waits
-            if job is not None and job is not JobState.ENDED:
-                return replace(status, kind=State.STARTING, state=f"its job is {job}"), waits
-        if status.kind is State.FAILED and (said := _refusal(folder)):
-            status = replace(status, state=f"{status.state}: {said}")
-        return status, waits
-
-
-def write_submitted(folder: Path) -> None:
-    """A driver is about to be started for the run."""
-    (folder / SUBMISSION).write_text(json.dumps({"submitted": time.time()}))
-
-
-def submitted(folder: Path) -> float:
-    """When a driver was last started for the run by this service; 0.0 for never."""
-    try:
-        return float(json.loads((folder / SUBMISSION).read_text())["submitted"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0.0
-
 
 def _is_run(folder: Path) -> bool:
     return (folder / SAVED).is_file() or (folder / SUBMITTED).is_file()
 
 
-def _last_word(folder: Path) -> float:
-    last = last_lines(folder / EVENTS_FILE)
-    return float(last[-1].get("time", 0.0)) if last else 0.0
-
-
-def _refusal(folder: Path) -> str | None:
-    """What the command `troupe` said last in the console: why it ended."""
-    try:
-        with (folder / CONSOLE_FILE).open("rb") as stream:
-            stream.seek(max(0, stream.seek(0, 2) - TAIL_BYTES))
-            lines = stream.read().decode(errors="replace").splitlines()
-    except FileNotFoundError:
-        return None
-    said = [line for line in lines if line.startswith("troupe: ")]
-    return said[-1].removeprefix("troupe: ") if said else None
+def _status(folder: Path) -> Status:
+    status = RunHandle(folder, None).status()
+    if status.kind is State.FAILED and entries.read(folder) is None and (said := last_words(folder)):
+        return replace(status, state=f"{status.state}: {said.removeprefix(REFUSED).removeprefix(FAILED)}")
+    return status
 
 
 def _summary(folder: Path, status: Status) -> RunSummary:
     phases: dict[str, Any] = _config(folder).get("phases", {})
+    entry = entries.read(folder)
     return RunSummary(
         id=folder.name,
         state=status.kind,
@@ -169,6 +127,8 @@ def _summary(folder: Path, status: Status) -> RunSummary:
         step=status.step,
         methods=[str(phase.get("method", "")) for phase in phases.values()],
         created=_created(folder),
+        priority=entry.priority if entry is not None else None,
+        failures=entry.failures if entry is not None else 0,
     )
 
 
@@ -182,7 +142,8 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _created(folder: Path) -> float:
     first = next(iter(events(folder)), {})
-    return float(first.get("time", folder.stat().st_ctime))
+    entry = entries.read(folder) if not first else None
+    return float(first.get("time", entry.submitted if entry is not None else folder.stat().st_ctime))
 
 
 def _stamp(file: str) -> tuple[int, int]:

@@ -24,6 +24,9 @@ class Given(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
 
+Priority = Annotated[int, Field(ge=-1_000_000, le=1_000_000)]
+
+
 class Recipe(Taken):
     recipe: str | dict[str, Any]
     """The name of a shipped recipe, or a recipe itself: the keys of a YAML file."""
@@ -34,6 +37,8 @@ class Recipe(Taken):
 class Submission(Recipe):
     name: str | None = Field(default=None, pattern=f"^{RUN_ID}$")
     """The run's id. Submitting the same again under one name is one run. Default: made from the recipe's name."""
+    priority: Priority = 0
+    """Its place in the queue: higher ones first. Of a run that was submitted before it is left as it is."""
 
 
 class Changes(Taken):
@@ -41,6 +46,8 @@ class Changes(Taken):
     """Hold the run before its next step, or let it go on."""
     scale: dict[str, Annotated[int, Field(ge=0, le=10_000)] | Literal["auto"]] = Field(default={}, max_length=100)
     """Elastic role -> how many workers it is to have; "auto": as many as its `autoscale` decides."""
+    priority: Priority | None = None
+    """Its place in the queue, and who may take its place: higher ones first."""
 
 
 class Resumption(Taken):
@@ -76,11 +83,15 @@ class RunSummary(Given):
     id: str
     state: State
     detail: str
-    """The state in words: how a run ended, why it does not answer."""
+    """The state in words: why a run waits, how it ended, why it does not answer."""
     step: int
     methods: list[str]
     """Of its phases, in their order."""
     created: float
+    priority: int | None
+    """Its place in the queue; null for a run that no service was asked for."""
+    failures: int
+    """How often its process has failed since it saved its newest checkpoint, if the service resumes it then."""
 
 
 class RunList(Given):
@@ -225,6 +236,8 @@ class PlanReport(Given):
     warnings: list[str]
     roles: list[dict[str, Any]]
     phases: list[dict[str, Any]]
+    bundles: list[dict[str, Any]]
+    """What is reserved at the start, each on one node: `roles`, `resources`, `selectors` of nodes."""
     report: str
     """The same as `troupe plan` prints it."""
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from actors.errors import ConfigError
+from orchestrator.queueing.progress import Budget
 
 SHORTEST_TOKEN = 16  # characters
 MAX_BODY_BYTES = 4 * 2**20
@@ -18,7 +19,11 @@ class Settings:
     `allow_code`: a recipe may name code, and environment variables.
 
     `dashboard`: URL of the dashboard of the Ray that runs are jobs of, `ray_address`: HOST:PORT of that Ray, for plans;
-    without them each run is a process of this machine that starts a Ray of its own, or none if `local`."""
+    without them each run is a process of this machine that starts a Ray of its own, or none if `local`.
+
+    `at_once`: how many runs may have a process; None: as many as find room. `autoscaling`: the Ray adds nodes for what
+    waits in it, so a run is not compared with those that are there. `preempt`: runs take the place of running ones of
+    lower priority. `budget`: of failures, after which a run is resumed."""
 
     runs: Path
     host: str = "127.0.0.1"
@@ -28,6 +33,10 @@ class Settings:
     dashboard: str | None = None
     ray_address: str | None = None
     local: bool = False
+    at_once: int | None = None
+    autoscaling: bool = False
+    preempt: bool = False
+    budget: Budget = field(default_factory=Budget)
     max_body_bytes: int = MAX_BODY_BYTES
 
     def __post_init__(self) -> None:

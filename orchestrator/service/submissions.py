@@ -1,11 +1,14 @@
-"""Starting, continuing and ending runs. What was submitted is in the run's folder before its process is started.
+"""Submitting, continuing and ending runs. What was submitted is in the run's folder before anything is started.
 
-submit ──► RUNS/ID/recipe.json ──► jobs ──► troupe run recipe.json --id ID ──► RUNS/ID/config.json, events.jsonl ...
-resume ──────────────────────────► jobs ──► troupe resume RUNS/ID
+submit ──► RUNS/ID/recipe.json, queue.json ──► the queue ──► troupe run recipe.json --id ID ──► RUNS/ID/config.json ...
+resume ──► RUNS/ID/queue.json ───────────────► the queue ──► troupe resume RUNS/ID
+
+Each ends with a look at the queue, so that a run for which there is room has been started when it returns.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import shutil
@@ -15,45 +18,48 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from orchestrator.api import NoAnswerInTime
-from orchestrator.config.loading import SAVED, SUBMITTED, load_config
+from orchestrator.config.loading import SAVED, SUBMITTED
 from orchestrator.config.schema import RunConfig
-from orchestrator.console_copy import CONSOLE_FILE
-from orchestrator.restarts import COMMAND
+from orchestrator.planning.bundles import Bundle
+from orchestrator.queueing import entry as entries
+from orchestrator.queueing.entry import Entry, Stage
 from orchestrator.service import run_contents
 from orchestrator.service.errors import Problem
 from orchestrator.service.jobs import Jobs, JobState
-from orchestrator.service.run_folders import RunFolders, write_submitted
+from orchestrator.service.needs import bundles_of
+from orchestrator.service.recipes import resumed_config
+from orchestrator.service.run_folders import RunFolders
+from orchestrator.service.run_queue import RunQueue
 
 END_TIMEOUT_S, POLL_S = 30.0, 0.2
-KILL_AFTER_S = 30.0  # beyond a run's own `checkpoint.grace_s`
+
+log = logging.getLogger(__name__)
 
 
 class Submissions:
-    """`local`: runs are one process each, without Ray."""
-
-    def __init__(self, runs: RunFolders, jobs: Jobs, *, local: bool) -> None:
-        self._runs, self._jobs, self._flags = runs, jobs, ["--local"] if local else []
+    def __init__(self, runs: RunFolders, jobs: Jobs, queue: RunQueue) -> None:
+        self._runs, self._jobs, self._queue = runs, jobs, queue
         self._one = threading.Lock()  # of two submissions of one name the second must see the first
 
-    def submit(self, name: str | None, config: RunConfig) -> tuple[str, bool]:
-        """(id, whether it is new). The same under the same name is the same run; one whose job could not be started is
-        started now. Raises Problem 409 if another run has the name, 502 or 503 if no job could be started."""
+    def submit(self, name: str | None, config: RunConfig, priority: int = 0) -> tuple[str, bool]:
+        """(id, whether it is new). The same under the same name is the same run, whatever its priority. Raises Problem
+        409 if another run has the name, 422 if it is refused, 502 or 503 if no job could be started: then no run is
+        left."""
         run = name or f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
         folder, recipe = self._runs.root / run, config.model_dump_json(indent=2)
+        entry = Entry(priority, time.time(), bundles_of(config))
         with self._one:
             new = self._reserve(folder, recipe)
-            if new or not self._was_started(run, folder):
-                write_submitted(folder)
-                try:
-                    self._start(run, folder, ["run", str(folder / SUBMITTED), "--id", run], config)
-                except BaseException:
-                    if new:
-                        shutil.rmtree(folder)
-                    raise
+            if entries.read(folder) is None:
+                entries.write(folder, entry)
+        if (problem := self._looked(run)) is not None and new and self._gave_up(folder):
+            shutil.rmtree(folder)
+            raise problem
         return run, new
 
     def resume(self, run: str, overrides: Sequence[str]) -> None:
-        """Raises Problem 409 for a run that is in progress, or has no checkpoint."""
+        """Raises Problem 409 for a run that is not over, or has no checkpoint; 502 or 503 if no job could be started:
+        then it is as it was."""
         folder = self._runs.folder(run)
         with self._one:
             state = self._runs.summary(run).state
@@ -62,27 +68,43 @@ class Submissions:
             if not run_contents.checkpoints(folder):
                 raise Problem(409, f"run {run} has no checkpoint to go on from; submit it again under another name")
             self._await_end(run, folder)
-            write_submitted(folder)
-            self._start(run, folder, ["resume", str(folder), *overrides], load_config(folder / SAVED))
+            before = entries.read(folder)
+            self._queue_again(folder, overrides, bundles_of(resumed_config(folder / SAVED, overrides)))
+        if (problem := self._looked(run)) is not None and self._gave_up(folder):
+            if before is not None:
+                entries.write(folder, before)
+            raise problem
 
     def stop(self, run: str, *, now: bool, wait_s: float) -> None:
         """End a run after its step and a checkpoint; `now`: by a signal, within its `checkpoint.grace_s`. Returns when
-        it has ended, or after `wait_s`. One that has ended is left as it is."""
+        it has ended, or after `wait_s`. One that has ended is left as it is; one that waits is taken from the queue."""
         handle, folder = self._runs.handle(run), self._runs.folder(run)
+        entry = entries.change(folder, Entry.withdrawn) if not self._runs.summary(run).state.over else None
+        if entry is not None and entry.stage is Stage.OVER:
+            return
         if now or not handle.reachable:
-            job = self._jobs.states({run: folder}).get(run)
-            if job in (JobState.PENDING, JobState.RUNNING):
-                self._jobs.kill(run, folder)
-            elif handle.running:
-                raise Problem(409, f"run {run} is not a job of this service: end it where it was started")
+            self._signal(run, folder, running=handle.running)
             deadline = time.monotonic() + wait_s
             while not self._runs.summary(run).state.over and time.monotonic() < deadline:
+                self._looked(run)
                 time.sleep(POLL_S)
             return
         try:
             handle.stop(timeout_s=wait_s)
         except NoAnswerInTime:
             return  # the answer says how it stands
+
+    def prioritise(self, run: str, priority: int) -> None:
+        """Change its place in the queue. Raises ConfigError for a run that no service was asked for."""
+        self._runs.handle(run).prioritise(priority)
+        self._looked(run)
+
+    def _signal(self, run: str, folder: Path, *, running: bool) -> None:
+        job = self._jobs.states({run: folder}).get(run)
+        if job in (JobState.PENDING, JobState.RUNNING):
+            self._jobs.kill(run, folder)
+        elif running:
+            raise Problem(409, f"run {run} is not a job of this service: end it where it was started")
 
     def _reserve(self, folder: Path, recipe: str) -> bool:
         """Whether the run is new. From then on its recipe is there, whole."""
@@ -101,6 +123,31 @@ class Submissions:
         finally:
             temporary.unlink()
 
+    def _queue_again(self, folder: Path, overrides: Sequence[str], bundles: tuple[Bundle, ...]) -> None:
+        """With the whole budget of failures, and the priority that it had."""
+        before = entries.read(folder)
+        known = before or Entry(0, 0.0, ())
+        kept = (*known.overrides, *overrides)
+        entries.write(folder, Entry(known.priority, time.time(), bundles, overrides=kept))
+
+    def _looked(self, run: str) -> Problem | None:
+        """Why the run could not be started, if it was to be. A look that cannot be had now is made by the queue later:
+        the run waits for it."""
+        try:
+            return self._queue.look().get(run)
+        except Problem as problem:
+            log.warning("%s", problem)
+            return None
+
+    def _gave_up(self, folder: Path) -> bool:
+        """Take a run out of the queue whose job could not be started; False if it was started meanwhile."""
+
+        def out(entry: Entry) -> Entry:
+            return entry.over("its job could not be started") if entry.stage is Stage.WAITING else entry
+
+        entry = entries.change(folder, out)
+        return entry is not None and entry.stage is Stage.OVER
+
     def _await_end(self, run: str, folder: Path) -> None:
         """A driver that has given its run back still has to end."""
         deadline = time.monotonic() + END_TIMEOUT_S
@@ -108,11 +155,3 @@ class Submissions:
             if time.monotonic() > deadline:
                 raise Problem(409, f"the process of run {run} has not ended for {END_TIMEOUT_S:g} s")
             time.sleep(POLL_S)
-
-    def _was_started(self, run: str, folder: Path) -> bool:
-        return (folder / SAVED).exists() or run in self._jobs.states({run: folder})
-
-    def _start(self, run: str, folder: Path, command: Sequence[str], config: RunConfig) -> None:
-        log = ["--log", str(folder / CONSOLE_FILE)]
-        whole = [*COMMAND, *command, *log, *self._flags]
-        self._jobs.submit(run, folder, whole, stop_wait_s=config.checkpoint.grace_s + KILL_AFTER_S)

@@ -29,12 +29,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def http(runs: Path) -> Iterator[TestClient]:
-    http = client(runs, local=True)
-    try:
-        yield http
-    finally:
-        for run in http.get("/v1/runs").json()["runs"]:
-            http.post(f"/v1/runs/{run['id']}/stop", params={"now": True})
+    with client(runs, local=True) as http:
+        try:
+            yield http
+        finally:
+            for run in http.get("/v1/runs").json()["runs"]:
+                http.post(f"/v1/runs/{run['id']}/stop", params={"now": True})
 
 
 def until(condition: Callable[[], Any], what: str) -> Any:
@@ -168,7 +168,7 @@ def test_the_job_of_a_run_has_its_id_and_a_run_that_goes_on_takes_the_place_of_i
         with pytest.raises(Exception, match="has a job, which is running"):
             ray.submit("one", tmp_path, ["troupe"], stop_wait_s=1)
         ray.kill("one", tmp_path)
-        assert ray.states({"one": tmp_path}) == {"one": "ended"}
+        assert ray.states({"one": tmp_path}) == {"one": "stopped"}
         ray.submit("one", tmp_path, ["troupe", "resume"], stop_wait_s=1)
         assert (jobs["one"]["entrypoint"], jobs["one"]["status"]) == ("troupe resume", "RUNNING")
 

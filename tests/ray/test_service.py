@@ -4,6 +4,7 @@ another: each finds the run as the one before left it."""
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -18,6 +19,7 @@ import pytest
 import yaml
 
 from orchestrator.checkpoint import verify
+from orchestrator.cluster.run_lock import driver_of
 from orchestrator.service.private_ray import RAY_TOKEN, Up
 from tests.runs import ARITHMETIC, TROUPE, merged, plain_environment
 
@@ -39,8 +41,12 @@ class Service:
         assert answer.status_code == status, answer.text
         return answer.json()
 
-    def run(self) -> dict[str, Any]:
-        return self.call("GET", "/v1/runs/job")
+    def run(self, name: str = "job") -> dict[str, Any]:
+        return self.call("GET", f"/v1/runs/{name}")
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        found = self.call("GET", "/v1/runs/job/events")["events"]
+        return [each["data"] for each in found if each["event"] == kind]
 
     def job(self) -> dict[str, Any]:
         """As Ray's own Job API has it."""
@@ -111,14 +117,17 @@ def test_a_submitted_run_is_a_ray_job_that_is_scaled_while_it_trains(service: Se
     assert {"started", "joined", "resized", "stopped"} <= events and "evicted" not in events
 
 
-def test_a_service_that_was_killed_and_started_again_knows_the_run_and_controls_it(service: Service):
+def test_a_service_that_was_killed_and_started_again_knows_the_run_controls_it_and_looks_after_it(
+    service: Service, tmp_path: Path
+):
     psutil.Process(service.up.server.pid).send_signal(signal.SIGKILL)
     ray = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(service.runs / ".service" / RAY_TOKEN)}
     log = service.runs.parent / "second.log"
     port = service.up.service.rpartition(":")[2]
     with log.open("wb") as stream:
         second = subprocess.Popen(
-            [TROUPE, "serve", "--runs", str(service.runs), "--port", port, "--dashboard", service.up.dashboard],
+            [TROUPE, "serve", "--runs", str(service.runs), "--port", port, "--dashboard", service.up.dashboard,
+         "--preempt"],
             env={**plain_environment(), **ray}, stdout=stream, stderr=stream,
         )  # fmt: skip
     try:
@@ -135,9 +144,41 @@ def test_a_service_that_was_killed_and_started_again_knows_the_run_and_controls_
         assert resumed["state"] == "starting"
         service.until(lambda: service.run()["step"] > saved["step"], "step after the resumption")
         assert (service.job()["submission_id"], service.job()["status"]) == ("job", "RUNNING")
+        _a_run_that_does_not_fit_waits_and_takes_the_place_of_one_of_lower_priority(service, tmp_path)
+        _a_run_whose_driver_is_killed_is_resumed_by_itself(service)
     finally:
         second.terminate()
         second.wait(60)
+
+
+def _a_run_that_does_not_fit_waits_and_takes_the_place_of_one_of_lower_priority(service: Service, tmp_path: Path):
+    recipe = tmp_path / "large.yaml"
+    recipe.write_text(yaml.safe_dump(merged(RECIPE, {"roles": {"policy": {"cpus": 3.5}}, "train": {"steps": 2}})))
+    large = ("submit", str(recipe), "--name", "large", "--runs", str(service.runs), "--json")
+    found = json.loads(troupe(*large))
+    assert (found["state"], found["detail"]) == (
+        "queued",
+        "waits for 3.7 CPU: 3.3 of 4 are free (run job holds 0.7)",
+    )
+    assert service.run()["state"] == "running"
+    service.call("PATCH", "/v1/runs/large", {"priority": 5})
+    assert service.run()["state"] == "preempted"
+    service.until(lambda: service.run("large")["state"] == "finished", "end of the large run")
+    service.until(lambda: len(service.events("resumed")) == 2, "resumption of the run that made room")
+    assert service.events("resumed")[1]["step"] == service.events("paused")[-1]["step"], "no step was lost"
+    service.goes_on()
+
+
+def _a_run_whose_driver_is_killed_is_resumed_by_itself(service: Service):
+    driver = driver_of(service.runs / "job")
+    assert driver is not None
+    os.kill(driver.pid, signal.SIGKILL)
+    service.until(lambda: len(service.events("resumed")) == 3, "resumption after the kill")
+    reached = service.events("resumed")[2]["step"]
+    service.until(lambda: service.run()["step"] > reached, "step after the kill")
+    assert (service.run()["failures"], service.run()["state"]) == (1, "running")
+    lines = service.call("GET", "/v1/runs/job/metrics?name=loss&limit=10000")["lines"]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1)), "each step once"
 
 
 def test_what_troupe_up_started_ends_with_its_runs_saved_and_leaves_no_process(service: Service):
@@ -147,8 +188,8 @@ def test_what_troupe_up_started_ends_with_its_runs_saved_and_leaves_no_process(s
     assert troupe("down", "--runs", str(service.runs)) == "ended\n"
     _, left = psutil.wait_procs(processes, timeout=60)
     assert left == []
-    [run] = json.loads(troupe("ls", "--runs", str(service.runs), "--json"))
-    assert (run["id"], run["state"]) == ("job", "stopped")
+    run, large = sorted(json.loads(troupe("ls", "--runs", str(service.runs), "--json")), key=lambda run: run["id"])
+    assert (run["id"], run["state"], large["state"]) == ("job", "stopped", "finished")
     newest = sorted((service.runs / "job" / "checkpoints").glob("step-*"))[-1]
     assert verify(newest) is None and int(newest.name.removeprefix("step-")) == run["step"]
     assert troupe("down", "--runs", str(service.runs)).startswith("nothing runs for")

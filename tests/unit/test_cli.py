@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -116,6 +117,18 @@ def test_a_methods_page_shows_stages_options_defaults_and_ranges(troupe: Troupe)
 )
 def test_bad_input_is_a_few_lines_and_exit_code_2(arguments: tuple[str, ...], part: str, troupe: Troupe):
     assert_refused(troupe(*arguments), part)
+
+
+def test_what_is_printed_as_a_table_is_printed_as_json_too(troupe: Troupe):
+    methods = json.loads(troupe("methods", "--json").stdout)
+    assert [each["name"] for each in methods] == list(METHODS)
+    assert json.loads(troupe("methods", "sft", "--json").stdout) == next(
+        each for each in methods if each["name"] == "sft"
+    )
+    assert "papers/dpo" in {each["recipe"] for each in json.loads(troupe("methods", "--papers", "--json").stdout)}
+    assert "grpo_arithmetic" in {each["recipe"] for each in json.loads(troupe("recipes", "--json").stdout)}
+    [seed] = [key for key in json.loads(troupe("keys", "--json").stdout) if key["key"] == "seed"]
+    assert (seed["default"], "seed" in seed["help"].lower()) == ("0", True)
 
 
 def test_data_that_fits_a_method_is_reported(troupe: Troupe):

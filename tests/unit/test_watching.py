@@ -14,8 +14,8 @@ import pytest
 from actors.errors import ConfigError
 from orchestrator.cli import main
 from orchestrator.config.loading import SUBMITTED
-from orchestrator.service.jobs import OutsideJobs
-from orchestrator.service.run_folders import SUBMISSION, RunFolders
+from orchestrator.queueing.entry import Entry, Stage, write
+from orchestrator.service.run_folders import RunFolders
 from orchestrator.service.service_folder import announce, found_service, token_of
 from tests.runs import TROUPE, plain_environment
 from tests.service_client import write_run, write_samples
@@ -56,10 +56,16 @@ def test_a_run_that_was_submitted_elsewhere_and_has_said_nothing_yet_is_starting
     folder = runs / "new"
     folder.mkdir()
     (folder / SUBMITTED).write_text(json.dumps({"phases": {"sft": {"method": "sft"}}}))
-    (folder / SUBMISSION).write_text(json.dumps({"submitted": time.time()}))
-    [new] = [run for run in RunFolders(runs, OutsideJobs()).summaries() if run.id == "new"]
+    write(folder, Entry(3, time.time(), (), Stage.STARTED, started=time.time()))
+    [new] = [run for run in RunFolders(runs).summaries() if run.id == "new"]
     assert (new.state, new.methods) == ("starting", ["sft"])
-    assert "was submitted and is not accepted yet" in said(capsys, "status", str(folder), code=2)
+    assert "new: starting" in said(capsys, "status", str(folder))
+    write(folder, Entry(3, time.time(), (), reason="waits for 3 CPU: 1 of 4 are free"))
+    assert "new: queued: waits for 3 CPU" in said(capsys, "status", str(folder))
+    listed = said(capsys, "ls", "--runs", str(runs))
+    assert "waits for 3 CPU: 1 of 4 are free" in listed.splitlines()[1]
+    [new, _] = json.loads(said(capsys, "ls", "--runs", str(runs), "--json"))
+    assert (new["state"], new["priority"], new["failures"]) == ("queued", 3, 0)
 
 
 def test_what_a_run_measured_and_sampled_is_printed(runs: Path, capsys: pytest.CaptureFixture[str]):
