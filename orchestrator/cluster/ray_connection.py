@@ -21,7 +21,8 @@ from orchestrator.cluster.ray_address import LOCAL, chosen_address, refuse_unrea
 from orchestrator.config.schema import ClusterConfig
 from orchestrator.import_pin import worker_setup
 from orchestrator.planning.bundles import ClusterView, Node
-from orchestrator.planning.plan import HEADROOM_CPUS, Machine, Plan
+from orchestrator.planning.machine import Machine
+from orchestrator.planning.plan import HEADROOM_CPUS, Plan
 from orchestrator.plugins import carried
 
 T = TypeVar("T")

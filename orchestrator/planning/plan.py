@@ -9,7 +9,6 @@ so `troupe plan` is fast."""
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +21,7 @@ from orchestrator.config.schema import BemaConfig, PhaseConfig, RunConfig
 from orchestrator.config.validation import Role, count, refusals, warnings
 from orchestrator.pipeline import Pipeline, Verb, score
 from orchestrator.planning.bundles import GIB, Bundle, ClusterView, Resources, shortages
+from orchestrator.planning.machine import Machine, slow_types
 from orchestrator.planning.memory_estimate import BYTES, Memory, Shape, Training, estimate
 from orchestrator.planning.node_selectors import Selector
 from rollout.engine import CPU_KV_CACHE_GIB
@@ -34,17 +34,6 @@ SPINS = 1_000
 GPU_RANK = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 HEADROOM_CPUS = 64  # of a Ray of our own, for workers that join later
 SMALL_MODEL = 100_000_000  # parameters; below, an engine on the CPU is fastest with one thread
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The machine whose cores the processes share if there are no GPUs."""
-
-    cores: int
-
-    @classmethod
-    def here(cls) -> Machine:
-        return cls(len(os.sched_getaffinity(0)))
 
 
 @dataclass(frozen=True)
@@ -170,7 +159,8 @@ def draft_plan(
     merged = {role: why for role, why in (merged_because or {}).items() if role in launched}
     refused = [*refusals(config, pipelines, launched), *_of_adapters(config, merged)]
     sized = [role for role in launched if role in config.roles]
-    threads = _threads(config, pipelines, sized, parameters, machine or Machine.here())
+    machine = machine or Machine.here()
+    threads = _threads(config, pipelines, sized, parameters, machine)
     gang, seats = _gang(config, sized)
 
     def parameters_of(role: str) -> int | None:
@@ -191,7 +181,7 @@ def draft_plan(
         overlaps=_overlaps(config, sized),
         merged_because=merged,
         refusals=tuple(refused),
-        warnings=tuple(warnings(config, pipelines, launched)),
+        warnings=(*warnings(config, pipelines, launched), *slow_types(config, sized, machine)),
     )
 
 

@@ -35,7 +35,8 @@ from orchestrator.cluster.control import RUN_FILE, RunFile
 from orchestrator.cluster.private_temp import private_temp
 from orchestrator.cluster.ray_address import AUTH_MODE, TOKEN_PATH
 from orchestrator.cluster.run_lock import Driver
-from orchestrator.planning.plan import HEADROOM_CPUS, Machine
+from orchestrator.planning.machine import Machine
+from orchestrator.planning.plan import HEADROOM_CPUS
 from orchestrator.restarts import COMMAND
 from orchestrator.service.service_folder import ADDRESS_FILE, service_folder
 

@@ -14,7 +14,8 @@ from actors.worker import WorkerInfo
 from orchestrator.cluster.base import LocalCluster, refuse_foreign
 from orchestrator.config.schema import RunConfig
 from orchestrator.methods import build
-from orchestrator.planning.plan import Machine, Plan, make_plan
+from orchestrator.planning.machine import Machine
+from orchestrator.planning.plan import Plan, make_plan
 
 OURS = str(Path(actors.__file__).parent)
 

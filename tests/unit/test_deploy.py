@@ -24,7 +24,8 @@ from jsonschema import Draft7Validator, Draft202012Validator, ValidationError
 from orchestrator.config.loading import load_config
 from orchestrator.config.schema import RunConfig
 from orchestrator.planning.bundles import ClusterView, Node
-from orchestrator.planning.plan import Machine, draft_plan, problems
+from orchestrator.planning.machine import Machine
+from orchestrator.planning.plan import draft_plan, problems
 from orchestrator.planning.resolve import build_pipeline
 
 ROOT = Path(__file__).parents[2]

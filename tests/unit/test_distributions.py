@@ -23,7 +23,8 @@ from orchestrator.losses.likelihood import nll
 from orchestrator.losses.objective import LossObjective
 from orchestrator.losses.reduce import token_mean
 from orchestrator.pipeline import Completions, Pipeline, update
-from orchestrator.planning.plan import Machine, draft_plan
+from orchestrator.planning.machine import Machine
+from orchestrator.planning.plan import draft_plan
 from orchestrator.planning.resolve import build_pipeline
 from tests.unit.test_forward import FLOAT32, Largest, language_model, plain_logits, rows
 from tests.unit.tiny import tiny_model

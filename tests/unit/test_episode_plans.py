@@ -12,7 +12,8 @@ from actors.errors import ConfigError
 from orchestrator.config.schema import RunConfig
 from orchestrator.methods import METHODS, build
 from orchestrator.pipeline import Verb
-from orchestrator.planning.plan import Machine, Plan, draft_plan
+from orchestrator.planning.machine import Machine
+from orchestrator.planning.plan import Plan, draft_plan
 from orchestrator.planning.resolve import build_pipeline, prepare
 from rewards.functions import exact_match
 from tests.conversations import FORGETFUL, TEMPLATE

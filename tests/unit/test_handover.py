@@ -11,7 +11,8 @@ from orchestrator.config.schema import RunConfig
 from orchestrator.methods import build
 from orchestrator.phases.phase_weights import keep_phase
 from orchestrator.planning.handover import is_handed_over, kept_folder, phase_of
-from orchestrator.planning.plan import Machine, draft_plan
+from orchestrator.planning.machine import Machine
+from orchestrator.planning.plan import draft_plan
 
 PLACEHOLDER = "${phases.warm-up.model}"
 

@@ -45,7 +45,8 @@ from orchestrator.executor import Executor
 from orchestrator.methods import build
 from orchestrator.pipeline import Completions, Pipeline, Verb
 from orchestrator.planning.episode_settings import EpisodeSettings, episode_settings
-from orchestrator.planning.plan import Machine, Plan, draft_plan
+from orchestrator.planning.machine import Machine
+from orchestrator.planning.plan import Plan, draft_plan
 from orchestrator.planning.prepared import Prepared, PreparedPhase
 from orchestrator.planning.resolve import _scoring, build_pipeline
 from orchestrator.planning.schedule import Schedule

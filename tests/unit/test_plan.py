@@ -20,9 +20,10 @@ from orchestrator.losses.reduce import token_mean
 from orchestrator.methods import build
 from orchestrator.pipeline import Completions, Pairs, Pipeline, Prompts, generate, infer, score, update
 from orchestrator.planning.bundles import Bundle, ClusterView, Node, fit, how_many_fit, shortages
+from orchestrator.planning.machine import Machine
 from orchestrator.planning.memory_estimate import Shape, Training, estimate
 from orchestrator.planning.node_selectors import meets
-from orchestrator.planning.plan import Machine, Plan, draft_plan, make_plan, problems
+from orchestrator.planning.plan import Plan, draft_plan, make_plan, problems
 from orchestrator.reporting.plan_report import as_data, render
 
 SEVEN_BILLION = 7_000_000_000
@@ -54,6 +55,20 @@ def threads(plan: Plan) -> dict[str, int]:
 
 def gpu_nodes(count: int, gpus: int = 8) -> ClusterView:
     return ClusterView(tuple(Node(f"node-{i}", {"CPU": 128.0, "GPU": float(gpus)}) for i in range(count)))
+
+
+def test_bfloat16_on_a_processor_without_instructions_for_it_is_warned_of_and_float32_is_not() -> None:
+    def warned(machine: Machine, **keys: Any) -> list[str]:
+        found = draft_plan(config("grpo", **keys), {"grpo": build("grpo", {})}, machine=machine).warnings
+        return [each for each in found if "bfloat16" in each]
+
+    half = {"model": {"dtype": "bfloat16"}}
+    (said,) = warned(Machine(2, bfloat16=False), **half)
+    assert said.startswith("policy, rollout: this processor") and said.endswith("set model.dtype=float32")
+    assert warned(Machine(2, bfloat16=True), **half) == []
+    assert warned(Machine(2, bfloat16=False)) == []
+    on_gpus = {"policy": {"gpus": 1}, "rollout": {"gpus": 1}}
+    assert warned(Machine(2, bfloat16=False), **half, roles=on_gpus) == []
 
 
 def test_supervised_training_launches_a_policy_and_nothing_else() -> None:

@@ -12,7 +12,8 @@ from orchestrator.config.loading import RECIPES, load_config, recipes
 from orchestrator.config.schema import RunConfig
 from orchestrator.import_pin import ROOT
 from orchestrator.methods import METHODS
-from orchestrator.planning.plan import Machine, draft_plan
+from orchestrator.planning.machine import Machine
+from orchestrator.planning.plan import draft_plan
 from orchestrator.planning.resolve import build_pipeline
 from orchestrator.reporting.papers import FIRST_LINE, papers
 

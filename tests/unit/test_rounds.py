@@ -9,7 +9,8 @@ import pytest
 from actors.errors import ConfigError
 from orchestrator.config.loading import config_of
 from orchestrator.config.schema import RunConfig
-from orchestrator.planning.plan import Machine, draft_plan
+from orchestrator.planning.machine import Machine
+from orchestrator.planning.plan import draft_plan
 from orchestrator.planning.resolve import build_pipeline
 
 

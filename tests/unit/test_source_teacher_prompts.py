@@ -14,7 +14,8 @@ from orchestrator.config.loading import config_of
 from orchestrator.data.source import Prompt
 from orchestrator.methods import build
 from orchestrator.pipeline import Prompts
-from orchestrator.planning.plan import Machine, make_plan
+from orchestrator.planning.machine import Machine
+from orchestrator.planning.plan import make_plan
 from orchestrator.planning.resolve import build_pipeline, prepare
 from tests.unit.source_stub import PLAIN_TEMPLATE, merging_tokenizer, opened, tokenizer, write_rows
 
