@@ -33,7 +33,7 @@ import numpy as np
 
 import actors
 from actors.batch import Array, Batch
-from actors.errors import DataFailure
+from actors.errors import DataFailure, RunError
 from actors.pretrained import load_tokenizer
 from actors.sharding import Shard
 from actors.worker import WorkerInfo, all_or_first_error
@@ -89,6 +89,17 @@ class ScoredTexts:
     def with_extra(self, others: Sequence[ScoredTexts]) -> ScoredTexts:
         """The same, with what others logged of the same completions."""
         return replace(self, extra={name: values for one in (self, *others) for name, values in one.extra.items()})
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The samples of one prompt among those of a call: see `RewardWorker.score`. Of the call's blocks, taken in order,
+    so many are its own."""
+
+    rows: Shard
+    prompt: Prompt
+    columns: Mapping[str, Any]
+    blocks: int
 
 
 class RewardWorker:
@@ -151,6 +162,25 @@ class RewardWorker:
         batches, spoken = _apart(blocks)
         with self._one_call():
             return await self._score(rows.fetched(batches).batch, prompt, columns, spoken)
+
+    async def score_all(
+        self, asked: Sequence[Asked], *blocks: Batch | Spoken
+    ) -> tuple[list[ScoreResult | RunError], *tuple[ScoredTexts, ...]]:
+        """`score` of several prompts at the same time: what each gives, or with no texts the error that it raised."""
+        ends = np.cumsum([each.blocks for each in asked])
+        shares = [blocks[end - each.blocks : end] for each, end in zip(asked, ends, strict=True)]
+        calls = (
+            self.score(each.rows, each.prompt, each.columns, *own) for each, own in zip(asked, shares, strict=True)
+        )
+        outcomes: list[ScoreResult | RunError] = []
+        texts: list[ScoredTexts] = []
+        for found in await asyncio.gather(*calls, return_exceptions=True):
+            if isinstance(found, BaseException) and not isinstance(found, RunError):
+                raise found
+            outcome, said = (found, ScoredTexts(())) if isinstance(found, RunError) else found
+            outcomes.append(outcome)
+            texts.append(said)
+        return outcomes, *texts
 
     async def questions(
         self, judge: str, rows: Shard, prompt: Prompt, columns: Mapping[str, Any], *blocks: Any

@@ -23,7 +23,7 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +32,7 @@ from torch import Tensor
 
 import actors
 from actors.batch import Batch
-from actors.errors import InfraFailure, TroupeError
+from actors.errors import DataFailure, InfraFailure, TroupeError
 from actors.sharding import Shard
 from actors.worker import Worker, WorkerInfo, consume_exception
 from rollout.conversation import Conversation, ConversationSpec
@@ -97,6 +97,22 @@ class RolloutWorker:
         began = time.monotonic()
         completions = await self._completions(request)
         return self._meta(request, completions, time.monotonic() - began), to_batch(request, completions)
+
+    async def generate_all(
+        self, requests: Sequence[Request]
+    ) -> tuple[list[GroupMeta | TroupeError], *tuple[Batch, ...]]:
+        """`generate` of several requests at the same time: what each brings, or with an empty block the DataFailure or
+        InfraFailure that it raised. They end when the call is cancelled."""
+        found = await asyncio.gather(*map(self.generate, requests), return_exceptions=True)
+        outcomes: list[GroupMeta | TroupeError] = []
+        blocks: list[Batch] = []
+        for each in found:
+            if isinstance(each, BaseException) and not isinstance(each, (DataFailure, InfraFailure)):
+                raise each
+            outcome, block = (each, Batch.empty()) if isinstance(each, (DataFailure, InfraFailure)) else each
+            outcomes.append(outcome)
+            blocks.append(block)
+        return outcomes, *blocks
 
     async def top_k(
         self, name: str, shard: Shard, into: tuple[str, ...], k: int, vocabulary: int | None, *blocks: Batch

@@ -159,18 +159,21 @@ class Pool:
         """Members in any of the states whose process is up, in order."""
         return sorted(i for i, m in self.fleet.members.items() if m.state in states and i in self.workers)
 
-    async def call(self, key: str, work: Callable[[Worker], Awaitable[T]]) -> T:
-        """Run `work` on a serving member; on an InfraFailure on another one, up to `max_attempts` times. The death of a
-        worker counts as an attempt of a call that was alone with it, or that lost a worker before; of the others it
-        does not. Other errors are the caller's. Raises InfraFailure when the attempts are used up, BlockLost at once if
-        what the call needs is gone."""
-        self.load.note(1, self._places)
+    async def call(
+        self, key: str, work: Callable[[Worker], Awaitable[T]], *, items: int = 1, max_attempts: int | None = None
+    ) -> T:
+        """Run `work` on a serving member; on an InfraFailure on another one, up to `max_attempts` times, or as often as
+        the policy says. The death of a worker counts as an attempt of a call that was alone with it, or that lost a
+        worker before; of the others it does not. Other errors are the caller's. Raises InfraFailure when the attempts
+        are used up, BlockLost at once if what the call needs is gone. `items`: as so many calls it counts in the
+        pool's load, because so many would be made if they did not share one."""
+        self.load.note(items, self._places)
         try:
-            return await self._attempts(key, work)
+            return await self._attempts(key, work, self.policy.max_attempts if max_attempts is None else max_attempts)
         finally:
-            self.load.note(-1, self._places)
+            self.load.note(-items, self._places)
 
-    async def _attempts(self, key: str, work: Callable[[Worker], Awaitable[T]]) -> T:
+    async def _attempts(self, key: str, work: Callable[[Worker], Awaitable[T]], most: int) -> T:
         tried: frozenset[int] = frozenset()
         attempts = deaths = 0
         while True:
@@ -194,7 +197,7 @@ class Pool:
                 attempts += not (call.with_others and deaths == 1)
                 detail = {"role": self.role, "worker": index, "key": key, "attempt": attempts, "why": str(error)}
                 self._event("retry", detail)
-                if attempts >= self.policy.max_attempts:
+                if attempts >= most:
                     raise InfraFailure(
                         f"{self.role}: {key} failed on {len(tried)} worker(s), the last time: {error}"
                     ) from error

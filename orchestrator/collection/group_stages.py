@@ -7,7 +7,6 @@ take: the data's own completion          keep, regroup: in the driver, on the ta
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,12 +17,13 @@ import numpy as np
 from actors.batch import Batch
 from actors.errors import BlockLost, BudgetExhausted, DataFailure, Dropped, InfraFailure
 from actors.other_prompts import FILL, TEACHER_PROMPT
-from actors.worker import Objects, Ref, Worker
+from actors.worker import Objects, Ref
 from orchestrator.batches.row_table import RowTable
 from orchestrator.batches.split_episodes import whole_episodes
 from orchestrator.cluster.failures import enough_survive
 from orchestrator.cluster.pool import Pool
-from orchestrator.collection.episodes import REWARD, Episodes, abort, rewards_of, rows_of
+from orchestrator.collection.episodes import REWARD, Episodes, rewards_of, rows_of
+from orchestrator.collection.joined_requests import Requests
 from orchestrator.collection.model_scorer import ModelScorer
 from orchestrator.collection.samples import Samples, recorded, rows_of_samples
 from orchestrator.collection.scoring import Given, Scored, Scoring, ToScore
@@ -97,6 +97,7 @@ class GroupStages:
         judges: Sequence[JudgeSpec] = (),
     ) -> None:
         self.engines, self.scorers, self._objects = engines, scorers, objects
+        self._requests = {role: Requests(pool) for role, pool in engines.items()}
         self.episodes = Episodes(engines, environments or {})
         self._scoring = Scoring(scorers, models, judges, self._answers)
         self.steady: frozenset[str] = frozenset()
@@ -121,18 +122,7 @@ class GroupStages:
 
     async def sample(self, role: str, request: Request, sampler: int = 0) -> tuple[GroupMeta, RowTable]:
         """Samples of one prompt, from whichever worker of an engine role is free."""
-        pool = self.engines[role]
-
-        async def work(worker: Worker) -> tuple[GroupMeta, Ref]:
-            try:
-                name, deadline = f"{role}.generate {request.id}", pool.policy.call_timeout_s
-                meta, block = await worker.call_split("generate", request, timeout_s=deadline, task_name=name)
-                return meta, block
-            except asyncio.CancelledError:
-                await abort(worker, request.id)
-                raise
-
-        meta, block = await pool.call(request.id, work)
+        meta, block = await self._requests[role].sample(request)
         prompt = len(request.prompt)
         also = recorded(request.sampling)
         return meta, rows_of_samples(meta, block, group=request.group, sampler=sampler, prompt_tokens=prompt, also=also)

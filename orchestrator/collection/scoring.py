@@ -22,18 +22,21 @@ import numpy as np
 from actors.batch import Array
 from actors.errors import BudgetExhausted, DataFailure, Dropped, InfraFailure, NoAnswer, RunError
 from actors.worker import Ref, Worker, all_or_first_error
-from orchestrator.batches.row_table import RowTable
+from orchestrator.batches.row_table import RowTable, Share
 from orchestrator.cluster.pool import Pool
+from orchestrator.collection.joined_calls import JoinedCalls
 from orchestrator.collection.model_scorer import ModelScorer
 from orchestrator.planning.prepared import ModelReward
 from rewards.attempts import CallStatistics, GaveUp, call_statistics, instead
 from rewards.combine import of_ensemble, weighted_sum
 from rewards.judge import JudgeSpec
 from rewards.reward import AttemptFailed, FailureKind, Handling
-from rewards.worker import Question, ScoreResult
+from rewards.worker import Asked, Question, ScoreResult
 from rollout.sampling import EpisodeFacts, Request, Sampling, sample_seed
 
 Sample = Callable[[str, Request], Awaitable[RowTable]]
+QUICK_S = 0.05
+NEWEST = 0.2  # weight of the newest call in the average
 QUESTIONS = 1 << 20  # places of random numbers of a prompt group from here on are for the answers of judges
 
 
@@ -96,7 +99,8 @@ class _Said(Given):
 
 
 class Scoring:
-    """Used from one event loop. `sample`: draws answers from an engine role."""
+    """Used from one event loop. `sample`: draws answers from an engine role. `quick_s`: functions that take longer have
+    a call of their own for each prompt."""
 
     def __init__(
         self,
@@ -104,8 +108,13 @@ class Scoring:
         models: Mapping[ModelReward, Sequence[ModelScorer]],
         judges: Sequence[JudgeSpec],
         sample: Sample,
+        *,
+        quick_s: float = QUICK_S,
     ) -> None:
         self._scorers, self._models, self._judges, self._sample = scorers, models, judges, sample
+        self._quick_s = quick_s
+        self._took: dict[str, float] = {}  # seconds of the functions of a scorer role, on average of late
+        self._joined = {role: self._joined_calls(pool) for role, pool in scorers.items()}
 
     async def score(self, role: str, samples: ToScore, given: Given | None = None) -> Scored:
         """The rewards, functions by whichever worker of a scorer role is free, and the one that was `given`."""
@@ -120,7 +129,37 @@ class Scoring:
         return Scored(result, (texts, *(ref for one in found for ref in one.texts)), _of_steps(result, found))
 
     async def _call(self, pool: Pool, samples: ToScore) -> tuple[ScoreResult, Ref]:
-        return await self._on_worker(pool, samples, "score")
+        """Small work shares calls: what is known of it is how long the last functions took."""
+        took = self._took.get(pool.role, np.inf)
+        if took <= self._quick_s:
+            result, texts = await self._joined[pool.role].ask(samples)
+        else:
+            result, texts = await self._on_worker(pool, samples, "score")
+        seconds = max((call.seconds for call in result.calls), default=0.0)
+        self._took[pool.role] = seconds if took == np.inf else took + (seconds - took) * NEWEST
+        return result, texts
+
+    def _joined_calls(self, pool: Pool) -> JoinedCalls[ToScore, tuple[ScoreResult, Ref]]:
+        async def alone(samples: ToScore) -> tuple[ScoreResult, Ref]:
+            return await self._on_worker(pool, samples, "score")
+
+        async def together(
+            worker: Worker, asked: Sequence[ToScore], name: str
+        ) -> list[tuple[ScoreResult, Ref] | Exception]:
+            shares = [(each, _scored(each.rows), _spoken(each)) for each in asked]
+            items = [
+                Asked(whole.shard, each.prompt.prompt, each.prompt.columns, len(whole.blocks) + len(spoken))
+                for each, whole, spoken in shares
+            ]
+            blocks = [block for _, whole, spoken in shares for block in (*whole.blocks, *spoken)]
+            limit, name = pool.policy.call_timeout_s, f"{pool.role}.score prompt {name}"
+            outcomes, *texts = await worker.call_split(
+                "score_all", items, *blocks, timeout_s=limit, task_name=name, refs=len(items)
+            )
+            pairs = zip(outcomes, texts, strict=True)
+            return [outcome if isinstance(outcome, Exception) else (outcome, said) for outcome, said in pairs]
+
+        return JoinedCalls(pool, lambda samples: samples.prompt.id, alone, together)
 
     async def _model(self, reward: ModelReward, scorers: Sequence[ModelScorer], samples: ToScore) -> _Said:
         steps: list[RowTable] = []
@@ -171,10 +210,9 @@ class Scoring:
         self, pool: Pool, samples: ToScore, method: str, *first: str, more: Sequence[Ref] | None = None
     ) -> Any:
         """A method of whichever worker is free, with the samples, and more blocks if there are any."""
-        whole = samples.rows.only({"tokens", "mask", "version"}).whole()
+        whole, spoken = _scored(samples.rows), _spoken(samples)
         prompt = samples.prompt
         blocks = whole.blocks if more is None else (len(whole.blocks), *whole.blocks, *more)
-        spoken = samples.transcripts if samples.episodes else ()
         arguments = (*first, whole.shard, prompt.prompt, prompt.columns, *blocks, *spoken)
         name, limit = f"{pool.role}.{method} prompt {prompt.id}", pool.policy.call_timeout_s
 
@@ -183,6 +221,15 @@ class Scoring:
             return await call(method, *arguments, timeout_s=limit, task_name=name)
 
         return await pool.call(f"{method} prompt {prompt.id}", work)
+
+
+def _scored(rows: RowTable) -> Share:
+    """What of rows their rewards read."""
+    return rows.only({"tokens", "mask", "version"}).whole()
+
+
+def _spoken(samples: ToScore) -> tuple[Ref, ...]:
+    return samples.transcripts if samples.episodes else ()
 
 
 async def _handled(
