@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -73,6 +73,7 @@ class ArrowTable:
 
     table: Dataset
     read: Read
+    _selected: dict[tuple[str, ...], Dataset] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def columns(self) -> Sequence[str]:
@@ -82,8 +83,10 @@ class ArrowTable:
         return len(self.table)
 
     def rows(self, start: int, stop: int, names: Collection[str] | None = None) -> list[Row]:
-        wanted = [name for name in self.columns if names is None or name in names]
-        values = self.table.select_columns(wanted)[start:stop]
+        wanted = tuple(name for name in self.columns if names is None or name in names)
+        if wanted not in self._selected:  # `datasets` takes longer to select columns than to read a row of them
+            self._selected[wanted] = self.table.select_columns(list(wanted))
+        values = self._selected[wanted][start:stop]
         return [self.read(dict(zip(wanted, cells, strict=True))) for cells in zip(*values.values(), strict=True)]
 
     def select(self, rows: np.ndarray) -> ArrowTable:
