@@ -139,7 +139,7 @@ class _Run:
             last = context.prepared.phases[-1]
             if self.resumed.nothing_to_train(context.prepared) and not context.evaluations.missing(last):
                 context.console.nothing_to_do(context.folder, last.name)
-                return self._finish()
+                return self._finish(self._drawn())
         elif self.again:
             self._begin_again()
         return run_to_end(self.execute)
@@ -200,7 +200,8 @@ class _Run:
                 if found is None or phase.index >= found.state.phase_index:
                     inside = found is not None and phase.index == found.state.phase_index
                     await PhaseRun(context, phase, roles, found if inside else None).run()
-        return self._finish()
+            drawing = asyncio.ensure_future(asyncio.to_thread(self._drawn))  # while the processes end
+        return self._finish(await drawing)
 
     def _supervised(self, cluster: Cluster, chat: ChatDoor, roles: Executor) -> AbstractAsyncContextManager[None]:
         context = self.context
@@ -224,10 +225,9 @@ class _Run:
             self.context.folder.name, cluster.address, Driver.here(), elastic, chat.url, chat.models, autoscaled
         )
 
-    def _finish(self) -> RunResult:
+    def _finish(self, picture: Path | None) -> RunResult:
         context = self.context
         context.log.close()
-        picture = self._drawn()
         checkpoint = context.last_checkpoint.path if context.last_checkpoint else None
         result = RunResult(
             context.folder,
