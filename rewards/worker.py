@@ -166,18 +166,17 @@ class RewardWorker:
     async def score_all(
         self, asked: Sequence[Asked], *blocks: Batch | Spoken
     ) -> tuple[list[ScoreResult | RunError], *tuple[ScoredTexts, ...]]:
-        """`score` of several prompts at the same time: what each gives, or with no texts the error that it raised."""
-        ends = np.cumsum([each.blocks for each in asked])
-        shares = [blocks[end - each.blocks : end] for each, end in zip(asked, ends, strict=True)]
-        calls = (
-            self.score(each.rows, each.prompt, each.columns, *own) for each, own in zip(asked, shares, strict=True)
-        )
+        """`score` of several prompts, one after the other, so that no more calls of a function run at the same time
+        than calls of the worker: what each gives, or with no texts the error that it raised."""
         outcomes: list[ScoreResult | RunError] = []
         texts: list[ScoredTexts] = []
-        for found in await asyncio.gather(*calls, return_exceptions=True):
-            if isinstance(found, BaseException) and not isinstance(found, RunError):
-                raise found
-            outcome, said = (found, ScoredTexts(())) if isinstance(found, RunError) else found
+        first = 0
+        for each in asked:
+            own, first = blocks[first : first + each.blocks], first + each.blocks
+            try:
+                outcome, said = await self.score(each.rows, each.prompt, each.columns, *own)
+            except RunError as error:
+                outcome, said = error, ScoredTexts(())
             outcomes.append(outcome)
             texts.append(said)
         return outcomes, *texts

@@ -22,12 +22,19 @@ from tests.unit.test_rewards import samples
 from tests.unit.tiny import tiny_tokenizer
 
 POLICY = PoolPolicy(
-    slots=64, max_attempts=2, call_timeout_s=60.0, start_timeout_s=60.0, max_restarts=9, ping_timeout_s=60.0
+    slots=1, max_attempts=2, call_timeout_s=60.0, start_timeout_s=60.0, max_restarts=9, ping_timeout_s=60.0
 )
 FUNCTION = """
+import threading, time
+running = threading.Semaphore(1)
+
 def length(completions, extra):
     if "x" in completions[0]:
         raise ValueError("no x")
+    if not running.acquire(blocking=False):
+        raise ValueError("called while it runs")
+    time.sleep(0.002)  # so that others come meanwhile, if they may
+    running.release()
     return [float(len(completion) + extra[0]) for completion in completions]
 """
 ALWAYS, NEVER = float("inf"), -1.0  # seconds below which a function is quick
@@ -84,7 +91,9 @@ async def _nobody(*_: Any) -> Any:
     raise AssertionError("no judge is asked")
 
 
-async def test_prompts_of_quick_functions_share_calls_and_each_gets_its_own_rewards(tmp_path: Path) -> None:
+async def test_prompts_of_quick_functions_share_calls_which_call_them_one_at_a_time_and_each_gets_its_own_rewards(
+    tmp_path: Path,
+) -> None:
     together, calls = await scored_at_once(tmp_path, *TEXTS, quick_s=ALWAYS)
     alone, single_calls = await scored_at_once(tmp_path, *TEXTS, quick_s=NEVER)
     assert (calls, single_calls) == (["score_all"] * 2, ["score"] * 4)
