@@ -88,6 +88,7 @@ async def test_short_requests_share_calls_and_each_gets_the_samples_that_it_gets
     async with requests_to(2) as (requests, calls):
         together = await sampled(requests, *asked)
         assert calls == ["generate_all r0 r1", "generate_all r2 r3", "generate_all r4 r5", "generate_all r6 r7"]
+        assert requests._pool.load.take().peak == len(asked), "who scales the pool sees as much work as there is"
         alone = [(await sampled(requests, each))[0] for each in asked]
     assert calls[4:] == [f"generate r{number}" for number in range(8)]
     assert [tokens(each) for each in together] == [tokens(each) for each in alone]
