@@ -70,15 +70,16 @@ def run(
         prepared = prepare(config, run=resume)
         pipelines = {phase.name: phase.pipeline for phase in prepared.phases}
         plan = make_plan(
-            config,
+            prepared.config,
             pipelines,
             parameters=prepared.parameters,
             own_parameters=prepared.own_parameters,
             shapes=prepared.shapes,
             merged_because=prepared.merged_because,
+            budget_notes=prepared.budget_notes,
         )
         if resume is None:
-            folder, resumed = _new_folder(config, run_id), None
+            folder, resumed = _new_folder(prepared.config, run_id), None
             stack.enter_context(driving(folder))
         elif or_begin and not any((resume / "checkpoints").glob("step-*")):
             folder, resumed = resume, None

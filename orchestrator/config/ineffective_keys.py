@@ -64,6 +64,8 @@ def _ineffective(
         yield from _of_weights(config)
     if config.model.dtype == "float32" and all(_of_float32(role) for _, role in config.roles):
         yield "model", config.model, ("lm_head_fp32",), "all of the model is computed in float32"
+    if not any(isinstance(config.roles.get(r), RanksRole) and config.roles[r].gpus for r in launched):
+        yield "cluster", config.cluster, ("gpu_memory_gib",), "no model is trained or asked on a GPU"
     if config.cluster.address:
         keys, why = ("num_cpus", "object_store_mib", "dashboard"), f"that at {config.cluster.address} has what it has"
         yield "cluster", config.cluster, keys, f"they are for a Ray of our own; {why}"

@@ -157,6 +157,9 @@ class BemaConfig(Section):
     """Lower bound of the weight of new values in the average."""
 
 
+DEFAULT_TOKEN_BUDGET = 8192  # for a CPU; `planning/token_budget.py` chooses for GPUs
+
+
 class TrainConfig(Section):
     """The schedule of a phase. `batch_size` counts items of the data set per optimizer step: prompts, examples,
     pairs."""
@@ -167,8 +170,8 @@ class TrainConfig(Section):
     """Passes over the data; this or `steps`."""
     batch_size: Positive = 32
     """Items of the data set per optimizer step: prompts, examples, pairs."""
-    token_budget: Positive = 8192
-    """Tokens per micro-batch and rank; a batch is divided into as many micro-batches as it needs."""
+    token_budget: Positive | None = None
+    """Tokens per micro-batch and rank. None: 8192; if all models are on GPUs, as many as their memory holds."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
     """Learning rate of AdamW at the end of the warm-up."""
     weight_decay: Annotated[float, Field(ge=0)] = OptimSpec.weight_decay
@@ -191,6 +194,11 @@ class TrainConfig(Section):
     """The same bits each time on a GPU, too, in all phases of the run; a resumed run is then exact; slower."""
     bema: BemaConfig | None = None
     """Average the weights; `{}` takes the defaults. None: no average."""
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """`token_budget`, or the default."""
+        return self.token_budget or DEFAULT_TOKEN_BUDGET
 
 
 class SamplingConfig(Section):
@@ -273,8 +281,7 @@ class WeightsConfig(Section):
     """How published weights reach the rollout workers."""
 
     transport: Literal["collective", "object_store", "disk"] | None = None
-    """Broadcast between processes (NCCL, gloo), Ray's object store, or files. None: object_store where a trainer and
-    its engines take turns (`colocate`), else collective."""
+    """Broadcast (NCCL, gloo), Ray's object store, or files. None: collective; object_store between colocated roles."""
     topology: Literal["each", "all"] = "each"
     """For collective transport: one broadcast per worker, or one for all of them."""
     bucket_mib: Annotated[float, Field(gt=0)] = 4.0
@@ -328,6 +335,8 @@ class ClusterConfig(Section):
     """Whether a Ray that the run starts has a dashboard."""
     placement_timeout_s: Seconds = 30.0
     """How long to wait for room for all roles."""
+    gpu_memory_gib: Annotated[float, Field(gt=0)] | None = None
+    """Memory of each GPU, by which train.token_budget is chosen. None: that of this machine's smallest."""
     watchdog_s: Seconds = 30.0
     """Waits longer than this are reported on the console."""
 

@@ -107,7 +107,7 @@ class PhaseRun:
             self.output = Output(parts, self.phase.source, prepared.tokenizer, prepared.reward_names, turns)
 
     def _enter(self) -> None:
-        phase, budget = self.phase, self.phase.config.train.token_budget
+        phase, budget = self.phase, self.phase.config.train.micro_batch_tokens
         self.roles.activity.phase = phase.name
         seed, vocabulary = self.context.config.seed, self.context.prepared.vocabulary
         self.roles.enter(

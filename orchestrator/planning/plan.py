@@ -17,7 +17,7 @@ from actors.errors import ConfigError
 from orchestrator.config.autoscale import AutoscaleConfig
 from orchestrator.config.colocation import taking_turns
 from orchestrator.config.roles import EngineRole, Fallback, FrozenRole, RanksRole, UserCodeRole
-from orchestrator.config.schema import BemaConfig, PhaseConfig, RunConfig
+from orchestrator.config.schema import DEFAULT_TOKEN_BUDGET, BemaConfig, PhaseConfig, RunConfig
 from orchestrator.config.validation import Role, count, refusals, warnings
 from orchestrator.pipeline import Pipeline, Verb, score
 from orchestrator.planning.bundles import GIB, Bundle, ClusterView, Resources, shortages
@@ -76,6 +76,8 @@ class PhasePlan:
     micro_batches: int | None
     groups_in_flight: int  # prompt groups that may be collected ahead of training
     bema: BemaConfig | None = None  # how the policy's weights are averaged
+    micro_batch_tokens: int = DEFAULT_TOKEN_BUDGET
+    budget_note: str | None = None  # why so many, if the configuration does not say
 
     @property
     def rows_per_step(self) -> int:
@@ -131,12 +133,14 @@ def make_plan(
     own_parameters: Mapping[str, int | None] | None = None,
     shapes: Mapping[str, Shape] | None = None,
     merged_because: Mapping[str, str | None] | None = None,
+    budget_notes: Mapping[str, str] | None = None,
     machine: Machine | None = None,
 ) -> Plan:
     """The plan of a run, `pipelines` by phase. `parameters` of the run's model, `own_parameters` of the models of roles
-    that differ from it, `shapes` by role; `merged_because` as in `Prepared`. Raises ConfigError with all refusals."""
+    that differ from it, `shapes` by role; `merged_because` and `budget_notes` as in `Prepared`. Raises ConfigError with
+    all refusals."""
     known: dict[str, Any] = {"parameters": parameters, "own_parameters": own_parameters, "shapes": shapes}
-    known["merged_because"] = merged_because
+    known |= {"merged_because": merged_because, "budget_notes": budget_notes}
     plan = draft_plan(config, pipelines, machine=machine, **known)
     if plan.refusals:
         raise ConfigError("\n".join(plan.refusals))
@@ -151,6 +155,7 @@ def draft_plan(
     own_parameters: Mapping[str, int | None] | None = None,
     shapes: Mapping[str, Shape] | None = None,
     merged_because: Mapping[str, str | None] | None = None,
+    budget_notes: Mapping[str, str] | None = None,
     machine: Machine | None = None,
 ) -> Plan:
     """A plan that may have `refusals`, for display and not for launching."""
@@ -170,7 +175,8 @@ def draft_plan(
 
     memory = {role: _memory(role, config, pipelines, parameters_of, (shapes or {}).get(role)) for role in sized}
     roles = {role: _role_plan(role, config, threads[role], seats.get(role, ()), memory[role]) for role in sized}
-    phases = tuple(_phase_plan(name, config, pipeline) for name, pipeline in pipelines.items())
+    notes = budget_notes or {}
+    phases = tuple(_phase_plan(name, config, pipeline, notes.get(name)) for name, pipeline in pipelines.items())
     return Plan(
         run=config.name,
         phases=phases,
@@ -383,7 +389,7 @@ def _memory(
         cache = settings.kv_cache_gib or (CPU_KV_CACHE_GIB if settings.gpus == 0 else 0.0)  # on a GPU, what is left
         per_gpu = parameters // settings.tensor_parallel + second
         return estimate(per_gpu, settings.dtype or config.model.dtype, kv_cache_gib=cache)
-    tokens = max(phase.train.token_budget for phase in config.phases.values())
+    tokens = max(phase.train.micro_batch_tokens for phase in config.phases.values())
     dtype = settings.dtype or config.model.dtype
     if not any(role in pipeline.trained for pipeline in pipelines.values()):
         return estimate(parameters, dtype, tokens=tokens, shape=shape)
@@ -411,7 +417,7 @@ def _zero_stage(settings: RanksRole) -> int:
     return stage if isinstance(stage, int) else settings.zero_stage
 
 
-def _phase_plan(name: str, config: RunConfig, pipeline: Pipeline) -> PhasePlan:
+def _phase_plan(name: str, config: RunConfig, pipeline: Pipeline, budget_note: str | None) -> PhasePlan:
     phase = config.phases[name]
     rows = pipeline.rows_per_item
     minibatches = max((int(update.options["minibatches"]) for update in pipeline.updates), default=1)
@@ -427,6 +433,8 @@ def _phase_plan(name: str, config: RunConfig, pipeline: Pipeline) -> PhasePlan:
         micro_batches=_micro_batches(config, phase, pipeline, rows, minibatches, longest),
         groups_in_flight=(phase.train.max_staleness + 1) * phase.train.batch_size if pipeline.generates else 0,
         bema=phase.train.bema,
+        micro_batch_tokens=phase.train.micro_batch_tokens,
+        budget_note=budget_note,
     )
 
 
@@ -445,4 +453,4 @@ def _micro_batches(
         return None
     ranks = count(config.roles[pipeline.trained[0]]) if pipeline.trained[0] in config.roles else 1
     rows_per_rank = math.ceil(phase.train.batch_size * rows / minibatches / ranks)
-    return math.ceil(rows_per_rank / max(1, phase.train.token_budget // longest))
+    return math.ceil(rows_per_rank / max(1, phase.train.micro_batch_tokens // longest))

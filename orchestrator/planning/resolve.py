@@ -34,6 +34,7 @@ from orchestrator.planning.model_files import count_parameters, model_length, vo
 from orchestrator.planning.prepared import ModelReward, Prepared, PreparedPhase
 from orchestrator.planning.published_adapters import merged_because
 from orchestrator.planning.schedule import Schedule
+from orchestrator.planning.token_budget import with_token_budgets
 from orchestrator.planning.written_sources import in_folder, is_made, open_phase_source
 from orchestrator.plugins import importable
 from rewards.specs import check_names, check_reward
@@ -88,12 +89,9 @@ def prepare(config: RunConfig, *, run: Path | None = None) -> Prepared:
         model_rewards=_scoring(config.rewards, tokenizer),
         parameters=count_parameters(model),
     )
-    prepared = replace(
-        prepared,
-        own_parameters=_own_parameters(prepared),
-        shapes=_shapes(prepared),
-        merged_because=merged_because(prepared),
-    )
+    prepared = replace(prepared, own_parameters=_own_parameters(prepared), shapes=_shapes(prepared))
+    prepared = with_token_budgets(replace(prepared, merged_because=merged_because(prepared)))
+    _check_lengths(prepared)
     check_rewards(prepared)
     check_engines(prepared)
     check_models(prepared)
@@ -215,11 +213,6 @@ def _prepare_phase(
     first_version = sum(earlier.steps for earlier in before)
     sampling = resolved_stops(Sampling(**phase.sampling.model_dump()), tokenizer, vocab, f"phases.{name}.sampling")
     episode = _episode(config, name, [each for each in (source, evaluation) if each is not None], tokenizer, room)
-    passes = pipeline.trained or any(reward.role is not None for reward in config.rewards)
-    for where, each in ((given, source), (f"phases.{name}.evaluation.rows", held_out)):
-        if each is not None and passes:
-            prompt = each.longest.prompt if episode is None else episode.limits.prompt_tokens
-            _refuse_too_long(each, prompt, pipeline, phase, where, f"phases.{name}.train.token_budget")
     return PreparedPhase(
         name,
         len(before),
@@ -277,6 +270,19 @@ def _episode(config: RunConfig, name: str, sources: list[Source], tokenizer: Any
     return replace(settings, spec=spec, limits=replace(settings.limits, prompt_tokens=prompt_tokens))
 
 
+def _check_lengths(prepared: Prepared) -> None:
+    """No row is longer than a micro-batch of its phase."""
+    for phase in prepared.phases:
+        if not (phase.pipeline.trained or any(reward.role is not None for reward in prepared.config.rewards)):
+            continue
+        budget = f"phases.{phase.name}.train.token_budget"
+        for where, each in (("data", phase.source), ("evaluation.rows", phase.held_out)):
+            if each is not None:
+                prompt = each.longest.prompt if phase.episode is None else phase.episode.limits.prompt_tokens
+                where = f"phases.{phase.name}.{where}"
+                _refuse_too_long(each, prompt, phase.pipeline, phase.config, where, budget)
+
+
 def _refuse_too_long(
     source: Source, prompt: int, pipeline: Pipeline, phase: PhaseConfig, where: str, budget: str
 ) -> None:
@@ -291,10 +297,10 @@ def _refuse_too_long(
         longest, what = sampled, "a prompt with sampling.max_tokens"
         limit = f"{where}.max_prompt_length or sampling.max_tokens"
     _refuse_long_teacher_prompt(source, pipeline, phase, where, budget)
-    if longest > phase.train.token_budget:
+    if longest > phase.train.micro_batch_tokens:
         raise ConfigError(
-            f"{budget}={phase.train.token_budget}: {what} may have {longest} tokens, and a micro-batch takes it whole; "
-            f"raise {budget}, or lower {limit}"
+            f"{budget}={phase.train.micro_batch_tokens}: {what} may have {longest} tokens, and a micro-batch takes it "
+            f"whole; raise {budget}, or lower {limit}"
         )
 
 
@@ -306,9 +312,9 @@ def _refuse_long_teacher_prompt(
         return
     answers = 2 if any("demonstration" in stage.reads for stage in pipeline) else 1
     longest = source.longest.teacher_prompt + answers * phase.sampling.max_tokens
-    if longest > phase.train.token_budget:
+    if longest > phase.train.micro_batch_tokens:
         raise ConfigError(
-            f"{budget}={phase.train.token_budget}: what a teacher reads may have {longest} tokens, "
+            f"{budget}={phase.train.micro_batch_tokens}: what a teacher reads may have {longest} tokens, "
             f"{source.longest.teacher_prompt} of options.teacher_template and {answers} times sampling.max_tokens; "
             f"raise {budget}, or leave long rows out of {where}"
         )

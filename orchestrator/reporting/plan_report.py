@@ -70,7 +70,7 @@ def _parts(plan: Plan, cluster: ClusterView) -> Iterator[RenderableType]:
     for phase in plan.phases:
         yield _heading(f"phase {phase.name}: {phase.method} on {_data(phase)}")
         yield _stages(phase)
-        yield Text("\n".join([arithmetic(phase), *_movements(phase)]) + "\n")
+        yield Text("\n".join([arithmetic(phase), *_particulars(phase)]) + "\n")
     yield _heading("roles")
     yield _roles(plan)
     for role, other in plan.stand_ins.items():
@@ -115,8 +115,10 @@ def arithmetic(phase: PhasePlan) -> str:
     return "; ".join(said)
 
 
-def _movements(phase: PhasePlan) -> Iterator[str]:
-    """Changes of weights other than by training."""
+def _particulars(phase: PhasePlan) -> Iterator[str]:
+    """Choices of the plan, and changes of weights other than by training."""
+    if phase.budget_note is not None:
+        yield f"train.token_budget: {phase.micro_batch_tokens}, {phase.budget_note}"
     for role, companion in phase.pipeline.companions.items():
         yield f"{companion}: a frozen model in each rank of {role}"
     for stage in phase.pipeline:

@@ -156,12 +156,13 @@ def show_plan(config: RunConfig, *, as_json: bool = False) -> bool:
     prepared = prepare(config)
     pipelines = {phase.name: phase.pipeline for phase in prepared.phases}
     plan = draft_plan(
-        config,
+        prepared.config,
         pipelines,
         parameters=prepared.parameters,
         own_parameters=prepared.own_parameters,
         shapes=prepared.shapes,
         merged_because=prepared.merged_because,
+        budget_notes=prepared.budget_notes,
     )
     cluster = cluster_at_hand(config.cluster, plan)
     refused = problems(plan, cluster)

@@ -315,6 +315,7 @@ SHOWN_BY: dict[str, str] = {  # what happens while a run goes on, or needs other
     "logging.completions_every": "tests/runs.py",
     "cluster.address": "tests/unit/test_ray_address.py",
     "cluster.num_cpus": "tests/ray/test_placement.py",
+    "cluster.gpu_memory_gib": "tests/unit/test_token_budget.py",
     "cluster.object_store_mib": "tests/ray/test_precompute.py",
     "cluster.dashboard": "tests/ray/test_private_head.py",
     "cluster.placement_timeout_s": "tests/ray/test_placement.py",
@@ -622,6 +623,7 @@ IDLE: list[tuple[dict[str, Any], str]] = [  # a configuration, and the key that 
         merged(GRPO, {"weights": {"transport": "disk", "topology": "all"}}),
         "weights.topology=all",
     ),
+    (merged(GRPO, {"cluster": {"gpu_memory_gib": 80}}), "cluster.gpu_memory_gib=80"),
     (merged(GRPO, {"weights": {"lora": "merged"}}), "weights.lora=merged: without model.lora"),
     (merged(GRPO, {"cluster": {"address": "a:1", "dashboard": True}}), "cluster.dashboard=True"),
     (
