@@ -13,15 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
 from against_trl import QUIET, REPOSITORY, TARGETS, compare
-from processes import computes_bfloat16, processor, run
-from troupe_run import TIMEOUT_S, Figures
+from learning_run import learning
+from processes import computes_bfloat16, processor
+from troupe_run import Figures
 from workload import METHODS, Job
 
 LEARNING = "learning"  # the part that is no comparison of steps
@@ -64,24 +64,12 @@ def main() -> None:
     print(markdown(json.loads(options.results.read_text())))
 
 
-def learning() -> Figures:
-    """Seconds of `make demo`'s run from the command to its end, and its accuracy on held-out problems."""
-    with tempfile.TemporaryDirectory() as folder:
-        began = time.monotonic()
-        ran = run([Path(sys.executable).parent / "troupe", "run", "grpo_arithmetic", f"output={folder}"], {}, TIMEOUT_S)
-        seconds = time.monotonic() - began
-        (metrics,) = Path(folder).glob("*/metrics.jsonl")
-        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    scores = [line["eval_reward"] for line in lines if "eval_reward" in line]
-    return {"seconds": seconds, "before": scores[0], "after": scores[-1], "others_cores": ran.others_cores}
-
-
 def markdown(parts: Figures) -> str:
+    shown = [name for name in PARTS if name in parts]
     lines = [
         "| workload | TRL's batches | TRL s/step | Troupe s/step | per step | per token | padding, TRL |",
         "|---|---|---|---|---|---|---|",
     ]
-    shown = [name for name in PARTS if name in parts]
     lines += [_row(result) for name in shown for result in parts[name]["found"]]
     measured = [f"{name} on {parts[name]['date']}, {parts[name]['rounds']} round(s)" for name in shown]
     lines += ["", f"{processor()}; bold: the target is met. Measured: {'; '.join(measured)}."]
