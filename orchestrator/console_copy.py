@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import os
+import platform
 import signal
 import sys
 from pathlib import Path
@@ -26,7 +27,13 @@ ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 def copy_output(file: Path) -> None:
     """From now on, to the end of `file`. To be called before threads are started, because it forks. Raises ConfigError
-    if the file cannot be written."""
+    if the file cannot be written: the machine of a job may not have the folder of the service that submitted it."""
+    if not file.parent.is_dir():
+        raise ConfigError(
+            f"--log {file}: there is no folder {file.parent} on {platform.node()}. A run that was submitted to a "
+            "service is driven on a node of the cluster, which needs the folder of runs at the same path: put it on "
+            "a file system that they share, and start `troupe serve --runs` with that path"
+        )
     try:
         os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
     except OSError as error:

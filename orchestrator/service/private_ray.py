@@ -5,6 +5,7 @@
 
 RUNS/.service/up.json    both processes, and where they are reached
 RUNS/.service/ray-token  Ray's token; *.log: what the two print
+RUNS/.service/grafana/   dashboards for Grafana: Ray's own and Troupe's, where Ray's configuration of it looks for them
 
 The ports are chosen here, because Ray wants to be told all of them. Another program may take one before Ray does: then
 others are tried.
@@ -37,10 +38,12 @@ from orchestrator.cluster.ray_address import AUTH_MODE, TOKEN_PATH
 from orchestrator.cluster.run_lock import Driver
 from orchestrator.planning.machine import Machine
 from orchestrator.planning.plan import HEADROOM_CPUS
+from orchestrator.reporting.grafana import as_file
 from orchestrator.restarts import COMMAND
 from orchestrator.service.service_folder import ADDRESS_FILE, service_folder
 
 UP_FILE, RAY_TOKEN = "up.json", "ray-token"
+DASHBOARDS = "RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR"  # Ray writes its own there, and names it in its configuration
 ATTEMPTS = 3
 STOP_TIMEOUT_S = 60.0
 START_TIMEOUT_S, END_TIMEOUT_S, POLL_S = 120.0, 40.0, 0.2
@@ -83,6 +86,7 @@ def up(runs: Path, *, cpus: int | None, object_store_mib: int, serve: Sequence[s
     if known is not None and known.lives:
         raise ConfigError(f"a Ray and a service for {runs} run already, at {known.service}; `troupe down` ends them")
     environment = _environment(folder)
+    install_dashboard(Path(environment[DASHBOARDS]))
     ray, address, dashboard = _start_ray(folder, environment, cpus, object_store_mib)
     try:
         options = ["--runs", str(runs), "--dashboard", dashboard, "--ray-address", address, *serve]
@@ -131,6 +135,11 @@ def _port(address: str | None) -> str:
     return (address or "").rpartition(":")[2]
 
 
+def install_dashboard(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "troupe.json").write_text(as_file())
+
+
 def _environment(folder: Path) -> dict[str, str]:
     """What both are started with, and whoever wants to reach this Ray needs."""
     token = folder / RAY_TOKEN
@@ -140,7 +149,8 @@ def _environment(folder: Path) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     drain = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}  # there is nowhere to drain to
-    return {**inherited, **drain, "PATH": path, AUTH_MODE: "token", TOKEN_PATH: str(token.resolve())}
+    own = {"PATH": path, AUTH_MODE: "token", TOKEN_PATH: str(token.resolve())}
+    return {DASHBOARDS: str((folder / "grafana" / "dashboards").resolve()), **inherited, **drain, **own}
 
 
 def _start_ray(

@@ -118,7 +118,8 @@ def served(options: argparse.Namespace, folder: Path) -> Iterator[tuple[Up, Path
             write_finished(runs / "live", runs / f"finished-{number}")
         yield up, runs
     except BaseException:
-        print((runs / ".service" / "service.log").read_text()[-3000:], file=sys.stderr)
+        for log in sorted((runs / ".service").glob("*.log")):
+            print(f"{log.name}: {log.read_text()[-3000:]}", file=sys.stderr)
         raise
     finally:
         _troupe("down", "--runs", runs)

@@ -1,11 +1,14 @@
 """How long a run takes to its first step, part by part, and a worker that joins it to its first sample.
 
     python tests/benchmarks/startup.py --size 2.6m --rounds 3
+    python tests/benchmarks/startup.py --warm
 
 A real run with vLLM is started as a user starts it; when its first step is done, `troupe scale` asks for one more
-rollout worker; when that has given its first sample, the run is ended. Everything is read from the run's own
-`events.jsonl` and `metrics.jsonl`. Prints a table of medians, then one JSON line.
+rollout worker; when that has given its first sample, the run is ended. With `--warm` it is started by `troupe submit`,
+as a job of the Ray that `troupe up` has started. Everything is read from what the run itself writes. Prints a table of
+medians, then one JSON line.
 
+    submit ─ command ─ job, driver's process ─┐
     command ─ imports ─ prepare ─ Ray start ─ placement ─ roles up ─ publish ─ first step ─► metrics.jsonl
     scale ─► resized ─ up (process, imports, engine) ─ weights (joined) ─ first sample
 """
@@ -41,20 +44,33 @@ Parts = dict[str, float]
 
 def main() -> None:
     options = _options()
-    rounds = [measure(options) for _ in range(options.rounds)]
+    with tempfile.TemporaryDirectory() as folder, warm_head(options, Path(folder) / "runs") as runs:
+        rounds = [measure(options, runs) for _ in range(options.rounds)]
     merged = {part: median(found[part] for found in rounds) for part in rounds[0]}
     show(merged, options)
-    result = {"size": options.size, "engine": options.engine, "rounds": options.rounds, "seconds": merged}
+    result = {
+        "size": options.size,
+        "engine": options.engine,
+        "warm": options.warm,
+        "rounds": options.rounds,
+        "seconds": merged,
+    }
     print(json.dumps({"benchmark": "startup", "processor": processor(), "results": [result]}))
 
 
-def measure(options: argparse.Namespace) -> Parts:
-    """Seconds by part, of one run."""
-    with tempfile.TemporaryDirectory() as folder, started(options, Path(folder)) as (command_at, wait):
+def measure(options: argparse.Namespace, runs: Path | None) -> Parts:
+    """Seconds by part, of one run; a job of the service of `runs`, if there is one."""
+    begin = started if runs is None else submitted
+    with tempfile.TemporaryDirectory() as folder, begin(options, Path(folder), runs) as (asked_at, taken_at, wait):
         first_step = wait("the first step", lambda run: next(iter(_lines(run / "metrics.jsonl")), None))
-        parts = until_first_step(command_at, events(wait), first_step["time"])
-        (run,) = Path(folder).glob("startup-*")
-        wait("its board, which takes `troupe scale`", lambda run: (run / "run.json").exists())
+        run = wait("its board, which takes `troupe scale`", lambda run: run if (run / "run.json").exists() else None)
+        if taken_at is None:
+            parts = until_first_step(asked_at, events(wait), first_step["time"])
+        else:
+            driver_at = json.loads((run / "run.json").read_text())["driver"]["started"]
+            parts = {"`troupe submit`, until it returns": taken_at - asked_at, "job, process": driver_at - taken_at}
+            parts |= until_first_step(driver_at, events(wait), first_step["time"])
+            parts["from the command to the first step"] = first_step["time"] - asked_at
         scaled_at = time.time()
         scale(run)
         wait("the new worker's first sample", lambda run: _find(_lines(run / "events.jsonl"), "first_result", worker=1))
@@ -104,7 +120,57 @@ def until_first_sample(scaled_at: float, found: list[Event]) -> Parts:
 
 
 @contextmanager
-def started(options: argparse.Namespace, folder: Path) -> Iterator[tuple[float, Callable[..., Any]]]:
+def warm_head(options: argparse.Namespace, runs: Path) -> Iterator[Path | None]:
+    """A Ray and a service for the runs of a folder; None without `--warm`."""
+    if not options.warm:
+        yield None
+        return
+    cpus = str(max(8, os.cpu_count() or 1))
+    _troupe("up", "--runs", runs, "--port", "0", "--allow-code", "--cpus", cpus)
+    try:
+        yield runs
+    finally:
+        _troupe("down", "--runs", runs)
+
+
+Started = tuple[float, float | None, Callable[..., Any]]
+
+
+@contextmanager
+def submitted(options: argparse.Namespace, folder: Path, runs: Path | None) -> Iterator[Started]:
+    """As `started`; and when the service had taken it."""
+    assert runs is not None
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**_recipe(options, runs), "cluster": {}}))
+    name = f"startup-{time.time_ns()}"
+    asked_at = time.time()
+    _troupe("submit", recipe, "--runs", runs, "--name", name)
+    taken_at, run = time.time(), runs / name
+
+    def wait(what: str, look: Callable[[Path], Any]) -> Any:
+        """Ended by the run, which writes it, or by the deadline."""
+        deadline = time.monotonic() + DEADLINE_S
+        while time.monotonic() < deadline:
+            if found := look(run):
+                return found
+            time.sleep(POLL_S)
+        console = run / "console.log"
+        raise RuntimeError(f"waited for {what}: {console.read_text()[-2000:] if console.exists() else 'no output'}")
+
+    try:
+        yield asked_at, taken_at, wait
+    finally:
+        _troupe("stop", run)
+
+
+def _troupe(*arguments: Any) -> None:
+    done = subprocess.run([TROUPE, *map(str, arguments)], capture_output=True, text=True, timeout=DEADLINE_S)
+    if done.returncode:
+        raise RuntimeError(f"`troupe {arguments[0]}` ended with {done.returncode}: {done.stdout}{done.stderr}")
+
+
+@contextmanager
+def started(options: argparse.Namespace, folder: Path, _: Path | None = None) -> Iterator[Started]:
     """A run; when it was asked for; and a function that waits until something shows in the run's folder."""
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(_recipe(options, folder)))
@@ -126,7 +192,7 @@ def started(options: argparse.Namespace, folder: Path) -> Iterator[tuple[float, 
             )
 
         try:
-            yield command_at, wait
+            yield command_at, None, wait
         finally:
             _end(process)
 
@@ -185,6 +251,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--size", choices=("2.6m", "26m"), default="2.6m")
     parser.add_argument("--engine", choices=("vllm", "hf", "scripted"), default="vllm")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--warm", action="store_true", help="Submitted to a Ray and a service that run already.")
     return parser.parse_args()
 
 

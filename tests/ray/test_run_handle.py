@@ -124,7 +124,8 @@ def test_a_run_that_is_scaled_to_nothing_waits_says_so_once_and_goes_on_each_tim
         again.scale("rollout", 0)
         serves(run, 0)
     assert not events(run, "evicted")
-    again.scale("rollout", 1)
+    again.scale("rollout", 2)
+    serves(run, 2)
 
 
 def test_a_paused_run_makes_no_step_and_can_be_saved(run: troupe.RunHandle):

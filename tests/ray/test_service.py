@@ -19,7 +19,9 @@ import pytest
 import yaml
 
 from orchestrator.checkpoint import verify
+from orchestrator.cluster.private_temp import private_temp
 from orchestrator.cluster.run_lock import driver_of
+from orchestrator.reporting.grafana import dashboard
 from orchestrator.service.private_ray import RAY_TOKEN, Up
 from tests.runs import ARITHMETIC, TROUPE, merged, plain_environment
 
@@ -87,6 +89,14 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         yield Service(runs, up)
     finally:
         troupe("down", "--runs", str(runs))
+
+
+def test_grafana_finds_the_dashboard_where_rays_configuration_of_it_looks(service: Service):
+    folder = (service.runs / ".service" / "grafana" / "dashboards").resolve()
+    assert json.loads((folder / "troupe.json").read_text()) == dashboard()
+    service.until(lambda: (folder / "default_grafana_dashboard.json").exists(), "dashboard of Ray's own beside it")
+    found = private_temp().glob("session_*/metrics/grafana/provisioning/dashboards/*.yml")
+    assert any(str(folder) in file.read_text() for file in found)
 
 
 def test_a_submitted_run_is_a_ray_job_that_is_scaled_while_it_trains(service: Service, tmp_path: Path):

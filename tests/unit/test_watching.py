@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -143,10 +144,11 @@ def test_what_a_process_prints_is_in_the_file_and_where_it_went_before_to_its_la
         assert part in shown
 
 
-def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path):
+def test_a_machine_without_the_folder_of_a_services_run_is_named_with_what_to_do(tmp_path: Path):
     done = subprocess.run(
         [TROUPE, "run", "sft_arithmetic", "--log", str(tmp_path / "no" / "such.log")],
         capture_output=True, text=True, timeout=60, env=plain_environment(), cwd=tmp_path,
     )  # fmt: skip
-    assert done.returncode == 2 and "--log" in done.stderr
+    assert done.returncode == 2 and f"there is no folder {tmp_path / 'no'} on {platform.node()}" in done.stderr
+    assert "a file system that they share" in done.stderr
     assert os.listdir(tmp_path) == []
