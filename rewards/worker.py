@@ -33,7 +33,7 @@ import numpy as np
 
 import actors
 from actors.batch import Array, Batch
-from actors.errors import DataFailure, RunError
+from actors.errors import DataFailure, InfraFailure, RunError
 from actors.pretrained import load_tokenizer
 from actors.sharding import Shard
 from actors.worker import WorkerInfo, all_or_first_error
@@ -164,16 +164,19 @@ class RewardWorker:
             return await self._score(rows.fetched(batches).batch, prompt, columns, spoken)
 
     async def score_all(
-        self, asked: Sequence[Asked], *blocks: Batch | Spoken
+        self, asked: Sequence[Asked], enough_s: float, *blocks: Batch | Spoken
     ) -> tuple[list[ScoreResult | RunError], *tuple[ScoredTexts, ...]]:
         """`score` of several prompts, one after the other, so that no more calls of a function run at the same time
-        than calls of the worker: what each gives, or with no texts the error that it raised."""
+        than calls of the worker: what each gives, or with no texts the error that it raised. After `enough_s` no
+        further prompt is begun: those have an InfraFailure, so that they do not wait for one that is slow."""
         outcomes: list[ScoreResult | RunError] = []
         texts: list[ScoredTexts] = []
-        first = 0
-        for each in asked:
+        first, began = 0, time.monotonic()
+        for number, each in enumerate(asked):
             own, first = blocks[first : first + each.blocks], first + each.blocks
             try:
+                if number and time.monotonic() - began >= enough_s:
+                    raise InfraFailure(f"{self.name}: other prompts of the call took {enough_s:g} s; ask again")
                 outcome, said = await self.score(each.rows, each.prompt, each.columns, *own)
             except RunError as error:
                 outcome, said = error, ScoredTexts(())

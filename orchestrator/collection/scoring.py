@@ -36,6 +36,7 @@ from rollout.sampling import EpisodeFacts, Request, Sampling, sample_seed
 
 Sample = Callable[[str, Request], Awaitable[RowTable]]
 QUICK_S = 0.05
+ENOUGH_S = 1.0  # of a call with several prompts, after which no further one is begun
 NEWEST = 0.2  # weight of the newest call in the average
 QUESTIONS = 1 << 20  # places of random numbers of a prompt group from here on are for the answers of judges
 
@@ -152,9 +153,9 @@ class Scoring:
                 for each, whole, spoken in shares
             ]
             blocks = [block for _, whole, spoken in shares for block in (*whole.blocks, *spoken)]
-            limit, name = pool.policy.call_timeout_s, f"{pool.role}.score prompt {name}"
+            limit, name = ENOUGH_S + pool.policy.call_timeout_s, f"{pool.role}.score prompt {name}"
             outcomes, *texts = await worker.call_split(
-                "score_all", items, *blocks, timeout_s=limit, task_name=name, refs=len(items)
+                "score_all", items, ENOUGH_S, *blocks, timeout_s=limit, task_name=name, refs=len(items)
             )
             pairs = zip(outcomes, texts, strict=True)
             return [outcome if isinstance(outcome, Exception) else (outcome, said) for outcome, said in pairs]

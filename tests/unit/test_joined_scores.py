@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from actors.errors import DataFailure
+from actors.errors import DataFailure, InfraFailure
 from actors.worker import LocalWorker
 from orchestrator.batches.row_table import RowTable
 from orchestrator.cluster.failures import Watchdog
 from orchestrator.cluster.pool import Pool, PoolPolicy
 from orchestrator.collection.scoring import Scored, Scoring, ToScore
 from rewards.loading import RewardSpec
-from rewards.worker import RewardWorker
+from rewards.worker import Asked, RewardWorker
 from tests.unit.test_rewards import samples
 from tests.unit.tiny import tiny_tokenizer
 
@@ -115,3 +115,18 @@ async def test_a_function_that_raises_for_one_prompt_fails_that_one_alone(tmp_pa
     assert [type(each) for each in found] == [Scored, DataFailure, Scored, Scored]
     with pytest.raises(DataFailure, match="no x"):
         raise next(each for each in found if isinstance(each, DataFailure))
+
+
+async def test_prompts_do_not_wait_for_one_of_their_call_that_is_slow(tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "mine.py").write_text(FUNCTION)
+    worker = RewardWorker(
+        "reward/0", (RewardSpec(f"{tmp_path / 'mine.py'}:length").located(),), str(tmp_path / "tokenizer")
+    )
+    worker.ready()
+    given = [Asked(samples(*texts), "q", {"extra": 0}, 0) for texts in TEXTS]
+    (first, *others), *texts = await worker.score_all(given, 0.0)
+    assert not isinstance(first, Exception) and first.total.tolist() == [1.0, 2.0]
+    assert [type(each) for each in others] == [InfraFailure] * 3
+    assert [len(each.texts) for each in texts] == [2, 0, 0, 0]
+    worker.close()
