@@ -96,6 +96,7 @@ COLUMNS: dict[str, Column] = {
         _row(
             "group", np.int64, "rows that belong together: samples of one prompt, the two of a pair", "source, generate"
         ),
+        _row("sample", np.int32, "which of its group's samples the row is of, as they were scored", "generate"),
         _row("episode", np.int64, "which episode of its group the row is a turn of", "generate"),
         _row(
             "earlier_reward",

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from orchestrator.batches.row_table import RowTable
 from orchestrator.cluster.shutdown import Stop
 from orchestrator.collection.collected import Collected, Collector
 from orchestrator.executor import Executor
@@ -23,11 +24,13 @@ class Progress:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one step was: for the log, the console and the completions table."""
+    """What one step was: for the log, the console and the tables of completions and their tokens. `learned`: the rows
+    that were learned from, with every column that a stage wrote."""
 
     step: int
     version: int
     collected: Collected
+    learned: RowTable
     metrics: dict[str, float]
 
 
@@ -71,7 +74,7 @@ async def train(
         with clock("collect"):
             collected = await stop.before(collector.next(progress.version))
         async with roles.changing_weights():
-            _, metrics = await roles.run(pipeline.learn, collected.table, progress.step, clock)
+            table, metrics = await roles.run(pipeline.learn, collected.table, progress.step, clock)
             progress.step, progress.version = progress.step + 1, progress.version + 1
             await collector.expire(progress.version)
             if pipeline.generates:
@@ -79,4 +82,4 @@ async def train(
                     await roles.publish(progress.version)
         collector.advance(progress.version, collected)
         metrics = {**collected.metrics, **metrics, **clock.metrics()}
-        await after_step(StepRecord(progress.step, progress.version, collected, metrics))
+        await after_step(StepRecord(progress.step, progress.version, collected, table, metrics))

@@ -6,16 +6,18 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from orchestrator.reporting.metrics import MetricsLog
+from orchestrator.reporting.token_tables import TokenLimits, TokenRow
 from orchestrator.service.app import create_app
 from orchestrator.service.settings import Settings
 
@@ -75,4 +77,30 @@ def write_samples(folder: Path, step: int, rewards: Sequence[float | None]) -> N
     log = MetricsLog(folder)
     rows = [{"prompt": "1+1=", "completion": str(n), "reward": reward} for n, reward in enumerate(rewards)]
     log.write_completions(step, rows)
+    log.close()
+
+
+def write_tokens(folder: Path, step: int, rows: Mapping[int, Sequence[dict[str, Any]]], **more: int) -> None:
+    """Of lines of the step's samples, sequences of tokens: `pieces`, `mask` and columns, NaN where nothing is known."""
+    texts = list(dict.fromkeys(piece for found in rows.values() for each in found for piece in each["pieces"]))
+
+    class Pieces:
+        def of(self, tokens: Sequence[int]) -> list[str]:
+            return [texts[token] for token in tokens]
+
+    found = [
+        TokenRow(
+            line,
+            more.get("start", 0),
+            more.get("total", len(each["pieces"])),
+            np.array([texts.index(piece) for piece in each["pieces"]]),
+            np.array(each["mask"], np.bool_),
+            {name: np.array(of, np.float32) for name, of in each.items() if name not in ("pieces", "mask")},
+        )
+        for line, sequences in rows.items()
+        for each in sequences
+    ]
+    pieces: Any = Pieces()
+    log = MetricsLog(folder)
+    log.write_tokens(step, found, pieces, TokenLimits(rows=100, tokens=10**6, steps=100))
     log.close()

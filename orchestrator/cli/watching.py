@@ -79,18 +79,38 @@ def samples(
     best: Annotated[bool, typer.Option("--best", help="The highest rewards first.")] = False,
     worst: Annotated[bool, typer.Option("--worst", help="The lowest rewards first.")] = False,
     limit: Annotated[int, typer.Option("--limit", min=1, help="How many.")] = 10,
+    tokens: Annotated[
+        str | None, typer.Option("--tokens", help="Colour their tokens by advantages, sample_logps, mask ...")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print completions of a step with their rewards."""
     from orchestrator.service import run_contents
 
     order: run_contents.Order = "-reward" if best else "reward" if worst else "position"
-    found = run_contents.samples(
-        _run(folder), step=step, order=order, min_reward=None, max_reward=None, offset=0, limit=limit
-    )
-    for row in found.rows:
-        shown = f"{row.get('reward')}  {row.get('prompt')!r} {row.get('completion')!r}"
-        typer.echo(json.dumps(row) if as_json else shown)
+    limits: dict[str, Any] = {"min_reward": None, "max_reward": None, "offset": 0, "limit": limit}
+    found = run_contents.samples(_run(folder), step=step, order=order, **limits, tokens=tokens is not None)
+    kept = [[each.model_dump() for each in sequences] for sequences in found.tokens or ()]
+    if as_json:
+        for index, row in enumerate(found.rows):
+            typer.echo(json.dumps({**row, "tokens": kept[index]} if kept else row))
+    elif tokens is not None:
+        _show_tokens(found.rows, kept, tokens)
+    else:
+        for row in found.rows:
+            typer.echo(f"{row.get('reward')}  {row.get('prompt')!r} {row.get('completion')!r}")
+
+
+def _show_tokens(rows: list[dict[str, Any]], kept: list[list[dict[str, Any]]], column: str) -> None:
+    from orchestrator.reporting.token_text import coloured, strengths
+
+    shares = iter(strengths([each for sequences in kept for each in sequences], column))
+    for row, sequences in zip(rows, kept, strict=True):
+        typer.secho(f"{row.get('reward')}  {row.get('prompt')!r}", bold=True)
+        for each in sequences:
+            typer.echo("".join(typer.style(text, fg, bg) for text, fg, bg in coloured(each, next(shares), column)))
+        if not sequences:
+            typer.echo("its tokens are not kept (logging.token_samples, logging.token_steps)")
 
 
 @app.command()

@@ -73,9 +73,10 @@ class PromptGroup:
         if self.oldest_version is not None:
             versions.append(self.oldest_version)
         of_prompt = {name: np.full(len(samples.rows), value) for name, value in self.prompt.row_values.items()}
+        number = len(self.own) + whole_episodes(samples.rows)[1]
         return replace(
             self,
-            rows=RowTable.concat([self.rows, samples.rows.with_values(**of_prompt)]),
+            rows=RowTable.concat([self.rows, samples.rows.with_values(**of_prompt, sample=number)]),
             metas=(*self.metas, *samples.metas),
             transcripts=(*self.transcripts, *samples.transcripts),
             own=(*self.own, *[ages and not mixed] * samples.count),

@@ -23,6 +23,8 @@ from orchestrator.config.schema import RunConfig
 from orchestrator.pipeline import Pipeline, Verb
 
 OF_VLLM = ("kv_cache_gib",)  # keys of the rollout role that only the vllm engine reads
+OF_COMPLETIONS = ("completions_every", "completions_shown")  # of `logging`: only for what is sampled
+OF_TOKENS = ("token_samples", "token_length", "token_steps")
 OF_OPTIMIZER = tuple(OptimizerConfig.model_fields)
 OF_UNTRAINED = {"steps", "epochs", "batch_size", "max_staleness", "token_budget", "deterministic"}  # read all the same
 RANDOM = ("temperature", "top_p", "top_k", "min_p", "replay_routing", "replay_truncation")
@@ -59,9 +61,13 @@ def _ineffective(
     if not any(isinstance(config.roles.get(role), EngineRole) for role in launched):
         keys = tuple(type(config.weights).model_fields)
         yield "weights", config.weights, keys, "no rollout worker is launched that weights could be sent to"
-        yield "logging", config.logging, ("completions_every", "completions_shown"), "nothing is sampled in this run"
+        yield "logging", config.logging, (*OF_COMPLETIONS, *OF_TOKENS), "nothing is sampled in this run"
     else:
         yield from _of_weights(config)
+    if config.logging.completions_every is None:
+        yield "logging", config.logging, OF_TOKENS, "with logging.completions_every=None no samples are kept at all"
+    elif config.logging.token_samples is None:
+        yield "logging", config.logging, OF_TOKENS, "with logging.token_samples=None no tokens are kept"
     if config.model.dtype == "float32" and all(_of_float32(role) for _, role in config.roles):
         yield "model", config.model, ("lm_head_fp32",), "all of the model is computed in float32"
     if not any(isinstance(config.roles.get(r), RanksRole) and config.roles[r].gpus for r in launched):

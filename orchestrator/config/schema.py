@@ -314,6 +314,12 @@ class LoggingConfig(Section):
     """Steps between two tables of sampled completions. None: none."""
     completions_shown: Positive = 4
     """Samples in a table of completions."""
+    token_samples: Positive | None = 64
+    """Samples of a step whose tokens are kept, with mask, log-probabilities and advantages. None: none."""
+    token_length: Positive = 1024
+    """Tokens that are kept of each of them; of a longer one most of the prompt is left out, and the end."""
+    token_steps: Positive = 100
+    """Steps whose tokens are kept, the newest ones: what they take on the disk is bounded."""
     trackers: Annotated[tuple[TrackerName, ...], AfterValidator(_none_twice)] = ("tensorboard",)
     """Where the metrics go besides metrics.jsonl. Each of them is a library of its own (docs/trackers.md)."""
     project: Annotated[str, Field(min_length=1)] = "troupe"

@@ -32,6 +32,7 @@ from orchestrator.executor import Executor
 from orchestrator.phases.phase_weights import keep_phase, reference_folder, save_weights, set_optimizers, set_weights
 from orchestrator.phases.resuming import fingerprint
 from orchestrator.phases.run_context import RunContext
+from orchestrator.phases.token_recorder import TokenRecorder
 from orchestrator.planning.handover import kept_folder, written_folder
 from orchestrator.planning.prepared import PreparedPhase
 from orchestrator.planning.resolve import with_made_data
@@ -52,6 +53,7 @@ class PhaseRun:
         self.progress = Progress(state.step, state.version) if state else Progress(0, self.phase.first_version)
         self.cursor = Cursor.from_json(state.cursor) if state else Cursor()
         self.collector: Collector | None = None  # until the phase's first step
+        self.tokens = TokenRecorder(self.context, self.roles)
         self.output: Output | None = None  # the data set that the phase makes, if it makes one
 
     async def run(self) -> None:
@@ -80,9 +82,17 @@ class PhaseRun:
         phase, stop = self.phase, context.ending.stop
         with context.ending.saving():
             try:
-                await train(
-                    phase.pipeline, phase.steps, roles, collector, progress, self._before_step, self._after_step, stop
-                )
+                async with self.tokens:
+                    await train(
+                        phase.pipeline,
+                        phase.steps,
+                        roles,
+                        collector,
+                        progress,
+                        self._before_step,
+                        self._after_step,
+                        stop,
+                    )
             except Stopped:
                 await collector.close()
                 await self._save_last_step()
@@ -239,7 +249,9 @@ class PhaseRun:
             for group, (texts, *logged) in zip(groups, scored, strict=True)
             for row in completion_rows(group, texts.with_extra(logged))
         ]
-        self.context.log.write_completions(self.phase.first_version + record.step, rows)
+        total = self.phase.first_version + record.step
+        self.context.log.write_completions(total, rows)
+        await self.tokens.record(total, record.learned, groups)
         if last or record.step % logging.completions_every == 0:
             shown = rows[:: max(1, len(rows) // logging.completions_shown)]
             self.context.console.completions(shown[: logging.completions_shown])

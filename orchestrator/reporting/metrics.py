@@ -3,6 +3,7 @@
     RUN/metrics.jsonl             one line per write, flushed at once: `watch tail -n 3 RUN/metrics.jsonl` follows a run
     trackers                      the same numbers as PHASE/NAME, in TensorBoard, W&B ... (`trackers/`)
     RUN/completions/step_N.parquet   samples with their rewards
+    RUN/tokens/step_N.parquet        their tokens, as far as they are kept (`token_tables.py`)
     Ray's metrics                 gauges `ray_troupe_NAME`, tagged with run and phase
 
 A number that is not finite is `null` in the file, a gap in the curves, and is not exported to Ray.
@@ -18,6 +19,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from orchestrator.reporting import token_tables
+from orchestrator.reporting.token_pieces import Pieces
+from orchestrator.reporting.token_tables import TokenLimits, TokenRow
 from orchestrator.reporting.trackers.tracker import Ended
 
 METRICS_FILE = "metrics.jsonl"
@@ -55,7 +59,7 @@ class MetricsLog:
 
     def __init__(self, folder: Path, sinks: Sequence[Sink] = ()) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._completions = folder / COMPLETIONS_FOLDER
+        self._completions, self._tokens = folder / COMPLETIONS_FOLDER, folder / token_tables.FOLDER
         self._sinks: tuple[Sink, ...] = (JsonLines(folder / METRICS_FILE), *sinks)
 
     def write(self, step: int, phase: str, metrics: Mapping[str, float]) -> None:
@@ -78,12 +82,16 @@ class MetricsLog:
         file.with_suffix(".tmp").replace(file)
         return file
 
+    def write_tokens(self, step: int, rows: Sequence[TokenRow], pieces: Pieces, limits: TokenLimits) -> Path:
+        """A Parquet file of the tokens of one step's completions; those of old steps are removed."""
+        return token_tables.write(self._tokens, step, rows, pieces, limits)
+
     def rewind(self, step: int) -> None:
         """Discards the lines of steps after `step`, which a resumed run writes again."""
         for sink in self._sinks:
             sink.rewind(step)
-        for file in self._completions.glob("step_*.parquet"):
-            if int(file.stem.removeprefix("step_")) > step:
+        for file in [*token_tables.of_steps(self._completions), *token_tables.of_steps(self._tokens)]:
+            if token_tables.step_of(file) > step:
                 file.unlink()
 
     def close(self, ended: Ended = "finished") -> None:

@@ -102,6 +102,7 @@ def get_samples(
     max_reward: float | None = None,
     offset: Position = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 50,
+    tokens: Annotated[bool, Query(description="Their tokens, too, with mask, log-probabilities, advantages.")] = False,
 ) -> Samples:
     """Completions of a step with their rewards."""
     return run_contents.samples(
@@ -112,6 +113,7 @@ def get_samples(
         max_reward=max_reward,
         offset=offset,
         limit=limit,
+        tokens=tokens,
     )
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import json
 import math
-import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.checkpoint import AVERAGED, MANIFEST, NAME, STATE
 from orchestrator.console_copy import CONSOLE_FILE
+from orchestrator.reporting import token_tables
 from orchestrator.reporting.metrics import COMPLETIONS_FOLDER
 from orchestrator.service.errors import Problem
-from orchestrator.service.schemas import CheckpointEntry, LogText, Samples
+from orchestrator.service.schemas import CheckpointEntry, LogText, Samples, TokenSequence
 
 LOG_BYTES = 2**16  # of one answer
 Order = Literal["position", "reward", "-reward"]
@@ -28,23 +29,24 @@ def samples(
     max_reward: float | None,
     offset: int,
     limit: int,
+    tokens: bool = False,
 ) -> Samples:
-    """The samples of one step, of the newest if none is named. Raises Problem 404 for a step that has none."""
-    files = {
-        int(file.stem.removeprefix("step_")): file
-        for file in sorted((folder / COMPLETIONS_FOLDER).glob("step_*.parquet"))
-        if re.fullmatch(r"step_\d+", file.stem)
-    }
+    """The samples of one step, of the newest if none is named; with their `tokens`, as far as these are kept. Raises
+    Problem 404 for a step that has none."""
+    files = {token_tables.step_of(file): file for file in token_tables.of_steps(folder / COMPLETIONS_FOLDER)}
     if step is None and not files:
-        return Samples(steps=[], step=None, total=0, rows=[])
+        return Samples(steps=[], step=None, total=0, rows=[], tokens=[] if tokens else None)
     chosen = max(files) if step is None else step
     if chosen not in files:
         raise Problem(404, f"run {folder.name} has no samples of step {chosen}", "step")
-    rows = [row for row in _rows(files[chosen]) if _within(row.get("reward"), min_reward, max_reward)]
+    rows = [each for each in enumerate(_rows(files[chosen])) if _within(each[1].get("reward"), min_reward, max_reward)]
     if order != "position":
         worst = math.inf if order == "reward" else -math.inf  # rows without a reward come last
-        rows.sort(key=lambda row: _number(row.get("reward"), worst), reverse=order == "-reward")
-    return Samples(steps=sorted(files), step=chosen, total=len(rows), rows=rows[offset : offset + limit])
+        rows.sort(key=lambda each: _number(each[1].get("reward"), worst), reverse=order == "-reward")
+    shown = rows[offset : offset + limit]
+    kept = _tokens(folder, chosen, [line for line, _ in shown]) if tokens else None
+    steps = sorted(files)
+    return Samples(steps=steps, step=chosen, total=len(rows), rows=[row for _, row in shown], tokens=kept)
 
 
 def checkpoints(folder: Path) -> list[CheckpointEntry]:
@@ -85,6 +87,15 @@ def _rows(file: Path) -> list[dict[str, Any]]:
 
     table = parquet.ParquetFile(file).read()
     return [{name: _plain(value) for name, value in row.items()} for row in table.to_pylist()]
+
+
+def _tokens(folder: Path, step: int, lines: Sequence[int]) -> list[list[TokenSequence]]:
+    """Of each of these lines of a step's completions; an empty list for one of which none are kept."""
+    try:
+        kept = token_tables.read(folder / token_tables.FOLDER, step, lines)
+    except FileNotFoundError:  # those of this step are removed by now, or were never kept
+        kept = {}
+    return [[TokenSequence(**each) for each in kept.get(line, ())] for line in lines]
 
 
 def _plain(value: Any) -> Any:

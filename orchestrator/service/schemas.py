@@ -171,6 +171,21 @@ class MetricLines(Given):
     """`step`, `phase`, `time`, and the metrics of that line. A value that is not finite is null."""
 
 
+class TokenSequence(Given):
+    """Tokens of one row that was learned from: a sample, or one turn of an episode whose turns are rows."""
+
+    start: int
+    """The place of the first token here in its row."""
+    total: int
+    """Tokens of the row; what is missing here was not kept."""
+    pieces: list[str]
+    """Texts of the tokens. One that is only a part of a character is empty, and the next one has the character."""
+    mask: list[bool]
+    """Whether it is learned from: false for prompts, and for what a tool or an environment said."""
+    values: dict[str, list[float | None]]
+    """Column per token (`sample_logps`, `advantages` ...) -> its values; null where the model did not write."""
+
+
 class Samples(Given):
     steps: list[int]
     """Those that have samples."""
@@ -179,6 +194,8 @@ class Samples(Given):
     total: int
     """How many of them the filter leaves."""
     rows: list[dict[str, Any]]
+    tokens: list[list[TokenSequence]] | None
+    """Those of each row, if they are asked for; an empty list where none are kept."""
 
 
 class CheckpointEntry(Given):

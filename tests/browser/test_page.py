@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from orchestrator.reporting.metrics import MetricsLog
 from orchestrator.service.app import create_app
 from orchestrator.service.settings import Settings
 from tests.runs import ARITHMETIC, merged
-from tests.service_client import TOKEN, client, listening, write_run
+from tests.service_client import TOKEN, client, listening, write_run, write_tokens
 
 api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: requirements/browser.txt")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -29,7 +31,19 @@ QUIET = [
 RECIPE: dict[str, Any] = merged(
     ARITHMETIC,
     {
-        "train": {"steps": 100_000},
+        "rewards": [
+            {"fn": "exact_match"},
+            *(  # random texts get different rewards, and the model learns too slowly to change that
+                {
+                    "fn": "regex",
+                    "name": f"place_{n}",
+                    "options": {"pattern": f".{{{n}}}[0-4+].*"},
+                    "weight": 0.3 + 0.1 * n,
+                }
+                for n in range(3)
+            ),
+        ],
+        "train": {"steps": 100_000, "learning_rate": 1e-6},
         "roles": {"rollout": {"engine": "hf", "workers": 1}},
         "logging": {"completions_every": 1},
         "checkpoint": {"every": 1000},
@@ -92,7 +106,7 @@ def test_a_run_is_submitted_watched_controlled_and_stopped_in_the_page(page: Any
     page.get_by_label("recipe").fill(json.dumps(RECIPE))
     page.get_by_label("overrides").fill("name=paged\ntrain.batch_size=4")
     page.get_by_role("button", name="Submit").click()
-    page.get_by_role("heading", name="paged").wait_for()
+    run = page.get_by_role("heading", name="paged").inner_text()
     state = page.locator("section .state").first
     api.expect(state).to_have_text("running", timeout=WAIT_MS)
 
@@ -103,7 +117,9 @@ def test_a_run_is_submitted_watched_controlled_and_stopped_in_the_page(page: Any
         "seen => Number(document.querySelector('section .row span:nth-child(2)').innerText.split(' ')[1]) > seen",
         arg=seen,
     )
-    assert page.get_by_text("rollout.generate").count() == 1, "the pipeline is drawn"
+    names = page.locator(".pipeline li > span:first-child").all_inner_texts()
+    assert names == ["rollout.generate", "reward.score", "driver.credit", "policy.update", "publish"], "it is drawn"
+    page.locator(".pipeline li.working", has_text="policy.update").wait_for()  # the stage at work, as the run goes on
 
     page.get_by_label("workers").fill("2")
     page.get_by_role("button", name="Scale").click()
@@ -114,10 +130,10 @@ def test_a_run_is_submitted_watched_controlled_and_stopped_in_the_page(page: Any
     held = step(page)
     page.get_by_role("button", name="Checkpoint").click()
     page.get_by_role("cell", name=f"step-{held:08d}").wait_for()
+    assert_colours_follow_the_values(page, samples_of(tmp_path / "runs", run, held))
     page.get_by_role("button", name="Continue").click()
     api.expect(state).to_have_text("running", timeout=WAIT_MS)
 
-    page.get_by_label("order").select_option("-reward")
     page.get_by_role("button", name="Open this sample").first.click()
     dialog = page.get_by_role("dialog", name="Sample")
     assert "+" in dialog.inner_text() and "exact_match" in dialog.inner_text()
@@ -131,18 +147,94 @@ def test_a_run_is_submitted_watched_controlled_and_stopped_in_the_page(page: Any
     page.get_by_role("cell", name="checkpoint", exact=True).first.wait_for()  # an event, told without a reload
 
 
+def samples_of(runs: Path, run: str, step: int) -> dict[str, Any]:
+    """Those of a step as the page asks for them, once their tokens are written: that is done beside the run."""
+    asked = {"step": step, "limit": 10, "tokens": True}
+    deadline = time.monotonic() + WAIT_MS / 1000
+    while True:
+        found = client(runs).get(f"/v1/runs/{run}/samples", params=asked).json()
+        if all(found["tokens"]):
+            return found
+        assert time.monotonic() < deadline, found
+        time.sleep(0.2)
+
+
+def assert_colours_follow_the_values(page: Any, found: dict[str, Any]) -> None:
+    """Of the samples that the page shows, by advantage: each token has the text, the sign and the strength of its own
+    value."""
+    page.locator("label", has_text=re.compile("^step")).locator("select").select_option(str(found["step"]))
+    page.get_by_text(f"Step {found['step']}: 1 to").wait_for()
+    page.locator(".sequence").first.wait_for()
+    written = [each for (each,) in found["tokens"]]
+    known = [value for each in written for value in each["values"]["advantages"] if value is not None]
+    assert len({*known}) > 2 and min(known) < 0 < max(known), "there is something to tell apart"
+    sequences = page.locator(".sequence .tokens")
+    api.expect(sequences).to_have_count(len(written))
+    for index, each in enumerate(written):
+        first = each["mask"].index(True)  # the prompt is folded
+        values = each["values"]["advantages"][first:]
+        painted = (
+            sequences.nth(index)
+            .locator(".token")
+            .evaluate_all(
+                "all => all.map(e => [e.innerText, e.classList.contains('plus'), e.classList.contains('minus'),"
+                " Number(e.style.getPropertyValue('--share')), getComputedStyle(e).backgroundColor])"
+            )
+        )
+        assert [bool(plus) for _, plus, _, _, _ in painted] == [(value or 0) > 0 for value in values]
+        assert [bool(minus) for _, _, minus, _, _ in painted] == [(value or 0) < 0 for value in values]
+        ratios = {round(share / abs(value), 2) for (_, _, _, share, _), value in zip(painted, values) if value}
+        assert len(ratios) <= 1 or max(share for _, _, _, share, _ in painted) == 1, "one scale for all"
+        assert [text for text, *_ in painted] == [piece or "◦" for piece in each["pieces"][first:]]
+        assert len({(value, colour) for (*_, colour), value in zip(painted, values)}) == len({*values})
+
+
 def test_what_a_sample_says_is_text_and_never_part_of_the_page(page: Any, address: str, tmp_path: Path):
     folder = write_run(tmp_path / "runs", "hostile", metrics=[{"step": 1, "reward": 0.5}])
     log = MetricsLog(folder)
     log.write_completions(
-        1, [{"prompt": "<b id=bold>x</b>", "completion": "<img src=x onerror='window.hit = 1'>", "reward": 1.0}]
+        1, [{"prompt": "<b id=bold>x</b>", "completion": "<img src=x onerror='window.hit = 1'>", "reward": 1.0}] * 2
     )
     log.close()
+    hostile = ["<b id=bold>", "<img src=x onerror='window.hit = 1'>", "</div><script>window.hit = 1</script>", "", "漢"]
+    nan = float("nan")
+    tokens = {"pieces": hostile, "mask": [False, True, True, True, True], "advantages": [nan, 1, -0.5, 0, -1]}
+    write_tokens(folder, 1, {0: [tokens | {"sample_logps": [nan, -0.01, -1, -2, -4]}]})
     enter(page, f"{address}/#/runs/hostile")
     page.get_by_text("<img src=x").first.wait_for()
-    page.get_by_role("button", name="Open this sample").click()
-    page.get_by_role("dialog", name="Sample").wait_for()
-    assert page.evaluate("window.hit") is None and page.locator("#bold").count() == 0
+    page.get_by_role("button", name="Open this sample").first.click()
+    page.get_by_role("dialog", name="Sample").get_by_role("button", name="Close").click()
+
+    page.get_by_role("button", name="tokens of the prompt").click()
+    token = page.locator(".sequence .token")
+    assert token.all_inner_texts() == [*hostile[:3], "◦", "漢"]
+    token.nth(1).focus()
+    page.keyboard.press("ArrowRight")
+    told = page.locator(".told")
+    assert "advantage\n-0.5\n" in told.inner_text() and "<script>" in told.inner_text()
+    assert "mask 1, learned from, advantage -0.5, log-probability, sampler -1 (p = 0.368)" in (
+        page.evaluate("document.activeElement.getAttribute('aria-label')")
+    ), "what the eye sees is said to the ear"
+    page.keyboard.press("Escape")
+    assert not told.is_visible()
+    assert page.evaluate("window.hit") is None and page.locator("#bold, .samples img, .told img").count() == 0
+
+    def painted(index: int) -> list[Any]:
+        return token.nth(index).evaluate("e => [e.className, e.style.getPropertyValue('--share')]")
+
+    assert [painted(index) for index in range(5)] == [
+        ["token unlearned", "0.000"], ["token plus", "1.000"], ["token minus", "0.500"], ["token", "0.000"],
+        ["token minus", "1.000"],
+    ]  # fmt: skip
+    assert page.locator(".legend .token").all_inner_texts() == ["-1", "-0.5", "0", "0.5", "1", "not learned from"]
+    page.get_by_label("colour tokens by").select_option("sample_logps")
+    assert [painted(index) for index in (0, 1, 3)] == [
+        ["token unlikely", "0.003"], ["token unlikely", "0.250"], ["token unlikely", "1.000"],
+    ]  # fmt: skip
+    assert page.locator(".legend .token").all_inner_texts()[2] == "-4 (p = 0.018)"
+    page.get_by_label("colour tokens by").select_option("mask")
+    page.get_by_role("button", name="tokens of the prompt").click()
+    assert [painted(index)[0] for index in (0, 1)] == ["token unlearned", "token plus"]
 
 
 def test_two_runs_are_drawn_beside_each_other_and_a_wrong_token_is_asked_for_again(
@@ -159,4 +251,4 @@ def test_two_runs_are_drawn_beside_each_other_and_a_wrong_token_is_asked_for_aga
     page.get_by_text("reward · second").wait_for()
     assert page.get_by_text("reward · first").count() == 1
     page.set_viewport_size({"width": 390, "height": 800})
-    page.wait_for_function("document.documentElement.scrollWidth <= innerWidth")  # no sideways scrolling on a phone
+    page.wait_for_function("() => document.documentElement.scrollWidth <= innerWidth")  # of a phone

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from orchestrator.config.schema import RunConfig
 from orchestrator.credit.advantages import zscore_by_group
 from orchestrator.losses.objective import LossObjective
 from orchestrator.planning.resolve import prepare
+from orchestrator.reporting import token_tables
 from orchestrator.reporting.metrics import METRICS_FILE, read
 from orchestrator.run import run
 from rewards.environment_worker import EnvironmentWorker
@@ -67,6 +69,10 @@ def test_with_a_row_for_each_turn_the_template_may_rewrite_history(tmp_path: Pat
     rows = [row for file in files for row in pq.read_table(file).to_pylist()]
     assert len(rows) == 2 * STEPS * 2 * SAMPLES, "the table shows episodes, not turns"
     assert all(row["turns"] == 2 for row in rows)
+    for step in range(1, 2 * STEPS + 1):
+        kept = token_tables.read(folder / "tokens", step, range(2 * SAMPLES))
+        turns = {line: [len(turn["pieces"]) for turn in rows] for line, rows in kept.items()}
+        assert [len(turns[line]) for line in range(2 * SAMPLES)] == [2] * 2 * SAMPLES, "the tokens are those of turns"
 
 
 def configured(where: Path, **evaluation: Any) -> RunConfig:
@@ -148,6 +154,8 @@ def test_with_no_staleness_the_updates_equal_those_of_a_naive_loop_bit_for_bit(t
 def test_tables_and_evaluation_show_the_turns(tmp_path: Path) -> None:
     held_out = {"data": {"path": str(tmp_path / "prompts.jsonl"), "limit": 2}}
     config = configured(tmp_path, evaluation=held_out)
+    logging = config.logging.model_copy(update={"token_samples": 2 * SAMPLES + 1, "token_steps": 2})
+    config = config.model_copy(update={"logging": logging})
     folder = run(config, local=True).folder
     (first, *_) = [line for line in read(folder / METRICS_FILE) if "eval_reward" in line]
     assert first["eval_episodes/mean_turns"] == 2 and first["eval_rewards/environment/mean"] == first["eval_reward"]
@@ -156,3 +164,30 @@ def test_tables_and_evaluation_show_the_turns(tmp_path: Path) -> None:
     assert [said["role"] for said in messages] == ["assistant", "user", "assistant", "user"]
     said = "\n".join(f"{each['role']}: {each['content']}" for each in messages)
     assert (row["turns"], row["tool_calls"], row["completion"]) == (2, 0, said)
+
+    steps = [token_tables.step_of(file) for file in token_tables.of_steps(folder / "tokens")]
+    assert steps == [STEPS - 1, STEPS], "of the newest steps, as logging.token_steps says"
+    rows = pq.read_table(folder / "completions" / f"step_{STEPS:06d}.parquet").to_pylist()
+    kept = token_tables.read(folder / "tokens", STEPS, range(len(rows)))
+    assert sorted(kept) == list(range(2 * SAMPLES)), "of whole prompt groups, as logging.token_samples says"
+    for line, (tokens,) in kept.items():
+        assert_tokens_of(rows[line], tokens)
+    rewards = np.array([row["reward"] for row in rows[: 2 * SAMPLES]])
+    groups = np.array([row["position"] for row in rows[: 2 * SAMPLES]])
+    found = [next(filter(None, kept[line][0]["values"]["advantages"])) for line in range(2 * SAMPLES)]
+    np.testing.assert_allclose(found, zscore_by_group(rewards, groups), rtol=1e-3)
+
+
+def assert_tokens_of(row: dict[str, Any], tokens: dict[str, Any]) -> None:
+    """They are those of the episode in this row of the table of completions."""
+    assert (tokens["start"], tokens["total"]) == (0, len(tokens["pieces"]))
+    turns = "".join(piece if mine else "\0" for piece, mine in zip(tokens["pieces"], tokens["mask"], strict=True))
+    wrote = [re.sub(r"<\w+>", "", turn) for turn in re.split("\0+", turns) if turn]  # without special tokens
+    messages = json.loads(row["messages"])
+    assert wrote == [each["content"] for each in messages if each["role"] == "assistant"], (
+        "what it did not write is masked"
+    )
+    assert "user: more" in "".join(tokens["pieces"])
+    for name in ("sample_logps", "advantages"):
+        assert [value is not None for value in tokens["values"][name]] == tokens["mask"], name
+    assert max(filter(None, tokens["values"]["sample_logps"])) < 0

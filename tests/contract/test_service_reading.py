@@ -25,10 +25,20 @@ from orchestrator.methods import build
 from orchestrator.service.app import create_app
 from orchestrator.service.gate import PUBLIC, is_open
 from orchestrator.service.settings import Settings
-from tests.service_client import AUTHORIZED, TOKEN, add_events, client, listening, write_run, write_samples
+from tests.service_client import (
+    AUTHORIZED,
+    TOKEN,
+    add_events,
+    client,
+    listening,
+    write_run,
+    write_samples,
+    write_tokens,
+)
 
 FINISHED = {"event": "finished", "time": 1010.0}
 AT_WORK = {"stage": "rollout.generate", "writes": [], "calls": 3, "share": 0.5}
+NAN = float("nan")
 OUTSIDE = [  # written into a path where a run's id belongs
     "..", "../", "../secret", "..%2fsecret", "..%252fsecret", "%2e%2e", "%2e%2e%2fsecret", ".%2e/secret",
     "....//secret", "/etc", "%2fetc%2fpasswd", "..\\secret", "..%5csecret", "a%2f..%2f..%2fsecret", "secret%00",
@@ -129,7 +139,9 @@ def test_metrics_are_filtered_by_step_and_name_and_what_is_not_finite_is_null(ht
 
 
 def test_samples_are_sorted_and_filtered_by_reward_and_those_without_one_come_last(http: TestClient, runs: Path):
-    assert http.get("/v1/runs/t-1/samples").json() == {"steps": [], "step": None, "total": 0, "rows": []}
+    nothing = {"steps": [], "step": None, "total": 0, "rows": [], "tokens": None}
+    assert http.get("/v1/runs/t-1/samples").json() == nothing
+    assert http.get("/v1/runs/t-1/samples?tokens=true").json() == {**nothing, "tokens": []}
     write_samples(runs / "t-1", 2, [0.5, 1.0, None, 0.0])
     write_samples(runs / "t-1", 10, [1.0])
 
@@ -146,6 +158,33 @@ def test_samples_are_sorted_and_filtered_by_reward_and_those_without_one_come_la
     assert rewards("step=2&offset=1&limit=2") == [1.0, None]
     missing = http.get("/v1/runs/t-1/samples?step=3")
     assert (missing.status_code, missing.json()["error"]["message"]) == (404, "run t-1 has no samples of step 3")
+
+
+def test_samples_come_with_their_tokens_if_these_are_asked_for_and_kept(http: TestClient, runs: Path):
+    write_samples(runs / "t-1", 2, [0.5, 1.0, None, 0.0])
+    turns = [
+        {"pieces": ["1+1=", "<img>"], "mask": [False, True], "sample_logps": [NAN, -0.25], "advantages": [NAN, 1.5]},
+        {"pieces": ["1+1=", "", "漢"], "mask": [False, True, True], "sample_logps": [NAN, -1.0, -float("inf")]},
+    ]
+    path = "/v1/runs/t-1/samples?order=-reward"
+    assert http.get(f"{path}&tokens=true").json()["tokens"] == [[], [], [], []], "none are kept"
+    write_tokens(runs / "t-1", 2, {0: turns, 3: turns[:1]})
+    assert http.get(path).json()["tokens"] is None
+    found = http.get(f"{path}&tokens=true").json()
+    assert [row["reward"] for row in found["rows"]] == [1.0, 0.5, 0.0, None]
+    first, second = found["tokens"][1]
+    assert [len(each) for each in found["tokens"]] == [0, 2, 1, 0], "each has its own, in any order"
+    assert first == {
+        "start": 0,
+        "total": 2,
+        "pieces": ["1+1=", "<img>"],
+        "mask": [False, True],
+        "values": {"sample_logps": [None, -0.25], "advantages": [None, 1.5]},
+    }
+    assert second["pieces"] == ["1+1=", "", "漢"]
+    assert second["values"] == {"sample_logps": [None, -1.0, None]}, "what is not finite is null"
+    shown = http.get(f"{path}&tokens=true&offset=2&limit=1").json()["tokens"]
+    assert shown == [[first]]
 
 
 def test_checkpoints_that_are_complete_are_listed_with_their_size(http: TestClient, runs: Path):

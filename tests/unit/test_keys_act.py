@@ -313,6 +313,8 @@ SHOWN_BY: dict[str, str] = {  # what happens while a run goes on, or needs other
     "logging.trackers": "tests/unit/test_trackers.py",
     "logging.project": "tests/contract/test_tracker_libraries.py",
     "logging.completions_every": "tests/runs.py",
+    "logging.token_samples": "tests/contract/test_episode_runs.py",
+    "logging.token_steps": "tests/contract/test_episode_runs.py",
     "cluster.address": "tests/unit/test_ray_address.py",
     "cluster.num_cpus": "tests/ray/test_placement.py",
     "cluster.gpu_memory_gib": "tests/unit/test_token_budget.py",
@@ -325,6 +327,7 @@ READ_WHILE_RUNNING: dict[str, str] = {  # no test sees them: the line that reads
     "logging.every": "orchestrator/phases/phase_run.py: logging.every",
     "logging.ray_metrics": "orchestrator/phases/run_context.py: logging.ray_metrics",
     "logging.completions_shown": "orchestrator/phases/phase_run.py: logging.completions_shown",
+    "logging.token_length": "orchestrator/phases/token_recorder.py: logging.token_length",
     "cluster.watchdog_s": "orchestrator/phases/run_context.py: cluster.watchdog_s",
     "debug": "orchestrator/run.py: config.debug",
 }

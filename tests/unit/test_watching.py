@@ -16,10 +16,11 @@ from actors.errors import ConfigError
 from orchestrator.cli import main
 from orchestrator.config.loading import SUBMITTED
 from orchestrator.queueing.entry import Entry, Stage, write
+from orchestrator.reporting.token_text import NEGATIVE, POSITIVE, coloured, strengths
 from orchestrator.service.run_folders import RunFolders
 from orchestrator.service.service_folder import announce, found_service, token_of
 from tests.runs import TROUPE, plain_environment
-from tests.service_client import write_run, write_samples
+from tests.service_client import write_run, write_samples, write_tokens
 
 
 @pytest.fixture
@@ -78,6 +79,27 @@ def test_what_a_run_measured_and_sampled_is_printed(runs: Path, capsys: pytest.C
     worst = json.loads(said(capsys, "samples", run, "--worst", "--limit", "1", "--json"))
     assert (worst["reward"], worst["completion"]) == (0.0, "2")
     assert "is not a run's folder" in said(capsys, "metrics", str(runs), code=2)
+
+
+def test_tokens_are_printed_with_colours_that_follow_their_values(runs: Path, capsys: pytest.CaptureFixture[str]):
+    run = runs / "t-1"
+    nan = float("nan")
+    good = {"pieces": ["1+1=", "2\x1b[2J"], "mask": [False, True], "advantages": [nan, 1.0]}
+    bad = {"pieces": ["1+1=", "", "漢"], "mask": [False, True, True], "advantages": [nan, -2.0, -1.0]}
+    write_tokens(run, 2, {1: [good], 2: [bad]})
+    plain = said(capsys, "samples", str(run), "--tokens", "advantages")
+    assert "1+1=2·[2J" in plain and "\x1b" not in plain, "neither colours nor what a model wrote steer a pipe"
+    assert "1+1=漢" in plain and "its tokens are not kept" in plain
+    row = json.loads(said(capsys, "samples", str(run), "--best", "--limit", "1", "--tokens", "mask", "--json"))
+    assert (row["reward"], row["tokens"][0]["values"]) == (1.0, {"advantages": [None, 1.0]})
+    assert "there are mask, advantages" in said(capsys, "samples", str(run), "--tokens", "other", code=2)
+    assert strengths([good | {"values": {"a": [None, 1.0]}}, bad | {"values": {"a": [None, -2.0, -1.0]}}], "a") == [
+        [None, 0.5],
+        [None, -1.0, -0.5],
+    ]
+    [(_, _, none), (_, _, most), (_, _, half)] = coloured(bad, [None, -1.0, -0.5], "advantages")
+    assert none is None and most == NEGATIVE and half == tuple(part // 2 for part in NEGATIVE)
+    assert [bg for _, _, bg in coloured(good, [None, 1.0], "advantages")] == [None, POSITIVE]
 
 
 def test_a_log_that_is_followed_is_printed_to_its_end(runs: Path, capsys: pytest.CaptureFixture[str]):

@@ -1,15 +1,17 @@
-// What can be done to a run: scale a role, pause and go on, save a checkpoint, stop, resume.
+// What can be done to a run: scale a role, pause and go on, save a checkpoint, stop, resume. What cannot be done to it as it
+// stands is not shown.
 
 import { action, confirmed, field, h, notify } from "./dom.js";
 import { call, run } from "./service.js";
 
+const OVER = new Set(["finished", "stopped", "failed"]);
+
+// [element, what shows the actions for a state]
 export function controls(id, signal) {
   const role = h("input", { value: "rollout", size: 12 });
   const count = h("input", { type: "number", min: 0, value: 1 });
   const ask = (method, rest, body) => call(run(id, rest), { method, body, signal });
-  return h(
-    "div",
-    { class: "row", role: "group", "aria-label": "Control" },
+  const live = [
     field("role", role),
     field("workers", count),
     action("Scale", async () => {
@@ -36,6 +38,11 @@ export function controls(id, signal) {
       },
       { class: "danger" },
     ),
-    action("Resume", async () => (await ask("POST", "/resume"), "resumed")),
-  );
+  ];
+  const over = [action("Resume", async () => (await ask("POST", "/resume"), "resumed"))];
+  const show = (state) => {
+    for (const each of live) each.hidden = OVER.has(state);
+    for (const each of over) each.hidden = !OVER.has(state);
+  };
+  return [h("div", { class: "row", role: "group", "aria-label": "Control" }, live, over), show];
 }

@@ -44,7 +44,7 @@ export function table(heads, rows, properties = {}) {
   const numeric = (index) => rows[0]?.[index] instanceof Node && rows[0][index].className === "number";
   const head = h("tr", {}, heads.map((name, index) => h("th", { scope: "col", class: numeric(index) ? "number" : null }, name)));
   const body = rows.map((row) => h("tr", {}, cells(row)));
-  return h("div", { class: "scroll" }, h("table", properties, h("thead", {}, head), h("tbody", {}, body)));
+  return h("div", { class: "scroll", tabIndex: 0 }, h("table", properties, h("thead", {}, head), h("tbody", {}, body)));
 }
 
 // A question before something that cannot be undone.

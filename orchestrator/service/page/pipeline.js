@@ -15,7 +15,7 @@ export function drawPipelines(place, detail) {
   const phases = Object.entries(pipelines);
   const current = detail.phase ?? metrics.phase ?? phases[0]?.[0];
   place.replaceChildren(
-    ...(phases.length ? phases.map(([name, stages]) => drawPhase(name, stages, name === current, detail)) : [h("p", { class: "faint" }, "It is drawn once the run has read its data.")]),
+    ...(phases.length ? phases.map(([name, stages]) => drawPhase(name, stages, name === current, detail)) : [h("p", { class: "faint" }, detail.state === "failed" ? "The run ended before it had one." : "It is drawn once the run has read its data.")]),
     waits.length ? h("p", { class: "faint" }, "waits: ", waits.map(({ what, seconds }) => `${Math.round(seconds)} s for ${what}`).join("; ")) : "",
   );
 }

@@ -16,10 +16,11 @@ export async function runView(main, { every, signal }, id, other) {
   const workers = h("div");
   const curves = new Curves();
   const comparison = h("select");
+  const [actions, showActions] = controls(id, signal);
   signal.addEventListener("abort", () => curves.close());
   main.append(
     h("h1", {}, id),
-    h("section", {}, state, controls(id, signal)),
+    h("section", {}, state, actions),
     h("section", {}, h("h2", {}, "Pipeline"), pipeline),
     h("section", {}, h("h2", {}, "Workers"), workers),
     h("section", {}, h("div", { class: "row" }, h("h2", {}, "Curves"), field("beside", comparison)), curves.element),
@@ -34,10 +35,11 @@ export async function runView(main, { every, signal }, id, other) {
     state.replaceChildren(
       h("span", { class: `state ${detail.state}` }, detail.state),
       h("span", {}, `step ${detail.step}`),
-      h("span", { class: "faint" }, detail.detail),
+      h("span", { class: detail.state === "failed" ? "problem" : "faint" }, detail.detail === detail.state ? "" : detail.detail),
       h("span", { class: "faint" }, `started ${ago(detail.created)}`),
     );
     workers.replaceChildren(...workerTable(detail));
+    showActions(detail.state);
     drawPipelines(pipeline, detail);
     curves.show(sources.map(({ id: label, lines }) => ({ label, lines })));
   });
@@ -76,7 +78,7 @@ function workerTable({ workers, members, autoscale, state }) {
       h("span", { class: `state ${member.state}` }, String(member.state ?? "")),
       ...columns.map((name) => plain(member[name])),
     ]);
-    return [h("p", {}, h("strong", {}, role), wanted, scaling(autoscale?.[role])), list.length ? table(["", "state", ...columns], rows) : null];
+    return [h("p", {}, h("strong", {}, role), wanted, scaling(autoscale?.[role])), list.length ? table(["worker", "state", ...columns], rows) : null];
   }).flat();
 }
 
@@ -97,7 +99,7 @@ async function offerComparison(select, id, other, signal) {
 function events(id, signal) {
   const list = h("tbody");
   follow();
-  return h("section", {}, h("h2", {}, "Events"), h("div", { class: "scroll", style: "max-height:20rem;overflow:auto", tabIndex: 0 }, h("table", {}, list)));
+  return h("section", {}, h("h2", {}, "Events"), h("div", { class: "scroll events", style: "max-height:20rem;overflow:auto", tabIndex: 0 }, h("table", {}, list)));
 
   // Goes on from the last event when the connection breaks, and looks again from time to time once the run is over: it
   // may be resumed.
@@ -120,7 +122,12 @@ function events(id, signal) {
 }
 
 function brief(detail) {
-  return Object.entries(detail).map(([name, value]) => `${name}: ${typeof value === "object" ? JSON.stringify(value) : value}`).join(", ").slice(0, 400);
+  return Object.entries(detail).map(([name, value]) => `${name}: ${said(value)}`).join(", ").slice(0, 400);
+}
+
+function said(value) {
+  const text = typeof value === "object" ? JSON.stringify(value) : String(value);
+  return text.length > 160 ? (typeof value === "object" ? "…" : `${text.slice(0, 160)} …`) : text;
 }
 
 function log(id, every, signal) {

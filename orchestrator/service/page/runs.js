@@ -9,7 +9,7 @@ export async function runsView(main, { every, signal }) {
   await every(3, async () => {
     const { runs } = await call("v1/runs", { signal });
     if (!runs.length) list.replaceChildren(h("p", {}, "No runs yet. ", h("a", { href: "#/submit" }, "Submit one.")));
-    else list.replaceChildren(table(["run", "state", "step", "methods", "started", ""], runs.map(row)));
+    else list.replaceChildren(table(["run", "state", "step", "methods", "started", "remark"], runs.map(row)));
   });
 }
 

@@ -1,35 +1,57 @@
-// Samples of a step: sorted and filtered by reward; one opened shows all of its columns.
+// Samples of a step: sorted and filtered by reward, with their tokens coloured; one opened shows all of its columns.
 
-import { action, field, h, number, shown, table } from "./dom.js";
+import { action, field, h, number, shown } from "./dom.js";
 import { call, run } from "./service.js";
+import { colourings, legend, scaleOf, sequencesOf, tellTokens } from "./tokens.js";
 
-const PAGE = 20;
+const PAGE = 10;
+const CUT = 600; // characters of a text, until all are asked for
+const TEXT = "text";
+const ORDERS = [["position", "as sampled"], ["-reward", "best first"], ["reward", "worst first"]];
+const NOT_FACTS = new Set(["step", "prompt", "completion", "reward", "position", "worker", "messages"]);
 
 export function samples(id, every, signal) {
   const step = h("select", {}, h("option", { value: "" }, "newest"));
-  const order = h("select", {}, [["position", "as sampled"], ["-reward", "best first"], ["reward", "worst first"]].map(([value, label]) => h("option", { value }, label)));
+  const order = h("select", {}, ORDERS.map(([value, label]) => h("option", { value }, label)));
+  const colour = h("select", {}, h("option", { value: TEXT }, "nothing"));
   const [low, high] = ["least", "most"].map((name) => h("input", { type: "number", step: "any", "aria-label": `${name} reward` }));
-  const list = h("div");
-  const count = h("span", { class: "faint", role: "status" });
+  const key = h("div");
+  const list = h("ol", { class: "samples" });
+  const count = h("p", { class: "faint", role: "status" });
   let offset = 0;
   let steps = "";
+  let found = { rows: [], tokens: [] };
+  let chosen = null; // by the reader
 
   async function load() {
-    const asked = new URLSearchParams({ order: order.value, offset, limit: PAGE });
+    const asked = new URLSearchParams({ order: order.value, offset, limit: PAGE, tokens: true });
     for (const [name, input] of [["step", step], ["min_reward", low], ["max_reward", high]]) if (input.value !== "") asked.set(name, input.value);
-    const found = await call(run(id, `/samples?${asked}`), { signal });
+    found = await call(run(id, `/samples?${asked}`), { signal });
     offerSteps(found.steps);
+    offerColours();
     const last = Math.min(offset + found.rows.length, found.total);
-    count.textContent = found.total ? `step ${found.step}: ${offset + 1} to ${last} of ${found.total}` : "no samples";
     earlier.disabled = offset === 0;
     later.disabled = last >= found.total;
-    list.replaceChildren(found.rows.length ? table(["prompt", "completion", "reward", "length", "version", ""], found.rows.map(row)) : "");
+    count.textContent = counted(found, offset, last);
+    paint();
+  }
+
+  function paint() {
+    const scale = scaleOf(found.tokens, colour.value);
+    key.replaceChildren(colour.value === TEXT ? "" : legend(colour.value, scale));
+    list.replaceChildren(...found.rows.map((sample, index) => card(sample, found.tokens[index], `sample ${offset + index + 1}`, colour.value, scale)));
   }
 
   function offerSteps(all) {
     if (steps === (steps = all.join())) return;
-    const chosen = step.value;
-    step.replaceChildren(h("option", { value: "" }, "newest"), ...all.toReversed().map((each) => h("option", { value: each, selected: String(each) === chosen }, each)));
+    const chosenStep = step.value;
+    step.replaceChildren(h("option", { value: "" }, "newest"), ...all.toReversed().map((each) => h("option", { value: each, selected: String(each) === chosenStep }, each)));
+  }
+
+  function offerColours() {
+    const known = found.tokens.some((sequences) => sequences.length) ? [...colourings(found.tokens), ["mask", "mask"]] : [];
+    const wanted = chosen ?? known[0]?.[0] ?? TEXT;
+    colour.replaceChildren(...[[TEXT, "nothing"], ...known].map(([value, label]) => h("option", { value, selected: value === wanted }, label)));
   }
 
   const moved = (by) => () => ((offset = Math.max(0, offset + by)), load());
@@ -37,27 +59,54 @@ export function samples(id, every, signal) {
   const later = action("Next", moved(PAGE));
   const again = action("Refresh", () => load());
   for (const input of [step, order, low, high]) input.addEventListener("change", () => ((offset = 0), again.click()));
+  colour.addEventListener("change", () => ((chosen = colour.value), paint()));
   every(5, async () => list.children.length || (await load())); // until there are some
   return h(
     "section",
     {},
     h("h2", {}, "Samples"),
-    h("div", { class: "row" }, field("step", step), field("order", order), field("reward from", low), field("to", high), again, earlier, later, count),
+    h("div", { class: "row" }, field("step", step), field("order", order), field("reward from", low), field("to", high), field("colour tokens by", colour), again, earlier, later),
+    count,
+    key,
     list,
+    tellTokens(list, signal),
   );
 }
 
-function row(sample) {
+function counted({ rows, tokens, total, step }, offset, last) {
+  if (!total) return step === null || step === undefined ? "No samples yet." : "No sample has such a reward.";
+  const kept = tokens.filter((sequences) => sequences.length).length;
+  const without = kept === rows.length ? "" : kept ? `; tokens of ${kept} of these are kept` : "; their tokens are not kept";
+  return `Step ${step}: ${offset + 1} to ${last} of ${total}${without}`;
+}
+
+function card(sample, sequences, label, colouring, scale) {
   const open = h("button", { type: "button", "aria-label": "Open this sample" }, "Open");
   open.addEventListener("click", () => shown("Sample", Object.entries(sample).map(([name, value]) => [h("h3", {}, name), h("pre", {}, text(value))])));
-  return [
-    h("td", { class: "text" }, cut(readable(sample.prompt))),
-    h("td", { class: "text" }, cut(readable(sample.completion))),
-    h("td", { class: "number" }, number(sample.reward)),
-    h("td", { class: "number" }, String(sample.length ?? "")),
-    h("td", { class: "number" }, String(sample.version ?? "")),
-    open,
-  ];
+  const facts = Object.entries(sample).filter(([name, value]) => !NOT_FACTS.has(name) && !name.startsWith("data/") && typeof value === "number");
+  const coloured = colouring !== TEXT && sequences.length;
+  return h(
+    "li",
+    {},
+    h(
+      "div",
+      { class: "facts" },
+      h("strong", {}, `reward ${number(sample.reward)}`),
+      facts.map(([name, value]) => h("span", {}, `${name.replace(/^rewards\//, "")} ${number(value)}`)),
+      open,
+    ),
+    h("div", { class: "prompt faint" }, folded(readable(sample.prompt))),
+    coloured ? sequencesOf(sequences, colouring, scale, label) : h("div", { class: "text" }, folded(readable(sample.completion))),
+  );
+}
+
+// A long text with the rest behind a button.
+function folded(content) {
+  if (content.length <= CUT) return [content];
+  const rest = h("button", { type: "button", class: "fold" }, `+ ${content.length - CUT} more characters`);
+  const dots = h("span", {}, " … ");
+  rest.addEventListener("click", () => (dots.replaceWith(content.slice(CUT)), rest.remove()));
+  return [content.slice(0, CUT), dots, rest];
 }
 
 // Conversations are JSON lists of messages.
@@ -73,8 +122,4 @@ function readable(value) {
 
 function text(value) {
   return typeof value === "string" ? readable(value) : JSON.stringify(value);
-}
-
-function cut(content) {
-  return content.length > 300 ? `${content.slice(0, 300)} …` : content;
 }
