@@ -19,11 +19,13 @@ from actors.model import ModelSpec, load_model
 from actors.model_worker import ModelWorker
 from actors.sharding import shard
 from actors.specs import BackendSpec, LoraSpec, OptimSpec
+from actors.worker import Group
 from orchestrator.batches.row_table import RowTable
 from orchestrator.losses.objective import LossObjective
 from orchestrator.methods import build
 from tests.contract.test_backends import Role
-from tests.local_executor import executor_of, steps
+from tests.contract.test_methods_backends import SharedGang
+from tests.local_executor import executor_of, in_process, local_executor, steps
 from tests.trainer_ranks import Gangs
 from tests.unit.tiny import tiny_model_folder
 
@@ -175,6 +177,34 @@ def test_of_several_teachers_each_teaches_the_rows_that_name_it_or_all_teach_eve
     assert found[0]["divergence"] == pytest.approx(expected, rel=1e-4)
     assert found[2]["divergence"] < 0.99 * found[0]["divergence"]
     assert abs(expected - distance(alone["math"], batch)) > 0.05 * expected, "the other teacher changes something"
+
+
+@pytest.mark.parametrize("every", [3, 32], ids=["a third", "one row"])
+def test_a_teacher_of_two_ranks_teaches_the_rows_that_name_it_as_one_process_does(
+    student: ModelSpec, teacher: ModelSpec, two_ranks: RayGroup, every: int
+) -> None:
+    """Fewer rows than ranks may name it: then a rank has none, and takes part in gathering the weights all the same."""
+    specs = {"code": replace(teacher, path=student.path), "math": teacher}
+    batch = sampled(teacher, seed=1)
+    batch = batch.with_columns(teacher=np.arange(len(batch)) % every == 0)
+    pipeline = build("gkd", {"lmbda": 0.0, "teachers": tuple(specs), "teacher_top_k": 8})
+
+    def groups() -> dict[str, Group]:
+        alone = {role: ModelWorker(role, spec, BackendSpec("single", None), threads=1) for role, spec in specs.items()}
+        for each in alone.values():
+            each.ready()
+        return {role: in_process(role, each) for role, each in {"policy": worker(student), **alone}.items()}
+
+    expected = steps(local_executor(pipeline, groups(), token_budget=BUDGET), RowTable(batch), 3)
+    Role(two_ranks, batch).call("start", teacher, BackendSpec("deepspeed", None, None, 3))
+    spread = {**groups(), "math": SharedGang("math", two_ranks.workers)}
+    found = steps(local_executor(pipeline, spread, token_budget=BUDGET), RowTable(batch), 3)
+    for one, wanted in zip(found, expected, strict=True):
+        assert one["divergence"] == pytest.approx(wanted["divergence"], rel=1e-4)
+        assert one["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-3)
+    nobody = batch.with_columns(teacher=np.zeros(len(batch), bool))
+    without = steps(local_executor(pipeline, groups(), token_budget=BUDGET), RowTable(nobody), 1)
+    assert abs(without[0]["divergence"] - expected[0]["divergence"]) > 1e-3, "the teacher of two ranks teaches nothing"
 
 
 @pytest.mark.parametrize(("objective", "stage"), [(DISTIL, 2), (SEQUENCE, 2), (DISTIL, 3)])
