@@ -237,6 +237,26 @@ class RunHandle:
         if entries.change(self.folder, lambda entry: replace(entry, priority=priority)) is None:
             raise ConfigError(f"run {self.folder.name} was not submitted to a service: it is in no queue")
 
+    def attach(self, address: str, token: str, *, role: str | None = None, timeout_s: float = ANSWER_TIMEOUT_S) -> str:
+        """Let an engine that `troupe engine` started elsewhere join the run: HOST:PORT, and the token that it was
+        started with. `role`: of engines; None: the only one. Returns the role once the run has been told; `status`
+        shows it among the members. Raises UserError for a run that cannot take it in."""
+        return self._engine("attach", address, role, timeout_s, token)
+
+    def detach(self, address: str, *, role: str | None = None, timeout_s: float = ANSWER_TIMEOUT_S) -> str:
+        """Let go of an engine that was attached by that address, once it has finished what it has."""
+        return self._engine("detach", address, role, timeout_s)
+
+    def _engine(self, method: str, address: str, role: str | None, timeout_s: float, *token: str) -> str:
+        self._await(lambda: self.reachable, timeout_s, "the run to start")
+        attachable = control.RunFile.read(self.folder).attachable if role is None else (role,)
+        if len(attachable) > 1:
+            raise ConfigError(f"engines can be attached to several roles: {', '.join(attachable)}; name one")
+        named = attachable[0] if attachable else "any of its roles"
+        request = self._ask(timeout_s, method, named, control.address_of(address), *token)
+        self._await(lambda: not request.exists(), timeout_s, "the run to take the request")
+        return named
+
     def pause(self, *, timeout_s: float = ANSWER_TIMEOUT_S) -> int:
         """Hold the run before its next step; its processes and their memory stay. Returns, once it holds, the number
         of steps that are done. Raises RunError if another client let it go on meanwhile."""

@@ -207,7 +207,7 @@ class _Run:
     def _supervised(self, cluster: Cluster, chat: ChatDoor, roles: Executor) -> AbstractAsyncContextManager[None]:
         context = self.context
         context.autoscaler.attach(roles.pools, cluster.room)
-        run, requests, warn = self._run_file(cluster, chat), context.requests, context.console.warn
+        run, requests, warn = self._run_file(cluster, chat, roles), context.requests, context.console.warn
         return supervised(
             context.config, run, context.folder, roles, requests, context.watchdog, warn, context.autoscaler
         )
@@ -219,11 +219,19 @@ class _Run:
         trained = [role for phase in self.context.prepared.phases for role in phase.pipeline.trained]
         return LiveChat(models_of(run, followed, trained), self.context.prepared.tokenizer, roles)
 
-    def _run_file(self, cluster: Cluster, chat: ChatDoor) -> RunFile:
+    def _run_file(self, cluster: Cluster, chat: ChatDoor, roles: Executor) -> RunFile:
         elastic = tuple(role.name for role in self.context.plan.elastic)
         autoscaled = self.context.autoscaler.roles
+        attachable = tuple(role for role, pool in roles.engines.items() if pool.start_attached is not None)
         return RunFile(
-            self.context.folder.name, cluster.address, Driver.here(), elastic, chat.url, chat.models, autoscaled
+            self.context.folder.name,
+            cluster.address,
+            Driver.here(),
+            elastic,
+            chat.url,
+            chat.models,
+            autoscaled,
+            attachable,
         )
 
     def _finish(self, picture: Path | None) -> RunResult:

@@ -9,6 +9,7 @@ from orchestrator.cli import (  # noqa: I001  in this order `troupe --help` list
     completions as completions,
     inspection as inspection,
     control as control,
+    engines as engines,
     service as service,
     watching as watching,
 )

@@ -68,6 +68,7 @@ class Autoscaler:
         for role, limits in self._limits.items():
             self._scaled[role] = _Scaled(limits, pools[role], self._clock())
             pools[role].wakes = True
+            pools[role].load.rest()
 
     def enter(self) -> None:
         """Another phase begins: its steps are not like those of the one before."""
@@ -78,9 +79,10 @@ class Autoscaler:
     async def stepped(self, waited: float, ahead: float | None) -> None:
         """A training step is done, which waited that share of its time for its batch; `ahead`: see `StepSeen`."""
         for scaled in self._scaled.values():
-            seen = scaled.pool.load.take()
+            seen, pool = scaled.pool.load.take(), scaled.pool
+            peak = max(0, seen.peak - len(pool.addresses) * pool.policy.places)  # the others are worked on elsewhere
             if scaled.whole:
-                scaled.steps.append(StepSeen(waited, seen.peak, seen.busy, seen.memory, ahead))
+                scaled.steps.append(StepSeen(waited, peak, seen.busy, seen.memory, ahead))
             while len(scaled.steps) > scaled.limits.steps:
                 scaled.steps.popleft()
             scaled.whole = True
@@ -118,7 +120,8 @@ class Autoscaler:
 
     async def _seen(self, role: str, scaled: _Scaled) -> Seen:
         pool, now = scaled.pool, self._clock()
-        desired, placed = pool.fleet.desired, len(pool.workers)
+        members = [member for member in pool.fleet.members.values() if not member.attached]
+        desired, placed = pool.fleet.desired, sum(member.index in pool.workers for member in members)
         if placed >= desired:
             scaled.unplaced_since = None
         elif scaled.unplaced_since is None:
@@ -130,7 +133,7 @@ class Autoscaler:
             calls=pool.load.calls,
             idle_s=pool.load.idle_s,
             places=pool.policy.places,
-            settled=pool.count(State.SERVING) == desired == pool.count(*State),
+            settled=len(members) == desired and all(member.state is State.SERVING for member in members),
             placed=placed,
             unplaced_s=0.0 if scaled.unplaced_since is None else now - scaled.unplaced_since,
             room=await self._room(role),

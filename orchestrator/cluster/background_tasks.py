@@ -90,7 +90,9 @@ async def supervised(
     forget_requests(folder)
     run.write(folder)
     put_up = partial(_put_up, folder, roles, watchdog, autoscaler)
-    polling = _take_requests(folder, Desired(run.elastic, run.autoscaled), roles, requests, put_up, warn, autoscaler)
+    polling = _take_requests(
+        folder, Desired(run.elastic, run.autoscaled, run.attachable), roles, requests, put_up, warn, autoscaler
+    )
     try:
         async with AsyncExitStack() as stack:
             for work in (look(), _watch(lambda: health.overdue(time.monotonic()), warn), polling):
@@ -168,6 +170,12 @@ async def _take_requests(
         for role, count in desired.workers.items():
             if role in roles.pools:  # or as soon as a later phase starts it
                 roles.pools[role].resize(count)
+        while desired.engines:
+            engine = desired.engines.pop(0)
+            if engine.token is None:
+                roles.pools[engine.role].detach(engine.address)
+            else:
+                roles.pools[engine.role].attach(engine.address, engine.token)
         await autoscaler.look(held=desired.workers)
         requests.update(desired)
         await asyncio.sleep(LOOK_EVERY_S)

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from actors.errors import ConfigError, RunError, UserError
 from orchestrator.cluster.run_lock import Driver
@@ -30,7 +31,17 @@ EVENTS_FILE = "events.jsonl"
 REQUESTS = "requests"
 STATUS_FILE = "status.json"
 Workers = int | Literal["auto"]  # how many a role is to have; auto: as many as its `autoscale` decides
+TOKEN = r"[\w.~+/=-]{16,200}"  # of an engine
 SILENT_S = 60.0  # a driver that has put up no status for so long does not answer
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """An engine that was started elsewhere. `token`: None to detach it."""
+
+    role: str
+    address: str
+    token: str | None = field(repr=False)
 
 
 @dataclass
@@ -41,7 +52,9 @@ class Desired:
 
     elastic: Sequence[str] = ()
     autoscaled: Sequence[str] = ()
+    attachable: Sequence[str] = ()  # those of them that take in engines from elsewhere
     workers: dict[str, int] = field(default_factory=dict[str, int])  # by elastic role; until it is to be automatic
+    engines: list[Attachment] = field(default_factory=list["Attachment"])  # in the order in which they were asked for
     pauses: dict[str, bool] = field(default_factory=dict[str, bool])  # ticket -> whether to hold; the last one counts
     checkpoints: list[str] = field(default_factory=list[str])  # tickets
     stop: bool = False
@@ -56,6 +69,12 @@ class Desired:
                 refuse_fixed(role, self.elastic)
                 refuse_manual(role, self.autoscaled)
                 self.workers.pop(role, None)
+            case ["attach", str(role), str(address), str(token)]:
+                refuse_attachment(role, self.attachable, address, token)
+                self.engines.append(Attachment(role, address, token))
+            case ["detach", str(role), str(address)]:
+                refuse_attachment(role, self.attachable, address, None)
+                self.engines.append(Attachment(role, address, None))
             case ["pause", bool(hold), str(ticket)]:
                 self.pauses.setdefault(ticket, hold)
             case ["checkpoint", str(ticket)]:
@@ -83,6 +102,42 @@ def refuse_manual(role: str, autoscaled: Sequence[str]) -> None:
         )
 
 
+def refuse_attachment(role: str, attachable: Sequence[str], address: str, token: str | None) -> None:
+    """Raises ConfigError for a role that a run with these roles lets no engine join, for an address that is none
+    (`address_of`), or a token that could not be one."""
+    if role not in attachable:
+        can = f"engines can be attached to {', '.join(attachable)}" if attachable else "it has none"
+        raise ConfigError(
+            f"no engine from elsewhere can be attached to {role}: it must be an engine role without `mixes` that takes "
+            "no turns on a device and gets whole models, not adapters alone, in a run without episodes and without "
+            f"distillation from its engines; {can}"
+        )
+    if address_of(address) != address:
+        raise ConfigError(f"{address!r} is no address of an engine; write {address_of(address)}")
+    if token is not None:
+        refuse_token(token)
+
+
+def refuse_token(token: str) -> None:
+    """Raises ConfigError for a text that could not be an engine's token."""
+    if not re.fullmatch(TOKEN, token):
+        raise ConfigError("the engine's token must be 16 to 200 letters, digits and . _ ~ + / = -")
+
+
+def address_of(text: str) -> str:
+    """`host:1234` -> `http://host:1234`. Raises ConfigError for a text that is no address of a server."""
+    try:
+        parts = urlsplit(text if "://" in text else f"http://{text}")
+        port = parts.port
+    except ValueError:
+        parts, port = urlsplit(""), None
+    plain = re.fullmatch(r"[\w.:-]+", parts.hostname or "") and parts.path in ("", "/") and "@" not in parts.netloc
+    if parts.scheme not in ("http", "https") or not plain or port is None or parts.query or parts.fragment:
+        raise ConfigError(f"{text!r} is no address of an engine; write HOST:PORT or https://HOST:PORT")
+    host = f"[{parts.hostname}]" if ":" in str(parts.hostname) else parts.hostname
+    return f"{parts.scheme}://{host}:{port}"
+
+
 @dataclass(frozen=True)
 class RunFile:
     """`run.json` in a run's folder: who drives it, and what can be asked of it."""
@@ -94,6 +149,7 @@ class RunFile:
     chat: str | None = None  # where its policy is chatted with: a URL that nobody can guess
     models: tuple[str, ...] = ()  # what can be named there
     autoscaled: tuple[str, ...] = ()  # of the elastic roles, those that it scales by itself
+    attachable: tuple[str, ...] = ()  # of the elastic roles, those that take in engines from elsewhere
 
     def write(self, folder: Path) -> None:
         _replace(folder / RUN_FILE, asdict(self))
@@ -103,7 +159,7 @@ class RunFile:
         try:
             read: dict[str, Any] = json.loads((folder / RUN_FILE).read_text())
             driver = Driver(**read.pop("driver"))
-            lists = {name: tuple(read.pop(name, ())) for name in ("elastic", "models", "autoscaled")}
+            lists = {name: tuple(read.pop(name, ())) for name in ("elastic", "models", "autoscaled", "attachable")}
             return cls(driver=driver, **lists, **read)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ConfigError(
@@ -157,8 +213,11 @@ def ask(folder: Path, method: str, *arguments: Any) -> Path:
         refuse_fixed(arguments[0], run.elastic)
         if arguments[1] == "auto":
             refuse_manual(arguments[0], run.autoscaled)
+    if method in ("attach", "detach"):
+        role, address, *token = arguments
+        refuse_attachment(role, RunFile.read(folder).attachable, address, token[0] if token else None)
     requests = folder / REQUESTS
-    requests.mkdir(exist_ok=True)
+    requests.mkdir(mode=0o700, exist_ok=True)
     file = requests / f"{time.time_ns()}-{uuid.uuid4().hex[:8]}.json"
     _replace(file, [method, *arguments])
     return file

@@ -35,6 +35,7 @@ class Member:
     since: float  # seconds on the pool's clock
     load: int = 0  # calls in flight
     reserved: bool = False  # for one call that must be alone: it gets nothing else, and finishes what it has
+    attached: bool = False  # started elsewhere: beyond the desired number, and not replaced when it is lost
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Fleet:
         late = [m for m in self._in(State.STARTING) if now - m.since > self.start_timeout_s]
         stops = [Stop(m.index, f"did not start within {self.start_timeout_s:g} s") for m in late]
         stops += [Stop(m.index, "drained") for m in self._in(State.DRAINING) if m.load == 0]
-        alive = [m for m in self.members.values() if m.state in ALIVE and m not in late]
+        alive = [m for m in self.members.values() if m.state in ALIVE and m not in late and not m.attached]
         surplus = len(alive) - self.desired
         if surplus > 0:
             for member in self._least_useful(alive)[:surplus]:
@@ -83,6 +84,18 @@ class Fleet:
                 if member.load == 0:
                     stops.append(Stop(member.index, "scaled down"))
         return [*stops, *self._starts(-surplus, now)]
+
+    def attach(self, now: float) -> int:
+        """A member that was started elsewhere: its index."""
+        index, self._next_index = self._next_index, self._next_index + 1
+        self.members[index] = Member(index, State.STARTING, now, attached=True)
+        return index
+
+    def detach(self, index: int, now: float) -> None:
+        """It finishes what it has, and `decide` stops it then."""
+        member = self.members.get(index)
+        if member is not None:
+            self.members[index] = replace(member, state=State.DRAINING, since=now)
 
     def _starts(self, missing: int, now: float) -> list[Start]:
         if missing <= 0 or now < self._not_before:
@@ -145,6 +158,8 @@ class Fleet:
         member = self.members.pop(index, None)
         if member is None:
             return False
+        if member.attached:
+            return True
         self._last_loss = why
         if member.state is not State.DRAINING:
             self.restarts += 1

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from actors.model_worker import ModelWorker
 from actors.specs import BackendSpec, OptimSpec
 from actors.weight_averaging import AverageSpec
 from actors.worker import Group, Worker
+from orchestrator.cluster.attached_worker import AttachedWorker
 from orchestrator.cluster.base import Cluster
 from orchestrator.cluster.failures import Watchdog
 from orchestrator.cluster.pool import Event, Pool, PoolPolicy
@@ -41,6 +43,8 @@ from rollout.conversation import ConversationSpec
 from rollout.engine import EngineSpec
 from rollout.weights.protocol import Part
 from rollout.worker import RolloutWorker
+
+ATTACH_TIMEOUT_S = 30.0  # until an engine elsewhere says that it is this run's; its start comes after that
 
 
 @asynccontextmanager
@@ -246,7 +250,21 @@ class _Starting:
         if episodes:
             template, trusted = chat_template(prepared), config.model.trust_remote_code
             kwargs["conversation"] = ConversationSpec(prepared.tokenizer_path, template, trusted)
-        return self._pool(role, settings.workers, policy, RolloutWorker, kwargs)
+        pool = self._pool(role, settings.workers, policy, RolloutWorker, kwargs)
+        asked = any(prepared.asked_of_engines(phase) for phase in prepared.phases)
+        depends = settings.mixes is not None or spec.lora is not None or spec.alone_on_gpu
+        if not (episodes or asked or depends):
+            pool.start_attached = partial(self._attached, role, spec)
+        return pool
+
+    async def _attached(self, role: str, spec: EngineSpec, index: int, *, address: str, token: str) -> Worker:
+        worker = AttachedWorker(f"{role}/{index}", address, token, self.cluster.objects)
+        try:
+            await worker.attach(spec, timeout_s=ATTACH_TIMEOUT_S)
+        except BaseException:
+            await worker.kill()
+            raise
+        return worker
 
     def _tokenizer_of(self, engine: str) -> str:
         """Where the tokenizer of an engine role is: with the model of the role that it follows, if that is one of its

@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from actors.errors import BlockLost, InfraFailure, NoAnswer, WorkerDied
@@ -86,12 +87,14 @@ class Pool:
         self.workers: dict[int, Worker] = {}
         self.infos: dict[int, WorkerInfo] = {}
         self.health: dict[int, dict[str, Any]] = {}
+        self.addresses: dict[int, str] = {}  # of members that were started elsewhere
         self.load = PoolLoad()
         self.wakes = False  # it is resized by itself when it has no worker and is called
         self._untried: dict[int, float] = {}  # member that returned nothing yet -> when its start began
         self.turn: Callable[[], AbstractAsyncContextManager[None]] = nullcontext  # held by calls and starts
         self.admit: Callable[[int], Awaitable[None]] = _at_once  # what a member that is up waits for before it serves
         self._start, self._stop = start, stop
+        self.start_attached: Callable[..., Awaitable[Worker]] | None = None  # (index, address, token); None: cannot
         self._event, self._watchdog = event, watchdog
         self._changed = asyncio.Event()
         self._queue: deque[tuple[asyncio.Future[int], frozenset[int]]] = deque()  # calls without a slot, oldest first
@@ -136,7 +139,29 @@ class Pool:
     @property
     def paused(self) -> bool:
         """Whether it has no member because none is wanted, and calls do not change that."""
-        return self.fleet.desired == 0 and not self.wakes
+        return self.fleet.desired == 0 and not self.wakes and not self.addresses
+
+    def attach(self, address: str, token: str) -> None:
+        """Take in a worker that was started elsewhere. It is a member beyond the desired number: it joins like any
+        other, and nothing takes its place when it is lost. One that is attached already stays as it is."""
+        if address in self.addresses.values():
+            return
+        assert self.start_attached is not None, f"{self.role} takes in no workers from elsewhere"
+        index, start = self.fleet.attach(time.monotonic()), partial(self.start_attached, address=address, token=token)
+        self.addresses[index] = address
+        self._event("attached", {"role": self.role, "worker": index, "address": address})
+        self._spawn(self._bring_up(index, start))
+
+    def detach(self, address: str) -> None:
+        """Let go of what was attached by that address, once it has finished what it has."""
+        for index in [index for index, each in self.addresses.items() if each == address]:
+            self._event("detached", {"role": self.role, "worker": index, "address": address})
+            self.fleet.detach(index, time.monotonic())
+        self._wake.set()
+
+    def is_attached(self, index: int) -> bool:
+        """Whether that member was started elsewhere."""
+        return index in self.addresses
 
     def described(self) -> dict[str, Any]:
         """For those who look from outside: how many members are wanted and serve, and each of them."""
@@ -149,6 +174,8 @@ class Pool:
     def _described(self, member: Member) -> dict[str, Any]:
         info, health = self.infos.get(member.index), self.health.get(member.index, {})
         where = {"node": info.node, "pid": info.pid} if info is not None else {}
+        if member.index in self.addresses:
+            where["address"] = self.addresses[member.index]
         said = {name: round(health[name], digits) for name, digits in SAID.items() if health.get(name) is not None}
         return {"index": member.index, "state": str(member.state), "calls": member.load, **where, **said}
 
@@ -291,6 +318,7 @@ class Pool:
             call.worker_died, call.with_others = True, len(calls) > 1
         worker = self.workers.pop(index, None)
         self.infos.pop(index, None)
+        self.addresses.pop(index, None)
         self._untried.pop(index, None)
         self._wake.set()
         if worker is not None:
@@ -307,13 +335,13 @@ class Pool:
                     await self._wake.wait()
             self._wake.clear()
 
-    async def _bring_up(self, index: int) -> None:
+    async def _bring_up(self, index: int, start: Callable[[int], Awaitable[Worker]] | None = None) -> None:
         self.fleet.waits(index)
         try:
-            async with self.turn():
+            async with nullcontext() if start else self.turn():
                 began = self._untried[index] = time.monotonic()
                 self.fleet.begins(index, began)
-                worker = await self._start(index)
+                worker = await (start or self._start)(index)
                 if index not in self.fleet.members:  # scaled down while it started
                     await self._stop(worker)
                     return
@@ -342,6 +370,7 @@ class Pool:
         self.fleet.stopped(action.index)
         self._event("stopped", {"role": self.role, "worker": action.index, "why": action.why})
         self._untried.pop(action.index, None)
+        self.addresses.pop(action.index, None)
         worker = self.workers.pop(action.index, None)
         if worker is not None:
             await self._stop(worker)

@@ -32,6 +32,10 @@ class PoolLoad:
         """For how long there has been no call."""
         return 0.0 if self.calls else self._clock() - self._idle_since
 
+    def rest(self) -> None:
+        """It has not been idle until now: there was nobody who could have called."""
+        self._idle_since = self._clock()
+
     def note(self, change: int, places: int) -> None:
         """There are so many calls more, and so many places from now on."""
         self._settle()

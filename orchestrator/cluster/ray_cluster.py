@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -155,7 +156,11 @@ class RayCluster:
         planned, kept = self._planned(role), len(self._free.get(role, ()))
         if planned.host is not None:
             return kept
-        return kept + how_many_fit(planned.own_bundle, await asyncio.to_thread(view_free), at_most=MOST_AT_ONCE)
+        try:
+            free = await asyncio.to_thread(view_free)
+        except RayError:  # while Ray does not answer, it places nobody either
+            return kept
+        return kept + how_many_fit(planned.own_bundle, free, at_most=MOST_AT_ONCE)
 
     def describe(self) -> list[dict[str, Any]]:
         ranks = [worker for group in self._groups for worker in group.workers if isinstance(worker, PlacedWorker)]

@@ -92,9 +92,12 @@ class Publisher:
             for index in members:
                 await self._second.catch_up(index)
             members = [index for index in members if self._second.holds(index)]
-        order = await self._order(version, members)
+        apart = [index for index in members if self._pool.is_attached(index)]
+        together = [index for index in members if index not in apart]
+        order = await self._order(version, together)
         losses = self._pool.fleet.restarts  # does not count members that are scaled down
-        acks = await self._transfer(order, members) if members else []
+        acks = await self._transfer(order, together) if together else []
+        acks += await self._transfer_apart(order, apart) if apart else []
         if members and not acks and self._pool.fleet.restarts > losses:
             raise WeightSyncError(f"version {version}: none of {len(members)} rollout worker(s) confirmed the weights")
         if self._snapshot is not None and self._snapshot[0].version != version:  # of the weights before
@@ -150,6 +153,15 @@ class Publisher:
         else:
             self._snapshot = None
             report, payload = await self._packed(order.version)
+        acks = await asyncio.gather(*(self._receive(index, order, report, payload) for index in members))
+        return [ack for ack in acks if ack is not None]
+
+    async def _transfer_apart(self, order: SyncOrder, members: Sequence[int]) -> list[Ack]:
+        """To members that were started elsewhere: whichever the transport of the others, theirs is the call itself."""
+        if self._snapshot is not None and self._snapshot[0].version != order.version:
+            self._snapshot = None
+        order = replace(order, transport="object_store", rendezvous=None, folder=None)
+        report, payload = await self._packed(order.version)
         acks = await asyncio.gather(*(self._receive(index, order, report, payload) for index in members))
         return [ack for ack in acks if ack is not None]
 

@@ -55,16 +55,21 @@ def submit(sent: Submission, runs: Runs, jobs: Submitting, request: Request, res
 @router.patch("/{run}", responses=OF_A_RUN)
 @waits
 def change(run: RunId, changes: Changes, runs: Runs, jobs: Submitting, wait_s: Wait = 60.0) -> RunDetail:
-    """Scale elastic roles; pause or let go on; change its priority. A run that is paused keeps its processes."""
+    """Scale elastic roles; let engines from elsewhere join and leave; pause or let go on; change its priority. A run
+    that is paused keeps its processes."""
     if changes == Changes():
-        raise Problem(422, "nothing is asked for: give `scale`, `paused`, `priority`, or several of them")
+        raise Problem(422, "nothing is asked for: give `scale`, `attach`, `detach`, `paused`, `priority`, or several")
     if changes.priority is not None:
         jobs.prioritise(run, changes.priority)
-    if not changes.scale and changes.paused is None:
+    if not (changes.scale or changes.attach or changes.detach) and changes.paused is None:
         return runs.detail(run)
     handle = _reachable(runs, run)
     for role, count in changes.scale.items():
         handle.scale(role, count, timeout_s=wait_s)
+    for engine in changes.attach:
+        handle.attach(engine.address, engine.token, role=engine.role, timeout_s=wait_s)
+    for address in changes.detach:
+        handle.detach(address, timeout_s=wait_s)
     if changes.paused is not None:
         (handle.pause if changes.paused else handle.resume)(timeout_s=wait_s)
     return runs.detail(run)

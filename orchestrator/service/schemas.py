@@ -8,6 +8,7 @@ from fastapi import Path as PathParameter
 from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.api import State
+from orchestrator.cluster.control import TOKEN
 from orchestrator.config.section import RUN_ID
 
 # A run's id is the name of its folder; a name with a separator, or one that begins with a dot, is none.
@@ -41,6 +42,15 @@ class Submission(Recipe):
     """Its place in the queue: higher ones first. Of a run that was submitted before it is left as it is."""
 
 
+class AttachedEngine(Taken):
+    address: str = Field(max_length=300)
+    """HOST:PORT or https://HOST:PORT of a `troupe engine`."""
+    token: str = Field(pattern=f"^{TOKEN}$", repr=False)
+    """The one that it was started with."""
+    role: str | None = Field(default=None, max_length=100)
+    """The engine role that it joins; the only one, if there is one."""
+
+
 class Changes(Taken):
     paused: bool | None = None
     """Hold the run before its next step, or let it go on."""
@@ -48,6 +58,10 @@ class Changes(Taken):
     """Elastic role -> how many workers it is to have; "auto": as many as its `autoscale` decides."""
     priority: Priority | None = None
     """Its place in the queue, and who may take its place: higher ones first."""
+    attach: list[AttachedEngine] = Field(default=[], max_length=100)
+    """Engines that were started elsewhere and join the run."""
+    detach: list[Annotated[str, Field(max_length=300)]] = Field(default=[], max_length=100)
+    """Addresses of those that leave it, once they have finished what they have."""
 
 
 class Resumption(Taken):

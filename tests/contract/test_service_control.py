@@ -77,6 +77,9 @@ def test_a_run_is_submitted_controlled_stopped_and_continued_over_http(http: Tes
     until(lambda: after_restart.get(f"/v1/runs/one/metrics?after_step={paused['step']}").json()["lines"], "step")
     in_one = after_restart.patch("/v1/runs/one", json={"scale": {"rollout": 2}})
     assert in_one.status_code == 422 and "in one process" in in_one.json()["error"]["message"]
+    elsewhere = {"attach": [{"address": "h:1", "token": "t" * 16}]}
+    refused = after_restart.patch("/v1/runs/one", json=elsewhere)
+    assert refused.status_code == 422 and "no engine from elsewhere" in refused.json()["error"]["message"]
     assert after_restart.post("/v1/runs/one/resume").status_code == 409, "it is running"
 
     assert after_restart.post("/v1/runs/one/stop").json()["state"] == "stopped"

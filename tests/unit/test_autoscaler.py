@@ -107,6 +107,17 @@ async def test_calls_without_a_place_bring_workers_and_the_calls_are_all_answere
         assert await asyncio.gather(*calls) == [2] * 8
 
 
+async def test_the_time_that_a_pool_takes_to_start_is_no_time_without_a_call() -> None:
+    scaled = Scaled(min=0)
+    scaled.now += 5000
+    async with scaled:
+        await scaled.autoscaler.look()
+        assert scaled.resized == []
+        scaled.now += 100
+        await scaled.autoscaler.look()
+        assert scaled.resized == [(1, 0, "nothing was asked for 100 s")]
+
+
 async def test_a_pool_sleeps_when_nothing_is_asked_and_a_call_wakes_it_to_as_many_workers_as_there_were() -> None:
     async with Scaled(min=0) as scaled:
         scaled.pool.resize(2)

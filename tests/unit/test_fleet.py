@@ -165,3 +165,37 @@ def test_a_reserved_member_gets_nothing_else_and_is_ready_when_it_is_idle():
     assert fleet.emptied(0)
     fleet.free(0)
     assert fleet.pick(4, frozenset()) == 0
+
+
+def test_an_attached_worker_is_beyond_the_desired_number_and_nothing_takes_its_place():
+    fleet = serving(2)
+    index = fleet.attach(3.0)
+    fleet.ready(index, 4.0)
+    fleet.joined(index, 5.0)
+    assert fleet.decide(5.0) == [], "neither a surplus nor a substitute"
+    fleet.desired = 1
+    (stop,) = fleet.decide(6.0)
+    assert stop == Stop(1, "scaled down"), "a worker of its own"
+    fleet.stopped(1)
+    assert fleet.lost(index, 7.0, "its host is gone")
+    assert (fleet.decide(7.0), fleet.restarts) == ([], 0), "it was not the run's to start"
+
+
+def test_a_detached_worker_finishes_what_it_has():
+    fleet = serving(1)
+    index = fleet.attach(3.0)
+    fleet.ready(index, 4.0)
+    fleet.joined(index, 5.0)
+    fleet.add_load(index, 1)
+    fleet.detach(index, 6.0)
+    assert fleet.decide(6.0) == [] and fleet.pick(8, frozenset({0})) == 0
+    fleet.add_load(index, -1)
+    assert fleet.decide(7.0) == [Stop(index, "drained")]
+
+
+def test_an_attached_worker_that_does_not_start_is_given_up_and_does_not_end_the_run():
+    fleet = serving(1, max_restarts=0, start_timeout_s=10.0)
+    index = fleet.attach(3.0)
+    assert fleet.decide(14.0) == [Stop(index, "did not start within 10 s")]
+    assert fleet.lost(index, 14.0, "late")
+    assert fleet.decide(14.0) == []

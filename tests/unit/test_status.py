@@ -143,6 +143,32 @@ def test_requests_are_taken_once_in_their_order_and_what_is_none_is_refused(fold
             refuses()
 
 
+def test_an_engine_is_attached_only_where_it_can_join_at_an_address_with_a_token(folder: Path):
+    RunFile("t-1", None, Driver.here(), ("rollout",), attachable=("rollout",)).write(folder)
+    ask(folder, "attach", "rollout", "http://h:1", "t" * 16)
+    ask(folder, "detach", "rollout", "http://h:1")
+    desired = Desired(("rollout",), attachable=("rollout",))
+    for request in take_requests(folder):
+        desired.add(request)
+    assert [(each.role, each.address, each.token) for each in desired.engines] == [
+        ("rollout", "http://h:1", "t" * 16),
+        ("rollout", "http://h:1", None),
+    ]
+    assert "tttt" not in repr(desired)
+    for asked, why in (
+        (("reward", "http://h:1", "t" * 16), "can be attached to reward"),
+        (("rollout", "h:1", "t" * 16), "write http://h:1"),
+        (("rollout", "file:///etc", "t" * 16), "is no address"),
+        (("rollout", "http://h:1", "t\n" * 16), "16 to 200 letters"),
+    ):
+        for refuses in (
+            lambda asked=asked: ask(folder, "attach", *asked),
+            lambda asked=asked: desired.add(["attach", *asked]),
+        ):
+            with pytest.raises(ConfigError, match=why):
+                refuses()
+
+
 def test_an_incomplete_last_line_is_skipped(folder: Path):
     (folder / "events.jsonl").write_text('{"event": "prepa\n{"event": "finished"}\n{"ev')
     assert events(folder) == [{"event": "finished"}]

@@ -1,0 +1,1 @@
+"""Engines that were started elsewhere and serve a run over HTTP."""
