@@ -55,6 +55,11 @@ class Device:
     def call(self, place: int, *args: Any, method: str = "work") -> asyncio.Future[Any]:
         return asyncio.ensure_future(self.groups[place].call(method, *args, timeout_s=30))
 
+    async def has_begun(self, name: str) -> None:
+        async with asyncio.timeout(30):
+            while name not in self.log:
+                await asyncio.sleep(0.001)
+
 
 async def settle() -> None:
     """Everything that can go on without a thread has."""
@@ -80,8 +85,7 @@ async def test_calls_at_the_same_time_are_carried_out_in_as_few_turns_as_can_be(
 async def test_a_turn_takes_in_new_calls_of_its_role_for_a_limited_time(join_s: float, order: list[str]) -> None:
     device, until = Device("a", "b", join_s=join_s), asyncio.Event()
     first = device.call(0, until, method="work_long")
-    while "a" not in device.log:
-        await asyncio.sleep(0.001)
+    await device.has_begun("a")
     second = device.call(1)
     await settle()
     third = device.call(0)
@@ -107,8 +111,7 @@ async def test_what_keeps_a_role_from_falling_asleep_is_raised_where_its_turn_is
 async def test_who_stops_waiting_does_not_keep_others_waiting() -> None:
     device, until = Device("a", "b"), asyncio.Event()
     first = device.call(0, until, method="work_long")
-    while "a" not in device.log:
-        await asyncio.sleep(0.001)
+    await device.has_begun("a")
     waiting, next_one = device.call(1), device.call(1)
     await settle()
     waiting.cancel()
