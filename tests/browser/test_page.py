@@ -170,6 +170,7 @@ def assert_colours_follow_the_values(page: Any, found: dict[str, Any]) -> None:
     assert len({*known}) > 2 and min(known) < 0 < max(known), "there is something to tell apart"
     sequences = page.locator(".sequence .tokens")
     api.expect(sequences).to_have_count(len(written))
+    shares: list[tuple[float, float]] = []
     for index, each in enumerate(written):
         first = each["mask"].index(True)  # the prompt is folded
         values = each["values"]["advantages"][first:]
@@ -183,10 +184,12 @@ def assert_colours_follow_the_values(page: Any, found: dict[str, Any]) -> None:
         )
         assert [bool(plus) for _, plus, _, _, _ in painted] == [(value or 0) > 0 for value in values]
         assert [bool(minus) for _, _, minus, _, _ in painted] == [(value or 0) < 0 for value in values]
-        ratios = {round(share / abs(value), 2) for (_, _, _, share, _), value in zip(painted, values) if value}
-        assert len(ratios) <= 1 or max(share for _, _, _, share, _ in painted) == 1, "one scale for all"
+        shares += [(abs(value or 0), share) for (_, _, _, share, _), value in zip(painted, values, strict=True)]
         assert [text for text, *_ in painted] == [piece or "◦" for piece in each["pieces"][first:]]
         assert len({(value, colour) for (*_, colour), value in zip(painted, values)}) == len({*values})
+    strengths = [share for _, share in sorted(shares)]
+    assert strengths == sorted(strengths) and strengths[-1] == 1, "one scale for all, the strongest at its end"
+    assert [share > 0 for _, share in shares] == [value > 0 for value, _ in shares]
 
 
 def test_what_a_sample_says_is_text_and_never_part_of_the_page(page: Any, address: str, tmp_path: Path):

@@ -1,12 +1,12 @@
-// The pipeline of a run, phase by phase, with the stages at work: those that may run ahead of training in one box, those
-// of a step in the next.
+// The pipeline of a run, phase by phase, with the stages at work: those that collect, and may run ahead of training, in one
+// box, those that learn in the next.
 
 import { h, number } from "./dom.js";
 
 const PARTS = [
   ["before the first step", ({ per }) => per === "data"],
-  ["ahead of training", ({ per, ahead }) => per !== "data" && ahead],
-  ["in each step", ({ per, ahead }) => per !== "data" && !ahead],
+  ["collecting (may run ahead)", ({ per, ahead }) => per !== "data" && ahead],
+  ["learning", ({ per, ahead }) => per !== "data" && !ahead],
 ];
 const PER = { group: "per prompt group", batch: "per batch", data: "over the whole data set" };
 
