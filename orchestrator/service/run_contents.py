@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,9 +84,15 @@ def log(folder: Path, *, offset: int | None, running: bool) -> LogText:
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
+    return _remembered(file, file.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=16)
+def _remembered(file: Path, changed: int) -> list[dict[str, Any]]:
+    """Not to be changed. A file is written once; `changed` tells one that a resumed run has put in its place."""
     from pyarrow import parquet
 
-    table = parquet.ParquetFile(file).read()
+    table = parquet.ParquetFile(file).read(use_threads=False)
     return [{name: _plain(value) for name, value in row.items()} for row in table.to_pylist()]
 
 

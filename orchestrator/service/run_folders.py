@@ -13,6 +13,7 @@ import json
 import os
 import re
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +137,14 @@ def _config(folder: Path) -> dict[str, Any]:
     """As the run saved it; before that, as it was submitted."""
     for name in (SAVED, SUBMITTED):
         with contextlib.suppress(FileNotFoundError, ValueError):  # it is being written
-            return json.loads((folder / name).read_text())
+            return _parsed(folder / name, _stamp(f"{folder}/{name}"))
     return {}
+
+
+@lru_cache(maxsize=64)
+def _parsed(file: Path, stamp: tuple[int, int]) -> dict[str, Any]:
+    """Not to be changed. `stamp`: tells a file that was written anew."""
+    return json.loads(file.read_text())
 
 
 def _created(folder: Path) -> float:

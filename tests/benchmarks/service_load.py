@@ -1,8 +1,10 @@
 """What the service gives under load, and what the load costs the run that trains beside it.
 
     python tests/benchmarks/service_load.py --rounds 3
+    python tests/benchmarks/service_load.py --local
 
-`troupe up` is started as a user starts it, with a `grpo` run as its job and finished runs beside it. Windows of time
+`troupe up` is started as a user starts it, with a `grpo` run as its job and finished runs beside it (`--local`: `troupe
+serve --local`, with the run in one process and no Ray). Windows of time
 with and without load alternate: in `reads` the read routes are asked at a fixed rate, whether or not earlier answers
 have come (a late answer's time counts from when it was due); in `chats` so many streams are always open.
 
@@ -40,6 +42,7 @@ from rich.console import Console
 from rich.table import Table
 
 from orchestrator.service.private_ray import Up
+from orchestrator.service.service_folder import ADDRESS_FILE, service_folder
 
 TROUPE = Path(sys.executable).parent / "troupe"
 DEADLINE_S = 240.0
@@ -63,6 +66,12 @@ READS = (
     "/metrics",
     "/healthz",
 )
+
+
+@dataclass(frozen=True)
+class Service:
+    url: str
+    pid: int
 
 
 @dataclass
@@ -93,9 +102,9 @@ class Window:
 
 def main() -> None:
     options = _options()
-    with tempfile.TemporaryDirectory() as folder, served(options, Path(folder)) as (up, runs):
+    with tempfile.TemporaryDirectory() as folder, served(options, Path(folder)) as (service, runs):
         os.nice(LEAST_NICE)  # not before: what was started inherits it
-        windows, seen = asyncio.run(measure(options, up, runs))
+        windows, seen = asyncio.run(measure(options, service, runs))
         add_step_times(windows, runs / "live")
     ratios = {kind: ratio(windows, kind) for kind in WINDOWS}
     show(windows, seen, ratios, options)
@@ -103,26 +112,46 @@ def main() -> None:
 
 
 @contextmanager
-def served(options: argparse.Namespace, folder: Path) -> Iterator[tuple[Up, Path]]:
+def served(options: argparse.Namespace, folder: Path) -> Iterator[tuple[Service, Path]]:
     """A service with a run in progress, `live`, that has made its first steps, and finished runs."""
     runs = folder / "runs"
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(_recipe(options, folder)))
+    service = None
     try:
-        _troupe("up", "--runs", runs, "--port", "0", "--cpus", "8", "--object-store-mib", "200")
-        up = Up.read(runs)
-        assert up is not None
+        service = _alone(runs) if options.local else _beside_ray(runs)
         _troupe("submit", recipe, "--runs", runs, "--name", "live")
         _until(lambda: len(_steps(runs / "live")) >= options.warm_up, "the first steps", runs / "live")
         for number in range(options.finished):
             write_finished(runs / "live", runs / f"finished-{number}")
-        yield up, runs
+        yield service, runs
     except BaseException:
         for log in sorted((runs / ".service").glob("*.log")):
             print(f"{log.name}: {log.read_text()[-3000:]}", file=sys.stderr)
         raise
     finally:
-        _troupe("down", "--runs", runs)
+        if not options.local:
+            _troupe("down", "--runs", runs)
+        elif service is not None:
+            _troupe("stop", runs / "live")
+            psutil.Process(service.pid).terminate()
+
+
+def _beside_ray(runs: Path) -> Service:
+    _troupe("up", "--runs", runs, "--port", "0", "--cpus", "8", "--object-store-mib", "200")
+    up = Up.read(runs)
+    assert up is not None
+    return Service(up.service, up.server.pid)
+
+
+def _alone(runs: Path) -> Service:
+    folder = service_folder(runs)
+    with (folder / "service.log").open("w") as log:
+        process = subprocess.Popen(
+            [TROUPE, "serve", "--local", "--runs", runs, "--port", "0"], stdout=log, stderr=log, start_new_session=True
+        )
+    _until((folder / ADDRESS_FILE).exists, "service", runs)
+    return Service(json.loads((folder / ADDRESS_FILE).read_text())["url"], process.pid)
 
 
 def write_finished(live: Path, folder: Path) -> None:
@@ -139,14 +168,14 @@ def write_finished(live: Path, folder: Path) -> None:
             stream.write(json.dumps({**line, "step": step}) + "\n")
 
 
-async def measure(options: argparse.Namespace, up: Up, runs: Path) -> tuple[list[Window], dict[str, Seen]]:
+async def measure(options: argparse.Namespace, service: Service, runs: Path) -> tuple[list[Window], dict[str, Seen]]:
     token = (runs / ".service" / "token").read_text()
     seen = {kind: Seen() for kind in WINDOWS}
     windows: list[Window] = []
     connector = aiohttp.TCPConnector(limit=options.streams + 64)
     headers = {"Authorization": f"Bearer {token}"}
     timeout = aiohttp.ClientTimeout(total=DEADLINE_S)
-    async with aiohttp.ClientSession(up.service, headers=headers, connector=connector, timeout=timeout) as http:
+    async with aiohttp.ClientSession(service.url, headers=headers, connector=connector, timeout=timeout) as http:
         loads: dict[str, Callable[[Seen], list[Any]]] = {
             "quiet": lambda _: [],
             "reads": lambda into: [reads(http, options, runs, into)],
@@ -157,7 +186,7 @@ async def measure(options: argparse.Namespace, up: Up, runs: Path) -> tuple[list
             if kind in options.leave_out:
                 continue
             into = Seen()
-            windows.append(await window(kind, loads[kind](into), up.server.pid, options.window_s))
+            windows.append(await window(kind, loads[kind](into), service.pid, options.window_s))
             if kind != "quiet":
                 seen[kind].merge(into)
     return windows, seen
@@ -345,6 +374,7 @@ def _until(condition: Callable[[], Any], what: str, run: Path) -> None:
 
 def _recipe(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     (folder / "template.jinja").write_text(TEMPLATE)
+    room = {} if options.local else {"threads": 1, "kv_cache_gib": 0.1}
     return {
         "name": "load",
         "model": {"path": f"example:skewed-{options.size}", "chat_template": str(folder / "template.jinja")},
@@ -354,7 +384,7 @@ def _recipe(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "train": {"steps": 100_000, "batch_size": 8, "learning_rate": 1e-6},
         "sampling": {"max_tokens": 64},
         "rewards": [{"fn": "completion_length"}],
-        "roles": {"rollout": {"engine": options.engine, "workers": 1, "threads": 1, "kv_cache_gib": 0.1}},
+        "roles": {"rollout": {"engine": "hf" if options.local else options.engine, "workers": 1, **room}},
         "checkpoint": {"every": 50},
         "logging": {"completions_every": 10, "trackers": []},
     }
@@ -370,6 +400,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--window-s", type=float, default=15.0)
     parser.add_argument("--warm-up", type=int, default=5, help="Steps before the first window.")
     parser.add_argument("--finished", type=int, default=20, help="Runs beside it that are over.")
+    parser.add_argument("--local", action="store_true", help="Without Ray, and with the hf engine.")
     parser.add_argument("--leave-out", nargs="*", default=[], choices=WINDOWS)
     return parser.parse_args()
 
