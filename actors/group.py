@@ -4,6 +4,7 @@
                                                             or all of them on one event loop (async targets)
                      ── RayWorker.call("ping") ───────────► health group: a thread of its own, so that it
                                                             answers while the main group works or hangs
+                     ── RayWorker.call("finish_save") ────► saving group: likewise
 
 Every wait has a deadline. A call that cannot be carried out (dead process, lost node, out-of-memory kill, deadline)
 raises `NoAnswer`, an `InfraFailure`; an exception of the method itself is raised as it is.
@@ -25,7 +26,7 @@ from ray.actor import ActorClass
 from ray.exceptions import ActorDiedError, ObjectLostError, RayError, RayTaskError
 
 from actors.errors import BlockLost, InfraFailure, NoAnswer, WorkerDied, first_lines
-from actors.worker import NAMESPACE, Ref, WorkerInfo, consume_exception
+from actors.worker import BESIDE, NAMESPACE, Ref, WorkerInfo, consume_exception
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
@@ -253,7 +254,7 @@ def _bound_store() -> TCPStore:
 @cache
 def actor_class(target: type) -> ActorClass:
     """`target` as a Ray actor class: never restarted by Ray (a restart would silently lose weights), calls never
-    retried by Ray, `ping` on a thread of its own, and a repr that names role and index."""
+    retried by Ray, the verbs of `BESIDE` on threads of their own, and a repr that names role and index."""
 
     class Actor(target):  # pyright: ignore[reportUntypedBaseClass]
         def __init__(self, label: str, /, **kwargs: Any) -> None:
@@ -263,26 +264,30 @@ def actor_class(target: type) -> ActorClass:
         def __repr__(self) -> str:
             return self._actor_label
 
-    if not inspect.iscoroutinefunction(target.ping):
-        Actor.ping = ray.method(concurrency_group="health")(_inherited(target.ping))
+    threads: dict[str, int] = {}
+    for verb, thread in BESIDE.items():
+        method = getattr(target, verb, None)
+        if method is not None and not inspect.iscoroutinefunction(method):
+            setattr(Actor, verb, ray.method(concurrency_group=thread)(_inherited(verb, method)))
+            threads[thread] = 1
     Actor.__name__ = Actor.__qualname__ = target.__name__
     remote: Callable[[type], ActorClass] = ray.remote(  # pyright: ignore[reportCallIssue]: overloads lack these options
         max_restarts=0,
         max_task_retries=0,
         max_concurrency=ASYNC_CONCURRENCY if _is_async(target) else 1,
-        concurrency_groups={"health": 1},
+        concurrency_groups=threads or {"health": 1},
     )
     return remote(Actor)
 
 
-def _inherited(ping: Any) -> Any:
+def _inherited(verb: str, method: Any) -> Any:
     """A separate function for `ray.method` to mark: marking the target's own would modify the target for all users."""
 
-    def health(self: Any) -> Any:
-        return ping(self)
+    def beside(self: Any, *arguments: Any) -> Any:
+        return method(self, *arguments)
 
-    health.__name__ = "ping"
-    return health
+    beside.__name__ = verb
+    return beside
 
 
 def _is_async(target: type) -> bool:

@@ -15,7 +15,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,19 +31,24 @@ import actors
 from actors import saved_state
 from actors.backends import Placement, build_backend
 from actors.backends.protocol import Backend
+from actors.background_save import BackgroundSave, StateFile
 from actors.batch import Batch
+from actors.checkpoint_parts import Part, RankState, causal_of
 from actors.columns import Head
 from actors.distributions import TopK
 from actors.errors import RunError
+from actors.lora import entries
 from actors.metrics import combine
-from actors.model import LanguageModel, ModelSpec, load_model, tokenizer_of
+from actors.model import LanguageModel, ModelSpec, load_model
 from actors.objective import Objective, Stat
 from actors.other_prompts import OtherPrompts, exchanged, returned
 from actors.retokenise import exchanged_in, retokeniser_of, returned_from
+from actors.saved_state import Seal
 from actors.sharding import Shard
 from actors.specs import BackendSpec, OptimSpec, WeightsForm
 from actors.train_step import Pass, infer
 from actors.weight_averaging import Average, AverageSpec
+from actors.weight_shares import Slice, cut, joined
 from actors.worker import WorkerInfo
 
 # Torch has one random state per process: of two roles that draw in one process at once (`--local`), each would go on
@@ -51,6 +56,8 @@ from actors.worker import WorkerInfo
 DRAWING = threading.RLock()
 # cuBLAS gives the same bits only if its work space has a fixed size.
 CUBLAS_WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Verbs that change no weight and no moment, or wait before they do: they run while a save copies these.
+LEAVES_TENSORS = ("begin_save", "credit", "evaluate", "export", "hold", "infer", "shares", "update")
 CreditCall = Callable[..., tuple[dict[str, np.ndarray], dict[str, Stat]]]
 
 
@@ -95,6 +102,7 @@ class ModelWorker:
         self._average: Average | None = None
         self._steps_done = 0
         self._asleep = False
+        self._save: BackgroundSave | None = None  # the last one
         self._busy: tuple[str, float] | None = None
 
     def ready(self) -> WorkerInfo:
@@ -183,6 +191,7 @@ class ModelWorker:
             batch_pass = Pass(self.backend, shard.fetched(blocks), objective, temperature, state, self._companion)
             batch_pass.learn(self._drawing)
             with batch_pass.clock.measure("step"):
+                self._wait_copied()
                 info = self.backend.step()
             metrics = batch_pass.metrics()
             if not np.isfinite(info.grad_norm):
@@ -214,8 +223,7 @@ class ModelWorker:
         form: WeightsForm = "merged",
     ) -> Any:
         """Passes all (name, full tensor) to `consumer` on rank 0 and returns its result; None on other ranks. The form
-        is `merged` for an engine that holds the model alone, `adapters` for one that holds these apart, `in_memory` for
-        `mix`.
+        is `merged` for an engine that holds the model alone, `adapters` for one that holds these apart.
 
         Gathering is collective, so the iterator is always exhausted, even if the consumer fails."""
         with self._doing("export"):
@@ -226,32 +234,62 @@ class ModelWorker:
                 for _ in weights:
                     pass
 
-    def mix(
-        self, payload: Any, reader: Callable[[Any], Iterator[tuple[str, Tensor]]], share: float, bucket_bytes: int
-    ) -> None:
+    def shares(self, receivers: int, bucket_bytes: int) -> tuple[int, *tuple[list[Slice], ...]]:
+        """This rank's share of the weights, cut for the ranks of another role that `mix` them: (bytes, a block for each
+        receiver)."""
+        with self._doing("shares"):
+            weights = self.backend.full_weights(bucket_bytes, "in_memory")
+            total = sum(entry.nbytes for entry in entries(causal_of(self.backend)))
+            where = self._placement
+            blocks = cut(weights, total, rank=where.rank, ranks=where.world_size, receivers=receivers)
+            return sum(each.values.nbytes for block in blocks for each in block), *blocks
+
+    def mix(self, share: float, bucket_bytes: int, *blocks: list[Slice]) -> None:
         """Move this role's weights towards another's: each becomes `share` times the other's plus `1 - share` times its
-        own. `reader` turns `payload` into the other's `export`. Raises RunError if this role is trained, or if the
-        models differ."""
+        own. `blocks` are those that all ranks of the other role have cut for this one. Raises RunError if this role is
+        trained, or if the models differ."""
         with self._doing("mix"):
             if self._backend_spec.optim is not None:
                 raise RunError(f"{self.name} is trained: its optimizer belongs to the weights that it has")
-            self.backend.mix(reader(payload), share, bucket_bytes)
+            self.backend.mix(joined(blocks), share, bucket_bytes)
 
     def run(self, task: Callable[[], Any]) -> Any:
         """Call a function in this process, for example to open a transport's port."""
         with self._doing("run"):
             return task()
 
+    def begin_save(self, folder: str, parts: Sequence[Part]) -> None:
+        """Begin to save `parts` below `folder`: their values are those of now. A thread copies and writes them while
+        training goes on; `finish_save` says what was written. Raises RunError if a part does not exist."""
+        with self._doing("begin_save"):
+            self._wait_copied()
+            self._save = self._rank_state().begin(Path(folder), parts)
+
+    def finish_save(self, timeout_s: float) -> dict[str, Seal]:
+        """What this rank has written for the last `begin_save`: by its path in the folder, size and hash. Runs beside
+        other verbs. Raises RunError if a trained weight is not finite: no run could continue from it. DiskError if the
+        disk is full."""
+        if self._save is None:
+            raise RunError(f"{self.name}: no save has begun")
+        return self._save.result(timeout_s)
+
     def save_state(self, folder: str) -> None:
-        """Everything that exact resumption needs, into an existing folder; each rank writes its share. Raises RunError
-        on every rank if a trained weight is not finite: no run could continue from it. DiskError if the disk is full.
-        """
-        with self._doing("save_state"), saved_state.writing(Path(folder)):
-            self._refuse_what_is_not_finite()
-            self.backend.save_state(Path(folder))
-            state = {"seed": self._seed, "steps_done": self._steps_done, "objectives": self._objective_states}
-            state["average"] = None if self._average is None else self._average.state()
-            saved_state.save(state, Path(folder) / self._own_file)
+        """Everything that exact resumption needs, into an existing folder; each rank writes its share. Raises as
+        `finish_save`."""
+        with self._doing("save_state"):
+            self._rank_state().save(Path(folder), Part("state"))
+
+    def save_model(self, folder: str, averaged: bool = False) -> None:
+        """A Hugging Face folder: merged weights, config, generation config, tokenizer with the chat template of the
+        training; each rank writes its share. The weights are the current ones, or their average in this phase. Raises
+        RunError if there is no average."""
+        with self._doing("save_model"):
+            self._rank_state().save(Path(folder), Part("model", averaged=averaged))
+
+    def save_adapter(self, folder: str, averaged: bool = False) -> None:
+        """The LoRA adapters only, as a PEFT folder. Raises RunError if there are none."""
+        with self._doing("save_adapter"):
+            self._rank_state().save(Path(folder), Part("adapter", averaged=averaged))
 
     def load_state(self, folder: str) -> None:
         """Continue from the state that `save_state` wrote, with the settings of the last `reset`. Only data is read,
@@ -263,22 +301,6 @@ class ModelWorker:
             self._objective_states = state["objectives"]
             if self._average is not None:
                 self._average.load(state.get("average"))
-
-    def save_model(self, folder: str, averaged: bool = False) -> None:
-        """A Hugging Face folder: merged weights, config, generation config, tokenizer with the chat template of the
-        training. The weights are the current ones, or their average in this phase. Raises RunError if there is no
-        average."""
-        with self._doing("save_model"), saved_state.writing(Path(folder)):
-            self.backend.save_model(Path(folder), self._taken().whole if averaged else None)
-            if self._placement.rank == 0:
-                tokenizer_of(self._model_spec).save_pretrained(folder)
-
-    def save_adapter(self, folder: str, averaged: bool = False) -> None:
-        """The LoRA adapters only, as a PEFT folder. Raises RunError if there are none."""
-        with self._doing("save_adapter"), saved_state.writing(Path(folder)):
-            if self._model_spec.lora is None:
-                raise RunError(f"{self.name} has no LoRA adapters to save")
-            self.backend.save_adapter(Path(folder), self._taken().whole if averaged else None)
 
     def load_model(self, folder: str) -> None:
         """Load the weights of that Hugging Face folder. Raises RunError if this role is trained."""
@@ -314,19 +336,13 @@ class ModelWorker:
             raise RunError(f"{self.name}: not ready; `ready` loads the model")
         return self._backend
 
-    def _refuse_what_is_not_finite(self) -> None:
-        dtype = getattr(torch, self._model_spec.dtype)  # the type of the forward pass: float16 ends at 65504
-        for name, weight in self.backend.trained_weights():
-            if not torch.isfinite(weight.to(dtype)).all():
-                raise RunError(
-                    f"{self.name}: {name} holds numbers that are not finite in {self._model_spec.dtype} after step "
-                    f"{self._steps_done}; they are not saved. Lower train.learning_rate, or set train.max_grad_norm"
-                )
-
-    def _taken(self) -> Average:
-        if self._average is None:
-            raise RunError(f"{self.name}: no average of its weights is taken in this phase")
-        return self._average
+    def _rank_state(self) -> RankState:
+        """What passes change (states of objectives) is copied here, the rest by a save."""
+        own = {"seed": self._seed, "steps_done": self._steps_done, "objectives": deepcopy(self._objective_states)}
+        own["average"] = None if self._average is None else self._average.state()
+        file = StateFile(self._own_file, own)
+        where = self._placement
+        return RankState(self.name, self.backend, self._model_spec, where, self._steps_done, self._average, file)
 
     @property
     def _own_file(self) -> str:
@@ -349,10 +365,17 @@ class ModelWorker:
             "torch": torch.__version__,
         }
 
+    def _wait_copied(self) -> None:
+        """Before anything changes a tensor that a save may be copying."""
+        if self._save is not None:
+            self._save.wait_copied()
+
     @contextlib.contextmanager
     def _doing(self, verb: str) -> Generator[None]:
         if self._asleep and verb not in ("sleep", "wake"):
             raise RunError(f"{self.name} sleeps, and its weights are not on its device: `wake` comes before `{verb}`")
+        if verb not in LEAVES_TENSORS:
+            self._wait_copied()
         self._busy = (verb, time.monotonic())
         try:
             with _deterministic(self._backend_spec.deterministic):

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import pickle
 import shutil
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +26,33 @@ REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 TORCH_WRITER = (
     "inline_container"  # the only sign in torch's message that a write failed: the name of its own source file
 )
+
+
+class Seal(TypedDict):
+    """What a file is, in a checkpoint's manifest."""
+
+    bytes: int
+    sha256: str
+
+
+def sealed(file: Path) -> Seal:
+    """Puts a file on the disk, not only in its cache, and says what it holds. Raises OSError if the disk refuses."""
+    sync(file)
+    return Seal(bytes=file.stat().st_size, sha256=sha256(file))
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """A file or a folder on the disk, not only in its cache. Raises OSError if the disk refuses."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def save(state: Mapping[str, Any], file: Path) -> None:

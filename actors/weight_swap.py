@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from actors.errors import RunError
 from actors.lora import Gather, buckets, entries
+from actors.objective import World
+from actors.weight_shares import Slices, own_slice
 
+Partitioned = Callable[[Tensor], bool]  # whether each rank keeps a slice of that weight only
 Instead = Callable[[str], Tensor]  # a trained weight's name -> its values, flat
 
 
@@ -40,23 +43,30 @@ def replaced(gather: Gather, causal: nn.Module, instead: Instead | None) -> Gath
 
 
 @torch.no_grad()
-def mix_in(causal: Any, weights: Iterator[tuple[str, Tensor]], share: float, bucket_bytes: int, gather: Gather) -> None:
+def mix_in(
+    causal: Any, slices: Slices, share: float, bucket_bytes: int, gather: Gather, world: World, partitioned: Partitioned
+) -> None:
     """Each weight becomes `share` of the one of its name and the rest of its own, computed in float32 and rounded once.
 
-    `weights` are those of `merged_tensors` of a model like this one, in its order. `gather` makes parameters whole and
-    keeps what is written into them. Raises RunError for other weights, with those before it mixed."""
+    `slices` are this rank's (`own_slice`) of the `merged_tensors` of a model like this one, in its order. `gather`
+    makes parameters whole and keeps what a rank writes into its slice. Of a weight that is not `partitioned` the ranks
+    then exchange their slices. Raises RunError for other weights, with those before it mixed."""
     for bucket in buckets(entries(causal), bucket_bytes):
         with gather([parameter for entry in bucket for parameter in entry.parameters]):
             for entry in bucket:
-                own, given = entry.tensor, _named(weights, entry.name, entry.tensor.shape)
-                if own.is_floating_point():
-                    own.copy_(own.float().mul_(1 - share).add_(given.to(own.device, torch.float32), alpha=share))
-    for name, _ in weights:
+                own, given = entry.tensor, _named(slices, entry.name, entry.tensor.shape)
+                if not own.is_floating_point():
+                    continue
+                part = own.view(-1)[own_slice(own.numel(), world.rank, world.size)]
+                part.copy_(part.float().mul_(1 - share).add_(given.to(own.device, torch.float32), alpha=share))
+                if world.size > 1 and not partitioned(own):
+                    own.copy_(world.gather(part).view_as(own))
+    for name, _, _ in slices:
         raise RunError(f"{name} is to be mixed into a model that has no such weight")
 
 
-def _named(weights: Iterator[tuple[str, Tensor]], name: str, shape: torch.Size) -> Tensor:
-    found, tensor = next(weights, ("nothing", torch.empty(0)))
-    if (found, tensor.shape) != (name, shape):
-        raise RunError(f"{found} {tuple(tensor.shape)} is to be mixed into {name} {tuple(shape)} of another model")
-    return tensor
+def _named(slices: Slices, name: str, shape: torch.Size) -> Tensor:
+    found, whole, values = next(slices, ("nothing", torch.Size(), torch.empty(0)))
+    if (found, whole) != (name, shape):
+        raise RunError(f"{found} {tuple(whole)} is to be mixed into {name} {tuple(shape)} of another model")
+    return values

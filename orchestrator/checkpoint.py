@@ -1,6 +1,6 @@
 """Checkpoints that are whole or absent.
 
-    .tmp-* ─ ranks write, files are synced ─► MANIFEST.json (sizes, sha256) ─ synced ─► renamed to step-00000042
+    .tmp-* ─ ranks write, sync and hash files ─► MANIFEST.json (sizes, sha256) ─ synced ─► renamed to step-00000042
 
 The rename is the commit. A process that dies before it leaves a `.tmp-*` folder, which the next write removes; a folder
 whose files do not match its manifest (damaged, missing, or not named there at all) is passed over, with a warning, for
@@ -11,23 +11,27 @@ causes a warning.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import os
 import re
 import shutil
 import uuid
 import warnings
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from actors.errors import ConfigError, DiskError, RunError
+from actors.saved_state import Seal, sealed, sha256, sync
 
 MANIFEST, STATE = "MANIFEST.json", "state.json"
 MODEL, AVERAGED = "model", "bema"  # Hugging Face folders: the weights of the step, and their average
 ADAPTER = "adapter"  # the adapters alone, beside the model that they are merged in; of the average, `bema-adapter`
+READERS = 8  # files that are read at once when a checkpoint is verified
+T = TypeVar("T")
 NAME = re.compile(r"step-(\d{8})")
 
 
@@ -59,22 +63,23 @@ class CheckpointStore:
     def __init__(self, folder: Path, *, keep: int) -> None:
         self.folder, self.keep = folder, keep
 
-    async def write(self, writer: Callable[[Path], Awaitable[None]], state: RunState) -> Checkpoint:
-        """Let `writer` fill a folder, then make it a checkpoint. If that fails, nothing is left behind and those
-        before it are as they were. Raises DiskError if the disk does not take it."""
+    async def write(self, writer: Callable[[Path], Awaitable[Mapping[str, Seal]]], state: RunState) -> Checkpoint:
+        """Let `writer` fill a folder, then make it a checkpoint. It returns the seals of files that are on the disk
+        already; the others are synced and hashed here. If that fails, nothing is left behind and those before it are as
+        they were. Raises DiskError if the disk does not take it."""
         temporary = self.folder / f".tmp-{state.total_step}-{uuid.uuid4().hex[:8]}"
         try:
             await asyncio.to_thread(self._sweep)
-            temporary.mkdir(parents=True)
-            await writer(temporary)
-            return await _to_the_end(self._commit, temporary, state)
+            await asyncio.to_thread(temporary.mkdir, parents=True)
+            written = await writer(temporary)
+            return await _to_the_end(partial(self._commit, temporary, state, written))
         except (OSError, DiskError) as error:
             raise DiskError(
                 f"the checkpoint of step {state.total_step} could not be written below {self.folder}: {error}; the one "
                 f"before it is intact: make room, then `troupe resume`"
             ) from error
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            await _to_the_end(partial(shutil.rmtree, temporary, ignore_errors=True))
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint whose files are what its manifest says; warns about every one that it passes over.
@@ -97,18 +102,21 @@ class CheckpointStore:
             raise ConfigError(f"the checkpoint of step {step} cannot be used: {problem}")
         return _opened(path)
 
-    def _commit(self, temporary: Path, state: RunState) -> Checkpoint:
+    def _commit(self, temporary: Path, state: RunState, written: Mapping[str, Seal]) -> Checkpoint:
         (temporary / STATE).write_text(json.dumps(asdict(state), indent=2))
-        files = sorted(file for file in temporary.rglob("*") if file.is_file())
-        manifest = {str(file.relative_to(temporary)): _sealed(file) for file in files}
+        files = {str(file.relative_to(temporary)): file for file in temporary.rglob("*") if file.is_file()}
+        for name, seal in written.items():
+            if name not in files or files[name].stat().st_size != seal["bytes"]:
+                raise OSError(f"{name}, {seal['bytes']} bytes by its writer, is not there for the driver")
+        manifest = {name: written.get(name) or sealed(files[name]) for name in sorted(files)}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2))
         for path in (temporary / MANIFEST, *(p for p in temporary.rglob("*") if p.is_dir()), temporary):
-            _sync(path)
+            sync(path)
         final = self.folder / f"step-{state.total_step:08d}"
         if final.exists():  # the run was resumed from one before it
             shutil.rmtree(final)
         temporary.rename(final)
-        _sync(self.folder)
+        sync(self.folder)
         self._prune(final)
         return Checkpoint(final, state)
 
@@ -136,18 +144,24 @@ def verify(path: Path) -> str | None:
     file stands where something is resumed from."""
     try:
         manifest: dict[str, dict[str, Any]] = json.loads((path / MANIFEST).read_text())
-        for name, sealed in manifest.items():
-            file = (path / name).resolve()
-            if not file.is_relative_to(path.resolve()):
+        for name in manifest:
+            if not (path / name).resolve().is_relative_to(path.resolve()):
                 return f"{path}: the manifest names a file outside of it: {name}"
-            if file.stat().st_size != sealed["bytes"] or _sha256(file) != sealed["sha256"]:
-                return f"{file} is not what the manifest says"
+        with ThreadPoolExecutor(READERS) as readers:  # hashing leaves the interpreter to others
+            as_said = readers.map(lambda name: _is_as_said((path / name).resolve(), manifest[name]), manifest)
+            for name, whole in zip(manifest, as_said, strict=True):
+                if not whole:
+                    return f"{(path / name).resolve()} is not what the manifest says"
         foreign = [name for name in _unnamed(path, manifest) if Path(name).parts[0] not in (MODEL, AVERAGED)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{path}: {error}"
     if foreign:
         return f"{path} holds files that its manifest does not name: {_listed(foreign)}; take them away to use it"
     return None if STATE in manifest else f"{path}: the manifest has no {STATE}"
+
+
+def _is_as_said(file: Path, seal: dict[str, Any]) -> bool:
+    return file.stat().st_size == seal["bytes"] and sha256(file) == seal["sha256"]
 
 
 def _opened(path: Path) -> Checkpoint:
@@ -181,31 +195,12 @@ def _read_state(path: Path) -> RunState:
         ) from error
 
 
-async def _to_the_end(work: Callable[[Path, RunState], Checkpoint], temporary: Path, state: RunState) -> Checkpoint:
+async def _to_the_end(work: Callable[[], T]) -> T:
     """In a thread. Returns or raises only when it is over: a thread cannot be cancelled, and nothing may be taken away
     under its hands. It waits for the disk, which the system ends."""
-    working = asyncio.ensure_future(asyncio.to_thread(work, temporary, state))
+    working = asyncio.ensure_future(asyncio.to_thread(work))
     try:
         return await asyncio.shield(working)
     except asyncio.CancelledError:
         await asyncio.wait({working})
         raise
-
-
-def _sealed(file: Path) -> dict[str, Any]:
-    _sync(file)
-    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """On the disk, not only in its cache. Raises OSError if the disk refuses."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

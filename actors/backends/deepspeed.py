@@ -15,10 +15,9 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +31,12 @@ from actors.backends import deepspeed_config
 from actors.backends.optimizer import StepInfo, build_optimizer, build_schedule, set_hyperparameters
 from actors.backends.parking import Sleeper
 from actors.backends.placement import Placement, device_of
+from actors.background_save import StateFile
 from actors.errors import ConfigError
-from actors.lora import EXPORTS, adapter_weights, adapters_off, full_tensors, has_adapters, write_adapter
+from actors.lora import EXPORTS, adapter_weights, adapters_off, has_adapters
 from actors.model import LanguageModel, ModelSpec, load_model
 from actors.specs import BackendSpec, OptimSpec, WeightsForm
+from actors.weight_shares import Slices
 from actors.weight_swap import Instead, mix_in, replaced
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # of one collective; after it, the waiting ranks raise
@@ -167,8 +168,19 @@ class DeepSpeedBackend:
         self._engine.step()
         return StepInfo(float(self._engine.get_global_grad_norm() if norm is None else norm), learning_rate)
 
-    def full_weights(self, bucket_bytes: int, form: WeightsForm = "merged") -> Iterator[tuple[str, Tensor]]:
-        return EXPORTS[form](self._module.causal, bucket_bytes, self._gathered)
+    @property
+    def partitioned(self) -> bool:
+        return self._stage == 3
+
+    def full_weights(
+        self, bucket_bytes: int, form: WeightsForm = "merged", instead: Instead | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        causal = self._module.causal
+        return EXPORTS[form](causal, bucket_bytes, replaced(self._gathered, causal, instead))
+
+    def adapter_weights(self, instead: Instead | None = None) -> dict[str, Tensor]:
+        causal = self._module.causal
+        return adapter_weights(causal, replaced(self._gathered, causal, instead))
 
     def trained_weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, weight in self._module.causal.named_parameters():
@@ -177,27 +189,56 @@ class DeepSpeedBackend:
                 # None in stage 0 with float32, where the weight is its own master copy.
                 yield name, weight.detach() if master is None else master
 
-    def mix(self, weights: Iterator[tuple[str, Tensor]], share: float, bucket_bytes: int) -> None:
-        mix_in(self._module.causal, weights, share, bucket_bytes, partial(self._gathered, written=True))
+    def own_weights(self) -> Iterator[tuple[str, Tensor]]:
+        for name, weight in self._module.causal.named_parameters():
+            if not weight.requires_grad:
+                continue
+            if self._stage == 3:
+                yield name, self._deepspeed.utils.safe_get_local_fp32_param(weight)
+            elif not hasattr(weight, "_hp_mapping"):  # stage 0 with float32: the weight is its own master copy
+                yield name, weight.detach()
+            elif weight._hp_mapping is not None:  # None: no part of it is in this rank's partition
+                yield name, weight._hp_mapping.get_hp_fragment()
 
-    def _gathered(self, parameters: list[nn.Parameter], *, written: bool = False) -> AbstractContextManager[Any]:
-        """Makes the parameters whole on every rank while the context lasts. If they are `written`, what rank 0 wrote is
-        what all ranks have afterwards."""
-        if self._stage != 3:
-            return nullcontext()
-        return self._deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if written else None)
+    def mix(self, slices: Slices, share: float, bucket_bytes: int) -> None:
+        mix_in(self._module.causal, slices, share, bucket_bytes, self._written_slices, self.world, _is_partitioned)
+
+    def _gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+        """Makes the parameters whole on every rank while the context lasts."""
+        return nullcontext() if self._stage != 3 else self._deepspeed.zero.GatheredParameters(parameters)
+
+    @contextmanager
+    def _written_slices(self, parameters: list[nn.Parameter]) -> Generator[None]:
+        """`_gathered`; of what was written into parameters meanwhile, each rank keeps its own slice. DeepSpeed's
+        `GatheredParameters` would send what rank 0 wrote to all ranks."""
+        distinct = {id(each): each for each in parameters if _is_partitioned(each)}
+        partitioned: Any = sorted(distinct.values(), key=lambda each: each.ds_id)  # pyright: ignore[reportAttributeAccessIssue]
+        if partitioned:
+            partitioned[0].all_gather(param_list=partitioned)
+        try:
+            yield
+        finally:
+            if partitioned:
+                partitioned[0].partition(param_list=partitioned, has_been_updated=True)
 
     def adapters_off(self) -> AbstractContextManager[None]:
         return adapters_off(self._module)
 
-    def save_state(self, folder: Path) -> None:
-        """Saves each rank's share; with adapters, without the frozen base model."""
+    def state(self, folder: Path) -> list[StateFile]:
+        """Each rank's share; with adapters, without the frozen base model. DeepSpeed decides what is in it and hands it
+        to its checkpoint engine, which for this moment is one that only remembers."""
         if self._spec.optim is None:
-            return
+            return []
         if self.world.rank == 0:
             (folder / LAYOUT_FILE).write_text(json.dumps(self._layout))
         frozen = has_adapters(self._module)
-        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=frozen)
+        writer, remembering = self._engine.checkpoint_engine, _remembering(folder)
+        self._engine.checkpoint_engine = remembering
+        try:
+            self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=frozen)
+        finally:
+            self._engine.checkpoint_engine = writer
+        return remembering.files
 
     def load_state(self, folder: Path) -> None:
         if self._spec.optim is None:
@@ -219,24 +260,6 @@ class DeepSpeedBackend:
     @property
     def _layout(self) -> dict[str, int]:
         return {"ranks": self.world.size, "zero_stage": self._stage}
-
-    def save_model(self, folder: Path, instead: Instead | None = None) -> None:
-        weights, causal = {}, self._module.causal
-        gather = replaced(self._gathered, causal, instead)
-        for name, tensor in full_tensors(causal, 256 * 2**20, gather):
-            if self.world.rank == 0:
-                weights[name] = tensor.to("cpu", copy=True)
-        if self.world.rank == 0:
-            causal.save_pretrained(folder, state_dict=weights)
-        dist.barrier()
-
-    def save_adapter(self, folder: Path, instead: Instead | None = None) -> None:
-        causal = self._module.causal
-        gather = replaced(self._gathered, causal, instead)
-        weights = adapter_weights(causal, gather)
-        if self.world.rank == 0:
-            write_adapter(causal, folder, weights)
-        dist.barrier()
 
     def sleep(self) -> None:
         self._sleeper.sleep(*self.held)
@@ -294,6 +317,36 @@ def _join(placement: Placement, device: torch.device) -> None:
         world_size=placement.world_size,
         timeout=COLLECTIVE_TIMEOUT,
     )
+
+
+def _is_partitioned(weight: Tensor) -> bool:
+    return hasattr(weight, "ds_id")  # of ZeRO stage 3
+
+
+def _remembering(folder: Path) -> Any:
+    """A checkpoint engine of DeepSpeed's that writes nothing, and has what it was given as `files`."""
+    from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+
+    class Remembering(CheckpointEngine):
+        def __init__(self) -> None:
+            super().__init__()
+            self.files: list[StateFile] = []
+
+        def create(self, info: Any) -> None: ...
+
+        def commit(self, info: Any) -> bool:
+            return True
+
+        def save(self, state_dict: Any, path: str) -> None:
+            self.files.append(StateFile(str(Path(path).relative_to(folder)), state_dict, plain=False))
+
+        def load(self, path: str, map_location: Any = None) -> Any:
+            raise NotImplementedError("this checkpoint engine is for one save")
+
+        def preserves_storage_sharing(self) -> bool:
+            return False  # every tensor is copied by itself
+
+    return Remembering()
 
 
 def _parts_of_its_state() -> list[type]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from actors.backends.optimizer import StepInfo
+from actors.background_save import StateFile
 from actors.objective import World
 from actors.specs import OptimSpec, WeightsForm
+from actors.weight_shares import Slices
 from actors.weight_swap import Instead
 
 
@@ -32,6 +34,11 @@ class Backend(Protocol):
     @property
     def world(self) -> World: ...
 
+    @property
+    def partitioned(self) -> bool:
+        """Whether `full_weights` gathers weights from all ranks, which only the thread that trains may do."""
+        ...
+
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradient of `loss`. Gradients add up over micro-batches and *over ranks* (a sum, not a mean);
         `last` marks the final micro-batch of the step."""
@@ -45,9 +52,16 @@ class Backend(Protocol):
         """A new phase of a run: fresh moments and schedule on the same weights."""
         ...
 
-    def full_weights(self, bucket_bytes: int, form: WeightsForm = "merged") -> Iterator[tuple[str, Tensor]]:
+    def full_weights(
+        self, bucket_bytes: int, form: WeightsForm = "merged", instead: Instead | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
         """(name, full tensor) in a fixed order, on every rank, in that form. Collective. Never holds more than
-        `bucket_bytes` (or one tensor) beyond the rank's own share. A tensor is valid until the next."""
+        `bucket_bytes` (or one tensor) beyond the rank's own share. A tensor is valid until the next. With `instead`, a
+        function from names of `trained_weights` to tensors, these replace the trained weights."""
+        ...
+
+    def adapter_weights(self, instead: Instead | None = None) -> dict[str, Tensor]:
+        """Copies of the LoRA adapters on the host, by the names of a PEFT folder; `instead` as in `full_weights`."""
         ...
 
     def trained_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -55,33 +69,30 @@ class Backend(Protocol):
         half-precision parameter, its float32 master. Collective. Must not be modified."""
         ...
 
-    def mix(self, weights: Iterator[tuple[str, Tensor]], share: float, bucket_bytes: int) -> None:
-        """For a frozen role: each weight becomes `share` times the given one plus `1 - share` times its own. `weights`
-        are `full_weights` in the form `in_memory` of a model with the same architecture, whole on every rank. Raises
-        RunError if names or shapes differ."""
+    def own_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's share of `trained_weights`, of any shape. Not collective."""
+        ...
+
+    def mix(self, slices: Slices, share: float, bucket_bytes: int) -> None:
+        """For a frozen role: each weight becomes `share` times the given one plus `1 - share` times its own. `slices`
+        are this rank's (`actors/weight_shares.py`) of the `full_weights` in the form `in_memory` of a model with the
+        same architecture. Raises RunError if names or shapes differ."""
         ...
 
     def adapters_off(self) -> AbstractContextManager[None]:
         """The base model without its LoRA adapters. Raises RuntimeError if the model has none."""
         ...
 
-    def save_state(self, folder: Path) -> None:
-        """The training state that exact resumption needs: weights, moments, steps. Each rank writes its share."""
+    def state(self, folder: Path) -> Sequence[StateFile]:
+        """This rank's share of what exact resumption needs (weights, moments, steps), as files below `folder`. The
+        tensors are the live ones, which the caller copies before the next step. Small files that do not change with
+        training may be written here."""
         ...
 
     def load_state(self, folder: Path) -> None:
-        """Continue from a saved state with the current optimizer settings: learning rate, schedule, betas, decay and
-        clipping are those of the last `reset_optimizer`, not the saved ones. Only data is read, never code: raises
+        """Continue from the files of `state` with the current optimizer settings: learning rate, schedule, betas, decay
+        and clipping are those of the last `reset_optimizer`, not the saved ones. Only data is read, never code: raises
         RunError for a file that contains anything else."""
-        ...
-
-    def save_model(self, folder: Path, instead: Instead | None = None) -> None:
-        """A Hugging Face folder (weights and config; adapters merged), written by rank 0. With `instead`, a function
-        from names of `trained_weights` to tensors, these replace the trained weights."""
-        ...
-
-    def save_adapter(self, folder: Path, instead: Instead | None = None) -> None:
-        """The LoRA adapters alone as a PEFT folder, written by rank 0; `instead` as in `save_model`."""
         ...
 
     def sleep(self) -> None:

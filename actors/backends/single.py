@@ -19,10 +19,12 @@ from actors import saved_state
 from actors.backends.optimizer import StepInfo, Stepper
 from actors.backends.parking import Sleeper
 from actors.backends.placement import Placement, device_of
+from actors.background_save import StateFile
 from actors.errors import ConfigError
-from actors.lora import EXPORTS, adapter_weights, adapters_off, merged_tensors, resident, write_adapter
+from actors.lora import EXPORTS, adapter_weights, adapters_off, resident
 from actors.model import ModelSpec, load_model
 from actors.specs import BackendSpec, OptimSpec, WeightsForm
+from actors.weight_shares import Slices
 from actors.weight_swap import Instead, mix_in, replaced
 
 STATE_FILE = "single.pt"
@@ -43,6 +45,8 @@ class SoloWorld:
 
 class SingleBackend:
     """See `actors.backends.protocol.Backend`. Same inputs and thread count, same bits; resumption is exact."""
+
+    partitioned = False
 
     def __init__(self, model: ModelSpec, spec: BackendSpec, placement: Placement) -> None:
         if placement.world_size != 1:
@@ -81,21 +85,31 @@ class SingleBackend:
         self._round_weights()
         return info
 
-    def full_weights(self, bucket_bytes: int, form: WeightsForm = "merged") -> Iterator[tuple[str, Tensor]]:
-        return EXPORTS[form](self.model.causal, bucket_bytes, resident)
+    def full_weights(
+        self, bucket_bytes: int, form: WeightsForm = "merged", instead: Instead | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        causal = self.model.causal
+        return EXPORTS[form](causal, bucket_bytes, replaced(resident, causal, instead))
+
+    def adapter_weights(self, instead: Instead | None = None) -> dict[str, Tensor]:
+        causal = self.model.causal
+        return adapter_weights(causal, replaced(resident, causal, instead))
 
     def trained_weights(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, weight.master.detach()) for name, weight in self._weights.items())
 
-    def mix(self, weights: Iterator[tuple[str, Tensor]], share: float, bucket_bytes: int) -> None:
-        mix_in(self.model.causal, weights, share, bucket_bytes, resident)
+    def own_weights(self) -> Iterator[tuple[str, Tensor]]:
+        return self.trained_weights()
+
+    def mix(self, slices: Slices, share: float, bucket_bytes: int) -> None:
+        mix_in(self.model.causal, slices, share, bucket_bytes, resident, self.world, lambda _: False)
 
     def adapters_off(self) -> AbstractContextManager[None]:
         return adapters_off(self.model)
 
-    def save_state(self, folder: Path) -> None:
+    def state(self, folder: Path) -> list[StateFile]:
         """Trained weights (the float32 ones), moments and steps; frozen weights stay in the model's own folder."""
-        saved_state.save(self.stepper.state_dict(), folder / STATE_FILE)
+        return [StateFile(STATE_FILE, self.stepper.state_dict())]
 
     def load_state(self, folder: Path) -> None:
         if not (folder / STATE_FILE).exists():
@@ -105,14 +119,6 @@ class SingleBackend:
             raise ConfigError(f"{folder} holds the state of a model whose trained weights are not this one's")
         self.stepper.load_state_dict(state)
         self._round_weights()
-
-    def save_model(self, folder: Path, instead: Instead | None = None) -> None:
-        causal = self.model.causal
-        causal.save_pretrained(folder, state_dict=dict(merged_tensors(causal, 0, replaced(resident, causal, instead))))
-
-    def save_adapter(self, folder: Path, instead: Instead | None = None) -> None:
-        causal = self.model.causal
-        write_adapter(causal, folder, adapter_weights(causal, replaced(resident, causal, instead)))
 
     def sleep(self) -> None:
         self._sleeper.sleep(*self.held)

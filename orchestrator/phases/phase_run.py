@@ -8,12 +8,13 @@ open made data ─► set_weights ─► precompute ─► set_optimizers ─►
 from __future__ import annotations
 
 import asyncio
-import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from actors.errors import RunError
+from actors.saved_state import Seal
 from orchestrator.batches import replay_buffer
 from orchestrator.batches.batch_stages import PhaseSettings
 from orchestrator.batches.written_data import Output
@@ -29,9 +30,18 @@ from orchestrator.collection.staleness import Contract
 from orchestrator.data.parts import Parts
 from orchestrator.driver import Progress, StepRecord, train
 from orchestrator.executor import Executor
-from orchestrator.phases.phase_weights import keep_phase, reference_folder, save_weights, set_optimizers, set_weights
+from orchestrator.phases.phase_weights import (
+    begin_save,
+    checkpoint_parts,
+    finish_save,
+    keep_phase,
+    reference_folder,
+    set_optimizers,
+    set_weights,
+)
 from orchestrator.phases.resuming import fingerprint
 from orchestrator.phases.run_context import RunContext
+from orchestrator.phases.saving import Saving
 from orchestrator.phases.token_recorder import TokenRecorder
 from orchestrator.planning.handover import kept_folder, written_folder
 from orchestrator.planning.prepared import PreparedPhase
@@ -54,6 +64,7 @@ class PhaseRun:
         self.cursor = Cursor.from_json(state.cursor) if state else Cursor()
         self.collector: Collector | None = None  # until the phase's first step
         self.tokens = TokenRecorder(self.context, self.roles)
+        self.saving = Saving(self.context, self._save_parts)
         self.output: Output | None = None  # the data set that the phase makes, if it makes one
 
     async def run(self) -> None:
@@ -93,12 +104,15 @@ class PhaseRun:
                         self._after_step,
                         stop,
                     )
+                with account.spending("save"):
+                    await self.saving.ended()
             except Stopped:
                 await collector.close()
                 await self._save_last_step()
                 raise
             finally:
                 await collector.close()
+                await self.saving.settle()
         followed = phase.index + 1 < len(prepared.phases)
         if followed and phase.pipeline.trained and context.last_checkpoint is not None:
             kept = kept_folder(folder, phase.name)
@@ -193,7 +207,8 @@ class PhaseRun:
         checkpoint is written after that step."""
         context, progress = self.context, self.progress
         while True:
-            if (progress.step or self.phase.index) and context.requests.checkpoints:
+            await self.saving.raise_error()
+            if (progress.step or self.phase.index) and self.saving.asked:
                 await self._save()
             if asked := context.requests.pauses:
                 kind = "paused" if context.requests.paused else "unpaused"
@@ -202,6 +217,7 @@ class PhaseRun:
                 context.console.note(kind)
             if not context.requests.paused:
                 return
+            await self.saving.ended()
             await context.ending.stop.before(context.requests.changed())
 
     async def _after_step(self, record: StepRecord) -> None:
@@ -274,14 +290,20 @@ class PhaseRun:
         collector.restore(groups)
         self.context.event("groups_restored", {"phase": self.phase.name, "groups": len(groups)})
 
-    async def _save_parts(self, folder: Path) -> None:
-        """What a checkpoint of the phase holds, beside where it stands."""
-        await save_weights(self.context.config, self.phase, self.roles, folder)
-        buffer = self.roles.batch_stages.replay_buffer
-        if buffer is not None:
-            await replay_buffer.save(buffer, self.roles.objects, folder)
-        if self.collector is not None and self.collector.finished:
-            await saved_groups.save(self.collector.finished, self.roles.objects, folder)
+    async def _save_parts(self, folder: Path, taken: Callable[[], None]) -> dict[str, Seal]:
+        """What a checkpoint of the phase holds, beside where it stands. `taken` is called when training may go on."""
+        roles, objects = self.roles, self.roles.objects
+        parts = checkpoint_parts(self.context.config, self.phase)
+        buffer, finished = roles.batch_stages.replay_buffer, self.collector.finished if self.collector else ()
+        replayed = None if buffer is None else replace(buffer, groups=list(buffer.groups))
+        with roles.activity.working("checkpoint"):
+            await begin_save(parts, roles, folder)
+            taken()
+            if replayed is not None:
+                await replay_buffer.save(replayed, objects, folder)
+            if finished:
+                await saved_groups.save(finished, objects, folder)
+            return await finish_save(parts, roles)
 
     async def _save_last_step(self) -> None:
         """Saves the last step of a run that was asked to stop, unless a checkpoint has it already."""
@@ -289,11 +311,12 @@ class PhaseRun:
         if self.phase.first_version + self.progress.step > (last.state.total_step if last else 0):
             try:
                 await self._save()
+                await self.saving.ended()
             except RunError as error:
                 self.context.console.warn(str(error))
 
     async def _save(self) -> None:
-        """Writes a checkpoint of this step, unless there is one, and answers the requests for one."""
+        """Begins to write a checkpoint of this step, unless there is one; its end answers the requests for one."""
         context, phase, progress = self.context, self.phase, self.progress
         total = phase.first_version + progress.step
         state = RunState(
@@ -307,20 +330,7 @@ class PhaseRun:
             data=await asyncio.to_thread(fingerprint, phase),
             scores=dict(context.evaluations.scores),
         )
-        began, tickets = time.monotonic(), context.requests.checkpoints
-        if context.last_checkpoint is None or context.last_checkpoint.state.total_step != total:
-            with self.roles.activity.working("checkpoint"):
-                context.last_checkpoint = await context.store.write(self._save_parts, state)
-        context.requests.answered(tickets)
-        context.event(
-            "checkpoint",
-            {
-                "step": total,
-                "seconds": round(time.monotonic() - began, 3),
-                "path": str(context.last_checkpoint.path.resolve()),  # readers have other working directories
-                "asked": tickets,
-            },
-        )
+        await self.saving.begin(state)
 
 
 def _collects_as(config: dict[str, Any], phase: str) -> tuple[Any, ...]:

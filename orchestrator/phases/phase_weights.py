@@ -8,12 +8,16 @@ and what a checkpoint and a finished phase leave of them.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from actors.checkpoint_parts import Part
 from actors.errors import ConfigError
+from actors.saved_state import Seal
+from actors.worker import all_or_first_error
 from orchestrator.checkpoint import ADAPTER, AVERAGED, MODEL, Checkpoint
 from orchestrator.cluster.launch import average_spec, model_spec, optim_spec
 from orchestrator.config.roles import FrozenRole
@@ -52,26 +56,45 @@ async def set_optimizers(config: RunConfig, phase: PreparedPhase, roles: Executo
             await roles.groups[role].call("load_state", str(found.path / role), timeout_s=SAVE_TIMEOUT_S)
 
 
-async def save_weights(config: RunConfig, phase: PreparedPhase, roles: Executor, folder: Path) -> None:
-    """Every trained role's state and its model, the weights of roles that follow them, and a model with the average if
-    that is taken; with LoRA also the adapters that are merged in the first role's models, alone."""
+def checkpoint_parts(config: RunConfig, phase: PreparedPhase) -> dict[str, list[Part]]:
+    """What each role has for a checkpoint: every trained role's state and its model, the weights of roles that follow
+    them, and a model with the average if that is taken; with LoRA also the adapters that are merged in the first role's
+    models, alone."""
     if not phase.pipeline.trained:
-        return
+        return {}
     first, *others = phase.pipeline.trained
-    for role in phase.pipeline.trained:
-        (folder / role).mkdir()
-        await roles.groups[role].call("save_state", str(folder / role), timeout_s=SAVE_TIMEOUT_S)
+    parts = {role: [Part("state", role)] for role in phase.pipeline.trained}
     for role in phase.pipeline.mixed:
-        await roles.groups[role].call("save_model", str(folder / role), timeout_s=SAVE_TIMEOUT_S)
+        parts[role] = [Part("model", role)]
     for role in others:
-        await roles.groups[role].call("save_model", str(folder / "models" / role), timeout_s=SAVE_TIMEOUT_S)
+        parts[role].append(Part("model", f"models/{role}"))
     taken = {MODEL: (ADAPTER, False)}
     if phase.config.train.bema is not None:
         taken[AVERAGED] = (f"{AVERAGED}-{ADAPTER}", True)
     for model, (adapter, averaged) in taken.items():
-        await roles.groups[first].call("save_model", str(folder / model), averaged, timeout_s=SAVE_TIMEOUT_S)
+        parts[first].append(Part("model", model, averaged))
         if config.model.lora is not None:
-            await roles.groups[first].call("save_adapter", str(folder / adapter), averaged, timeout_s=SAVE_TIMEOUT_S)
+            parts[first].append(Part("adapter", adapter, averaged))
+    return parts
+
+
+async def begin_save(parts: dict[str, list[Part]], roles: Executor, folder: Path) -> None:
+    """Every rank copies and writes its share from now on. Returns when the weights may be trained again."""
+    for role in parts:
+        await asyncio.to_thread((folder / role).mkdir)
+    names = {role: f"{role}.begin_save" for role in parts}
+    await all_or_first_error(
+        roles.groups[role].call("begin_save", str(folder), own, timeout_s=SAVE_TIMEOUT_S, task_name=names[role])
+        for role, own in parts.items()
+    )
+
+
+async def finish_save(parts: dict[str, list[Part]], roles: Executor) -> dict[str, Seal]:
+    """The files of all ranks, when they are on the disk."""
+    found = await all_or_first_error(
+        roles.groups[role].call("finish_save", SAVE_TIMEOUT_S, timeout_s=SAVE_TIMEOUT_S + 30) for role in parts
+    )
+    return {name: seal for ranks in found for own in ranks for name, seal in own.items()}
 
 
 def keep_phase(folder: Path, trained: Iterable[str], checkpoint: Path) -> None:
@@ -85,6 +108,11 @@ def keep_phase(folder: Path, trained: Iterable[str], checkpoint: Path) -> None:
     if folder.is_dir():
         shutil.rmtree(folder)  # a process that is killed here resumes from that checkpoint, and does this again
     partial.rename(folder)
+
+
+def _emptied(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # of a time before the run went back, maybe with other ranks' files
+    folder.mkdir(parents=True)
 
 
 def _link_or_copy(source: str, target: str) -> None:
@@ -141,7 +169,7 @@ async def _set_copies(config: RunConfig, folder: Path, phase: PreparedPhase, rol
             continue
         copy = folder / settings.copies
         if not resumed:
-            copy.mkdir(parents=True, exist_ok=True)
+            await asyncio.to_thread(_emptied, copy)
             await roles.groups[settings.copies].call("save_model", str(copy), timeout_s=SAVE_TIMEOUT_S)
         await roles.groups[role].call("load_model", str(copy), timeout_s=SAVE_TIMEOUT_S)
 

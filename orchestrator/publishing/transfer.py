@@ -1,7 +1,7 @@
 """Weights from one group of ranks to another, through the object store.
 
-source ── export ─► buckets, one object ─┬─► rank 0 of the target ─► mixes each tensor into its own
-(gathered, rank 0 packs)                 └─► rank 1 ...
+source rank 0 ── its share of the weights ─┬─► rank 0 of the target: its slice of each (`actors/weight_shares.py`)
+source rank 1 ── its share ────────────────┴─► rank 1 ...
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from actors.worker import Group, Ref
-from rollout.weights import ManifestOf, PackBuckets, UnpackBuckets
+from actors.worker import Group, Ref, all_or_first_error
 
 BUCKET_BYTES = 64 * 2**20
 
@@ -29,10 +28,10 @@ async def export_payload(source: Group, *arguments: Any, timeout_s: float) -> tu
 
 async def mix_towards(source: Group, target: Group, share: float, *, timeout_s: float, task_name: str) -> None:
     """Every weight of the target becomes `share` of the source's and the rest of its own, on all of its ranks."""
-    look = ManifestOf(None, BUCKET_BYTES)
-    manifest = (await source.call("export", look, BUCKET_BYTES, "in_memory", timeout_s=timeout_s))[0]
-    report, payload = await export_payload(
-        source, PackBuckets(manifest, 0), BUCKET_BYTES, "in_memory", timeout_s=timeout_s
+    ranks = len(target.workers)
+    sent = await all_or_first_error(
+        worker.call_split("shares", ranks, BUCKET_BYTES, timeout_s=timeout_s, task_name=task_name, refs=ranks)
+        for worker in source.workers
     )
-    reader = UnpackBuckets(manifest, report.fingerprint)
-    await target.call("mix", payload, reader, share, BUCKET_BYTES, timeout_s=timeout_s, task_name=task_name)
+    blocks = [[each[1 + rank] for each in sent] for rank in range(ranks)]
+    await target.call("mix", share, BUCKET_BYTES, blocks=blocks, timeout_s=timeout_s, task_name=task_name)

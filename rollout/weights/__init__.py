@@ -9,7 +9,7 @@ import torch
 from rollout.weights.buckets import ManifestOf
 from rollout.weights.collective import CollectiveReceiver, CollectiveSend, OpenCollective
 from rollout.weights.disk import DiskReceiver, DiskWrite
-from rollout.weights.object_store import ObjectStoreReceiver, PackBuckets, UnpackBuckets
+from rollout.weights.object_store import ObjectStoreReceiver, PackBuckets
 from rollout.weights.protocol import Receiver
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "ManifestOf",
     "OpenCollective",
     "PackBuckets",
-    "UnpackBuckets",
     "receiver",
 ]
 

@@ -6,7 +6,7 @@ The object outlives the call, so a worker can join while the trainer is busy.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from actors.errors import InfraFailure
-from rollout.weights.buckets import Staged, fill, stage, unfold
+from rollout.weights.buckets import Staged, fill, stage
 from rollout.weights.fingerprint import Fingerprint
 from rollout.weights.protocol import Manifest, SendReport, SyncOrder
 
@@ -36,24 +36,6 @@ class PackBuckets:
             fingerprint.update(host)
             payload.append(host.numpy())
         return SendReport(self.version, fingerprint.digest(), (), {}, time.perf_counter() - began), payload
-
-
-@dataclass(frozen=True)
-class UnpackBuckets:
-    """The other end of `PackBuckets` for a role that takes weights in one by one: (name, tensor), a bucket of them in
-    memory at a time. Raises InfraFailure, before the first, for other bytes than were sent."""
-
-    manifest: Manifest
-    fingerprint: str
-
-    def __call__(self, payload: Payload) -> Iterator[tuple[str, Tensor]]:
-        found = Fingerprint()
-        for array in payload:
-            found.update(torch.tensor(array))
-        if found.digest() != self.fingerprint:
-            raise InfraFailure(f"weights arrived as {found.digest()}, sent were {self.fingerprint}")
-        for bucket, array in zip(self.manifest.buckets(), payload, strict=True):
-            yield from unfold(bucket, torch.tensor(array))
 
 
 class ObjectStoreReceiver:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import multiprocessing
 import os
 import random
 import signal
@@ -10,10 +12,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from orchestrator.checkpoint import Checkpoint, CheckpointStore
+from actors.checkpoint_parts import Part
+from actors.saved_state import Seal
+from orchestrator.checkpoint import Checkpoint, CheckpointStore, RunState
+from tests.unit.test_model_worker import assert_equal_bits, differing, train, trainable
+from tests.unit.tiny import tiny_model_folder
 
 KILLS = 25
 KEEP = 2
@@ -30,11 +38,13 @@ if largest:  # bytes that the disk takes
 async def plainly(path):
     for rank in range(3):
         (path / f"rank{rank}.pt").write_bytes(os.urandom(150_000))
+    return {}
 
 async def with_torch(path):
     import torch
     from actors import saved_state
     saved_state.save({"weights": torch.randn(40_000)}, path / "rank0.pt")
+    return {}
 
 async def with_transformers(path):
     import torch
@@ -43,6 +53,7 @@ async def with_transformers(path):
     config = Qwen2Config(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=512)
     with saved_state.writing(path):
         Qwen2ForCausalLM(config).save_pretrained(path / "model")
+    return {}
 
 fill = {"plainly": plainly, "torch": with_torch, "transformers": with_transformers}[library]
 
@@ -136,3 +147,81 @@ def test_a_full_disk_ends_the_writer_with_a_message_and_the_previous_checkpoint_
     assert {"plainly": os.strerror(errno.EFBIG), "torch": "inline_container"}.get(library, "MiB free there") in last
     assert newest(tmp_path).state == before.state
     assert not list(tmp_path.glob(".tmp-*"))
+
+
+def dies_at(point: int, folder: Path) -> None:
+    """This process is killed when it touches the folder for the `point`th time: makes, opens, renames or removes."""
+    seen = 0
+
+    def look(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if event in ("os.mkdir", "open", "os.rename", "os.remove", "os.rmdir") and str(folder) in str(arguments[0]):
+            seen += 1
+            if seen == point:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(look)
+
+
+def saves_while_it_trains(model: Path, folder: Path, steps: int) -> None:
+    """Goes on from the newest checkpoint to `steps`; every step is saved while the next ones are done."""
+    worker, store = trainable(model), CheckpointStore(folder, keep=KEEP)
+
+    async def fill(path: Path) -> dict[str, Seal]:
+        await asyncio.to_thread((path / "policy").mkdir)
+        worker.begin_save(str(path), [Part("state", "policy"), Part("model", "model")])
+        begun.set()
+        return await asyncio.to_thread(worker.finish_save, 60.0)
+
+    async def run() -> None:
+        found = store.latest()
+        if found is not None:
+            worker.load_state(str(found.path / "policy"))
+        for step in range(found.state.total_step if found else 0, steps):
+            await asyncio.to_thread(train, worker, range(step, step + 1))
+            if saving:
+                await saving.pop()
+            begun.clear()
+            state = RunState("p", 0, step + 1, step + 1, step + 1, {}, {}, "")
+            saving.append(asyncio.ensure_future(store.write(fill, state)))
+            await begun.wait()
+        await saving.pop()
+
+    begun, saving = asyncio.Event(), list[asyncio.Future[Checkpoint]]()
+    asyncio.run(run())
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_run_killed_anywhere_in_a_save_beside_its_training_resumes_with_the_weights_of_a_saved_step(tmp_path: Path):
+    """Killed in turn at the first, sixth, eleventh ... touch of the checkpoints, until a run gets to its end."""
+    torch.set_num_threads(1)  # what is forked has no threads of OpenMP
+    model, folder, steps = tiny_model_folder(tmp_path), tmp_path / "checkpoints", 3
+    straight, expected = trainable(model), list[dict[str, torch.Tensor]]()
+    for step in range(steps):
+        train(straight, range(step, step + 1))
+        expected.append({name: weight.clone() for name, weight in straight.backend.trained_weights()})
+    kills, saved = 0, list[int]()
+    while True:
+        run = multiprocessing.get_context("fork").Process(
+            target=_killed_run, args=(2 * kills + 1, model, folder, steps)
+        )
+        run.start()
+        run.join(120)
+        found = CheckpointStore(folder, keep=KEEP).latest()
+        saved.append(found.state.total_step if found else 0)
+        if found is not None:
+            resumed = trainable(model)
+            resumed.load_state(str(found.path / "policy"))
+            assert_equal_bits(dict(resumed.backend.trained_weights()), expected[saved[-1] - 1])
+        if run.exitcode == 0:
+            break
+        assert run.exitcode == -signal.SIGKILL
+        kills += 1
+    assert saved == sorted(saved) and saved[-1] == steps and {0, 1} <= set(saved)
+    assert kills > 4, "a save touches the folder more often than that"
+    assert differing(expected[0], expected[-1])
+
+
+def _killed_run(point: int, model: Path, folder: Path, steps: int) -> None:
+    dies_at(point, folder)
+    saves_while_it_trains(model, folder, steps)

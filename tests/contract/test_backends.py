@@ -462,12 +462,14 @@ def test_an_average_is_that_of_single_and_a_resumed_one_that_of_an_uninterrupted
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("case", [Case("deepspeed", stage, 2) for stage in range(4)], ids=str)
+@pytest.mark.parametrize(
+    ("source", "case"), [(SINGLE, Case("deepspeed", stage, 2)) for stage in range(4)] + [(ZERO3, SINGLE)], ids=str
+)
 def test_a_frozen_role_takes_in_a_share_of_the_trained_ones_weights(
-    start: Start, tmp_path: Path, case: Case, tied: bool
+    start: Start, tmp_path: Path, source: Case, case: Case, tied: bool
 ) -> None:
     folder = str(tiny_model_folder(tmp_path, hidden=32, tied=tied))
-    policy, reference = start(SINGLE, path=folder), start(case, optim=None, path=folder)
+    policy, reference = start(source, path=folder), start(case, optim=None, path=folder)
     expected = reference.weights()
     for share in (0.25, 0.6):
         policy.update()

@@ -190,9 +190,10 @@ def test_samples_come_with_their_tokens_if_these_are_asked_for_and_kept(http: Te
 def test_checkpoints_that_are_complete_are_listed_with_their_size(http: TestClient, runs: Path):
     store = CheckpointStore(runs / "t-1" / "checkpoints", keep=5)
 
-    async def fill(folder: Path) -> None:
+    async def fill(folder: Path) -> dict[str, Any]:
         (folder / "model").mkdir()
         (folder / "model" / "weights").write_bytes(b"x" * 100)
+        return {}
 
     state = RunState("grpo", 0, 4, 4, 4, {}, {}, "")
     asyncio.run(store.write(fill, state))

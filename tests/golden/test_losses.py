@@ -1139,6 +1139,7 @@ def test_an_average_of_weights_equals_the_peer(case: dict[str, Any]) -> None:
 def test_a_reference_that_follows_equals_the_peer(case: dict[str, Any]) -> None:
     reference = nn.Linear(2, 1, bias=False).requires_grad_(False)
     reference.weight.copy_(torch.tensor(case["inputs"]["ref"]))
-    policy = iter([("weight", torch.tensor(case["inputs"]["policy"]))])
-    mix_in(reference, policy, case["config"]["alpha"], 1, resident)
+    policy = torch.tensor(case["inputs"]["policy"])
+    slices = iter([("weight", policy.shape, policy.view(-1))])
+    mix_in(reference, slices, case["config"]["alpha"], 1, resident, SoloWorld(), lambda _: False)
     torch.testing.assert_close(reference.weight.data, torch.tensor(case["outputs"]["ref"]), atol=1e-7, rtol=1e-6)

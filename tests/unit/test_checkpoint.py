@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from actors.errors import ConfigError, DiskError, RunError
+from actors.saved_state import Seal, sealed
 from orchestrator.checkpoint import MANIFEST, STATE, CheckpointStore, RunState, verify
 
 
@@ -22,9 +23,10 @@ def state(step: int) -> RunState:
 
 
 async def write(store: CheckpointStore, step: int, content: bytes = b"weights") -> Path:
-    async def writer(folder: Path) -> None:
+    async def writer(folder: Path) -> dict[str, Seal]:
         (folder / "policy").mkdir()
         (folder / "policy" / "rank0.pt").write_bytes(content * step)
+        return {}
 
     return (await store.write(writer, state(step))).path
 
@@ -47,6 +49,31 @@ async def test_the_newest_checkpoint_is_loaded_with_its_state_and_files(tmp_path
     found = CheckpointStore(tmp_path / "checkpoints", keep=2).latest()
     assert found is not None and found.state == state(3)
     assert (found.path / "policy" / "rank0.pt").read_bytes() == b"weights" * 3
+
+
+async def test_a_file_is_in_the_manifest_as_its_writer_sealed_it_and_a_change_since_then_damages_the_checkpoint(
+    tmp_path: Path,
+):
+    async def writer(folder: Path) -> dict[str, Seal]:
+        for name in ("kept", "changed"):
+            (folder / name).write_bytes(b"weights")
+        seals = {name: sealed(folder / name) for name in ("kept", "changed")}
+        (folder / "changed").write_bytes(b"WEIGHTS")
+        return seals
+
+    path = (await CheckpointStore(tmp_path, keep=1).write(writer, state(1))).path
+    manifest = json.loads((path / MANIFEST).read_text())
+    assert manifest["kept"] == manifest["changed"] == {"bytes": 7, "sha256": sha256(b"weights").hexdigest()}
+    assert (problem := verify(path)) and "changed is not what the manifest says" in problem
+
+
+async def test_a_file_that_the_driver_does_not_see_makes_no_checkpoint(tmp_path: Path):
+    async def writer(folder: Path) -> dict[str, Seal]:
+        return {"policy/rank1.pt": Seal(bytes=3, sha256="")}  # on a disk of another machine
+
+    with pytest.raises(DiskError, match=r"policy/rank1.pt, 3 bytes by its writer, is not there for the driver"):
+        await CheckpointStore(tmp_path, keep=1).write(writer, state(1))
+    assert names(tmp_path) == []
 
 
 async def test_only_the_newest_are_kept(tmp_path: Path):
@@ -162,7 +189,7 @@ async def test_a_failed_write_leaves_no_folder_and_keeps_the_previous_checkpoint
     store = CheckpointStore(tmp_path, keep=1)
     await write(store, 1)
 
-    async def fails(folder: Path) -> None:
+    async def fails(folder: Path) -> dict[str, Seal]:
         (folder / "half").write_bytes(b"x")
         raise ValueError("a rank died")
 
@@ -174,9 +201,10 @@ async def test_a_failed_write_leaves_no_folder_and_keeps_the_previous_checkpoint
 async def test_a_disk_error_is_reported_with_a_remedy(tmp_path: Path):
     store = CheckpointStore(tmp_path, keep=1)
 
-    async def full(folder: Path) -> None:
+    async def full(folder: Path) -> dict[str, Seal]:
         with open("/dev/full", "wb", buffering=0) as stream:
             stream.write(b"x")
+        return {}
 
     with pytest.raises(DiskError, match=r"step 2 could not be written.*No space left.*make room"):
         await store.write(full, state(2))

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors import lora
 from actors.errors import ConfigError, ModelError
+from actors.saved_state import Seal
 from actors.specs import LoraSpec
 from orchestrator.checkpoint import Checkpoint, CheckpointStore, RunState
 from orchestrator.model_folders.export import export
@@ -31,12 +32,13 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def written_checkpoint(run: Path, model: Path, *, step: int, phase: str = "sft", keep: int = 9) -> Checkpoint:
     """With `model/`, a critic's model in `models/value`, and the state of both."""
 
-    async def write(folder: Path) -> None:
+    async def write(folder: Path) -> dict[str, Seal]:
         for name in ("model", "models/value"):
             shutil.copytree(model, folder / name)
         for role in ("policy", "value"):
             (folder / role).mkdir()
             (folder / role / "state.pt").write_bytes(b"0")
+        return {}
 
     state = RunState(phase, 0, step, step, step, {}, {}, "data")
     return asyncio.run(CheckpointStore(run / "checkpoints", keep=keep).write(write, state))

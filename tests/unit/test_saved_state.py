@@ -6,6 +6,8 @@ import math
 import os
 import re
 import resource
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,8 +18,12 @@ import numpy as np
 import pytest
 import torch
 
+from actors.background_save import BackgroundSave
+from actors.checkpoint_parts import Part
 from actors.errors import ConfigError, DiskError, RunError
+from actors.model_worker import ModelWorker
 from actors.objective import MicroBatch, Outputs, World
+from actors.saved_state import sealed
 from actors.specs import LoraSpec
 from tests.unit.test_model_worker import (
     OPTIM,
@@ -55,6 +61,84 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(folder: Path, tmp
     assert [report.metrics for report in found] == [report.metrics for report in expected[2:]]
     assert [report.learning_rate for report in found] == [report.learning_rate for report in expected[2:]]
     assert resumed.ping()["steps_done"] == 5
+
+
+class SlowCopy:
+    """A part of a save that reads the weights a while after the next step's pass has begun, when nothing else holds the
+    step up any more."""
+
+    def __init__(self, target: ModelWorker, passing: threading.Event, file: Path) -> None:
+        self.target, self.passing, self.file = target, passing, file
+        self.found: dict[str, torch.Tensor] = {}
+
+    def copy(self) -> None:
+        assert self.passing.wait(60)
+        time.sleep(0.3)
+        self.found = {name: weight.clone() for name, weight in self.target.backend.trained_weights()}
+
+    def write(self) -> list[Path]:
+        torch.save(self.found, self.file)
+        return [self.file]
+
+
+class Passing(Nll):
+    """Says that a pass has begun."""
+
+    def __init__(self, began: threading.Event) -> None:
+        super().__init__(coupled=True)
+        object.__setattr__(self, "began", began)
+
+    def statistics(self, *arguments: Any) -> dict[str, Any]:
+        self.began.set()  # type: ignore[attr-defined]
+        return super().statistics(*arguments)
+
+
+def test_a_step_during_a_save_passes_at_once_and_changes_the_weights_only_when_they_are_copied(
+    folder: Path, tmp_path: Path
+) -> None:
+    target, passing = trainable(folder), threading.Event()
+    train(target, range(1))
+    before = {name: weight.clone() for name, weight in target.backend.trained_weights()}
+    piece = SlowCopy(target, passing, tmp_path / "weights.pt")
+    target._save = BackgroundSave("policy", tmp_path, [piece], target.backend.device)
+    train(target, range(1, 2), Passing(passing))  # the copy would wait for it forever, if it waited for the copy first
+    assert list(target.finish_save(60)) == ["weights.pt"]
+    saved = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert_equal_bits(saved, before)
+    assert differing(before, dict(target.backend.trained_weights())), "the step changed nothing"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_is_saved_during_later_steps_is_what_is_saved_at_once(folder: Path, tmp_path: Path, variant: str) -> None:
+    parts = [Part("state", "policy"), Part("model", "model")]
+    target = trainable(folder, **VARIANTS[variant])
+    train(target, range(2), Nll(coupled=True))
+    at_once, background = tmp_path / "at_once", tmp_path / "background"
+    (at_once / "policy").mkdir(parents=True)
+    (background / "policy").mkdir(parents=True)
+    target.save_state(str(at_once / "policy"))
+    target.save_model(str(at_once / "model"))
+    target.begin_save(str(background), parts)
+    train(target, range(2, 4), Nll(coupled=True))
+    seals = target.finish_save(60)
+    files = {str(file.relative_to(background)) for file in background.rglob("*") if file.is_file()}
+    assert set(seals) == files == {str(f.relative_to(at_once)) for f in at_once.rglob("*") if f.is_file()}
+    assert all(sealed(background / name) == seal for name, seal in seals.items())
+    for name in ("model/model.safetensors", "policy/single.pt", "policy/trainable-rank0.pt"):
+        assert (background / name).read_bytes() == (at_once / name).read_bytes(), name
+    target.save_model(str(tmp_path / "later"))
+    assert (tmp_path / "later/model.safetensors").read_bytes() != (at_once / "model/model.safetensors").read_bytes()
+
+
+def test_a_failed_copy_is_raised_where_the_save_is_finished_and_training_goes_on(folder: Path, tmp_path: Path) -> None:
+    target = trainable(folder)
+    with torch.no_grad():
+        next(target.backend.trained_weights())[1].view(-1)[0] = math.nan
+    target.begin_save(str(tmp_path), [Part("state", "policy")])
+    with pytest.raises(RunError, match="not finite"):
+        target.finish_save(60)
+    assert not list(tmp_path.rglob("*.pt"))
+    target.reset(OPTIM)
 
 
 def test_a_state_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ from actors.errors import InfraFailure, RunError
 from actors.model import ModelSpec
 from actors.model_worker import ModelWorker
 from actors.specs import BackendSpec, OptimSpec
+from actors.weight_shares import cut, joined
 from actors.worker import LocalGroup, LocalWorker
 from orchestrator.publishing.transfer import mix_towards
-from rollout.weights import ManifestOf, PackBuckets, UnpackBuckets
 from tests.unit.tiny import tiny_model_folder
 
 OPTIM = OptimSpec(learning_rate=1e-2, total_steps=20)
@@ -116,15 +115,29 @@ def test_mixing_into_a_trained_role_is_refused(tmp_path: Path) -> None:
         mixed(trainable(folder), trainable(folder, optim=OPTIM), 0.5)
 
 
-def test_weights_that_differ_from_those_sent_are_refused_before_any_is_used(tmp_path: Path) -> None:
-    source = trainable(tiny_model_folder(tmp_path))
-    manifest = source.export(ManifestOf(None, BUCKET), BUCKET, "in_memory")
-    report, payload = source.export(PackBuckets(manifest, 0), BUCKET, "in_memory")
-    assert len(payload) > 2
-    reader = UnpackBuckets(manifest, report.fingerprint)
-    assert [name for name, _ in reader(payload)] == [meta.name for meta in manifest.tensors]
-    payload[-1][0] ^= 1
-    with pytest.raises(InfraFailure, match="weights arrived as"):
-        next(reader(payload))
-    with pytest.raises(InfraFailure, match="weights arrived as"):
-        next(replace(reader, fingerprint="xxh3:0")(payload[:1]))
+def test_slices_of_which_a_byte_has_changed_are_refused(tmp_path: Path) -> None:
+    _, block = trainable(tiny_model_folder(tmp_path, seed=1)).shares(1, BUCKET)
+    target = trainable(tiny_model_folder(tmp_path, seed=2))
+    before = weights(target)
+    block[-1].values[0] ^= 1
+    with pytest.raises(InfraFailure, match=rf"{block[-1].name} arrived with other bytes than were sent"):
+        target.mix(0.5, BUCKET, block)
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(target).items()), "none was used"
+    block[-1].values[0] ^= 1
+    target.mix(0.5, BUCKET, block)
+    assert any(not torch.equal(weight, before[name]) for name, weight in weights(target).items())
+
+
+@pytest.mark.parametrize(("senders", "receivers"), [(1, 1), (2, 3), (3, 2)])
+def test_the_slices_of_all_receivers_are_the_weights_and_each_is_sent_once(senders: int, receivers: int) -> None:
+    torch.manual_seed(0)
+    weights = [(str(index), torch.randn(index + 1, 5).bfloat16()) for index in range(7)]
+    total = sum(tensor.nbytes for _, tensor in weights)
+    sent = [cut(iter(weights), total, rank=rank, ranks=senders, receivers=receivers) for rank in range(senders)]
+    assert sum(each.values.nbytes for blocks in sent for block in blocks for each in block) == total
+    assert all(blocks[0] for blocks in sent), "every sender has a share"
+    arrived = [list(joined([blocks[receiver] for blocks in sent])) for receiver in range(receivers)]
+    for index, (name, tensor) in enumerate(weights):
+        names, shapes, parts = zip(*(slices[index] for slices in arrived), strict=True)
+        assert set(names) == {name} and set(shapes) == {tensor.shape}
+        assert torch.equal(torch.cat(parts).view(tensor.shape), tensor)
