@@ -38,6 +38,7 @@ class Script:
         default_factory=dict
     )
     echo: bool = False
+    lengths: Sequence[int] = ()  # of random completions with their end, each as likely; none: uniform up to the limit
     vocab: int = 64
     eos: int = 1
     seconds_per_step: float = 0.0
@@ -71,6 +72,9 @@ class Script:
 
     def _random(self, request: Request, index: int) -> list[int]:
         draw = np.random.default_rng(sample_seed(request.seed, index))
+        if self.lengths:
+            body = draw.integers(2, self.vocab, size=max(0, int(draw.choice(self.lengths)) - 1))
+            return [*map(int, body), self.eos]
         longest = request.sampling.max_tokens * 5 // 4  # one in five reaches its limit
         body = draw.integers(2, self.vocab, size=draw.integers(1, longest, endpoint=True))
         return [*map(int, body), self.eos]

@@ -249,7 +249,8 @@ class GroupCollector:
         """Until a batch may be trained at `version`. Ended by `_ended` of the groups under way; each of those has
         deadlines of its own, which count while it is worked on. So this one has none: it lasts as long as a step, or as
         long as a pool is paused."""
-        while len(self._usable(version)) < self._contract.size(version):
+        wanted = self._contract.size(version)
+        while len(self._ready) < wanted or len(self._usable(version)) < wanted:  # each group that ends looks here
             if self._failure is not None:
                 raise self._failure
             if self._version == version and not self._running:  # all was admitted that may be

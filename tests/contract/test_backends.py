@@ -23,6 +23,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
 from actors.batch import Batch
+from actors.checkpoint_parts import Part
 from actors.columns import Head
 from actors.errors import ConfigError, InfraFailure, RunError
 from actors.group import start_ranks
@@ -179,8 +180,9 @@ def train(gangs: Gangs, base: ModelSpec, batch: Batch, tmp_path_factory: pytest.
         role = start(case)
         state, model = (str(tmp_path_factory.mktemp(f"{name}-{case}")) for name in ("state", "model"))
         reports = role.update(2)
-        role.act("save_state", state)
+        role.act("begin_save", state, [Part("state")])  # which is written while the next steps are done
         reports += role.update(2)
+        role.act("finish_save", VERB_S)
         role.act("save_model", model)
         return Run(reports, role.weights(), state, model)
 

@@ -1,0 +1,397 @@
+"""What the driver does in one step of grpo on up to 1,024 GPUs and more: calls, bytes and seconds, part by part.
+
+    python tests/benchmarks/at_size.py [--gpus 64 256 1024 4096] [--ray]
+
+Nothing computes: half of the GPUs are ranks of a policy and its reference in ZeRO stage 3, the other half engines of 8
+GPUs each, and all of them answer at once. What is real is everything that runs in the driver: planner, collector with
+its staleness contract, pools, row table, sharder, executor, publisher, manifest of a checkpoint. A step has one prompt
+per GPU and 16 samples of each. Seconds are those of the driver's processor; `--ray` adds what a call and an object cost
+there, measured on actors of this machine. "Share of a step" is of one that takes a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import pickle
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import cloudpickle
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from actors.batch import Batch
+from actors.model_worker import UpdateReport
+from actors.saved_state import Seal
+from actors.worker import LocalObjects, Ref, WorkerInfo
+from orchestrator.batches.batch_stages import PhaseSettings
+from orchestrator.checkpoint import CheckpointStore, RunState
+from orchestrator.cluster.failures import Ledger, Watchdog
+from orchestrator.cluster.pool import Pool, PoolPolicy
+from orchestrator.collection.cursor import Cursor
+from orchestrator.collection.group_collector import GroupCollector
+from orchestrator.collection.staleness import Contract
+from orchestrator.config.schema import RunConfig, WeightsConfig
+from orchestrator.executor import Executor
+from orchestrator.methods import build
+from orchestrator.planning.bundles import ClusterView, Node
+from orchestrator.planning.plan import Machine, draft_plan, problems
+from orchestrator.publishing.publisher import Publisher
+from rewards.worker import ScoreResult
+from rollout.sampling import Finish, GroupMeta, Sampling
+from rollout.weights.protocol import Ack, Manifest, SendReport, TensorMeta
+
+SAMPLES, PROMPT, TP = 16, 300, 8
+STEP_S = 60.0
+TENSORS = 723  # of a model of 70B parameters
+POLICY = PoolPolicy(8, 3, 60.0, 60.0, 9, ping_every_s=1e6)
+
+
+@dataclass
+class Count:
+    """Of one part of a step."""
+
+    calls: int = 0
+    objects: int = 0
+    nbytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Meter:
+    parts: dict[str, Count] = field(default_factory=dict)
+    now: Count = field(default_factory=Count)
+
+    @contextlib.contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        self.now = self.parts.setdefault(part, Count())
+        pickled, began = 0.0, time.process_time()
+        self._pickling = 0.0
+        try:
+            yield
+        finally:
+            pickled = self._pickling
+            self.now.seconds += time.process_time() - began - pickled  # Ray's pickling is in what a call costs there
+            self.now = Count()
+
+    def call(self, arguments: Any, result: Any) -> None:
+        began = time.process_time()
+        self.now.calls += 1
+        self.now.nbytes += len(cloudpickle.dumps(arguments)) + len(cloudpickle.dumps(result))
+        self._pickling += time.process_time() - began
+
+    def put(self, value: Any) -> None:
+        began = time.process_time()
+        self.now.objects += 1
+        self.now.nbytes += len(pickle.dumps(value, protocol=5))
+        self._pickling += time.process_time() - began
+
+
+class Stub:
+    """A process that answers at once."""
+
+    def __init__(self, name: str, meter: Meter) -> None:
+        self.name, self.meter = name, meter
+        self.where = name
+
+    async def call(self, method: str, *args: Any, timeout_s: float, task_name: str | None = None, **kwargs: Any) -> Any:
+        await asyncio.sleep(0)
+        result = getattr(self, method)(*args)
+        self.meter.call([arg for arg in args if not isinstance(arg, Ref)], result)
+        return result
+
+    async def call_split(
+        self, method: str, *args: Any, timeout_s: float, task_name: str | None = None, refs: int = 1
+    ) -> Any:
+        result = await self.call(method, *args, timeout_s=timeout_s)
+        return result, *([Ref(None)] * refs)
+
+    async def kill(self) -> None: ...
+
+    def ready(self) -> WorkerInfo:
+        return WorkerInfo(self.name, 1, "node", "", {})
+
+    def ping(self) -> dict[str, Any]:
+        return {"verb": "update", "busy_s": 1.0, "steps_done": 3, "alive": True}
+
+
+class StubEngine(Stub):
+    version = -1
+
+    def generate(self, request: Any) -> GroupMeta:
+        lengths = tuple(np.random.default_rng(request.seed % 2**32).integers(50, 4000, SAMPLES).tolist())
+        return GroupMeta(request.id, self.name, lengths, (Finish.STOP,) * SAMPLES, self.version, self.version, 1.0)
+
+    def receive(self, order: Any, payload: Any) -> Ack:
+        self.version = order.version
+        return Ack(self.name, order.version, "same")
+
+
+class StubScorer(Stub):
+    def score(self, *_: Any) -> ScoreResult:
+        rewards = np.random.default_rng(0).random((1, SAMPLES)).astype(np.float32).T
+        return ScoreResult(("mine",), rewards, rewards[:, 0], weights=np.ones(1, np.float32))
+
+
+class StubRank(Stub):
+    rank = 0
+
+    def hold(self, *_: Any) -> None: ...
+
+    def infer(self, *_: Any) -> float:
+        return 1.0
+
+    def update(self, *_: Any) -> UpdateReport:
+        return UpdateReport(dict.fromkeys(map(str, range(25)), 1.0), 1.0, 1e-6, 1000, {"forward": 1.0})
+
+    def export(self, consumer: Any, bucket_bytes: int) -> Any:
+        if self.rank:
+            return None
+        if type(consumer).__name__ == "ManifestOf":
+            return Manifest(tuple(TensorMeta(f"layer.{i}", "bfloat16", (8192, 8192)) for i in range(TENSORS)), 2**22)
+        return SendReport(consumer.order.version, "same", ())
+
+    def run(self, task: Any) -> tuple[str, int]:
+        return "10.0.0.1", 12345
+
+    def begin_save(self, folder: str, parts: Any) -> None: ...
+
+    def finish_save(self, timeout_s: float) -> dict[str, Seal]:
+        return {f"policy/{name}-rank{self.rank}.pt": Seal(bytes=1, sha256="0" * 64) for name in ("ds", "own", "model")}
+
+
+class StubGroup:
+    """The ranks of a role."""
+
+    def __init__(self, name: str, ranks: int, meter: Meter) -> None:
+        self.name = name
+        self.workers = [StubRank(f"{name}/{rank}", meter) for rank in range(ranks)]
+        for rank, worker in enumerate(self.workers):
+            worker.rank = rank
+
+    async def call(
+        self,
+        method: str,
+        *shared: Any,
+        per_rank: Sequence[Any] | None = None,
+        blocks: Sequence[Sequence[Ref]] | None = None,
+        timeout_s: float,
+        task_name: str | None = None,
+    ) -> list[Any]:
+        return list(
+            await asyncio.gather(
+                *(
+                    worker.call(
+                        method,
+                        *(() if per_rank is None else (per_rank[rank],)),
+                        *shared,
+                        *(() if blocks is None else blocks[rank]),
+                        timeout_s=timeout_s,
+                    )
+                    for rank, worker in enumerate(self.workers)
+                )
+            )
+        )
+
+    async def call_split(self, method: str, *shared: Any, **how: Any) -> list[tuple[Any, Ref]]:
+        return [(value, Ref(None)) for value in await self.call(method, *shared, **how)]
+
+    async def kill(self) -> None: ...
+
+
+class Objects(LocalObjects):
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+
+    async def put(self, value: Any) -> Ref:
+        self._meter.put(value)
+        return Ref(value)
+
+
+class Endless:
+    order = SimpleNamespace(at=lambda position: (0, position))
+
+    def item(self, index: int) -> Any:
+        return SimpleNamespace(
+            id=index, tokens=(7,) * PROMPT, prompt="x" * 4 * PROMPT, columns={}, row_values={}, teacher_prompt=None
+        )
+
+    def batch(self, positions: list[int]) -> Batch:
+        return Batch.build([PROMPT] * len(positions), group=positions)
+
+
+async def measured(gpus: int, folder: Path) -> Meter:
+    """The second of two steps."""
+    meter = Meter()
+    ranks, engines = gpus // 2, max(1, gpus // 2 // TP)
+    pipeline = build("grpo", {"num_generations": SAMPLES, "beta": 0.04})
+    with meter("plan, once"):
+        roles = {
+            "policy": {"ranks": ranks, "gpus": 1, "zero_stage": 3, "backend": "deepspeed"},
+            "reference": {"ranks": ranks, "gpus": 1, "zero_stage": 3, "backend": "deepspeed", "colocate": "policy"},
+            "rollout": {"workers": engines, "gpus": TP, "tensor_parallel": TP},
+            "reward": {"workers": engines},
+        }
+        config = RunConfig.model_validate({"phases": {"grpo": {"method": "grpo"}}, "roles": roles})
+        plan = draft_plan(config, {"grpo": pipeline}, parameters=70_000_000_000, machine=Machine(128))
+        problems(plan, ClusterView(tuple(Node(f"n{i}", {"CPU": 128.0, "GPU": 8.0}) for i in range(gpus // 8 + 1))))
+
+    def pool(role: str, kind: type[Stub], count: int) -> Pool:
+        async def start(index: int) -> Any:
+            return kind(f"{role}/{index}", meter)
+
+        return Pool(
+            role, count, POLICY, start=start, stop=lambda w: w.kill(), event=lambda *_: None, watchdog=Watchdog()
+        )
+
+    rollout, reward = pool("rollout", StubEngine, engines), pool("reward", StubScorer, engines)
+    groups: dict[str, Any] = {name: StubGroup(name, ranks, meter) for name in ("policy", "reference")}
+    objects = Objects(meter)
+    publisher = Publisher(
+        groups["policy"],
+        rollout,
+        objects,
+        WeightsConfig(topology="all"),
+        role="rollout",
+        source="policy",
+        dtype="bfloat16",
+        folder=str(folder),
+        event=lambda *_: None,
+    )
+    rollout.admit = publisher.admit
+    await asyncio.gather(rollout.open(), reward.open())
+
+    async def start(role: str, model: str) -> None: ...
+
+    executor = Executor(
+        groups,
+        objects,
+        start=start,
+        engines={"rollout": rollout},
+        scorers={"reward": reward},
+        model_rewards=(),
+        publishers=[publisher],
+        call_timeout_s=dict.fromkeys(groups, 60.0),
+        stand_ins={},
+        concurrent=False,
+    )
+    executor.enter(PhaseSettings(pipeline, 32768, 1.0, 0, Sampling(max_tokens=4096)))
+    cursor = Cursor()
+    collector = GroupCollector(
+        Endless(),
+        executor,
+        pipeline,
+        cursor,
+        Contract(0, gpus),
+        run="size",
+        seed=0,
+        version=0,
+        ledger=Ledger(64),
+        watchdog=Watchdog(),
+    )
+    with meter("publish"):
+        async with executor.changing_weights():
+            await executor.publish(0, begins=True)
+    for step in range(2):
+        if step:
+            meter.parts = {"plan, once": meter.parts["plan, once"]}
+        with meter("collect and reference"):
+            collected = await collector.next(step)
+        for stage in pipeline.learn:
+            with meter(stage.name):
+                collected_table, _ = await executor.run([stage], collected.table, step)
+                collected = SimpleNamespace(table=collected_table, positions=collected.positions)
+        await collector.expire(step + 1)
+        with meter("publish"):
+            async with executor.changing_weights():
+                await executor.publish(step + 1)
+        collector.advance(step + 1, collected)  # type: ignore[arg-type]
+    with meter("pings, each second"):
+        await asyncio.gather(*(each.call("ping", timeout_s=1) for name in groups for each in groups[name].workers))
+        await asyncio.gather(*(worker.call("ping", timeout_s=1) for worker in rollout.workers.values()))
+    with meter("checkpoint"):
+        await groups["policy"].call("begin_save", str(folder), [], timeout_s=60.0)
+        sealed = {
+            name: seal
+            for own in await groups["policy"].call("finish_save", 1.0, timeout_s=60.0)
+            for name, seal in own.items()
+        }
+
+        async def fill(at: Path) -> dict[str, Seal]:
+            (at / "policy").mkdir()
+            for name in sealed:
+                (at / name).write_bytes(b"0")
+            return sealed
+
+        await CheckpointStore(folder, keep=1).write(fill, RunState("p", 0, 1, 1, 1, {}, {}, ""))
+    await collector.close()
+    await asyncio.gather(rollout.close(), reward.close())
+    return meter
+
+
+def ray_costs() -> tuple[float, float]:
+    """Seconds of the driver for one call, and for one small object that is put."""
+    import ray
+
+    from actors.group import RayObjects, start_worker
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+
+        async def costs() -> tuple[float, float]:
+            workers = [start_worker(f"troupe/size/stub/{i}", _Echo, {}, ray_options={"num_cpus": 0}) for i in range(2)]
+            await asyncio.gather(*(worker.call("ready", timeout_s=120.0) for worker in workers))
+            found = []
+            for work in (
+                lambda i: workers[i % 2].call("ready", timeout_s=60.0),
+                lambda i: RayObjects().put(b"x" * 2000),
+            ):
+                await asyncio.gather(*map(work, range(200)))
+                began = time.process_time()
+                await asyncio.gather(*map(work, range(1000)))
+                found.append((time.process_time() - began) / 1000)
+            return found[0], found[1]
+
+        return asyncio.run(costs())
+    finally:
+        ray.shutdown()
+
+
+class _Echo:
+    def ready(self) -> dict[str, Any]:
+        return {"verb": "update", "busy_s": 1.0}
+
+    def ping(self) -> None: ...
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", type=int, nargs="+", default=[64, 256, 1024, 4096])
+    parser.add_argument("--ray", action="store_true", help="add what calls and objects cost in Ray")
+    given = parser.parse_args()
+    per_call, per_object = ray_costs() if given.ray else (0.0, 0.0)
+    print(f"in the driver, a call costs {per_call * 1e3:.2f} ms, an object {per_object * 1e3:.2f} ms of its processor")
+    for gpus in given.gpus:
+        with tempfile.TemporaryDirectory() as folder:
+            meter = asyncio.run(measured(gpus, Path(folder)))
+        print(f"\n{gpus} GPUs, {gpus * SAMPLES} rows" + " " * 10 + "calls  objects      MB   own s   + Ray s")
+        total = 0.0
+        for part, count in meter.parts.items():
+            with_ray = count.seconds + count.calls * per_call + count.objects * per_object
+            total += with_ray if part not in ("plan, once", "checkpoint", "pings, each second") else 0.0
+            numbers = f"{count.calls:7d}  {count.objects:7d}  {count.nbytes / 1e6:6.1f}"
+            print(f"  {part:32s} {numbers}  {count.seconds:6.2f}  {with_ray:8.2f}")
+        print(f"  a step: {total:.2f} s, {total / STEP_S:.0%} of a minute")
+
+
+if __name__ == "__main__":
+    main()
