@@ -26,7 +26,7 @@ from orchestrator.cluster.pool import Pool
 
 JOIN_S = 60.0  # for which a turn may go on when another role waits
 SLEEP_TIMEOUT_S = 600.0  # to copy what a device holds to the host, or back
-NEEDS_NO_DEVICE = frozenset({"hold", "ping"})  # verbs that a sleeping rank answers
+NEEDS_NO_DEVICE = frozenset({"finish_save", "hold", "ping"})  # verbs that a sleeping rank answers
 
 Order = Callable[[str], Awaitable[None]]  # carries out `sleep` or `wake` on every process of a role
 

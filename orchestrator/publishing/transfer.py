@@ -29,9 +29,10 @@ async def export_payload(source: Group, *arguments: Any, timeout_s: float) -> tu
 async def mix_towards(source: Group, target: Group, share: float, *, timeout_s: float, task_name: str) -> None:
     """Every weight of the target becomes `share` of the source's and the rest of its own, on all of its ranks."""
     ranks = len(target.workers)
-    sent = await all_or_first_error(
-        worker.call_split("shares", ranks, BUCKET_BYTES, timeout_s=timeout_s, task_name=task_name, refs=ranks)
-        for worker in source.workers
-    )
+    async with source.turn():
+        sent = await all_or_first_error(
+            worker.call_split("shares", ranks, BUCKET_BYTES, timeout_s=timeout_s, task_name=task_name, refs=ranks)
+            for worker in source.workers
+        )
     blocks = [[each[1 + rank] for each in sent] for rank in range(ranks)]
     await target.call("mix", share, BUCKET_BYTES, blocks=blocks, timeout_s=timeout_s, task_name=task_name)
