@@ -47,7 +47,7 @@ class ModelPiece:
         self._nbytes = 0
 
     def copy(self) -> None:
-        left_out = set(self._causal._keys_to_ignore_on_save or ())
+        left_out: set[str] = set(self._causal._keys_to_ignore_on_save or ())
         for name, tensor in self._weights:
             if name not in left_out:
                 file = self._nbytes // self._file_bytes  # in which the tensor begins

@@ -52,7 +52,7 @@ def cut(
             for receiver, block in enumerate(blocks):
                 part = tensor.detach().reshape(-1)[own_slice(tensor.numel(), receiver, receivers)]
                 values = _on_host(part).view(torch.uint8).numpy()
-                block.append(Slice(name, tuple(tensor.shape), tensor.dtype, values, zlib.crc32(values)))
+                block.append(Slice(name, tuple(tensor.shape), tensor.dtype, values, zlib.crc32(values.data)))
         before += tensor.nbytes
     return blocks
 
@@ -62,7 +62,7 @@ def joined(blocks: Sequence[Sequence[Slice]]) -> Slices:
     InfraFailure, before the first, if there are other bytes than were sent."""
     slices = [each for block in blocks for each in block]
     for each in slices:
-        if zlib.crc32(each.values) != each.checksum:
+        if zlib.crc32(each.values.data) != each.checksum:
             raise InfraFailure(f"{each.name} arrived with other bytes than were sent")
     for each in slices:
         values = torch.tensor(each.values).view(each.dtype)  # a copy: the object store's memory cannot be written

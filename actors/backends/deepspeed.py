@@ -334,8 +334,7 @@ def _remembering(folder: Path) -> Any:
 
         def create(self, info: Any) -> None: ...
 
-        def commit(self, info: Any) -> bool:
-            return True
+        def commit(self, info: Any) -> None: ...
 
         def save(self, state_dict: Any, path: str) -> None:
             self.files.append(StateFile(str(Path(path).relative_to(folder)), state_dict, plain=False))
@@ -343,7 +342,7 @@ def _remembering(folder: Path) -> Any:
         def load(self, path: str, map_location: Any = None) -> Any:
             raise NotImplementedError("this checkpoint engine is for one save")
 
-        def preserves_storage_sharing(self) -> bool:
+        def preserves_storage_sharing(self) -> Any:
             return False  # every tensor is copied by itself
 
     return Remembering()

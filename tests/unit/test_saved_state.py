@@ -88,9 +88,11 @@ class Passing(Nll):
         super().__init__(coupled=True)
         object.__setattr__(self, "began", began)
 
-    def statistics(self, *arguments: Any) -> dict[str, Any]:
+    def statistics(
+        self, micros: list[MicroBatch], outputs: list[Outputs], world: World, state: dict[str, Any]
+    ) -> dict[str, Any]:
         self.began.set()  # type: ignore[attr-defined]
-        return super().statistics(*arguments)
+        return super().statistics(micros, outputs, world, state)
 
 
 def test_a_step_during_a_save_passes_at_once_and_changes_the_weights_only_when_they_are_copied(
