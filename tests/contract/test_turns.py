@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -121,3 +122,6 @@ def test_a_run_in_turns_ends_with_the_bits_of_one_whose_roles_are_all_awake(tmp_
     apart = run_config(config(tmp_path / "apart", {}, **PPO), local=True).folder
     in_turns = run_config(config(tmp_path / "turns", EVERY_ROLE, **PPO), local=True).folder
     assert model(apart) == model(in_turns)
+    steps = [json.loads(line) for line in (in_turns / "metrics.jsonl").read_text().splitlines()]
+    norms = [step["policy/grad_norm"] for step in steps if "policy/grad_norm" in step]
+    assert len(norms) == STEPS and min(norms) > 1e-4, "nothing was learned: this test shows nothing"
