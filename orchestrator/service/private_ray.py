@@ -182,10 +182,13 @@ def _start_ray(
 
 
 def _answers(url: str, token: str) -> bool:
+    """Whether the dashboard does, and knows of a living node: on a busy machine a raylet may give up before that."""
+    headers = {"Authorization": f"Bearer {token}"}
     try:
-        headers = {"Authorization": f"Bearer {token}"}
-        return httpx.get(f"{url}/api/version", headers=headers, timeout=5, trust_env=False).status_code == 200
-    except httpx.HTTPError:
+        answer = httpx.get(f"{url}/api/v0/nodes?limit=1", headers=headers, timeout=5, trust_env=False)
+        nodes = answer.json()["data"]["result"]["result"] if answer.status_code == 200 else []
+        return any(node["state"] == "ALIVE" for node in nodes)
+    except (httpx.HTTPError, ValueError, KeyError, TypeError):
         return False
 
 
