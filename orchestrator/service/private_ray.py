@@ -172,7 +172,7 @@ def _start_ray(
         url = f"http://127.0.0.1:{ports['dashboard-port']}"
         token = Path(environment[TOKEN_PATH]).read_text()
         try:
-            _until(lambda url=url, token=token: _answers(url, token), ray, folder / "ray.log", "Ray")
+            _until(lambda url=url, token=token: answers(url, token), ray, folder / "ray.log", "Ray")
             return ray, f"127.0.0.1:{ports['port']}", url
         except BaseException as error:
             _end(ray.pid)
@@ -181,11 +181,11 @@ def _start_ray(
     raise AssertionError
 
 
-def _answers(url: str, token: str) -> bool:
+def answers(url: str, token: str) -> bool:
     """Whether the dashboard does, and knows of a living node: on a busy machine a raylet may give up before that."""
     headers = {"Authorization": f"Bearer {token}"}
     try:
-        answer = httpx.get(f"{url}/api/v0/nodes?limit=1", headers=headers, timeout=5, trust_env=False)
+        answer = httpx.get(f"{url}/api/v0/nodes?limit=100", headers=headers, timeout=5, trust_env=False)
         nodes = answer.json()["data"]["result"]["result"] if answer.status_code == 200 else []
         return any(node["state"] == "ALIVE" for node in nodes)
     except (httpx.HTTPError, ValueError, KeyError, TypeError):
