@@ -2,7 +2,8 @@
 
 The rule: the highest priority first, among equals the one that was submitted first. Nobody passes a run that could
 start once others have ended, however little room it needs, so a large run is never starved by small ones. A run is
-passed only while it cannot be started whatever ends: if the whole cluster is too small for it, and in its back-off.
+passed only while it cannot be started whatever ends: if the whole cluster is too small for it, and in its back-off, in
+which the room that it had is kept for it.
 """
 
 from __future__ import annotations
@@ -64,12 +65,15 @@ def decide(waiting: Iterable[Waiting], active: Sequence[Active], room: Room, now
     start: list[str] = []
     reasons: dict[str, str] = {}
     victims: dict[str, str] = {}
-    with_room = list(active)  # and those that are started now
+    with_room = list(active)  # and those that are started now, or will be after their back-off
     claims = list(chain.from_iterable(run.claims for run in active))
     first: Waiting | None = None  # that waits for others to end: nobody passes it
     for run in sorted(waiting, key=lambda each: (-each.priority, each.submitted, each.run)):
         if run.not_before > now:
             reasons[run.run] = run.why
+            if first is None and _fits([*claims, *run.bundles], room.free):  # what it had is kept for it
+                claims += run.bundles
+                with_room.append(Active(run.run, run.priority, now, claims=run.bundles))
         elif never := shortages(run.bundles, room.whole):
             reasons[run.run] = (
                 f"it can never start on the nodes that are there, and is passed by others: {'; '.join(never)}"

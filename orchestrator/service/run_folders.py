@@ -149,8 +149,9 @@ def _parsed(file: Path, stamp: tuple[int, int]) -> dict[str, Any]:
 
 def _created(folder: Path) -> float:
     first = next(iter(events(folder)), {})
-    entry = entries.read(folder) if not first else None
-    return float(first.get("time", entry.submitted if entry is not None else folder.stat().st_ctime))
+    entry = entries.read(folder)
+    began = float(first.get("time", folder.stat().st_ctime))
+    return began if entry is None else min(began, entry.submitted)
 
 
 def _stamp(file: str) -> tuple[int, int]:

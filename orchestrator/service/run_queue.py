@@ -181,7 +181,9 @@ class RunQueue:
         asking = [_waiting(run, entry, wanted[run]) for run, entry in waiting.items()]
         decision = decide(asking, active, room, time.time(), preempt=settings.preempt)
         for run, reason in decision.reasons.items():
-            self._says(run, reason)
+            failures = waiting[run].failures
+            counted = f" (failures: {failures} of {settings.budget.failures})" if failures else ""
+            self._says(run, reason if "failures: " in reason else f"{reason}{counted}")
         for run, other in decision.preempt.items():
             with self._logged(run):
                 self._preempt(run, other, found[other].priority)

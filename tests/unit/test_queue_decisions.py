@@ -70,9 +70,14 @@ def test_a_run_that_no_node_could_ever_hold_says_so_and_is_passed():
     assert "each needs 9 CPU: the largest node has 8 CPU" in found.reasons["huge"]
 
 
-def test_a_run_in_its_back_off_keeps_its_reason_and_is_passed():
-    found = decided([waits("failed", 8, priority=5, not_before=101.0, why="it failed"), waits("small", 1)])
-    assert (found.start, found.reasons) == (("small",), {"failed": "it failed"})
+def test_in_the_back_off_of_a_run_others_start_beside_it_and_not_in_its_room():
+    failed = waits("failed", 6, not_before=101.0, why="it failed")
+    beside, large = waits("beside", 2, submitted=1), waits("large", 3, submitted=1)
+    assert decided([failed, beside]) == Decision(("beside",), {}, {"failed": "it failed"})
+    found = decided([failed, large])
+    assert found.start == ()
+    assert found.reasons == {"failed": "it failed", "large": "waits for 3 CPU: 2 of 8 are free (run failed holds 6)"}
+    assert decided([failed, waits("high", 8, priority=1)]).start == ("high",), "a higher priority is before it"
     later = decided([waits("failed", 8, priority=5, not_before=100.0, why="it failed"), waits("small", 1)])
     assert later.start == ("failed",)
 
