@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+import troupe
 from orchestrator.cluster.run_lock import driver_of, driving
 from orchestrator.planning.bundles import Bundle, Node
 from orchestrator.queueing import entry as entries
 from orchestrator.queueing.entry import Entry, Stage
 from orchestrator.queueing.progress import Budget
+from orchestrator.service.app import create_app
 from orchestrator.service.errors import Problem
 from orchestrator.service.jobs import Held, Jobs, JobState, Reserved
 from orchestrator.service.run_folders import RunFolders
@@ -26,7 +28,7 @@ from orchestrator.service.run_queue import RunQueue
 from orchestrator.service.schemas import RunSummary
 from orchestrator.service.settings import Settings
 from tests.runs import SFT, merged
-from tests.service_client import add_events, client, write_run
+from tests.service_client import TOKEN, add_events, client, listening, write_run
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -361,3 +363,31 @@ def test_with_an_autoscaler_runs_are_started_without_room_because_that_is_what_m
     watched.queue.look()
     assert watched.jobs.started == ["a", "b"]
     assert watched.summary("c").detail == "waits for 1 place: 0 of 2 are free (run a holds 1, run b holds 1)"
+
+
+def test_a_run_is_submitted_from_python_and_its_handle_knows_the_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TROUPE_TOKEN", TOKEN)
+    config = troupe.load_config(write_recipe(tmp_path))
+    runs = tmp_path / "runs"
+    jobs = ScriptedJobs()
+    with listening(create_app(Settings(runs, token=TOKEN, at_once=1), jobs)) as url:
+        first = troupe.submit(config, name="first", runs=runs, url=url)
+        assert (first.status().kind, jobs.started) == ("starting", ["first"])
+        second = troupe.submit(config, ["seed=2"], name="second", priority=-1, runs=runs, url=url)
+        found = second.status()
+        assert (found.kind, found.state) == ("queued", "waits for 1 place: 0 of 1 are free (run first holds 1)")
+        second.prioritise(4)
+        entry = entries.read(second.folder)
+        assert entry is not None and entry.priority == 4
+        assert not second.over
+        assert second.stop() is None
+        assert second.status().kind == "stopped"
+        with pytest.raises(troupe.Interrupted):
+            second.result()
+    assert jobs.started == ["first"]
+
+
+def write_recipe(folder: Path) -> Path:
+    file = folder / "recipe.json"
+    file.write_text(json.dumps(RECIPE))
+    return file
