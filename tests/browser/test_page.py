@@ -37,7 +37,7 @@ RECIPE: dict[str, Any] = merged(
                 {
                     "fn": "regex",
                     "name": f"place_{n}",
-                    "options": {"pattern": f".{{{n}}}[0-4+].*"},
+                    "options": {"pattern": f".{{{n}}}[!-~].*"},
                     "weight": 0.3 + 0.1 * n,
                 }
                 for n in range(3)
