@@ -59,6 +59,9 @@ class Rank:
     def export(self, *args: Any) -> Any:
         return self.act("export", *args)
 
+    def shares(self, *args: Any) -> Any:
+        return self.act("shares", *args)
+
     def mix(self, *args: Any) -> None:
         self.act("mix", *args)
 

@@ -141,6 +141,9 @@ class StubScorer(Stub):
         rewards = np.random.default_rng(0).random((1, SAMPLES)).astype(np.float32).T
         return ScoreResult(("mine",), rewards, rewards[:, 0], weights=np.ones(1, np.float32))
 
+    def score_all(self, asked: Sequence[Any], *_: Any) -> list[ScoreResult]:
+        return [self.score() for _ in asked]
+
 
 class StubRank(Stub):
     rank = 0
@@ -153,7 +156,7 @@ class StubRank(Stub):
     def update(self, *_: Any) -> UpdateReport:
         return UpdateReport(dict.fromkeys(map(str, range(25)), 1.0), 1.0, 1e-6, 1000, {"forward": 1.0})
 
-    def export(self, consumer: Any, bucket_bytes: int) -> Any:
+    def export(self, consumer: Any, bucket_bytes: int, form: str) -> Any:
         if self.rank:
             return None
         if type(consumer).__name__ == "ManifestOf":
@@ -266,6 +269,7 @@ async def measured(gpus: int, folder: Path) -> Meter:
         dtype="bfloat16",
         folder=str(folder),
         event=lambda *_: None,
+        transport="collective",
     )
     rollout.admit = publisher.admit
     await asyncio.gather(rollout.open(), reward.open())
@@ -315,6 +319,7 @@ async def measured(gpus: int, folder: Path) -> Meter:
             async with executor.changing_weights():
                 await executor.publish(step + 1)
         collector.advance(step + 1, collected)  # type: ignore[arg-type]
+    await collector.close()  # the next batch is under way
     with meter("pings, each second"):
         await asyncio.gather(*(each.call("ping", timeout_s=1) for name in groups for each in groups[name].workers))
         await asyncio.gather(*(worker.call("ping", timeout_s=1) for worker in rollout.workers.values()))
@@ -333,7 +338,6 @@ async def measured(gpus: int, folder: Path) -> Meter:
             return sealed
 
         await CheckpointStore(folder, keep=1).write(fill, RunState("p", 0, 1, 1, 1, {}, {}, ""))
-    await collector.close()
     await asyncio.gather(rollout.close(), reward.close())
     return meter
 
