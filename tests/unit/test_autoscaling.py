@@ -176,7 +176,7 @@ def test_a_decision_is_within_the_bounds_and_within_the_room_and_has_a_reason(
 def followed(bounds: AutoscaleConfig, first: int, places: int, load: Callable[[int], StepSeen]) -> list[int]:
     """The numbers of workers that a constant load leads to, a decision after each window of steps."""
     counts, too_few = [first], 0
-    for _ in range(3 * PROBES_LAST // 2):
+    for _ in range(3 * PROBES_LAST):
         now = counts[-1]
         steps = [load(now)] * bounds.steps
         at = Seen(now, steps, 1e9, calls=1, idle_s=0.0, places=places, settled=True, placed=now, too_few=too_few)
@@ -241,7 +241,9 @@ def test_a_constant_load_settles_whatever_the_workers_make_of_it(
         return StepSeen(waited, peak, busy)
 
     counts = followed(bounds, min(first, bounds.max), places, load)
-    assert turns(counts) <= 3 and len(set(counts[-2:])) == 1, counts
+    too_few = [before for before, after in pairwise(counts) if after > before]
+    assert len(too_few) == len(set(too_few)), f"a number that was too small is not tried again: {counts}"
+    assert len(set(counts[-2:])) == 1, counts
 
 
 @given(st.integers(2, 12), st.integers(1, 32), st.floats(1.05, 20))
