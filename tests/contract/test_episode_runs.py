@@ -124,7 +124,7 @@ def naive_loop(config: RunConfig, to: Path) -> None:
             advantages = zscore_by_group(batch["reward"], batch["group"])
             batch = batch.with_columns(advantages=np.repeat(advantages, batch.lengths))
             needed = batch.only({"tokens", "mask", "group"} | objective.columns)
-            ((_, part),) = shard(needed, 1, train.token_budget, keep_groups=objective.keep_groups)
+            ((_, part),) = shard(needed, 1, train.micro_batch_tokens, keep_groups=objective.keep_groups)
             policy.update(part, objective, prepared.temperature, stage.name)
             weights = [(name, value.detach().clone()) for name, value in policy.backend.model.named_parameters()]
             await asyncio.wrap_future(
