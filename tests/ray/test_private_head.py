@@ -225,7 +225,8 @@ def test_a_job_is_inspected_and_scaled_from_outside_and_shuts_down_cleanly(head:
     def tasks() -> set[str]:
         return {task["name"] for task in head.listed("tasks")}
 
-    for kind in (r"policy\.update step \d+", r"rollout\.receive v\d+", r"rollout\.generate .*\d+", r"publish v\d+"):
+    generate = r"rollout\.generate \S+\d+( and \d+ more)?"
+    for kind in (r"policy\.update step \d+", r"rollout\.receive v\d+", generate, r"publish v\d+"):
         until(lambda kind=kind: any(re.fullmatch(kind, name) for name in tasks()), kind, lambda: str(sorted(tasks())))
 
     head.ray_job("stop", "stopped", cwd=folder)
