@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-warn-sc
 BENCHMARKS := startup vocabulary publish against_trl# of tests/benchmarks, the longest last
 PYTEST := $(BIN)/pytest -q
 PYTEST_PER_CORE := OMP_NUM_THREADS=1 $(PYTEST) --numprocesses logical --maxprocesses 4
-PYTEST_TWO_FILES := $(PYTEST) --numprocesses logical --maxprocesses 2 --dist loadfile --no-loadscope-reorder
+PYTEST_THREE_FILES := $(PYTEST) --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test browser lint format types unit bench curves venv clean
 
@@ -20,11 +20,11 @@ demo: venv
 	$(BIN)/troupe run $(RECIPE)
 
 # Each suite in processes of its own: what one leaves behind (threads, Ray, an engine) cannot affect the next. Of tests/ray
-# and tests/chaos two files run at a time, however many cores there are: each has a Ray or a run of its own, whose
+# and tests/chaos three files run at a time, however many cores there are: each has a Ray or a run of its own, whose
 # processes wait for one another half of the time.
 test: lint types unit browser
 	$(PYTEST_PER_CORE) --dist loadgroup tests/contract
-	$(PYTEST_TWO_FILES) tests/ray tests/chaos
+	$(PYTEST_THREE_FILES) tests/ray tests/chaos
 	$(PYTEST) tests/browser
 	$(PYTEST) tests/gpu
 
