@@ -19,7 +19,6 @@ export function samples(id, every, signal) {
   const list = h("ol", { class: "samples" });
   const count = h("p", { class: "faint", role: "status" });
   let offset = 0;
-  let steps = "";
   let found = { rows: [], tokens: [] };
   let chosen = null; // by the reader
 
@@ -42,10 +41,11 @@ export function samples(id, every, signal) {
     list.replaceChildren(...found.rows.map((sample, index) => card(sample, found.tokens[index], `sample ${offset + index + 1}`, colour.value, scale)));
   }
 
+  // An open list keeps its place: what is new is put in, what is gone (a resumed run wrote it anew) is taken out.
   function offerSteps(all) {
-    if (steps === (steps = all.join())) return;
-    const chosenStep = step.value;
-    step.replaceChildren(h("option", { value: "" }, "newest"), ...all.toReversed().map((each) => h("option", { value: each, selected: String(each) === chosenStep }, each)));
+    const offered = new Map([...step.options].slice(1).map((option) => [Number(option.value), option]));
+    for (const [each, option] of offered) if (!all.includes(each)) option.remove();
+    for (const each of all) if (!offered.has(each)) step.options[0].after(h("option", { value: each }, each));
   }
 
   function offerColours() {
@@ -60,7 +60,8 @@ export function samples(id, every, signal) {
   const again = action("Refresh", () => load());
   for (const input of [step, order, low, high]) input.addEventListener("change", () => ((offset = 0), again.click()));
   colour.addEventListener("change", () => ((chosen = colour.value), paint()));
-  every(5, async () => list.children.length || (await load())); // until there are some
+  // What is read stays as it is; only which steps there are is kept up to date.
+  every(5, async () => (list.children.length ? offerSteps((await call(run(id, "/samples?limit=1"), { signal })).steps) : load()));
   return h(
     "section",
     {},
