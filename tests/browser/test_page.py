@@ -118,7 +118,8 @@ def test_a_run_is_submitted_watched_controlled_and_stopped_in_the_page(page: Any
         arg=seen,
     )
     names = page.locator(".pipeline li > span:first-child").all_inner_texts()
-    assert names == ["rollout.generate", "reward.score", "driver.credit", "policy.update", "publish"], "it is drawn"
+    drawn = ["rollout.generate", "reward.score", "driver.credit", "policy.update", "publish"]
+    assert names[: len(drawn)] == drawn, "what is not of every step (an evaluation) stands behind while it is at work"
     page.locator(".pipeline li.working", has_text="policy.update").wait_for()  # the stage at work, as the run goes on
 
     page.get_by_label("workers").fill("2")
