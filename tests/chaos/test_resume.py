@@ -50,6 +50,10 @@ def up_to(where: Path, steps: int) -> None:
     (where / "steps.new").rename(where / "steps")
 
 
+def saved(run: Run, step: int) -> bool:
+    return any(event["step"] == step for event in run.events("checkpoint"))
+
+
 def weights(run: Run, step: int = STEPS) -> bytes:
     return (run.folder / "checkpoints" / f"step-{step:08d}" / "model" / "model.safetensors").read_bytes()
 
@@ -87,10 +91,10 @@ def test_a_run_with_restarts_that_loses_a_rank_and_then_its_driver_goes_on_by_it
     command `troupe resume`: the test of phases types it."""
     whole = started(tmp_path / "whole", "--local", steps=STEPS)
     run = started(tmp_path / "killed", "--restarts", "2", steps=3)
-    run.until(lambda: run.steps() == 3, "step 3")
+    run.until(lambda: run.steps() == 3 and saved(run, 2), "step 3, and the checkpoint that is written beside it")
     run.rank("policy").send_signal(signal.SIGKILL)
     up_to(run.where, 7)
-    run.until(lambda: run.steps() == 7, "step 7, after a restart")
+    run.until(lambda: run.steps() == 7 and saved(run, 6), "step 7, after a restart, and the checkpoint beside it")
     (driver,) = psutil.Process(run.process.pid).children()
     assert_refuses_a_second_driver(run, driver)
     family = driver.children(recursive=True)
