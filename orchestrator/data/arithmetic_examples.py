@@ -6,7 +6,7 @@ _sft                          worked additions that omit most carries
 _pairs, _triples, _labelled   right answers beside wrongly carried ones, for preference optimisation
 _worked, _steps               additions worked in three steps; such steps with labels, of which one is wrong in half of
                               the answers
-_judgements                   answered problems, with the sum and y or n: is the answer right?
+_judgements                   answered problems, and for each digit of the answer whether it is right
 _revisions                    conversations in which the answer is wrong as often as in `_sft`, then its ones are
                               added, then it is revised (for the model `calculator`, which has a chat template)
 """
@@ -125,16 +125,17 @@ def arithmetic_steps(*, seed: int, split: str, rows: int | None = None, wrong: f
 
 
 def arithmetic_judgements(*, seed: int, split: str, rows: int | None = None) -> dict[str, list[str]]:
-    """Is an addition right? `prompt` (37+58=95?), `completion`: the sum, then y or n (95y). Half of them are wrong,
-    by a carry or by 1 to 20: what a model needs to judge the answers to `arithmetic`. Asked for y or n at once, a model
-    of this size learns in a thousand steps to say either as often as the other."""
+    """Is an addition right? `prompt` (37+58=85?), `completion`: of each of three digits that of the sum, that of the
+    answer, and whether they are the same, y or n (00y98n55y). Half of the answers are wrong, by a carry or by 1 to 20:
+    what a model needs to judge the answers to `arithmetic`. Asked for y or n at once, a model of this size learns in a
+    thousand steps to say either as often as the other."""
     problems = shuffled(number_pairs(split), seed, rows)
     pairs = arithmetic_pairs(seed=seed, split=split, rows=rows, slips=0.3)
     right = np.random.default_rng([seed, 6]).random(len(pairs["prompt"])) < 0.5
     answers = [pairs["chosen" if is_right else "rejected"][row] for row, is_right in enumerate(right)]
     prompts = [f"{prompt}{answer}?" for prompt, answer in zip(pairs["prompt"], answers, strict=True)]
-    verdicts = [f"{a + b}{'y' if is_right else 'n'}" for (a, b), is_right in zip(problems, right, strict=True)]
-    return {"prompt": prompts, "completion": verdicts}
+    judgements = [_compared(a + b, int(answer)) for (a, b), answer in zip(problems, answers, strict=True)]
+    return {"prompt": prompts, "completion": judgements}
 
 
 def arithmetic_revisions(
@@ -207,6 +208,13 @@ def _without_carry(a: int, b: int) -> str:
 def _with_wrong_carry(a: int, b: int) -> str:
     """The sum with the carry from the ones omitted, or with one added if there is none."""
     return str(a + b - 10) if _carries(a, b) else str(a + b + 10)
+
+
+def _compared(right: int, answer: int) -> str:
+    """Digit by digit from the hundreds: the right one, the answer's, y or n."""
+    return "".join(
+        f"{one}{other}{'y' if one == other else 'n'}" for one, other in zip(f"{right:03}", f"{answer:03}", strict=True)
+    )
 
 
 def _worked(a: int, b: int, wrong: int = 3) -> list[str]:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import groupby, takewhile
 from pathlib import Path
@@ -21,6 +21,8 @@ SHADES = ("#f1f5fb", "#fdf4ec", "#eff8f1", "#f8f0f8")  # behind phases, in turn
 COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea")  # of phases, in turn
 RAW_ALPHA = 0.25  # of the points behind a smoothed curve
 SMOOTHED_FROM = 20  # points
+AXIS_INCHES = 4.6  # the width of a panel
+LETTER_INCHES = 0.065  # of the name of a phase, which is left out where the phase is narrower
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,15 @@ def draw(
     file: Path | None = None,
     *,
     title: str | None = None,
-    phase: str | None = None,
+    phases: Collection[str] | None = None,
     panels: Sequence[Panel] | None = None,
     dpi: int = 130,
 ) -> Path | None:
     """Draw `folder/curves.png` (or another file) from `folder/metrics.jsonl`; None if there are no metrics yet. With
-    `phase`, only that one, from the end of the one before; `panels`: by default, all that have values."""
+    `phases`, only those, from the end of the one before; `panels`: by default, all that have values."""
     found = read(folder / METRICS_FILE)
-    lines = [line for line in found if phase in (None, line["phase"])]
-    before = list(takewhile(lambda line: line["phase"] != phase, found)) if phase is not None else []
+    lines = [line for line in found if phases is None or line["phase"] in phases]
+    before = list(takewhile(lambda line: phases is not None and line["phase"] not in phases, found))
     at_start = [line for line in before if line["step"] == before[-1]["step"]]
     panels = [panel for panel in panels or PANELS if any(panel.value(line) is not None for line in lines)]
     if not panels:
@@ -59,7 +61,7 @@ def draw(
 
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.6 * columns, 2.9 * rows + 0.5), dpi=dpi, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(AXIS_INCHES * columns, 2.9 * rows + 0.5), dpi=dpi, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title or folder.name, fontsize=11, color=INK, x=0.01, ha="left", fontweight="bold")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
@@ -79,17 +81,17 @@ def _draw_panel(axis: Any, panel: Panel, lines: Sequence[Line], at_start: Sequen
     spans = _spans(lines, at_start)
     for index, (phase, first, last) in enumerate(spans):
         axis.axvspan(first, last, color=SHADES[index % len(SHADES)], lw=0)
-        if named:
+        if named and len(phase) * LETTER_INCHES * (spans[-1][2] - spans[0][1]) <= (last - first) * AXIS_INCHES:
             axis.text((first + last) / 2, 0.97, phase, transform=axis.get_xaxis_transform(), **_LABEL)
         points = _points(panel, [line for line in lines if line["phase"] == phase])
+        if not points:  # which does not interrupt a curve that goes on
+            continue
         _draw_curve(axis, previous[-1:] + points if panel.goes_on else points, panel, COLOURS[index % len(COLOURS)])
         previous = points
     axis.set_xlim(spans[0][1], max(spans[-1][2], spans[0][1] + 1))
 
 
 def _draw_curve(axis: Any, points: Points, panel: Panel, colour: str) -> None:
-    if not points:
-        return
     steps, values = [list(column) for column in zip(*points, strict=True)]
     if panel.sparse:
         axis.plot(steps, values, color=colour, lw=1.8, marker="o", ms=4.5, clip_on=False)

@@ -1,13 +1,13 @@
 """What a method learns: its shipped recipe, run as a user runs it, measured on held-out additions.
 
-    python tests/benchmarks/learning_curves.py [--local] [METHOD | LOOP ...]
+    python tests/benchmarks/learning_curves.py [--local] [METHOD | RECIPE ...]
     python tests/benchmarks/learning_curves.py --run FOLDER METHOD      of a run that has ended
 
 Writes `docs/methods/curves/METHOD.png` and prints what was measured where the method's own phase began and ended; of a
-loop over methods, a recipe by its own name, at the end of each phase. A recipe `METHOD_arithmetic` runs in one process,
-or on Ray if an engine of it is vLLM (with --local, the hf engine takes its place). Offline recipes evaluate held-out
-rows by themselves; beside that, the share of held-out problems that are answered rightly is measured, if what is
-trained answers. A minute to a few each on two cores.
+recipe of several phases that count, by its own name, at the end of each. A recipe `METHOD_arithmetic` runs in one
+process, or on Ray if an engine of it is vLLM (with --local, the hf engine takes its place). Offline recipes evaluate
+held-out rows by themselves; beside that, the share of held-out problems that are answered rightly is measured, if what
+is trained answers. A minute to a few each on two cores.
 """
 
 from __future__ import annotations
@@ -17,19 +17,24 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 from actors.columns import Head
-from orchestrator.config.loading import load_config, recipes
+from orchestrator.config.loading import load_config, load_run, recipes
 from orchestrator.config.roles import EngineRole
 from orchestrator.config.schema import RunConfig
 from orchestrator.planning.resolve import build_pipeline
 from orchestrator.reporting.metrics import METRICS_FILE, read
-from orchestrator.reporting.plot import EXPLAINED, KL, PANELS, REWARD, draw
+from orchestrator.reporting.plot import EXPLAINED, KL, PANELS, REWARD, Panel, draw
+from tests.judge_server import judge_server
 
 REPOSITORY = Path(__file__).parent.parent.parent
 CURVES = REPOSITORY / "docs" / "methods" / "curves"
@@ -38,16 +43,29 @@ OFFLINE = ("sft", *PREFERENCES, "process_reward_model", "gkd")
 DISTILLATION = ("on_policy_distillation", "minillm", "gold", "iw_opd", "sdft", "sdpo")
 METHODS = (*OFFLINE, *DISTILLATION, "online_dpo", "ppo", "gfpo", "a2po", "nash_md")
 LOOPS = ("sppo", "iterative_dpo", "self_rewarding", "spin", "rso", "constitutional_ai", "rlaif", "distil_then_grpo")
+CHAINS = ("online_dpo_judge", "process_supervision", "reward_model_ensemble", "routed_teachers", "mixed_teachers")
+RECIPES = (*LOOPS, *CHAINS)  # measured in all of their phases
 EVERY = 10  # steps between evaluations
 DPI = 70  # the pictures are part of the repository
 TIMEOUT_S = 1800
 COLUMNS = ("answered rightly", "loss", "margin", "right order", "log-probability, chosen", "rejected")
-PICTURED = (*(panel for panel in PANELS if panel.sparse), REWARD, EXPLAINED, KL)  # the last ones where it samples
+GRADES = ("exact_match", "accuracy_reward")  # of an answer: 1 if it is right, whatever else is rewarded
+
+
+def rightly(line: dict[str, Any]) -> float | None:
+    """The share of held-out problems that are answered rightly, on lines of evaluations."""
+    found = (line[name] for grade in GRADES if (name := f"eval_rewards/{grade}/mean") in line)
+    return next(found, None)
+
+
+RIGHTLY = Panel("held-out problems answered rightly", rightly, sparse=True, goes_on=True, share=True)
+OTHERS = [panel for panel in PANELS if panel.sparse and not panel.goes_on]  # without the reward of evaluations
+PICTURED = (RIGHTLY, *OTHERS, REWARD, EXPLAINED, KL)  # the last ones where it samples
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=(*METHODS, *LOOPS), help=", ".join((*METHODS, *LOOPS)))
+    parser.add_argument("names", nargs="*", default=(*METHODS, *RECIPES), help=", ".join((*METHODS, *RECIPES)))
     parser.add_argument("--local", action="store_true", help="in one process, with the hf engine")
     parser.add_argument("--run", type=Path, help="a run's folder; nothing is run")
     given = parser.parse_args()
@@ -56,17 +74,16 @@ def main() -> None:
     for name in given.names:
         with tempfile.TemporaryDirectory() as output:
             folder = given.run or run(name, Path(output), local=given.local)
-            phase = None if name in LOOPS else name
-            picture = CURVES / f"{name}.png"
-            draw(folder, picture, title=recipe_of(name), phase=phase, panels=PICTURED, dpi=DPI)
+            phases = beyond_sft(folder) if name in RECIPES else [name]
+            draw(folder, CURVES / f"{name}.png", title=recipe_of(name), phases=phases, panels=PICTURED, dpi=DPI)
             lines = read(folder / METRICS_FILE)
-            for line in ends_of_phases(lines) if phase is None else began_and_ended(lines, phase):
+            for line in ends_of_phases(lines) if name in RECIPES else began_and_ended(lines, name):
                 table.add_row(name, line["phase"], str(line["step"]), *_measured(line))
     Console(width=140).print(table)
 
 
 def recipe_of(name: str) -> str:
-    """The recipe of a method or a loop."""
+    """The recipe of a method, or of that name."""
     shipped = recipes()
     return name if name in shipped else f"{name}_arithmetic"
 
@@ -76,7 +93,7 @@ def run(name: str, output: Path, *, local: bool) -> Path:
     recipe = recipe_of(name)
     config = load_config(recipe)
     overrides = [f"output={output}", "logging.trackers=[]"]
-    if name not in LOOPS:
+    if name not in RECIPES:
         overrides += measuring(name, config)
     phases = map(build_pipeline, config.phases.values())
     engines = {role for pipeline in phases for role in pipeline.roles if isinstance(config.roles.get(role), EngineRole)}
@@ -84,8 +101,13 @@ def run(name: str, output: Path, *, local: bool) -> Path:
     if local or not engines:
         overrides += [f"roles.{role}.engine=hf" for role in slow]
     place = ["--local"] if local or not engines or not slow else []
-    command = [Path(sys.executable).parent / "troupe", "run", recipe, *place, *overrides]
-    subprocess.run(command, check=True, timeout=TIMEOUT_S, env={**os.environ, "COLUMNS": "140"})
+    with ExitStack() as servers:
+        for index, reward in enumerate(config.rewards):
+            if any(judge.url for judge in reward.judge or ()):  # by its rule, in the place of a model
+                server = servers.enter_context(judge_server())
+                overrides.append(f"rewards.{index}.judge.url={server.url('v1')}")
+        command = [Path(sys.executable).parent / "troupe", "run", recipe, *place, *overrides]
+        subprocess.run(command, check=True, timeout=TIMEOUT_S, env={**os.environ, "COLUMNS": "140"})
     (folder,) = output.iterdir()
     return folder
 
@@ -107,6 +129,12 @@ def _engine(config: RunConfig, role: str) -> str:
     settings = config.roles.get(role)
     assert isinstance(settings, EngineRole)
     return settings.engine
+
+
+def beyond_sft(folder: Path) -> list[str]:
+    """The phases of a run without the fine-tuning that it begins with, which is far longer than what is to be seen."""
+    phases = load_run(folder, []).phases
+    return list(dropwhile(lambda name: phases[name].method == "sft", phases))
 
 
 def ends_of_phases(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -134,7 +162,7 @@ def _measured(line: dict[str, Any]) -> list[str]:
     sides = [line.get(f"eval_logps/{side}") for side in ("chosen", "rejected")]
     share, plain = (lambda x: "" if x is None else f"{x:.1%}"), (lambda x: "" if x is None else f"{x:.3f}")
     numbers = map(plain, (line.get("eval_loss"), margin))
-    return [share(line.get("eval_reward")), *numbers, share(order), *map(plain, sides)]
+    return [share(rightly(line)), *numbers, share(order), *map(plain, sides)]
 
 
 if __name__ == "__main__":

@@ -272,6 +272,7 @@ def test_the_recipe_of_online_dpo_with_a_judge_learns_from_its_pairs_and_drops_t
         "phases.sft.train.steps=1",
         "phases.online_dpo.train.steps=2",
         "phases.online_dpo.train.batch_size=4",
+        *(f"phases.{phase}.evaluation.data.limit=1" for phase in ("sft", "online_dpo")),
         "roles.rollout.engine=scripted",
         "weights.transport=disk",
         "logging.completions_every=1",

@@ -29,8 +29,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     rows.write_text("".join(json.dumps({"prompt": f"a{i}"}) + "\n" for i in range(8)))
     reward = folder / "reward.py"
     reward.write_text(
-        "def spread(completions, **columns):\n"
-        "    return [sum(map(ord, text)) % 97 if text.strip() else None for text in completions]\n"
+        "def late_letters(completions, **columns):\n"
+        "    return [sum(map(ord, text)) / len(text) if text.strip() else None for text in completions]\n"
     )
     making = {
         "method": "generate_data",
@@ -49,7 +49,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
         "rounds": {"count": 3, "phases": ["making", "learning"]},
         "model": {"path": str(tiny_model_folder(folder, hidden=32))},
         "roles": {"rollout": {"engine": "hf"}},
-        "rewards": [{"fn": f"{reward}:spread"}],
+        "rewards": [{"fn": f"{reward}:late_letters"}],
         "output": str(folder / "runs"),
         "logging": {"trackers": []},
         "checkpoint": {"every": 1, "keep": 99},
@@ -82,6 +82,12 @@ def test_each_round_samples_from_what_the_round_before_left_and_has_it_as_its_re
     assert first == pytest.approx([math.log(2)] * 3, abs=1e-6)  # the policy is its reference
     made = [records(folder / "data" / f"making-{number}") for number in (1, 2, 3)]
     assert made[0] != made[1] != made[2] and all(len(each) == 8 for each in made)
+
+
+def test_each_round_of_iterative_dpo_begins_with_better_samples_than_the_one_before(finished: RunResult) -> None:
+    sampled = [line["reward"] for line in lines(finished.folder) if line["phase"].startswith("making")]
+    rewards = [sum(sampled[at : at + MAKING]) / MAKING for at in range(0, 3 * MAKING, MAKING)]  # of each round
+    assert rewards[0] + 1 < rewards[1] < rewards[2] - 1, "two rounds improve over one"
 
 
 def test_a_run_that_is_killed_in_its_second_round_does_not_repeat_the_first_and_ends_with_the_same_bits(

@@ -78,10 +78,10 @@ def test_half_of_the_judgements_are_of_right_sums_and_say_so() -> None:
         (prompt.rstrip("?").split("="), said) for prompt, said in zip(data["prompt"], data["completion"], strict=True)
     ]
     sums = [sum(map(int, problem.split("+"))) for (problem, _), _ in asked]
-    right = [total == int(answer) for total, ((_, answer), _) in zip(sums, asked, strict=True)]
-    assert [said for _, said in asked] == [
-        f"{total}{'y' if each else 'n'}" for total, each in zip(sums, right, strict=True)
-    ]
+    for total, ((_, answer), said) in zip(sums, asked, strict=True):
+        assert f"{said[0::3]} {said[1::3]}" == f"{total:03} {int(answer):03}"
+        assert [verdict == "y" for verdict in said[2::3]] == [said[at] == said[at + 1] for at in (0, 3, 6)]
+    right = [said[2::3] == "yyy" for _, said in asked]
     assert sum(right) / len(right) == pytest.approx(0.5, abs=0.02)
 
 

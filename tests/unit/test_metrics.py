@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from pyarrow import parquet
 from rich.console import Console as Terminal
 
@@ -20,7 +21,7 @@ from orchestrator.reporting.account import Account, PhaseCost
 from orchestrator.reporting.console import Console, Pace, duration
 from orchestrator.reporting.gains import phase_gains
 from orchestrator.reporting.metrics import METRICS_FILE, MetricsLog, of_first_role, read
-from orchestrator.reporting.plot import draw
+from orchestrator.reporting.plot import PANELS, _draw_panel, draw
 from orchestrator.reporting.trackers.table import queued
 from orchestrator.reporting.trackers.tracker import TrackedRun
 from orchestrator.result import Gain
@@ -159,6 +160,16 @@ def test_the_picture_is_drawn_from_the_file_and_shows_more_with_more_metrics(log
     alone = png_size(draw(tmp_path))
     log.write(30, "grpo", {"reward": 0.5, "completions/mean_length": 3.0, "kl": math.nan})
     assert png_size(draw(tmp_path)) > alone
+    assert png_size(draw(tmp_path, phases=["sft"])) == alone
+
+
+def test_a_curve_goes_on_over_a_phase_without_values_and_a_narrow_phase_has_no_name_in_the_picture():
+    rounds = [("sft", 100, 0.5), ("generate", 104, None), ("dpo", 150, 0.75)]
+    lines = [{"phase": phase, "step": step, "eval_reward": value} for phase, step, value in rounds]
+    axis = Figure().subplots()
+    _draw_panel(axis, PANELS[0], [{"phase": "sft", "step": 0}, *lines], [], named=True)
+    assert [list(line.get_xdata()) for line in axis.lines] == [[100], [100, 150]]
+    assert {"sft", "dpo"} == {text.get_text() for text in axis.texts} - {"0.5", "0.75"}
 
 
 def png_size(file: Path | None) -> tuple[int, int]:
