@@ -1,5 +1,6 @@
 """What the README says of the methods is what there is."""
 
+import inspect
 import re
 from pathlib import Path
 
@@ -37,6 +38,22 @@ def test_the_index_names_every_method_and_only_methods_and_recipes_that_there_ar
         assert set(re.findall(r"`([\w/]+)`", recipe)) <= set(recipes()), recipe
         first = re.match(r"`([a-z0-9_]+)`", runs)
         assert first is None or first[1] in METHODS, runs
+
+
+def test_every_option_that_a_row_of_the_index_names_is_one_of_the_rows_methods() -> None:
+    """Written `name`, or `name: value`; a key of the configuration has a dot or no method beside it."""
+    index = (ROOT / "docs" / "methods" / "index.md").read_text()
+    values = {"apo_down", "aot_unpaired", "bfd_split"}  # further values of an option
+    checked: set[str] = set()
+    for _, *cells in (line.split(" | ") for line in index.splitlines() if line.startswith("| ")):
+        named = set(re.findall(r"`(\w+)(?::[^`]*)?`", cells[0]))
+        methods = named & set(METHODS)
+        options = {option for method in methods for option in inspect.signature(METHODS[method]).parameters}
+        assert not methods or named - methods - values <= options, cells[0]
+        checked |= named & options
+    assert len(checked) > 15
+    beyond = re.findall(r"`([\w/]+)`", index.rpartition("Beyond TRL's index")[2])
+    assert len(beyond) > 15 and set(beyond) <= {*METHODS, *recipes()}
 
 
 def test_options_that_the_index_names_build_with_their_methods():
