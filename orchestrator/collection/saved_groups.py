@@ -5,21 +5,24 @@ them again.
                                                                          │
     collector.restore  ◄── groups with blocks of the new run ◄───────────┘
 
-What a group needed on its way only (clocks, transcripts) is not kept.
+What a group needed on its way only (clocks, transcripts) is not kept. A group whose rows have other columns than the
+phase's stages write (another version of Troupe saved it) cannot stand in a batch beside new ones: it is not restored,
+and is sampled again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from actors.batch import Array, Batch
+from actors.columns import COLUMNS
 from actors.errors import BlockLost
 from actors.worker import Objects
 from orchestrator.batches.row_table import RowTable
@@ -30,6 +33,26 @@ from rollout.sampling import EpisodeFacts, Finish, GroupMeta, TurnRow
 FILE = "finished_groups.npz"  # in a checkpoint
 FETCH_TIMEOUT_S = 120.0
 Arrays = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class Restored:
+    """`groups`: of a checkpoint, their values in blocks of this run. `unusable`: of each group that is to be sampled
+    again, why."""
+
+    groups: tuple[PromptGroup, ...] = ()
+    unusable: tuple[str, ...] = ()
+
+    @property
+    def warning(self) -> str | None:
+        """What the user should know; None if every group was restored."""
+        if not self.unusable:
+            return None
+        why = "; ".join(dict.fromkeys(self.unusable))
+        return (
+            f"{len(self.unusable)} finished prompt groups of the checkpoint are sampled again: {why}. Another version "
+            "of Troupe saved them; to train on them, resume with that version"
+        )
 
 
 async def save(groups: Sequence[PromptGroup], objects: Objects, folder: Path) -> None:
@@ -47,21 +70,37 @@ async def save(groups: Sequence[PromptGroup], objects: Objects, folder: Path) ->
     await asyncio.to_thread(_write, folder / FILE, arrays)
 
 
-async def load(objects: Objects, folder: Path, drawn: Callable[[int], PromptGroup]) -> list[PromptGroup]:
-    """The groups of a checkpoint, their values in blocks of this run; none if it has no file of them. `drawn`: the
-    group of a position as it is before its first stage."""
+async def load(
+    objects: Objects, folder: Path, drawn: Callable[[int], PromptGroup], written: Set[str] = frozenset()
+) -> Restored:
+    """The groups of a checkpoint; none if it has no file of them. `drawn`: the group of a position as it is before its
+    first stage; `written`: columns that the phase's stages write, which every group must have."""
     file = folder / FILE
     if not file.is_file():
-        return []
+        return Restored()
     with np.load(file, allow_pickle=False) as stored:
         arrays = {name: stored[name] for name in stored.files}
     entries: list[dict[str, Any]] = json.loads(arrays.pop("entries").tobytes())
-    found: list[PromptGroup] = []
+    groups: list[PromptGroup] = []
+    unusable: list[str] = []
     for index, entry in enumerate(entries):
         prefix = f"{index}/"
         own = {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
-        found.append(await _unpacked(entry, own, objects, drawn(int(entry["position"]))))
-    return found
+        if why := _misfit(own, written):
+            unusable.append(why)
+        else:
+            groups.append(await _unpacked(entry, own, objects, drawn(int(entry["position"]))))
+    return Restored(tuple(groups), tuple(unusable))
+
+
+def _misfit(arrays: Arrays, written: Set[str]) -> str:
+    """How the columns of a saved group differ from those of a new one; nothing if it has no rows."""
+    columns = {name.split("/", 1)[1] for name in arrays if name.startswith(("rows/", "spread/"))}
+    lacking, unknown = sorted(written - columns), sorted(columns - COLUMNS.keys())
+    differences = [
+        f"their rows {verb} {', '.join(names)}" for verb, names in (("lack", lacking), ("have", unknown)) if names
+    ]
+    return " and ".join(differences) if "lengths" in arrays else ""
 
 
 async def _packed(group: PromptGroup, objects: Objects) -> tuple[dict[str, Any], Arrays]:

@@ -286,9 +286,13 @@ class PhaseRun:
         before, now = self.found.state.config, self.context.config.model_dump(mode="json")
         if _collects_as(before, self.phase.name) != _collects_as(now, self.phase.name):
             return
-        groups = await saved_groups.load(self.roles.objects, self.found.path, collector.drawn)
-        collector.restore(groups)
-        self.context.event("groups_restored", {"phase": self.phase.name, "groups": len(groups)})
+        written = frozenset[str]().union(*(stage.writes for stage in self.phase.pipeline.group_stages))
+        found = await saved_groups.load(self.roles.objects, self.found.path, collector.drawn, written)
+        if found.warning:
+            self.context.console.warn(found.warning)
+        collector.restore(found.groups)
+        counts = {"groups": len(found.groups), "sampled_again": len(found.unusable)}
+        self.context.event("groups_restored", {"phase": self.phase.name, **counts})
 
     async def _save_parts(self, folder: Path, taken: Callable[[], None]) -> dict[str, Seal]:
         """What a checkpoint of the phase holds, beside where it stands. `taken` is called when training may go on."""

@@ -19,7 +19,8 @@ def generate(
     and its second one, of which that is the share; or one share per epoch of the data, the last for all later ones.
     `turns`: samples must be episodes each turn of which is a row of its own, and say which episode a row is of."""
     shares = (mixture,) if isinstance(mixture, float | int) else tuple(mixture or ())
-    writes = {"tokens", "mask", "sample_logps", "version", "group", "truncated", "sampler", "completion_tokens"}
+    writes = {"tokens", "mask", "sample_logps", "version", "group", "truncated", "sampler", "sample"}
+    writes |= {"completion_tokens"}
     writes |= SPLIT if turns else frozenset()
     options = {"n": n, **({"mixture": shares} if shares else {})}
     return Stage(Verb.GENERATE, role, frozenset(), frozenset(writes), options=options)

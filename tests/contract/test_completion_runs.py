@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from pyarrow import parquet
 
 from orchestrator.completions.evaluate import evaluate, report
 from orchestrator.completions.generate import generate
@@ -69,20 +70,52 @@ def test_each_prompt_has_its_completions_with_every_reward(where: Path, generate
     assert {row["reward"] for row in rows} == {0.0, 1.0}
 
 
-def test_what_was_generated_is_scored_again_to_the_same_rewards(where: Path, generated: RunResult):
-    done = score(
+@pytest.fixture(scope="module")
+def scored(where: Path, generated: RunResult) -> RunResult:
+    return score(
         str(generated.output),
         [*settings(where)[2:], "data.columns={}"],
         rewards=named(where),
         model=f"{where}/model",
         local=True,
     )
-    assert done.output is not None and generated.output is not None
-    before, after = list(records(generated.output)), list(records(done.output))
+
+
+def test_what_was_generated_is_scored_again_to_the_same_rewards(generated: RunResult, scored: RunResult):
+    assert scored.output is not None and generated.output is not None
+    before, after = list(records(generated.output)), list(records(scored.output))
     same = ("prompt", "completion", "reward", "rewards/parity", "rewards/length", "number")
     assert [[row[name] for name in same] for row in after] == [[row[name] for name in same] for row in before]
-    assert spreads(done.output)["reward"].count == 3 * (PROMPTS - 1)
+    assert spreads(scored.output)["reward"].count == 3 * (PROMPTS - 1)
     assert "" in {row["completion"] for row in after} or all(row["completion"] for row in before)
+
+
+def test_scoring_that_was_killed_is_resumed_and_asks_the_rewards_once_of_every_completion(
+    scored: RunResult, tmp_path: Path
+):
+    """As a kill in the last of four batches leaves it. The rewards add one from then on, so that what was scored after
+    the kill is known by its rewards."""
+    assert scored.output is not None
+    whole = list(records(scored.output))
+    folder = Path(shutil.copytree(scored.folder, tmp_path / scored.folder.name))
+    output = folder / "data/score"
+    parts = sorted(output.glob("part-*.parquet"))
+    assert len(parts) == 4
+    shutil.rmtree(folder / "checkpoints/step-00000004")
+    (output / "_SUCCESS").unlink()
+    parts[3].rename(output / f".{parts[3].name}.tmp")
+    changed = tmp_path / "rewards.py"
+    changed.write_text(REWARDS.replace("float(len(text))", "len(text) + 1.0"))
+    overrides = [f"rewards.{index}.fn={changed}:{name}" for index, name in enumerate(("parity", "length"))]
+    run(load_run(folder, overrides), local=True, resume=folder)
+    after = list(records(output))
+    scored_before = sum(parquet.read_metadata(part).num_rows for part in parts[:3])
+    assert [(row["prompt"], row["completion"], row["reward"]) for row in after] == [
+        (row["prompt"], row["completion"], row["reward"]) for row in whole
+    ]
+    added = [row["rewards/length"] - known["rewards/length"] for row, known in zip(after, whole, strict=True)]
+    assert added == [0.0] * scored_before + [1.0] * (len(whole) - scored_before) and 0 < scored_before < len(whole)
+    assert (output / "_SUCCESS").exists()
 
 
 def test_an_evaluation_that_was_cut_off_is_resumed_and_reports_the_same(where: Path):

@@ -1,7 +1,7 @@
 """Collection by prompt group: what is drawn, dropped, filtered, expired and trained on."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -633,7 +633,7 @@ async def test_groups_that_a_checkpoint_has_are_trained_on_once_and_not_sampled_
 
     after, cursor = Stages(version=1), Cursor.from_json(at)
     feed = collector(after, staleness=2, cursor=cursor, version=1)
-    feed.restore(await saved_groups.load(after._objects, tmp_path, feed.drawn))
+    feed.restore((await saved_groups.load(after._objects, tmp_path, feed.drawn)).groups)
     trained: list[int] = []
     for version in (1, 2, 3, 4):
         batch = await feed.next(version)
@@ -659,7 +659,7 @@ async def test_a_saved_group_that_is_too_old_for_the_resumed_run_is_sampled_agai
     await feed.close()
     after = Stages(version=1)
     feed = collector(after, staleness=0, version=1)  # the run allows no staleness any more
-    feed.restore(await saved_groups.load(after._objects, tmp_path, feed.drawn))
+    feed.restore((await saved_groups.load(after._objects, tmp_path, feed.drawn)).groups)
     assert feed.finished == ()
     batch = await feed.next(1)
     assert set(after.seen) >= set(batch.positions)
@@ -676,7 +676,7 @@ async def test_a_saved_group_keeps_what_is_known_of_its_episodes_and_what_was_lo
     texts = Ref(ScoredTexts(("a", "b"), {"seen": (1, "x")}))
     group = replace(feed.drawn(5), rows=table.with_values(version=[3, 4]), metas=(meta,), own=(True,), texts=(texts,))
     await saved_groups.save([group, feed.drawn(6)], stages._objects, tmp_path)
-    found, empty = await saved_groups.load(stages._objects, tmp_path, feed.drawn)
+    found, empty = (await saved_groups.load(stages._objects, tmp_path, feed.drawn)).groups
     assert (found.metas, found.own, found.id, found.seed) == (group.metas, group.own, group.id, group.seed)
     (said,) = [await stages._objects.get(ref, timeout_s=1) for ref in found.texts]
     assert (said.texts, dict(said.extra)) == (("a", "b"), {"seen": (1, "x")})
@@ -685,3 +685,37 @@ async def test_a_saved_group_keeps_what_is_known_of_its_episodes_and_what_was_lo
     (block,) = [await stages._objects.get(ref, timeout_s=1) for ref in found.rows.blocks]
     assert block["tokens"].tolist() == [1, 2, 3, 4]
     assert len(empty.rows) == 0 and empty.score is None
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda rows: rows.without({"sample"}), "their rows lack sample"),
+        (
+            lambda rows: replace(rows, rows=replace(rows.rows, columns={**rows.rows.columns, "of_old": rows["group"]})),
+            "their rows have of_old",
+        ),
+    ],
+    ids=["a column less", "a column that is unknown now"],
+)
+async def test_a_saved_group_with_other_columns_than_new_ones_is_sampled_again_and_the_run_is_told_why(
+    tmp_path: Path, change: Callable[[RowTable], RowTable], said: str
+):
+    """It could not stand in a batch beside them."""
+    before = Stages()
+    feed = collector(before, staleness=2)
+    await feed.next(0)
+    await settled()
+    first, *others = feed.finished
+    await saved_groups.save([replace(first, rows=change(first.rows)), *others], before._objects, tmp_path)
+    await feed.close()
+    after = Stages()
+    feed = collector(after, staleness=2)
+    found = await saved_groups.load(after._objects, tmp_path, feed.drawn, {"sample", "group", "reward"})
+    assert found.warning is not None and said in found.warning and found.warning.startswith("1 finished prompt groups")
+    assert [group.position for group in found.groups] == [group.position for group in others]
+    feed.restore(found.groups)
+    trained = [position for version in range(3) for position in await step(feed, after, version)]
+    assert {first.position, *(group.position for group in others)} <= set(trained) and first.position in after.seen
+    assert set(after.seen).isdisjoint(group.position for group in others)
+    await feed.close()
