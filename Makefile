@@ -13,6 +13,7 @@ BENCHMARKS := startup vocabulary publish against_trl# of tests/benchmarks, the l
 PYTEST := $(BIN)/pytest -q
 PYTEST_PER_CORE := OMP_NUM_THREADS=1 $(PYTEST) --numprocesses logical --maxprocesses 4
 PYTEST_THREE_FILES := $(PYTEST) --numprocesses 3 --dist loadfile --no-loadscope-reorder
+SLOWEST := --durations 20 --durations-min 15# so that what became slow is seen where it happens
 
 .PHONY: demo test browser lint format types unit bench curves venv clean
 
@@ -23,8 +24,8 @@ demo: venv
 # and tests/chaos three files run at a time, however many cores there are: each has a Ray or a run of its own, whose
 # processes wait for one another half of the time.
 test: lint types unit browser
-	$(PYTEST_PER_CORE) --dist loadgroup tests/contract
-	$(PYTEST_THREE_FILES) tests/ray tests/chaos
+	$(PYTEST_PER_CORE) --dist loadgroup $(SLOWEST) tests/contract
+	$(PYTEST_THREE_FILES) $(SLOWEST) tests/ray tests/chaos
 	$(PYTEST) tests/browser
 	$(PYTEST) tests/gpu
 
