@@ -1,21 +1,22 @@
 """transformers in this process: it has only the trainer's dependencies, and results are reproducible bit for bit.
+Samples are a function of (weights, request, threads) only, whatever else is queued and whichever worker runs it.
 
 The unit of decoding is one request. Its samples share the prompt, which is computed once and whose keys and values are
 copied to every row; all rows have the same length, so there is no padding; a row that ends leaves the batch. Nothing
-else is in that batch: samples are a function of (weights, request, threads) only, whatever else is queued and whichever
-worker runs it.
+else is in that batch. Requests run one after the other: interleaving them would not make batches larger, would keep
+more caches at a time, and would finish the first group later, with which scoring and training can begin.
 
-Requests run one after the other. Interleaving them would not make batches larger, would keep more caches at a time, and
-would finish the first group later, with which scoring and training can begin."""
+Short samples of a small model on a CPU are decoded with those of other requests, in passes of one shape
+(`fixed_rows.py`). Which of the two ways a request takes follows from the engine and the request alone."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,44 +25,13 @@ from actors.errors import ConfigError, DataFailure
 from actors.lora import set_adapters
 from actors.routing import Routers
 from rollout.engine import Ability, EngineSpec, Finished
-from rollout.sampling import Completion, Finish, PromptTopK, Request, Sampling, sample_seed
+from rollout.fixed_rows import SEATS, FixedRows, can_have_fixed_rows, columns_of
+from rollout.running import Row
+from rollout.sampling import Completion, PromptTopK, Request, Sampling, sample_seed
 from rollout.stopping import StopRule, end_token_ids, token_budget
 from rollout.transformers_model import add_adapters, copy_weights, read_model
 
 OWN, SECOND = 0, 1  # the model that the engine follows, and the one that is mixed in
-
-
-@dataclass
-class _Row:
-    """One running sample."""
-
-    index: int
-    draw: torch.Generator
-    tokens: list[int] = field(default_factory=list)
-    logps: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-    admitted: list[list[int]] = field(default_factory=list)
-    routes: list[Tensor] = field(default_factory=list)  # [tokens, layers x k] of what was read, piece by piece
-    finish: Finish | None = None
-
-    def completion(self) -> Completion:
-        assert self.finish is not None
-        return Completion(
-            self.index,
-            np.asarray(self.tokens, dtype=np.int32),
-            np.asarray(self.logps, dtype=np.float32),
-            np.asarray(self.versions, dtype=np.int32),
-            self.finish,
-            np.asarray(self.admitted, dtype=np.int32) if self.admitted else None,
-            self._all_routes(),
-        )
-
-    def _all_routes(self) -> np.ndarray | None:
-        """[P + C, layers x k]: the last token was sampled, and never read."""
-        if not self.routes:
-            return None
-        read = torch.cat(self.routes).to(torch.int16).cpu().numpy()
-        return np.concatenate([read, np.full((1, read.shape[1]), -1, np.int16)])
 
 
 @dataclass
@@ -70,8 +40,7 @@ class _Part:
     has read them; it is None until their first step, and again after new weights."""
 
     request: Request
-    budget: int
-    rows: list[_Row]
+    rows: list[Row]
     caches: list[Any] = field(default_factory=lambda: [None, None])
 
 
@@ -106,6 +75,9 @@ class HfEngine:
         self._stop = StopRule(spec.model, end_token_ids(spec.model, spec.trust_remote_code), spec.trust_remote_code)
         self._routers: Routers | None = None  # of the own model, once they are asked
         self._waiting: deque[_Part] = deque()  # the first one is running
+        self._fixed: dict[int, FixedRows] | None = None  # by their columns, if the model can have any
+        if can_have_fixed_rows(self._models[OWN], self.device):
+            self._fixed = {}
         self._done: dict[str, list[Completion]] = {}
 
     def add(self, request: Request) -> None:
@@ -117,32 +89,64 @@ class HfEngine:
         if strays:
             raise DataFailure(f"request {request.id}: token {strays[0]} is not in the vocabulary of {vocab}")
         self._done[request.id] = []
-        rows = [_Row(index, _generator(request, index, self.device)) for index in range(request.n)]
+        rows = [Row(request, budget, index, _generator(request, index, self.device)) for index in range(request.n)]
+        columns = columns_of(len(request.prompt), budget)
+        if self._fixed is not None and columns and not request.mixture and not request.sampling.replay_routing:
+            if columns not in self._fixed:
+                seats = min(SEATS, self._spec.max_concurrency)
+                self._fixed[columns] = FixedRows(self._models[OWN], seats, columns)
+            self._fixed[columns].add(rows)
+            return
         for start in range(0, request.n, self._spec.max_concurrency):
-            self._waiting.append(_Part(request, budget, rows[start : start + self._spec.max_concurrency]))
+            self._waiting.append(_Part(request, rows[start : start + self._spec.max_concurrency]))
 
     def abort(self, request_id: str) -> None:
         self._done.pop(request_id, None)
         self._waiting = deque(part for part in self._waiting if part.request.id != request_id)
+        for fixed in self._all_fixed:
+            fixed.remove(lambda row: row.request.id == request_id)
 
     @property
     def busy(self) -> bool:
-        return bool(self._waiting)
+        return bool(self._waiting) or any(fixed.busy for fixed in self._all_fixed)
 
     @torch.inference_mode()
     def step(self) -> list[Finished]:
-        part = self._waiting[0]
-        logits = self._next_logits(part)
-        tokens, logps = draw(logits, part.request.sampling, [row.draw for row in part.rows])
-        if part.request.sampling.records_admitted:
-            for row, ids in zip(part.rows, admitted(logits, part.request.sampling, tokens).tolist(), strict=True):
-                row.admitted.append(ids)
-        for row, token, logp in zip(part.rows, tokens.tolist(), logps.tolist(), strict=True):
-            row.tokens.append(token)
-            row.logps.append(logp)
-            row.versions.append(self.version)
-            row.finish = self._stop.finish(row.tokens, part.request.sampling, part.budget)
-        return self._retire(part)
+        finished: list[Finished] = []
+        for fixed in self._all_fixed:
+            if fixed.busy:
+                rows, logits = fixed.next_logits()
+                self._sample(rows, logits)
+                fixed.remove(lambda row: row.finish is not None)
+                finished += self._ended(rows)
+        if self._waiting:
+            part = self._waiting[0]
+            self._sample(part.rows, self._next_logits(part))
+            finished += self._retire(part)
+        return finished
+
+    @property
+    def _all_fixed(self) -> list[FixedRows]:
+        return list((self._fixed or {}).values())
+
+    def _sample(self, rows: list[Row], logits: Tensor) -> None:
+        """A token for each row, from its row of `logits` [R, V]."""
+        by_sampling: dict[Sampling, list[int]] = {}
+        for _, group in groupby(enumerate(rows), key=lambda pair: pair[1].request.id):
+            places, (row, *_) = zip(*group, strict=True)
+            by_sampling.setdefault(row.request.sampling, []).extend(places)
+        for sampling, places in by_sampling.items():
+            chosen = [rows[place] for place in places]
+            theirs = logits if len(chosen) == len(rows) else logits[places]
+            tokens, logps = draw(theirs, sampling, [row.draw for row in chosen])
+            if sampling.records_admitted:
+                for row, ids in zip(chosen, admitted(theirs, sampling, tokens).tolist(), strict=True):
+                    row.admitted.append(ids)
+            for row, token, logp in zip(chosen, tokens.tolist(), logps.tolist(), strict=True):
+                row.tokens.append(token)
+                row.logps.append(logp)
+                row.versions.append(self.version)
+                row.finish = self._stop.finish(row.tokens, sampling, row.budget)
 
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Running samples compute their keys and values again under the new weights: every token's log-probability is
@@ -170,6 +174,7 @@ class HfEngine:
 
     def close(self) -> None:
         self._waiting.clear()
+        self._fixed = None
 
     def _replace_weights(self, which: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         copy_weights(self._models[which], dict(weights))
@@ -178,6 +183,8 @@ class HfEngine:
     def _forget_caches(self, which: int) -> None:
         for part in self._waiting:
             part.caches[which] = None
+        for fixed in self._all_fixed if which == OWN else ():
+            fixed.forget()
 
     def _next_logits(self, part: _Part) -> Tensor:
         """[R, V] float32: logits of each row's next token, for a request with a mixture those of both models."""
@@ -230,18 +237,28 @@ class HfEngine:
         going = [place for place, row in enumerate(part.rows) if row.finish is None]
         if len(going) == len(part.rows):
             return []
-        completions = self._done[part.request.id]
-        said = self._of_prompt(part.request) if part.request.prompt_top_k else None
-        completions += [replace(row.completion(), prompt=said) for row in part.rows if row.finish is not None]
+        ended = [row for row in part.rows if row.finish is not None]
         if going:
             part.rows = [part.rows[place] for place in going]
             for cache in (cache for cache in part.caches if cache is not None):
                 cache.batch_select_indices(torch.tensor(going, device=self.device))
-            return []
-        self._waiting.popleft()
-        if len(completions) < part.request.n:
-            return []
-        return [Finished(part.request, self._done.pop(part.request.id))]
+        else:
+            self._waiting.popleft()
+        return self._ended(ended)
+
+    def _ended(self, rows: list[Row]) -> list[Finished]:
+        """Takes the samples of those rows that have ended, and what was asked of their prompts; the requests that have
+        all of theirs now."""
+        finished: list[Finished] = []
+        for row in rows:
+            if row.finish is None:
+                continue
+            request, completions = row.request, self._done[row.request.id]
+            completions.append(row.completion())
+            if len(completions) == request.n:
+                said = self._of_prompt(request) if request.prompt_top_k else None
+                finished.append(Finished(request, [replace(each, prompt=said) for each in self._done.pop(request.id)]))
+        return finished
 
 
 def draw(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from actors.errors import DataFailure, InfraFailure
 from actors.lora import adapter_tensors, attach, full_tensors
 from actors.specs import LoraSpec
 from rollout.engine import Engine, EngineSpec, build_engine
+from rollout.fixed_rows import columns_of
 from rollout.sampling import Completion, Finish, Request, Sampling
 from rollout.stopping import resolved_stops
 from rollout.vllm_engine import CPU_HEAD_SIZES
@@ -372,12 +373,34 @@ def test_samples_do_not_depend_on_what_else_is_running(subject: Subject) -> None
     assert [c.tokens.tolist() for c in alone] == [c.tokens.tolist() for c in crowded]
 
 
-@on("hf-tied")
+@on("hf-tied", "hf-untied")
 def test_the_hf_engine_repeats_log_probabilities_bit_for_bit_whatever_else_is_in_the_batch(subject: Subject) -> None:
-    request = Request("a", PROMPT, 4, Sampling(24), seed=6)
-    alone = subject.run(request)["a"]
-    crowded = subject.run(Request("b", LONG_PROMPT, 5, Sampling(9), seed=1), request)["a"]
-    assert all(np.array_equal(a.logps, b.logps) for a, b in zip(alone, crowded, strict=True))
+    """Short requests share passes with others, whose prompts have the same padded length and others; long ones do
+    not."""
+    short = Request("short", PROMPT, 4, Sampling(24), seed=6)
+    long = Request("long", LONG_PROMPT, 4, Sampling(24), seed=6)
+    crowd = [Request(f"crowd-{i}", PROMPT[i % 4 :] * (1 + i % 3), 5, Sampling(3 + 5 * i), seed=i) for i in range(6)]
+    for request in (short, long):
+        alone = subject.run(request)[request.id]
+        crowded = subject.run(*crowd[:2], request, *crowd[2:])[request.id]
+        assert all(np.array_equal(a.logps, b.logps) for a, b in zip(alone, crowded, strict=True))
+
+
+@pytest.mark.parametrize("prompt", [PROMPT[:1], PROMPT, (*PROMPT, *PROMPT[:3]), LONG_PROMPT[:50]])
+@on("hf-tied", "hf-untied")
+def test_short_samples_in_passes_of_one_shape_are_the_first_tokens_of_long_ones(
+    subject: Subject, prompt: tuple[int, ...]
+) -> None:
+    """A request that may become long is decoded by itself, from a cache that grows."""
+    assert columns_of(len(prompt), 30) is not None and columns_of(len(prompt), 150) is None
+    short, long = (
+        subject.run(Request("a", prompt, 6, Sampling(budget, top_k=50), seed=3))["a"] for budget in (30, 150)
+    )
+    assert max(len(completion.tokens) for completion in long) > 30
+    for one, other in zip(short, long, strict=True):
+        size = len(one.tokens)
+        assert one.tokens.tolist() == other.tokens[:size].tolist()
+        np.testing.assert_allclose(one.logps, other.logps[:size], atol=1e-5)
 
 
 @on(*ENGINES)

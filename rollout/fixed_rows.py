@@ -1,0 +1,218 @@
+"""Short samples of a small model on a CPU, of several requests at a time, in passes of one shape.
+
+A pass of a small model costs about as much for sixty-four rows as for eight, so a pass for each request wastes most
+of the time. But what a row gets must not depend on the rows beside it, to the bit: with other rows a matrix product may
+sum in another order if that changes its shape. So the shape never changes:
+
+    seats       0        1        2        3                 a pass reads one token per seat, of empty ones too
+    columns  [. p p p][p p p p][. . p p][       ]            a prompt ends where its multiple of STRIDE ends; what is
+             [t t    ][t      ][t t t  ][       ]            left of it is masked, and so is what has not been read
+
+A prompt is read once for all of its samples, with others that are padded to the same length, in passes of one shape
+again. A row that ends leaves its seat; new rows sit down when half of the seats are free, as their prompts then fill
+their passes. How many columns there are follows from the request alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rollout.running import Row
+
+SEATS = 64  # 256 samples of 4 tokens, 1.3M parameters: 0.15 CPU-seconds; with 16 seats 0.31, with 256 0.11
+PROMPT_TOKENS = 64  # of a pass that reads prompts
+STRIDE = 8  # tokens: prompts are padded to a multiple of it
+SHORTEST, LONGEST = 32, 128  # columns: beyond the longest, masked columns cost more than calls
+PARAMETERS = 20_000_000  # of a larger model, the products of a pass with empty seats cost more than calls
+
+
+def columns_of(prompt: int, budget: int) -> int | None:
+    """Columns for a sample of up to `budget` tokens after a prompt of so many: a power of two; None: too many. A prefix
+    that is read again after some tokens may be padded by one token less than a stride."""
+    needed = prompt + budget + STRIDE - 1
+    columns = max(SHORTEST, 1 << (needed - 1).bit_length())
+    return columns if columns <= LONGEST else None
+
+
+def can_have_fixed_rows(model: Any, device: torch.device) -> bool:
+    """Whether a model of transformers is small, on a CPU, attends to all earlier tokens in every layer under a mask
+    that it is given, and sends each token through the same products whatever the other tokens are."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    layers = DynamicCache(config=model.config).layers
+    return (
+        device.type == "cpu"
+        and sum(parameter.numel() for parameter in model.parameters()) <= PARAMETERS
+        and all(parameter.dim() <= 2 for parameter in model.parameters())  # experts, of which each gets some tokens
+        and bool(layers)
+        and all(type(layer) is DynamicLayer for layer in layers)
+        and model.config._attn_implementation == "sdpa"
+        and "position_ids" in inspect.signature(model.forward).parameters
+    )
+
+
+class FixedRows:
+    """Rows that are decoded together: at most `seats` at a time, the others wait. Each of them has at most `columns`
+    tokens."""
+
+    def __init__(self, model: Callable[..., Any], seats: int, columns: int) -> None:
+        self._model = model
+        self._seats: list[Row | None] = [None] * seats
+        self._waiting: deque[Row] = deque()
+        self._unread: set[int] = set()  # seats whose keys and values are not there
+        self._cache = _Cache(seats, columns)
+        self._starts = torch.zeros(seats, dtype=torch.int64)  # [S] the first token's column
+        self._ends = torch.zeros(seats, dtype=torch.int64)  # [S] the column of the next token that is read
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting) or any(row is not None for row in self._seats)
+
+    def add(self, rows: Iterable[Row]) -> None:
+        self._waiting.extend(rows)
+
+    def remove(self, gone: Callable[[Row], bool]) -> None:
+        """Of the rows, those of which that is true."""
+        self._waiting = deque(row for row in self._waiting if not gone(row))
+        for seat, row in enumerate(self._seats):
+            if row is not None and gone(row):
+                self._seats[seat] = None
+                self._unread.discard(seat)
+
+    def forget(self) -> None:
+        """The weights have changed: what the rows have read is read again."""
+        self._unread = {seat for seat, row in enumerate(self._seats) if row is not None}
+
+    def next_logits(self) -> tuple[list[Row], Tensor]:
+        """The rows that have a seat, and [R, V] float32: logits of each one's next token."""
+        self._sit_down()
+        taken = [seat for seat, row in enumerate(self._seats) if row is not None]
+        found: dict[int, Tensor] = {}
+        if any(seat not in self._unread for seat in taken):
+            logits = self._read_last_tokens()
+            found = {seat: logits[seat] for seat in taken if seat not in self._unread}
+        found |= self._read_prefixes()
+        return [self._row(seat) for seat in taken], torch.stack([found[seat] for seat in taken])
+
+    def _row(self, seat: int) -> Row:
+        row = self._seats[seat]
+        assert row is not None
+        return row
+
+    def _sit_down(self) -> None:
+        free = [seat for seat, row in enumerate(self._seats) if row is None]
+        if 2 * len(free) < len(self._seats):
+            return
+        for seat in free[: len(self._waiting)]:
+            self._seats[seat] = self._waiting.popleft()
+            self._unread.add(seat)
+
+    def _read_last_tokens(self) -> Tensor:
+        """[S, V] float32. Empty seats, and those whose prefix is read next, read something that is overwritten."""
+        last = [0 if row is None or not row.tokens else row.tokens[-1] for row in self._seats]
+        places = torch.arange(self._cache.columns)
+        inside = (places >= self._starts[:, None]) & (places <= self._ends[:, None])
+        self._cache.one_token(self._ends)
+        logits = self._pass(torch.tensor(last)[:, None], inside[:, None, None], (self._ends - self._starts)[:, None])
+        read = [seat for seat, row in enumerate(self._seats) if row is not None and seat not in self._unread]
+        self._ends[read] += 1
+        return logits
+
+    def _read_prefixes(self) -> dict[int, Tensor]:
+        """[V] float32 for each seat that has read nothing: prompt and tokens, once for all rows that have the same."""
+        seats_of: dict[tuple[int, ...], list[int]] = {}
+        for seat in sorted(self._unread):
+            row = self._row(seat)
+            seats_of.setdefault((*row.request.prompt, *row.tokens), []).append(seat)
+        by_length: dict[int, list[tuple[int, ...]]] = {}
+        for prefix in seats_of:
+            by_length.setdefault(-(-len(prefix) // STRIDE) * STRIDE, []).append(prefix)
+        found: dict[int, Tensor] = {}
+        for length, prefixes in by_length.items():
+            size = _prefixes_of_a_pass(length)
+            for some in (prefixes[start : start + size] for start in range(0, len(prefixes), size)):
+                logits = self._read(some, length, [seats_of[prefix] for prefix in some])
+                found |= {seat: logits[place] for place, prefix in enumerate(some) for seat in seats_of[prefix]}
+        self._unread.clear()
+        return found
+
+    def _read(self, prefixes: Sequence[tuple[int, ...]], length: int, seats_of: list[list[int]]) -> Tensor:
+        """[N, V] float32: one pass, of as many rows whatever the prefixes are. Padding is on the left, so that all of
+        them end in the same column; a padded token attends to itself, because attention to nothing is no number."""
+        count = _prefixes_of_a_pass(length)
+        ids, starts = torch.zeros(count, length, dtype=torch.int64), torch.full((count,), length - 1)
+        for place, prefix in enumerate(prefixes):
+            starts[place] = length - len(prefix)
+            ids[place, length - len(prefix) :] = torch.tensor(prefix)
+        places = torch.arange(length)
+        causal = (places <= places[:, None]) & (places >= starts[:, None, None])
+        seen = causal | torch.eye(length, dtype=torch.bool)
+        pairs = [(seat, place) for place, seats in enumerate(seats_of) for seat in seats]
+        seats, sources = torch.tensor(pairs).unbind(1)
+        self._starts[seats], self._ends[seats] = starts[sources], length
+        self._cache.prefixes(seats, sources)
+        return self._pass(ids, seen[:, None], (places - starts[:, None]).clamp(min=0))
+
+    def _pass(self, ids: Tensor, seen: Tensor, positions: Tensor) -> Tensor:
+        """Logits after the last column. `seen` [N, 1, queries, keys] bool."""
+        output = self._model(
+            input_ids=ids,
+            attention_mask=seen,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1].float()
+
+
+def _prefixes_of_a_pass(length: int) -> int:
+    return max(1, PROMPT_TOKENS // length)
+
+
+class _Cache:
+    """Keys and values of all seats, [S, heads, columns, head_dim] for each layer: what a layer of transformers asks of
+    its cache. Before a pass it is told what the pass reads."""
+
+    def __init__(self, seats: int, columns: int) -> None:
+        self.columns = columns
+        self._every = torch.arange(seats)
+        self._held: dict[int, tuple[Tensor, Tensor]] = {}
+        self._write: Callable[[Tensor, Tensor], None]
+        self._attends_to_held = False
+
+    def one_token(self, ends: Tensor) -> None:
+        """The pass reads a token of each seat, in the column `ends` [S]."""
+
+        def write(held: Tensor, new: Tensor) -> None:
+            held[self._every, :, ends] = new[:, :, 0]
+
+        self._write, self._attends_to_held = write, True
+
+    def prefixes(self, seats: Tensor, sources: Tensor) -> None:
+        """The pass reads prefixes that begin in the first column: that in the row `sources[i]` is of `seats[i]`."""
+
+        def write(held: Tensor, new: Tensor) -> None:
+            held[seats, :, : new.shape[2]] = new[sources]
+
+        self._write, self._attends_to_held = write, False
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """What the layer attends to, after its new keys and values [N, heads, new, head_dim] were taken in."""
+        if layer not in self._held:
+            shapes = [(len(self._every), new.shape[1], self.columns, new.shape[3]) for new in (keys, values)]
+            self._held[layer] = keys.new_zeros(shapes[0]), values.new_zeros(shapes[1])
+        held = self._held[layer]
+        for mine, new in zip(held, (keys, values), strict=True):
+            self._write(mine, new)
+        return held if self._attends_to_held else (keys, values)
+
+    def get_seq_length(self, *_: Any) -> int:
+        return 0
