@@ -77,6 +77,7 @@ def run(
             shapes=prepared.shapes,
             merged_because=prepared.merged_because,
             budget_notes=prepared.budget_notes,
+            engine_notes=prepared.engine_notes,
         )
         if resume is None:
             folder, resumed = _new_folder(prepared.config, run_id), None

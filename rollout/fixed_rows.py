@@ -24,38 +24,19 @@ import torch
 from torch import Tensor
 
 from rollout.running import Row
+from rollout.short_samples import STRIDE, model_refusal
 
 SEATS = 64  # 256 samples of 4 tokens, 1.3M parameters: 0.15 CPU-seconds; with 16 seats 0.31, with 256 0.11
 PROMPT_TOKENS = 64  # of a pass that reads prompts
-STRIDE = 8  # tokens: prompts are padded to a multiple of it
-SHORTEST, LONGEST = 32, 128  # columns: beyond the longest, masked columns cost more than calls
-PARAMETERS = 20_000_000  # of a larger model, the products of a pass with empty seats cost more than calls
-
-
-def columns_of(prompt: int, budget: int) -> int | None:
-    """Columns for a sample of up to `budget` tokens after a prompt of so many: a power of two; None: too many. A prefix
-    that is read again after some tokens may be padded by one token less than a stride."""
-    needed = prompt + budget + STRIDE - 1
-    columns = max(SHORTEST, 1 << (needed - 1).bit_length())
-    return columns if columns <= LONGEST else None
 
 
 def can_have_fixed_rows(model: Any, device: torch.device) -> bool:
-    """Whether a model of transformers is small, on a CPU, attends to all earlier tokens in every layer under a mask
-    that it is given, and sends each token through the same products whatever the other tokens are."""
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
-    layers = DynamicCache(config=model.config).layers
-    return (
-        device.type == "cpu"
-        and sum(parameter.numel() for parameter in model.parameters()) <= PARAMETERS
-        and all(parameter.dim() <= 2 for parameter in model.parameters())  # experts, of which each gets some tokens
-        and bool(layers)
-        and all(type(layer) is DynamicLayer for layer in layers)
-        and model.config._attn_implementation == "sdpa"
-        and "position_ids" in inspect.signature(model.forward).parameters
+    """Whether a model of transformers is decoded so; on a CPU alone, where it was measured."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    masked = (
+        "position_ids" in inspect.signature(model.forward).parameters and model.config._attn_implementation == "sdpa"
     )
+    return device.type == "cpu" and masked and model_refusal(model.config, parameters) is None
 
 
 class FixedRows:

@@ -25,9 +25,10 @@ from actors.errors import ConfigError, DataFailure
 from actors.lora import set_adapters
 from actors.routing import Routers
 from rollout.engine import Ability, EngineSpec, Finished
-from rollout.fixed_rows import SEATS, FixedRows, can_have_fixed_rows, columns_of
+from rollout.fixed_rows import SEATS, FixedRows, can_have_fixed_rows
 from rollout.running import Row
 from rollout.sampling import Completion, PromptTopK, Request, Sampling, sample_seed
+from rollout.short_samples import columns_of
 from rollout.stopping import StopRule, end_token_ids, token_budget
 from rollout.transformers_model import add_adapters, copy_weights, read_model
 

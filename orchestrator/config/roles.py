@@ -13,6 +13,8 @@ from orchestrator.config.autoscale import AutoscaleConfig
 from orchestrator.config.section import DType, LabelSelector, Positive, Seconds, Section
 from rollout.engine import EngineSpec
 
+AUTO_ENGINE = "auto"  # the plan chooses one
+
 
 class OptimizerConfig(Section):
     """The optimizer of one trained role, where it differs from its phase's `train`."""
@@ -146,8 +148,8 @@ class EngineRole(Section):
     """The role that it samples from: its weights are published to every worker."""
     mixes: str | None = None
     """A second role whose weights its engines hold, for stages that sample from a mixture of both. None: none."""
-    engine: str = "vllm"
-    """Name of the engine: vllm, hf or scripted, or your own as path/to/file.py:Class."""
+    engine: str = AUTO_ENGINE
+    """vllm, hf, scripted, or path/to/file.py:Class; auto: hf for short samples of a small model on a CPU, else vllm."""
     workers: Positive = 1
     """Number of processes; `troupe scale RUN rollout=N` changes the number of a running job."""
     autoscale: AutoscaleConfig | None = None

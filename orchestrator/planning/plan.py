@@ -97,6 +97,8 @@ class Plan:
     overlaps: bool  # frozen roles work on the next batch while another role is trained
     # Of engine roles that follow a role with adapters: why they get merged weights; None: they get the adapters alone.
     merged_because: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
+    # Of engine roles whose engine was chosen: which, and why.
+    engine_notes: Mapping[str, str] = field(default_factory=dict[str, str])
     refusals: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -134,13 +136,15 @@ def make_plan(
     shapes: Mapping[str, Shape] | None = None,
     merged_because: Mapping[str, str | None] | None = None,
     budget_notes: Mapping[str, str] | None = None,
+    engine_notes: Mapping[str, str] | None = None,
     machine: Machine | None = None,
 ) -> Plan:
     """The plan of a run, `pipelines` by phase. `parameters` of the run's model, `own_parameters` of the models of roles
-    that differ from it, `shapes` by role; `merged_because` and `budget_notes` as in `Prepared`. Raises ConfigError with
+    that differ from it, `shapes` by role; `merged_because`, `budget_notes` and
+    `engine_notes` as in `Prepared`. Raises ConfigError with
     all refusals."""
     known: dict[str, Any] = {"parameters": parameters, "own_parameters": own_parameters, "shapes": shapes}
-    known |= {"merged_because": merged_because, "budget_notes": budget_notes}
+    known |= {"merged_because": merged_because, "budget_notes": budget_notes, "engine_notes": engine_notes}
     plan = draft_plan(config, pipelines, machine=machine, **known)
     if plan.refusals:
         raise ConfigError("\n".join(plan.refusals))
@@ -156,6 +160,7 @@ def draft_plan(
     shapes: Mapping[str, Shape] | None = None,
     merged_because: Mapping[str, str | None] | None = None,
     budget_notes: Mapping[str, str] | None = None,
+    engine_notes: Mapping[str, str] | None = None,
     machine: Machine | None = None,
 ) -> Plan:
     """A plan that may have `refusals`, for display and not for launching."""
@@ -186,6 +191,7 @@ def draft_plan(
         turns=taking_turns(config, sized),
         overlaps=_overlaps(config, sized),
         merged_because=merged,
+        engine_notes={role: why for role, why in (engine_notes or {}).items() if role in launched},
         refusals=tuple(refused),
         warnings=(*warnings(config, pipelines, launched), *slow_types(config, sized, machine)),
     )

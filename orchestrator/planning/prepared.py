@@ -135,6 +135,8 @@ class Prepared:
     own_parameters: Mapping[str, int | None] = field(default_factory=dict[str, int | None])  # of roles that differ
     # Of phases whose `train.token_budget` was chosen: why that.
     budget_notes: Mapping[str, str] = field(default_factory=dict[str, str])
+    # Of engine roles whose `engine` was chosen: which, and why.
+    engine_notes: Mapping[str, str] = field(default_factory=dict[str, str])
     # Of engine roles that follow a role with adapters: why they get merged weights; None: they get the adapters alone.
     merged_because: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
     shapes: Mapping[str, Shape] = field(default_factory=dict[str, Shape])  # of roles' models, where they are known

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from actors import pretrained
 from actors.specs import LoraSpec
-from orchestrator.config.roles import EngineRole
+from orchestrator.config.roles import AUTO_ENGINE, EngineRole
 from orchestrator.planning.prepared import Prepared
 from orchestrator.plugins import importable
 from rollout import vllm_adapters
@@ -24,7 +24,9 @@ def merged_because(prepared: Prepared) -> dict[str, str | None]:
     following = {
         role: settings
         for role, settings in config.roles
-        if isinstance(settings, EngineRole) and settings.follows in trained
+        if isinstance(settings, EngineRole)
+        and settings.follows in trained
+        and settings.engine != AUTO_ENGINE  # else nothing launches it (`engine_choice.py`)
     }
     if lora is None:
         return {}

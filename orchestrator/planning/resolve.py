@@ -17,7 +17,7 @@ from actors.errors import ConfigError
 from actors.pretrained import check_folder
 from orchestrator.collection.episodes import REWARD
 from orchestrator.collection.precompute import recall
-from orchestrator.config.roles import EngineRole, EnvironmentsRole, RanksRole
+from orchestrator.config.roles import AUTO_ENGINE, EngineRole, EnvironmentsRole, RanksRole
 from orchestrator.config.schema import ENVIRONMENT, DataConfig, EvaluationConfig, PhaseConfig, RewardConfig, RunConfig
 from orchestrator.credit.step_rewards import Steps
 from orchestrator.data.awaited import AwaitedSource
@@ -27,6 +27,7 @@ from orchestrator.losses.objective import LossObjective
 from orchestrator.methods import build
 from orchestrator.pipeline import DataKind, Pipeline, Prompts
 from orchestrator.planning.checks import check_engines, check_models, check_rewards, check_vocabularies, refuse_no_room
+from orchestrator.planning.engine_choice import with_engines
 from orchestrator.planning.episode_settings import FIRST_WORDS, EpisodeSettings, episode_settings
 from orchestrator.planning.handover import is_handed_over, phase_of
 from orchestrator.planning.memory_estimate import Shape
@@ -55,7 +56,7 @@ def prepare(config: RunConfig, *, run: Path | None = None) -> Prepared:
     given = [REWARD] if any(phase.episode is not None for phase in config.phases.values()) else []
     check_names([*(reward.label for reward in (*rewards, *scoring)), *given])
     for role, settings in config.roles:
-        if isinstance(settings, EngineRole):
+        if isinstance(settings, EngineRole) and settings.engine != AUTO_ENGINE:
             importable(settings.engine, f"roles.{role}.engine")
     model = resolve_model(config.model.path, config.seed)
     models = {
@@ -90,6 +91,7 @@ def prepare(config: RunConfig, *, run: Path | None = None) -> Prepared:
         parameters=count_parameters(model),
     )
     prepared = replace(prepared, own_parameters=_own_parameters(prepared), shapes=_shapes(prepared))
+    prepared = with_engines(prepared)
     prepared = with_token_budgets(replace(prepared, merged_because=merged_because(prepared)))
     _check_lengths(prepared)
     check_rewards(prepared)

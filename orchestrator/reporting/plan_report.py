@@ -75,6 +75,8 @@ def _parts(plan: Plan, cluster: ClusterView) -> Iterator[RenderableType]:
     yield _roles(plan)
     for role, other in plan.stand_ins.items():
         yield Text(f"{role}: the {other} without its adapters; nothing is launched for it")
+    for role, which in plan.engine_notes.items():
+        yield Text(f"{role}: {which}")
     for roles in plan.turns:
         yield Text(_turns(plan, roles))
     for role, why in plan.merged_because.items():

@@ -163,6 +163,7 @@ def show_plan(config: RunConfig, *, as_json: bool = False) -> bool:
         shapes=prepared.shapes,
         merged_because=prepared.merged_because,
         budget_notes=prepared.budget_notes,
+        engine_notes=prepared.engine_notes,
     )
     cluster = cluster_at_hand(config.cluster, plan)
     refused = problems(plan, cluster)

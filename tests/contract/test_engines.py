@@ -19,8 +19,8 @@ from actors.errors import DataFailure, InfraFailure
 from actors.lora import adapter_tensors, attach, full_tensors
 from actors.specs import LoraSpec
 from rollout.engine import Engine, EngineSpec, build_engine
-from rollout.fixed_rows import columns_of
 from rollout.sampling import Completion, Finish, Request, Sampling
+from rollout.short_samples import columns_of
 from rollout.stopping import resolved_stops
 from rollout.vllm_engine import CPU_HEAD_SIZES
 from tests.unit.tiny import tiny_model_folder, tiny_tokenizer

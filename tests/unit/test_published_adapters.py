@@ -54,11 +54,12 @@ def test_without_adapters_nothing_is_said_of_them(tmp_path: Path) -> None:
     assert "adapters" not in said(plan)
 
 
+VLLM: dict[str, Any] = {"roles": {"rollout": {"engine": "vllm"}}}
 OBSTACLES: list[tuple[dict[str, Any], str]] = [
     ({"roles": {"rollout": {"engine": "scripted"}}}, "roles.rollout.engine=scripted takes whole models only"),
     ({"roles": {"rollout": {"engine": "hf", "dtype": "bfloat16"}}}, "it would read the model in bfloat16"),
-    ({"model": {"lora": {"use_dora": True}}}, r"vLLM does not compute weight-decomposed adapters"),
-    ({"model": {"lora": {"r": 600}}}, "vLLM computes adapters of rank 512 at most, and model.lora.r=600"),
+    ({**VLLM, "model": {"lora": {"use_dora": True}}}, r"vLLM does not compute weight-decomposed adapters"),
+    ({**VLLM, "model": {"lora": {"r": 600}}}, "vLLM computes adapters of rank 512 at most, and model.lora.r=600"),
 ]
 
 
