@@ -8,6 +8,7 @@ TroupeError
 │   └── PlacementError     the cluster lacks what the plan needs
 ├── Interrupted        a signal ended a run, which shut down cleanly
 └── RunError           something broke during a run
+    ├── NotDone            a run or a service did not do what it was asked for; the run itself need not have failed
     ├── DiskError          a disk is full or not writable
     ├── InfraFailure       an actor, an engine or a wait died: retry elsewhere, bounded
     │   ├── BlockLost          a value in the object store is gone: make it again, bounded
@@ -63,6 +64,10 @@ class Interrupted(TroupeError):
 
 class RunError(TroupeError):
     """A run failed after it had started."""
+
+
+class NotDone(RunError):
+    """What a client asked of a run, or of a service, was not done. That is no failure of the run."""
 
 
 class DiskError(RunError):

@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from actors.errors import ConfigError, Interrupted, RunError
+from actors.errors import ConfigError, Interrupted, NotDone, RunError
 from orchestrator.cluster import control
 from orchestrator.cluster.run_lock import driver_of
 from orchestrator.config.loading import SAVED, SUBMITTED, find_recipe, load_config, saved_config
@@ -35,7 +35,7 @@ from orchestrator.queueing.entry import Entry, Stage
 from orchestrator.reporting.metrics import METRICS_FILE
 from orchestrator.restarts import COMMAND, REFUSED, folder_of
 from orchestrator.result import RunResult
-from orchestrator.status import State, Status, has_ended, queue_says
+from orchestrator.status import State, Status, has_ended, in_one_line, last_words, queue_says
 
 START_TIMEOUT_S = 600.0  # until a run has its folder: reading the data, the first time perhaps from the Hub
 ANSWER_TIMEOUT_S = 600.0  # until a run is between two steps
@@ -47,7 +47,7 @@ SHOWN_LINES = 30  # of the console of a run that failed
 T = TypeVar("T")
 
 
-class NoAnswerInTime(RunError):
+class NoAnswerInTime(NotDone):
     """A deadline passed before a run did what was asked; the request itself stands."""
 
 
@@ -218,12 +218,19 @@ class RunHandle:
         """How a run that is not running says that it ended."""
         ended = self._last("finished", "interrupted")
         if ended is None:
-            started = (self.folder / control.RUN_FILE).exists()
-            why = "failed, or was killed" if started else "ended before its roles were started"
-            return State.FAILED, why
+            return State.FAILED, self._why_it_failed()
         if ended["event"] == "finished":
             return State.FINISHED, "finished"
         return State.STOPPED, f"stopped by {ended['signal']}; `troupe resume {self.folder}` continues it"
+
+    def _why_it_failed(self) -> str:
+        """Why a run has ended that has not said that it finished or was stopped."""
+        if said := self._last("failed"):
+            return f"failed: {in_one_line(said['error'].splitlines())}"
+        if words := last_words(self.folder):
+            return f"failed: {words}"
+        started = (self.folder / control.RUN_FILE).exists()
+        return "was killed, or its machine was lost" if started else "ended before its roles were started"
 
     def scale(self, role: str, count: control.Workers, *, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
         """Ask for `count` workers of an elastic role; they come and go while the run goes on. A role with `autoscale`
@@ -278,7 +285,7 @@ class RunHandle:
             if answer is None and self.over and self._last("finished"):
                 answer = self._last("checkpoint")
             if answer is None and self._pausing() == {"event": "paused", "step": 0}:
-                raise RunError(f"run {self.folder.name} is paused before its first step: there is nothing to save yet")
+                raise NotDone(f"run {self.folder.name} is paused before its first step: there is nothing to save yet")
             return Path(answer["path"]) if answer else None
 
         return self._await(written, timeout_s, "a checkpoint that was asked for")
@@ -295,7 +302,7 @@ class RunHandle:
             else:
                 try:
                     self._ask(timeout_s, "stop")
-                except RunError:
+                except NotDone:
                     if self.running:
                         raise
         _wait(lambda: self.over, timeout_s, f"run {self.folder.name} to stop")
@@ -327,7 +334,7 @@ class RunHandle:
         )
         if (answer["event"] == "paused") is not hold:
             other = "let it go on" if hold else "paused it"
-            raise RunError(f"another client {other} before run {self.folder.name} could answer")
+            raise NotDone(f"another client {other} before run {self.folder.name} could answer")
         return answer["step"]
 
     def _answer(self, ticket: str) -> dict[str, Any] | None:
@@ -362,20 +369,20 @@ class RunHandle:
             return control.RunFile.read(self.folder).driver == driver_of(self.folder)
         return False
 
-    def _ended(self) -> RunError:
-        return RunError(f"run {self.folder.name} has ended: {self._state()[1]}")
+    def _ended(self) -> NotDone:
+        return NotDone(f"run {self.folder.name} has ended: {self._state()[1]}")
 
     def _await(self, found: Callable[[], T | None], timeout_s: float, what: str) -> T:
         """The first true answer. Raises RunError if the run ends before it, or after `timeout_s`."""
 
-        def look() -> T | RunError | None:
+        def look() -> T | NotDone | None:
             over = self.over  # before looking: what the run wrote last must be seen
             if answer := found():
                 return answer
             return self._ended() if over else None
 
         answer = _wait(look, timeout_s, f"{what} ({self.folder.name})")
-        if isinstance(answer, RunError):
+        if isinstance(answer, NotDone):
             raise answer
         return answer
 
@@ -389,7 +396,7 @@ class RunHandle:
             if over:
                 return
             if time.monotonic() - heard > timeout_s:
-                raise RunError(f"{file} has had no new line for {timeout_s:g} s, and the run has not ended")
+                raise NotDone(f"{file} has had no new line for {timeout_s:g} s, and the run has not ended")
             time.sleep(POLL_S)
 
 

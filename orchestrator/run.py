@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.errors import ConfigError, Interrupted, UserError
+from actors.errors import ConfigError, Interrupted, TroupeError, UserError
 from actors.saved_state import writing
 from orchestrator.activity import drawn
 from orchestrator.checkpoint import AVERAGED, MODEL
@@ -123,6 +123,11 @@ def _own_folder(config: RunConfig, run_id: str) -> Path:
     return folder
 
 
+def _in_words(error: BaseException) -> str:
+    """An error of ours says what it is; of others the class does."""
+    return str(error) if isinstance(error, TroupeError) else f"{type(error).__name__}: {error}"
+
+
 @dataclass
 class _Run:
     """From the plan to the result. `again`: the folder has had a driver before. `began`: when the run was asked for, on
@@ -173,6 +178,7 @@ class _Run:
             ending = context.ending_or_none
             if ending is None or ending.signal is None:
                 context.log.close("failed")
+                context.event("failed", {"error": _in_words(error)})
                 if not isinstance(error, UserError):
                     error.add_note(context.how_to_continue())
                 raise
@@ -281,7 +287,7 @@ class _Run:
             return None
 
     def _ray_is_gone(self, what: str) -> None:
-        self.context.event("ray_is_gone", {"what": what})
+        self.context.event("failed", {"error": what})
         self.context.ending.failed(what)
 
     def _since_start(self, kind: str, **detail: Any) -> None:

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from orchestrator.cluster.control import EVENTS_FILE
+from orchestrator.console_copy import CONSOLE_FILE
 from orchestrator.json_lines import LineReader
 from orchestrator.queueing.entry import Entry, Stage
+
+TAIL_BYTES = 2**14
+REFUSED, FAILED = "troupe: refused: ", "troupe: the run failed: "  # as the command says it
+SHOWN_LINES = 10
 
 
 class State(StrEnum):
@@ -62,8 +68,10 @@ def queue_says(folder: Path, entry: Entry) -> tuple[State, str] | None:
         return None
     if entry.stage is Stage.OVER:
         return (State.STOPPED, "stopped") if entry.stopped else (State.FAILED, entry.reason)
-    if said_since(folder, entry):
-        return State.QUEUED, "its process has ended without a word; the service says what follows"
+    if said := said_since(folder, entry):
+        failed = [event["error"] for event in said if event.get("event") == "failed"]
+        how = f"failed: {in_one_line(failed[-1].splitlines())}" if failed else "has ended without a word"
+        return State.QUEUED, f"its process {how}; the service says what follows"
     return State.STARTING, "starting" if entry.stage is Stage.STARTED else entry.reason
 
 
@@ -75,3 +83,30 @@ def has_ended(folder: Path, entry: Entry, *kinds: str) -> bool:
 def said_since(folder: Path, entry: Entry) -> list[dict[str, Any]]:
     """What the process that a service has started last has written to the run's events."""
     return LineReader(folder / EVENTS_FILE, entry.events_from).new()
+
+
+def last_words(folder: Path, since: int = 0, *, marked: bool = False) -> str:
+    """What the console says, from a position on, of why the command `troupe` ended, in one line; else the last line of
+    a traceback; else nothing. `marked`: with the words that tell a refusal from a failure before it."""
+    try:
+        with (folder / CONSOLE_FILE).open("rb") as stream:
+            stream.seek(max(since, stream.seek(0, 2) - TAIL_BYTES))
+            lines = stream.read().decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return ""
+    for number in reversed(range(len(lines))):
+        if lines[number].startswith((REFUSED, FAILED)):
+            said = in_one_line(lines[number:])
+            return said if marked else said.removeprefix(REFUSED).removeprefix(FAILED)
+    in_traceback = any(line.startswith("Traceback (most recent call last)") for line in lines)
+    whole = [line.strip() for line in lines if line.strip() and not line.startswith("troupe: ")]
+    return whole[-1] if in_traceback and whole else ""
+
+
+def in_one_line(lines: Sequence[str]) -> str:
+    """The message that begins with the first of the lines, which may have several."""
+    rest = list(takewhile(lambda line: line.strip() and not line.startswith("troupe: "), lines[1:SHOWN_LINES]))
+    joined = lines[0].strip()
+    for line in rest:
+        joined += f"{' ' if joined.endswith((':', ',', ';')) else '; '}{line.strip()}"
+    return joined

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from orchestrator.cli.application import AsJson, RunFolder, app
+from orchestrator.cli.watching import line_of
 
 if TYPE_CHECKING:
     from orchestrator.api import RunHandle
@@ -84,26 +85,25 @@ def status(folder: RunFolder, as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps({"run": run.folder.name, **asdict(seen)}))
         return
-    names_it = seen.kind not in ("queued", "preempted") or seen.state.startswith(seen.kind)
-    state = seen.state if names_it else f"{seen.kind}: {seen.state}"
-    typer.echo(f"{typer.style(run.folder.name, bold=True)}: {state}")
+    said = seen.state if seen.state.startswith(seen.kind) else f"{seen.kind}: {seen.state}"
+    typer.echo(f"{typer.style(run.folder.name, bold=True)}: {said}")
     for each in seen.at_work:
         name = " ".join([each["stage"], *each["writes"]])
         typer.echo(f"  at work: {name}, {each['calls']} call(s), {each['share']:.0%} of the last second")
     for wait in seen.waits:
         typer.echo(f"  waits {wait['seconds']:.0f} s for {wait['what']}")
-    if seen.workers:
-        typer.echo(json.dumps(dict(seen.workers), indent=2))
-    for role, scaled in seen.autoscale.items():
-        held = f", held until `troupe scale {folder} {role}=auto`" if scaled["held"] else ""
-        last = f"; last decision {scaled['said']}" if scaled["said"] else ""
-        typer.echo(f"  {role}: {scaled['min']} to {scaled['max']} workers by load{held}{last}")
-    for role, members in seen.members.items():
-        for member in members:
+    for role, count in seen.workers.items():
+        by_load = ""
+        if scaled := seen.autoscale.get(role):
+            held = f", held until `troupe scale {folder} {role}=auto`" if scaled["held"] else ""
+            last = f"; last decision {scaled['said']}" if scaled["said"] else ""
+            by_load = f"; {scaled['min']} to {scaled['max']} by load{held}{last}"
+        typer.echo(f"  {role}: {count['serving']} of {count['desired']} worker(s) serve{by_load}")
+        for member in seen.members.get(role, ()):
             facts = (f"{name} {value}" for name, value in member.items() if name not in ("index", "state"))
-            typer.echo(f"  {role}/{member['index']} {member['state']}: {', '.join(facts)}")
+            typer.echo(f"    {role}/{member['index']} {member['state']}: {', '.join(facts)}")
     if seen.metrics:
-        typer.echo(json.dumps(dict(seen.metrics)))
+        typer.echo(f"  step {line_of(seen.metrics).strip()}")
 
 
 def _say(as_json: bool, words: str, **facts: Any) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from actors.errors import Interrupted, RunError, UserError
+from actors.errors import Interrupted, NotDone, RunError, UserError
 from orchestrator.cli.application import BROKEN, REFUSED, app
 from orchestrator.import_pin import pin
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Ends the process. Exit codes: 0 done, 1 the run failed, 2 the input is refused (a few lines, no traceback), 130
+    """Ends the process. Exit codes: 0 done, 1 failed, 2 the input is refused (a few lines, no traceback), 130
     Ctrl-C, 143 SIGTERM. `arguments`: default, the command line."""
     try:
         pin()
@@ -19,6 +19,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         _complain("refused", error)
         sys.exit(REFUSED)
+    except NotDone as error:
+        _complain("failed", error)
+        sys.exit(BROKEN)
     except RunError as error:
         _complain("the run failed", error)
         sys.exit(BROKEN)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,7 +34,8 @@ def list_runs(runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
     )
     for run in found:
         started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run.created))
-        why = "" if run.detail.startswith(run.state) else run.detail
+        why = "" if run.detail.startswith((f"{run.state};", f"{run.state} ")) else run.detail
+        why = why.removeprefix(run.state).removeprefix(": ")
         priority = "" if run.priority is None else str(run.priority)
         rows.add(run.id, run.state, str(run.step), priority, ", ".join(run.methods), started, why)
     show_lines([rows])
@@ -69,7 +71,7 @@ def metrics(
     lines = MetricLines(_run(folder)).answer(after=-1, phase=None, names=name or (), limit=limit)
     found: list[dict[str, Any]] = json.loads(lines)
     for line in found:
-        typer.echo(json.dumps(line) if as_json else _line(line))
+        typer.echo(json.dumps(line) if as_json else line_of(line))
 
 
 @app.command()
@@ -159,6 +161,11 @@ def _run(folder: Path) -> Path:
     return saved_config(folder).parent
 
 
-def _line(line: dict[str, Any]) -> str:
-    values = (f"{name} {value}" for name, value in line.items() if name not in ("step", "phase", "time"))
-    return f"{line['step']:>6} {line['phase']}  {'  '.join(values)}"
+def line_of(measured: Mapping[str, Any]) -> str:
+    """A line of metrics, to be read."""
+    values = (
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in measured.items()
+        if name not in ("step", "phase", "time")
+    )
+    return f"{measured['step']:>6} {measured['phase']}  {'  '.join(values)}"

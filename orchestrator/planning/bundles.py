@@ -137,6 +137,8 @@ def _lacking(bundle: Bundle, bundles: Sequence[Bundle], cluster: ClusterView) ->
     """The reason: no node has the labels, or none with the labels is large enough, or all of them together are too
     small, or the free resources are spread over several nodes."""
     able = ClusterView(tuple(node for node in cluster.nodes if bundle.takes(node)))
+    if not cluster.nodes:
+        return ["there is no node"]
     if not able.nodes:
         found = [node.labels for node in cluster.nodes]
         missing = [reason for selector in bundle.selectors for reason in labels.lacking(found, selector)]

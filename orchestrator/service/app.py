@@ -10,7 +10,7 @@ from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
 
 from orchestrator.service import chat_routes, control_routes, health_routes, planning_routes, reading_routes
-from orchestrator.service.errors import handle_errors
+from orchestrator.service.errors import documented, handle_errors
 from orchestrator.service.gate import Gate
 from orchestrator.service.jobs import Jobs, ProcessJobs, RayJobs
 from orchestrator.service.metric_lines import MetricFiles
@@ -43,6 +43,7 @@ def create_app(settings: Settings, jobs: Jobs | None = None) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
         lifespan=lifespan,
+        responses=documented(503),
     )
     app.state.settings = settings
     app.state.jobs = jobs

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from actors.errors import ConfigError, RunError
+from actors.errors import ConfigError, NotDone
 from orchestrator.api import RunHandle
 from orchestrator.config import overrides as syntax
 from orchestrator.config.loading import find_recipe, recipes
@@ -40,7 +40,7 @@ class Client:
                 method, self._url + path, json=body, headers=self._headers, timeout=TIMEOUT_S, trust_env=False
             )
         except httpx.HTTPError as error:
-            raise RunError(f"the service at {self._url} does not answer: {type(error).__name__}: {error}") from None
+            raise NotDone(f"the service at {self._url} does not answer: {type(error).__name__}: {error}") from None
         if answer.is_success:
             return answer.json()
         try:
@@ -48,7 +48,7 @@ class Client:
         except (ValueError, KeyError, TypeError):
             said = answer.text[:500]
         refused = answer.status_code < 500
-        raise (ConfigError if refused else RunError)(f"the service at {self._url} says: {said}")
+        raise (ConfigError if refused else NotDone)(f"the service at {self._url} says: {said}")
 
 
 def submit(
@@ -64,7 +64,7 @@ def submit(
     is room. `priority`: its place in the queue, the higher ones first. `name`: its id; the same again is the same run.
 
     The handle reads the run's folder, so `runs` must be the service's folder, also with a `url`. Raises ConfigError if
-    the service refuses the run, RunError if it does not answer."""
+    the service refuses the run, NotDone if it does not answer."""
     client = Client(*found_service(Path(runs), url))
     return RunHandle(Path(runs) / client.submit(config, overrides, name, priority)["id"], None)
 
@@ -80,21 +80,21 @@ def _sent(recipe: str | RunConfig) -> Any:
 
 
 def chat(url: str, model: str, messages: Sequence[dict[str, str]], **settings: Any) -> Iterator[str]:
-    """The answer of a live policy behind `url`, in parts. Raises RunError if it does not come to its end."""
+    """The answer of a live policy behind `url`, in parts. Raises NotDone if it does not come to its end."""
     body = {"model": model, "messages": list(messages), "stream": True, **settings}
     address = f"{url}/v1/chat/completions"
     try:
         with httpx.stream("POST", address, json=body, timeout=CHAT_TIMEOUT_S, trust_env=False) as answer:
             if answer.status_code != 200:
-                raise RunError(json.loads(answer.read())["error"]["message"])
+                raise NotDone(json.loads(answer.read())["error"]["message"])
             for line in answer.iter_lines():
                 if line.startswith("data: {"):
                     yield _text(json.loads(line.removeprefix("data: ")))
     except httpx.HTTPError as error:
-        raise RunError(f"the run does not answer: {type(error).__name__}: {error}") from None
+        raise NotDone(f"the run does not answer: {type(error).__name__}: {error}") from None
 
 
 def _text(event: dict[str, Any]) -> str:
     if "error" in event:
-        raise RunError(event["error"]["message"])
+        raise NotDone(event["error"]["message"])
     return "".join(choice["delta"].get("content") or "" for choice in event["choices"])

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ from starlette.exceptions import HTTPException
 
 from actors.errors import RunError, UserError
 from orchestrator.api import NoAnswerInTime
+
+log = logging.getLogger(__name__)
 
 TYPES = {
     400: "bad_request",
@@ -42,7 +45,7 @@ WHEN = {
     422: "a parameter or the body is not what the route takes; the message names it",
     429: "too many of these requests are going on",
     502: "Ray's Job API answered with an error",
-    503: "Ray's Job API, or the run's driver, cannot be reached",
+    503: "Ray's Job API, the run's driver, or the folder of the runs cannot be reached",
     504: "the run did not answer in time",
 }
 
@@ -82,8 +85,8 @@ def answer(status: int, message: str, param: str | None = None, headers: Mapping
 
 
 def handle_errors(app: FastAPI) -> None:
-    """Every error of `app` is answered in the one shape. Only those of ours are shown to the client; what nobody
-    expected is a 500 without a message, and a traceback in the service's log."""
+    """Every error of `app` is answered in the one shape. Only those of ours are shown to the client in full; of
+    one that nobody expected the class is, and its traceback is in the service's log."""
 
     @app.exception_handler(Problem)
     def problem(_: Request, error: Problem) -> Any:
@@ -111,9 +114,16 @@ def handle_errors(app: FastAPI) -> None:
     def broken(_: Request, error: RunError) -> Any:
         return answer(409, str(error))
 
+    @app.exception_handler(OSError)
+    def disk(request: Request, error: OSError) -> Any:
+        log.error("a request failed", exc_info=error)
+        if isinstance(error, TimeoutError | ConnectionError):
+            return unexpected(request, error)
+        return answer(503, f"the service cannot use the folder of the runs: {error.strerror or type(error).__name__}")
+
     @app.exception_handler(Exception)
     def unexpected(_: Request, error: Exception) -> Any:
-        return answer(500, "the service failed; its log says how")
+        return answer(500, f"the service failed with {type(error).__name__}; its log has the traceback")
 
 
 def encoded(status: int, message: str) -> bytes:

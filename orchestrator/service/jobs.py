@@ -35,6 +35,7 @@ AGENT_POLL_S = 1.0
 MOST_LISTED = 10_000  # of nodes, placement groups and actors: what the State API gives at most
 JOB_FILE = "job.json"  # in a run's folder: of a process of this machine
 NO_AGENT = "No available agent"
+SHOWN = 500  # characters of an answer, in an error
 
 
 class JobState(StrEnum):
@@ -96,6 +97,8 @@ class RayJobs:
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
+        # One for all calls, which may come from several threads: a new one reads the certificates of the machine.
+        self._http = httpx.Client(timeout=TIMEOUT_S, trust_env=False)
 
     def submit(self, run: str, folder: Path, command: Sequence[str], *, stop_wait_s: float) -> None:
         state = self.states({run: folder}).get(run)
@@ -140,7 +143,10 @@ class RayJobs:
     def _listed(self, kind: str) -> list[dict[str, Any]]:
         """Ray's State API (https://docs.ray.io/en/latest/ray-observability/reference/api.html)."""
         answer = self._call("GET", f"/api/v0/{kind}?detail=1&limit={MOST_LISTED}&timeout={TIMEOUT_S:g}")
-        return answer["data"]["result"]["result"]
+        try:
+            return answer["data"]["result"]["result"]
+        except (KeyError, TypeError):
+            raise Problem(502, f"Ray's State API has no {kind} in its answer: {str(answer)[:SHOWN]}") from None
 
     def kill(self, run: str, folder: Path) -> None:
         self._call("POST", f"/api/jobs/{run}/stop")
@@ -153,15 +159,16 @@ class RayJobs:
         token = ray_token()
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         try:
-            answer = httpx.request(
-                method, self._url + path, json=body, headers=headers, timeout=TIMEOUT_S, trust_env=False
-            )
+            answer = self._http.request(method, self._url + path, json=body, headers=headers)
         except httpx.HTTPError as error:
             raise Problem(503, f"Ray's Job API at {self._url} does not answer: {type(error).__name__}") from None
         if answer.status_code != 200:
             said = answer.text.strip().splitlines()[-1:] or [""]
-            raise Problem(502, f"Ray's Job API answered {answer.status_code}: {said[0][:500]}")
-        return answer.json()
+            raise Problem(502, f"Ray's Job API answered {answer.status_code}: {said[0][:SHOWN]}")
+        try:
+            return answer.json()
+        except ValueError:
+            raise Problem(502, f"Ray's Job API at {self._url} answered no JSON: {answer.text[:SHOWN]}") from None
 
 
 def _of_groups(groups: Iterable[dict[str, Any]]) -> Iterator[tuple[str, str, Resources]]:

@@ -22,7 +22,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-from actors.errors import ConfigError, RunError
+from actors.errors import ConfigError, NotDone
 from orchestrator.api import RunHandle
 from orchestrator.cluster.control import RUN_FILE, RunFile
 from orchestrator.cluster.private_temp import private_temp
@@ -44,6 +44,7 @@ from orchestrator.service.service_folder import ADDRESS_FILE, service_folder
 
 UP_FILE, RAY_TOKEN = "up.json", "ray-token"
 DASHBOARDS = "RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR"  # Ray writes its own there, and names it in its configuration
+WORKER_NICENESS, RAYS_NICENESS = "RAY_worker_niceness", "15"
 ATTEMPTS = 3
 STOP_TIMEOUT_S = 60.0
 START_TIMEOUT_S, END_TIMEOUT_S, POLL_S = 120.0, 40.0, 0.2
@@ -79,29 +80,31 @@ class Up:
 
 
 def up(runs: Path, *, cpus: int | None, object_store_mib: int, serve: Sequence[str]) -> Up:
-    """Start both. `serve`: further arguments of `troupe serve`. Raises ConfigError if they run already, RunError with
+    """Start both. `serve`: further arguments of `troupe serve`. Raises ConfigError if they run already, NotDone with
     the last lines of the one that does not start."""
     folder = service_folder(runs)
     known = Up.read(runs)
     if known is not None and known.lives:
         raise ConfigError(f"a Ray and a service for {runs} run already, at {known.service}; `troupe down` ends them")
-    environment = _environment(folder)
+    environment = environment_of(folder)
     install_dashboard(Path(environment[DASHBOARDS]))
-    ray, address, dashboard = _start_ray(folder, environment, cpus, object_store_mib)
+    ray = start_ray(folder, environment, cpus=cpus, object_store_mib=object_store_mib)
     try:
-        options = ["--runs", str(runs), "--dashboard", dashboard, "--ray-address", address, *serve]
+        options = ["--runs", str(runs), "--dashboard", ray.dashboard, "--ray-address", ray.address, *serve]
         (folder / ADDRESS_FILE).unlink(missing_ok=True)
         server = _started([*COMMAND, "serve", *options], folder / "service.log", environment)
+        # No more than the runs' processes get, which Ray starts like that: requests must not slow a run down.
+        psutil.Process(server.pid).nice(int(environment.get(WORKER_NICENESS, RAYS_NICENESS)))
         try:
             _until(lambda: (folder / ADDRESS_FILE).exists(), server, folder / "service.log", "the service")
         except BaseException:
-            _end(server.pid)
+            end(server.pid)
             raise
     except BaseException:
-        _end(ray.pid)
+        end(ray.process.pid)
         raise
     url = json.loads((folder / ADDRESS_FILE).read_text())["url"]
-    found = Up(Driver.of(ray.pid), Driver.of(server.pid), address, dashboard, url)
+    found = Up(Driver.of(ray.process.pid), Driver.of(server.pid), ray.address, ray.dashboard, url)
     found.write(runs)
     return found
 
@@ -112,10 +115,10 @@ def down(runs: Path) -> bool:
     if known is None or not known.lives:
         return False
     if known.server.may_live:  # first: its queue would start other runs in the room of those that end
-        _end(known.server.pid)
+        end(known.server.pid)
     _stop_runs(runs, known.address)
     if known.ray.may_live:
-        _end(known.ray.pid)
+        end(known.ray.pid)
     (service_folder(runs) / UP_FILE).unlink(missing_ok=True)
     (service_folder(runs) / ADDRESS_FILE).unlink(missing_ok=True)
     return True
@@ -140,7 +143,7 @@ def install_dashboard(folder: Path) -> None:
     (folder / "troupe.json").write_text(as_file())
 
 
-def _environment(folder: Path) -> dict[str, str]:
+def environment_of(folder: Path) -> dict[str, str]:
     """What both are started with, and whoever wants to reach this Ray needs."""
     token = folder / RAY_TOKEN
     if not token.exists():
@@ -153,30 +156,43 @@ def _environment(folder: Path) -> dict[str, str]:
     return {DASHBOARDS: str((folder / "grafana" / "dashboards").resolve()), **inherited, **drain, **own}
 
 
-def _start_ray(
-    folder: Path, environment: dict[str, str], cpus: int | None, object_store_mib: int
-) -> tuple[subprocess.Popen[bytes], str, str]:
-    """(its process, HOST:PORT, URL of its dashboard)."""
+@dataclass(frozen=True)
+class StartedRay:
+    """`ports`: each of PORTS."""
+
+    process: subprocess.Popen[bytes]
+    ports: Mapping[str, int]
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.ports['port']}"
+
+    @property
+    def dashboard(self) -> str:
+        return f"http://127.0.0.1:{self.ports['dashboard-port']}"
+
+
+def start_ray(folder: Path, environment: dict[str, str], *, cpus: int | None, object_store_mib: int) -> StartedRay:
+    """A head, once it answers and has a node. `folder`: for its log. Raises NotDone with the last lines of that."""
     command = shutil.which("ray", path=environment["PATH"])
     if command is None:
-        raise RunError("the command `ray` is not installed beside this Python")
+        raise NotDone("the command `ray` is not installed beside this Python")
+    token = Path(environment[TOKEN_PATH]).read_text()
     for attempt in range(1, ATTEMPTS + 1):
-        ports = dict(zip(PORTS, _free_ports(len(PORTS))))
+        ports: dict[str, int] = dict(zip(PORTS, _free_ports(len(PORTS))))
         arguments = [
             command, "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1",
             f"--temp-dir={private_temp()}", f"--object-store-memory={object_store_mib * 2**20}",
             f"--num-cpus={cpus or Machine.here().cores + HEADROOM_CPUS}", "--disable-usage-stats",
             *(f"--{name}={port}" for name, port in ports.items()),
         ]  # fmt: skip
-        ray = _started(arguments, folder / "ray.log", environment)
-        url = f"http://127.0.0.1:{ports['dashboard-port']}"
-        token = Path(environment[TOKEN_PATH]).read_text()
+        ray = StartedRay(_started(arguments, folder / "ray.log", environment), ports)
         try:
-            _until(lambda url=url, token=token: answers(url, token), ray, folder / "ray.log", "Ray")
-            return ray, f"127.0.0.1:{ports['port']}", url
+            _until(lambda url=ray.dashboard: answers(url, token), ray.process, folder / "ray.log", "Ray")
+            return ray
         except BaseException as error:
-            _end(ray.pid)
-            if attempt == ATTEMPTS or not isinstance(error, RunError):
+            end(ray.process.pid)
+            if attempt == ATTEMPTS or not isinstance(error, NotDone):
                 raise
     raise AssertionError
 
@@ -212,11 +228,11 @@ def _until(condition: Callable[[], bool], process: subprocess.Popen[bytes], log:
         if ended is not None or time.monotonic() > deadline:
             why = f"ended with exit code {ended}" if ended is not None else f"did not answer in {START_TIMEOUT_S:g} s"
             said = "\n".join(log.read_text(errors="replace").splitlines()[-SHOWN_LINES:])
-            raise RunError(f"{what} {why}; {log} ends with:\n{said}")
+            raise NotDone(f"{what} {why}; {log} ends with:\n{said}")
         time.sleep(POLL_S)
 
 
-def _end(pid: int) -> None:
+def end(pid: int) -> None:
     """SIGTERM, and SIGKILL for its whole session after END_TIMEOUT_S."""
     try:
         process = psutil.Process(pid)

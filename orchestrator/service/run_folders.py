@@ -12,12 +12,11 @@ import contextlib
 import json
 import os
 import re
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from orchestrator.api import RunHandle, State, Status
+from orchestrator.api import RunHandle, Status
 from orchestrator.cluster.control import EVENTS_FILE, RUN_FILE, events
 from orchestrator.cluster.run_lock import LOCK
 from orchestrator.config.loading import SAVED, SUBMITTED
@@ -27,7 +26,6 @@ from orchestrator.queueing import entry as entries
 from orchestrator.queueing.entry import ENTRY_FILE
 from orchestrator.reporting.metrics import METRICS_FILE
 from orchestrator.service.errors import Problem
-from orchestrator.service.observation import FAILED, REFUSED, last_words
 from orchestrator.service.schemas import RunDetail, RunSummary
 
 ID = re.compile(RUN_ID)
@@ -85,7 +83,12 @@ class RunFolders:
             return known[1]
         if not _is_run(folder):
             return None
-        summary = _summary(folder, _status(folder))
+        try:
+            summary = _summary(folder, _status(folder))
+        except FileNotFoundError:  # it was removed meanwhile: its job could not be started
+            if _is_run(folder):
+                raise
+            return None
         if summary.state.over:
             self._over[folder.name] = seen, summary
         return summary
@@ -112,10 +115,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _status(folder: Path) -> Status:
-    status = RunHandle(folder, None).status()
-    if status.kind is State.FAILED and entries.read(folder) is None and (said := last_words(folder)):
-        return replace(status, state=f"{status.state}: {said.removeprefix(REFUSED).removeprefix(FAILED)}")
-    return status
+    return RunHandle(folder, None).status()
 
 
 def _summary(folder: Path, status: Status) -> RunSummary:

@@ -74,7 +74,15 @@ class RunQueue:
                 with self._logged(run):
                     found[run] = self._followed(run, entry, states)
                     self._tell(run, found[run])
-            return self._decided({run: entry for run, entry in found.items() if entry.stage is not Stage.OVER})
+            open_ones = {run: entry for run, entry in found.items() if entry.stage is not Stage.OVER}
+            try:
+                return self._decided(open_ones)
+            except Exception as error:  # who waits must see why
+                log.exception("the queue could not decide")
+                words = f"waits: the queue failed with {type(error).__name__}: {error}; the service's log says where"
+                for run in open_ones:
+                    self._says(run, words)
+                return {}
 
     @contextmanager
     def _one_at_a_time(self) -> Generator[None]:

@@ -53,7 +53,7 @@ class Submissions:
             if entries.read(folder) is None:
                 entries.write(folder, entry)
         if (problem := self._looked(run)) is not None and new and self._gave_up(folder):
-            shutil.rmtree(folder)
+            _remove(folder)
             raise problem
         return run, new
 
@@ -137,7 +137,9 @@ class Submissions:
             return self._queue.look().get(run)
         except Problem as problem:
             log.warning("%s", problem)
-            return None
+        except Exception:  # the run is in the queue: what a client asked for is done
+            log.exception("the queue could not be looked at")
+        return None
 
     def _gave_up(self, folder: Path) -> bool:
         """Take a run out of the queue whose job could not be started; False if it was started meanwhile."""
@@ -155,3 +157,11 @@ class Submissions:
             if time.monotonic() > deadline:
                 raise Problem(409, f"the process of run {run} has not ended for {END_TIMEOUT_S:g} s")
             time.sleep(POLL_S)
+
+
+def _remove(folder: Path) -> None:
+    """A run that nobody has heard of. Its folder is no run's any more before it is emptied: the queue, and whoever
+    lists the runs, may be reading it."""
+    removed = folder.parent / f".removed-{secrets.token_hex(8)}"
+    folder.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)

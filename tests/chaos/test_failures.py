@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from orchestrator.api import attach
 from tests.runs import Run
 
 pytestmark = pytest.mark.timeout(900)  # whole runs, several processes each; a busy machine is slow to start them
@@ -34,6 +35,7 @@ def test_a_rank_that_hangs_is_named_and_ends_the_run_by_its_deadline(tmp_path: P
     assert code == 1
     what, where = said(run, output)
     assert f"the run failed: policy rank 0 (pid {policy.pid} on node " in what
+    assert attach(run.folder).status().state.startswith(f"failed: policy rank 0 (pid {policy.pid} on node ")
     assert "hangs: no answer to a ping for" in what and "roles.policy.ping_timeout_s=12" in what
     assert f"last checkpoint {run.folder}/checkpoints/step-" in where and f"troupe resume {run.folder}" in where
     assert not psutil.wait_procs(family, timeout=60)[1], "no process outlives its driver, the one that hangs neither"
@@ -50,6 +52,7 @@ def test_when_ray_dies_the_run_ends_at_once_with_a_message(tmp_path: Path, daemo
     assert code == 1
     (line,) = said(run, output)
     assert f"the run failed: Ray's {daemon} (pid {victim.pid}) is gone" in line
+    assert attach(run.folder).status().state.startswith(f"failed: Ray's {daemon} (pid {victim.pid}) is gone")
     assert f"troupe resume {run.folder}" in line
     assert not psutil.wait_procs(family, timeout=60)[1]
 

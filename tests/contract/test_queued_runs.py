@@ -28,7 +28,7 @@ from orchestrator.service.run_queue import RunQueue
 from orchestrator.service.schemas import RunSummary
 from orchestrator.service.settings import Settings
 from tests.runs import SFT, merged
-from tests.service_client import TOKEN, add_events, client, listening, write_run
+from tests.service_client import AUTHORIZED, TOKEN, add_events, client, listening, write_run
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -318,6 +318,18 @@ def test_an_error_with_one_run_does_not_stop_the_others(watched: Watched):
     problems = watched.queue.look()
     assert watched.jobs.started == ["good"] and set(problems) == {"bad", "damaged"}
     assert watched.summary("bad").detail == "cannot be started, and is tried again: RuntimeError: a bug"
+
+
+def test_an_error_of_the_queue_itself_refuses_no_submission_and_is_what_the_run_waits_for(tmp_path: Path):
+    class Broken(ScriptedJobs):
+        def reserved(self) -> Reserved:
+            raise KeyError("node_id")
+
+    app = create_app(Settings(tmp_path, token=TOKEN), Broken())
+    http = TestClient(app, base_url="http://127.0.0.1", headers=AUTHORIZED, raise_server_exceptions=False)
+    answer = http.post("/v1/runs", json={"name": "one", "recipe": RECIPE})
+    assert (answer.status_code, answer.json()["state"]) == (201, "queued")
+    assert answer.json()["detail"] == "waits: the queue failed with KeyError: 'node_id'; the service's log says where"
 
 
 def test_who_is_stopped_before_its_process_can_be_asked_gets_a_signal_once_and_is_not_started_again(watched: Watched):

@@ -160,6 +160,19 @@ def test_nothing_is_left_of_a_run_whose_job_could_not_be_started(tmp_path: Path)
     assert http.get("/v1/runs").status_code == 200, "what is on the disk can be read without Ray"
 
 
+def test_a_folder_that_cannot_be_used_and_a_bug_are_errors_that_say_what_they_are(tmp_path: Path):
+    http = client(tmp_path)
+    (write_run(tmp_path, "one") / "metrics.jsonl").unlink()
+    (tmp_path / "one" / "metrics.jsonl").mkdir()
+    answer = http.get("/v1/runs/one/metrics")
+    assert (answer.status_code, answer.json()["error"]["type"]) == (503, "unavailable")
+    assert answer.json()["error"]["message"] == "the service cannot use the folder of the runs: Is a directory"
+    http.app.state.runs = None
+    answer = http.get("/v1/runs")
+    assert answer.status_code == 500
+    assert answer.json()["error"]["message"] == "the service failed with AttributeError; its log has the traceback"
+
+
 def test_the_job_of_a_run_has_its_id_and_a_run_that_goes_on_takes_the_place_of_its_ended_job(tmp_path: Path):
     """Against a server that behaves as Ray's documentation says; `tests/ray/test_service.py` has Ray's own."""
     with job_server() as (url, jobs):

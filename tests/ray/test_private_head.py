@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import re
-import secrets
-import shutil
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +16,34 @@ from typing import Any
 import pytest
 import yaml
 
+from orchestrator.api import attach
 from orchestrator.import_pin import ROOT
-from tests.runs import ARITHMETIC, TROUPE, end_with_the_tests, merged
+from orchestrator.service.private_ray import end, environment_of, start_ray
+from tests.runs import ARITHMETIC, TROUPE, merged
 
 pytestmark = pytest.mark.timeout(900)  # whole runs, several processes each; a busy machine is slow to start them
 
 BIN = Path(sys.executable).parent
 REWARD = "def longer(completions, **columns):\n    return [float(len(text)) for text in completions]\n"
-SMALL = {"cluster": {"num_cpus": None}, "roles": {"rollout": {"engine": "hf"}}}  # Ray's size is not ours to say here
+JUDGES = """
+import time
+import ray
+
+@ray.remote(num_cpus=0)
+class Length:
+    def longer(self, completions, **columns):
+        return [float(len(text)) for text in completions]
+
+ray.init(namespace="judges")
+actor = Length.options(name="length").remote()
+ray.get(actor.__ray_ready__.remote())
+print("started", flush=True)
+time.sleep(3600)  # the actor ends with its job
+"""
+SMALL = {
+    "cluster": {"num_cpus": None},
+    "roles": {"policy": {"cpus": 0.5}, "rollout": {"engine": "hf", "cpus": 0.1}},
+}  # Ray's size is not ours to say here
 
 
 @dataclass(frozen=True)
@@ -43,7 +54,6 @@ class Head:
     url: str
     metrics_port: int
     environment: dict[str, str]
-    process: subprocess.Popen[bytes]
 
     def get(self, path: str) -> Any:
         """An answer of the dashboard's server."""
@@ -61,10 +71,18 @@ class Head:
         actors = [actor["name"] for actor in self.listed("actors") if actor["state"] != "DEAD"]
         return actors + [each["state"] for each in self.listed("placement_groups") if each["state"] != "REMOVED"]
 
-    def gauges(self) -> dict[str, float]:
-        """Those of Troupe on Ray's metrics port."""
+    def job(self, job: str) -> str:
+        """How it stands."""
+        return self.get(f"/api/jobs/{job}")["status"]
+
+    def logs(self, job: str) -> str:
+        return self.get(f"/api/jobs/{job}/logs")["logs"]
+
+    def gauges(self, run: str) -> dict[str, float]:
+        """Those of a run on Ray's metrics port."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=30) as answer:
-            found = re.findall(r'^ray_troupe_(\w+)\{.*run="t-[^"]*".*\} (\S+)$', answer.read().decode(), re.MULTILINE)
+            text = answer.read().decode()
+        found = re.findall(rf'^ray_troupe_(\w+)\{{.*run="{run}".*\}} (\S+)$', text, re.MULTILINE)
         return {name: float(value) for name, value in found}
 
     def ray_job(self, *arguments: str, cwd: Path) -> str:
@@ -73,7 +91,7 @@ class Head:
         for _ in range(30):
             done = subprocess.run(
                 [BIN / "ray", "job", verb, "--address", self.url, *rest],
-                capture_output=True, text=True, timeout=200, cwd=cwd, env={**os.environ, **self.environment},
+                capture_output=True, text=True, timeout=200, cwd=cwd, env=self.environment,
             )  # fmt: skip
             if "No available agent" not in done.stdout + done.stderr:
                 break
@@ -82,69 +100,15 @@ class Head:
         return done.stdout + done.stderr
 
 
-def free_ports(count: int) -> Iterator[int]:
-    """Of those below the ones that a system gives away: nobody is given one between this probe and Ray's start."""
-    for port in random.sample(range(20_000, 32_000), 1000):
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            count -= 1
-            yield port
-        if not count:
-            return
-
-
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     home = tmp_path_factory.mktemp("head")
-    token = home / "token"
-    token.write_text(secrets.token_hex(32))
-    token.chmod(0o600)
-    sockets = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # their paths may have some hundred characters only
-    gcs, dashboard, agent, agent_grpc, runtime_env, metrics, client = free_ports(7)
-    environment = {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",  # `troupe` in a job's command line
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [
-        BIN / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs}",
-        f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
-        f"--dashboard-agent-grpc-port={agent_grpc}", f"--runtime-env-agent-port={runtime_env}",
-        f"--metrics-export-port={metrics}", f"--ray-client-server-port={client}", f"--temp-dir={sockets}",
-        "--num-cpus=4", f"--object-store-memory={100 * 2**20}", "--disable-usage-stats",
-    ]  # fmt: skip
-    inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    own = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
-    with (home / "log.txt").open("wb") as log:
-        process = subprocess.Popen(
-            command,
-            env={**inherited, **environment, **own},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            preexec_fn=end_with_the_tests,
-        )
-    started = Head(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", metrics, environment, process)
+    environment = {**environment_of(home), "PYTHONPATH": str(ROOT)}
+    ray = start_ray(home, environment, cpus=4, object_store_mib=100)
     try:
-        until(lambda: answers(started), "the head's answer", lambda: (home / "log.txt").read_text())
-        yield started
+        yield Head(ray.address, ray.dashboard, ray.ports["metrics-export-port"], environment)
     finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            shutil.rmtree(sockets, ignore_errors=True)
-
-
-def answers(head: Head) -> bool:
-    assert head.process.poll() is None, "the head ended"
-    try:
-        return bool(head.get("/api/version"))
-    except (urllib.error.URLError, OSError):
-        return False
+        end(ray.process.pid)
 
 
 def until(condition: Callable[[], Any], what: str, told: Callable[[], str] = str, timeout_s: float = 300.0) -> Any:
@@ -157,9 +121,7 @@ def until(condition: Callable[[], Any], what: str, told: Callable[[], str] = str
 
 
 def troupe(head: Head, *arguments: str) -> str:
-    done = subprocess.run(
-        [TROUPE, *arguments], capture_output=True, text=True, timeout=300, env={**os.environ, **head.environment}
-    )
+    done = subprocess.run([TROUPE, *arguments], capture_output=True, text=True, timeout=300, env=head.environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -181,7 +143,7 @@ def test_a_command_without_the_clusters_token_fails_with_an_error_about_the_toke
     head: Head, changed: dict[str, str], part: str
 ):
     """A process that asked Ray's own client would hear nothing of tokens, after twenty seconds of warnings."""
-    environment = {**os.environ, **head.environment, "RAY_ADDRESS": head.address, **changed}
+    environment = {**head.environment, "RAY_ADDRESS": head.address, **changed}
     done = subprocess.run(
         [TROUPE, "plan", "grpo_arithmetic"], capture_output=True, text=True, timeout=300, env=environment
     )
@@ -189,38 +151,82 @@ def test_a_command_without_the_clusters_token_fails_with_an_error_about_the_toke
     assert part in done.stderr
 
 
-def test_a_submitted_job_trains_on_the_cluster_of_ray_address_with_a_reward_of_its_own_folder_and_succeeds(
-    head: Head, tmp_path: Path
-):
-    folder = job_folder(tmp_path / "job", tmp_path / "runs", {"train": {"steps": 2, "batch_size": 8}})
+@dataclass(frozen=True)
+class Alone:
+    """A job of two steps that nothing else ran beside."""
+
+    folder: Path
+    run: Path
+    said: str
+
+
+@pytest.fixture(scope="module")
+def alone(head: Head, tmp_path_factory: pytest.TempPathFactory) -> Alone:
+    where = tmp_path_factory.mktemp("alone")
+    folder = job_folder(where / "job", where / "runs", {"train": {"steps": 2}})
     said = head.ray_job("submit", "--working-dir", ".", "--", "troupe", "run", "recipe.yaml", cwd=folder)
+    [run] = (where / "runs").glob("t-*")
+    until(lambda: not head.alive(), "end of all actors and placement groups", lambda: str(head.alive()))
+    return Alone(folder, run, said)
+
+
+def learned(run: Path) -> list[dict[str, Any]]:
+    """What the run measured in its first two steps, without times."""
+    names = ("step", "loss", "reward", "grad_norm", "completions/mean_length")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: line[name] for name in names} for line in lines if line["step"] <= 2]
+
+
+def test_a_submitted_job_trains_on_the_cluster_of_ray_address_with_a_reward_of_its_own_folder_and_succeeds(
+    head: Head, alone: Alone
+):
+    run, said = alone.run, alone.said
     assert "succeeded" in said
-    [run] = (tmp_path / "runs").glob("t-*")
     assert (run / "checkpoints" / "step-00000002" / "model" / "model.safetensors").exists()
     assert json.loads((run / "run.json").read_text())["address"].split(":")[1] == head.address.split(":")[1]
     assert f"run        {run}" in said and f"dashboard  {head.url}" in said
-    until(lambda: not head.alive(), "end of all actors and placement groups", lambda: str(head.alive()))
     assert troupe(head, "status", str(run)).startswith(f"{run.name}: finished")
 
 
-def test_a_job_is_inspected_and_scaled_from_outside_and_shuts_down_cleanly(head: Head, tmp_path: Path):
-    changes = {"train": {"steps": 10_000, "batch_size": 8}, "checkpoint": {"every": 5}}
+def test_jobs_at_once_give_what_one_gives_alone_with_a_reward_actor_that_another_job_has_started(
+    head: Head, alone: Alone, tmp_path: Path
+):
+    """Three jobs: one has the actor, which pays what the function pays; one has the actor as its reward and is scaled,
+    and inspected, and stopped; one is that which ran alone, again."""
+    code = tmp_path / "judges"
+    code.mkdir()
+    (code / "judges.py").write_text(JUDGES)
+    head.ray_job("submit", "--no-wait", "--submission-id", "judges", "--working-dir", ".", "--", "python", "judges.py",
+                 cwd=code)  # fmt: skip
+    until(lambda: "started" in head.logs("judges"), "actor of the other job", lambda: head.logs("judges"))
+    judged = [{"actor": "ray://judges/length", "method": "longer", "name": "longer"}]
+    changes = {"train": {"steps": 10_000}, "checkpoint": {"every": 5}, "rewards": judged}
     folder = job_folder(tmp_path / "job", tmp_path / "runs", changes)
     patient = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}})
     arguments = ("--no-wait", "--submission-id", "stopped", "--runtime-env-json", patient, "--working-dir", ".")
     head.ray_job("submit", *arguments, "--", "troupe", "run", "recipe.yaml", cwd=folder)
+    again = ("submit", "--working-dir", ".", "--", "troupe", "run", "recipe.yaml")
+    assert "succeeded" in head.ray_job(*again, cwd=alone.folder)
 
     def said() -> str:
-        return head.ray_job("logs", "stopped", cwd=folder)
+        return head.logs("stopped")
 
-    [checkpoint] = until(lambda: list((tmp_path / "runs").glob("t-*/checkpoints/step-00000005")), "a checkpoint", said)
-    run = checkpoint.parents[1]
-    assert "asked for 2 rollout worker(s)" in troupe(head, "scale", str(run), "rollout=2")
-    joined = '"event": "joined", "role": "rollout", "worker": 1'
-    until(lambda: joined in (run / "events.jsonl").read_text(), "second rollout worker", said)
-    until(lambda: '"serving": 2' in troupe(head, "status", str(run)), "a status with both workers", said)
+    [run] = until(lambda: list((tmp_path / "runs").glob("t-*")), "the other run", said)
+    until(lambda: list(run.glob("checkpoints/step-*")), "a checkpoint", said)
+    [beside] = set(alone.run.parent.glob("t-*")) - {alone.run}
+    assert learned(run) == learned(beside) == learned(alone.run)
+    assert [line["step"] for line in learned(run)] == [1, 2] and learned(run)[0] != learned(run)[1]
+    weights = "checkpoints/step-00000002/model/model.safetensors"
+    assert (beside / weights).read_bytes() == (alone.run / weights).read_bytes()
+
+    for count in (3, 0, 2):
+        assert f"asked for {count} rollout worker(s)" in troupe(head, "scale", str(run), f"rollout={count}")
+        wanted = {"desired": count, "serving": count}
+        until(lambda wanted=wanted: attach(run).status().workers["rollout"] == wanted, f"{count} workers", said)
+    assert "rollout: 2 of 2 worker(s) serve" in troupe(head, "status", str(run))
     shown = {"step", "reward", "loss", "grad_norm", "step_time"}
-    until(lambda: shown <= set(head.gauges()) and head.gauges()["step"] >= 5, "gauges on Ray's metrics port", said)
+    until(lambda: shown <= {name for name, value in head.gauges(run.name).items() if name != "step" or value >= 5},
+          "gauges on Ray's metrics port", lambda: str(head.gauges(run.name)))  # fmt: skip
 
     def tasks() -> set[str]:
         return {task["name"] for task in head.listed("tasks")}
@@ -230,8 +236,9 @@ def test_a_job_is_inspected_and_scaled_from_outside_and_shuts_down_cleanly(head:
         until(lambda kind=kind: any(re.fullmatch(kind, name) for name in tasks()), kind, lambda: str(sorted(tasks())))
 
     head.ray_job("stop", "stopped", cwd=folder)
-    until(lambda: "was stopped" in head.ray_job("status", "stopped", cwd=folder), "end of the job", said)
+    until(lambda: head.job("stopped") == "STOPPED", "end of the job", said)
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert [event["signal"] for event in events if event["event"] == "interrupted"] == ["SIGTERM"]
     assert f"continue with `troupe resume {run}`" in said()
+    head.ray_job("stop", "judges", cwd=code)
     until(lambda: not head.alive(), "end of all actors and placement groups", lambda: str(head.alive()))

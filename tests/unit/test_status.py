@@ -33,13 +33,17 @@ def write(file: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def said(folder: Path, *events: dict[str, Any], run: pytest.CaptureFixture[str]) -> tuple[str, dict[str, Any]]:
-    """The first line of the answer, and the metrics in its last one."""
+    """The first line of the answer, and the metrics that a program is given."""
     write(folder / "events.jsonl", [{"event": "prepared"}, *events])
     with pytest.raises(SystemExit) as ended:
         main(["status", str(folder)])
     assert not ended.value.code
     first, *_, last = run.readouterr().out.splitlines()
-    return first, json.loads(last)
+    with pytest.raises(SystemExit):
+        main(["status", str(folder), "--json"])
+    metrics = json.loads(run.readouterr().out)["metrics"]
+    assert last.startswith(f"  step {metrics['step']} {metrics['phase']}  loss {metrics['loss']:g}")
+    return first, metrics
 
 
 def test_the_status_of_a_finished_run_has_all_metrics_of_its_last_step(
@@ -61,7 +65,7 @@ def test_a_run_that_was_killed_after_it_was_resumed_is_not_called_finished(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ):
     first, metrics = said(folder, {"event": "finished"}, {"event": "prepared"}, run=capsys)
-    assert first == "t-1: failed, or was killed"
+    assert first == "t-1: failed: was killed, or its machine was lost"
     assert metrics["loss"] == 2.0
 
 
@@ -74,7 +78,7 @@ def test_a_run_whose_driver_puts_up_no_status_any_more_is_not_called_running(
         put_up = json.loads((folder / "status.json").read_text())
         (folder / "status.json").write_text(json.dumps({**put_up, "time": put_up["time"] - 100}))
         first, _ = said(folder, run=capsys)
-    assert first.startswith("t-1: not answering: its driver has written nothing to ")
+    assert first.startswith("t-1: silent: not answering: its driver has written nothing to ")
 
 
 def test_a_running_job_says_how_many_workers_it_has_and_where_they_are(
@@ -101,7 +105,7 @@ def test_a_role_that_scales_by_itself_says_between_what_and_why_and_whether_it_i
         with pytest.raises(SystemExit):
             main(["status", str(folder)])
     line = next(line for line in capsys.readouterr().out.splitlines() if "by load" in line)
-    assert line.startswith("  rollout: 0 to 8 workers by load")
+    assert line.startswith("  rollout: 3 of 4 worker(s) serve; 0 to 8 by load")
     assert line.endswith("; last decision 3 -> 4: training waited")
     assert (f", held until `troupe scale {folder} rollout=auto`" in line) is held
 
@@ -204,14 +208,24 @@ def test_a_run_whose_driver_has_not_started_its_roles_yet_is_starting(folder: Pa
 def test_a_run_that_never_started_its_roles_has_a_status(folder: Path, capsys: pytest.CaptureFixture[str]):
     (folder / "run.json").unlink()
     first, _ = said(folder, run=capsys)
-    assert first == "t-1: ended before its roles were started"
+    assert first == "t-1: failed: ended before its roles were started"
+
+
+def test_a_run_that_failed_says_why_in_the_words_of_its_driver(folder: Path, capsys: pytest.CaptureFixture[str]):
+    (folder / "console.log").write_text("a warning\ntroupe: refused: no room within 30:\n  policy: 3 CPU\n  2 free\n\n")
+    first, _ = said(folder, run=capsys)
+    assert first == "t-1: failed: no room within 30: policy: 3 CPU; 2 free"
+    first, _ = said(folder, {"event": "failed", "error": "policy rank 0 is gone"}, run=capsys)
+    assert first == "t-1: failed: policy rank 0 is gone", "also if nobody kept what it printed"
+    first, _ = said(folder, {"event": "failed", "error": "gone"}, {"event": "prepared"}, run=capsys)
+    assert "gone" not in first, "that was before it was resumed"
 
 
 def test_scaling_a_run_that_is_gone_fails_at_once_with_the_reason(folder: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as ended:
         main(["scale", str(folder), "rollout=2"])
     assert ended.value.code == 1
-    assert "run t-1 has ended: failed, or was killed" in capsys.readouterr().err
+    assert "troupe: failed: run t-1 has ended: was killed, or its machine was lost" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_runs_is_refused_by_every_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
