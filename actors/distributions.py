@@ -1,11 +1,12 @@
 """Computes functions of whole distributions without ever holding the logits of all tokens.
 
-    states [N, H] ──chunk──► logits [n, V] ─┐
+    states [N, H] ──chunk──► logits [n, V] ─┬─────────────────────────► log-probabilities of the tokens [n]
                                             ├─ call(logits, *given) ──► [n]
     another model's states [N, H'] ──► its logits [n, V], columns per token [n, ...]
 
 The caller passes the function of the logits: any differentiable one, such as a divergence from another model's
-distribution. The backward pass recomputes each chunk.
+distribution. The log-probabilities of the tokens themselves come from the same logits, because projecting onto a large
+vocabulary is most of the work. The backward pass recomputes each chunk.
 
 The distribution of a model in other processes is represented by its k most likely tokens (`TopK`): their
 log-probabilities, and that of all other tokens together.
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from actors.logits import LogitScaling, Vocabulary, add_product, chunk_logits, chunks
@@ -85,11 +87,20 @@ def most_likely(
     return found
 
 
-def of_logits(projection: Vocabulary, hidden: Tensor, asked: Asked, chunk_rows: int | None) -> Tensor:
-    """[N], or [N, width]: what `asked.call` makes of the logits of `hidden` [N, H], with the gradient that its own
-    operations have. Temperature is the call's: it is given what the model itself would put out."""
+def of_logits(
+    projection: Vocabulary,
+    hidden: Tensor,
+    targets: Tensor,
+    asked: Asked,
+    temperature: float = 1.0,
+    chunk_rows: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """([N], [N] or [N, width]), float32: the log-probabilities of the `targets` [N] at a temperature, and what
+    `asked.call` makes of the logits of `hidden` [N, H], with the gradient that its own operations have. The call has a
+    temperature of its own: it is given what the model itself would put out."""
     rows = _rows_at_once(projection, chunk_rows)
-    return _OfLogits.apply(hidden, projection.weight, projection.bias, asked, projection.scaling, rows)
+    given = hidden, projection.weight, projection.bias, targets, asked, projection.scaling, temperature, rows
+    return _OfLogits.apply(*given)
 
 
 def _rows_at_once(projection: Vocabulary, chunk_rows: int | None) -> int:
@@ -103,45 +114,72 @@ class _OfLogits(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        targets: Tensor,
         asked: Asked,
         scaling: LogitScaling,
+        temperature: float,
         chunk_rows: int,
-    ) -> Tensor:
-        ctx.asked, ctx.scaling, ctx.chunk_rows = asked, scaling, chunk_rows
-        ctx.save_for_backward(hidden, weight, bias)
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)  # what the loss does not read needs no gradient
+        ctx.asked, ctx.scaling, ctx.temperature, ctx.chunk_rows = asked, scaling, temperature, chunk_rows
+        ctx.save_for_backward(hidden, weight, bias, targets)
         several = (asked.width,) if asked.width > 1 else ()
-        values = hidden.new_empty((len(hidden), *several), dtype=torch.float32)
-        projection, vocabulary = Vocabulary(weight, bias, scaling), asked.vocabulary(weight)
+        logps, values = (hidden.new_empty((len(hidden), *shape), dtype=torch.float32) for shape in ((), several))
+        projection, common = Vocabulary(weight, bias, scaling), asked.vocabulary(weight)
         for part in chunks(len(hidden), chunk_rows):
-            logits = projection.logits(hidden[part], vocabulary)
-            values[part] = asked.call(logits, *asked.given(part, vocabulary))
+            logits = projection.logits(hidden[part], len(weight))
+            log_probs = torch.log_softmax(_at(logits, temperature), dim=-1)
+            logps[part] = log_probs.gather(1, targets[part, None]).squeeze(1)
+            del log_probs
+            values[part] = asked.call(logits[:, :common], *asked.given(part, common))
             del logits  # or it would stand beside the next chunk's
-        return values
+        return logps, values
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets = ctx.saved_tensors
+        of_logps, of_values = grads
         asked: Asked = ctx.asked
-        projection, vocabulary = Vocabulary(weight, bias, ctx.scaling), asked.vocabulary(weight)
-        factor = ctx.scaling.cast(weight[:vocabulary])
+        projection, common = Vocabulary(weight, bias, ctx.scaling), asked.vocabulary(weight)
+        factor = ctx.scaling.cast(weight)
         hidden_grad = torch.zeros_like(hidden)
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         bias_grad = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         for part in chunks(len(hidden), ctx.chunk_rows):
-            logits = projection.logits(hidden[part], vocabulary)
-            given = asked.given(part, vocabulary)
-            grad = ctx.scaling.backward_(_gradient(asked.call, logits, given, grads[0][part]), logits).to(factor.dtype)
+            logits = projection.logits(hidden[part], len(weight))
+            grad = None
+            if of_values is not None:
+                given = asked.given(part, common)
+                grad = _gradient(asked.call, logits[:, :common], given, of_values[part])
+                grad = F.pad(grad, (0, len(weight) - common)) if common < len(weight) else grad
+                del given
+            if of_logps is not None:
+                own = _logps_gradient(_at(logits, ctx.temperature), targets[part], of_logps[part] / ctx.temperature)
+                grad = own if grad is None else grad.add_(own)
+            assert grad is not None, "autograd asks for the gradient of something"
+            grad = ctx.scaling.backward_(grad, logits).to(factor.dtype)
             hidden_grad[part] = grad @ factor
             if weight_grad is not None:
-                add_product(weight_grad[:vocabulary], grad.t(), hidden[part].to(grad.dtype))
+                add_product(weight_grad, grad.t(), hidden[part].to(grad.dtype))
             if bias_grad is not None:
-                bias_grad[:vocabulary] += grad.sum(0, dtype=torch.float32)
-            del logits, given, grad  # or they would stand beside the next chunk's
+                bias_grad += grad.sum(0, dtype=torch.float32)
+            del logits, grad  # or they would stand beside the next chunk's
         of_weights = [
             None if found is None else found.to(like.dtype)
             for found, like in ((weight_grad, weight), (bias_grad, bias))
         ]
-        return hidden_grad, *of_weights, None, None, None
+        return hidden_grad, *of_weights, None, None, None, None, None
+
+
+def _at(logits: Tensor, temperature: float) -> Tensor:
+    return logits if temperature == 1.0 else logits / temperature
+
+
+def _logps_gradient(scaled: Tensor, targets: Tensor, grad: Tensor) -> Tensor:
+    """[n, V], a tensor of our own: of the log-probabilities of `targets` with respect to the logits at the temperature,
+    times `grad` [n]."""
+    own = torch.softmax(scaled, dim=-1).mul_(-grad[:, None])
+    return own.scatter_add_(1, targets[:, None], grad[:, None])
 
 
 def _gradient(call: Callable[..., Tensor], logits: Tensor, given: list[Tensor], grad: Tensor) -> Tensor:

@@ -309,6 +309,9 @@ class VocabularyHead(nn.Module):
         [N, k]: of each distribution, the tokens that it is restricted to (`restricted`); not for what is `asked`."""
         if isinstance(asked, TopK):
             return most_likely(self.projection, hidden, targets, asked, chunk_rows)
+        if asked is not None and not needs and admitted is None:  # all of it comes from the same logits
+            logps, values = of_logits(self.projection, hidden, targets, asked, temperature, chunk_rows)
+            return {"main": logps, DIVERGENCE: values}
         rows = chunk_rows or max(1, chunk_logits(self.weight.device) // self.weight.shape[0])
         projection = Projection(self.scaling, temperature, needs, rows, self.fused)
         if projection.by_kernels(hidden) and admitted is None:
@@ -317,7 +320,7 @@ class VocabularyHead(nn.Module):
             outputs = _TokenQuantities.apply(hidden, self.weight, self.bias, targets, admitted, projection)
         found = dict(zip(("main", *projection.extras), outputs, strict=True))
         if asked is not None:
-            found[DIVERGENCE] = of_logits(self.projection, hidden, asked, chunk_rows)
+            found[DIVERGENCE] = of_logits(self.projection, hidden, targets, asked, temperature, chunk_rows)[1]
         return found
 
 

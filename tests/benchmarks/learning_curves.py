@@ -1,6 +1,6 @@
 """What a method learns: its shipped recipe, run as a user runs it, measured on held-out additions.
 
-    python tests/benchmarks/learning_curves.py [--local] [METHOD | RECIPE ...]
+    python tests/benchmarks/learning_curves.py [--local] [--every N] [METHOD | RECIPE ...]
     python tests/benchmarks/learning_curves.py --run FOLDER METHOD      of a run that has ended
 
 Writes `docs/methods/curves/METHOD.png` and prints what was measured where the method's own phase began and ended; of a
@@ -67,13 +67,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=(*METHODS, *RECIPES), help=", ".join((*METHODS, *RECIPES)))
     parser.add_argument("--local", action="store_true", help="in one process, with the hf engine")
+    parser.add_argument("--every", type=int, default=EVERY, help="steps between evaluations; default: %(default)s")
     parser.add_argument("--run", type=Path, help="a run's folder; nothing is run")
     given = parser.parse_args()
     CURVES.mkdir(exist_ok=True)
     table = Table("run", "phase", "step", *COLUMNS)
     for name in given.names:
         with tempfile.TemporaryDirectory() as output:
-            folder = given.run or run(name, Path(output), local=given.local)
+            folder = given.run or run(name, Path(output), local=given.local, every=given.every)
             phases = beyond_sft(folder) if name in RECIPES else [name]
             draw(folder, CURVES / f"{name}.png", title=recipe_of(name), phases=phases, panels=PICTURED, dpi=DPI)
             lines = read(folder / METRICS_FILE)
@@ -88,13 +89,13 @@ def recipe_of(name: str) -> str:
     return name if name in shipped else f"{name}_arithmetic"
 
 
-def run(name: str, output: Path, *, local: bool) -> Path:
+def run(name: str, output: Path, *, local: bool, every: int = EVERY) -> Path:
     """The folder of a finished run of a recipe."""
     recipe = recipe_of(name)
     config = load_config(recipe)
     overrides = [f"output={output}", "logging.trackers=[]"]
     if name not in RECIPES:
-        overrides += measuring(name, config)
+        overrides += measuring(name, config, every)
     phases = map(build_pipeline, config.phases.values())
     engines = {role for pipeline in phases for role in pipeline.roles if isinstance(config.roles.get(role), EngineRole)}
     slow = sorted(role for role in {*engines, "rollout"} if _engine(config, role) == "vllm")
@@ -112,10 +113,10 @@ def run(name: str, output: Path, *, local: bool) -> Path:
     return folder
 
 
-def measuring(method: str, config: RunConfig) -> list[str]:
+def measuring(method: str, config: RunConfig, every: int = EVERY) -> list[str]:
     """Overrides with which the method's own phase measures what it learns."""
     key = "" if method == "sft" else f"phases.{method}."  # the one recipe with its phase at the top level
-    overrides = [f"{key}evaluation.every={EVERY if key else 4 * EVERY}"]
+    overrides = [f"{key}evaluation.every={every if key else 4 * every}"]
     if Head.VOCABULARY in build_pipeline(config.phases[method]).heads.values():  # what is trained can answer
         overrides += [
             "rewards=[{fn: exact_match}]",

@@ -370,8 +370,9 @@ def test_a_divergence_of_distributions_equals_the_peer(case: dict[str, Any]) -> 
     student = student.requires_grad_()
     identity = Vocabulary(torch.eye(student.shape[-1]), None, LogitScaling())
     asked = Asked(partial(of_logits.call, **of_logits.options), (), (identity, teacher[mask]))
-    total = of_logits_of(identity, student[mask], asked, 2).sum()
     tokens = int(mask.sum())
+    anything = torch.zeros(tokens, dtype=torch.int64)
+    total = of_logits_of(identity, student[mask], anything, asked, chunk_rows=2)[1].sum()
     divisor = config["num_items_in_batch"] or {"sum": 1, "batchmean": tokens}[config["reduction"]]
     (total / divisor).backward()
     assert float(total.detach()) / divisor == pytest.approx(outputs["loss"], abs=1e-6)
@@ -389,7 +390,9 @@ def test_a_divergence_of_projected_states_of_two_widths_equals_the_peer(case: di
     objective, temperature = objective_for(case), case["config"]["temperature"]
     assert objective.of_logits is not None
     asked = Asked(objective.of_logits.at(temperature), (), (teacher, torch.tensor(inputs["teacher_hidden"])[mask]))
-    mean = of_logits_of(Vocabulary(weight, None, LogitScaling()), hidden[mask], asked, 2).mean()
+    anything = torch.zeros(int(mask.sum()), dtype=torch.int64)
+    own = Vocabulary(weight, None, LogitScaling())
+    mean = of_logits_of(own, hidden[mask], anything, asked, chunk_rows=2)[1].mean()
     mean.backward()
     assert float(mean.detach()) == pytest.approx(outputs["loss"], abs=1e-6)
     for found, name in ((hidden.grad, "grad_hidden"), (weight.grad, "grad_w")):
@@ -397,7 +400,6 @@ def test_a_divergence_of_projected_states_of_two_widths_equals_the_peer(case: di
         torch.testing.assert_close(found, torch.tensor(outputs[name]), atol=1e-6, rtol=1e-4)
     head = VocabularyHead(nn.Linear(*reversed(weight.shape), bias=False), LogitScaling())
     head.weight.data = weight.detach()
-    anything = torch.zeros(int(mask.sum()), dtype=torch.int64)
     entropy = head(hidden[mask].detach(), anything, temperature, frozenset({"entropy"}), 2)["entropy"]
     assert float(entropy.sum()) == pytest.approx(outputs["entropy_sum"], abs=1e-5)
 

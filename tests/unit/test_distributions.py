@@ -80,6 +80,39 @@ def test_a_divergence_by_chunks_has_the_value_and_gradient_of_the_plain_formula(
     assert all(weight.grad is None for weight in companion.parameters())
 
 
+@pytest.mark.parametrize("used", [("logps",), ("divergence",), ("logps", "divergence")], ids="+".join)
+@pytest.mark.parametrize(("softcapped", "vocabulary"), [(False, 64), (True, 64), (False, 48)], ids=str)
+def test_a_loss_of_log_probabilities_beside_a_divergence_has_the_plain_formula_s_gradient(
+    used: tuple[str, ...], softcapped: bool, vocabulary: int
+) -> None:
+    """They come from the same logits; the teacher's padded vocabulary may be the smaller one. A loss may use either."""
+    student = gemma() if softcapped else tiny_model(hidden=32, tied=False)
+    teacher = tiny_model(vocab=vocabulary, hidden=64, seed=1)
+    micro = rows(LENGTHS, vocab=vocabulary)
+    weights = {"logps": torch.linspace(0.5, 1.5, sum(LENGTHS)), "divergence": torch.linspace(2, 1, sum(LENGTHS))}
+    own = [logits[:-1].div(1.7).log_softmax(-1) for logits in plain_logits(student, micro)]
+    targets = [row[1:, None] for row in micro["tokens"].split(LENGTHS)]
+    logps = [torch.cat([each.new_zeros(1), each.gather(1, row)[:, 0]]) for each, row in zip(own, targets, strict=True)]
+    expected = {
+        "logps": torch.cat(logps),
+        "divergence": plain(student, teacher, micro, vocabulary, beta=0.3, temperature=1.7),
+    }
+    sum((expected[name] * weights[name]).sum() for name in used).backward()
+    gradients = {name: weight.grad.clone() for name, weight in student.named_parameters()}
+    student.zero_grad()
+    companion = language_model(teacher).eval()
+    outputs = forward(
+        language_model(student), micro, temperature=1.7, chunk_rows=4, of_logits=of_logits(), companion=companion
+    )
+    found = {"logps": outputs.logps, "divergence": outputs.extra["divergence"]}
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], **FLOAT32)
+    sum((found[name] * weights[name]).sum() for name in used).backward()
+    for name, weight in student.named_parameters():
+        torch.testing.assert_close(weight.grad, gradients[name], **FLOAT32)
+    assert max(float(grad.abs().max()) for grad in gradients.values()) > 0.1
+
+
 @pytest.mark.parametrize(("own", "other"), [(64, 72), (72, 64)])
 def test_padded_rows_of_the_larger_vocabulary_are_in_neither_distribution(own: int, other: int) -> None:
     student, teacher = tiny_model(vocab=own, hidden=32), tiny_model(vocab=other, seed=1)
