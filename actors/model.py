@@ -196,16 +196,22 @@ def check_architecture(config: Any, path: str) -> None:
     can be packed (a recurrent state, a convolution): packed documents would see one another. `config` is that of the
     model at `path`."""
     text = config.get_text_config()
-    kinds = {str(kind) for kind in getattr(text, "layer_types", None) or ()} - PACKABLE
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)  # None: code of its own
-    if kinds or getattr(model_class, "_is_stateful", False):
+    layers = {str(kind) for kind in getattr(text, "layer_types", None) or ()}
+    kinds = layers - PACKABLE
+    # Where the configuration says what each layer is, the class, which takes a second to import, says no more.
+    if kinds or (not layers and getattr(_class_of(config), "_is_stateful", False)):
         what = ", ".join(sorted(kinds)) or "a state that goes from token to token"
         raise ModelError(
             f"{path} has layers of a kind that cannot be trained on packed documents: {what} (known: "
             f"{', '.join(sorted(PACKABLE))}); use a model of another architecture"
         )
+
+
+def _class_of(config: Any) -> Any:
+    """The class of a model with that configuration; None: it has code of its own."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
 
 
 def load_model(spec: ModelSpec, device: torch.device | str = "cpu", *, trainable: bool) -> LanguageModel:

@@ -7,6 +7,7 @@ told yes or no, so every call passes the setting.
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -68,14 +69,33 @@ def load_config(path: str, trust_remote_code: bool) -> Any:
 
 def load_tokenizer(path: str, trust_remote_code: bool, chat_template: str | None = None) -> Any:
     """The tokenizer, with another chat template (its text) if one is given. Raises ModelError."""
-    from transformers import AutoTokenizer
-
     with _refusing("a tokenizer", path, "set model.tokenizer to a folder that holds one"):
-        load: Any = AutoTokenizer.from_pretrained
+        load: Any = (_tokenizer_class(Path(path)) or _auto_tokenizer()).from_pretrained
         tokenizer = load(path, trust_remote_code=trust_remote_code)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     return tokenizer
+
+
+def _tokenizer_class(folder: Path) -> Any:
+    """The class that AutoTokenizer would find, if the folder names that of its own type of model; else None. To import
+    AutoTokenizer is to import torch and its compiler, which takes 4 of the 6 seconds of a process that only decodes."""
+    import transformers
+
+    try:
+        named = json.loads((folder / "tokenizer_config.json").read_text())
+        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError):
+        return None  # of the hub, or not a folder of a model: AutoTokenizer says what is wrong
+    name = named.get("tokenizer_class")
+    found = None if name is None or "auto_map" in named else getattr(transformers, name, None)
+    return found if getattr(found, "__module__", "") == f"transformers.models.{kind}.tokenization_{kind}" else None
+
+
+def _auto_tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def load_pretrained(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     Gemma2Config,
     GptOssConfig,
     Lfm2Config,
@@ -264,3 +267,31 @@ def test_the_hf_engine_samples_from_the_capped_model_that_is_trained(tmp_path: P
     with torch.no_grad():
         trained = forward(load_model(ModelSpec(str(folder)), trainable=False), micro).logps[3:]
     np.testing.assert_allclose(completion.logps, trained, atol=1e-4)
+
+
+def test_a_process_that_only_decodes_imports_no_torch_and_has_the_tokenizer_that_auto_tokenizer_finds(
+    tmp_path: Path,
+) -> None:
+    folder = tiny_model_folder(tmp_path)
+    code = (
+        "import sys\nfrom actors.pretrained import load_tokenizer\n"
+        f"tokenizer = load_tokenizer({str(folder)!r}, False)\n"
+        "print(type(tokenizer).__name__, tokenizer.decode([5, 9, 14]), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    auto = AutoTokenizer.from_pretrained(str(folder))
+    assert done.stdout.split() == [type(auto).__name__, auto.decode([5, 9, 14]), "False"], done.stderr
+    ours, text = load_tokenizer(str(folder), False), "12+34=46 and so on"
+    assert type(ours) is type(auto) and ours.get_vocab() == auto.get_vocab() and ours(text) == auto(text)
+
+
+@pytest.mark.parametrize("changed", ["tokenizer_class", "model_type"])
+def test_a_tokenizer_of_another_type_of_model_is_the_one_that_auto_tokenizer_finds(
+    tmp_path: Path, changed: str
+) -> None:
+    folder = tiny_model_folder(tmp_path)
+    file = folder / ("config.json" if changed == "model_type" else "tokenizer_config.json")
+    other = {"tokenizer_class": "PreTrainedTokenizerFast", "model_type": "llama"}[changed]
+    file.write_text(json.dumps({**json.loads(file.read_text()), changed: other}))
+    ours, auto = load_tokenizer(str(folder), False), AutoTokenizer.from_pretrained(str(folder))
+    assert type(ours) is type(auto) and ours("1+1=2") == auto("1+1=2")
