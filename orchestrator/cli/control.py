@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from orchestrator.api import RunHandle
 
 
+SHOWN_WAIT_S = 1.0
+
+
 @app.command()
 def scale(
     folder: RunFolder,
@@ -91,19 +94,24 @@ def status(folder: RunFolder, as_json: AsJson = False) -> None:
         name = " ".join([each["stage"], *each["writes"]])
         typer.echo(f"  at work: {name}, {each['calls']} call(s), {each['share']:.0%} of the last second")
     for wait in seen.waits:
-        typer.echo(f"  waits {wait['seconds']:.0f} s for {wait['what']}")
+        if wait["seconds"] >= SHOWN_WAIT_S:
+            typer.echo(f"  waits {wait['seconds']:.0f} s for {wait['what']}")
     for role, count in seen.workers.items():
         by_load = ""
         if scaled := seen.autoscale.get(role):
             held = f", held until `troupe scale {folder} {role}=auto`" if scaled["held"] else ""
             last = f"; last decision {scaled['said']}" if scaled["said"] else ""
             by_load = f"; {scaled['min']} to {scaled['max']} by load{held}{last}"
-        typer.echo(f"  {role}: {count['serving']} of {count['desired']} worker(s) serve{by_load}")
-        for member in seen.members.get(role, ()):
+        members = seen.members.get(role, ())
+        elsewhere = sum("address" in member and member["state"] == "serving" for member in members)
+        beyond = f", and {elsewhere} from elsewhere" if elsewhere else ""
+        typer.echo(f"  {role}: {count['serving']} of {count['desired']} worker(s) serve{beyond}{by_load}")
+        for member in members:
             facts = (f"{name} {value}" for name, value in member.items() if name not in ("index", "state"))
             typer.echo(f"    {role}/{member['index']} {member['state']}: {', '.join(facts)}")
     if seen.metrics:
-        typer.echo(f"  step {line_of(seen.metrics).strip()}")
+        main = {name: value for name, value in seen.metrics.items() if "/" not in name}  # `troupe metrics` has all
+        typer.echo(f"  step {line_of(main).strip()}")
 
 
 def _say(as_json: bool, words: str, **facts: Any) -> None:

@@ -164,10 +164,12 @@ class Pool:
         return index in self.addresses
 
     def described(self) -> dict[str, Any]:
-        """For those who look from outside: how many members are wanted and serve, and each of them."""
+        """For those who look from outside: how many members are wanted and serve, without those that were started
+        elsewhere, and each of all."""
+        own = [member for member in self.fleet.members.values() if not member.attached]
         return {
             "desired": self.fleet.desired,
-            "serving": self.count(State.SERVING),
+            "serving": sum(member.state is State.SERVING for member in own),
             "members": [self._described(member) for member in self.fleet.members.values()],
         }
 

@@ -18,9 +18,9 @@ from typing import Any, cast
 
 from pydantic import ValidationError
 
-from actors.errors import ConfigError
+from actors.errors import ConfigError, did_you_mean
 from orchestrator.config import overrides as syntax
-from orchestrator.config.error_messages import explain, unknown
+from orchestrator.config.error_messages import explain
 from orchestrator.config.overrides import Keys, Override, dotted
 from orchestrator.config.rounds import with_rounds
 from orchestrator.config.schema import PhaseConfig, RunConfig
@@ -87,8 +87,14 @@ def find_recipe(recipe: str | Path) -> Path:
     if not shipped.is_file():
         if file.suffix in (".yaml", ".yml") or file.parent.name not in ("", "papers"):
             raise ConfigError(f"there is no file {file} (looked in {Path.cwd()})")
-        raise ConfigError(unknown("recipe", str(recipe), list(recipes())) + ". Or give the path of a YAML file")
+        raise ConfigError(no_recipe(str(recipe)))
     return shipped
+
+
+def no_recipe(given: str) -> str:
+    """There are too many to name all."""
+    hint = did_you_mean(given, recipes()) or "."
+    return f"no recipe {given!r}{hint} `troupe recipes` lists those that there are; a file is given by its path"
 
 
 @dataclass

@@ -209,7 +209,8 @@ def answers(url: str, token: str) -> bool:
 
 
 def _started(command: Sequence[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """A process that outlives this one."""
+    """A process that outlives this one. It runs in the folder of its log: Ray's processes would import what is called
+    as a module of Python's own in the user's."""
     with log.open("wb") as stream:
         return subprocess.Popen(
             command,
@@ -217,6 +218,7 @@ def _started(command: Sequence[str], log: Path, environment: dict[str, str]) -> 
             stdout=stream,
             stderr=stream,
             env=environment,
+            cwd=log.parent,
             start_new_session=True,
         )
 

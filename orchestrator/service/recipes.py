@@ -9,8 +9,7 @@ from typing import Any, cast
 
 from actors.errors import ConfigError
 from orchestrator.config import overrides as syntax
-from orchestrator.config.error_messages import unknown
-from orchestrator.config.loading import check, draft_of, find_recipe, recipes
+from orchestrator.config.loading import check, draft_of, find_recipe, no_recipe, recipes
 from orchestrator.config.schema import RunConfig
 from orchestrator.service.code_in_recipes import code_in
 from orchestrator.service.errors import Problem
@@ -55,5 +54,5 @@ def _refuse_code(code: Sequence[str], allow_code: bool) -> None:
 
 def _shipped(name: str) -> dict[str, Any]:
     if name not in recipes():  # nor is the path of a file one: it would be the service's machine's
-        raise ConfigError(unknown("recipe", name, list(recipes())))
+        raise ConfigError(no_recipe(name))
     return cast(dict[str, Any], syntax.load_yaml(find_recipe(name).read_text(), name)[0])

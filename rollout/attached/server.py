@@ -29,7 +29,7 @@ from rollout.attached.wire import PROTOCOL, SESSION, Malformed, decode, encode
 from rollout.engine import ENGINES, EngineSpec
 from rollout.worker import RolloutWorker
 
-METHODS = frozenset({"ready", "generate", "abort", "receive", "ping"})
+METHODS = frozenset({"ready", "generate", "generate_all", "abort", "receive", "ping"})
 LEASE_S = 60.0  # a run pings every second
 
 

@@ -16,7 +16,7 @@ from typing import Any, cast
 import numpy as np
 
 from actors.batch import Batch
-from actors.errors import DataFailure, InfraFailure
+from actors.errors import DataFailure, InfraFailure, RunError
 from actors.worker import WorkerInfo
 from rollout.engine import EngineSpec
 from rollout.sampling import Finish, GroupMeta, Request, Sampling
@@ -24,10 +24,10 @@ from rollout.weights.protocol import Ack, Manifest, SyncOrder, TensorMeta
 
 CLASSES = (Ack, Batch, EngineSpec, GroupMeta, Manifest, Request, Sampling, SyncOrder, TensorMeta, WorkerInfo)
 KNOWN: dict[str, type] = {each.__name__: each for each in CLASSES}
-PROTOCOL = 1  # of the messages; both sides must have the same
+PROTOCOL = 2  # of the messages; both sides must have the same
 SESSION = "X-Troupe-Session"  # header: which run an engine is attached to
 LENGTH_BYTES = 8
-KINDS = {"data": DataFailure, "infra": InfraFailure}  # of failures, as they are told
+KINDS: dict[str, type[RunError]] = {"data": DataFailure, "infra": InfraFailure}  # of failures, as they are told
 PLAIN = (str, int, float, bool, type(None))
 
 
@@ -65,6 +65,8 @@ def _said(value: Any, arrays: list[np.ndarray]) -> Any:
         return {"finish": value.value}
     if isinstance(value, PLAIN):
         return value
+    if isinstance(value, DataFailure | InfraFailure):  # of one request of several
+        return {"failed": "data" if isinstance(value, DataFailure) else "infra", "why": str(value)}
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray):
@@ -94,6 +96,8 @@ class _Reader:
             return said, at
         if "finish" in said:
             return Finish(said["finish"]), at
+        if "failed" in said:
+            return KINDS[said["failed"]](str(said["why"])), at
         if "array" in said:
             return self._array(np.dtype(said["array"]), [int(each) for each in said["shape"]], at)
         if "map" in said:

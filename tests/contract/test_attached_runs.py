@@ -108,6 +108,8 @@ def test_an_engine_from_elsewhere_joins_leaves_and_dies_and_the_run_learns_the_s
             run_.steps()
         finally:
             handle.stop()
+    retried = [it["why"] for it in control.events(handle.folder) if it["event"] == "retry"]
+    assert not any("does not know" in why for why in retried), retried
     up = [it["worker"] for it in control.events(handle.folder) if it["event"] == "up" and it["role"] == "rollout"]
     assert up == [0, 2, 3], "nothing takes the place of one that died"
     lines = {line["step"]: line for line in read(handle.folder / METRICS_FILE) if "loss" in line}

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.batch import Batch
-from actors.errors import ConfigError, DataFailure, InfraFailure
+from actors.errors import ConfigError, DataFailure, InfraFailure, WorkerDied
 from actors.worker import LocalObjects
 from orchestrator.cluster.attached_worker import AttachedWorker
 from orchestrator.cluster.control import address_of
@@ -96,6 +96,9 @@ def test_the_values_of_an_engine_arrive_and_others_are_not_sent() -> None:
     order = SyncOrder("o", 3, "object_store", Manifest((TensorMeta("w", "bfloat16", (2, 3)),), 64))
     for value in (request(sampling={"stop": ("x",)}), meta, order, SCRIPTED):
         assert decode(b"".join(encode([value]))) == [value]
+    for failed in (DataFailure("too long"), WorkerDied("gone")):
+        [found] = decode(b"".join(encode([failed])))
+        assert (isinstance(found, DataFailure), str(found)) == (isinstance(failed, DataFailure), str(failed))
     for value in (object(), lambda: None, Path("a"), np.array([object()])):
         with pytest.raises(TypeError, match="cannot be sent"):
             encode(value)
@@ -140,6 +143,9 @@ async def test_the_samples_are_those_of_an_engine_in_this_process_bit_for_bit(tm
         info = await worker.call("ready", timeout_s=60)
         meta, block = await worker.call_split("generate", request(), timeout_s=60)
         failing = request("c", prompt=tuple(range(2, 40)))
+        outcomes, shared, none = await worker.call("generate_all", [request(), failing], timeout_s=60)
+        assert same(shared, expected) and outcomes[0].lengths == expected_meta.lengths
+        assert isinstance(outcomes[1], DataFailure) and len(none.lengths) == 0
         with pytest.raises(DataFailure):
             await worker.call("generate", failing, timeout_s=60)
     assert same(block.target, expected) and not same(block.target, other)

@@ -6,24 +6,30 @@ import { call, run } from "./service.js";
 
 const OVER = new Set(["finished", "stopped", "failed"]);
 
-// [element, what shows the actions for a state]
+// [element, what shows the actions for a run as it stands]
 export function controls(id, signal) {
   const role = h("input", { value: "rollout", size: 12 });
   const count = h("input", { type: "number", min: 0, value: 1 });
+  let edited = false; // until then the fields follow the run
+  count.addEventListener("input", () => (edited = true));
   const ask = (method, rest, body) => call(run(id, rest), { method, body, signal });
+  const auto = action("Auto", async () => {
+    await ask("PATCH", "", { scale: { [role.value.trim()]: "auto" } });
+    return `${role.value}: as many workers as its load asks for`;
+  });
+  const pause = action("Pause", async () => (await ask("PATCH", "", { paused: true }), "paused"));
+  const goOn = action("Continue", async () => (await ask("PATCH", "", { paused: false }), "continues"));
   const live = [
     field("role", role),
     field("workers", count),
     action("Scale", async () => {
       await ask("PATCH", "", { scale: { [role.value.trim()]: Number(count.value) } });
+      edited = false;
       return `${role.value}: ${count.value} worker(s) wanted`;
     }),
-    action("Auto", async () => {
-      await ask("PATCH", "", { scale: { [role.value.trim()]: "auto" } });
-      return `${role.value}: as many workers as its load asks for`;
-    }),
-    action("Pause", async () => (await ask("PATCH", "", { paused: true }), "paused")),
-    action("Continue", async () => (await ask("PATCH", "", { paused: false }), "continues")),
+    auto,
+    pause,
+    goOn,
     action("Checkpoint", async () => {
       notify("asked; it is saved after this step");
       await ask("POST", "/checkpoint");
@@ -40,9 +46,14 @@ export function controls(id, signal) {
     ),
   ];
   const over = [action("Resume", async () => (await ask("POST", "/resume"), "resumed"))];
-  const show = (state) => {
+  const show = ({ state, workers, autoscale }) => {
     for (const each of live) each.hidden = OVER.has(state);
     for (const each of over) each.hidden = !OVER.has(state);
+    const named = role.value.trim();
+    auto.hidden ||= !(named in (autoscale ?? {}));
+    pause.hidden ||= state === "paused";
+    goOn.hidden ||= state !== "paused";
+    if (!edited && named in (workers ?? {}) && document.activeElement !== count) count.value = workers[named].desired;
   };
   return [h("div", { class: "row", role: "group", "aria-label": "Control" }, live, over), show];
 }

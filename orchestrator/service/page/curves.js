@@ -54,7 +54,7 @@ export class Curves {
     const axis = { stroke: faint, grid: { stroke: "#8883", width: 1 }, ticks: { stroke: "#8883" } };
     const options = {
       ...sizeOf(box),
-      scales: { x: { time: false } },
+      scales: { x: { time: false }, y: { range: (_, low, high) => (low === 0 && high === 0 ? [0, 1] : uPlot.rangeNum(low ?? 0, high ?? 1, 0.1, true)) } },
       axes: [{ ...axis, label: "step", labelSize: 18, size: 32 }, { ...axis, size: 64, values: (_, ticks) => ticks.map(short) }],
       series: [
         { label: "step" },
@@ -108,6 +108,7 @@ function drawMarks(plot, marks, colour) {
   const { ctx, bbox } = plot;
   ctx.save();
   ctx.strokeStyle = ctx.fillStyle = colour;
+  ctx.textAlign = "left";
   ctx.setLineDash([3, 3]);
   for (const [step, phase] of marks) {
     const x = Math.round(plot.valToPos(step, "x", true));

@@ -11,7 +11,8 @@ const PARTS = [
 const PER = { group: "per prompt group", batch: "per batch", data: "over the whole data set" };
 
 export function drawPipelines(place, detail) {
-  const { pipelines, waits, metrics } = detail;
+  const { pipelines, metrics } = detail;
+  const waits = detail.waits.filter(({ seconds }) => seconds >= 1); // each step waits a little
   const phases = Object.entries(pipelines);
   const current = detail.phase ?? metrics.phase ?? phases[0]?.[0];
   place.replaceChildren(
@@ -66,7 +67,7 @@ function key({ stage, writes }) {
 
 // Where the last step's time went.
 function seconds(metrics) {
-  const parts = Object.entries(metrics).filter(([name]) => name.startsWith("time/"));
+  const parts = Object.entries(metrics).filter(([name, value]) => name.startsWith("time/") && value >= 0.01);
   if (!parts.length) return null;
   return h("p", { class: "faint" }, `last step: ${parts.map(([name, value]) => `${name.slice(5)} ${number(value, 3)} s`).join(", ")}`);
 }

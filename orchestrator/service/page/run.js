@@ -39,7 +39,7 @@ export async function runView(main, { every, signal }, id, other) {
       h("span", { class: "faint" }, `started ${ago(detail.created)}`),
     );
     workers.replaceChildren(...workerTable(detail));
-    showActions(detail.state);
+    showActions(detail);
     drawPipelines(pipeline, detail);
     curves.show(sources.map(({ id: label, lines }) => ({ label, lines })));
   });
@@ -69,10 +69,11 @@ function scaling({ min, max, held, said } = {}) {
 function workerTable({ workers, members, autoscale, state }) {
   const roles = Object.entries(members ?? {});
   if (!roles.length) return [h("p", { class: "faint" }, state === "running" ? "none reported yet" : "the run has no processes")];
-  const columns = [...new Set(roles.flatMap(([, list]) => list.flatMap(Object.keys)))].filter((name) => name !== "index" && name !== "state");
   return roles.map(([role, list]) => {
+    const columns = [...new Set(list.flatMap(Object.keys))].filter((name) => name !== "index" && name !== "state");
     const count = workers[role];
-    const wanted = count ? ` ${count.serving} of ${count.desired} serve` : "";
+    const elsewhere = list.filter((member) => member.address && member.state === "serving").length;
+    const wanted = count ? ` ${count.serving} of ${count.desired} serve${elsewhere ? `, and ${elsewhere} from elsewhere` : ""}` : "";
     const rows = list.map((member) => [
       String(member.index ?? ""),
       h("span", { class: `state ${member.state}` }, String(member.state ?? "")),
