@@ -57,7 +57,7 @@ def dpo(
     sync_ref_model: bool = False,
     ref_model_mixup_alpha: Share = MIXUP_ALPHA,
     ref_model_sync_steps: Steps = SYNC_STEPS,
-    precompute_ref_log_probs: bool = False,
+    precompute_ref_log_probs: bool | None = None,
 ) -> Pipeline:
     """Direct preference optimisation: the policy is its own reward model. Source: arXiv:2305.18290, eq. 7."""
     names = (loss_type,) if isinstance(loss_type, str) else loss_type

@@ -23,7 +23,7 @@ def kto(
     sync_ref_model: bool = False,
     ref_model_mixup_alpha: Share = MIXUP_ALPHA,
     ref_model_sync_steps: Steps = SYNC_STEPS,
-    precompute_ref_log_probs: bool = False,
+    precompute_ref_log_probs: bool | None = None,
 ) -> Pipeline:
     """Kahneman-Tversky optimisation: gains and losses against how far the policy has moved.
 
@@ -61,7 +61,7 @@ def bco(
     sync_ref_model: bool = False,
     ref_model_mixup_alpha: Share = MIXUP_ALPHA,
     ref_model_sync_steps: Steps = SYNC_STEPS,
-    precompute_ref_log_probs: bool = False,
+    precompute_ref_log_probs: bool | None = None,
 ) -> Pipeline:
     """Binary classifier optimisation: a classifier of desirable completions, its threshold the mean reward so far.
 

@@ -105,23 +105,26 @@ def _check_replays(stages: Sequence[Stage]) -> None:
 
 
 def _check_precomputed(data: DataKind, stages: Sequence[Stage]) -> None:
-    """Values that are computed once must hold for the whole phase: the rows are there, and the weights stay."""
     for stage in stages:
-        if not stage.precomputed:
-            continue
-        problem = None
-        if data.prompts_only or data.answered:
-            problem = f"{data.name} have no rows before they are answered"
-        elif "mismatched" in data.columns:
-            problem = f"mismatched rows are made anew of each batch, and {data.name} needs them"
-        elif stage.role in roles_of(Verb.UPDATE, stages):
-            problem = f"the weights of {stage.role} change in every step"
-        elif stage.role in roles_of(Verb.MIX, stages):
-            problem = f"the weights of {stage.role} follow those of another role"
+        problem = why_not_beforehand(data, stages, stage) if stage.precomputed else None
         if problem:
             raise ConfigError(
                 f"options.precompute_ref_log_probs: {problem}, so {stage.name} cannot run beforehand; leave it out"
             )
+
+
+def why_not_beforehand(data: DataKind, stages: Sequence[Stage], stage: Stage) -> str | None:
+    """Why a stage cannot run once, before the first step; None if it can. What it computes must hold for the whole
+    phase: the rows are there, and the weights stay."""
+    if data.prompts_only or data.answered:
+        return f"{data.name} have no rows before they are answered"
+    if "mismatched" in data.columns:
+        return f"mismatched rows are made anew of each batch, and {data.name} needs them"
+    if stage.role in roles_of(Verb.UPDATE, stages):
+        return f"the weights of {stage.role} change in every step"
+    if stage.role in roles_of(Verb.MIX, stages):
+        return f"the weights of {stage.role} follow those of another role"
+    return None
 
 
 def _check_writes(stages: Sequence[Stage]) -> None:

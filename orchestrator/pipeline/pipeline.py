@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from actors.columns import ADMITTED, ROUTES, SPLIT, STEP_REWARDS, Head
 from actors.errors import ConfigError
-from orchestrator.pipeline.checks import check
+from orchestrator.pipeline.checks import check, why_not_beforehand
 from orchestrator.pipeline.data_kinds import Completions, DataKind
 from orchestrator.pipeline.stage import DRIVER, GROUPWISE, ROW_SOURCES, Stage, Verb, roles_of, rows_by_share
 
@@ -98,6 +98,19 @@ class Pipeline:
     def precomputed(self) -> tuple[Stage, ...]:
         """What runs once, before the first step (`orchestrator/collection/precompute.py`), and in no step."""
         return tuple(stage for stage in self.stages if stage.precomputed)
+
+    def with_passes_beforehand(self) -> Pipeline:
+        """The pipeline whose stages run once, before the first step, where the method leaves that open and what they
+        compute holds for the whole phase: for a phase that passes over its data more than once."""
+
+        def beforehand(stage: Stage) -> Stage:
+            is_open = "precomputed" in stage.options and stage.options["precomputed"] is None
+            if not is_open or why_not_beforehand(self.data, self.stages, stage) is not None:
+                return stage
+            return replace(stage, options={**stage.options, "precomputed": True})
+
+        stages = map(beforehand, self.stages)
+        return Pipeline(self.data, *stages, warnings=self.warnings, temperature=self.temperature)
 
     def without_stage(self, stage: Stage) -> Pipeline:
         """The pipeline for data that brings what this stage writes."""

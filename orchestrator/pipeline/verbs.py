@@ -72,10 +72,11 @@ def replay(*, size: int, max_age: int, scale: str) -> Stage:
 
 
 def infer(
-    role: str, *, into: str, head: Head = Head.VOCABULARY, adapters: bool = True, precomputed: bool = False
+    role: str, *, into: str, head: Head = Head.VOCABULARY, adapters: bool = True, precomputed: bool | None = False
 ) -> Stage:
     """What a role's model says of each token or row, written to the column `into`: log-probabilities, values, scores.
-    `precomputed`: of the whole data set, once before the first step."""
+    `precomputed`: of the whole data set, once before the first step; None: if the phase passes over its data more than
+    once."""
     options = {"into": (into,), "head": head, "adapters": adapters, "precomputed": precomputed}
     return Stage(Verb.INFER, role, frozenset({"tokens"}), frozenset({into}), options=options)
 

@@ -21,7 +21,7 @@ from orchestrator.config.roles import AUTO_ENGINE, EngineRole, EnvironmentsRole,
 from orchestrator.config.schema import ENVIRONMENT, DataConfig, EvaluationConfig, PhaseConfig, RewardConfig, RunConfig
 from orchestrator.credit.step_rewards import Steps
 from orchestrator.data.awaited import AwaitedSource
-from orchestrator.data.source import Source, open_source
+from orchestrator.data.source import RowSource, Source, open_source
 from orchestrator.data.synthetic_examples import PREFIX, is_example, model_folder
 from orchestrator.losses.objective import LossObjective
 from orchestrator.methods import build
@@ -211,6 +211,8 @@ def _prepare_phase(
     )
     schedule = phase_schedule(phase, name, source, _least_batch(config, pipeline))
     _check_something_happens(phase, name, pipeline, schedule.steps)
+    if isinstance(source, RowSource) and schedule.items > len(source):
+        pipeline = pipeline.with_passes_beforehand()
     evaluation, held_out = _open_evaluation(phase, name, pipeline, tokenizer, config.seed, room)
     first_version = sum(earlier.steps for earlier in before)
     sampling = resolved_stops(Sampling(**phase.sampling.model_dump()), tokenizer, vocab, f"phases.{name}.sampling")

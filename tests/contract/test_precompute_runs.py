@@ -22,6 +22,7 @@ from tests.unit.tiny import tiny_model_folder
 
 STEPS = 4
 ONCE = {"precompute_ref_log_probs": True}
+EVERY_STEP = {"precompute_ref_log_probs": False}
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ def test_precomputed_values_train_like_a_reference_in_every_step_and_a_second_ru
 ) -> None:
     once = config(tmp_path, model, method, options={**options, **ONCE})
     first = started(once, tmp_path / "first")
-    plain = started(config(tmp_path, model, method, options=options), tmp_path / "plain")
+    plain = started(config(tmp_path, model, method, options={**options, **EVERY_STEP}), tmp_path / "plain")
     assert_alike(first, plain)
     assert origins(first) == ["reference"]
     assert [event["role"] for event in events(first, "released")] == ["reference"]
@@ -119,7 +120,7 @@ def test_with_adapters_the_policy_without_them_computes_the_values_that_a_refere
     model: Path, tmp_path: Path
 ) -> None:
     result = started(config(tmp_path, model, lora=4), tmp_path / "once")
-    assert_alike(result, started(config(tmp_path, model, lora=4, options={}), tmp_path / "plain"))
+    assert_alike(result, started(config(tmp_path, model, lora=4, options=EVERY_STEP), tmp_path / "plain"))
     assert origins(result) == ["reference"]
     assert events(result, "released") == [], "the policy goes on"
     assert origins(started(config(tmp_path, model), tmp_path / "whole")) == ["cache"], "the same base, the same values"
@@ -132,7 +133,7 @@ def test_the_reference_of_a_later_phase_is_the_policy_at_its_start_and_a_resumed
     result = started(once, tmp_path / "once")
     assert origins(result) == ["reference"]
     assert metrics(result)[STEPS]["rewards/chosen"] == pytest.approx(0, abs=1e-5)
-    assert_alike(result, started(config(tmp_path, model, before=True, options={}), tmp_path / "plain"))
+    assert_alike(result, started(config(tmp_path, model, before=True, options=EVERY_STEP), tmp_path / "plain"))
     expected_metrics, expected = metrics(result), weights(result)
     assert all(line["grad_norm"] > 1e-3 for line in expected_metrics), "nothing was learned, so nothing is compared"
     shutil.rmtree(result.folder / "checkpoints" / f"step-{2 * STEPS:08d}")

@@ -231,10 +231,19 @@ def test_a_stream_is_refused() -> None:
 # What is known before anything is launched
 
 
-def run_of(rows: Path, model: Path, *, phases: int = 1, lora: int | None = None, **keys: Any) -> RunConfig:
+def run_of(
+    rows: Path,
+    model: Path,
+    *,
+    phases: int = 1,
+    lora: int | None = None,
+    options: dict[str, Any] = ONCE,
+    steps: int = 1,
+    **keys: Any,
+) -> RunConfig:
     """Phases of DPO with a cache beside the data; `lora`: the rank of adapters."""
     data = {"path": str(rows), "cache_dir": str(rows.parent / "cache")}
-    phase = {"method": "dpo", "options": ONCE, "data": data, "train": {"steps": 1, "batch_size": 4}}
+    phase = {"method": "dpo", "options": options, "data": data, "train": {"steps": steps, "batch_size": 4}}
     named = {f"phase{index}": phase for index in range(phases)}
     adapters = {"lora": {"r": lora}} if lora else {}
     return RunConfig.model_validate({"model": {"path": str(model), **adapters}, "phases": named, **keys})
@@ -264,6 +273,25 @@ def test_a_reference_is_planned_unless_its_values_are_kept(rows: Path, model: Pa
     found = prepare(config).phases[0]
     assert (found.source.batch([0, 1])["ref_logps"] == -1.5).all()
     assert "from the cache" in found.source.report.notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "once"),
+    [
+        ({}, 5, False),  # 20 pairs
+        ({}, 6, True),
+        ({"precompute_ref_log_probs": False}, 6, False),
+        ({"sync_ref_model": True, "ref_model_sync_steps": 2}, 6, False),
+        ({"loss_type": "sft"}, 6, False),  # without a reference
+    ],
+)
+def test_a_reference_passes_over_the_data_once_if_the_phase_does_so_more_often_and_its_weights_stay(
+    options: dict[str, Any], steps: int, once: bool, rows: Path, model: Path
+) -> None:
+    pipeline = prepare(run_of(rows, model, options=options, steps=steps)).phases[0].pipeline
+    assert [stage.role for stage in pipeline.precomputed] == ["reference"] * once
+    inferred = [stage for stage in pipeline if stage.name == "reference.infer"]
+    assert len(inferred) == (options != {"loss_type": "sft"})
 
 
 def other_model(tmp_path: Path) -> dict[str, Any]:
