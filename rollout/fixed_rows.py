@@ -1,8 +1,8 @@
 """Short samples of a small model on a CPU, of several requests at a time, in passes of one shape.
 
-A pass of a small model takes four times as long for 128 rows as for eight, so a pass for each request wastes most of the
-time. But what a row gets must not depend on the rows beside it, to the bit: with other rows a matrix product may sum in
-another order if that changes its shape. So the shape never changes:
+A pass of a small model takes four times as long for 128 rows as for eight, so a pass for each request wastes most of
+the time. But what a row gets must not depend on the rows beside it, to the bit: with other rows a matrix product may
+sum in another order if that changes its shape. So the shape never changes:
 
     seats       0        1        2        3                 a pass reads one token per seat, of empty ones too
     columns  [. p p p][p p p p][. . p p][       ]            a prompt ends where its multiple of STRIDE ends; what is
