@@ -92,7 +92,8 @@ def status(folder: RunFolder, as_json: AsJson = False) -> None:
     typer.echo(f"{typer.style(run.folder.name, bold=True)}: {said}")
     for each in seen.at_work:
         name = " ".join([each["stage"], *each["writes"]])
-        typer.echo(f"  at work: {name}, {each['calls']} call(s), {each['share']:.0%} of the last second")
+        calls = f"{each['calls']} call(s), " if each["calls"] else ""
+        typer.echo(f"  at work: {name}, {calls}{each['share']:.0%} of the last second")
     for wait in seen.waits:
         if wait["seconds"] >= SHOWN_WAIT_S:
             typer.echo(f"  waits {wait['seconds']:.0f} s for {wait['what']}")

@@ -14,6 +14,7 @@ from orchestrator.cli.application import AsJson, RunFolder, Runs, app
 
 if TYPE_CHECKING:
     from orchestrator.service.run_folders import RunFolders
+    from orchestrator.service.schemas import RunSummary
 
 POLL_S = 0.5
 Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run is over.")]
@@ -29,16 +30,20 @@ def list_runs(runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps([run.model_dump() for run in found]))
         return
-    rows = Rows(
-        "run", "state", "step", "priority", "methods", "since", "why", numbers=("step", "priority"), prose=("why",)
-    )
-    for run in found:
-        started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run.created))
-        why = "" if run.detail.startswith((f"{run.state};", f"{run.state} ")) else run.detail
-        why = why.removeprefix(run.state).removeprefix(": ")
-        priority = "" if run.priority is None else str(run.priority)
-        rows.add(run.id, run.state, str(run.step), priority, ", ".join(run.methods), started, why)
+    lines = [_listed(run) for run in found]
+    why = ["why"] if any(line[-1] for line in lines) else []
+    rows = Rows("run", "state", "step", "priority", "methods", "since", *why, numbers=("step", "priority"), prose=why)
+    for line in lines:
+        rows.add(*line[: 6 + len(why)])
     show_lines([rows])
+
+
+def _listed(run: RunSummary) -> list[str]:
+    started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run.created))
+    why = "" if run.detail.startswith((f"{run.state};", f"{run.state} ")) else run.detail
+    why = why.removeprefix(run.state).removeprefix(": ")
+    priority = "" if run.priority is None else str(run.priority)
+    return [run.id, run.state, str(run.step), priority, ", ".join(run.methods), started, why]
 
 
 @app.command()

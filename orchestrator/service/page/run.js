@@ -84,7 +84,7 @@ function workerTable({ workers, members, autoscale, state }) {
 }
 
 function plain(value) {
-  if (typeof value === "number") return number(value);
+  if (typeof value === "number") return Number.isInteger(value) ? String(value) : number(value); // a process id has every digit
   return value === null || value === undefined ? "" : typeof value === "object" ? JSON.stringify(value) : String(value);
 }
 
