@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from actors.errors import ConfigError, Interrupted, TroupeError, UserError
 from actors.saved_state import writing
 from orchestrator.activity import drawn
 from orchestrator.checkpoint import AVERAGED, MODEL
+from orchestrator.cluster import train_tab
 from orchestrator.cluster.background_tasks import supervised, watching
 from orchestrator.cluster.base import Cluster, LocalCluster
 from orchestrator.cluster.chat_door import ChatDoor, chat_door
@@ -32,6 +34,7 @@ from orchestrator.cluster.run_lock import Driver, driving
 from orchestrator.cluster.shutdown import Ending, hangups_ignored
 from orchestrator.collection.live_chat import LiveChat, models_of
 from orchestrator.config.loading import SAVED
+from orchestrator.config.overrides import leaves
 from orchestrator.config.roles import EngineRole
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.section import RUN_ID
@@ -197,6 +200,7 @@ class _Run:
             launch(prepared, plan, cluster, folder, context.event, context.watchdog) as roles,
             chat_door(self._chat(roles), cluster.host) as chat,
             self._supervised(cluster, chat, roles),
+            self._in_train_tab(cluster),
         ):
             console.placed(cluster.describe())
             console.at(folder, self.dashboard)
@@ -218,6 +222,16 @@ class _Run:
         return supervised(
             context.config, run, context.folder, roles, requests, context.watchdog, warn, context.autoscaler
         )
+
+    def _in_train_tab(self, cluster: Cluster) -> AbstractAsyncContextManager[None]:
+        context = self.context
+        trained = {role for phase in context.prepared.phases for role in phase.pipeline.trained}
+        ranks = [row for row in cluster.describe() if row["role"] in trained]
+        if not context.config.logging.ray_train_tab or context.local or not ranks:
+            return contextlib.nullcontext()
+        folder, settings = context.folder, dict(leaves(context.config.model_dump(mode="json")))
+        begin = partial(train_tab.TrainTab, folder.name, ranks, settings, str(folder.absolute()))
+        return train_tab.shown(begin, context.console.warn)
 
     def _chat(self, roles: Executor) -> LiveChat:
         config, run = self.context.config, self.context.folder.name

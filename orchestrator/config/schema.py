@@ -326,6 +326,8 @@ class LoggingConfig(Section):
     """The project of W&B and Trackio, or MLflow's experiment, that the run belongs to."""
     ray_metrics: bool = True
     """Export gauges `ray_troupe_*` on Ray's metrics port."""
+    ray_train_tab: bool = False
+    """Show the run in the Train tab of Ray's dashboard, by private classes of Ray; a small actor of Ray's own stays."""
 
 
 class ClusterConfig(Section):

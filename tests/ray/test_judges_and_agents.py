@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.cluster.control import RunFile
 from tests.contract.test_agent_runs import AGENT
 from tests.judge_server import judge_server
 from tests.runs import TROUPE, Run, plain_environment
@@ -18,6 +19,7 @@ from tests.runs import TROUPE, Run, plain_environment
 pytest.importorskip("openai")
 pytestmark = pytest.mark.timeout(600)
 PAIRED = 3  # steps of each phase of pairs
+ENGINES = ("rollout", "reference_rollout", "judge_rollout")
 SMALL = {"cpus": 0.1}
 VLLM = {"engine": "vllm", "kv_cache_gib": 0.05, **SMALL}
 
@@ -71,6 +73,7 @@ def test_judges_and_agents_on_ray_with_an_environment_pool_that_dies_and_is_resi
     with judge_server() as server:
         run = Run(tmp_path, base=recipe(tmp_path, server.url("").rstrip("/") + "/v1"))
         goes_on(run, 2 * PAIRED + 1)
+        chats_with_vllm(run)
         kills_an_environment_worker(run)
         empties_and_fills_the_pool(run)
         told(run, "stop")
@@ -114,6 +117,36 @@ def empties_and_fills_the_pool(run: Run) -> None:
     stood = run.steps()
     run.until(lambda: len(of_environments(run, "joined")) == 5, "two new environment workers")
     goes_on(run, stood + 2)
+
+
+def chats_with_vllm(run: Run) -> None:
+    """At the run's own door, while it trains; `tests/contract/test_chat_tools.py` has calls of tools."""
+    from openai import OpenAI
+
+    found = RunFile.read(run.folder)
+    assert set(found.models) == {run.folder.name, *(f"{run.folder.name}/{role}" for role in ENGINES)}
+    client = OpenAI(base_url=f"{found.chat}/v1", api_key="-", timeout=120, max_retries=0)
+    tool = {"type": "function", "function": {"name": "calculator", "parameters": {"type": "object", "properties": {}}}}
+    asked: dict[str, Any] = {"messages": [{"role": "user", "content": "12*34"}], "max_tokens": 40, "seed": 7}
+    for model in (found.models[0], f"{run.folder.name}/judge_rollout"):
+        whole = client.chat.completions.create(model=model, **asked, temperature=0)
+        assert (whole.usage.prompt_tokens, whole.choices[0].finish_reason) == (
+            6,
+            "length" if at_limit(whole) else "stop",
+        )
+        parts = list(client.chat.completions.create(model=model, **asked, stream=True))
+        assert parts[-1].choices[0].finish_reason in ("stop", "length")
+        offered = client.chat.completions.create(model=model, **asked, tools=[tool])
+        assert offered.choices[0].finish_reason in ("stop", "length"), "an untrained model calls no tool"
+        assert offered.choices[0].message.tool_calls is None
+        streamed = list(client.chat.completions.create(model=model, **asked, tools=[tool], stream=True))
+        text = "".join(each.delta.content or "" for part in streamed for each in part.choices)
+        if model.endswith("judge_rollout"):  # its weights stay; those of the policy change meanwhile
+            assert text == offered.choices[0].message.content
+
+
+def at_limit(answer: Any) -> bool:
+    return answer.usage.completion_tokens == 40
 
 
 def judged_each_pair(run: Run) -> None:

@@ -24,6 +24,7 @@ from tests.runs import ARITHMETIC, TROUPE, merged
 pytestmark = pytest.mark.timeout(900)  # whole runs, several processes each; a busy machine is slow to start them
 
 BIN = Path(sys.executable).parent
+OF_THE_TRAIN_TAB = "train_v2_state_actor"  # Ray's own, which stays with the cluster
 REWARD = "def longer(completions, **columns):\n    return [float(len(text)) for text in completions]\n"
 JUDGES = """
 import time
@@ -69,7 +70,14 @@ class Head:
     def alive(self) -> list[str]:
         """Actors and placement groups that are not gone."""
         actors = [actor["name"] for actor in self.listed("actors") if actor["state"] != "DEAD"]
-        return actors + [each["state"] for each in self.listed("placement_groups") if each["state"] != "REMOVED"]
+        groups = [each["state"] for each in self.listed("placement_groups") if each["state"] != "REMOVED"]
+        return [name for name in actors if name != OF_THE_TRAIN_TAB] + groups
+
+    def train_tab(self) -> dict[str, tuple[str, int, list[str]]]:
+        """Of each run there: its state, the attempts, and the states of the last one's ranks."""
+        runs = self.get("/api/train/v2/runs/v1")["train_runs"]
+        ranks = {run["name"]: [rank["status"] for rank in run["attempts"][-1]["workers"]] for run in runs}
+        return {run["name"]: (run["status"], len(run["attempts"]), ranks[run["name"]]) for run in runs}
 
     def job(self, job: str) -> str:
         """How it stands."""
@@ -200,7 +208,12 @@ def test_jobs_at_once_give_what_one_gives_alone_with_a_reward_actor_that_another
                  cwd=code)  # fmt: skip
     until(lambda: "started" in head.logs("judges"), "actor of the other job", lambda: head.logs("judges"))
     judged = [{"actor": "ray://judges/length", "method": "longer", "name": "longer"}]
-    changes = {"train": {"steps": 10_000}, "checkpoint": {"every": 5}, "rewards": judged}
+    changes = {
+        "train": {"steps": 10_000},
+        "checkpoint": {"every": 5},
+        "rewards": judged,
+        "logging": {"ray_train_tab": True},
+    }
     folder = job_folder(tmp_path / "job", tmp_path / "runs", changes)
     patient = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}})
     arguments = ("--no-wait", "--submission-id", "stopped", "--runtime-env-json", patient, "--working-dir", ".")
@@ -235,10 +248,13 @@ def test_jobs_at_once_give_what_one_gives_alone_with_a_reward_actor_that_another
     for kind in (r"policy\.update step \d+", r"rollout\.receive v\d+", generate, r"publish v\d+"):
         until(lambda kind=kind: any(re.fullmatch(kind, name) for name in tasks()), kind, lambda: str(sorted(tasks())))
 
+    assert head.train_tab() == {run.name: ("RUNNING", 1, ["ALIVE"])}
+
     head.ray_job("stop", "stopped", cwd=folder)
     until(lambda: head.job("stopped") == "STOPPED", "end of the job", said)
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert [event["signal"] for event in events if event["event"] == "interrupted"] == ["SIGTERM"]
     assert f"continue with `troupe resume {run}`" in said()
+    assert head.train_tab() == {run.name: ("ABORTED", 1, ["DEAD"])}
     head.ray_job("stop", "judges", cwd=code)
     until(lambda: not head.alive(), "end of all actors and placement groups", lambda: str(head.alive()))
