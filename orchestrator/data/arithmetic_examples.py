@@ -112,14 +112,19 @@ def arithmetic_worked(
     return {"prompt": [f"{a}+{b}=" for a, b in problems], "completion": worked}
 
 
-def arithmetic_steps(*, seed: int, split: str, rows: int | None = None, wrong: float = 0.5) -> dict[str, list[Any]]:
+def arithmetic_steps(
+    *, seed: int, split: str, rows: int | None = None, wrong: float = 0.5, slips: float = 0.0
+) -> dict[str, list[Any]]:
     """The steps of `arithmetic_worked` with labels: `prompt`, `completions`, `labels`. With probability `wrong` one of
-    the three, any, is off by ten. Steps after it go on from that result, and are labelled wrong like it: they lead to
-    no right answer."""
-    rng = np.random.default_rng([seed, 5])
+    the three, any, is off by ten, or with probability `slips` by 1 to 20: what is to be rewarded by a model of this
+    must not be wrong in a way that it has never seen. Steps after it go on from that result, and are labelled wrong
+    like it: they lead to no right answer."""
+    rng, slip_rng = np.random.default_rng([seed, 5]), np.random.default_rng([seed, 7])
     problems = shuffled(number_pairs(split), seed, rows)
     errs = np.where(rng.random(len(problems)) < wrong, rng.integers(0, 3, len(problems)), 3)
-    steps = [_worked(a, b, int(at)) for (a, b), at in zip(problems, errs, strict=True)]
+    slipped = slip_rng.random(len(problems)) < slips
+    off_by = np.where(slipped, slip_rng.integers(1, 21, len(problems)) * slip_rng.choice([-1, 1], len(problems)), 0)
+    steps = [_worked(a, b, int(at), int(off)) for (a, b), at, off in zip(problems, errs, off_by, strict=True)]
     labels = [[step < at for step in range(3)] for at in errs.tolist()]
     return {"prompt": [f"{a}+{b}=" for a, b in problems], "completions": steps, "labels": labels}
 
@@ -217,10 +222,13 @@ def _compared(right: int, answer: int) -> str:
     )
 
 
-def _worked(a: int, b: int, wrong: int = 3) -> list[str]:
-    """The sum of the ones, of the tens and of both. The result of step `wrong` has a carry too many or too few."""
-    off_by = [-10 if _carries(a, b) and step == wrong else 10 if step == wrong else 0 for step in range(3)]
-    ones = a % 10 + b % 10 + off_by[0]
-    tens = (a // 10 + b // 10) * 10 + off_by[1]
-    result = ones + tens + off_by[2]
+def _worked(a: int, b: int, wrong: int = 3, slip: int = 0) -> list[str]:
+    """The sum of the ones, of the tens and of both. The result of step `wrong` has a carry too many or too few, or is
+    off by `slip`, upwards where it would be below 0."""
+    results: list[int] = []
+    for step in range(3):
+        right = sum(results) if step == 2 else (a % 10 + b % 10, (a // 10 + b // 10) * 10)[step]
+        off_by = 0 if step != wrong else slip or (-10 if _carries(a, b) else 10)
+        results.append(right + off_by if right + off_by >= 0 else right - off_by)
+    ones, tens, result = results
     return [f"{a % 10}+{b % 10}={ones}", f"{a // 10 * 10}+{b // 10 * 10}={tens}", f"{ones}+{tens}={result}"]

@@ -57,19 +57,23 @@ def test_every_row_of_the_sft_test_split_is_right() -> None:
     assert list(data["completion"]) == sums
 
 
-def test_labelled_steps_are_right_until_one_has_another_result_than_its_sum() -> None:
-    data = examples.dataset("arithmetic_steps", seed=0, split="train")
+@pytest.mark.parametrize("slips", [0.0, 0.5])
+def test_labelled_steps_are_right_until_one_has_another_result_than_its_sum(slips: float) -> None:
+    data = examples.dataset("arithmetic_steps", seed=0, split="train", slips=slips)
     worked = examples.dataset("arithmetic_worked", seed=0, split="train")
-    wrong = 0
+    wrong = otherwise = 0
     for steps, labels, right in zip(data["completions"], data["labels"], worked["completion"], strict=True):
         first = labels.index(False) if False in labels else len(labels)
         assert labels == [True] * first + [False] * (3 - first)
         assert steps[:first] == right.split()[:first]
         if first < 3:
             a, b = map(int, steps[first].split("=")[0].split("+"))
-            assert int(steps[first].split("=")[1]) != a + b
+            off_by = int(steps[first].split("=")[1]) - (a + b)
+            assert 1 <= abs(off_by) <= 20
             wrong += 1
+            otherwise += abs(off_by) != 10
     assert wrong / len(data) == pytest.approx(0.5, abs=0.02)
+    assert otherwise / wrong == pytest.approx(slips * 0.95, abs=0.02)
 
 
 def test_half_of_the_judgements_are_of_right_sums_and_say_so() -> None:
