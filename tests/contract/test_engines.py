@@ -386,6 +386,23 @@ def test_the_hf_engine_repeats_log_probabilities_bit_for_bit_whatever_else_is_in
         assert all(np.array_equal(a.logps, b.logps) for a, b in zip(alone, crowded, strict=True))
 
 
+@pytest.mark.parametrize("together", [True, False])
+@on("hf-tied", "hf-bf16")
+def test_short_requests_take_the_steps_of_the_longest_and_others_run_one_after_the_other(
+    subject: Subject, together: bool
+) -> None:
+    budget = 20 if together else 150
+    for name in "ab":
+        subject.engine.add(Request(name, PROMPT, 3, Sampling(budget), seed=ord(name)))
+    steps, lengths = 0, dict[str, int]()
+    while subject.engine.busy:
+        steps += 1
+        for finished in subject.engine.step():
+            lengths[finished.request.id] = max(len(completion.tokens) for completion in finished.completions)
+    assert min(lengths.values()) > 1
+    assert steps == (max(lengths.values()) if together else sum(lengths.values()))
+
+
 @pytest.mark.parametrize("prompt", [PROMPT[:1], PROMPT, (*PROMPT, *PROMPT[:3]), LONG_PROMPT[:50]])
 @on("hf-tied", "hf-untied")
 def test_short_samples_in_passes_of_one_shape_are_the_first_tokens_of_long_ones(
