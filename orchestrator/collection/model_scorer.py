@@ -53,8 +53,12 @@ class ModelScorer:
             batch, self._waiting = self._waiting, []
             self._full.clear()
             try:
-                # by its place in this call: an evaluation's group and one of the training may have the same number
-                groups = [rows.with_values(group=np.full(len(rows), place)) for place, (rows, _) in enumerate(batch)]
+                # An evaluation's group and one of the training may have the same number, and other columns.
+                shared = frozenset.intersection(*(rows.columns for rows, _ in batch))
+                groups = [
+                    rows.only(shared).with_values(group=np.full(len(rows), place))
+                    for place, (rows, _) in enumerate(batch)
+                ]
                 scores = await self._infer(RowTable.concat(groups))
             except Exception as error:
                 for _, result in batch:

@@ -86,6 +86,16 @@ async def test_what_waits_at_the_same_time_is_one_call_and_what_comes_meanwhile_
     assert [rounded(found) for found in scores] == [[1.0, 1.01], [2.02], [3.0, 3.01], [4.02, 4.03]]
 
 
+async def test_a_group_with_more_columns_than_another_one_shares_its_call() -> None:
+    """As a group of the training does that is sampled while an evaluation goes on."""
+    passes = Passes()
+    passes.may_end.set()
+    scorer, wide = ModelScorer(passes), group(3, 2).with_values(sample=np.arange(2))
+    of_wide, of_narrow = await asyncio.gather(said(scorer, wide), said(scorer, group(5, 1)))
+    assert passes.groups == [[3, 3, 5]], "one call"
+    assert rounded(of_wide) == [3.0, 3.01] and rounded(of_narrow) == [5.02]
+
+
 async def test_a_call_that_fails_fails_its_own_groups_and_no_later_ones() -> None:
     passes = Passes(fails_on=2)
     scorer = ModelScorer(passes, gather_s=0)
