@@ -130,7 +130,7 @@ def test_a_run_is_submitted_watched_controlled_and_stopped_in_the_page(page: Any
     api.expect(state).to_have_text("paused", timeout=WAIT_MS)
     held = step(page)
     page.get_by_role("button", name="Checkpoint").click()
-    page.get_by_role("cell", name=f"step-{held:08d}").wait_for()
+    page.get_by_role("cell", name=f"step-{held:08d}", exact=True).wait_for()  # an event has it in its text, too
     assert_colours_follow_the_values(page, samples_of(tmp_path / "runs", run, held))
     page.get_by_role("button", name="Continue").click()
     api.expect(state).to_have_text("running", timeout=WAIT_MS)
@@ -160,6 +160,11 @@ def samples_of(runs: Path, run: str, step: int) -> dict[str, Any]:
         time.sleep(0.2)
 
 
+def shown(piece: str) -> str:
+    """What cannot be seen of a token has a sign."""
+    return piece.replace("\r", "␍").replace("\n", "⏎\n").replace("\t", "⇥\t") or "◦"
+
+
 def assert_colours_follow_the_values(page: Any, found: dict[str, Any]) -> None:
     """Of the samples that the page shows, by advantage: each token has the text, the sign and the strength of its own
     value."""
@@ -186,7 +191,7 @@ def assert_colours_follow_the_values(page: Any, found: dict[str, Any]) -> None:
         assert [bool(plus) for _, plus, _, _, _ in painted] == [(value or 0) > 0 for value in values]
         assert [bool(minus) for _, _, minus, _, _ in painted] == [(value or 0) < 0 for value in values]
         shares += [(abs(value or 0), share) for (_, _, _, share, _), value in zip(painted, values, strict=True)]
-        assert [text for text, *_ in painted] == [piece or "◦" for piece in each["pieces"][first:]]
+        assert [text for text, *_ in painted] == [shown(piece) for piece in each["pieces"][first:]]
         assert len({(value, colour) for (*_, colour), value in zip(painted, values)}) == len({*values})
     strengths = [share for _, share in sorted(shares)]
     assert strengths == sorted(strengths) and strengths[-1] == 1, "one scale for all, the strongest at its end"
