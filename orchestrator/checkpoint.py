@@ -69,8 +69,8 @@ class CheckpointStore:
         they were. Raises DiskError if the disk does not take it."""
         temporary = self.folder / f".tmp-{state.total_step}-{uuid.uuid4().hex[:8]}"
         try:
-            await asyncio.to_thread(self._sweep)
-            await asyncio.to_thread(temporary.mkdir, parents=True)
+            await _to_the_end(self._sweep)
+            await _to_the_end(partial(temporary.mkdir, parents=True))
             written = await writer(temporary)
             return await _to_the_end(partial(self._commit, temporary, state, written))
         except (OSError, DiskError) as error:

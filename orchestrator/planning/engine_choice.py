@@ -1,5 +1,5 @@
 """Which engine a role has where `roles.ROLE.engine` is `auto`: vLLM, or for short samples of a small model on a CPU
-transformers, which makes twice as many of them a second and starts in half of the time (docs/performance.md)."""
+transformers, which makes twice as many of them in a second of processor time (docs/performance.md)."""
 
 # pyright: basic
 # (model configurations are typed in part only)
