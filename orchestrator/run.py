@@ -43,7 +43,6 @@ from orchestrator.phases.phase_run import PhaseRun
 from orchestrator.phases.resuming import Resumption, resume_point, save_config
 from orchestrator.phases.run_context import RunContext
 from orchestrator.planning.handover import kept_folder, written_folder
-from orchestrator.planning.plan import make_plan
 from orchestrator.planning.preconditions import refuse_surroundings
 from orchestrator.planning.resolve import prepare
 from orchestrator.reporting.gains import phase_gains
@@ -71,17 +70,7 @@ def run(
             stack.enter_context(driving(resume))
         refuse_surroundings(config, local=local, resume=resume)
         prepared = prepare(config, run=resume)
-        pipelines = {phase.name: phase.pipeline for phase in prepared.phases}
-        plan = make_plan(
-            prepared.config,
-            pipelines,
-            parameters=prepared.parameters,
-            own_parameters=prepared.own_parameters,
-            shapes=prepared.shapes,
-            merged_because=prepared.merged_because,
-            budget_notes=prepared.budget_notes,
-            engine_notes=prepared.engine_notes,
-        )
+        plan = prepared.plan().accepted()
         if resume is None:
             folder, resumed = _new_folder(prepared.config, run_id), None
             stack.enter_context(driving(folder))

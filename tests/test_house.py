@@ -46,6 +46,7 @@ PURE = (  # of the orchestrator: neither Ray nor transformers
 )
 TORCHLESS = (
     "orchestrator/planning/plan.py",
+    "orchestrator/planning/role_processes.py",
     "orchestrator/collection/staleness.py",
     "orchestrator/cluster/fleet.py",
     "orchestrator/cluster/failures.py",

@@ -11,7 +11,6 @@ from dataclasses import replace
 
 from actors import pretrained
 from orchestrator.config.roles import AUTO_ENGINE, EngineRole
-from orchestrator.planning.plan import draft_plan
 from orchestrator.planning.prepared import Prepared
 from rollout.short_samples import columns_of, model_refusal
 
@@ -24,7 +23,7 @@ def with_engines(prepared: Prepared) -> Prepared:
     is that one."""
     roles, notes = prepared.config.roles, dict[str, str]()
     chosen: dict[str, EngineRole] = {}
-    launched = draft_plan(prepared.config, {phase.name: phase.pipeline for phase in prepared.phases}).roles
+    launched = prepared.plan().roles
     for role in launched:
         settings = roles[role]
         if isinstance(settings, EngineRole) and settings.engine == AUTO_ENGINE:

@@ -23,6 +23,7 @@ from orchestrator.data.source import RowSource, Source
 from orchestrator.pipeline import Pipeline, Stage, Verb, items_of
 from orchestrator.planning.episode_settings import EpisodeSettings
 from orchestrator.planning.memory_estimate import Shape
+from orchestrator.planning.plan import Plan, draft_plan
 from orchestrator.planning.schedule import Schedule
 from rewards.combine import Combine
 from rewards.judge import JudgeSpec
@@ -146,6 +147,19 @@ class Prepared:
         """Of trained roles."""
         settings = self.config.model.lora
         return None if settings is None else LoraSpec(**settings.model_dump())
+
+    def plan(self) -> Plan:
+        """May have `refusals`."""
+        return draft_plan(
+            self.config,
+            {phase.name: phase.pipeline for phase in self.phases},
+            parameters=self.parameters,
+            own_parameters=self.own_parameters,
+            shapes=self.shapes,
+            merged_because=self.merged_because,
+            budget_notes=self.budget_notes,
+            engine_notes=self.engine_notes,
+        )
 
     @property
     def generates(self) -> bool:

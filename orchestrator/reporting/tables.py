@@ -147,24 +147,14 @@ def show_plan(config: RunConfig, *, as_json: bool = False) -> bool:
     """Prints the plan of a run, `as_json` in one line; True if the run would be accepted. Opens the data and launches
     nothing."""
     from orchestrator.cluster.ray_connection import cluster_at_hand
-    from orchestrator.planning.plan import draft_plan, problems
+    from orchestrator.planning.plan import problems
     from orchestrator.planning.preconditions import refuse_surroundings
     from orchestrator.planning.resolve import prepare
     from orchestrator.reporting.plan_report import as_data, render
 
     refuse_surroundings(config)
     prepared = prepare(config)
-    pipelines = {phase.name: phase.pipeline for phase in prepared.phases}
-    plan = draft_plan(
-        prepared.config,
-        pipelines,
-        parameters=prepared.parameters,
-        own_parameters=prepared.own_parameters,
-        shapes=prepared.shapes,
-        merged_because=prepared.merged_because,
-        budget_notes=prepared.budget_notes,
-        engine_notes=prepared.engine_notes,
-    )
+    plan = prepared.plan()
     cluster = cluster_at_hand(config.cluster, plan)
     refused = problems(plan, cluster)
     if as_json:

@@ -24,11 +24,11 @@ def bundles_of(config: RunConfig) -> tuple[Bundle, ...]:
     in this one. Raises Problem 422 if that refuses it, ConfigError for what the plan refuses."""
     if code_in({name: {"method": phase.method, "options": phase.options} for name, phase in config.phases.items()}):
         return _planned_elsewhere(config)
-    from orchestrator.planning.plan import make_plan  # with the methods: imports the losses, and torch
+    from orchestrator.planning.plan import draft_plan  # with the methods: imports the losses, and torch
     from orchestrator.planning.resolve import build_pipeline
 
     pipelines = {name: build_pipeline(phase, config.rewards) for name, phase in config.phases.items()}
-    return make_plan(config, pipelines).bundles
+    return draft_plan(config, pipelines).accepted().bundles
 
 
 def _planned_elsewhere(config: RunConfig) -> tuple[Bundle, ...]:

@@ -20,7 +20,6 @@ from orchestrator.cluster.fleet import State
 from orchestrator.cluster.launch import launch
 from orchestrator.config.loading import config_of
 from orchestrator.executor import Executor
-from orchestrator.planning.plan import make_plan
 from orchestrator.planning.resolve import prepare
 from orchestrator.run import run as run_config
 from rollout.sampling import Request, Sampling
@@ -41,7 +40,7 @@ async def launched(config: Any, folder: Path) -> AsyncIterator[Executor]:
     """The roles of a run in this process, in its first phase."""
     prepared = prepare(config)
     (phase,) = prepared.phases
-    plan, cluster = make_plan(config, {phase.name: phase.pipeline}), LocalCluster()
+    plan, cluster = prepared.plan().accepted(), LocalCluster()
     await cluster.reserve(plan)
     async with launch(prepared, plan, cluster, folder, lambda *_: None, Watchdog()) as roles:
         roles.enter(PhaseSettings(phase.pipeline, 8192, 1.0, 0, Sampling(max_tokens=5)))

@@ -27,7 +27,7 @@ from orchestrator.cluster.ray_connection import connect, end_half_started, start
 from orchestrator.config.roles import RolesConfig
 from orchestrator.config.schema import ClusterConfig, PhaseConfig, RunConfig, TrainConfig
 from orchestrator.methods import build
-from orchestrator.planning.plan import Plan, make_plan, problems
+from orchestrator.planning.plan import Plan, draft_plan, problems
 from tests.resident import Resident
 
 READY_S = 200.0
@@ -80,7 +80,8 @@ def config(roles: dict[str, Any], *, beta: float = 0.04, batch_size: int = 512, 
 
 
 def planned(config: RunConfig) -> Plan:
-    return make_plan(config, {name: build(phase.method, phase.options) for name, phase in config.phases.items()})
+    pipelines = {name: build(phase.method, phase.options) for name, phase in config.phases.items()}
+    return draft_plan(config, pipelines).accepted()
 
 
 def gpus_in_use() -> float:
@@ -297,12 +298,12 @@ from orchestrator.config.schema import RunConfig
 from orchestrator.methods import build
 from orchestrator.cluster.ray_cluster import RayCluster
 from orchestrator.cluster.ray_connection import cluster_at_hand, connect
-from orchestrator.planning.plan import make_plan, problems
+from orchestrator.planning.plan import draft_plan, problems
 from rewards.worker import RewardWorker
 from rewards.loading import RewardSpec
 
 config = RunConfig.model_validate({"phases": {"grpo": {"method": "grpo"}}, "roles": {"rollout": {"workers": 40}}})
-plan = make_plan(config, {"grpo": build("grpo", {})})
+plan = draft_plan(config, {"grpo": build("grpo", {})}).accepted()
 assert problems(plan, cluster_at_hand(config.cluster, plan)) == []
 assert not ray.is_initialized()
 

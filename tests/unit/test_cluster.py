@@ -15,7 +15,7 @@ from orchestrator.cluster.base import LocalCluster, refuse_foreign
 from orchestrator.config.schema import RunConfig
 from orchestrator.methods import build
 from orchestrator.planning.machine import Machine
-from orchestrator.planning.plan import Plan, make_plan
+from orchestrator.planning.plan import Plan, draft_plan
 
 OURS = str(Path(actors.__file__).parent)
 
@@ -43,7 +43,7 @@ class Resident:
 
 def planned(**roles: Any) -> Plan:
     config = RunConfig.model_validate({"phases": {"grpo": {"method": "grpo"}}, "roles": roles})
-    return make_plan(config, {"grpo": build("grpo", {})}, machine=Machine(4))
+    return draft_plan(config, {"grpo": build("grpo", {})}, machine=Machine(4)).accepted()
 
 
 async def test_groups_come_up_ready_and_workers_wait_for_their_ready_call() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from orchestrator.config.loading import config_of
-from orchestrator.planning.plan import make_plan
 from orchestrator.planning.prepared import Prepared
 from orchestrator.planning.resolve import prepare
 from tests.unit.source_stub import write_rows
@@ -42,8 +41,9 @@ def test_short_samples_of_a_small_model_are_decoded_by_transformers_and_the_plan
     run = prepared(tmp_path, {})
     assert run.config.roles.rollout.engine == "hf"
     assert prepared(tmp_path, {"max_model_len": 121}).config.roles.rollout.engine == "hf"
-    plan = make_plan(run.config, {each.name: each.pipeline for each in run.phases}, engine_notes=run.engine_notes)
-    assert plan.engine_notes == {"rollout": "the engine hf, because samples are short and the model is small"}
+    assert run.plan().accepted().engine_notes == {
+        "rollout": "the engine hf, because samples are short and the model is small"
+    }
 
 
 @pytest.mark.parametrize(("rollout", "changes", "why"), LONG, ids=[why for _, _, why in LONG])

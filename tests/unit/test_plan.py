@@ -23,7 +23,7 @@ from orchestrator.planning.bundles import Bundle, ClusterView, Node, fit, how_ma
 from orchestrator.planning.machine import Machine
 from orchestrator.planning.memory_estimate import Shape, Training, estimate
 from orchestrator.planning.node_selectors import meets
-from orchestrator.planning.plan import Plan, draft_plan, make_plan, problems
+from orchestrator.planning.plan import Plan, draft_plan, problems
 from orchestrator.reporting.plan_report import as_data, render
 
 SEVEN_BILLION = 7_000_000_000
@@ -396,9 +396,8 @@ def test_invalid_settings_are_refused_with_the_key_and_a_remedy(changed: RunConf
     plan = planned(changed)
     (refusal,) = plan.refusals
     assert said in refusal
-    pipelines = {phase.name: phase.pipeline for phase in plan.phases}
     with pytest.raises(ConfigError) as caught:
-        make_plan(changed, pipelines, machine=Machine(2))
+        plan.accepted()
     assert str(caught.value) == refusal
 
 

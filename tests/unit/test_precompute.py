@@ -24,7 +24,7 @@ from orchestrator.data.source import RowSource
 from orchestrator.methods import build
 from orchestrator.pipeline import Labelled, Pairs, Pipeline, Prompts, generate, infer
 from orchestrator.planning.bundles import ClusterView
-from orchestrator.planning.plan import Plan, draft_plan, make_plan
+from orchestrator.planning.plan import Plan, draft_plan
 from orchestrator.planning.prepared import Prepared
 from orchestrator.planning.resolve import prepare
 from orchestrator.reporting.plan_report import render
@@ -261,8 +261,7 @@ def keep(prepared: Prepared, model: Path, *, phase: int = 0, dtype: str = "float
 
 
 def roles_of(config: RunConfig) -> list[str]:
-    prepared = prepare(config)
-    return list(make_plan(config, {phase.name: phase.pipeline for phase in prepared.phases}).roles)
+    return list(prepare(config).plan().accepted().roles)
 
 
 def test_a_reference_is_planned_unless_its_values_are_kept(rows: Path, model: Path) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from actors.errors import ConfigError
 from orchestrator.config.loading import config_of
 from orchestrator.planning.bundles import ClusterView
-from orchestrator.planning.plan import Plan, make_plan
+from orchestrator.planning.plan import Plan
 from orchestrator.planning.resolve import prepare
 from orchestrator.reporting.plan_report import render
 from tests.runs import merged
@@ -30,9 +30,7 @@ def plan_of(tmp_path: Path, **changes: Any) -> Plan:
         "rewards": [{"fn": "completion_length"}],
     }
     config = config_of(merged(tree, changes), [], "test")
-    prepared = prepare(config)
-    pipelines = {phase.name: phase.pipeline for phase in prepared.phases}
-    return make_plan(config, pipelines, merged_because=prepared.merged_because)
+    return prepare(config).plan().accepted()
 
 
 def said(plan: Plan) -> str:

@@ -15,7 +15,7 @@ from orchestrator.data.source import Prompt
 from orchestrator.methods import build
 from orchestrator.pipeline import Prompts
 from orchestrator.planning.machine import Machine
-from orchestrator.planning.plan import make_plan
+from orchestrator.planning.plan import draft_plan
 from orchestrator.planning.resolve import build_pipeline, prepare
 from tests.unit.source_stub import PLAIN_TEMPLATE, merging_tokenizer, opened, tokenizer, write_rows
 
@@ -119,4 +119,5 @@ def test_what_cannot_run_is_refused_at_the_plan(
         config = config_of(tree, [], "test")
         if "train" in changes:  # how long the data's prompts are is known only when it is opened
             prepare(config)
-        make_plan(config, {name: build_pipeline(each) for name, each in config.phases.items()}, machine=Machine(2))
+        pipelines = {name: build_pipeline(each) for name, each in config.phases.items()}
+        draft_plan(config, pipelines, machine=Machine(2)).accepted()

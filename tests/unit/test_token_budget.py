@@ -12,7 +12,6 @@ from rich.console import Console
 from orchestrator.config.loading import config_of
 from orchestrator.methods import build
 from orchestrator.planning.bundles import ClusterView
-from orchestrator.planning.plan import make_plan
 from orchestrator.planning.prepared import Prepared
 from orchestrator.planning.resolve import prepare
 from orchestrator.planning.token_budget import SHARE, largest_budget
@@ -32,7 +31,7 @@ def prepared(tmp_path: Path, **changes: Any) -> Prepared:
 
 
 def said(run: Prepared) -> str:
-    plan = make_plan(run.config, {phase.name: phase.pipeline for phase in run.phases}, budget_notes=run.budget_notes)
+    plan = run.plan().accepted()
     text = io.StringIO()
     Console(file=text, width=300).print(render(plan, ClusterView.of_machine(cpus=8, gpus=2)))
     return text.getvalue()
