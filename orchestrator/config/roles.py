@@ -213,6 +213,21 @@ class MixtureEngineRole(EngineRole):
     """A second role whose weights its engines hold, for stages that sample from a mixture of both. None: none."""
 
 
+Role = TrainerRole | FrozenRole | EngineRole | ScorersRole | EnvironmentsRole
+
+
+def count(settings: Role) -> int:
+    """Number of processes of a role at the start."""
+    return settings.ranks if isinstance(settings, RanksRole) else settings.workers
+
+
+def most(settings: Role) -> int:
+    """Number of processes that a role may come to have by itself."""
+    if isinstance(settings, RanksRole) or settings.autoscale is None:
+        return count(settings)
+    return max(settings.workers, settings.autoscale.max)
+
+
 def _kind_of(role: Any) -> Any:
     return cast(dict[str, Any], role).get("kind") if isinstance(role, dict) else getattr(role, "kind", None)
 
@@ -266,10 +281,10 @@ class RolesConfig(Section):
     def __contains__(self, name: str) -> bool:
         return name in type(self).model_fields or name in self.__pydantic_extra__
 
-    def __getitem__(self, name: str) -> TrainerRole | FrozenRole | EngineRole | ScorersRole | EnvironmentsRole:
+    def __getitem__(self, name: str) -> Role:
         return getattr(self, name)
 
-    def get(self, name: str) -> TrainerRole | FrozenRole | EngineRole | ScorersRole | EnvironmentsRole | None:
+    def get(self, name: str) -> Role | None:
         if name not in self:
             return None
         return self[name]

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from actors.errors import ConfigError
 from orchestrator.config.autoscale import AutoscaleConfig
 from orchestrator.config.colocation import taking_turns
-from orchestrator.config.roles import EngineRole, FrozenRole, RanksRole
+from orchestrator.config.roles import EngineRole, FrozenRole, RanksRole, count
 from orchestrator.config.schema import DEFAULT_TOKEN_BUDGET, BemaConfig, PhaseConfig, RunConfig
-from orchestrator.config.validation import count, refusals, warnings
+from orchestrator.config.validation import refusals, warnings
 from orchestrator.pipeline import Pipeline, Verb, score
 from orchestrator.planning.bundles import Bundle, ClusterView, Resources, shortages
 from orchestrator.planning.machine import Machine, slow_types

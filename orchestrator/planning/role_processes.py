@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from orchestrator.config.roles import EngineRole, Fallback, RanksRole, UserCodeRole
+from orchestrator.config.roles import EngineRole, Fallback, RanksRole, Role, UserCodeRole, count
 from orchestrator.config.schema import RunConfig
-from orchestrator.config.validation import Role, count
 from orchestrator.pipeline import Pipeline
 from orchestrator.planning.bundles import GIB
 from orchestrator.planning.machine import Machine
