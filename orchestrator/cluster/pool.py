@@ -1,4 +1,4 @@
-"""An elastic pool of workers: it carries out the decisions of `fleet` and dispatches calls to serving workers.
+"""An elastic pool of workers: it carries out the decisions of `fleet` and sends calls to serving workers.
 
             decide                start / stop
     Fleet ───────► _reconcile ─────────────────► cluster
@@ -9,9 +9,8 @@
 Scaling, death and restart are one path: the desired number of members differs from the actual one. A worker joins only
 after `admit` returned (for rollout workers: after it acknowledged the current weights).
 
-Deadlines count work: a worker's start has one, and so has a call that a worker carries. Queueing for a free worker has
-none: it ends when one of the calls before it does, when too many workers were lost, or, in a pool that was resized to
-nothing, when it is resized again.
+Deadlines count work: a worker's start has one, and so has a call that a worker carries. Queueing for a free worker
+(`pool_slots`) has none.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
@@ -31,6 +29,7 @@ from actors.worker import Worker, WorkerInfo
 from orchestrator.cluster.failures import Watchdog
 from orchestrator.cluster.fleet import Fleet, Member, Start, State, Stop
 from orchestrator.cluster.pool_load import PoolLoad
+from orchestrator.cluster.pool_slots import Slots
 
 SAID = {"version": 1, "tokens_per_s": 1, "kv_cache_use": 3}  # of members that say so when they are pinged: digits
 T = TypeVar("T")
@@ -96,12 +95,10 @@ class Pool:
         self._start, self._stop = start, stop
         self.start_attached: Callable[..., Awaitable[Worker]] | None = None  # (index, address, token); None: cannot
         self._event, self._watchdog = event, watchdog
-        self._changed = asyncio.Event()
-        self._queue: deque[tuple[asyncio.Future[int], frozenset[int]]] = deque()  # calls without a slot, oldest first
+        self._slots = Slots(self.fleet, policy.slots, freed=self._stop_if_drained)
         self._wake = asyncio.Event()
         self._carried: dict[int, set[_Call]] = {}  # member -> what it works on
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._failure: BaseException | None = None
 
     async def open(self) -> None:
         """Start the desired members; returns when all of them are up (joining or serving)."""
@@ -207,7 +204,7 @@ class Pool:
         attempts = deaths = 0
         while True:
             alone = deaths >= self.policy.alone_after
-            index = await (self._acquire_alone(tried) if alone else self._acquire(tried))
+            index = await (self._slots.take_alone(tried) if alone else self._slots.take(tried))
             call = _Call()
             self._carried.setdefault(index, set()).add(call)
             try:
@@ -232,66 +229,9 @@ class Pool:
                     ) from error
             finally:
                 self._carried.get(index, set()).discard(call)
-                self._release(index, alone)
+                self._slots.give_back(index, alone)
 
-    async def _acquire(self, avoid: frozenset[int]) -> int:
-        """A serving member with a free slot, which is taken. Calls get slots in the order in which they came;
-        `_hand_out` ends the wait."""
-        while True:
-            slot: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-            self._queue.append((slot, avoid))
-            self._hand_out()
-            try:
-                index = await slot
-            except asyncio.CancelledError:
-                if slot.done() and not slot.cancelled() and slot.exception() is None:  # cancelled after it got one
-                    self._release(slot.result(), alone=False)
-                raise
-            if index in self.workers:  # else it was evicted before this call heard of its slot
-                return index
-
-    def _hand_out(self) -> None:
-        """Give free slots to the calls that have waited longest, or the pool's failure to all of them. What a release
-        costs thus does not grow with the number of calls that wait."""
-        while self._queue:
-            slot, avoid = self._queue[0]
-            if not slot.done():
-                if self._failure is not None:
-                    slot.set_exception(self._failure)
-                elif (index := self.fleet.pick(self.policy.slots, avoid)) is not None:
-                    self.fleet.add_load(index, 1)
-                    slot.set_result(index)
-                else:
-                    return
-            self._queue.popleft()
-
-    async def _acquire_alone(self, avoid: frozenset[int]) -> int:
-        """A member that carries nothing else until it is released."""
-        while True:
-            while (index := self.fleet.reserve(avoid)) is None:
-                await self._change()
-            try:
-                while not self.fleet.emptied(index):
-                    await self._change()
-            except BaseException:
-                self.fleet.free(index)
-                self._notify()
-                raise
-            if self.fleet.serves(index):
-                self.fleet.add_load(index, 1)
-                return index
-
-    async def _change(self) -> None:
-        """Waits until the pool's state has changed: ended by `_notify`, when a member is freed or the pool ends."""
-        if self._failure is not None:
-            raise self._failure
-        await self._changed.wait()
-
-    def _release(self, index: int, alone: bool) -> None:
-        self.fleet.add_load(index, -1)
-        if alone:
-            self.fleet.free(index)
-        self._notify()
+    def _stop_if_drained(self, index: int) -> None:
         member = self.fleet.members.get(index)
         if member is not None and member.state is State.DRAINING and member.load == 0:
             self._wake.set()
@@ -407,23 +347,20 @@ class Pool:
         """Ended by `_notify`; raises InfraFailure at the deadline, or whatever ended the reconciler."""
         deadline = time.monotonic() + timeout_s
         with self._watchdog.waiting(what, timeout_s):
-            while self._failure is None and not condition():
+            while not condition():
                 try:
                     async with asyncio.timeout(deadline - time.monotonic()):
-                        await self._changed.wait()
+                        await self._slots.change()
                 except TimeoutError:
                     states = {m.index: str(m.state) for m in self.fleet.members.values()}
                     raise InfraFailure(f"waited {timeout_s:g} s for {what}; members: {states or 'none'}") from None
-        if self._failure is not None:
-            raise self._failure
+        if self._slots.failure is not None:
+            raise self._slots.failure
 
     def _notify(self) -> None:
-        """Hand out what is free, and let those who wait for another change look again (each waits on the event that was
-        current when it looked last)."""
+        """The members have changed: what is free now is handed out, and the load is measured against other places."""
         self.load.note(0, self._places)
-        self._hand_out()
-        self._changed.set()
-        self._changed = asyncio.Event()
+        self._slots.notify()
 
     def _spawn(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)
@@ -432,9 +369,9 @@ class Pool:
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None and self._failure is None:
-            self._failure = task.exception()
-            self._notify()
+        error = None if task.cancelled() else task.exception()
+        if error is not None and self._slots.failure is None:
+            self._slots.fail(error)
 
 
 async def _at_once(index: int) -> None:
