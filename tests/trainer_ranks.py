@@ -4,6 +4,7 @@ takes some ten seconds to import torch, transformers and DeepSpeed. A rank holds
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import socket
 from collections.abc import Iterator
@@ -38,8 +39,12 @@ class Rank:
     def ping(self) -> None: ...
 
     def start(self, model: ModelSpec, backend: BackendSpec) -> WorkerInfo:
+        first = self.worker is None
         self.worker = ModelWorker("policy", model, backend, threads=1, **self.place)
-        return self.worker.ready()
+        info = self.worker.ready()
+        if first:
+            gc.freeze()  # all that was imported: DeepSpeed collects garbage at each start in ZeRO stage 3
+        return info
 
     def act(self, verb: str, *args: Any) -> Any:
         return getattr(self.worker, verb)(*args)
@@ -94,18 +99,27 @@ class Gangs:
 
     def __init__(self) -> None:
         self._started: dict[tuple[int, int], RayGroup] = {}
+        self._ray = False  # whether it was started
 
     def __call__(self, ranks: int, place: int = 0) -> RayGroup:
         if (ranks, place) not in self._started:
             if not ray.is_initialized():
                 start_ray(8)
+                self._ray = True
             env = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "DS_ACCELERATOR": "cpu"}
             group = start_ranks(f"troupe/backends/gang{place}-{ranks}", Rank, [{}] * ranks, env=env)
             asyncio.run(group.call("ready", timeout_s=START_S))
             self._started[ranks, place] = group
         return self._started[ranks, place]
 
+    def given_away(self, ranks: int) -> RayGroup:
+        """A gang that its test may end: the next one that wants it starts another."""
+        gang = self(ranks)
+        del self._started[ranks, 0]
+        return gang
+
     def end(self) -> None:
-        if self._started:
-            self._started = {}
+        self._started = {}
+        if self._ray:
+            self._ray = False
             ray.shutdown()

@@ -29,7 +29,6 @@ from tests.local_executor import executor_of, in_process, local_executor, steps
 from tests.trainer_ranks import Gangs
 from tests.unit.tiny import tiny_model_folder
 
-pytestmark = pytest.mark.xdist_group("gangs")
 BUDGET = 96  # several micro-batches
 VOCAB = 32
 OPTIM = OptimSpec(learning_rate=1e-2, total_steps=1000, adam_eps=1e-3)

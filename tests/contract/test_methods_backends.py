@@ -26,7 +26,6 @@ from tests.local_executor import executor_of, in_process, local_executor, model_
 from tests.trainer_ranks import Gangs
 from tests.unit.tiny import tiny_model_folder
 
-pytestmark = pytest.mark.xdist_group("gangs")
 STEPS = 3
 # `adam_eps` is large enough not to blow up what is rounding noise.
 OPTIM = OptimSpec(learning_rate=1e-2, total_steps=4 * STEPS, adam_eps=1e-3)

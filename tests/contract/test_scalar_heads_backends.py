@@ -21,7 +21,6 @@ from tests.trainer_ranks import Gangs
 from tests.unit.test_scalar_heads import rows, transformers_scores
 from tests.unit.tiny import tiny_model_folder
 
-pytestmark = pytest.mark.xdist_group("gangs")
 STEPS = 3
 OPTIM = OptimSpec(learning_rate=1e-2, total_steps=10, adam_eps=1e-3)
 LORA = LoraSpec(r=4, alpha=8)
