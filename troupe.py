@@ -22,7 +22,7 @@ from orchestrator.import_pin import pin
 
 if TYPE_CHECKING:
     from actors.errors import ConfigError, DataError, Interrupted, PlacementError, RunError, TroupeError, UserError
-    from orchestrator.api import RunHandle, attach, resume, start
+    from orchestrator.api import attach, resume, start
     from orchestrator.completions.evaluate import evaluate
     from orchestrator.completions.generate import generate
     from orchestrator.completions.score import score
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from orchestrator.model_folders.merge import merge
     from orchestrator.result import RunResult
     from orchestrator.run import run
+    from orchestrator.run_handle import RunHandle
     from orchestrator.service.client import submit
 
 __all__ = (
@@ -63,7 +64,7 @@ _ROOMS = {
     "actors.errors": (
         "ConfigError", "DataError", "Interrupted", "PlacementError", "RunError", "TroupeError", "UserError",
     ),
-    "orchestrator.api": ("RunHandle", "attach", "resume", "start"),
+    "orchestrator.api": ("attach", "resume", "start"),
     "orchestrator.completions.evaluate": ("evaluate",),
     "orchestrator.completions.generate": ("generate",),
     "orchestrator.completions.score": ("score",),
@@ -73,6 +74,7 @@ _ROOMS = {
     "orchestrator.model_folders.merge": ("merge",),
     "orchestrator.result": ("RunResult",),
     "orchestrator.run": ("run",),
+    "orchestrator.run_handle": ("RunHandle",),
     "orchestrator.service.client": ("submit",),
 }  # fmt: skip
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}

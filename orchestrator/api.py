@@ -11,44 +11,22 @@ the run, and may be restarted while the run goes on: `attach(folder)` finds it a
 
 from __future__ import annotations
 
-import contextlib
 import json
-import signal
 import subprocess
 import tempfile
-import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from actors.errors import ConfigError, Interrupted, NotDone, RunError
 from orchestrator.cluster import control
-from orchestrator.cluster.run_lock import driver_of
-from orchestrator.config.loading import SAVED, SUBMITTED, find_recipe, load_config, saved_config
+from orchestrator.config.loading import SUBMITTED, find_recipe, load_config, saved_config
 from orchestrator.config.schema import RunConfig
 from orchestrator.console_copy import CONSOLE_FILE
-from orchestrator.json_lines import LineReader, last_lines
-from orchestrator.queueing import entry as entries
-from orchestrator.queueing.entry import Entry, Stage
-from orchestrator.reporting.metrics import METRICS_FILE
-from orchestrator.restarts import COMMAND, REFUSED, folder_of
-from orchestrator.result import RunResult
-from orchestrator.status import State, Status, has_ended, in_one_line, last_words, queue_says
+from orchestrator.restarts import COMMAND, folder_of
+from orchestrator.run_handle import RunHandle, failure_of, wait_for
 
 START_TIMEOUT_S = 600.0  # until a run has its folder: reading the data, the first time perhaps from the Hub
-ANSWER_TIMEOUT_S = 600.0  # until a run is between two steps
-END_TIMEOUT_S = 24 * 3600.0
-SILENCE_S = 3600.0
-POLL_S = 0.1
-SHOWN_LINES = 30  # of the console of a run that failed
-
-T = TypeVar("T")
-
-
-class NoAnswerInTime(NotDone):
-    """A deadline passed before a run did what was asked; the request itself stands."""
 
 
 def start(
@@ -130,8 +108,8 @@ def _launched(
             start_new_session=True,
         )
     try:
-        folder = _wait(
-            lambda: accepted(process.pid) or (process.poll() is not None and _failure(process, console)),
+        folder = wait_for(
+            lambda: accepted(process.pid) or (process.poll() is not None and failure_of(process, console)),
             timeout_s,
             "the run to be accepted",
         )
@@ -144,285 +122,6 @@ def _launched(
     assert isinstance(folder, Path)
     console.rename(folder / CONSOLE_FILE)
     return RunHandle(folder, process)
-
-
-class RunHandle:
-    """One run, seen from outside. Every wait has a deadline, and ends early if the run does."""
-
-    def __init__(self, folder: Path, process: subprocess.Popen[bytes] | None) -> None:
-        self.folder = folder.resolve()
-        self._process = process  # None: not a child of this process
-
-    def __repr__(self) -> str:
-        return f"RunHandle({str(self.folder)!r})"
-
-    @property
-    def running(self) -> bool:
-        """Whether the process that drives the run lives."""
-        if self._process is not None:
-            return self._process.poll() is None
-        driver = driver_of(self.folder)
-        return driver is not None and driver.may_live
-
-    @property
-    def over(self) -> bool:
-        """Whether no process drives the run any more, and no service will start one by itself."""
-        return not self.running and self._state()[0].over
-
-    def events(self, *, timeout_s: float = SILENCE_S) -> Iterator[dict[str, Any]]:
-        """The lines of the run's `events.jsonl`, from the first, each as soon as it is there, until the run ends.
-        Raises RunError if nothing comes for `timeout_s`."""
-        return self._follow(self.folder / control.EVENTS_FILE, timeout_s)
-
-    def metrics(self, *, timeout_s: float = SILENCE_S) -> Iterator[dict[str, Any]]:
-        """The same of `metrics.jsonl`: one mapping for each logged step and evaluation, with `step` and `phase`."""
-        return self._follow(self.folder / METRICS_FILE, timeout_s)
-
-    def status(self) -> Status:
-        """Answers within seconds, whatever has become of the run."""
-        last: dict[str, Any] = {}
-        for line in last_lines(self.folder / METRICS_FILE):  # training and evaluation have one each for the same step
-            last = {**last, **line} if line["step"] == last.get("step") else line
-        kind, state, put_up = self._state()
-        roles = put_up.roles
-        workers = {role: {"desired": seen["desired"], "serving": seen["serving"]} for role, seen in roles.items()}
-        members = {role: seen["members"] for role, seen in roles.items()}
-        autoscale = {role: seen["autoscale"] for role, seen in roles.items() if "autoscale" in seen}
-        step, now = int(last.get("step", 0)), (put_up.phase, put_up.at_work, put_up.waits)
-        return Status(kind, state, step, workers, members, last, *now, autoscale)
-
-    def pipelines(self) -> Mapping[str, Sequence[Mapping[str, Any]]]:
-        """For each phase its stages in order (`orchestrator.activity.drawn`); empty until the run has read its data."""
-        said = (event for event in reversed(control.events(self.folder)) if event["event"] == "prepared")
-        return next(said, {}).get("pipelines", {})
-
-    def _state(self) -> tuple[State, str, control.Standing]:
-        """(state, in words, what its driver says)."""
-        entry = entries.read(self.folder)
-        if entry is not None and entry.stage is Stage.PREEMPTING and not has_ended(self.folder, entry, "finished"):
-            return State.PREEMPTED, entry.reason, control.Standing()
-        if not self.running:
-            if entry is None and not (self.folder / SAVED).exists() and (self.folder / SUBMITTED).exists():
-                return State.QUEUED, "was submitted a moment ago", control.Standing()
-            said = queue_says(self.folder, entry) if entry is not None else None
-            return *(said or self._last_word()), control.Standing()
-        if not self.reachable:
-            return State.STARTING, "starting", control.Standing()
-        state = State.PAUSED if self._pausing()["event"] == "paused" else State.RUNNING
-        try:
-            return state, state.value, control.status(self.folder)
-        except control.Silent as silent:
-            return State.SILENT, f"not answering: {silent}", control.Standing()
-
-    def _last_word(self) -> tuple[State, str]:
-        """How a run that is not running says that it ended."""
-        ended = self._last("finished", "interrupted")
-        if ended is None:
-            return State.FAILED, self._why_it_failed()
-        if ended["event"] == "finished":
-            return State.FINISHED, "finished"
-        return State.STOPPED, f"stopped by {ended['signal']}; `troupe resume {self.folder}` continues it"
-
-    def _why_it_failed(self) -> str:
-        """Why a run has ended that has not said that it finished or was stopped."""
-        if said := self._last("failed"):
-            return f"failed: {in_one_line(said['error'].splitlines())}"
-        if words := last_words(self.folder):
-            return f"failed: {words}"
-        started = (self.folder / control.RUN_FILE).exists()
-        return "was killed, or its machine was lost" if started else "ended before its roles were started"
-
-    def scale(self, role: str, count: control.Workers, *, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
-        """Ask for `count` workers of an elastic role; they come and go while the run goes on. A role with `autoscale`
-        keeps that number until "auto" is asked for. Returns once the run has been told. Raises UserError for a role
-        that has no workers of its own, or no `autoscale` to go back to, and for a run with `local`."""
-        request = self._ask(timeout_s, "scale", role, count)
-        self._await(lambda: not request.exists(), timeout_s, "the run to take the request")
-
-    def prioritise(self, priority: int) -> None:
-        """Change the place in the queue of a run that was submitted to a service. Raises ConfigError for another."""
-        if entries.change(self.folder, lambda entry: replace(entry, priority=priority)) is None:
-            raise ConfigError(f"run {self.folder.name} was not submitted to a service: it is in no queue")
-
-    def attach(self, address: str, token: str, *, role: str | None = None, timeout_s: float = ANSWER_TIMEOUT_S) -> str:
-        """Let an engine that `troupe engine` started elsewhere join the run: HOST:PORT, and the token that it was
-        started with. `role`: of engines; None: the only one. Returns the role once the run has been told; `status`
-        shows it among the members. Raises UserError for a run that cannot take it in."""
-        return self._engine("attach", address, role, timeout_s, token)
-
-    def detach(self, address: str, *, role: str | None = None, timeout_s: float = ANSWER_TIMEOUT_S) -> str:
-        """Let go of an engine that was attached by that address, once it has finished what it has."""
-        return self._engine("detach", address, role, timeout_s)
-
-    def _engine(self, method: str, address: str, role: str | None, timeout_s: float, *token: str) -> str:
-        self._await(lambda: self.reachable, timeout_s, "the run to start")
-        attachable = control.RunFile.read(self.folder).attachable if role is None else (role,)
-        if len(attachable) > 1:
-            raise ConfigError(f"engines can be attached to several roles: {', '.join(attachable)}; name one")
-        named = attachable[0] if attachable else "any of its roles"
-        request = self._ask(timeout_s, method, named, control.address_of(address), *token)
-        self._await(lambda: not request.exists(), timeout_s, "the run to take the request")
-        return named
-
-    def pause(self, *, timeout_s: float = ANSWER_TIMEOUT_S) -> int:
-        """Hold the run before its next step; its processes and their memory stay. Returns, once it holds, the number
-        of steps that are done. Raises RunError if another client let it go on meanwhile."""
-        return self._set_paused(True, timeout_s)
-
-    def resume(self, *, timeout_s: float = ANSWER_TIMEOUT_S) -> int:
-        """Let a paused run go on. (A run that has ended is continued by `troupe.resume(folder)`.)"""
-        return self._set_paused(False, timeout_s)
-
-    def checkpoint(self, *, timeout_s: float = ANSWER_TIMEOUT_S) -> Path:
-        """Write a checkpoint between two steps, also while the run is paused; its folder. A run that finishes first
-        has written one after its last step: that is the answer then. Raises RunError for a run that is paused before
-        its first step: there is nothing to save."""
-        ticket = uuid.uuid4().hex
-        self._ask(timeout_s, "checkpoint", ticket)
-
-        def written() -> Path | None:
-            answer = self._answer(ticket)
-            if answer is None and self.over and self._last("finished"):
-                answer = self._last("checkpoint")
-            if answer is None and self._pausing() == {"event": "paused", "step": 0}:
-                raise NotDone(f"run {self.folder.name} is paused before its first step: there is nothing to save yet")
-            return Path(answer["path"]) if answer else None
-
-        return self._await(written, timeout_s, "a checkpoint that was asked for")
-
-    def stop(self, *, timeout_s: float = ANSWER_TIMEOUT_S) -> Path | None:
-        """End the run in order: after its step and a checkpoint, within `checkpoint.grace_s`. Returns its newest
-        checkpoint, with which `resume` goes on. A run that has ended, or is ending, is not disturbed; one that waits in
-        a queue leaves it."""
-        if not self.over:
-            entries.change(self.folder, Entry.withdrawn)
-        if self.running and not self._last("interrupted"):  # a second signal would end it at once
-            if self._process is not None:
-                self._process.terminate()
-            else:
-                try:
-                    self._ask(timeout_s, "stop")
-                except NotDone:
-                    if self.running:
-                        raise
-        _wait(lambda: self.over, timeout_s, f"run {self.folder.name} to stop")
-        found = sorted((self.folder / "checkpoints").glob("step-*"))
-        return found[-1] if found else None
-
-    def result(self, *, timeout_s: float = END_TIMEOUT_S) -> RunResult:
-        """What the run leaves, once it has finished. Raises what ended it otherwise: Interrupted after a signal or
-        `stop`, ConfigError if it was refused, RunError with the last lines that it printed."""
-        _wait(lambda: self.over, timeout_s, f"run {self.folder.name} to end")
-        ended = self._last("finished", "interrupted")
-        if ended is not None and ended["event"] == "finished":
-            return RunResult.from_json(self.folder, ended)
-        if ended is not None:
-            raise Interrupted(signal.Signals[ended["signal"]])
-        entry = entries.read(self.folder)
-        if entry is not None:
-            state, words = queue_says(self.folder, entry) or self._last_word()
-            raise Interrupted(signal.SIGTERM) if state is State.STOPPED else RunError(f"the run ended: {words}")
-        if self._process is not None and self._process.poll() == -signal.SIGTERM:  # before it had a handler
-            raise Interrupted(signal.SIGTERM)
-        raise _failure(self._process, self.folder / CONSOLE_FILE)
-
-    def _set_paused(self, hold: bool, timeout_s: float) -> int:
-        ticket = uuid.uuid4().hex
-        self._ask(timeout_s, "pause", hold, ticket)
-        answer = self._await(
-            lambda: self._answer(ticket), timeout_s, "the run to pause" if hold else "the run to go on"
-        )
-        if (answer["event"] == "paused") is not hold:
-            other = "let it go on" if hold else "paused it"
-            raise NotDone(f"another client {other} before run {self.folder.name} could answer")
-        return answer["step"]
-
-    def _answer(self, ticket: str) -> dict[str, Any] | None:
-        """The event that answers a request."""
-        return next((event for event in control.events(self.folder) if ticket in event.get("asked", ())), None)
-
-    def _pausing(self) -> dict[str, Any]:
-        """The last word about pausing: event and step."""
-        last = self._last("paused", "unpaused") or {"event": "unpaused", "step": 0}
-        return {"event": last["event"], "step": last["step"]}
-
-    def _last(self, *kinds: str) -> dict[str, Any] | None:
-        """The last event of these kinds, of the driver that drives the run now or did last."""
-        last = None
-        for event in control.events(self.folder):
-            if event["event"] == "prepared":
-                last = None
-            elif event["event"] in kinds:
-                last = event
-        return last
-
-    def _ask(self, timeout_s: float, method: str, *arguments: Any) -> Path:
-        """Make a request of the run, once it can be reached: its roles may be starting. Returns the request's file.
-        Raises RunError if it has ended, or does not come so far."""
-        self._await(lambda: self.reachable, timeout_s, "the run to start")
-        return control.ask(self.folder, method, *arguments)
-
-    @property
-    def reachable(self) -> bool:
-        """Whether the driver that drives the run now has said how it is reached."""
-        with contextlib.suppress(ConfigError):
-            return control.RunFile.read(self.folder).driver == driver_of(self.folder)
-        return False
-
-    def _ended(self) -> NotDone:
-        return NotDone(f"run {self.folder.name} has ended: {self._state()[1]}")
-
-    def _await(self, found: Callable[[], T | None], timeout_s: float, what: str) -> T:
-        """The first true answer. Raises RunError if the run ends before it, or after `timeout_s`."""
-
-        def look() -> T | NotDone | None:
-            over = self.over  # before looking: what the run wrote last must be seen
-            if answer := found():
-                return answer
-            return self._ended() if over else None
-
-        answer = _wait(look, timeout_s, f"{what} ({self.folder.name})")
-        if isinstance(answer, NotDone):
-            raise answer
-        return answer
-
-    def _follow(self, file: Path, timeout_s: float) -> Iterator[dict[str, Any]]:
-        lines, heard = LineReader(file), time.monotonic()
-        while True:
-            over = self.over  # before reading: what the run wrote last must be read
-            for line in lines.new():
-                yield line
-                heard = time.monotonic()
-            if over:
-                return
-            if time.monotonic() - heard > timeout_s:
-                raise NotDone(f"{file} has had no new line for {timeout_s:g} s, and the run has not ended")
-            time.sleep(POLL_S)
-
-
-def _wait(found: Callable[[], T | None], timeout_s: float, what: str) -> T:
-    """The first true answer, by asking again and again. Raises NoAnswerInTime after `timeout_s`."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        if answer := found():
-            return answer
-        if time.monotonic() > deadline:
-            raise NoAnswerInTime(f"waited {timeout_s:g} s for {what}; a longer wait is timeout_s=SECONDS")
-        time.sleep(POLL_S)
-
-
-def _failure(process: subprocess.Popen[bytes] | None, console: Path) -> ConfigError | RunError:
-    """What ended a run, in the words that it printed."""
-    printed = console.read_text(errors="replace").strip().splitlines() if console.exists() else []
-    said = [number for number, line in enumerate(printed) if line.startswith("troupe: ")]
-    lines = printed[said[0] :] if said else printed
-    words = "\n".join(lines[-SHOWN_LINES:]) or (
-        f"it printed nothing in {console}" if console.exists() else "what it printed was not kept"
-    )
-    if process is not None and process.poll() == REFUSED:
-        return ConfigError(words.removeprefix("troupe: refused: "))
-    code = "" if process is None else f" with exit code {process.poll()}"
-    return RunError(f"the run ended{code}: {words}")
 
 
 def _yaml(value: Any) -> str:

@@ -13,7 +13,7 @@ from orchestrator.cli.application import AsJson, RunFolder, app
 from orchestrator.cli.watching import line_of
 
 if TYPE_CHECKING:
-    from orchestrator.api import RunHandle
+    from orchestrator.run_handle import RunHandle
 
 
 SHOWN_WAIT_S = 1.0

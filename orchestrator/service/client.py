@@ -10,10 +10,10 @@ from typing import Any
 import httpx
 
 from actors.errors import ConfigError, NotDone
-from orchestrator.api import RunHandle
 from orchestrator.config import overrides as syntax
 from orchestrator.config.loading import find_recipe, recipes
 from orchestrator.config.schema import RunConfig
+from orchestrator.run_handle import RunHandle
 from orchestrator.service.service_folder import found_service
 
 CHAT_TIMEOUT_S = 600.0  # it may wait for a free worker

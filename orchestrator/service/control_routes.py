@@ -7,7 +7,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 
-from orchestrator.api import RunHandle
+from orchestrator.run_handle import RunHandle
 from orchestrator.service import run_contents
 from orchestrator.service.errors import Problem, documented
 from orchestrator.service.reading_routes import Runs

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from actors.errors import RunError, UserError
-from orchestrator.api import NoAnswerInTime
+from orchestrator.run_handle import NoAnswerInTime
 
 log = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from orchestrator.api import State
 from orchestrator.service.errors import Problem, documented
 from orchestrator.service.reading_routes import Runs, run_folders
 from orchestrator.service.run_folders import RunFolders
 from orchestrator.service.schemas import Health
+from orchestrator.status import State
 
 open_router = APIRouter(tags=["health"])  # without a token: see `gate.PUBLIC`
 router = APIRouter(tags=["health"])

@@ -31,7 +31,6 @@ import httpx
 import psutil
 
 from actors.errors import ConfigError, NotDone
-from orchestrator.api import RunHandle
 from orchestrator.cluster.control import RUN_FILE, RunFile
 from orchestrator.cluster.private_temp import private_temp
 from orchestrator.cluster.ray_address import AUTH_MODE, TOKEN_PATH
@@ -40,6 +39,7 @@ from orchestrator.planning.machine import Machine
 from orchestrator.planning.plan import HEADROOM_CPUS
 from orchestrator.reporting.grafana import as_file
 from orchestrator.restarts import COMMAND
+from orchestrator.run_handle import RunHandle
 from orchestrator.service.service_folder import ADDRESS_FILE, service_folder
 
 UP_FILE, RAY_TOKEN = "up.json", "ray-token"

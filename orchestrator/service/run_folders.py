@@ -16,7 +16,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from orchestrator.api import RunHandle, Status
 from orchestrator.cluster.control import EVENTS_FILE, RUN_FILE, events
 from orchestrator.cluster.run_lock import LOCK
 from orchestrator.config.loading import SAVED, SUBMITTED
@@ -25,8 +24,10 @@ from orchestrator.console_copy import CONSOLE_FILE
 from orchestrator.queueing import entry as entries
 from orchestrator.queueing.entry import ENTRY_FILE
 from orchestrator.reporting.metrics import METRICS_FILE
+from orchestrator.run_handle import RunHandle
 from orchestrator.service.errors import Problem
 from orchestrator.service.schemas import RunDetail, RunSummary
+from orchestrator.status import Status
 
 ID = re.compile(RUN_ID)
 WATCHED = (

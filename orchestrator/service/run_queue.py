@@ -24,7 +24,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.api import RunHandle
 from orchestrator.cluster import control
 from orchestrator.cluster.control import EVENTS_FILE
 from orchestrator.cluster.run_lock import release
@@ -35,6 +34,7 @@ from orchestrator.queueing.decisions import Waiting, decide
 from orchestrator.queueing.entry import ENTRY_FILE, Entry, Stage
 from orchestrator.queueing.progress import after
 from orchestrator.restarts import COMMAND
+from orchestrator.run_handle import RunHandle
 from orchestrator.service import observation
 from orchestrator.service.errors import Problem
 from orchestrator.service.jobs import Jobs, JobState

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 from fastapi import Path as PathParameter
 from pydantic import BaseModel, ConfigDict, Field
 
-from orchestrator.api import State
 from orchestrator.cluster.control import TOKEN
 from orchestrator.config.section import RUN_ID
+from orchestrator.status import State
 
 # A run's id is the name of its folder; a name with a separator, or one that begins with a dot, is none.
 RunId = Annotated[str, PathParameter(pattern=f"^{RUN_ID}$", description="A run's id: the name of its folder.")]

@@ -17,12 +17,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from orchestrator.api import NoAnswerInTime
 from orchestrator.config.loading import SAVED, SUBMITTED
 from orchestrator.config.schema import RunConfig
 from orchestrator.planning.bundles import Bundle
 from orchestrator.queueing import entry as entries
 from orchestrator.queueing.entry import Entry, Stage
+from orchestrator.run_handle import NoAnswerInTime
 from orchestrator.service import run_contents
 from orchestrator.service.errors import Problem
 from orchestrator.service.jobs import Jobs, JobState

@@ -15,11 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from actors.errors import ConfigError
-from orchestrator.api import RunHandle, start
+from orchestrator.api import start
 from orchestrator.cluster import control
 from orchestrator.config.loading import config_of
 from orchestrator.reporting.metrics import METRICS_FILE, read
 from orchestrator.run import run
+from orchestrator.run_handle import RunHandle
 from tests.contract.test_autoscaled_runs import recipe
 from tests.runs import TROUPE, end_with_the_tests, plain_environment
 

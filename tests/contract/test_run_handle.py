@@ -15,8 +15,9 @@ import pytest
 import yaml
 
 from actors.errors import ConfigError, Interrupted, RunError, UserError
-from orchestrator.api import RunHandle, attach, resume, start
+from orchestrator.api import attach, resume, start
 from orchestrator.checkpoint import verify
+from orchestrator.run_handle import RunHandle
 from tests.runs import SFT
 
 pytestmark = pytest.mark.timeout(600)
