@@ -44,8 +44,8 @@ from orchestrator.phases.run_context import RunContext
 from orchestrator.phases.saving import Saving
 from orchestrator.phases.token_recorder import TokenRecorder
 from orchestrator.planning.handover import kept_folder, written_folder
+from orchestrator.planning.phase_data import with_made_data
 from orchestrator.planning.prepared import PreparedPhase
-from orchestrator.planning.resolve import with_made_data
 from orchestrator.reporting.rollout_metrics import completion_rows, rollout_metrics
 
 
