@@ -284,7 +284,7 @@ class _Run:
 
     def _drawn(self) -> Path | None:
         try:
-            return draw(self.context.folder)
+            return draw(self.context.folder) if self.context.config.logging.curves else None
         except Exception as error:  # the training has succeeded: a failure to draw it must not turn it into an error
             self.context.console.warn(f"the curves could not be drawn: {type(error).__name__}: {error}")
             return None

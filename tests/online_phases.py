@@ -130,7 +130,7 @@ def recipe(where: Path, engine: dict[str, Any], phases: Mapping[str, Phase] = ON
             **{name: dict(engine) for name in ("rollout", "reference_rollout", "mixture_rollout")},
             "teacher": {"model": str(folder)},
         },
-        "logging": {"completions_every": None, "trackers": []},
+        "logging": {"completions_every": None, "trackers": [], "curves": False},
         **changes,
     }
 

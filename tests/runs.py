@@ -34,7 +34,7 @@ ARITHMETIC: dict[str, Any] = {
         "reward": {"cpus": 0.1, "start_timeout_s": 300},  # a busy machine is slow to start processes
     },
     "cluster": {"num_cpus": 4, "object_store_mib": 100},
-    "logging": {"completions_every": 1000, "trackers": []},
+    "logging": {"completions_every": 1000, "trackers": [], "curves": False},
 }
 
 SFT: dict[str, Any] = {  # seconds on one core, without Ray
@@ -43,7 +43,7 @@ SFT: dict[str, Any] = {  # seconds on one core, without Ray
     "method": "sft",
     "data": {"path": "example:arithmetic_sft"},
     "train": {"steps": 3, "batch_size": 4},
-    "logging": {"trackers": []},
+    "logging": {"trackers": [], "curves": False},
 }
 
 

@@ -324,6 +324,8 @@ class LoggingConfig(Section):
     """Where the metrics go besides metrics.jsonl. Each of them is a library of its own (docs/trackers.md)."""
     project: Annotated[str, Field(min_length=1)] = "troupe"
     """The project of W&B and Trackio, or MLflow's experiment, that the run belongs to."""
+    curves: bool = True
+    """Draw RUN/curves.png when the run ends, which takes a second or two of processor time."""
     ray_metrics: bool = True
     """Export gauges `ray_troupe_*` on Ray's metrics port."""
     ray_train_tab: bool = False

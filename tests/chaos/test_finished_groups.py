@@ -52,7 +52,7 @@ def test_groups_that_had_ended_before_a_kill_are_trained_on_once_and_not_sampled
         "sampling": {"max_tokens": 4},
         "train": {"steps": STEPS, "batch_size": BATCH, "max_staleness": AHEAD, "learning_rate": 1e-3},
         "output": str(tmp_path / "runs"),
-        "logging": {"trackers": [], "completions_every": 1},
+        "logging": {"trackers": [], "curves": False, "completions_every": 1},
     }
     (tmp_path / "recipe.json").write_text(json.dumps(tree))
     handle = troupe.start(tmp_path / "recipe.json", local=True)

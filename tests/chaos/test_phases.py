@@ -40,7 +40,7 @@ CLASSIC: dict[str, Any] = {
     },
     "cluster": {"num_cpus": 4, "object_store_mib": 100},
     "checkpoint": {"every": 1, "keep": 99},
-    "logging": {"completions_every": 1000, "trackers": []},
+    "logging": {"completions_every": 1000, "trackers": [], "curves": False},
 }
 for name, count in PHASES.items():
     CLASSIC["phases"][name]["train"] = {"steps": count, "batch_size": 16, "learning_rate": 1e-3}

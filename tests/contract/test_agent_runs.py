@@ -49,7 +49,7 @@ def test_the_conversations_of_an_agent_are_trained_on(tmp_path: Path) -> None:
         "episode": {"environment": f"{tmp_path}/agent.py:agent", "max_turn_tokens": 8, "reward_weight": 2.0},
         "train": {"steps": 2, "batch_size": 4, "learning_rate": 1e-3},
         "sampling": {"max_tokens": 64, "stop_token_ids": list(range(100, 160))},
-        "logging": {"trackers": [], "completions_every": 1},
+        "logging": {"trackers": [], "curves": False, "completions_every": 1},
         "roles": {"rollout": {"engine": "hf"}},
     }
     folder = run(config_of(tree, [], "test"), local=True).folder

@@ -79,7 +79,11 @@ class Followed:
 
 def longer(tree: dict[str, Any], steps: int) -> dict[str, Any]:
     phase = {**tree["phases"]["many"], "train": {"steps": steps, "batch_size": 8, "scheduler": "constant"}}
-    return {**tree, "phases": {"many": phase}, "logging": {"trackers": [], "completions_every": 1_000_000}}
+    return {
+        **tree,
+        "phases": {"many": phase},
+        "logging": {"trackers": [], "curves": False, "completions_every": 1_000_000},
+    }
 
 
 def test_an_engine_from_elsewhere_joins_leaves_and_dies_and_the_run_learns_the_same(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def recipe(folder: Path, rollout: dict[str, Any]) -> dict[str, Any]:
         },
         "roles": {"rollout": {**engine, **rollout}},
         "output": str(folder),
-        "logging": {"trackers": []},
+        "logging": {"trackers": [], "curves": False},
     }
 
 

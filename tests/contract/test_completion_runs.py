@@ -40,7 +40,13 @@ def where(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(where: Path) -> list[str]:
     return [
-        *("roles.rollout.engine=hf", "sampling.max_tokens=6", "logging.trackers=[]", f"output={where}/runs"),
+        *(
+            "roles.rollout.engine=hf",
+            "sampling.max_tokens=6",
+            "logging.trackers=[]",
+            "logging.curves=false",
+            f"output={where}/runs",
+        ),
         "rewards.1.weight=0",
     ]
 

@@ -51,7 +51,7 @@ def ran(
         "train": {"steps": steps, "batch_size": 8, "learning_rate": 0.01, "max_staleness": max_staleness},
         "evaluation": None if teacher else {"rows": {"path": str(rows)}},
         "output": str(tmp_path / "runs"),
-        "logging": {"trackers": []},
+        "logging": {"trackers": [], "curves": False},
     }
     folder = run(config_of(tree, [], "test"), local=True).folder
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -28,7 +28,12 @@ def recipe(tmp_path: Path) -> dict[str, Any]:
         "evaluation": {"rows": {"path": str(write_rows(tmp_path / "test.jsonl", pairs[6:]))}, "every": 1},
     }
     model = {"path": str(tiny_model_folder(tmp_path / "model", hidden=32))}
-    return {"output": str(tmp_path), "model": model, "logging": {"trackers": []}, "phases": {"first": phase}}
+    return {
+        "output": str(tmp_path),
+        "model": model,
+        "logging": {"trackers": [], "curves": False},
+        "phases": {"first": phase},
+    }
 
 
 def ran(recipe: dict[str, Any], where: str = "run") -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

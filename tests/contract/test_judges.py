@@ -277,6 +277,7 @@ def test_the_recipe_of_online_dpo_with_a_judge_learns_from_its_pairs_and_drops_t
         "weights.transport=disk",
         "logging.completions_every=1",
         "logging.trackers=[]",
+        "logging.curves=false",
     ]
     folder = run(load_config("online_dpo_judge", overrides), local=True).folder
     rows = [row for file in (folder / "completions").glob("*.parquet") for row in pq.read_table(file).to_pylist()]
@@ -314,7 +315,7 @@ def test_an_engine_role_of_the_run_judges_and_what_it_says_is_in_the_table(tmp_p
             },
         },
         "train": {**ARITHMETIC["train"], "steps": 2, "batch_size": 4},
-        "logging": {"completions_every": 1, "trackers": []},
+        "logging": {"completions_every": 1, "trackers": [], "curves": False},
         "weights": {"transport": "disk"},
     }
     recipe = tmp_path / "recipe.yaml"

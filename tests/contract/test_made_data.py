@@ -52,7 +52,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
         "roles": {"rollout": {"engine": "hf"}},
         "rewards": [{"fn": f"{reward}:spread"}],
         "output": str(folder / "runs"),
-        "logging": {"trackers": []},
+        "logging": {"trackers": [], "curves": False},
         "checkpoint": {"every": 1, "keep": 9},
     }
     return run(config_of(tree, [], "test"), local=True)
@@ -163,7 +163,7 @@ def test_a_model_s_revisions_are_preferred_to_its_first_answers_and_learned_from
         "model": model,
         "roles": {"rollout": {"engine": "hf"}},
         "output": str(tmp_path / "runs"),
-        "logging": {"trackers": []},
+        "logging": {"trackers": [], "curves": False},
     }
     result = run(config_of(tree, [], "test"), local=True)
     assert result.output is not None

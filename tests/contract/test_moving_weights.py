@@ -58,7 +58,7 @@ def phase(where: Path, method: str = "dpo", *, options: dict[str, Any] | None = 
 
 
 def configured(where: Path, model: Path, phases: dict[str, Any], lora: dict[str, Any] | None = None) -> RunConfig:
-    keys = {"output": where, "logging": {"trackers": []}, "checkpoint": {"every": 1, "keep": 99}}
+    keys = {"output": where, "logging": {"trackers": [], "curves": False}, "checkpoint": {"every": 1, "keep": 99}}
     return RunConfig.model_validate({**keys, "model": {"path": str(model), "lora": lora}, "phases": phases})
 
 

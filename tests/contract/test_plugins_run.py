@@ -50,7 +50,9 @@ def test_the_method_and_the_loss_of_the_documentation_are_trained_for_three_step
     examples(tmp_path)
     monkeypatch.chdir(tmp_path)
     recipe = yaml.safe_load((tmp_path / "my-run.yaml").read_text())
-    steps = three_steps(tmp_path, recipe, {"train": {"steps": 3, "batch_size": 4}, "logging": {"trackers": []}})
+    steps = three_steps(
+        tmp_path, recipe, {"train": {"steps": 3, "batch_size": 4}, "logging": {"trackers": [], "curves": False}}
+    )
     assert steps[0]["loss"] == pytest.approx(1.0, abs=1e-5), "policy and reference are the same: (1 - 0)²"
     assert steps[0]["difference"] == pytest.approx(0.0, abs=1e-5)
     assert abs(steps[-1]["difference"]) > 1e-3, "the policy has moved, and the reference has not"

@@ -49,7 +49,7 @@ def config(
     supervised = {"method": "sft", "data": {"path": str(write_rows(where / "sft.jsonl", answers))}, "train": train}
     phases = {"sft": supervised, method: phase} if before else {method: phase}
     adapters = {"lora": {"r": lora, "alpha": 64.0}} if lora else {}
-    rest = {"logging": {"trackers": []}, "checkpoint": {"every": 2, "keep": 3}}
+    rest = {"logging": {"trackers": [], "curves": False}, "checkpoint": {"every": 2, "keep": 3}}
     return RunConfig.model_validate({"model": {"path": str(model), **adapters}, "phases": phases, **rest})
 
 

@@ -33,6 +33,7 @@ async def test_a_run_works_inside_a_running_loop_and_the_command_that_it_ends_wi
     config = troupe.load_config("sft_arithmetic", [*SHORT, f"output={tmp_path / 'my runs'}"])
     result = troupe.run(config, local=True)
     assert result.model is not None and (result.model / "model.safetensors").is_file()
+    assert result.picture == result.folder / "curves.png" and result.picture.is_file()
     [gain] = result.gains
     assert (gain.phase, gain.steps, gain.measure) == ("sft", 2, "loss in training")
     assert gain.tokens > 0 and result.seconds["update"] > 0 and result.seconds["save"] > 0

@@ -70,7 +70,7 @@ def started(config: RunConfig, model: Path, output: Path, replaced: dict[str, An
             changed["evaluation"] = phase.evaluation.model_copy(update={"rows": few})
         phases[name] = phase.model_copy(update=changed)
     small = config.model.model_copy(update={"path": str(model), "dtype": "float32"})
-    quiet = config.logging.model_copy(update={"trackers": ()})
+    quiet = config.logging.model_copy(update={"trackers": (), "curves": False})
     roles = type(config.roles).model_validate(named_models(config, str(model)))
     updates = {"model": small, "phases": phases, "output": output, "logging": quiet, "roles": roles}
     result = run(config.model_copy(update=updates), local=True)

@@ -38,7 +38,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
         "data": {"path": str(rows)},
         "train": {"steps": STEPS, "batch_size": 2, "learning_rate": LEARNING_RATE},
         "output": str(folder / "runs"),
-        "logging": {"trackers": []},
+        "logging": {"trackers": [], "curves": False},
         "checkpoint": {"every": 2, "keep": 9},
     }
     return run(config_of(tree, [], "test"), local=True)
@@ -108,7 +108,7 @@ def test_a_run_that_replays_groups_resumes_to_the_same_bits_with_those_that_the_
         "sampling": {"max_tokens": 4},
         "train": {"steps": STEPS, "batch_size": 6, "learning_rate": LEARNING_RATE},
         "output": str(tmp_path / "runs"),
-        "logging": {"trackers": []},
+        "logging": {"trackers": [], "curves": False},
         "checkpoint": {"every": 2, "keep": 9},
     }
     whole = run(config_of(tree, [], "test"), local=True)
@@ -140,7 +140,7 @@ def test_a_run_that_samples_some_completions_and_takes_the_others_resumes_to_the
         "train": {"steps": STEPS, "batch_size": 4, "learning_rate": LEARNING_RATE},
         "evaluation": {"rows": {"path": str(rows)}},
         "output": str(tmp_path / "runs"),
-        "logging": {"trackers": []},
+        "logging": {"trackers": [], "curves": False},
         "checkpoint": {"every": 2, "keep": 9},
     }
     whole = run(config_of(tree, [], "test"), local=True)
@@ -269,7 +269,7 @@ def test_ppo_goes_on_with_the_kl_coefficient_that_it_had_adapted_and_with_both_i
         "sampling": {"max_tokens": 6},
         "roles": {"rollout": {"engine": "hf"}},
         "output": str(tmp_path / "runs"),
-        "logging": {"trackers": []},
+        "logging": {"trackers": [], "curves": False},
         "checkpoint": {"every": 2, "keep": 9},
     }
     whole = run(config_of(tree, [], "test"), local=True)

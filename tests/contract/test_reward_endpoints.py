@@ -355,7 +355,7 @@ def test_a_run_is_trained_on_what_the_server_said_and_on_nothing_else(server: Re
         "rewards": [{"url": url, "name": "judge", "allow_private": True, "retries": 0, "on_failure": "drop"}],
         "roles": {"rollout": {"engine": "scripted"}},
         "train": {**ARITHMETIC["train"], "steps": 3, "batch_size": 4},
-        "logging": {"completions_every": 1, "trackers": []},
+        "logging": {"completions_every": 1, "trackers": [], "curves": False},
         "weights": {"transport": "disk"},
     }
     recipe = tmp_path / "recipe.yaml"

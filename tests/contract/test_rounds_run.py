@@ -76,7 +76,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "roles": {"rollout": {"engine": "hf"}},
         "rewards": [{"fn": f"{reward}:late_letters"}],
         "output": str(folder / "runs"),
-        "logging": {"trackers": []},
+        "logging": {"trackers": [], "curves": False},
         "checkpoint": {"every": 1, "keep": 99},
     }
 

@@ -41,7 +41,7 @@ def tree(folder: Path, generating: dict[str, Any], rows: list[dict[str, Any]], *
         "model": {"path": str(tiny_model_folder(folder, hidden=32))},
         "roles": {"rollout": {"engine": "hf"}},
         "output": str(folder / "runs"),
-        "logging": {"trackers": []},
+        "logging": {"trackers": [], "curves": False},
         **changes,
     }
 
@@ -85,7 +85,7 @@ def test_in_self_rewarding_rounds_the_judge_and_the_sampler_are_the_model_that_t
         "roles": roles,
         "options": {"scored": False},
         "output": str(tmp_path / "alone"),
-        "logging": {"trackers": []},
+        "logging": {"trackers": [], "curves": False},
     }
     assert set(published(run(config_of(alone, [], "test"), local=True)).values()) == {second}
     made = [parquet.read_table(result.folder / "data" / f"generate-{number}").to_pylist() for number in (1, 2)]

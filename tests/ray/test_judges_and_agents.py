@@ -65,7 +65,7 @@ def recipe(where: Path, server: str) -> dict[str, Any]:
         },
         "cluster": {"num_cpus": 4, "object_store_mib": 100},
         "checkpoint": {"every": None},
-        "logging": {"completions_every": 1, "trackers": []},
+        "logging": {"completions_every": 1, "trackers": [], "curves": False},
     }
 
 

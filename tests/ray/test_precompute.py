@@ -19,7 +19,7 @@ PAIRS: dict[str, Any] = {
     "roles": {"policy": {"threads": 1}, "reference": {"threads": 1}},
     "train": {"steps": 2, "batch_size": 16, "learning_rate": 1e-3},
     "cluster": {"num_cpus": 4, "object_store_mib": 100},
-    "logging": {"trackers": [], "ray_metrics": False},
+    "logging": {"trackers": [], "curves": False, "ray_metrics": False},
 }
 
 

@@ -78,7 +78,7 @@ def test_every_schedule_draws_exactly_its_items_in_batches_that_are_large_enough
 def test_one_epoch_of_a_run_learns_from_every_row_once(tmp_path: Path) -> None:
     model = {"path": str(tiny_model_folder(tmp_path / "model", hidden=32))}
     train = {"epochs": 1, "batch_size": 4}
-    ready = prepared(tmp_path, train, model=model, output=str(tmp_path), logging={"trackers": []})
+    ready = prepared(tmp_path, train, model=model, output=str(tmp_path), logging={"trackers": [], "curves": False})
     lines = read(run(ready.config, local=True).folder / METRICS_FILE)
     (phase,) = ready.phases
     assert [line["step"] for line in lines] == [1, 2, 3]
