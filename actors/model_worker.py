@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from copy import deepcopy
@@ -42,6 +41,7 @@ from actors.metrics import combine
 from actors.model import LanguageModel, ModelSpec, load_model
 from actors.objective import Objective, Stat
 from actors.other_prompts import OtherPrompts, exchanged, returned
+from actors.reproducibility import CUBLAS_WORKSPACE, deterministic, random_stream
 from actors.retokenise import exchanged_in, retokeniser_of, returned_from
 from actors.saved_state import Seal
 from actors.sharding import Shard
@@ -51,11 +51,6 @@ from actors.weight_averaging import Average, AverageSpec
 from actors.weight_shares import Slice, cut, joined
 from actors.worker import WorkerInfo
 
-# Torch has one random state per process: of two roles that draw in one process at once (`--local`), each would go on
-# with the other's numbers.
-DRAWING = threading.RLock()
-# cuBLAS gives the same bits only if its work space has a fixed size.
-CUBLAS_WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Verbs that change no weight and no moment, or wait before they do: they run while a save copies these.
 LEAVES_TENSORS = ("begin_save", "credit", "evaluate", "export", "hold", "infer", "shares", "update")
 CreditCall = Callable[..., tuple[dict[str, np.ndarray], dict[str, Stat]]]
@@ -112,7 +107,7 @@ class ModelWorker:
                 torch.set_num_threads(self._threads)
                 if self._backend_spec.deterministic:
                     os.environ.setdefault(*CUBLAS_WORKSPACE)  # read at the first matrix product
-                with _random_stream(self._seed):  # the same on all ranks: new adapters must be equal
+                with random_stream(self._seed):  # the same on all ranks: new adapters must be equal
                     self._backend = build_backend(self._model_spec, self._backend_spec, self._placement)
             packages = str(Path(actors.__file__).parent)
             return WorkerInfo(self.name, os.getpid(), platform.node(), packages, self._detail())
@@ -350,7 +345,7 @@ class ModelWorker:
 
     def _drawing(self) -> contextlib.AbstractContextManager[None]:
         """The random numbers of this update (dropout, noise), from the beginning of their stream."""
-        return _random_stream(self._seed, self._placement.rank, self._steps_done)
+        return random_stream(self._seed, self._placement.rank, self._steps_done)
 
     def _detail(self) -> dict[str, Any]:
         backend = self.backend
@@ -378,37 +373,10 @@ class ModelWorker:
             self._wait_copied()
         self._busy = (verb, time.monotonic())
         try:
-            with _deterministic(self._backend_spec.deterministic):
+            with deterministic(self._backend_spec.deterministic):
                 yield
         finally:
             self._busy = None
-
-
-@contextlib.contextmanager
-def _deterministic(wanted: bool) -> Generator[None]:
-    """Inside this context the same inputs give the same bits on a GPU, too; an operation that cannot raises an error.
-    Torch has one setting for the whole process."""
-    if not wanted:
-        yield
-        return
-    before = torch.are_deterministic_algorithms_enabled()
-    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010  (its stubs lack it; else NaN is written first)
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
-@contextlib.contextmanager
-def _random_stream(*key: int) -> Generator[None]:
-    """Inside this context torch's random numbers are a function of `key`; the generator's state is restored
-    afterwards."""
-    with DRAWING, torch.random.fork_rng():
-        torch.manual_seed(
-            int(np.random.SeedSequence([part % 2**63 for part in key]).generate_state(1, np.uint64)[0] >> 1)
-        )
-        yield
 
 
 def _as_asked(batch: Batch, asked: OtherPrompts | None) -> tuple[Batch, Callable[[Batch], Batch]]:
