@@ -10,22 +10,22 @@ replays the same groups.
 
 from __future__ import annotations
 
-import asyncio
 import json
+from collections.abc import Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from actors.batch import Array, Batch
+from actors.batch import Array
 from actors.errors import ConfigError
 from actors.worker import Objects
+from orchestrator.batches import saved_tables
 from orchestrator.batches.row_table import RowTable
 from orchestrator.credit.advantages import Scale, zscore_by_group
 
 FILE = "replay.npz"  # in a checkpoint
-FETCH_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,25 @@ class ReplayBuffer:
             len(weights), size=min(count, len(weights)), replace=False, p=weights / weights.sum()
         )
         return [self.groups[index] for index in chosen]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """`groups` of a checkpoint. `unusable`: of each group that can be replayed no more, why."""
+
+    groups: list[Kept]
+    unusable: tuple[str, ...] = ()
+
+    @property
+    def warning(self) -> str | None:
+        """What the user should know; None if every group can be replayed."""
+        if not self.unusable:
+            return None
+        why = "; ".join(dict.fromkeys(self.unusable))
+        return (
+            f"{len(self.unusable)} groups of the checkpoint's replay buffer are not replayed: {why}. They were sampled "
+            "with other settings, or by another version of Troupe; to replay them, resume with those"
+        )
 
 
 def replayed(
@@ -101,45 +120,34 @@ def _score(advantages: Array, rewards: Array) -> float:
 
 async def save(buffer: ReplayBuffer, objects: Objects, folder: Path) -> None:
     """Write the buffer, with the values that lie in blocks."""
-    arrays: dict[str, Array] = {}
+    arrays: saved_tables.Arrays = {}
     entries: list[dict[str, Any]] = []
     for index, kept in enumerate(buffer.groups):
-        table = kept.rows
-        blocks = await asyncio.gather(*(objects.get(ref, timeout_s=FETCH_TIMEOUT_S) for ref in table.blocks))
-        whole = table.whole().shard.fetched(blocks).batch
-        arrays |= {f"{index}/{name}": values for name, values in whole.columns.items()}
-        arrays[f"{index}/lengths"] = whole.lengths
-        stored = [sorted(each.names) for each in table.stored]
-        entries.append({"score": kept.score, "step": kept.step, "stored": stored, "columns": sorted(whole.columns)})
+        stored, values = await saved_tables.packed(kept.rows, objects)
+        arrays |= saved_tables.numbered(index, values)
+        entries.append({"score": kept.score, "step": kept.step, "stored": stored})
     arrays["entries"] = np.frombuffer(json.dumps(entries).encode(), np.uint8)
-    await asyncio.to_thread(_write, folder / FILE, arrays)
+    await saved_tables.write(folder / FILE, arrays)
 
 
-async def load(objects: Objects, folder: Path) -> list[Kept]:
-    """The groups of a checkpoint, their values in blocks of this run. Raises ConfigError if it has none."""
+async def load(objects: Objects, folder: Path, written: Set[str] = frozenset()) -> Loaded:
+    """The groups of a checkpoint, their values in blocks of this run. `written`: columns that the phase's stages write,
+    which every group must have, because it stands in a batch beside new ones. Raises ConfigError if the checkpoint has
+    no buffer."""
     file = folder / FILE
     if not file.is_file():
         raise ConfigError(
             f"{file} does not exist: the run that wrote this checkpoint replayed no groups; resume with the options of "
             "its method that it had"
         )
-    with np.load(file) as arrays:
-        found = {name: arrays[name] for name in arrays.files}
-    return [
-        await _restored(objects, index, entry, found)
-        for index, entry in enumerate(json.loads(found["entries"].tobytes()))
-    ]
-
-
-async def _restored(objects: Objects, index: int, entry: dict[str, Any], arrays: dict[str, Array]) -> Kept:
-    whole = Batch.build(arrays[f"{index}/lengths"], **{name: arrays[f"{index}/{name}"] for name in entry["columns"]})
-    everywhere = np.arange(len(whole))
-    table = RowTable(whole).without(name for names in entry["stored"] for name in names)
-    for names in entry["stored"]:
-        table = table.with_blocks(names, [(everywhere, await objects.put(whole.only(names)))])
-    return Kept(entry["score"], entry["step"], table)
-
-
-def _write(file: Path, arrays: dict[str, Array]) -> None:
-    with file.open("wb") as stream:
-        np.savez(stream, allow_pickle=False, **arrays)
+    arrays = saved_tables.read(file)
+    groups: list[Kept] = []
+    unusable: list[str] = []
+    for index, entry in enumerate(json.loads(arrays.pop("entries").tobytes())):
+        own = saved_tables.of_number(index, arrays)
+        if why := saved_tables.misfit(own, written):
+            unusable.append(why)
+        else:
+            rows = await saved_tables.unpacked(entry["stored"], own, objects)
+            groups.append(Kept(entry["score"], entry["step"], rows))
+    return Loaded(groups, tuple(unusable))

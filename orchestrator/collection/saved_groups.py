@@ -21,18 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from actors.batch import Array, Batch
-from actors.columns import COLUMNS
 from actors.errors import BlockLost
 from actors.worker import Objects
-from orchestrator.batches.row_table import RowTable
+from orchestrator.batches import saved_tables
 from orchestrator.collection.group_stages import PromptGroup
 from rewards.worker import ScoredTexts, ScoreResult
 from rollout.sampling import EpisodeFacts, Finish, GroupMeta, TurnRow
 
 FILE = "finished_groups.npz"  # in a checkpoint
-FETCH_TIMEOUT_S = 120.0
-Arrays = dict[str, Array]
 
 
 @dataclass(frozen=True)
@@ -57,17 +53,17 @@ class Restored:
 
 async def save(groups: Sequence[PromptGroup], objects: Objects, folder: Path) -> None:
     """Write the groups; those whose blocks are gone with a node are left out, and are sampled again after a resume."""
-    arrays: Arrays = {}
+    arrays: saved_tables.Arrays = {}
     entries: list[dict[str, Any]] = []
     for group in groups:
         try:
             entry, values = await _packed(group, objects)
         except BlockLost:
             continue
-        arrays |= {f"{len(entries)}/{name}": value for name, value in values.items()}
+        arrays |= saved_tables.numbered(len(entries), values)
         entries.append(entry)
     arrays["entries"] = np.frombuffer(json.dumps(entries, default=str).encode(), np.uint8)
-    await asyncio.to_thread(_write, folder / FILE, arrays)
+    await saved_tables.write(folder / FILE, arrays)
 
 
 async def load(
@@ -78,44 +74,29 @@ async def load(
     file = folder / FILE
     if not file.is_file():
         return Restored()
-    with np.load(file, allow_pickle=False) as stored:
-        arrays = {name: stored[name] for name in stored.files}
+    arrays = saved_tables.read(file)
     entries: list[dict[str, Any]] = json.loads(arrays.pop("entries").tobytes())
     groups: list[PromptGroup] = []
     unusable: list[str] = []
     for index, entry in enumerate(entries):
-        prefix = f"{index}/"
-        own = {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
-        if why := _misfit(own, written):
+        own = saved_tables.of_number(index, arrays)
+        if why := saved_tables.misfit(own, written):
             unusable.append(why)
         else:
             groups.append(await _unpacked(entry, own, objects, drawn(int(entry["position"]))))
     return Restored(tuple(groups), tuple(unusable))
 
 
-def _misfit(arrays: Arrays, written: Set[str]) -> str:
-    """How the columns of a saved group differ from those of a new one; nothing if it has no rows."""
-    columns = {name.split("/", 1)[1] for name in arrays if name.startswith(("rows/", "spread/"))}
-    lacking, unknown = sorted(written - columns), sorted(columns - COLUMNS.keys())
-    differences = [
-        f"their rows {verb} {', '.join(names)}" for verb, names in (("lack", lacking), ("have", unknown)) if names
-    ]
-    return " and ".join(differences) if "lengths" in arrays else ""
-
-
-async def _packed(group: PromptGroup, objects: Objects) -> tuple[dict[str, Any], Arrays]:
+async def _packed(group: PromptGroup, objects: Objects) -> tuple[dict[str, Any], saved_tables.Arrays]:
     """What of a group is JSON, and what is arrays."""
-    table, arrays = group.rows, dict[str, Array]()
-    blocks, texts = await asyncio.gather(_fetched(table.blocks, objects), _fetched(group.texts, objects))
-    if len(table):
-        whole = table.whole().shard.fetched(blocks).batch
-        arrays |= {f"rows/{name}": values for name, values in whole.columns.items() if name not in table.spread}
-        arrays |= {f"spread/{name}": values for name, values in table.spread.items()}
-        arrays["lengths"] = whole.lengths
+    stored, arrays = await saved_tables.packed(group.rows, objects)
+    texts: list[ScoredTexts | None] = await asyncio.gather(
+        *(objects.get(ref, timeout_s=saved_tables.FETCH_TIMEOUT_S) for ref in group.texts)
+    )
     entry: dict[str, Any] = {
         "id": group.id,
         "position": group.position,
-        "stored": [sorted(each.names) for each in table.stored],
+        "stored": stored,
         "metas": [asdict(meta) for meta in group.metas],
         "own": group.own,
         "passed": group.passed,
@@ -134,12 +115,14 @@ async def _packed(group: PromptGroup, objects: Objects) -> tuple[dict[str, Any],
     return entry, arrays
 
 
-async def _unpacked(entry: Mapping[str, Any], arrays: Arrays, objects: Objects, drawn: PromptGroup) -> PromptGroup:
+async def _unpacked(
+    entry: Mapping[str, Any], arrays: saved_tables.Arrays, objects: Objects, drawn: PromptGroup
+) -> PromptGroup:
     texts = [_texts_of_json(each) for each in entry["texts"]]
     return replace(
         drawn,
         id=entry["id"],
-        rows=await _table(entry["stored"], arrays, objects),
+        rows=await saved_tables.unpacked(entry["stored"], arrays, objects),
         metas=tuple(_meta(each) for each in entry["metas"]),
         own=tuple(entry["own"]),
         passed=entry["passed"],
@@ -149,22 +132,7 @@ async def _unpacked(entry: Mapping[str, Any], arrays: Arrays, objects: Objects, 
     )
 
 
-async def _table(stored: Sequence[Sequence[str]], arrays: Arrays, objects: Objects) -> RowTable:
-    if "lengths" not in arrays:
-        return RowTable(Batch.empty())
-    columns = {name.removeprefix("rows/"): value for name, value in arrays.items() if name.startswith("rows/")}
-    whole = Batch.build(arrays["lengths"], **columns)
-    everywhere = np.arange(len(whole))
-    table = RowTable(whole).without(name for names in stored for name in names)
-    table = table.with_values(
-        **{name.removeprefix("spread/"): value for name, value in arrays.items() if name.startswith("spread/")}
-    )
-    for names in stored:
-        table = table.with_blocks(names, [(everywhere, await objects.put(whole.only(names)))])
-    return table
-
-
-def _score(entry: Mapping[str, Any] | None, arrays: Arrays) -> ScoreResult | None:
+def _score(entry: Mapping[str, Any] | None, arrays: saved_tables.Arrays) -> ScoreResult | None:
     """Without the statistics of its calls: those were of the run that is over."""
     if entry is None:
         return None
@@ -198,12 +166,3 @@ def _texts_of_json(entry: Mapping[str, Any] | None) -> ScoredTexts | None:
     if entry is None:
         return None
     return ScoredTexts(tuple(entry["texts"]), {name: tuple(values) for name, values in entry["extra"].items()})
-
-
-async def _fetched(refs: Sequence[Any], objects: Objects) -> list[Any]:
-    return list(await asyncio.gather(*(objects.get(ref, timeout_s=FETCH_TIMEOUT_S) for ref in refs)))
-
-
-def _write(file: Path, arrays: Arrays) -> None:
-    with file.open("wb") as stream:
-        np.savez(stream, allow_pickle=False, **arrays)

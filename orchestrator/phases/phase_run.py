@@ -273,10 +273,23 @@ class PhaseRun:
             self.context.console.completions(shown[: logging.completions_shown])
 
     async def _set_replay_buffer(self) -> None:
-        """If the phase is resumed and replays groups, those that the checkpoint has."""
+        """If the phase is resumed and replays groups, those that the checkpoint has. After a change of the rewards
+        none: how much a group teaches was worked out from the rewards that it had."""
         buffer = self.roles.batch_stages.replay_buffer
-        if buffer is not None and self.found is not None:
-            buffer.groups = await replay_buffer.load(self.roles.objects, self.found.path)
+        if buffer is None or self.found is None:
+            return
+        if self.found.state.config["rewards"] != self.context.config.model_dump(mode="json")["rewards"]:
+            self.context.console.warn("the rewards have changed: the replay buffer of the checkpoint is left out")
+            return
+        found = await replay_buffer.load(self.roles.objects, self.found.path, self._written_by_groups)
+        if found.warning:
+            self.context.console.warn(found.warning)
+        buffer.groups = found.groups
+
+    @property
+    def _written_by_groups(self) -> frozenset[str]:
+        """Columns that the group stages write."""
+        return frozenset[str]().union(*(stage.writes for stage in self.phase.pipeline.group_stages))
 
     async def _restore_groups(self, collector: Collector) -> None:
         """If the phase is resumed as it was, the groups that had ended and were not trained on. After a change of what
@@ -286,8 +299,7 @@ class PhaseRun:
         before, now = self.found.state.config, self.context.config.model_dump(mode="json")
         if _collects_as(before, self.phase.name) != _collects_as(now, self.phase.name):
             return
-        written = frozenset[str]().union(*(stage.writes for stage in self.phase.pipeline.group_stages))
-        found = await saved_groups.load(self.roles.objects, self.found.path, collector.drawn, written)
+        found = await saved_groups.load(self.roles.objects, self.found.path, collector.drawn, self._written_by_groups)
         if found.warning:
             self.context.console.warn(found.warning)
         collector.restore(found.groups)

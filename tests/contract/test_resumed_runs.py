@@ -120,6 +120,10 @@ def test_a_run_that_replays_groups_resumes_to_the_same_bits_with_those_that_the_
     assert differing(again, whole) == []
     found = lines(again.folder, "metrics.jsonl")
     assert [line["replay/age"] for line in found[1:]] == [line["replay/age"] for line in expected[1:]]
+    double = f"rewards=[{{fn: '{reward}:spread', weight: 2}}]"
+    other = resume(Path(shutil.copytree(whole.folder, tmp_path / "other")), double, step=2)
+    left_out = lines(other.folder, "metrics.jsonl")[2]
+    assert (left_out["replay/groups_replaced"], left_out["replay/buffer"]) == (0, 3), "it begins without the old ones"
     (again.folder / "checkpoints/step-00000004/replay.npz").unlink()
     with pytest.raises((ConfigError, DiskError)):
         resume(again.folder, "train.steps=5", step=4)

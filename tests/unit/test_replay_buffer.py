@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +92,46 @@ async def test_a_saved_buffer_replays_the_same_groups_in_the_same_order(tmp_path
     buffer = ReplayBuffer(3)
     replay(await batch(0, [0, 1], [0, 2], [0, 3], [0, 4]), buffer, step=0)
     await save(buffer, OBJECTS, tmp_path)
-    restored = ReplayBuffer(3, await load(OBJECTS, tmp_path))
+    restored = ReplayBuffer(3, (await load(OBJECTS, tmp_path, {"tokens", "mask", "reward"})).groups)
     dead = await batch(9, [1, 1], [2, 2])
     expected, found = (replay(dead, each, step=1)[0] for each in (buffer, restored))
     assert groups_of(expected) == groups_of(found) != [9, 10]
     assert await tokens_of(expected) == await tokens_of(found)
     with pytest.raises(ConfigError, match="replayed no groups"):
         await load(OBJECTS, tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda rows: rows.without({"reward"}), "1 groups.*their rows lack reward"),
+        (
+            lambda rows: replace(rows, rows=replace(rows.rows, columns={**rows.rows.columns, "of_old": rows["group"]})),
+            "1 groups.*their rows have of_old",
+        ),
+    ],
+    ids=["a column less", "a column that is unknown now"],
+)
+async def test_a_saved_group_with_other_columns_than_new_ones_is_not_replayed_and_the_run_is_told_why(
+    tmp_path: Path, change: Callable[[RowTable], RowTable], said: str
+) -> None:
+    """It could not stand in a batch beside them."""
+    buffer = ReplayBuffer(3)
+    replay(await batch(0, [0, 1], [0, 2]), buffer, step=0)
+    best, other = buffer.groups
+    await save(ReplayBuffer(3, [replace(best, rows=change(best.rows)), other]), OBJECTS, tmp_path)
+    found = await load(OBJECTS, tmp_path, {"tokens", "mask", "version", "group", "reward"})
+    assert found.warning is not None and re.search(said, found.warning)
+    again, metrics = replay(await batch(9, [1, 1], [2, 2]), ReplayBuffer(3, found.groups), step=1)
+    assert groups_of(again) == [other.rows["group"][0], 10] and metrics["replay/groups_replaced"] == 1
+
+
+async def test_a_saved_group_keeps_values_per_token_that_are_one_a_row(tmp_path: Path) -> None:
+    rows = (await group(4, [0, 1])).with_values(advantages=[0.5, -0.5])
+    await save(ReplayBuffer(1, [Kept(1.0, 0, rows)]), OBJECTS, tmp_path)
+    (found,) = (await load(OBJECTS, tmp_path)).groups
+    assert found.rows["advantages"].tolist() == [0.5, -0.5]
+    assert groups_of(RowTable.concat([rows, found.rows])) == [4], "they are kept in the same way"
 
 
 def test_ratios_of_replayed_samples_are_to_their_own_sampler_and_what_is_replayed_waits_for_no_batch_ahead() -> None:
