@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 from actors.columns import Head
 from actors.errors import ModelError
+from actors.imports import without_model_code
 
 # Transformers builds a model under a default device that holds for the whole process: of two roles that load in one
 # process at once (`--local`), one would be left without data.
@@ -63,7 +64,8 @@ def load_config(path: str, trust_remote_code: bool) -> Any:
     """The model's configuration. Raises ModelError."""
     from transformers import AutoConfig
 
-    with _refusing("a configuration", path):
+    # Code that comes with the model may well need that of others.
+    with _refusing("a configuration", path), nullcontext() if trust_remote_code else without_model_code():
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 

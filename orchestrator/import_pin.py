@@ -48,8 +48,9 @@ def pin() -> None:
 
 
 def worker_setup(carried: Sequence[UserCode] = ()) -> Callable[[], None]:
-    """What Ray calls first in every worker (`worker_process_setup_hook`): `pin`, found without asking `sys.path`. What
-    is `carried` can be imported there under its private names: pickled functions of a user's file are found by them.
+    """What Ray calls first in every worker (`worker_process_setup_hook`): `pin`, found without asking `sys.path`, and
+    what makes its imports short. What is `carried` can be imported there under its private names: pickled functions of
+    a user's file are found by them.
 
     A nested function, because Ray then ships its code; a function of a module would be shipped as its name, and looking
     up `orchestrator` by name in the worker is the very thing that may find the user's folder."""
@@ -60,6 +61,7 @@ def worker_setup(carried: Sequence[UserCode] = ()) -> Callable[[], None]:
         sys.path.insert(0, root)
         try:
             importlib.import_module("orchestrator.import_pin").pin()
+            importlib.import_module("actors.imports").collect_less_often()  # before the actor's class is imported
             if texts:
                 importlib.import_module("rewards.user_code").carry(texts)
         finally:

@@ -31,7 +31,7 @@ ARITHMETIC: dict[str, Any] = {
     "sampling": {"max_tokens": 5},
     "roles": {
         "rollout": {"engine": "vllm", "kv_cache_gib": 0.05, "cpus": 0.5},
-        "reward": {"cpus": 0.1, "start_timeout_s": 300},  # a busy machine is slow to start processes
+        "reward": {"cpus": 0.1},
     },
     "cluster": {"num_cpus": 4, "object_store_mib": 100},
     "logging": {"completions_every": 1000, "trackers": [], "curves": False},

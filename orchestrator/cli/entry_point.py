@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from actors.errors import Interrupted, NotDone, RunError, UserError
+from actors.imports import collect_less_often
 from orchestrator.cli.application import BROKEN, REFUSED, app
 from orchestrator.import_pin import pin
 
@@ -15,6 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Ctrl-C, 143 SIGTERM. `arguments`: default, the command line."""
     try:
         pin()
+        collect_less_often()
         app(arguments)
     except UserError as error:
         _complain("refused", error)

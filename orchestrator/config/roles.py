@@ -96,7 +96,7 @@ class UserCodeRole(Section):
     """CPUs reserved per worker, in Ray's book-keeping."""
     gpus: Annotated[float, Field(ge=0)] = 0.0
     """GPUs reserved per worker."""
-    start_timeout_s: Seconds = 120.0
+    start_timeout_s: Seconds = 300.0
     """Deadline of a worker's start, including the imports and models of users' classes."""
     max_restarts: Annotated[int, Field(ge=0)] = 1000
     """Replacements of dead workers in a run."""

@@ -36,7 +36,7 @@ CLASSIC: dict[str, Any] = {
         "value": {"model": "${phases.rm.model}", "threads": 1, "cpus": 0.25},
         "reference": {"threads": 1, "cpus": 0.25},
         "rollout": {"engine": "hf", "threads": 1, "cpus": 0.5},
-        "reward": {"cpus": 0.1, "start_timeout_s": 300},
+        "reward": {"cpus": 0.1},
     },
     "cluster": {"num_cpus": 4, "object_store_mib": 100},
     "checkpoint": {"every": 1, "keep": 99},

@@ -20,8 +20,8 @@ from actors.group import RayGroup, RayObjects, RayWorker, start_ranks, start_wor
 from actors.worker import Ref, WorkerInfo
 from tests.own_ray import own_ray
 
-READY_S = 200.0
-CALL_S = 60.0
+READY_S = 300.0
+CALL_S = 200.0
 
 
 class Bench:

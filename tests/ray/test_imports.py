@@ -23,7 +23,8 @@ import ray
 
 @ray.remote(num_cpus=0)
 def where():
-    import rewards, rollout, actors, orchestrator
+    import gc, rewards, rollout, actors, orchestrator
+    assert gc.get_threshold()[0] > 10_000, "imports would be slow"
     return [module.__file__ for module in (rewards, rollout, actors, orchestrator)]
 
 class Asked:

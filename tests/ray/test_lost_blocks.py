@@ -29,7 +29,7 @@ from orchestrator.pipeline import Pipeline, Prompts, generate, update
 from rollout.sampling import Sampling, sample_seed
 from tests.lost_samples import MANY_TOKENS, Holder, Sampler, sampled
 
-READY_S = 200.0
+READY_S = 300.0
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from orchestrator.methods import build
 from orchestrator.planning.plan import Plan, draft_plan, problems
 from tests.resident import Resident
 
-READY_S = 200.0
+READY_S = 300.0
 ROOT = Path(actors.__file__).parents[1]
 GPUS_PER_NODE = 128  # invented: two nodes are 256 GPUs
 ZONE = "z"

@@ -22,7 +22,7 @@ from rewards.worker import RewardWorker, ScoreResult
 from tests.own_ray import own_ray
 from tests.unit.tiny import tiny_tokenizer
 
-READY_S = 120.0
+READY_S = 300.0
 
 FUNCTIONS = '''
 import asyncio, os, time

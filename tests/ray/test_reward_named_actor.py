@@ -22,7 +22,7 @@ from tests.own_ray import own_ray
 from tests.ray.test_reward_actor import samples
 from tests.unit.tiny import tiny_tokenizer
 
-READY_S = 120.0
+READY_S = 300.0
 
 JOB = """
 import asyncio, os, sys

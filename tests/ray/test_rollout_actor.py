@@ -24,7 +24,7 @@ from rollout.worker import RolloutWorker
 from tests.own_ray import own_ray
 from tests.unit.tiny import tiny_model_folder
 
-READY_S = 240.0
+READY_S = 300.0
 CALL_S = 200.0
 ENV = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 PROMPT = (5, 9, 14, 20)

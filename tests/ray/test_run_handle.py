@@ -31,7 +31,7 @@ sampling: {{max_tokens: 5}}
 roles:
   policy: {{cpus: 0.5}}
   rollout: {{engine: "reinforce.py:Digits", cpus: 0.1, engine_options: {{vocab: 20}}}}
-  reward: {{cpus: 0.1, start_timeout_s: 300}}
+  reward: {{cpus: 0.1}}
 weights: {{timeout_s: 30}}
 cluster: {{num_cpus: 6, object_store_mib: 100, watchdog_s: 1}}
 logging: {{completions_every: 100000, trackers: []}}

@@ -32,8 +32,8 @@ from tests.own_ray import own_ray
 from tests.shaken_worker import Shaken
 from tests.unit.tiny import tiny_model_folder
 
-READY_S = 120.0
-CALL_S = 60.0
+READY_S = 300.0
+CALL_S = 200.0
 BUCKET = 16 * 1024
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 PROMPT = (5, 9, 14, 20, 33)

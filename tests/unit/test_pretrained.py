@@ -295,3 +295,15 @@ def test_a_tokenizer_of_another_type_of_model_is_the_one_that_auto_tokenizer_fin
     file.write_text(json.dumps({**json.loads(file.read_text()), changed: other}))
     ours, auto = load_tokenizer(str(folder), False), AutoTokenizer.from_pretrained(str(folder))
     assert type(ours) is type(auto) and ours("1+1=2") == auto("1+1=2")
+
+
+def test_a_configuration_is_read_without_the_code_of_models_which_can_be_imported_afterwards(tmp_path: Path) -> None:
+    folder, models = str(tiny_model_folder(tmp_path)), "transformers.models.auto.modeling_auto"
+    code = (
+        "import sys\n"
+        "from actors.pretrained import load_config, skeleton\n"
+        f"print(load_config({folder!r}, False).model_type, {models!r} in sys.modules)\n"
+        f"print(type(skeleton({folder!r}, False)).__name__, {models!r} in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True)
+    assert done.stdout.split() == ["qwen2", "False", "Qwen2ForCausalLM", "True"]
