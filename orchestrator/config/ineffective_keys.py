@@ -92,12 +92,15 @@ def _of_roles(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Se
     trained = {role for pipeline in pipelines.values() for role in pipeline.trained}
     generates = [stage for pipeline in pipelines.values() for stage in pipeline.generates]
     mixing = {stage.role for stage in generates if "mixture" in stage.options}
+    kept = {role for pipeline in pipelines.values() for role in pipeline.kept_of}
     companions = {companion for pipeline in pipelines.values() for companion in pipeline.companions.values()}
     for role, settings in config.roles:
         where = f"roles.{role}"
         if role not in launched:
-            if role in companions:
-                continue  # a companion: `validation.py` refuses its other keys
+            if role in companions or role in kept:
+                # Other keys of a companion are refused (`validation.py`). What a role computed in an earlier run is there
+                # only because it had these keys, and they are used again when the cache is gone.
+                continue
             keys = set(type(settings).model_fields) - {"kind", "optimizer"}
             if role in named:
                 keys -= {"copies"}  # it decides which role stands in for it

@@ -76,4 +76,4 @@ def gfpo(
         *when(removed, regroup(keep_highest, rows=num_remains_in_group, **chosen)),
         *when(dynamic_sampling, keep(has_signal)),
     )
-    return Pipeline(base.data, *stages[:scored], *filtering, *stages[scored:], warnings=base.warnings)
+    return base.with_stages(*stages[:scored], *filtering, *stages[scored:])

@@ -18,20 +18,28 @@ from orchestrator.pipeline.stage import DRIVER, GROUPWISE, ROW_SOURCES, Stage, V
 @dataclass(frozen=True)
 class Pipeline:
     """A data kind and its stages, checked when it is built. `warnings`: what the user may not expect of the options.
-    `temperature`: at which log-probabilities are taken; None for the one that completions are sampled at."""
+    `temperature`: at which log-probabilities are taken; None for the one that completions are sampled at. `kept_of`:
+    the roles whose stages are left out because the data brings what they would compute."""
 
     data: DataKind
     stages: tuple[Stage, ...]
     warnings: tuple[str, ...] = field(default=(), compare=False)
     temperature: float | None = None
+    kept_of: tuple[str, ...] = field(default=(), compare=False)
 
     def __init__(
-        self, data: DataKind, *stages: Stage, warnings: tuple[str, ...] = (), temperature: float | None = None
+        self,
+        data: DataKind,
+        *stages: Stage,
+        warnings: tuple[str, ...] = (),
+        temperature: float | None = None,
+        kept_of: tuple[str, ...] = (),
     ) -> None:
         object.__setattr__(self, "data", data)
         object.__setattr__(self, "stages", stages)
         object.__setattr__(self, "warnings", warnings)
         object.__setattr__(self, "temperature", temperature)
+        object.__setattr__(self, "kept_of", kept_of)
         check(data, stages)
 
     def __iter__(self) -> Iterator[Stage]:
@@ -99,6 +107,13 @@ class Pipeline:
         """What runs once, before the first step (`orchestrator/collection/precompute.py`), and in no step."""
         return tuple(stage for stage in self.stages if stage.precomputed)
 
+    def with_stages(
+        self, *stages: Stage, data: DataKind | None = None, kept_of: tuple[str, ...] | None = None
+    ) -> Pipeline:
+        """The pipeline with these stages instead of its own, on its data or on other."""
+        kept = self.kept_of if kept_of is None else kept_of
+        return Pipeline(data or self.data, *stages, warnings=self.warnings, temperature=self.temperature, kept_of=kept)
+
     def with_passes_beforehand(self) -> Pipeline:
         """The pipeline whose stages run once, before the first step, where the method leaves that open and what they
         compute holds for the whole phase: for a phase that passes over its data more than once."""
@@ -110,13 +125,13 @@ class Pipeline:
             return replace(stage, options={**stage.options, "precomputed": True})
 
         stages = map(beforehand, self.stages)
-        return Pipeline(self.data, *stages, warnings=self.warnings, temperature=self.temperature)
+        return self.with_stages(*stages)
 
     def without_stage(self, stage: Stage) -> Pipeline:
         """The pipeline for data that brings what this stage writes."""
         data = replace(self.data, columns=self.data.columns | stage.writes)
         others = (other for other in self.stages if other is not stage)
-        return Pipeline(data, *others, warnings=self.warnings, temperature=self.temperature)
+        return self.with_stages(*others, data=data, kept_of=(*self.kept_of, stage.role))
 
     def with_episodes(self, role: str, *, split: bool = False) -> Pipeline:
         """The pipeline whose samples are episodes with the environments of a role. What an environment gives for a turn
@@ -132,7 +147,7 @@ class Pipeline:
         if not any(stage.verb is Verb.GENERATE for stage in self.stages):
             return self
         stages = map(of_episodes, self.stages)
-        return Pipeline(self.data, *stages, warnings=self.warnings, temperature=self.temperature)
+        return self.with_stages(*stages)
 
     @property
     def needs_turns(self) -> bool:
@@ -149,7 +164,7 @@ class Pipeline:
 
         if not self.takes_step_rewards:
             return self
-        return Pipeline(self.data, *map(of_steps, self.stages), warnings=self.warnings, temperature=self.temperature)
+        return self.with_stages(*map(of_steps, self.stages))
 
     @property
     def takes_step_rewards(self) -> bool:
@@ -172,7 +187,7 @@ class Pipeline:
             return replace(stage, reads=stage.reads | only) if asks else stage
 
         stages = map(routed, self.stages)
-        return Pipeline(self.data, *stages, warnings=self.warnings, temperature=self.temperature)
+        return self.with_stages(*stages)
 
     def with_admitted_tokens(self) -> Pipeline:
         """The pipeline whose samples say which tokens each of theirs could have been, and whose models restrict their
@@ -185,7 +200,7 @@ class Pipeline:
             return replace(stage, reads=stage.reads | only) if stage.head is Head.VOCABULARY else stage
 
         stages = map(restricted, self.stages)
-        return Pipeline(self.data, *stages, warnings=self.warnings, temperature=self.temperature)
+        return self.with_stages(*stages)
 
     def with_roles(self, names: Mapping[str, str]) -> Pipeline:
         """The pipeline with other roles in the places of those that are named. Raises ConfigError for one that no stage
@@ -202,7 +217,7 @@ class Pipeline:
             return replace(stage, role=names.get(stage.role, stage.role), options=options)
 
         stages = map(renamed, self.stages)
-        return Pipeline(self.data, *stages, warnings=self.warnings, temperature=self.temperature)
+        return self.with_stages(*stages)
 
     @property
     def generates(self) -> tuple[Stage, ...]:

@@ -182,4 +182,4 @@ def _for_other_tokenizers(
     if theirs is None:
         return pipeline
     data = replace(pipeline.data, teacher_tokenizer=(theirs, trusted))
-    return Pipeline(data, *pipeline, warnings=pipeline.warnings, temperature=pipeline.temperature)
+    return pipeline.with_stages(*pipeline, data=data)

@@ -269,6 +269,10 @@ def test_a_reference_is_planned_unless_its_values_are_kept(rows: Path, model: Pa
     assert roles_of(config) == ["policy", "reference"]
     keep(prepare(config), model)
     assert roles_of(config) == ["policy"]
+    sized = run_of(rows, model, roles={"reference": {"cpus": 0.5}})
+    assert prepare(sized).plan().warnings == prepare(config).plan().warnings, "its keys are not called ineffective"
+    unused = sized.model_copy(update={"phases": run_of(rows, model, options={"loss_type": "sft"}).phases})
+    assert "roles.reference.cpus=0.5: nothing" in "".join(prepare(unused).plan().warnings)
     found = prepare(config).phases[0]
     assert (found.source.batch([0, 1])["ref_logps"] == -1.5).all()
     assert "from the cache" in found.source.report.notes[-1]
