@@ -98,8 +98,8 @@ def _of_roles(config: RunConfig, pipelines: Mapping[str, Pipeline], launched: Se
         where = f"roles.{role}"
         if role not in launched:
             if role in companions or role in kept:
-                # Other keys of a companion are refused (`validation.py`). What a role computed in an earlier run is there
-                # only because it had these keys, and they are used again when the cache is gone.
+                # A companion's other keys are refused (`validation.py`). What a role computed in an earlier run is kept
+                # because it had these keys, and they are used again when the cache is gone.
                 continue
             keys = set(type(settings).model_fields) - {"kind", "optimizer"}
             if role in named:
