@@ -30,7 +30,7 @@ from actors.forward import forward
 from actors.model import ModelSpec, check_architecture, load_model
 from actors.model_worker import ModelWorker
 from actors.objective import MicroBatch
-from actors.pretrained import check_folder, load_config, load_pretrained, load_tokenizer, skeleton
+from actors.pretrained import _tokenizer_class, check_folder, load_config, load_pretrained, load_tokenizer, skeleton
 from actors.specs import BackendSpec, LoraSpec
 from orchestrator.config.schema import RunConfig
 from orchestrator.planning.resolve import prepare, resolve_model
@@ -277,6 +277,10 @@ def test_a_process_that_only_decodes_imports_no_torch_and_has_the_tokenizer_that
         "import sys\nfrom actors.pretrained import load_tokenizer\n"
         f"tokenizer = load_tokenizer({str(folder)!r}, False)\n"
         "print(type(tokenizer).__name__, tokenizer.decode([5, 9, 14]), 'torch' in sys.modules)"
+    )
+    assert _tokenizer_class(folder) is not None, (
+        "the packages of transformers are laid out otherwise than `_tokenizer_class` expects: it finds no class, and "
+        "every process that only decodes text imports torch"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     auto = AutoTokenizer.from_pretrained(str(folder))
