@@ -18,7 +18,7 @@ from orchestrator.executor import Executor
 from orchestrator.pipeline import GROUPWISE, Pipeline, Stage
 from rollout.sampling import Sampling
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 200.0
 
 
 def local_executor(

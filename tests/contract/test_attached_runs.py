@@ -24,7 +24,7 @@ from orchestrator.run_handle import RunHandle
 from tests.contract.test_autoscaled_runs import recipe
 from tests.runs import TROUPE, end_with_the_tests, plain_environment
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(600)
 
 TOKEN = "a-token-for-the-tests"
 STEPS = 3  # in each part of the run
@@ -47,7 +47,7 @@ def engine() -> Iterator[tuple[str, subprocess.Popen[str]]]:
         yield waits[1], process
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(300)
 
 
 class Followed:
@@ -68,7 +68,7 @@ class Followed:
 
     def member(self, index: int) -> dict[str, Any]:
         """A member of the fleet that serves, once the run's status shows it as that."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while time.monotonic() < deadline:
             for it in self.handle.status().members.get("rollout", ()):
                 if it["index"] == index and it["state"] == "serving":

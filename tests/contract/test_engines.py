@@ -6,6 +6,7 @@ Log-probabilities are compared with transformers' forward pass: within 1e-4 in f
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -135,6 +136,7 @@ def subjects(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str
     yield get
     for subject in built.values():
         subject.engine.close()
+    gc.freeze()  # vLLM has undone it, and the tests of other files would look at all that it imported again and again
 
 
 @pytest.fixture

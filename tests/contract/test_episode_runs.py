@@ -116,7 +116,7 @@ def naive_loop(config: RunConfig, to: Path) -> None:
 
     async def loop() -> None:
         await rollout.ready()
-        await host.call("ready", timeout_s=60.0)
+        await host.call("ready", timeout_s=200.0)
         for step in range(STEPS):
             positions = range(step * PROMPTS, (step + 1) * PROMPTS)
             rows = [await play(position, index) for position in positions for index in range(SAMPLES)]

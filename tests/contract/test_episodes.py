@@ -34,9 +34,9 @@ from rollout.worker import RolloutWorker
 from tests.conversations import EOS, TEMPLATE, byte_tokenizer, ids
 from tests.process_worker import ProcessWorker
 
-PATIENCE_S = 60.0  # of waits that end by themselves, on a busy machine, too
+PATIENCE_S = 200.0  # of waits that end by themselves, on a busy machine, too
 LIMITS = Limits(turns=3, tokens=400, prompt_tokens=2000, timeout_s=PATIENCE_S, call_timeout_s=PATIENCE_S)
-POLICY = PoolPolicy(slots=8, max_attempts=2, call_timeout_s=100.0, start_timeout_s=PATIENCE_S, max_restarts=20)
+POLICY = PoolPolicy(slots=8, max_attempts=2, call_timeout_s=250.0, start_timeout_s=PATIENCE_S, max_restarts=20)
 CODE = '''
 import os
 import time

@@ -58,7 +58,6 @@ def rewarded(where: Path, phases: dict[str, Phase]) -> list[dict[str, Any]]:
     return [line for line in lines if "loss" in line]
 
 
-@pytest.mark.timeout(120)
 def test_methods_learn_from_the_rewards_of_steps_beside_an_ensemble_and_a_function(tmp_path: Path) -> None:
     lines = rewarded(tmp_path, PHASES)
     assert [line["phase"] for line in lines] == [name for name in PHASES for _ in range(TWO)]

@@ -29,7 +29,7 @@ from tests.unit.tiny import tiny_model_folder
 LORA = LoraSpec(r=4)
 PROMPT = (5, 9, 14, 20, 33)
 POLICY = PoolPolicy(
-    slots=8, max_attempts=1, call_timeout_s=60.0, start_timeout_s=120.0, max_restarts=0, ping_every_s=0.05
+    slots=8, max_attempts=1, call_timeout_s=200.0, start_timeout_s=200.0, max_restarts=0, ping_every_s=0.05
 )
 
 
@@ -87,7 +87,7 @@ class Run:
         sampled: list[list[int]] = []
         for index in self.pool.indices(State.SERVING):
             request = Request(f"{index}/{version}", PROMPT, 1, Sampling(24, temperature=0), seed=1)
-            _, batch = await self.pool.workers[index].call("generate", request, timeout_s=60)
+            _, batch = await self.pool.workers[index].call("generate", request, timeout_s=200)
             tokens = torch.tensor(batch["tokens"].astype(np.int64))[None]
             with torch.no_grad():
                 logps = merged(tokens).logits[0, len(PROMPT) - 1 : -1].log_softmax(-1)

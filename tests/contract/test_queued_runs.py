@@ -36,12 +36,12 @@ RECIPE: dict[str, Any] = merged(SFT, {"train": {"steps": 100_000}, "checkpoint":
 
 
 def until(condition: Callable[[], Any], what: str) -> Any:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         if found := condition():
             return found
         time.sleep(0.05)
-    raise AssertionError(f"no {what} within 120 s")
+    raise AssertionError(f"no {what} within 300 s")
 
 
 class Served:
@@ -58,7 +58,7 @@ class Served:
         return self.http.get(f"/v1/runs/{name}").json()
 
     def stop(self, name: str) -> dict[str, Any]:
-        return self.http.post(f"/v1/runs/{name}/stop?wait_s=120").json()
+        return self.http.post(f"/v1/runs/{name}/stop?wait_s=300").json()
 
     def goes_beyond(self, name: str, step: int) -> None:
         until(lambda: self.run(name)["step"] > step, f"step of {name} beyond {step}: {self.run(name)['detail']}")

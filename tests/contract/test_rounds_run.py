@@ -98,7 +98,7 @@ def killed(recipe: dict[str, Any], tmp_path: Path) -> Path:
         saved = f"the checkpoint of step {KILLED_AFTER}"
         started.until(lambda: any(each["step"] == KILLED_AFTER for each in started.events("checkpoint")), saved)
         started.process.send_signal(signal.SIGKILL)
-        assert started.process.wait(60) == -signal.SIGKILL
+        assert started.process.wait(300) == -signal.SIGKILL
     finally:
         hold.unlink()
     return started.folder

@@ -37,10 +37,10 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     (where / "template.jinja").write_text(TEMPLATE)
     recipe = merged(ARITHMETIC, {**CHANGES, "model": {"chat_template": str(where / "template.jinja")}})
     with listening(create_app(Settings(where / "runs", token=TOKEN, local=True))) as url:
-        http = httpx.Client(base_url=url, headers=AUTHORIZED, timeout=120)
+        http = httpx.Client(base_url=url, headers=AUTHORIZED, timeout=300)
         assert http.post("/v1/runs", json={"name": "chat", "recipe": recipe}).status_code == 201
         try:
-            deadline = time.monotonic() + 240
+            deadline = time.monotonic() + 300
             while not http.get("/v1/runs/chat/metrics").json()["lines"]:
                 detail = http.get("/v1/runs/chat").json()
                 assert detail["state"] in ("starting", "running") and time.monotonic() < deadline, detail["detail"]
@@ -53,7 +53,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def client(url: str) -> Any:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key=TOKEN, max_retries=0, timeout=120)
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=TOKEN, max_retries=0, timeout=300)
 
 
 def test_the_policy_of_a_run_is_a_model_that_answers_with_what_it_samples(client: Any):
@@ -151,7 +151,7 @@ def test_the_services_token_is_the_api_key(url: str):
 
 
 def test_a_run_that_is_over_is_no_model_any_more(client: Any, url: str):
-    stopped = httpx.post(f"{url}/v1/runs/chat/stop", headers=AUTHORIZED, timeout=120).json()
+    stopped = httpx.post(f"{url}/v1/runs/chat/stop", headers=AUTHORIZED, timeout=300).json()
     assert stopped["state"] == "stopped"
     assert list(client.models.list()) == []
     with pytest.raises(openai.ConflictError, match="only a run in progress"):

@@ -108,7 +108,7 @@ def test_a_stream_of_events_follows_the_run_to_its_end_and_goes_on_after_the_las
     with (
         listening(create_app(Settings(runs, token=TOKEN))) as url,
         driving(folder),
-        httpx.stream("GET", url + path, headers=AUTHORIZED, timeout=60) as answer,
+        httpx.stream("GET", url + path, headers=AUTHORIZED, timeout=200) as answer,
     ):
         assert answer.headers["content-type"].startswith("text/event-stream")
         lines = answer.iter_lines()
@@ -118,7 +118,7 @@ def test_a_stream_of_events_follows_the_run_to_its_end_and_goes_on_after_the_las
         assert field(lines, "data") == '{"step": 7}'
     with listening(create_app(Settings(runs, token=TOKEN))) as url:
         headers = {**AUTHORIZED, "Last-Event-ID": "1"}
-        text = httpx.get(url + path, headers=headers, timeout=60).text
+        text = httpx.get(url + path, headers=headers, timeout=200).text
     kinds = [line for line in text.splitlines() if line.startswith(("id", "event", "data"))]
     assert kinds == ["id: 2", "event: checkpoint", 'data: {"step": 7}', "event: end", 'data: {"state": "failed"}']
 
@@ -330,9 +330,9 @@ def test_a_body_that_is_too_large_is_refused_whether_or_not_it_says_so(runs: Pat
     assert http.post("/v1/plan", content=large).status_code == 413
     with listening(create_app(Settings(runs, token=TOKEN, max_body_bytes=1000))) as url:
         chunks = (large[at : at + 100] for at in range(0, len(large), 100))  # sent without a length
-        answer = httpx.post(f"{url}/v1/plan", content=chunks, headers=AUTHORIZED, timeout=60)
+        answer = httpx.post(f"{url}/v1/plan", content=chunks, headers=AUTHORIZED, timeout=200)
         assert answer.status_code == 413 and answer.json()["error"]["type"] == "too_large"
-        small = httpx.post(f"{url}/v1/plan", content=b'{"recipe": "no such"}', headers=AUTHORIZED, timeout=60)
+        small = httpx.post(f"{url}/v1/plan", content=b'{"recipe": "no such"}', headers=AUTHORIZED, timeout=200)
         assert small.status_code == 422
 
 
@@ -463,5 +463,5 @@ def test_readers_at_the_same_time_get_what_one_alone_gets(http: TestClient):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(200)
     assert seen == [alone] * 8

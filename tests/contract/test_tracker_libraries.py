@@ -20,7 +20,7 @@ from orchestrator.reporting.trackers.table import TRACKERS
 from orchestrator.reporting.trackers.tracker import Ended, TrackedRun
 
 Curves = dict[str, list[tuple[int, float]]]  # tag -> (step, value), as they were written
-DEADLINE_S = 20.0
+DEADLINE_S = 200.0
 NAME, PROJECT = "arithmetic-20261126-100000-77", "tracked"
 
 

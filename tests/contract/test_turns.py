@@ -52,7 +52,7 @@ async def awake(roles: Executor) -> set[str]:
     """The roles whose processes are awake, as these say."""
     workers = [(role, worker) for role, group in roles.groups.items() for worker in group.workers]
     workers += [(role, worker) for role, pool in roles.engines.items() for worker in pool.workers.values()]
-    return {role for role, worker in workers if not (await worker.call("ping", timeout_s=10))["asleep"]}
+    return {role for role, worker in workers if not (await worker.call("ping", timeout_s=200))["asleep"]}
 
 
 async def sampled(roles: Executor, name: str) -> RowTable:
@@ -84,11 +84,11 @@ async def test_one_role_of_a_device_is_awake_at_a_time_through_a_step_and_a_join
             await (
                 roles.engines["rollout"]
                 .workers[0]
-                .call("generate", Request("b", (5,), 1, Sampling(2), seed=1), timeout_s=10)
+                .call("generate", Request("b", (5,), 1, Sampling(2), seed=1), timeout_s=200)
             )
         with pytest.raises(RunError, match=r"(reference|policy)/0 sleeps"):
             for role in ("policy", "reference"):
-                await roles.groups[role].workers[0].call("run", dict, timeout_s=10)
+                await roles.groups[role].workers[0].call("run", dict, timeout_s=200)
 
 
 async def test_an_engine_that_replaces_another_starts_in_its_turn_and_serves(tmp_path: Path) -> None:
@@ -97,10 +97,10 @@ async def test_an_engine_that_replaces_another_starts_in_its_turn_and_serves(tmp
             await roles.publish(0, begins=True)
         before = await sampled(roles, "a")
         pool = roles.engines["rollout"]
-        await roles.groups["policy"].call("run", dict, timeout_s=10)
+        await roles.groups["policy"].call("run", dict, timeout_s=200)
         assert await awake(roles) == {"policy"}
         await pool.evict(0, "as if it had died")
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(200):
             while not pool.indices(State.SERVING):
                 await asyncio.sleep(0.01)
         after = await sampled(roles, "a")
