@@ -147,7 +147,8 @@ class Pass:
     def _without_noise(self, micros: list[MicroBatch]) -> list[Outputs]:
         asked = {"of_logits": self._objective.of_logits, "companion": self._companion}
         found = self._objective.needs, self._objective.head
-        return list(without_noise(self._backend, micros, self._temperature, *found, **asked))
+        with _in_evaluation(self._backend):
+            return list(_outputs(self._backend, micros, self._temperature, *found, **asked))
 
     def _couple(self, micros: list[MicroBatch], outputs: list[Outputs]) -> None:
         full = [(micro, found.detached()) for micro, found in zip(micros, outputs, strict=True) if len(micro)]
@@ -191,15 +192,15 @@ def infer(
     shapes = {name: (size, *([widths[found]] if found in widths else [])) for name, found in names.items()}
     columns = {name: np.zeros(shape, COLUMNS[name].dtype) for name, shape in shapes.items()}
     micros = micro_batches(batch, shard.micro_batches, backend)
-    passes = without_noise(backend, micros, temperature, head=head, top_k=top_k)
-    for rows, outputs in zip(shard.micro_batches, passes):
-        if rows:
-            chosen = np.asarray(rows, np.int64)
-            at = chosen if per_row else batch.token_index(chosen)
-            for name, found in names.items():
-                columns[name][at] = (outputs.main if found == "main" else outputs.extra[found]).cpu().numpy()
-    if shard.padded:
-        with _in_evaluation(backend):
+    with _in_evaluation(backend):
+        passes = _outputs(backend, micros, temperature, head=head, top_k=top_k)
+        for rows, outputs in zip(shard.micro_batches, passes, strict=True):
+            if rows:
+                chosen = np.asarray(rows, np.int64)
+                at = chosen if per_row else batch.token_index(chosen)
+                for name, found in names.items():
+                    columns[name][at] = (outputs.main if found == "main" else outputs.extra[found]).cpu().numpy()
+        if shard.padded:
             for row, said in padded_passes(backend, batch, shard.padded, head):
                 _put_into(columns[into[0]], batch, row, said)
     return Batch.build(batch.lengths, **columns)
@@ -220,7 +221,7 @@ def micro_batches(batch: Batch, members: MicroBatches, backend: Backend) -> list
     return [MicroBatch.of(batch.select(rows), backend.device) for rows in members]
 
 
-def without_noise(
+def _outputs(
     backend: Backend,
     micros: list[MicroBatch],
     temperature: float,
@@ -228,10 +229,11 @@ def without_noise(
     head: Head = Head.VOCABULARY,
     **asked: Any,
 ) -> Iterator[Outputs]:
-    """Outputs per micro-batch, without gradient, dropout and noise. `asked` are further arguments of `forward`."""
-    with _in_evaluation(backend):
-        for micro in micros:
-            yield forward(backend.model, filled(micro), head=head, temperature=temperature, needs=needs, **asked)
+    """Outputs per micro-batch. `asked` are further arguments of `forward`. To be called in `_in_evaluation`, and not to
+    enter it: a generator that nobody exhausts leaves a context when it is collected, in whatever thread that is, and
+    whether there are gradients is said for each thread."""
+    for micro in micros:
+        yield forward(backend.model, filled(micro), head=head, temperature=temperature, needs=needs, **asked)
 
 
 @contextlib.contextmanager

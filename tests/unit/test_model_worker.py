@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from actors.model_worker import ModelWorker, UpdateReport
 from actors.objective import Counts, MicroBatch, Outputs, Stat, World
 from actors.sharding import Shard, shard
 from actors.specs import BackendSpec, LoraSpec, OptimSpec
+from actors.train_step import infer
 from tests.unit.tiny import tiny_model_folder
 
 OPTIM = OptimSpec(learning_rate=3e-3, total_steps=10, weight_decay=0.1)
@@ -279,6 +281,21 @@ def test_logps_draw_no_noise_and_leave_the_random_state_alone(folder: Path) -> N
     data = part(batch())
     np.testing.assert_array_equal(logps(target, data), logps(target, data))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_thread_computes_gradients_again_after_log_probabilities_whose_frame_is_held(
+    folder: Path,
+) -> None:
+    """As a debugger or the traceback of an error does."""
+    held: list[Any] = []
+    target = trainable(folder)
+    sys.setprofile(lambda frame, event, arg: held.append(frame) if frame.f_code is infer.__code__ else None)
+    try:
+        logps(target, part(batch()))
+    finally:
+        sys.setprofile(None)
+    assert held and torch.is_grad_enabled()
+    assert target.backend.model.training
 
 
 @pytest.mark.parametrize("coupled", [False, True])
