@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from actors.batch import Batch
-from actors.columns import COLUMNS, Axis, Head
+from actors.columns import Head
 from actors.transfers import on_device
 
 Counts = dict[str, float]
@@ -71,10 +71,6 @@ class MicroBatch:
     def per_token(self, values: Tensor) -> Tensor:
         """[B] -> [T]: each row's value at each of its tokens."""
         return values.repeat_interleave(self.lengths)
-
-    @staticmethod
-    def is_per_token(name: str) -> bool:
-        return COLUMNS[name].axis is Axis.TOKEN
 
 
 @dataclass(frozen=True)

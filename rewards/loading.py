@@ -94,11 +94,6 @@ class _Found:
         return inspect.isclass(self.target)
 
 
-def load_reward(fn: str, options: Mapping[str, Any] | None = None) -> Reward:
-    """Find a reward and bind its options. Raises ConfigError: what was looked for, where, and what is there."""
-    return RewardSpec(fn, options=options or {}).located().load()
-
-
 def _bound(target: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
     """Options take precedence over columns of the same name, because the user set them explicitly."""
 

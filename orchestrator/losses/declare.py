@@ -22,7 +22,7 @@ from torch import Tensor
 
 from actors.columns import COLUMNS, Head
 from actors.errors import ConfigError
-from actors.objective import DIVERGENCE, EXTRAS, OfLogits, Stat
+from actors.objective import EXTRAS, OfLogits, Stat
 from orchestrator.losses.reduce import Reduction
 from orchestrator.losses.views import View
 
@@ -176,11 +176,6 @@ def terms_of(loss: LossFunction, reduce: Reduction | None, options: Mapping[str,
 def columns_of(loss: LossFunction, options: Mapping[str, Any]) -> frozenset[str]:
     """Batch columns that a loss reads under these options, besides tokens."""
     return _all_reads(loss, options) & frozenset(COLUMNS)
-
-
-def needs_of(loss: LossFunction, options: Mapping[str, Any]) -> frozenset[str]:
-    """What the forward pass must compute for a loss under these options, in addition to log-probabilities."""
-    return _all_reads(loss, options) - frozenset(COLUMNS) - {DIVERGENCE}
 
 
 def head_of(loss: LossFunction) -> Head:

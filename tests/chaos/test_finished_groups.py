@@ -6,16 +6,15 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from pyarrow import parquet
 
 import troupe
 from orchestrator.cluster.run_lock import driver_of
 from tests.unit.tiny import tiny_model_folder
+from tests.waiting import until
 
 STEPS, BATCH, AHEAD = 20, 4, 2
 REWARD = """
@@ -28,13 +27,6 @@ def counted(completions, number, **columns):
 
 def lines(file: Path) -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
-
-
-def wait_until(done: Any, timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not done():
-        assert time.monotonic() < deadline, "it did not come so far"
-        time.sleep(0.05)
 
 
 def test_groups_that_had_ended_before_a_kill_are_trained_on_once_and_not_sampled_again(tmp_path: Path):
@@ -60,13 +52,13 @@ def test_groups_that_had_ended_before_a_kill_are_trained_on_once_and_not_sampled
         next(handle.metrics())
         step = handle.pause()
         admitted = min(STEPS, step + AHEAD + 1) * BATCH
-        wait_until(lambda: len(lines(scored)) >= admitted)
+        until(lambda: len(lines(scored)) >= admitted, "groups that were admitted")
         checkpoint = handle.checkpoint()
     finally:
         driver = driver_of(handle.folder)
         if driver is not None and handle.running:
             os.kill(driver.pid, signal.SIGKILL)
-    wait_until(lambda: not handle.running)
+    until(lambda: not handle.running, "end of the killed process")
 
     before = Counter(map(int, lines(scored)))
     result = troupe.resume(handle.folder, local=True).result(timeout_s=120)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -33,6 +32,7 @@ from rollout.sampling import Request, Sampling
 from rollout.worker import RolloutWorker
 from tests.conversations import EOS, TEMPLATE, byte_tokenizer, ids
 from tests.process_worker import ProcessWorker
+from tests.waiting import until_true
 
 PATIENCE_S = 200.0  # of waits that end by themselves, on a busy machine, too
 LIMITS = Limits(turns=3, tokens=400, prompt_tokens=2000, timeout_s=PATIENCE_S, call_timeout_s=PATIENCE_S)
@@ -92,13 +92,6 @@ class UntilLoaded(Slow):
             time.sleep(0.01)  # ended by the test, or by the deadline of the call
         return super().step(message)
 '''.replace("{name}", "do")
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about in time"
-        await asyncio.sleep(0.01)
 
 
 def calling(how: str) -> str:
@@ -267,7 +260,7 @@ def test_an_engine_that_dies_in_an_episode_has_it_generated_again_elsewhere_from
 def test_weights_that_arrive_in_an_episode_show_in_the_versions_of_its_later_turns(tmp_path: Path) -> None:
     async def talk(stage: Stage) -> PromptGroup:
         running = asyncio.ensure_future(stage.run())
-        await until(lambda: stage.rollouts[0].ping()["tokens"] == 3)
+        await until_true(lambda: stage.rollouts[0].ping()["tokens"] == 3, "such state of the engine")
         await asyncio.wrap_future(stage.rollouts[0]._loop.load([], 1))
         (tmp_path / "loaded").touch()
         return await running
@@ -281,11 +274,11 @@ def test_weights_that_arrive_in_an_episode_show_in_the_versions_of_its_later_tur
 def test_an_episode_that_is_cancelled_leaves_nothing_in_the_engine_or_the_environment(tmp_path: Path) -> None:
     async def talk(stage: Stage) -> None:
         running = asyncio.ensure_future(stage.run(2))
-        await until(lambda: stage.rollouts[0].ping()["tokens"] > 0)
+        await until_true(lambda: stage.rollouts[0].ping()["tokens"] > 0, "such state of the engine")
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
         assert stage.rollouts[0]._episodes == {}
-        await until(lambda: stage.rollouts[0].ping()["requests"] == 0)
+        await until_true(lambda: stage.rollouts[0].ping()["requests"] == 0, "such state of the engine")
         with pytest.raises(InfraFailure, match="has no episode g#0"):
             await stage.processes[0].call("step", "g#0", {"role": "assistant", "content": ""}, timeout_s=PATIENCE_S)
 

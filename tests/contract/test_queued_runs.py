@@ -6,8 +6,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +28,11 @@ from orchestrator.service.schemas import RunSummary
 from orchestrator.service.settings import Settings
 from tests.runs import SFT, merged
 from tests.service_client import AUTHORIZED, TOKEN, add_events, client, listening, write_run
+from tests.waiting import until
 
 pytestmark = pytest.mark.timeout(600)
 
 RECIPE: dict[str, Any] = merged(SFT, {"train": {"steps": 100_000}, "checkpoint": {"every": 5}})
-
-
-def until(condition: Callable[[], Any], what: str) -> Any:
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.05)
-    raise AssertionError(f"no {what} within 300 s")
 
 
 class Served:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from orchestrator.api import attach, resume, start
 from orchestrator.checkpoint import verify
 from orchestrator.run_handle import RunHandle
 from tests.runs import SFT
+from tests.waiting import until
 
 pytestmark = pytest.mark.timeout(600)
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,13 +35,6 @@ def started(where: Path, **settings: Any) -> Iterator[RunHandle]:
         handle.stop()
 
 
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 300
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunHandle]:
     """A run that was started once for the tests of this file, the last of which ends it: a start takes ten seconds."""
@@ -55,7 +48,7 @@ def test_clients_that_ask_for_opposites_at_the_same_time_are_all_answered_and_th
         for last in ("pause", "resume", "pause"):
             first = "resume" if last == "pause" else "pause"
             asked = [clients.submit(getattr(attach(run.folder), first))]
-            until(lambda: list((run.folder / "requests").glob("*.json")))
+            until(lambda: list((run.folder / "requests").glob("*.json")), "request", every_s=0.001)
             asked.append(clients.submit(getattr(attach(run.folder), last)))
             answers = [call.exception(timeout=600) or call.result() for call in asked]
             assert isinstance(answers[1], int)

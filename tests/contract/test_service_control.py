@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from fastapi.testclient import TestClient
 from orchestrator.service.jobs import RayJobs
 from tests.runs import SFT, merged
 from tests.service_client import AUTHORIZED, client, listening, write_run
+from tests.waiting import until
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -35,15 +35,6 @@ def http(runs: Path) -> Iterator[TestClient]:
         finally:
             for run in http.get("/v1/runs").json()["runs"]:
                 http.post(f"/v1/runs/{run['id']}/stop", params={"now": True})
-
-
-def until(condition: Callable[[], Any], what: str) -> Any:
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.05)
-    raise AssertionError(f"no {what} within 300 s")
 
 
 def state(http: TestClient, run: str) -> str:

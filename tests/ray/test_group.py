@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from actors.errors import DataFailure, InfraFailure
 from actors.group import RayGroup, RayObjects, RayWorker, start_ranks, start_worker
 from actors.worker import Ref, WorkerInfo
 from tests.own_ray import own_ray
+from tests.waiting import until_true
 
 READY_S = 300.0
 CALL_S = 200.0
@@ -131,19 +132,12 @@ def fresh(name: str) -> RayWorker:
     return worker
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + CALL_S
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about in time"
-        await asyncio.sleep(0.01)
-
-
 def test_ping_answers_while_the_main_group_blocks(bench: RayWorker, tmp_path: Path) -> None:
     begun, may_end = tmp_path / "begun", tmp_path / "may_end"
 
     async def scenario() -> bool:
         busy = asyncio.ensure_future(bench.call("block_until", str(begun), str(may_end), timeout_s=CALL_S))
-        await until(begun.exists)
+        await until_true(begun.exists, "start of the call", timeout_s=CALL_S)
         await bench.call("ping", timeout_s=CALL_S / 2)
         unfinished = not busy.done()
         may_end.touch()
@@ -170,7 +164,7 @@ def test_a_killed_actors_call_raises_infra_failure_quickly(tmp_path: Path) -> No
 
     async def scenario() -> float:
         call = asyncio.ensure_future(worker.call("block_until", str(begun), "/never", timeout_s=120))
-        await until(begun.exists)
+        await until_true(begun.exists, "start of the call", timeout_s=CALL_S)
         began = time.monotonic()
         await worker.kill()
         await worker.kill()  # killing twice is fine

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from orchestrator.config.schema import ClusterConfig, PhaseConfig, RunConfig, Tr
 from orchestrator.methods import build
 from orchestrator.planning.plan import Plan, draft_plan, problems
 from tests.resident import Resident
+from tests.waiting import until_true
 
 READY_S = 300.0
 ROOT = Path(actors.__file__).parents[1]
@@ -88,13 +88,6 @@ def gpus_in_use() -> float:
     return ray.cluster_resources().get("GPU", 0.0) - ray.available_resources().get("GPU", 0.0)
 
 
-async def until(condition: Any, timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about in time"
-        await asyncio.sleep(0.05)
-
-
 def groups_alive() -> int:
     return sum(table["state"] == "CREATED" for table in placement_group_table().values())
 
@@ -124,10 +117,10 @@ async def test_a_plan_is_reserved_as_one_gang_and_one_group_per_rollout_worker(
     try:
         await cluster.reserve(plan)
         assert groups_alive() - before == 1 + size["rollout"] + 1  # the gang, the rollout workers, a reward worker
-        await until(lambda: gpus_in_use() == gpus)
+        await until_true(lambda: gpus_in_use() == gpus, "such number of GPUs in use")
     finally:
         await cluster.close()
-    await until(lambda: gpus_in_use() == 0)
+    await until_true(lambda: gpus_in_use() == 0, "such number of GPUs in use")
     assert groups_alive() == before
 
 
@@ -167,7 +160,7 @@ async def test_colocated_roles_share_each_gpu_by_fractions(invented: InventedClu
     cluster = RayCluster(wanted, anyone, disconnect=False)
     try:
         await cluster.reserve(planned(wanted))
-        await until(lambda: gpus_in_use() == 2)
+        await until_true(lambda: gpus_in_use() == 2, "such number of GPUs in use")
         held: list[tuple[str, tuple[int, ...]]] = []
         for role in ("policy", "reference"):
             group = await cluster.start_group(role, Resident, [{}, {}])
@@ -179,7 +172,7 @@ async def test_colocated_roles_share_each_gpu_by_fractions(invented: InventedClu
             info = await worker.call("ready", timeout_s=READY_S)
             held.append((info.node, tuple(await worker.call("gpus", timeout_s=READY_S))))
         assert sorted(Counter(held).values()) == [3, 3]  # two GPUs, each with policy, reference and rollout
-        await until(lambda: gpus_in_use() == 2)
+        await until_true(lambda: gpus_in_use() == 2, "such number of GPUs in use")
         with pytest.raises(InfraFailure, match=r"shares the 2 bundle\(s\) of policy"):
             await cluster.start_worker("rollout", 2, Resident, {})
         await cluster.stop_worker(worker)
@@ -187,7 +180,7 @@ async def test_colocated_roles_share_each_gpu_by_fractions(invented: InventedClu
         assert (await replacement.call("ready", timeout_s=READY_S)).node == info.node
     finally:
         await cluster.close()
-    await until(lambda: gpus_in_use() == 0)
+    await until_true(lambda: gpus_in_use() == 0, "such number of GPUs in use")
 
 
 async def test_a_placement_group_is_created_with_a_joining_worker_and_removed_with_it(
@@ -202,11 +195,11 @@ async def test_a_placement_group_is_created_with_a_joining_worker_and_removed_wi
         for worker in workers:
             await worker.call("ready", timeout_s=READY_S)
         assert groups_alive() == reserved + 2
-        await until(lambda: gpus_in_use() == 1 + 3 * 2)
+        await until_true(lambda: gpus_in_use() == 1 + 3 * 2, "such number of GPUs in use")
         for worker in workers:
             await cluster.stop_worker(worker)
             await cluster.stop_worker(worker)
-        await until(lambda: gpus_in_use() == 1)
+        await until_true(lambda: gpus_in_use() == 1, "such number of GPUs in use")
         assert groups_alive() == reserved - 1
     finally:
         await cluster.close()

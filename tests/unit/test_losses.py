@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from actors.columns import Head
+from actors.columns import COLUMNS, Axis, Head
 from actors.errors import ConfigError
 from actors.objective import MicroBatch, Outputs
-from orchestrator.losses.declare import Loss, Sum, Term, columns_of, is_on, needs_of, reads
+from orchestrator.losses.declare import Loss, Sum, Term, columns_of, is_on, reads
 from orchestrator.losses.likelihood import nll
 from orchestrator.losses.objective import LossObjective
 from orchestrator.losses.policy_gradient import kl_of_samples, policy_gradient
@@ -279,7 +279,7 @@ def spoiled(rows: Rows, value: float) -> Rows:
         return values.masked_fill(out.view(-1, *[1] * (values.dim() - 1)), instead)
 
     columns = {
-        name: where_out(values, value) if MicroBatch.is_per_token(name) else values
+        name: where_out(values, value) if COLUMNS[name].axis is Axis.TOKEN else values
         for name, values in rows.micro.columns.items()
     }
     said = rows.logps if rows.per_row else where_out(rows.logps, 0.0)
@@ -487,9 +487,9 @@ def test_conditional_reads_follow_the_options_and_their_defaults() -> None:
 
 
 def test_needs_name_what_the_forward_pass_must_compute() -> None:
-    assert needs_of(nll, {}) == frozenset()
-    assert needs_of(nll, {"token_metrics": True}) == {"entropy", "is_top1"}
-    assert needs_of(nll, {"label_smoothing": 0.1}) == {"mean_logps"}
+    assert LossObjective(nll, token_mean, {}).needs == frozenset()
+    assert LossObjective(nll, token_mean, {"token_metrics": True}).needs == {"entropy", "is_top1"}
+    assert LossObjective(nll, token_mean, {"label_smoothing": 0.1}).needs == {"mean_logps"}
 
 
 def test_an_unknown_option_of_a_loss_is_refused_when_the_pipeline_is_built() -> None:

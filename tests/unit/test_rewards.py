@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from rewards.functions import (
     soft_overlong_punishment,
     think_format_reward,
 )
-from rewards.loading import RewardSpec, load_reward
+from rewards.loading import RewardSpec
 from rewards.mathematics import accuracy
 from rewards.specs import check_columns, check_names, check_reward
 from rewards.worker import RewardWorker, ScoredTexts, ScoreResult
@@ -42,6 +43,12 @@ from tests.unit.tiny import tiny_tokenizer
 
 GOLDEN_FILE = Path(__file__).parents[1] / "golden/rewards.json"
 GOLDEN = {case["id"]: case for case in json.loads(GOLDEN_FILE.read_text())["cases"]}
+
+
+def load_reward(fn: str, options: Mapping[str, Any] | None = None) -> Any:
+    """A reward as its workers have it, in this process."""
+    return RewardSpec(fn, options=options or {}).located().load()
+
 
 SCORING = """
 import asyncio
@@ -371,7 +378,7 @@ def test_a_class_that_cannot_be_built_is_named_with_its_options_when_a_worker_st
 
 TYPED = """
 from __future__ import annotations
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 class Ours: ...

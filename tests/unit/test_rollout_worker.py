@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from rollout.scripted_engine import ScriptedEngine
 from rollout.weights import DiskWrite
 from rollout.weights.protocol import Manifest, SendReport, SyncOrder, TensorMeta
 from rollout.worker import RolloutWorker
+from tests.waiting import until_true
 
 PROMPT = (5, 6, 7)
 SCRIPT = {"5 6 7": [[8, 9, 1], [10, 1]]}
@@ -58,13 +59,6 @@ async def worker(engine: str = "scripted", stall_s: float = 60.0, **options: Any
         subject.close()
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "waited 60 s in vain"
-        await asyncio.sleep(0.002)
-
-
 def sync(folder: Path, version: int, name: str = "") -> tuple[SyncOrder, SendReport]:
     """An order that the disk transport has sent."""
     manifest = Manifest((TensorMeta("w", "float32", (2, 3)),), bucket_bytes=1024)
@@ -94,12 +88,12 @@ async def test_a_second_call_with_the_same_id_joins_the_first() -> None:
 async def test_a_request_that_nobody_waits_for_any_longer_is_aborted_but_not_before() -> None:
     async with worker(completions=ENDLESS, seconds_per_step=0.001) as subject:
         calls = [asyncio.ensure_future(subject.generate(request())) for _ in range(2)]
-        await until(lambda: subject.ping()["requests"] == 1)
+        await until_true(lambda: subject.ping()["requests"] == 1, "such state of the worker")
         calls[0].cancel()
         await asyncio.sleep(0.05)
         assert subject.ping()["requests"] == 1
         calls[1].cancel()
-        await until(lambda: subject.ping()["requests"] == 0)
+        await until_true(lambda: subject.ping()["requests"] == 0, "such state of the worker")
 
 
 async def test_an_aborted_request_is_an_infra_failure_and_the_others_go_on() -> None:
@@ -161,7 +155,7 @@ async def test_an_engine_that_slept_for_long_is_not_taken_for_one_that_stands_st
 async def test_closing_ends_every_wait() -> None:
     async with worker(completions=ENDLESS, seconds_per_step=0.001) as subject:
         call = asyncio.ensure_future(subject.generate(request()))
-        await until(lambda: subject.ping()["requests"] == 1)
+        await until_true(lambda: subject.ping()["requests"] == 1, "such state of the worker")
         await asyncio.to_thread(subject.close)
         with pytest.raises(InfraFailure, match="closed"):
             await call
@@ -172,7 +166,7 @@ async def test_weights_that_arrive_while_decoding_are_used_from_the_next_token_o
     async with worker("tests.unit.test_rollout_worker:Waiting", completions={"5 6 7": [[8] * 60]}) as subject:
         Waiting.waits.clear()
         call = asyncio.ensure_future(subject.generate(request(n=1)))
-        await until(Waiting.waits.is_set)
+        await until_true(Waiting.waits.is_set, "such state of the worker")
         order, report = sync(tmp_path, 5)
         ack = await subject.receive(order)
         meta, batch = await call
@@ -207,7 +201,7 @@ async def test_an_engine_that_cannot_apply_weights_is_dead(tmp_path: Path) -> No
     async with worker(break_at_load=1) as subject:
         with pytest.raises(InfraFailure, match="scripted to break at load"):
             await subject.receive(sync(tmp_path, 5)[0])
-        await until(lambda: not subject.ping()["alive"])
+        await until_true(lambda: not subject.ping()["alive"], "such state of the worker")
 
 
 async def test_a_paused_worker_keeps_its_requests_takes_weights_and_goes_on(tmp_path: Path) -> None:
@@ -215,7 +209,7 @@ async def test_a_paused_worker_keeps_its_requests_takes_weights_and_goes_on(tmp_
     waiting = "tests.unit.test_rollout_worker:Waiting"  # is not done before it is paused
     async with worker(waiting, completions={"5 6 7": [[8] * 20]}, stall_s=1.0) as subject:
         call = asyncio.ensure_future(subject.generate(request(n=1)))
-        await until(lambda: subject.ping()["requests"] == 1)
+        await until_true(lambda: subject.ping()["requests"] == 1, "such state of the worker")
         await subject.pause()
         await subject.receive(order)
         await asyncio.sleep(1.1)
@@ -230,7 +224,7 @@ async def test_a_worker_does_not_sleep_while_it_generates() -> None:
         await subject.sleep()
         await subject.wake()
         call = asyncio.ensure_future(subject.generate(request()))
-        await until(lambda: subject.ping()["requests"] == 1)
+        await until_true(lambda: subject.ping()["requests"] == 1, "such state of the worker")
         with pytest.raises(InfraFailure, match="cannot sleep"):
             await subject.sleep()
         call.cancel()

@@ -13,8 +13,8 @@ from jsonschema import SchemaError
 
 from actors.errors import ConfigError
 from rewards.formats import json_schema, regex
-from rewards.loading import load_reward
 from rewards.unit_tests import UnitTests, code_of
+from tests.unit.test_rewards import load_reward
 
 ADD = "Here it is:\n```python\ndef add(a, b):\n    return a + b\n```\nDone."
 ADD_TESTS = ["assert add(2, 3) == 5", "assert add(-1, 1) == 0", "assert add(2, 2) == 5"]
@@ -105,7 +105,7 @@ def test_a_machine_that_cannot_isolate_fails_when_the_reward_is_loaded():
     """Not when the first completion is scored, and never with a score of zero."""
     if not shutil.which("unshare"):
         pytest.skip("no command `unshare`")
-    command = "from rewards.loading import *\nload_reward('unit_tests')"
+    command = "from rewards.loading import *\nRewardSpec('unit_tests').located().load()"
     script = 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$0" -c "$1"'
     unable = ["unshare", "--user", "--map-root-user", "sh", "-c", script, sys.executable, command]
     found = subprocess.run(unable, capture_output=True, text=True)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from actors.columns import COLUMNS, Axis
 from actors.objective import DIVERGENCE, MicroBatch, Objective, Outputs, Stat
 
 Split = Sequence[Sequence[Sequence[int]]]  # ranks -> micro-batches -> rows
@@ -41,7 +42,7 @@ class Rows:
         """Those rows in that order; the parts stay connected to this batch's log-probabilities and extras."""
         index, tokens = torch.tensor(list(rows), dtype=torch.int64), self.token_index(rows)
         columns = {
-            name: values[tokens] if MicroBatch.is_per_token(name) else values[index]
+            name: values[tokens] if COLUMNS[name].axis is Axis.TOKEN else values[index]
             for name, values in self.micro.columns.items()
         }
         extra = {name: values[tokens] for name, values in self.extra.items()}
