@@ -156,6 +156,6 @@ def host_copy(tensor: Tensor) -> Tensor:
 
 
 def _give_way() -> None:
-    """This thread, not the process, computes only while others do not want to."""
+    """Lowers the priority of this thread, and not of the process: training comes first."""
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WRITERS_NICE)

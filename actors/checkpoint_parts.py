@@ -32,7 +32,7 @@ class Part:
 
 
 def causal_of(backend: Backend) -> Any:
-    """Transformers' model."""
+    """The transformers model, without the wrappers of the backend (DeepSpeed's engine) and of its head."""
     return getattr(backend.model, "module", backend.model).causal
 
 

@@ -128,7 +128,7 @@ def returned_from(found: Batch, batch: Batch, places: Sequence[Array], in_ours: 
 
 
 def _mapped(ids: Array, in_ours: Array) -> Array:
-    """Their ids in ours. Entries of a padded vocabulary are no tokens of anybody's."""
+    """Their ids in ours; -1 for ids beyond their tokenizer's, which exist only where a vocabulary is padded."""
     return np.where(ids < len(in_ours), in_ours[ids.clip(max=len(in_ours) - 1)], -1)
 
 

@@ -25,7 +25,7 @@ Layout = list[list[str]]  # which columns lie in blocks together
 
 
 async def packed(table: RowTable, objects: Objects) -> tuple[Layout, Arrays]:
-    """Raises BlockLost if a block is gone with its node."""
+    """(which columns lie in blocks together, the arrays). Raises BlockLost if a block is gone with its node."""
     if not len(table):
         return [], {}
     blocks = await asyncio.gather(*(objects.get(ref, timeout_s=FETCH_TIMEOUT_S) for ref in table.blocks))
@@ -70,7 +70,7 @@ def read(file: Path) -> Arrays:
 
 
 def numbered(index: int, arrays: Arrays) -> Arrays:
-    """The arrays of one of several tables in a file."""
+    """The arrays of a table, named as those of one of several in a file; `of_number` finds them again."""
     return {f"{index}/{name}": values for name, values in arrays.items()}
 
 

@@ -1,4 +1,4 @@
-"""Episodes each turn of which is a row of its own: what concerns an episode is worked out of one of its rows.
+"""Episodes whose turns are rows of their own: rewards and baselines are computed from one row of each episode.
 
     rows      turn 1   turn 2   turn 3 | turn 1 | turn 1   turn 2
     episode   ───────── 0 ──────────── | ─ 1 ── | ────── 2 ──────
@@ -20,8 +20,8 @@ from orchestrator.batches.row_table import RowTable
 
 
 def whole_episodes(rows: RowTable) -> tuple[RowTable, Array]:
-    """The last row of each episode, and of each row [B] which of these is its episode's. Of these rows,
-    `completion_tokens` are those of the whole episode. Rows that are no turns are episodes of their own."""
+    """(the last row of each episode, the index [B] among those of each row's episode). In the former,
+    `completion_tokens` counts the whole episode. A row that is not a turn is an episode by itself."""
     if "episode" not in rows:
         return rows, np.arange(len(rows))
     keys = np.stack([rows["group"], rows["episode"]], axis=1)

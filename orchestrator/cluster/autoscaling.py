@@ -68,7 +68,7 @@ class Decision:
 
 
 def decide(limits: AutoscaleConfig, seen: Seen) -> Decision | None:
-    """None: leave it as it is."""
+    """How many workers the pool should have, and why; None if their number should stay."""
     bounded = min(max(seen.desired, limits.min), limits.max)
     if bounded != seen.desired:
         possible = bounded if bounded < seen.desired else _within_room(bounded, seen)
