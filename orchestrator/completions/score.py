@@ -20,7 +20,7 @@ REWARD = "reward"  # the weighted sum; each of its parts is rewards/NAME
 
 @dataclass(frozen=True)
 class Spread:
-    """Of one reward over the completions that it has an opinion of. `silent`: how many it has none of."""
+    """Statistics of one reward over the completions that it scored. `silent`: how many it gave no score (None)."""
 
     mean: float | None
     standard_deviation: float | None

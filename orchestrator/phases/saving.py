@@ -37,7 +37,7 @@ class Saving:
 
     @property
     def asked(self) -> list[str]:
-        """Requests for a checkpoint that none of those that have begun answers."""
+        """Requests for a checkpoint that no save has been begun for."""
         return [ticket for ticket in self._context.requests.checkpoints if ticket not in self._tickets]
 
     async def begin(self, state: RunState) -> None:
@@ -79,7 +79,8 @@ class Saving:
             await self.ended()
 
     async def settle(self) -> None:
-        """The run fails: what is being written may still end, but its own failure is no news."""
+        """For a run that fails: waits a while for the checkpoint that is being written. Errors of that are ignored: the
+        error that ended the run is the one to report."""
         if self._task is not None:
             await asyncio.wait({self._task}, timeout=SETTLE_S)
             self._task.cancel()

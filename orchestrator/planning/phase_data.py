@@ -206,7 +206,7 @@ def _episode(config: RunConfig, name: str, sources: list[Source], tokenizer: Any
 
 
 def check_lengths(prepared: Prepared) -> None:
-    """No row is longer than a micro-batch of its phase."""
+    """Raises ConfigError if a row may be longer than a micro-batch of its phase."""
     for phase in prepared.phases:
         if not (phase.pipeline.trained or any(reward.role is not None for reward in prepared.config.rewards)):
             continue
@@ -221,8 +221,8 @@ def check_lengths(prepared: Prepared) -> None:
 def _refuse_too_long(
     source: Source, prompt: int, pipeline: Pipeline, phase: PhaseConfig, where: str, budget: str
 ) -> None:
-    """A micro-batch holds whole rows, or whole items where a loss compares the rows of one. `prompt`: tokens of the
-    longest one that is sampled from."""
+    """Raises ConfigError if a micro-batch cannot hold the longest row whole, or the longest item where a loss compares
+    the rows of one. `prompt`: tokens of the longest prompt that is sampled from."""
     whole = any(LossObjective.of(update).keep_groups for update in pipeline.updates)
     longest = source.longest.item if whole else source.longest.row
     what = f"all rows of an item of {pipeline.data.name} together" if whole else "a row"
@@ -242,7 +242,8 @@ def _refuse_too_long(
 def _refuse_long_teacher_prompt(
     source: Source, pipeline: Pipeline, phase: PhaseConfig, where: str, budget: str
 ) -> None:
-    """What a teacher reads is longer than what the student writes behind."""
+    """A teacher reads a prompt of its own before the student's answer: both must fit in a micro-batch. Raises
+    ConfigError."""
     if pipeline.data.teacher_template is None:
         return
     answers = 2 if any("demonstration" in stage.reads for stage in pipeline) else 1

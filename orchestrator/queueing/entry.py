@@ -71,7 +71,7 @@ class Entry:
         return replace(self, stage=Stage.OVER, reason=reason, stopped=stopped)
 
     def withdrawn(self) -> Entry:
-        """After somebody has asked for the end of the run."""
+        """The entry once the end of the run has been asked for."""
         if self.stage is Stage.WAITING:
             return self.over("it was stopped while it waited", stopped=True)
         return self if self.stage is Stage.OVER else replace(self, stage=Stage.STOPPING, reason="it is to end")

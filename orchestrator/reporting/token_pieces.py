@@ -44,7 +44,8 @@ class Pieces:
         return pieces
 
     def _completed(self, tokens: Sequence[int]) -> list[str]:
-        """The same of successive tokens that are no whole characters each."""
+        """The text of each of several tokens that encode parts of characters: a character belongs to the token that
+        completes it."""
         pieces: list[str] = []
         said = ""
         for count in range(1, len(tokens) + 1):

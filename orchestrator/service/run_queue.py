@@ -86,7 +86,7 @@ class RunQueue:
 
     @contextmanager
     def _one_at_a_time(self) -> Generator[None]:
-        """Of all processes that serve this folder."""
+        """A lock that one process holds at a time, of all that serve this folder."""
         deadline = time.monotonic() + TURN_TIMEOUT_S
         if not self._turn.acquire(timeout=TURN_TIMEOUT_S):
             raise Problem(503, f"the queue has been at work for {TURN_TIMEOUT_S:g} s; what was asked still holds")
