@@ -10,7 +10,9 @@ sum in another order if that changes its shape. So the shape never changes:
 
 A prompt is read once for all of its samples, with others that are padded to the same length, in passes of one shape
 again. A row that ends leaves its seat; new rows sit down when half of the seats are free, as their prompts then fill
-their passes. How many columns there are follows from the request alone.
+their passes. How many seats and columns there are follows from the request alone (`short_samples.py`). Columns to the
+right of all that have been read are left out of a pass: they would add zeros at the end of a row's sums, so the bits
+are the same.
 """
 
 from __future__ import annotations
@@ -23,32 +25,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rollout.grouped_attention import use_grouped_attention
 from rollout.running import Row
-from rollout.short_samples import STRIDE, model_refusal
+from rollout.short_samples import STRIDE, Shape, model_refusal
 
-SEATS = 128  # 256 samples of 4 tokens, 1.3M parameters: 0.16 CPU-seconds; with 64 seats 0.19, with 16 0.35
 PROMPT_TOKENS = 256  # of a pass that reads prompts, at most
+WIDTH = 32  # the columns of a pass are a multiple of it: whole vectors of every processor
 
 
-def can_have_fixed_rows(model: Any, device: torch.device) -> bool:
-    """Whether a model of transformers is decoded so; on a CPU alone, where it was measured."""
+def prepare_for_fixed_rows(model: Any, device: torch.device) -> bool:
+    """Whether a model of transformers is decoded so; on a CPU alone, where it was measured. Its attention is ready for
+    it then."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     masked = (
         "position_ids" in inspect.signature(model.forward).parameters and model.config._attn_implementation == "sdpa"
     )
-    return device.type == "cpu" and masked and model_refusal(model.config, parameters) is None
+    suitable = device.type == "cpu" and masked and model_refusal(model.config, parameters) is None
+    if suitable:
+        use_grouped_attention(model)
+    return suitable
 
 
 class FixedRows:
-    """Rows that are decoded together: at most `seats` at a time, the others wait. Each of them has at most `columns`
-    tokens."""
+    """Rows that are decoded together: at most `concurrency` and as many as the shape has at a time, the others wait."""
 
-    def __init__(self, model: Callable[..., Any], seats: int, columns: int) -> None:
+    def __init__(self, model: Any, shape: Shape, concurrency: int) -> None:
+        seats = min(shape.rows, concurrency)
         self._model = model
+        self._columns = shape.columns
         self._seats: list[Row | None] = [None] * seats
         self._waiting: deque[Row] = deque()
         self._unread: set[int] = set()  # seats whose keys and values are not there
-        self._cache = _Cache(seats, columns)
+        self._cache = _Cache(seats, shape.columns)
         self._starts = torch.zeros(seats, dtype=torch.int64)  # [S] the first token's column
         self._ends = torch.zeros(seats, dtype=torch.int64)  # [S] the column of the next token that is read
 
@@ -66,6 +74,7 @@ class FixedRows:
             if row is not None and gone(row):
                 self._seats[seat] = None
                 self._unread.discard(seat)
+                self._starts[seat] = self._ends[seat] = 0  # an empty seat makes no pass wider
 
     def forget(self) -> None:
         """The weights have changed: what the rows have read is read again."""
@@ -98,9 +107,10 @@ class FixedRows:
     def _read_last_tokens(self) -> Tensor:
         """[S, V] float32. Empty seats, and those whose prefix is read next, read something that is overwritten."""
         last = [0 if row is None or not row.tokens else row.tokens[-1] for row in self._seats]
-        places = torch.arange(self._cache.columns)
+        width = min(-(-(int(self._ends.max()) + 1) // WIDTH) * WIDTH, self._columns)
+        places = torch.arange(width)
         inside = (places >= self._starts[:, None]) & (places <= self._ends[:, None])
-        self._cache.one_token(self._ends)
+        self._cache.one_token(self._ends, width)
         logits = self._pass(torch.tensor(last)[:, None], inside[:, None, None], (self._ends - self._starts)[:, None])
         read = [seat for seat, row in enumerate(self._seats) if row is not None and seat not in self._unread]
         self._ends[read] += 1
@@ -150,9 +160,10 @@ class FixedRows:
 
     def _pass(self, ids: Tensor, seen: Tensor, positions: Tensor) -> Tensor:
         """Logits after the last column. `seen` [N, 1, queries, keys] bool."""
+        unseen = torch.zeros(seen.shape, dtype=self._model.dtype).masked_fill_(~seen, -torch.inf)
         output = self._model(
             input_ids=ids,
-            attention_mask=seen,
+            attention_mask=unseen,  # as numbers, or each layer would make these of it
             position_ids=positions,
             past_key_values=self._cache,
             use_cache=True,
@@ -166,19 +177,19 @@ class _Cache:
     its cache. Before a pass it is told what the pass reads."""
 
     def __init__(self, seats: int, columns: int) -> None:
-        self.columns = columns
+        self._columns = columns
         self._every = torch.arange(seats)
         self._held: dict[int, tuple[Tensor, Tensor]] = {}
         self._write: Callable[[Tensor, Tensor], None]
-        self._attends_to_held = False
+        self._width: int | None = None  # columns that are attended to; None: the new keys alone are
 
-    def one_token(self, ends: Tensor) -> None:
-        """The pass reads a token of each seat, in the column `ends` [S]."""
+    def one_token(self, ends: Tensor, width: int) -> None:
+        """The pass reads a token of each seat, in the column `ends` [S], and attends to the first `width` columns."""
 
         def write(held: Tensor, new: Tensor) -> None:
             held[self._every, :, ends] = new[:, :, 0]
 
-        self._write, self._attends_to_held = write, True
+        self._write, self._width = write, width
 
     def prefixes(self, seats: Tensor, sources: Tensor) -> None:
         """The pass reads prefixes that begin in the first column: that in the row `sources[i]` is of `seats[i]`."""
@@ -186,17 +197,20 @@ class _Cache:
         def write(held: Tensor, new: Tensor) -> None:
             held[seats, :, : new.shape[2]] = new[sources]
 
-        self._write, self._attends_to_held = write, False
+        self._write, self._width = write, None
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """What the layer attends to, after its new keys and values [N, heads, new, head_dim] were taken in."""
         if layer not in self._held:
-            shapes = [(len(self._every), new.shape[1], self.columns, new.shape[3]) for new in (keys, values)]
+            shapes = [(len(self._every), new.shape[1], self._columns, new.shape[3]) for new in (keys, values)]
             self._held[layer] = keys.new_zeros(shapes[0]), values.new_zeros(shapes[1])
         held = self._held[layer]
         for mine, new in zip(held, (keys, values), strict=True):
             self._write(mine, new)
-        return held if self._attends_to_held else (keys, values)
+        if self._width is None:
+            return keys, values
+        kept, said = (mine[:, :, : self._width] for mine in held)
+        return kept, said
 
     def get_seq_length(self, *_: Any) -> int:
         return 0

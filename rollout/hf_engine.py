@@ -25,10 +25,10 @@ from actors.errors import ConfigError, DataFailure
 from actors.lora import set_adapters
 from actors.routing import Routers
 from rollout.engine import Ability, EngineSpec, Finished
-from rollout.fixed_rows import SEATS, FixedRows, can_have_fixed_rows
+from rollout.fixed_rows import FixedRows, prepare_for_fixed_rows
 from rollout.running import Row
 from rollout.sampling import Completion, PromptTopK, Request, Sampling, sample_seed
-from rollout.short_samples import columns_of
+from rollout.short_samples import Shape, shape_of
 from rollout.stopping import StopRule, end_token_ids, token_budget
 from rollout.transformers_model import add_adapters, copy_weights, read_model
 
@@ -76,8 +76,8 @@ class HfEngine:
         self._stop = StopRule(spec.model, end_token_ids(spec.model, spec.trust_remote_code), spec.trust_remote_code)
         self._routers: Routers | None = None  # of the own model, once they are asked
         self._waiting: deque[_Part] = deque()  # the first one is running
-        self._fixed: dict[int, FixedRows] | None = None  # by their columns, if the model can have any
-        if can_have_fixed_rows(self._models[OWN], self.device):
+        self._fixed: dict[Shape, FixedRows] | None = None  # if the model can have any
+        if prepare_for_fixed_rows(self._models[OWN], self.device):
             self._fixed = {}
         self._done: dict[str, list[Completion]] = {}
 
@@ -91,12 +91,11 @@ class HfEngine:
             raise DataFailure(f"request {request.id}: token {strays[0]} is not in the vocabulary of {vocab}")
         self._done[request.id] = []
         rows = [Row(request, budget, index, _generator(request, index, self.device)) for index in range(request.n)]
-        columns = columns_of(len(request.prompt), budget)
-        if self._fixed is not None and columns and not request.mixture and not request.sampling.replay_routing:
-            if columns not in self._fixed:
-                seats = min(SEATS, self._spec.max_concurrency)
-                self._fixed[columns] = FixedRows(self._models[OWN], seats, columns)
-            self._fixed[columns].add(rows)
+        shape = shape_of(len(request.prompt), budget)
+        if self._fixed is not None and shape and not request.mixture and not request.sampling.replay_routing:
+            if shape not in self._fixed:
+                self._fixed[shape] = FixedRows(self._models[OWN], shape, self._spec.max_concurrency)
+            self._fixed[shape].add(rows)
             return
         for start in range(0, request.n, self._spec.max_concurrency):
             self._waiting.append(_Part(request, rows[start : start + self._spec.max_concurrency]))

@@ -12,7 +12,7 @@ from dataclasses import replace
 from actors import pretrained
 from orchestrator.config.roles import AUTO_ENGINE, EngineRole
 from orchestrator.planning.prepared import Prepared
-from rollout.short_samples import columns_of, model_refusal
+from rollout.short_samples import model_refusal, shape_of
 
 LONG, SHORT = "vllm", "hf"
 OF_LONG = ("kv_cache_gib", "tensor_parallel", "engine_options", "mixes")  # keys that are set for vLLM
@@ -46,7 +46,7 @@ def _obstacles(prepared: Prepared, engine: EngineRole) -> Iterator[str]:
     if any(phase.episode is not None for phase in prepared.phases):
         yield "episodes have several turns"
     longest = engine.max_model_len or prepared.longest
-    if columns_of(longest, 0) is None:
+    if shape_of(longest, 0) is None:
         yield f"prompt and completion have up to {longest} tokens"
     path = prepared.models.get(engine.follows) or prepared.model
     parameters = (prepared.own_parameters or {}).get(engine.follows, prepared.parameters)

@@ -88,7 +88,7 @@ def _recipe(jobs: Sequence[Job], folder: Path) -> Figures:
         "cluster": {"num_cpus": 8},
     }
     if methods & set(SAMPLING):
-        recipe["roles"]["rollout"] = {"workers": first.threads, "threads": 1, "kv_cache_gib": 0.25}
+        recipe["roles"]["rollout"] = {"workers": first.threads, "threads": 1}
     if methods & set(DISTILLING):
         recipe["roles"]["teacher"] = {"model": recipe["model"]["path"]}
     if "grpo" in methods:

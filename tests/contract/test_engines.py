@@ -21,7 +21,7 @@ from actors.lora import adapter_tensors, attach, full_tensors
 from actors.specs import LoraSpec
 from rollout.engine import Engine, EngineSpec, build_engine
 from rollout.sampling import Completion, Finish, Request, Sampling
-from rollout.short_samples import columns_of
+from rollout.short_samples import shape_of
 from rollout.stopping import resolved_stops
 from rollout.vllm_engine import CPU_HEAD_SIZES
 from tests.unit.tiny import tiny_model_folder, tiny_tokenizer
@@ -380,9 +380,10 @@ def test_the_hf_engine_repeats_log_probabilities_bit_for_bit_whatever_else_is_in
     """Short requests share passes with others, whose prompts have the same padded length and others; long ones do
     not."""
     short = Request("short", PROMPT, 4, Sampling(24), seed=6)
+    shortest = Request("shortest", PROMPT, 4, Sampling(12), seed=6)
     long = Request("long", LONG_PROMPT, 4, Sampling(24), seed=6)
     crowd = [Request(f"crowd-{i}", PROMPT[i % 4 :] * (1 + i % 3), 5, Sampling(3 + 5 * i), seed=i) for i in range(6)]
-    for request in (short, long):
+    for request in (shortest, short, long):
         alone = subject.run(request)[request.id]
         crowded = subject.run(*crowd[:2], request, *crowd[2:])[request.id]
         assert all(np.array_equal(a.logps, b.logps) for a, b in zip(alone, crowded, strict=True))
@@ -405,17 +406,19 @@ def test_short_requests_take_the_steps_of_the_longest_and_others_run_one_after_t
     assert steps == (max(lengths.values()) if together else sum(lengths.values()))
 
 
-@pytest.mark.parametrize("prompt", [PROMPT[:1], PROMPT, (*PROMPT, *PROMPT[:3]), LONG_PROMPT[:50]])
+@pytest.mark.parametrize("budget", [12, 30])
+@pytest.mark.parametrize("prompt", [PROMPT[:1], PROMPT, (*PROMPT, *PROMPT[:3]), LONG_PROMPT[:25]])
 @on("hf-tied", "hf-untied")
 def test_short_samples_in_passes_of_one_shape_are_the_first_tokens_of_long_ones(
-    subject: Subject, prompt: tuple[int, ...]
+    subject: Subject, prompt: tuple[int, ...], budget: int
 ) -> None:
     """A request that may become long is decoded by itself, from a cache that grows."""
-    assert columns_of(len(prompt), 30) is not None and columns_of(len(prompt), 150) is None
+    room = MAX_MODEL_LEN - len(prompt)
+    assert shape_of(len(prompt), budget) is not None and shape_of(len(prompt), room) is None
     short, long = (
-        subject.run(Request("a", prompt, 6, Sampling(budget, top_k=50), seed=3))["a"] for budget in (30, 150)
+        subject.run(Request("a", prompt, 6, Sampling(tokens, top_k=50), seed=3))["a"] for tokens in (budget, room)
     )
-    assert max(len(completion.tokens) for completion in long) > 30
+    assert max(len(completion.tokens) for completion in long) > budget
     for one, other in zip(short, long, strict=True):
         size = len(one.tokens)
         assert one.tokens.tolist() == other.tokens[:size].tolist()

@@ -29,8 +29,8 @@ def prepared(tmp_path: Path, rollout: dict[str, Any], **changes: Any) -> Prepare
 
 
 LONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-    ({}, {"sampling": {"max_tokens": 200}}, "prompt and completion have up to 204 tokens"),
-    ({"max_model_len": 122}, {}, "prompt and completion have up to 122 tokens"),
+    ({}, {"sampling": {"max_tokens": 54}}, "prompt and completion have up to 58 tokens"),
+    ({"max_model_len": 58}, {}, "prompt and completion have up to 58 tokens"),
     ({"gpus": 1}, {}, "it has a GPU"),
     ({"kv_cache_gib": 0.5}, {}, "kv_cache_gib is set"),
     ({"engine_options": {"block_size": 32}}, {}, "engine_options is set"),
@@ -40,7 +40,7 @@ LONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 def test_short_samples_of_a_small_model_are_decoded_by_transformers_and_the_plan_says_so(tmp_path: Path) -> None:
     run = prepared(tmp_path, {})
     assert run.config.roles.rollout.engine == "hf"
-    assert prepared(tmp_path, {"max_model_len": 121}).config.roles.rollout.engine == "hf"
+    assert prepared(tmp_path, {"max_model_len": 57}).config.roles.rollout.engine == "hf"
     assert run.plan().accepted().engine_notes == {
         "rollout": "the engine hf, because samples are short and the model is small"
     }
