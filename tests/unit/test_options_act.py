@@ -19,9 +19,9 @@ from actors.backends.single import SoloWorld
 from actors.batch import Batch
 from actors.columns import Head
 from actors.errors import ConfigError
-from actors.objective import MicroBatch
+from actors.objective import DIVERGENCE, MicroBatch
 from orchestrator.batches.row_table import RowTable
-from orchestrator.losses.declare import DIVERGENCE, EXTRAS
+from orchestrator.losses.declare import EXTRAS
 from orchestrator.losses.objective import LossObjective
 from orchestrator.methods import METHODS, build
 from orchestrator.pipeline import Pipeline, Stage, Verb
