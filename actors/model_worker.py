@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.utils.deterministic
 from torch import Tensor
 
 import actors
