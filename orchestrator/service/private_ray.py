@@ -247,10 +247,12 @@ def end(pid: int) -> None:
 
 
 def _free_ports(count: int) -> list[int]:
+    """On no address of this machine does anybody listen: two control stores on one port, at different addresses, would
+    share it, and answer each other's clients."""
     probes = [socket.socket() for _ in range(count)]
     try:
         for probe in probes:
-            probe.bind(("127.0.0.1", 0))
+            probe.bind(("", 0))
         return [probe.getsockname()[1] for probe in probes]
     finally:
         for probe in probes:
