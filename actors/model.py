@@ -45,7 +45,7 @@ class ModelSpec:
     trust_remote_code: bool = False
     attn_implementation: str | None = None  # None: the packed attention of `actors/attention.py`
     attention_dtype: str | None = None  # of queries, keys and values in the packed attention; None: the model's
-    fused_kernels: bool | None = None  # on a GPU; None: Liger's, for architectures that have any; true: the head's, too
+    fused_kernels: bool | None = None  # see `actors/fused_kernels.py`; None: on a GPU
 
 
 class LanguageModel(nn.Module):
@@ -79,7 +79,7 @@ class LanguageModel(nn.Module):
         self.router_aux_loss_coef: float = own if router_aux_loss_coef is None else router_aux_loss_coef
         self._routers: Routers | None = None
         self._experts = int(getattr(causal.config, "num_experts_per_tok", None) or 0)  # per token and layer
-        self.kernels = ""  # the library whose fused kernels are in use, for the worker's description
+        self.kernels = ""  # what is computed by fused kernels, for the description of the worker
         self._packs = causal.config._attn_implementation == VARLEN
         self._drops_out = bool(getattr(causal.config, "attention_dropout", 0.0)) or any(
             isinstance(module, nn.Dropout) and module.p > 0 for module in causal.get_decoder().modules()
@@ -229,7 +229,7 @@ def load_model(spec: ModelSpec, device: torch.device | str = "cpu", *, trainable
     model = prepare(causal, spec, trainable=trainable).to(device)
     model.kernels = fused_kernels.use(causal, device, spec.fused_kernels)
     if isinstance(model.head, VocabularyHead):
-        model.head.fused = device.type == "cuda" and spec.fused_kernels is True
+        model.head.fused = "head" in model.kernels
     return model
 
 

@@ -1,13 +1,24 @@
-"""Fused kernels: which norms are computed by torch's, and what is refused where they cannot be used."""
+"""Fused kernels: which layers are replaced, and what is refused where they cannot be used. What the kernels compute is
+tested on a GPU (`tests/gpu`)."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
+from torch import Tensor
+from transformers.activations import ACT2FN
+from transformers.models.cohere import modeling_cohere
+from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.phi.modeling_phi import PhiMLP
+from transformers.models.phi3.modeling_phi3 import Phi3MLP
+from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from actors import fused_kernels
@@ -34,6 +45,71 @@ def test_norms_by_torch_s_function_compute_the_same_model() -> None:
 )
 def test_a_norm_is_replaced_only_if_it_scales_as_torch_s_does(kind: type[torch.nn.Module], alike: bool) -> None:
     assert fused_kernels._is_plain_norm(kind) == alike
+
+
+class Doubled(torch.nn.Module):
+    """Looks like a gated layer, and is none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "activation", "known"),
+    [
+        (modeling_llama.LlamaMLP, "silu", 0),
+        (modeling_qwen3.Qwen3MLP, "silu", 0),
+        (modeling_gemma2.Gemma2MLP, "gelu_pytorch_tanh", 1),
+        (modeling_gemma2.Gemma2MLP, "gelu", None),
+        (Phi3MLP, "silu", None),
+        (PhiMLP, "silu", None),
+        (Doubled, "silu", None),
+    ],
+)
+def test_a_layer_is_replaced_only_if_it_multiplies_by_a_known_activation(
+    kind: type[torch.nn.Module], activation: str, known: int | None
+) -> None:
+    assert fused_kernels._gated_activation(kind, ACT2FN[activation]) == known
+
+
+@pytest.mark.parametrize(
+    ("module", "alike"),
+    [(modeling_llama, True), (modeling_qwen3, True), (modeling_gemma2, True), (modeling_cohere, False)],
+)
+def test_a_rotation_is_replaced_only_if_its_pairs_are_halves(module: Any, alike: bool) -> None:
+    assert fused_kernels._is_plain_rotation(module.apply_rotary_pos_emb) == alike
+
+
+def test_layers_are_found_in_a_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "actors.layer_kernels", cast(Any, Stand))
+    module = sys.modules[type(tiny_model()).__module__]
+    monkeypatch.setattr(module, fused_kernels.ROTARY, getattr(module, fused_kernels.ROTARY))  # put back at the end
+    plain, fused = tiny_model(), tiny_model()
+    ids = torch.arange(2, 30)[None]
+    expected = plain(ids).logits
+    assert fused_kernels.use_gated_activations(fused) == 2 and fused_kernels.use_rotation(fused)
+    Stand.calls = 0
+    torch.testing.assert_close(fused(ids).logits, expected)
+    assert Stand.calls == 2, "one in each layer"
+    torch.testing.assert_close(plain(ids).logits, expected)
+    assert Stand.calls == 2, "the other model keeps its layers; on a CPU, both keep the rotation"
+    before = getattr(module, fused_kernels.ROTARY)
+    assert fused_kernels.use_rotation(fused) and getattr(module, fused_kernels.ROTARY) is before
+
+
+class Stand:
+    """In place of the kernels, which a CPU does not have."""
+
+    calls = 0
+
+    @staticmethod
+    def gated(gate: Tensor, up: Tensor, activation: int) -> Tensor:
+        Stand.calls += 1
+        return fused_kernels.ACTIVATIONS[activation](gate) * up
+
+    @staticmethod
+    def rotate(*tensors: Tensor) -> None:
+        raise AssertionError("on a CPU")
 
 
 def test_on_a_cpu_nothing_is_replaced_and_demanding_it_is_refused(tmp_path: Path) -> None:
