@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from actors.errors import ConfigError, DataFailure, InfraFailure
+from actors.gloo_devices import shared_gloo_device
 from actors.pretrained import check_folder
 from rollout.engine import CPU_KV_CACHE_GIB, Ability, EngineSpec, Finished
 from rollout.sampling import Completion, Finish, PromptTopK, Request, sample_seed
@@ -246,7 +247,8 @@ def _start(spec: EngineSpec, second: SecondModel | None, adapters: Adapters | No
     set_num_threads = torch.set_num_threads
     set_num_threads(spec.threads)
     try:
-        return LLMEngine.from_engine_args(EngineArgs(**{**arguments, **spec.options}))
+        with shared_gloo_device():
+            return LLMEngine.from_engine_args(EngineArgs(**{**arguments, **spec.options}))
     finally:
         torch.set_num_threads = set_num_threads  # vLLM's CPU worker disables it for the whole process
 

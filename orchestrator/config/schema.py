@@ -72,7 +72,7 @@ class ModelConfig(Section):
     attention_dtype: Literal["bfloat16"] | None = None
     """Type of queries, keys and values in attention: bfloat16 has the fast kernel on GPUs. None: the model's."""
     fused_kernels: bool | None = None
-    """Fused kernels for norms, activations, rotary positions and head. None: on a GPU; true: demand them; false: none."""
+    """Fused kernels for norms, activations, rotary positions, head. None: on a GPU; true: demand them; false: none."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     neftune_noise_alpha: Annotated[float, Field(ge=0)] = 0.0
