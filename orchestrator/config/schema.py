@@ -281,7 +281,7 @@ class WeightsConfig(Section):
     """How published weights reach the rollout workers."""
 
     transport: Literal["collective", "object_store", "disk"] | None = None
-    """Broadcast (NCCL, gloo), Ray's object store, or files. None: collective; object_store between colocated roles."""
+    """Broadcast, Ray's object store, or files. None: collective; object_store between colocated roles."""
     topology: Literal["each", "all"] = "each"
     """For collective transport: one broadcast per worker, or one for all of them."""
     bucket_mib: Annotated[float, Field(gt=0)] = 4.0

@@ -1,4 +1,4 @@
-"""Weights by broadcast: NCCL between GPUs, gloo between CPUs, the same code.
+"""Weights by broadcast: NCCL between GPUs, CUDA IPC within a GPU, gloo between CPUs, the same code.
 
     trainer rank 0                                   member
     OpenCollective: a TCPStore on a free port  ◄──── (host, port) travels in the order
@@ -26,7 +26,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -37,12 +37,13 @@ from actors.errors import InfraFailure, first_lines
 from rollout.weights.buckets import Staged, bucket_bytes, fill, stage
 from rollout.weights.fingerprint import Fingerprint
 from rollout.weights.protocol import Rendezvous, SendReport, SyncOrder
+from rollout.weights.same_gpu import Handover, SameGpu
 
 SENDER = 0  # the trainer's rank in every communicator; members follow in their order
 AHEAD = 2  # buckets in flight, so that filling or hashing one bucket overlaps with the transfer of the next
 POLL_S = 0.002
 Members = tuple[str, ...]  # of one broadcast group
-Flight = dict[Members, dist.Work]  # the broadcasts of one bucket
+Flight = dict[Members, dist.Work | Handover]  # the broadcasts of one bucket
 
 
 def broadcast_groups(rendezvous: Rendezvous) -> list[Members]:
@@ -58,6 +59,10 @@ class Communicator:
     device: torch.device
     timeout: timedelta  # the process group's own: it cannot be changed while a broadcast is under way
 
+    @property
+    def kind(self) -> str:
+        return type(self.group).__name__
+
     def broadcast(self, flat: Tensor) -> dist.Work:
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = SENDER, 0
@@ -68,15 +73,25 @@ class Communicator:
         self.group.abort()
 
 
+def communicator_kind(devices: list[str]) -> Literal["nccl", "same_gpu", "gloo"]:
+    """For ranks on these devices, as `_describe` says them. NCCL where every rank has a GPU of its own: it refuses two
+    ranks on one. CUDA IPC for two ranks, the trainer and one member, on one GPU. Else gloo, through the host."""
+    if any(device.startswith("cpu") for device in devices):
+        return "gloo"
+    if len(set(devices)) == len(devices):
+        return "nccl"
+    return "same_gpu" if len(devices) == 2 else "gloo"
+
+
 def join(
     store: PrefixStore, rank: int, size: int, device: torch.device, address: str, timeout: timedelta
-) -> Communicator:
-    """Join the process group that meets at `store`. Blocks until every rank has published its device and has joined, or
-    raises RuntimeError.
-
-    NCCL where every rank has a GPU of its own, else gloo: NCCL refuses two ranks on one GPU."""
-    devices = {store.get(_device_of(other)) for other in range(size)}
-    if device.type == "cpu" or len(devices) < size:
+) -> Communicator | SameGpu:
+    """Join the process group that meets at `store`. Blocks until every rank has published its device and, except with
+    CUDA IPC, has joined; or raises RuntimeError."""
+    kind = communicator_kind([store.get(_device_of(other)).decode() for other in range(size)])
+    if kind == "same_gpu":
+        return SameGpu(store, rank, device, timeout)
+    if kind == "gloo":
         return Communicator(dist.ProcessGroupGloo(store, rank, size, _gloo_options(address, timeout)), device, timeout)
     with _blocking_waits():
         options = dist.ProcessGroupNCCL.Options()
@@ -95,7 +110,7 @@ class CollectiveSender:
 
     store: TCPStore | None = None
     epoch: str = ""
-    communicators: dict[Members, Communicator] = field(default_factory=dict)
+    communicators: dict[Members, Communicator | SameGpu] = field(default_factory=dict)
 
     def open(self) -> tuple[str, int]:
         """(host, port) of a new store in this process; the system chooses a free port. Called once when a run
@@ -227,7 +242,7 @@ class CollectiveReceiver:
         self._member, self._device = member, device
         self._store: TCPStore | None = None
         self._address: tuple[str, int] | None = None  # of the store
-        self._communicator: Communicator | None = None
+        self._communicator: Communicator | SameGpu | None = None
         self._epoch = ""
         self._staging: list[Tensor] = []
 
@@ -241,7 +256,7 @@ class CollectiveReceiver:
             why = f"weights of version {order.version} did not arrive: {first_lines(error)}"
             raise InfraFailure(f"{self._member}: {why}") from None
 
-    def _join_epoch(self, rendezvous: Rendezvous) -> Communicator:
+    def _join_epoch(self, rendezvous: Rendezvous) -> Communicator | SameGpu:
         store = self._connect(rendezvous)
         if self._communicator is None or self._epoch != rendezvous.epoch:
             self._leave()
@@ -272,7 +287,7 @@ class CollectiveReceiver:
         self._store.set_timeout(timeout)
         return self._store
 
-    def _arrivals(self, order: SyncOrder, communicator: Communicator) -> Iterator[Tensor]:
+    def _arrivals(self, order: SyncOrder, communicator: Communicator | SameGpu) -> Iterator[Tensor]:
         sizes = [bucket_bytes(bucket) for bucket in order.manifest.buckets()]
         if [flat.numel() for flat in self._staging] != sizes:
             self._staging = [torch.empty(size, dtype=torch.uint8, device=communicator.device) for size in sizes]

@@ -43,7 +43,7 @@ def kinds_of_groups() -> set[str]:
     """In the trainer's process: what it broadcasts with."""
     from rollout.weights import collective
 
-    return {type(each.group).__name__ for each in collective._senders[""].communicators.values()}
+    return {each.kind for each in collective._senders[""].communicators.values()}
 
 
 def as_arrays(weights: Iterable[tuple[str, Tensor]]) -> dict[str, np.ndarray]:
@@ -162,10 +162,10 @@ async def test_weights_are_broadcast_by_nccl_between_two_gpus(folder: Path):
         await pair.close()
 
 
-async def test_weights_are_broadcast_by_gloo_if_both_share_a_gpu(folder: Path):
+async def test_weights_are_handed_over_by_cuda_ipc_if_both_share_a_gpu(folder: Path):
     pair = Pair(folder, gpus=0.4)
     try:
-        await follow(pair, "ProcessGroupGloo")
+        await follow(pair, "SameGpu")
     finally:
         await pair.close()
 
