@@ -32,6 +32,10 @@ def resolve(
     _own(config, "train_batch_size", world_size, "set train.batch_size instead")
     for section, name in (("bf16", "bfloat16"), ("fp16", "float16")):
         _own(_section(config, section), "enabled", dtype == name, f"set model.dtype={name} instead", f"{section}.")
+    if dtype == "bfloat16":
+        # It looks for overflow in each gradient by itself, six passes over all of them, and skips the step. Without it,
+        # the norm says as much, and a step whose norm is not finite ends the run, as with `single`.
+        _section(config, "bf16").setdefault("check_grad_overflow", False)
     stage = _section(config, "zero_optimization").setdefault("stage", zero_stage)
     if dtype == "bfloat16" and stage > 0:
         # Gradients of micro-batches are summed; in bfloat16, small ones would be rounded away. DeepSpeed's stage 0 has

@@ -15,6 +15,7 @@ from torch import Tensor
 from actors.attention import Documents, varlen_attention
 from actors.batch import Batch
 from actors.columns import Head
+from actors.fused_kernels import ACTIVATIONS
 from actors.heads import VocabularyHead
 from actors.logits import LogitScaling, add_product
 from actors.model import ModelSpec
@@ -222,11 +223,56 @@ def test_a_deterministic_trainer_resumes_to_the_bit(tmp_path: Path, backend: str
         assert torch.equal(ours, theirs), name
 
 
+def rotated_by_torch(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = states.chunk(2, -1)
+    return states * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
+
+
+def gradients(outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    generator = torch.Generator("cuda").manual_seed(1)
+    given = [torch.randn(out.shape, device="cuda", generator=generator).to(out.dtype) for out in outputs]
+    return list(torch.autograd.grad(outputs, inputs, given))
+
+
+@pytest.mark.parametrize(("heads", "key_heads", "size"), [(14, 2, 64), (5, 5, 80), (32, 8, 128)])
+def test_the_kernel_for_rotary_positions_equals_torch(heads: int, key_heads: int, size: int):
+    from actors.layer_kernels import rotate
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    query, key = (
+        torch.randn(1, 333, n, size, device="cuda", generator=generator).transpose(1, 2).requires_grad_()
+        for n in (heads, key_heads)
+    )
+    cos, sin = (torch.randn(1, 333, size, device="cuda", generator=generator) for _ in range(2))
+    expected = [rotated_by_torch(states, cos, sin) for states in (query, key)]
+    found = list(rotate(query, key, cos, sin))
+    for ours, theirs in zip(
+        found + gradients(found, [query, key]), expected + gradients(expected, [query, key]), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("activation", range(len(ACTIVATIONS)))
+def test_the_kernel_for_gated_activations_equals_torch(activation: int):
+    from actors.layer_kernels import gated
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    gate, up = (torch.randn(333, 4864, device="cuda", generator=generator).requires_grad_() for _ in range(2))
+    expected = [ACTIVATIONS[activation](gate) * up]
+    expected += gradients(expected, [gate, up])
+    own = [gate.detach().clone().requires_grad_(), up.detach().clone().requires_grad_()]
+    products = [each * 1 for each in own]  # it overwrites what it is given
+    found = [gated(products[0], products[1], activation)]
+    found += gradients(found, own)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 def test_the_fused_kernels_compute_the_same_model(tmp_path: Path):
-    pytest.importorskip("liger_kernel")
     folder = str(tiny_model_folder(tmp_path, hidden=256))
     plain, fused = (started(ModelSpec(folder, dtype="bfloat16", fused_kernels=wanted)) for wanted in (False, True))
-    assert plain.ready().detail["kernels"] == "" and fused.ready().detail["kernels"] == "liger"
+    assert plain.ready().detail["kernels"] == ""
+    assert fused.ready().detail["kernels"] == "norms, activations, rotary, head"
     for ours, theirs in zip(updates(fused, 3), updates(plain, 3), strict=True):
         assert ours.metrics["loss"] == pytest.approx(theirs.metrics["loss"], rel=5e-3)
         assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=0.05)
