@@ -31,9 +31,12 @@ import torch
 from torch import Tensor
 from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
 
+from actors.errors import first_lines
+
 POLL_S = (0.0002, 0.002)  # at first, and in a long wait, as for the first bucket of an order
 LOOK_S = 0.05  # between two looks at the other side's process
 PEERS = {0: "the engine", 1: "the trainer"}  # of a rank: the other side
+REMEDY = "if this is not a passing fault, set weights.transport=object_store"
 # Of the counter with which torch keeps memory that it has shared: a name that does not exist, see `CudaMemory`.
 NO_COUNTER = b"/troupe-counts-nothing"
 
@@ -92,7 +95,7 @@ class CudaMemory:
             key = base64.b64decode(encoded), int(nbytes), int(offset)
             buffer = torch.empty(0, dtype=into.dtype, device=into.device)
             storage: Any = self._open(*key, into.device)  # the stubs know no untyped storage here
-            buffer.set_(storage, start // into.element_size(), into.shape)
+            buffer.set_(storage, start // into.element_size(), into.shape, into.stride())
             into.copy_(buffer)
             torch.cuda.current_stream(into.device).synchronize()
 
@@ -189,7 +192,9 @@ class SameGpu:
         try:
             self._store.set(f"bucket/{index}", self._memory.offer(flat))
         except RuntimeError as error:  # raised in `wait`, where it fails this group and not the other ones
-            refused = RuntimeError(f"bucket {index} could not be offered to the engine on the same GPU: {error}")
+            refused = (
+                f"bucket {index} could not be offered to the engine on the same GPU: {first_lines(error)}; {REMEDY}"
+            )
             return Handover(lambda _: _fail(refused), self.timeout)
         return Handover(lambda timeout: self._landed(index, timeout), self.timeout)
 
@@ -203,7 +208,12 @@ class SameGpu:
         key = f"bucket/{index}"
         self._await(key, f"the trainer did not send bucket {index}", timeout)
         self._check_sender(index)
-        self._memory.fetch(self._store.get(key).decode(), flat)
+        offer = self._store.get(key).decode()
+        try:
+            self._memory.fetch(offer, flat)
+        except RuntimeError as error:
+            why = f"bucket {index} of the trainer on the same GPU could not be read: {first_lines(error)}; {REMEDY}"
+            raise RuntimeError(why) from None
         self._check_sender(index)  # from when it leaves it may refill the buffer: then this may be half of another
         self._store.delete_key(key)
         self._done()  # first: the trainer may free its buffers when the last one is taken
@@ -262,5 +272,5 @@ class SameGpu:
         self._memory.close()
 
 
-def _fail(error: RuntimeError) -> None:
-    raise error
+def _fail(why: str) -> None:
+    raise RuntimeError(why)

@@ -59,6 +59,9 @@ class NoMemory(HeapMemory):
     def offer(self, flat: Tensor) -> str:
         raise RuntimeError("invalid argument")
 
+    def fetch(self, offer: str, into: Tensor) -> None:
+        raise RuntimeError("invalid handle")
+
 
 buffers: dict[int, Tensor] = {}
 
@@ -259,10 +262,20 @@ def test_memory_that_cannot_be_offered_fails_that_member_and_its_receive_at_once
     began = time.monotonic()
     arriving = thread.submit(Member(theirs).receive, stage.order(0))
     report = stage.sender(ours).send(stage.order(0), weights(0))
-    assert report.failed == {"a": "bucket 0 could not be offered to the engine on the same GPU: invalid argument"}
+    why = "bucket 0 could not be offered to the engine on the same GPU: invalid argument; if this is not a passing"
+    assert report.failed["a"].startswith(why) and "weights.transport=object_store" in report.failed["a"]
     with pytest.raises(InfraFailure, match=r"a: weights of version 0 did not arrive.*the trainer has left"):
         arriving.result(60)
     assert time.monotonic() - began < FAR
+
+
+def test_memory_that_cannot_be_read_fails_the_receive_and_the_sender_is_told(stage: Stage, thread):
+    ours, theirs = stage.side(0), stage.side(1, memory=NoMemory())
+    arriving = thread.submit(Member(theirs).receive, stage.order(0))
+    report = stage.sender(ours).send(stage.order(0), weights(0))
+    assert "the engine has left" in report.failed["a"]
+    with pytest.raises(InfraFailure, match=r"could not be read: invalid handle; .* set weights.transport=object_store"):
+        arriving.result(60)
 
 
 def test_a_receiver_that_fails_half_way_is_reported_and_not_waited_for(stage: Stage, thread):
