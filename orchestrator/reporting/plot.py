@@ -22,6 +22,7 @@ COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea")  # of phases, in turn
 RAW_ALPHA = 0.25  # of the points behind a smoothed curve
 SMOOTHED_FROM = 20  # points
 AXIS_INCHES = 4.6  # the width of a panel
+FIRST_ERROR = "eval_first_error"  # a process reward model's
 LETTER_INCHES = 0.065  # of the name of a phase, which is left out where the phase is narrower
 
 
@@ -149,6 +150,16 @@ def _likelier(line: Line) -> float | None:
     return None if chosen is None or rejected is None else chosen - rejected
 
 
+def _ordered(line: Line) -> float | None:
+    """The share of pairs that a reward model orders rightly."""
+    return None if FIRST_ERROR in line else line.get("eval_accuracy")
+
+
+def _steps_judged(line: Line) -> float | None:
+    """The share of steps that a process reward model judges rightly: a metric of the same name, which has no pairs."""
+    return line.get("eval_accuracy") if FIRST_ERROR in line else None
+
+
 def _tokens_per_second(line: Line) -> float | None:
     tokens, seconds = of_first_role(line, "num_tokens"), line.get("step_time")
     return tokens / seconds if tokens and seconds else None
@@ -166,7 +177,9 @@ PANELS = (
     Panel("held-out rows: log-probability, chosen above rejected", _likelier, sparse=True),
     Panel("held-out rows: share with the right order", _metric("eval_rewards/accuracies"), sparse=True, share=True),
     Panel("held-out rows: score, chosen above rejected", _metric("eval_margin"), sparse=True),
-    Panel("held-out rows: share scored in the right order", _metric("eval_accuracy"), sparse=True, share=True),
+    Panel("held-out rows: share scored in the right order", _ordered, sparse=True, share=True),
+    Panel("held-out rows: share of steps judged rightly", _steps_judged, sparse=True, share=True),
+    Panel("held-out answers: share whose first wrong step is found", _metric(FIRST_ERROR), sparse=True, share=True),
     REWARD,
     Panel("loss", _metric("loss")),
     EXPLAINED,

@@ -41,7 +41,8 @@ CURVES = REPOSITORY / "docs" / "methods" / "curves"
 PREFERENCES = ("dpo", "cpo", "simpo", "alphapo", "orpo", "tpo", "kto", "bco", "reward_model")
 OFFLINE = ("sft", *PREFERENCES, "process_reward_model", "gkd")
 DISTILLATION = ("on_policy_distillation", "minillm", "gold", "iw_opd", "sdft", "sdpo")
-SAMPLING = ("rloo", "reinforce_pp", "reinforce_pp_baseline", "online_dpo", "xpo", "ppo", "gfpo", "a2po", "nash_md")
+REINFORCE = ("grpo", "gfpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "ppo", "a2po")
+SAMPLING = (*REINFORCE, "online_dpo", "xpo", "nash_md")
 METHODS = (*OFFLINE, *DISTILLATION, *SAMPLING)
 LOOPS = ("sppo", "iterative_dpo", "self_rewarding", "spin", "rso", "constitutional_ai", "rlaif", "distil_then_grpo")
 CHAINS = ("online_dpo_judge", "process_supervision", "reward_model_ensemble", "routed_teachers", "mixed_teachers")
@@ -76,9 +77,9 @@ def main() -> None:
     for name in given.names:
         with tempfile.TemporaryDirectory() as output:
             folder = given.run or run(name, Path(output), local=given.local, every=given.every)
-            phases = beyond_sft(folder) if name in RECIPES else [name]
-            draw(folder, CURVES / f"{name}.png", title=recipe_of(name), phases=phases, panels=PICTURED, dpi=DPI)
             lines = read(folder / METRICS_FILE)
+            phases = pictured(folder, lines) if name in RECIPES else [name]
+            draw(folder, CURVES / f"{name}.png", title=recipe_of(name), phases=phases, panels=PICTURED, dpi=DPI)
             for line in ends_of_phases(lines) if name in RECIPES else began_and_ended(lines, name):
                 table.add_row(name, line["phase"], str(line["step"]), *_measured(line))
     Console(width=140).print(table)
@@ -133,10 +134,16 @@ def _engine(config: RunConfig, role: str) -> str:
     return settings.engine
 
 
-def beyond_sft(folder: Path) -> list[str]:
-    """The phases of a run without the fine-tuning that it begins with, which is far longer than what is to be seen."""
+def pictured(folder: Path, lines: list[dict[str, Any]]) -> list[str]:
+    """The phases of a run without what it begins with and what is no curve, and far longer than what is to be seen:
+    fine-tuning, and models that are measured once, at their end."""
     phases = load_run(folder, []).phases
-    return list(dropwhile(lambda name: phases[name].method == "sft", phases))
+    return list(dropwhile(lambda name: phases[name].method == "sft" or _only_at_its_end(lines, name), phases))
+
+
+def _only_at_its_end(lines: list[dict[str, Any]], phase: str) -> bool:
+    own = [line for line in lines if line["phase"] == phase and any(name.startswith("eval_") for name in line)]
+    return len(own) == 1 and not began_and_ended(lines, phase)[0]
 
 
 def ends_of_phases(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -172,6 +172,17 @@ def test_a_curve_goes_on_over_a_phase_without_values_and_a_narrow_phase_has_no_n
     assert {"sft", "dpo"} == {text.get_text() for text in axis.texts} - {"0.5", "0.75"}
 
 
+def test_the_accuracy_of_a_process_reward_model_is_of_steps_and_that_of_a_reward_model_of_pairs():
+    def titles(line: dict[str, float]) -> set[str]:
+        return {panel.title for panel in PANELS if panel.value(line) is not None}
+
+    assert titles({"eval_accuracy": 0.9}) == {"held-out rows: share scored in the right order"}
+    assert titles({"eval_accuracy": 0.9, "eval_first_error": 0.7}) == {
+        "held-out rows: share of steps judged rightly",
+        "held-out answers: share whose first wrong step is found",
+    }
+
+
 def png_size(file: Path | None) -> tuple[int, int]:
     """Height and width, from the header."""
     assert file is not None

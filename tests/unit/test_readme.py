@@ -11,6 +11,7 @@ from orchestrator.methods import METHODS, build
 
 ROOT = Path(__file__).parents[2]
 LINES = (ROOT / "README.md").read_text().splitlines()
+PICTURE = re.compile(r"!\[[^]]*\]\(([^)]+\.png)\)")
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -19,6 +20,20 @@ def test_the_readme_has_a_line_for_every_method_with_its_data_and_its_roles(name
     start = f"| [`{name}`](docs/methods/{name}.md) | {pipeline.data.name} | {', '.join(pipeline.roles)} | "
     assert sum(line.startswith(start) for line in LINES) == 1, f"expected one line that starts with: {start}"
     assert (ROOT / "docs" / "methods" / f"{name}.md").is_file()
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"generate_data"}))  # which trains nothing
+def test_the_page_of_a_method_shows_what_it_learns(name: str):
+    pages = ROOT / "docs" / "methods"
+    page, curve = (pages / f"{name}.md").read_text(), f"curves/{name}.png"
+    assert f"]({curve})" in page, f"docs/methods/{name}.md does not show {curve}; `make curves` draws it"
+    assert (pages / curve).read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_curve_is_shown_somewhere():
+    shown = {path.name for page in ROOT.glob("docs/**/*.md") for path in map(Path, PICTURE.findall(page.read_text()))}
+    drawn = {path.name for path in (ROOT / "docs" / "methods" / "curves").glob("*.png")}
+    assert len(drawn) > 30 and drawn <= shown
 
 
 def test_the_readme_names_no_method_that_does_not_exist():
