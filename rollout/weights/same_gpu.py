@@ -66,8 +66,8 @@ class CudaMemory:
 
     Torch's event: `offer` waits for the GPU, and torch never destroys the events that a reader opens.
 
-    With `expandable_segments` torch makes a handle of another kind. That was not tried; where it fails, the broadcast
-    fails with torch's message."""
+    With `expandable_segments`, which ranks on GPUs use, torch makes a handle of another kind; the tests pass with it,
+    too."""
 
     def __init__(self) -> None:
         self._offered: dict[tuple[int, int], list[Any]] = {}  # by address and size of the buffer
