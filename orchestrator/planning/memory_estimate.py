@@ -39,11 +39,11 @@ class Shape:
         except AttributeError:
             return None
 
-    @property
-    def stored(self) -> int:
+    def stored(self, fused: bool) -> int:
         """Values of a token and layer that the backward pass reads: input and output of both norms; queries, keys,
-        values and the output of attention; the gate, its activation, the other half and their product."""
-        return 4 * self.hidden + 2 * self.queries + 2 * self.keys + 4 * self.gated
+        values and the output of attention; the gate, its activation, the other half and their product. A fused kernel
+        does not keep the activation."""
+        return 4 * self.hidden + 2 * self.queries + 2 * self.keys + (3 if fused else 4) * self.gated
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ class Training:
     lora_rank: int | None
     gradient_checkpointing: bool
     companion_bytes: float = 0.0  # of the frozen model in each rank, which is not sharded
+    fused: bool = False  # layers have the kernels of `actors/fused_kernels.py`
     averaged: bool = False  # the trained weights are averaged: three float32 copies, an equal part of them on each rank
 
 
@@ -96,16 +97,17 @@ def estimate(
     optimizer states from stage 1 on, gradients from 2, weights from 3."""
     width = BYTES[dtype]
     if training is None:
-        activations = _activation_bytes(shape or _usual(parameters), width, tokens, layers_kept=1)
+        activations = _activation_bytes(shape or _usual(parameters), width, tokens, layers_kept=1, fused=False)
         return Memory(parameters * width / GIB, activations=activations / GIB, kv_cache=kv_cache_gib)
     lora = training.lora_rank
     trained = parameters if lora is None else min(1.0, lora * LORA_SHARE_PER_RANK) * parameters
     layers_kept = 1 if training.gradient_checkpointing else None
+    activations = _activation_bytes(shape or _usual(parameters), width, tokens, layers_kept, training.fused)
     return Memory(
         weights=parameters * width / GIB / _share(training, 3),
         gradients=trained * 4 / GIB / _share(training, 2),
         optimizer=trained * (8 if dtype == "float32" else 12) / GIB / _share(training, 1),
-        activations=_activation_bytes(shape or _usual(parameters), width, tokens, layers_kept) / GIB,
+        activations=activations / GIB,
         companion=training.companion_bytes / GIB,
         averages=trained * 12 / GIB / training.ranks if training.averaged else 0.0,
     )
@@ -115,12 +117,12 @@ def _share(training: Training, from_stage: int) -> int:
     return training.ranks if training.zero_stage >= from_stage else 1
 
 
-def _activation_bytes(shape: Shape, width: int, tokens: int, layers_kept: int | None) -> float:
+def _activation_bytes(shape: Shape, width: int, tokens: int, layers_kept: int | None, fused: bool) -> float:
     """What the backward pass reads of each layer, without the attention matrix, which no kernel of ours stores; plus an
     input per layer where layers are recomputed."""
     if layers_kept is None:
-        return tokens * width * shape.layers * shape.stored
-    return tokens * width * (layers_kept * shape.stored + shape.layers * shape.hidden)
+        return tokens * width * shape.layers * shape.stored(fused)
+    return tokens * width * (layers_kept * shape.stored(fused) + shape.layers * shape.hidden)
 
 
 def _usual(parameters: int) -> Shape:

@@ -147,7 +147,8 @@ def memory_of(
         if size is None:
             return None
         beside = max(beside, size * float(BYTES[config.roles.ranks(companion).dtype or config.model.dtype]))
-    training = Training(stage, settings.ranks, lora, config.model.gradient_checkpointing, beside, averaged)
+    fused = settings.gpus > 0 and config.model.fused_kernels is not False
+    training = Training(stage, settings.ranks, lora, config.model.gradient_checkpointing, beside, fused, averaged)
     return estimate(parameters, dtype, tokens=tokens, training=training, shape=shape)
 
 
