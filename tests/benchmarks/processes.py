@@ -49,7 +49,8 @@ def run(command: Sequence[str | Path], environment: Mapping[str, str], timeout_s
             end_family(process.pid)
             raise
     if process.returncode:
-        raise CommandFailed(f"{_name(command)} ended with {process.returncode}:\n{(errors or output)[-3000:]}")
+        said = f"{output[-3000:]}\n{errors[-3000:]}"  # Ray writes to one of them, and a run's reason is on the other
+        raise CommandFailed(f"{_name(command)} ended with {process.returncode}:\n{said}")
     return Ran(output, watch.peak_gib, watch.others_cores)
 
 
