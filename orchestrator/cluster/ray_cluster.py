@@ -30,7 +30,7 @@ from actors.group import RayGroup, RayObjects, RayWorker, start_ranks, start_wor
 from actors.worker import Group, Objects, Worker, WorkerInfo
 from orchestrator.cluster.base import START_TIMEOUT_S, refuse_foreign
 from orchestrator.cluster.leftovers import Leftovers
-from orchestrator.cluster.ray_connection import is_running, own_daemons, session, view_cluster, view_free
+from orchestrator.cluster.ray_connection import disconnect, is_running, own_daemons, session, view_cluster, view_free
 from orchestrator.config.schema import RunConfig
 from orchestrator.planning.bundles import NO_ROOM, Bundle, describe, how_many_fit, shortages
 from orchestrator.planning.plan import Plan, RolePlan
@@ -188,7 +188,7 @@ class RayCluster:
         self._free, self._gang = {}, None
         if self._disconnect:
             self._daemons = ()  # they end now, on purpose: not a failure
-            await asyncio.to_thread(ray.shutdown)
+            disconnect()
             if self._leftovers is not None:
                 self._leftovers.end()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -86,8 +87,21 @@ def started(start: Callable[[], T], clean_up: Callable[[], None], warn: Callable
     )
 
 
+def disconnect() -> None:
+    """To be called in the thread that runs the event loop. Whoever lets go of an object of Ray's while Ray shuts down,
+    another thread or the garbage collector, ends the process at once with exit code 1 ("The core worker has already
+    been shutdown")."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        ray.shutdown()
+    finally:
+        if collecting:
+            gc.enable()
+
+
 def end_half_started() -> None:
-    ray.shutdown()
+    disconnect()
     for _, daemon in own_daemons():
         daemon.kill()
 
@@ -107,7 +121,7 @@ def cluster_at_hand(cluster: ClusterConfig, plan: Plan) -> ClusterView:
     try:
         return view_cluster()
     finally:
-        ray.shutdown()
+        disconnect()
 
 
 def _own_cpus(cluster: ClusterConfig, plan: Plan) -> int:
