@@ -44,7 +44,7 @@ def use(causal: Any, device: torch.device, wanted: bool | None) -> str:
     found = {"norms": use_fused_norms(causal) > 0}
     if importlib.util.find_spec("triton") is not None:
         layers = {"activations": use_gated_activations(causal) > 0, "rotary": use_rotation(causal)}
-        found |= {**layers, "head": hasattr(causal, "lm_head")}
+        found |= {**layers, "head": causal.get_output_embeddings() is not None}
     elif wanted:
         return _without("the package triton, which comes with torch for CUDA, is not installed", wanted)
     return ", ".join(name for name, used in found.items() if used)
