@@ -85,11 +85,14 @@ def _is_plain_norm(kind: type[nn.Module]) -> bool:
 
 def use_gated_activations(causal: Any) -> int:
     """Each layer of `causal` that is down(activation(gate(x)) * up(x)) multiplies by a kernel; how many that are."""
-    activation_of = functools.cache(_gated_activation)
+    known: dict[tuple[Any, ...], int | None] = {}  # each layer has an activation of its own, and all are alike
     count = 0
     for module in causal.modules():
         if all(isinstance(getattr(module, name, None), nn.Module) for name in GATED):
-            activation = activation_of(type(module), module.act_fn)
+            kind = type(module), type(module.act_fn), repr(module.act_fn)
+            if kind not in known:
+                known[kind] = _gated_activation(type(module), module.act_fn)
+            activation = known[kind]
             if activation is not None:
                 module.forward = MethodType(functools.partial(_gated_layer, activation), module)
                 count += 1
@@ -113,13 +116,13 @@ def _gated_activation(kind: type[nn.Module], act_fn: nn.Module) -> int | None:
             projection.weight = nn.Parameter(weight)
             setattr(layer, name, projection)
         layer.act_fn = act_fn
-        values = torch.linspace(-1.0, 1.0, 2 * PROBE).view(2, PROBE)
+        values = torch.linspace(-1.0, 1.0, 2 * PROBE).view(1, 2, PROBE)
         try:
             computed = layer(values)
-        except (AttributeError, TypeError):  # it needs more than these four: it is something else
+            gate, up = layer.gate_proj(values), layer.up_proj(values)
+            alike = [torch.allclose(computed, layer.down_proj(act(gate) * up), rtol=1e-5) for act in ACTIVATIONS]
+        except Exception:  # of the layer's own code: it needs or makes something else
             return None
-        gate, up = layer.gate_proj(values), layer.up_proj(values)
-        alike = [torch.allclose(computed, layer.down_proj(act(gate) * up), rtol=1e-5) for act in ACTIVATIONS]
     return alike.index(True) if any(alike) else None
 
 
@@ -139,7 +142,8 @@ def use_rotation(causal: Any) -> bool:
 def _rotate_on_gpus(module: ModuleType, plain: Callable[..., Any]) -> None:
     @functools.wraps(plain)
     def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        whole = cos.shape == (1, query.shape[2], query.shape[3]) and query.shape[0] == 1
+        whole = cos.shape == sin.shape == (1, query.shape[2], query.shape[3]) and query.shape[0] == 1
+        whole = whole and cos.is_contiguous() and sin.is_contiguous()
         if args or kwargs or not whole or not query.is_cuda:
             return plain(query, key, cos, sin, *args, **kwargs)
         from actors.layer_kernels import rotate as fused
@@ -157,10 +161,14 @@ def _is_plain_rotation(function: Callable[..., Any]) -> bool:
         cos, sin = (torch.linspace(at, at + 1, 3 * PROBE).view(1, 3, PROBE) for at in (0.1, -0.8))
         try:
             found = function(query, key, cos, sin)
-        except (TypeError, RuntimeError, IndexError, ValueError):  # it takes something else
+            return len(found) == 2 and all(
+                torch.allclose(after, _rotated(before, cos, sin))
+                for before, after in zip((query, key), found, strict=True)
+            )
+        except Exception:  # of the model's own code: it takes or makes something else
             return False
-        for before, after in zip((query, key), found, strict=True):
-            first, second = before.chunk(2, -1)
-            if not torch.allclose(after, before * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]):
-                return False
-    return True
+
+
+def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = states.chunk(2, -1)
+    return states * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]

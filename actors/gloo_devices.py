@@ -7,6 +7,7 @@ and an update in another process, whose threads wait for one another, took a fif
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,7 +18,11 @@ from torch.distributed import distributed_c10d
 
 @contextmanager
 def shared_gloo_device() -> Generator[None]:
-    """Gloo groups that are made meanwhile, by whoever, have one device in common."""
+    """Gloo groups that are made meanwhile, by whoever, have one device in common. Not if `GLOO_SOCKET_IFNAME` chooses
+    their devices."""
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        yield
+        return
     plain: Any = distributed_c10d.ProcessGroupGloo
     device = plain.create_default_device()
 

@@ -47,6 +47,14 @@ def test_a_norm_is_replaced_only_if_it_scales_as_torch_s_does(kind: type[torch.n
     assert fused_kernels._is_plain_norm(kind) == alike
 
 
+class Unpacks(torch.nn.Module):
+    """Its code takes three dimensions, and fails on what the comparison makes of it."""
+
+    def forward(self, x: Tensor) -> Any:
+        batch, length, _ = x.shape
+        return [batch, length]
+
+
 class Doubled(torch.nn.Module):
     """Looks like a gated layer, and is none."""
 
@@ -64,6 +72,7 @@ class Doubled(torch.nn.Module):
         (Phi3MLP, "silu", None),
         (PhiMLP, "silu", None),
         (Doubled, "silu", None),
+        (Unpacks, "silu", None),
     ],
 )
 def test_a_layer_is_replaced_only_if_it_multiplies_by_a_known_activation(
@@ -78,6 +87,16 @@ def test_a_layer_is_replaced_only_if_it_multiplies_by_a_known_activation(
 )
 def test_a_rotation_is_replaced_only_if_its_pairs_are_halves(module: Any, alike: bool) -> None:
     assert fused_kernels._is_plain_rotation(module.apply_rotary_pos_emb) == alike
+
+
+def test_a_rotation_of_another_form_is_left_alone() -> None:
+    def three(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        return query, key, cos
+
+    def fails(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        raise AssertionError("on a GPU only")
+
+    assert not fused_kernels._is_plain_rotation(three) and not fused_kernels._is_plain_rotation(fails)
 
 
 def test_layers_are_found_in_a_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
