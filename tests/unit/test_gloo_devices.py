@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -45,3 +46,12 @@ def test_groups_made_meanwhile_have_one_device_and_work() -> None:
         assert device_threads() == before + 2, "one for the three, and one for the last"
     finally:
         dist.destroy_process_group()
+
+
+def test_an_interface_that_the_user_chose_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = distributed_c10d.ProcessGroupGloo
+    with shared_gloo_device():
+        assert distributed_c10d.ProcessGroupGloo is not plain
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    with shared_gloo_device():
+        assert distributed_c10d.ProcessGroupGloo is plain
