@@ -7,7 +7,7 @@ produced each of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from importlib import import_module
@@ -20,6 +20,8 @@ from rollout.sampling import Completion, Request
 if TYPE_CHECKING:  # the configuration reads `EngineSpec` without importing torch
     import torch
     from torch import Tensor
+
+    from rollout.weights.protocol import SyncOrder
 
 ENGINES: dict[str, str] = {  # kind -> class, imported when it is built: importing an engine takes seconds
     "vllm": "rollout.vllm_engine:VllmEngine",
@@ -39,6 +41,7 @@ class Ability(StrEnum):
         "prompt_top_k"  # it says of each token of a prompt which ones were likeliest (`Request.prompt_top_k`)
     )
     MIXES = "mixes"  # it holds a second model, and samples from the geometric mixture of both
+    SHARDED = "sharded"  # each of its tensor-parallel processes receives weights for itself (`ShardedEngine`)
     ADAPTERS = "adapters"  # it holds LoRA adapters beside the weights of the model's folder, and takes new ones alone
 
 
@@ -81,7 +84,7 @@ class Engine(Protocol):
 
     abilities: frozenset[Ability]
     version: int  # of the weights in use; -1 until some were loaded
-    device: torch.device  # where it computes, and where new weights are staged for `load`
+    device: torch.device  # where it computes, and where `load` gets new weights
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises DataFailure for one that can never run (prompt too long for the model, say)."""
@@ -102,10 +105,11 @@ class Engine(Protocol):
         ...
 
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Replace all weights, given under Hugging Face names. Running requests continue with the new ones. Nothing
-        that was computed with the old ones (keys and values, a prefix cache) is used again: the log-probability of a
-        token is that of its one version. Raises if a parameter of the model is missing; the engine must not be used
-        afterwards."""
+        """Replace all weights, given under Hugging Face names. They are drawn as they arrive: an engine that collects
+        them holds a second model for a while. Running requests continue with the new ones. Nothing that was computed
+        with the old ones (keys and values, a prefix cache) is used again: the log-probability of a token is that of its
+        one version. Raises if a parameter of the model is missing; the engine must not be used afterwards. What
+        `weights` raises is passed on (TransferFailed: they did not arrive): a later `load` makes the engine whole."""
         ...
 
     def load_adapters(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -126,6 +130,15 @@ class Engine(Protocol):
     def wake(self) -> None: ...
 
     def close(self) -> None: ...
+
+
+class ShardedEngine(Engine, Protocol):
+    """Of several processes, with the ability `SHARDED`."""
+
+    def receive(self, names: Sequence[str], order: SyncOrder, payload: Any) -> str:
+        """`load` of what arrives in each process, which is the receiver of that name (`rollout/weights/protocol.py`),
+        by rank. Returns the fingerprint, of which all must have the same. Raises TransferFailed, as `load` does."""
+        ...
 
 
 def build_engine(spec: EngineSpec) -> Engine:

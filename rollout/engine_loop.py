@@ -25,12 +25,11 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from actors.errors import InfraFailure, TroupeError
 from rollout.engine import Engine, Finished
 from rollout.sampling import Completion, Request
-from rollout.weights.protocol import Part
+from rollout.weights.protocol import Part, TransferFailed
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -78,6 +77,7 @@ class EngineLoop:
         self.device: torch.device | None = None  # the engine's, once it is built
         self.paused = False
         self.kv_cache_use: float | None = None  # of the engine's last step
+        self.mixed: set[Part] = set()  # parts of which new weights have arrived in part
         self.death: str | None = None  # why the engine has ended
         self._build = build
         self._built: Future[None] = Future()
@@ -101,7 +101,7 @@ class EngineLoop:
     @property
     def stuck_seconds(self) -> float:
         """For how long the engine thread has been inside one step or command while requests wait for it."""
-        return time.monotonic() - self._turned if self._pending and not self.paused else 0.0
+        return time.monotonic() - self._turned if self._pending and not self._stands else 0.0
 
     def generate(self, request: Request) -> Future[list[Completion]]:
         """The request's samples; the same future for an id that is being generated already."""
@@ -118,22 +118,29 @@ class EngineLoop:
         """Drop requests; their futures fail with an InfraFailure. Returns how many were being generated."""
         return self.submit(lambda engine: sum(self._abort(engine, request_id) for request_id in request_ids))
 
-    def load(self, weights: list[tuple[str, Tensor]], version: int, part: Part = "own") -> Future[float]:
-        """Switch to new weights of that part of what the engine holds, between two steps. Returns for how many seconds
-        decoding paused. If that fails, the engine may hold a mixture of weights, so it is shut down."""
+    def load(self, take: Callable[[Engine], str], part: Part = "own") -> Future[tuple[str, float]]:
+        """Switch to new weights of that part of what the engine holds, between two steps: `take` gives them to the
+        engine and returns their fingerprint. Returns it, and for how many seconds decoding paused. If they do not
+        arrive whole, requests are kept as in a pause until a later `load` brings all of them; if the engine cannot use
+        them, it is shut down."""
 
-        def apply(engine: Engine) -> float:
+        def apply(engine: Engine) -> tuple[str, float]:
             began = time.monotonic()
-            if part == "second":
-                engine.load_second(weights)
-            elif part == "adapters":
-                engine.load_adapters(weights, version)
-            else:
-                engine.load(weights, version)
+            try:
+                fingerprint = take(engine)
+            except TransferFailed as error:
+                if error.begun:
+                    self.mixed.add(part)
+                raise
+            self.mixed.discard(part)
             self.version = engine.version
-            return time.monotonic() - began
+            return fingerprint, time.monotonic() - began
 
         return self.submit(apply, breaks=True)
+
+    def moves(self) -> None:
+        """A command that takes long says that it gets on. From the engine thread."""
+        self._turned = time.monotonic()
 
     def pause(self, paused: bool) -> Future[None]:
         """Stop stepping until `resume`; commands are still executed, and requests in flight are kept."""
@@ -185,7 +192,7 @@ class EngineLoop:
     def _work(self, engine: Engine) -> None:
         """Alternates commands and steps until `close`."""
         while True:
-            asleep = self.paused or not engine.busy
+            asleep = self._stands or not engine.busy
             while asleep or not self._commands.empty():
                 command = self._commands.get()  # ended by any command
                 if command is None:
@@ -193,19 +200,24 @@ class EngineLoop:
                 self._turned = time.monotonic()
                 self._carry_out(command, engine)
                 asleep = False
-            if engine.busy and not self.paused:
+            if engine.busy and not self._stands:
                 for finished in engine.step():
                     self._finish(finished)
                 self.kv_cache_use = getattr(engine, "kv_cache_use", None)  # engines of users need not say
             self._turned = time.monotonic()
 
+    @property
+    def _stands(self) -> bool:
+        return self.paused or bool(self.mixed)
+
     def _carry_out(self, command: _Command, engine: Engine) -> None:
         try:
             result = command.run(engine)
         except Exception as error:
-            known = isinstance(error, TroupeError) and not command.breaks
+            breaks = command.breaks and not isinstance(error, TransferFailed)
+            known = isinstance(error, TroupeError) and not breaks
             _fail(command.future, error if known else InfraFailure(f"{self.name}: {type(error).__name__}: {error}"))
-            if command.breaks:
+            if breaks:
                 raise
         else:
             if result is not PENDING:

@@ -177,7 +177,7 @@ class HfEngine:
         self._fixed = None
 
     def _replace_weights(self, which: int, weights: Iterable[tuple[str, Tensor]]) -> None:
-        copy_weights(self._models[which], dict(weights))
+        copy_weights(self._models[which], weights)
         self._forget_caches(which)
 
     def _forget_caches(self, which: int) -> None:

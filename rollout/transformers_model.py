@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -46,17 +46,21 @@ def _float32_projection(head: Any, states: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def copy_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Copy into the model's own tensors. Raises InfraFailure unless every parameter is given (a tied one once), and
-    nothing that the model does not have; the model holds a mixture then.
+def copy_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy into the model's own tensors, each as it is drawn. Raises InfraFailure unless every parameter is given (a
+    tied one once), and nothing that the model does not have; the model holds a mixture then.
 
     Weights have the names of the model's files. Where transformers keeps several of these in one parameter, as of
     experts, each goes to its part of it."""
     own = dict(model.named_parameters(remove_duplicate=False))
-    left = {name: tensor for name, tensor in weights.items() if name not in own}
-    reached = {id(own[name]) for name in weights if name in own}
-    for name in weights.keys() & own.keys():
-        own[name].copy_(weights[name])
+    left: dict[str, Tensor] = {}
+    reached: set[int] = set()
+    for name, tensor in weights:
+        if name in own:
+            own[name].copy_(tensor)
+            reached.add(id(own[name]))
+        else:
+            left[name] = tensor
     if left and getattr(model, "_weight_conversions", None):
         for name, parameter in own.items():
             if id(parameter) not in reached and _copy_parts(model, name, parameter, left):

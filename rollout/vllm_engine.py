@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from actors.errors import ConfigError, DataFailure, InfraFailure
 from actors.gloo_devices import shared_gloo_device
@@ -26,6 +26,8 @@ from rollout.sampling import Completion, Finish, PromptTopK, Request, sample_see
 from rollout.stopping import end_token_ids, token_budget
 from rollout.vllm_adapters import Adapters
 from rollout.vllm_mixture import MIXTURE, SecondModel
+from rollout.vllm_weights import put, receive
+from rollout.weights.protocol import SyncOrder
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -57,7 +59,14 @@ class VllmEngine:
     (`EngineSpec.mixes`) is one of transformers in this process, outside vLLM's key-value cache and memory budget."""
 
     abilities = frozenset(
-        {Ability.ADAPTERS, Ability.ADMITTED, Ability.FLOAT32_HEAD, Ability.MIXES, Ability.PROMPT_TOP_K}
+        {
+            Ability.ADAPTERS,
+            Ability.ADMITTED,
+            Ability.FLOAT32_HEAD,
+            Ability.MIXES,
+            Ability.PROMPT_TOP_K,
+            Ability.SHARDED,
+        }
     )
 
     def __init__(self, spec: EngineSpec) -> None:
@@ -136,10 +145,17 @@ class VllmEngine:
 
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Requests in flight compute their keys and values again under the new weights: every token's log-probability
-        is that of one version alone."""
-        self._llm.collective_rpc(partial(_reload, weights=list(weights)))
+        is that of one version alone. With several processes, each gets a copy of all of them: `receive` does not."""
+        alone = self._llm.vllm_config.parallel_config.tensor_parallel_size == 1
+        self._llm.collective_rpc(partial(put, weights=weights if alone else list(weights)))
         self._forget_keys_and_values()
         self.version = version
+
+    def receive(self, names: Sequence[str], order: SyncOrder, payload: Any) -> str:
+        fingerprint = receive(self._llm, names, order, payload)
+        self._forget_keys_and_values()
+        self.version = order.version
+        return fingerprint
 
     def load_adapters(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         assert self._adapters is not None, "the engine was built without adapters"
@@ -292,27 +308,6 @@ def _do_not_compile() -> None:
 
     os.environ["TORCH_COMPILE_DISABLE"] = "1"  # for processes that vLLM starts
     torch._dynamo.config.disable = True  # for this process, in which torch has already read its environment
-
-
-def _reload(worker: Any, weights: list[tuple[str, Tensor]]) -> None:
-    """Runs in every worker of the engine. Raises InfraFailure if a parameter of the model was not among the weights.
-
-    Layer by layer, because kernels keep copies in their own layout; a plain `load_weights` fails on a CPU. A *tied*
-    output head has no weights of its own to load, and would silently keep using the old embedding there."""
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-
-    model: nn.Module = worker.get_model()
-    expected = {name for name, _ in model.named_parameters()}
-    initialize_layerwise_reload(model)
-    loaded = model.load_weights(iter(weights))  # pyright: ignore[reportCallIssue]: every model of vLLM has it
-    finalize_layerwise_reload(model, worker.model_config)
-    for module in model.modules():
-        if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
-            module.quant_method.process_weights_after_loading(module)
-    missing = sorted(expected - loaded)
-    if missing:
-        raise InfraFailure(f"{len(missing)} of {len(expected)} parameters not sent: {', '.join(missing[:5])}")
 
 
 def _sample_id(request_id: str, index: int) -> str:

@@ -49,7 +49,7 @@ class SecondModel:
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Samples that are running are read again from their start."""
-        copy_weights(self._model, dict(weights))
+        copy_weights(self._model, weights)
         self._loads += 1
 
     @torch.inference_mode()

@@ -1,19 +1,17 @@
 """A rollout worker: an engine with the threads around it. A plain class; `actors/group.py` makes a Ray actor of it.
 
-    event loop                        engine thread                 side thread
-    ──────────                        ─────────────                 ───────────
+    event loop                        engine thread
+    ──────────                        ─────────────
     generate(request) ── queue ─────► add
                                       step, step, step ...
-    receive(order) ────────────────── │ ───────────────────────────► stage: tensors arrive beside
-                                      │ step, step, step ...         the weights in use
-                   ── queue ────────► load, between two steps ◄───── staged
+    receive(order) ───── queue ─────► take the weights, bucket by bucket as they arrive, between two steps
     Ack(version, fingerprint) ◄────── step, step, step ...
     generate ◄── future ───────────── finished
     ping(), from any thread: reads counters, never waits
 
-`rollout/engine_loop.py` is the engine thread. Every wait here ends when the engine or side thread settles the future,
-or at its deadline. A request has no deadline here (its caller has one), but it fails if the engine completes no step
-for `stall_s`.
+`rollout/engine_loop.py` is the engine thread. Every wait here ends when the engine thread settles the future, or at its
+deadline. A request has no deadline here (its caller has one), but it fails if the engine completes no step for
+`stall_s`.
 """
 
 from __future__ import annotations
@@ -23,10 +21,10 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import Tensor
 
@@ -36,13 +34,16 @@ from actors.errors import DataFailure, InfraFailure, TroupeError
 from actors.sharding import Shard
 from actors.worker import Worker, WorkerInfo, consume_exception
 from rollout.conversation import Conversation, ConversationSpec
-from rollout.engine import Engine, EngineSpec, build_engine
+from rollout.engine import Ability, Engine, EngineSpec, ShardedEngine, abilities_of, build_engine
 from rollout.engine_loop import EngineLoop
 from rollout.episode import Dialogue, EnvironmentLost, EpisodeRequest, Lost, Transcript
 from rollout.sampling import Completion, Finish, GroupMeta, Request, to_batch
 from rollout.teaching import columns_of, requests_of
 from rollout.tool_calls import parser_of
-from rollout.weights.protocol import Ack, Part, Receiver, SyncOrder
+from rollout.weights.protocol import Ack, Part, SyncOrder, receivers
+
+if TYPE_CHECKING:
+    from rollout.weights import Receiver
 
 T = TypeVar("T")
 
@@ -54,8 +55,7 @@ STALL_S = 120.0
 
 
 class RolloutWorker:
-    """Generates and receives new weights at the same time. Used from one event loop; `ping` and `close` from any
-    thread."""
+    """Used from one event loop; `ping` and `close` from any thread."""
 
     def __init__(
         self,
@@ -75,7 +75,6 @@ class RolloutWorker:
         self._stall_s = stall_s
         self._loop = EngineLoop(name, self._build)
         self._waiters: Counter[str] = Counter()  # calls of `generate` per request id
-        self._side = ThreadPoolExecutor(1, thread_name_prefix=f"weights {name}")
         self._receivers: dict[tuple[str, Part], Receiver] = {}
         self._receiving = asyncio.Lock()
         self._applied: tuple[str, Ack] | None = None  # the last order, by id
@@ -87,7 +86,12 @@ class RolloutWorker:
         await self._within(self._loop.start(), START_TIMEOUT_S, "the engine's start")
         if self._conversation_spec is not None:
             self._conversation = await asyncio.to_thread(self._conversation_spec.load)
-        detail = {"engine": self._spec.kind, "dtype": self._spec.dtype, "start_seconds": time.monotonic() - began}
+        detail = {
+            "engine": self._spec.kind,
+            "dtype": self._spec.dtype,
+            "start_seconds": time.monotonic() - began,
+            "receivers": self._processes(),  # of the weights of its own model
+        }
         return WorkerInfo(self.name, os.getpid(), platform.node(), str(Path(actors.__file__).parent), detail)
 
     async def generate(self, request: Request) -> tuple[GroupMeta, Batch]:
@@ -171,9 +175,10 @@ class RolloutWorker:
         return episodes + await self._within(self._loop.abort(request_ids), VERB_TIMEOUT_S, "abort")
 
     async def receive(self, order: SyncOrder, payload: Any = None) -> Ack:
-        """Receive new weights during decoding and apply them between two steps. An order that was already carried out
-        is acknowledged again without a transfer. Raises InfraFailure if the transfer fails, and keeps the old weights;
-        if applying them fails, the engine is dead."""
+        """Receive new weights and apply them between two steps. An order that was already carried out is acknowledged
+        again without a transfer. Raises TransferFailed if not all arrive: if some have been replaced by then, requests
+        wait, as in a pause, until another order brings all. Raises InfraFailure if applying them fails: the engine is
+        dead then."""
         async with self._receiving:
             if self._applied is None or self._applied[0] != order.id:
                 self._refuse_asleep(f"the weights of version {order.version}")
@@ -226,7 +231,6 @@ class RolloutWorker:
     def close(self) -> None:
         """End the threads and the engine. Calls in flight raise InfraFailure. Closing twice is fine."""
         self._loop.close(min(self._stall_s, CLOSE_TIMEOUT_S))
-        self._side.shutdown(wait=False, cancel_futures=True)
         for receiver in self._receivers.values():
             receiver.close()
 
@@ -280,29 +284,40 @@ class RolloutWorker:
 
     async def _receive(self, order: SyncOrder, payload: Any) -> Ack:
         began = time.monotonic()
-        deadline = order.rendezvous.timeout_s + VERB_TIMEOUT_S if order.rendezvous else TRANSFER_TIMEOUT_S
-        staging = self._side.submit(self._stage, order, payload)
-        weights, fingerprint = await self._within(staging, deadline, f"weights of version {order.version}")
-        received = time.monotonic() - began
-        loading = self._loop.load(weights, order.version, order.part)
-        stall = await self._within(loading, VERB_TIMEOUT_S, "applying weights")
-        return Ack(self.name, order.version, fingerprint, received, stall)
+        deadline = (order.rendezvous.timeout_s if order.rendezvous else TRANSFER_TIMEOUT_S) + VERB_TIMEOUT_S
+        loading = self._loop.load(lambda engine: self._take(engine, order, payload), order.part)
+        fingerprint, stall = await self._within(loading, deadline, f"the weights of version {order.version}")
+        return Ack(self.name, order.version, fingerprint, time.monotonic() - began, stall)
 
-    def _stage(self, order: SyncOrder, payload: Any) -> tuple[list[tuple[str, Tensor]], str]:
-        """Runs on the side thread. The transport's own deadline ends it."""
+    def _take(self, engine: Engine, order: SyncOrder, payload: Any) -> str:
+        """Give the engine the weights of an order as they arrive; their fingerprint. On the engine's thread."""
+        if order.part == "own" and len(self._processes()) > 1:
+            return cast(ShardedEngine, engine).receive(self._processes(), order, payload)
+        with self._receiver(order, engine).receive(order, payload) as incoming:
+            if order.part == "second":
+                engine.load_second(self._moving(incoming))
+            elif order.part == "adapters":
+                engine.load_adapters(self._moving(incoming), order.version)
+            else:
+                engine.load(self._moving(incoming), order.version)
+            return incoming.finish()
+
+    def _processes(self) -> tuple[str, ...]:
+        sharded = Ability.SHARDED in abilities_of(self._spec.kind)
+        return receivers(self.name, self._spec.tensor_parallel if sharded else 1)
+
+    def _receiver(self, order: SyncOrder, engine: Engine) -> Receiver:
         from rollout.weights import receiver
 
-        try:
-            if self._loop.device is None:
-                raise InfraFailure(f"{self.name}: order {order.id} came before the engine was ready")
-            way = order.transport, order.part  # the two models have senders of their own
-            if way not in self._receivers:
-                self._receivers[way] = receiver(order.transport, self.name, self._loop.device)
-            return self._receivers[way].receive(order, payload)
-        except TroupeError:
-            raise
-        except Exception as error:
-            raise InfraFailure(f"{self.name}: order {order.id} failed: {type(error).__name__}: {error}") from error
+        way = order.transport, order.part  # the two models have senders of their own
+        if way not in self._receivers:
+            self._receivers[way] = receiver(order.transport, self.name, engine.device)
+        return self._receivers[way]
+
+    def _moving(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for each in weights:
+            self._loop.moves()
+            yield each
 
     async def _while_it_moves(self, future: Future[T], what: str) -> T:
         """The future's result. Raises InfraFailure once the engine has made no progress for `stall_s`."""

@@ -79,9 +79,6 @@ def _ineffective(
 
 def _of_weights(config: RunConfig) -> Iterator[Ineffective]:
     weights = config.weights
-    if weights.transport not in ("collective", None):
-        why = f"only weights.transport=collective has a topology, not {weights.transport}"
-        yield "weights", weights, ("topology",), why
     if config.model.lora is None:
         yield "weights", weights, ("lora",), "without model.lora there are no adapters"
 

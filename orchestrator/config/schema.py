@@ -282,8 +282,6 @@ class WeightsConfig(Section):
 
     transport: Literal["collective", "object_store", "disk"] | None = None
     """Broadcast, Ray's object store, or files. None: collective; object_store between colocated roles."""
-    topology: Literal["each", "all"] = "each"
-    """For collective transport: one broadcast per worker, or one for all of them."""
     bucket_mib: Annotated[float, Field(gt=0)] = 4.0
     """Size of the buckets in which weights are sent."""
     timeout_s: Seconds = 120.0

@@ -1,28 +1,30 @@
 """Weights as a versioned, verified resource: every serving rollout worker has acknowledged (version, fingerprint).
 
-Membership is reconciled before every publish. Joining workers that are up take part; a different set of members than
-last time makes a new epoch of the transport. After the transfer exactly those members are promoted whose
-acknowledgement equals what the trainer sent; the others are evicted and replaced. A worker that comes up between two
+Membership is reconciled before every publish. Joining workers that are up take part. After the transfer exactly those
+members are promoted whose acknowledgement equals what the trainer sent; the others are evicted and replaced, except
+those that a lost member has cut off from the broadcast: they get another one. A worker that comes up between two
 publishes catches up through the object store, before it gets any work.
 """
 
 from __future__ import annotations
 
 import asyncio
+import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from actors.errors import InfraFailure, WeightSyncError
 from actors.specs import WeightsForm
-from actors.worker import Group, Objects, Ref
+from actors.worker import Group, Objects, Ref, WorkerInfo
 from orchestrator.cluster.fleet import State
 from orchestrator.cluster.pool import Event, Pool
 from orchestrator.config.schema import WeightsConfig
 from orchestrator.publishing.transfer import export_payload
+from orchestrator.publishing.tree import BroadcastTree, Place
 from rollout.weights import CollectiveSend, DiskWrite, ManifestOf, OpenCollective, PackBuckets
-from rollout.weights.protocol import Ack, Manifest, Part, Rendezvous, SendReport, SyncOrder
+from rollout.weights.protocol import SENDER, Ack, Manifest, Part, Rendezvous, SendReport, SyncOrder
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,8 @@ class Publisher:
         self.changing = asyncio.Lock()  # held while the policy is updated and published: no worker catches up meanwhile
         self._published = asyncio.Event()
         self._held: dict[int, int] = {}  # member -> version that it acknowledged
-        self._epoch = 0
-        self._members: tuple[str, ...] = ()
-        self._address: tuple[str, int] | None = None
+        self._address: tuple[str, str, int] | None = None
+        self._tree = BroadcastTree()
         self._manifest: Manifest | None = None
         self._snapshot: tuple[SendReport, Ref] | None = None
 
@@ -94,10 +95,9 @@ class Publisher:
             members = [index for index in members if self._second.holds(index)]
         apart = [index for index in members if self._pool.is_attached(index)]
         together = [index for index in members if index not in apart]
-        order = await self._order(version, together)
         losses = self._pool.fleet.restarts  # does not count members that are scaled down
-        acks = await self._transfer(order, together) if together else []
-        acks += await self._transfer_apart(order, apart) if apart else []
+        acks = await self._transfer(version, together) if together else []
+        acks += await self._transfer_apart(version, apart) if apart else []
         if members and not acks and self._pool.fleet.restarts > losses:
             raise WeightSyncError(f"version {version}: none of {len(members)} rollout worker(s) confirmed the weights")
         if self._snapshot is not None and self._snapshot[0].version != version:  # of the weights before
@@ -107,8 +107,8 @@ class Publisher:
         stall = max((ack.stall_seconds for ack in acks), default=0.0)
         promoted = tuple(index for index in members if self._held.get(index) == version)
         fingerprint = acks[0].fingerprint if acks else None
-        seconds = time.monotonic() - began
-        return SyncReport(self.role, self.source, version, fingerprint, promoted, seconds, stall, order.manifest.nbytes)
+        seconds, nbytes = time.monotonic() - began, (await self._get_manifest()).nbytes
+        return SyncReport(self.role, self.source, version, fingerprint, promoted, seconds, stall, nbytes)
 
     async def admit(self, index: int) -> None:
         """Returns once the member holds the current weights; the pool calls this before it gives out work. Before the
@@ -129,81 +129,106 @@ class Publisher:
             return
         report, payload = await self._packed()
         manifest, name = await self._get_manifest(), f"late-{self.version}-{self._part}-{index}"
-        await self._receive(
-            index, SyncOrder(name, self.version, "object_store", manifest, part=self._part), report, payload
-        )
+        order = SyncOrder(name, self.version, "object_store", manifest, part=self._part)
+        await self._each_receives([index], order, report, payload)
 
-    async def _order(self, version: int, members: Sequence[int]) -> SyncOrder:
-        transport = self._transport
-        name, manifest = f"publish-{version}-{time.monotonic_ns()}", await self._get_manifest()
-        order = SyncOrder(name, version, transport, manifest, part=self._part)
-        if transport == "disk":
-            return replace(order, folder=self._folder)
-        return replace(order, rendezvous=await self._rendezvous(members)) if transport == "collective" else order
-
-    async def _transfer(self, order: SyncOrder, members: Sequence[int]) -> list[Ack]:
-        """Send and receive at the same time where the transport is collective; else one after the other."""
-        if order.transport == "collective":
-            send = CollectiveSend(order, self._store)
-            sending = asyncio.ensure_future(self._export(send, f"publish v{order.version}"))
-            results = await asyncio.gather(sending, *(self._receive(i, order, sending) for i in members))
-            return [ack for ack in results[1:] if ack is not None]
-        if order.transport == "disk":
-            report, payload = await self._export(DiskWrite(order), f"publish v{order.version}"), None
+    async def _transfer(self, version: int, members: Sequence[int]) -> list[Ack]:
+        """The acks of those that confirmed the version."""
+        if self._transport == "collective":
+            return await self._broadcast(version, members)
+        order = await self._order(version)
+        if self._transport == "disk":
+            order = replace(order, folder=self._folder)
+            report, payload = await self._export(DiskWrite(order), f"publish v{version}"), None
         else:
             self._snapshot = None
-            report, payload = await self._packed(order.version)
-        acks = await asyncio.gather(*(self._receive(index, order, report, payload) for index in members))
-        return [ack for ack in acks if ack is not None]
+            report, payload = await self._packed(version)
+        return await self._each_receives(members, order, report, payload)
 
-    async def _transfer_apart(self, order: SyncOrder, members: Sequence[int]) -> list[Ack]:
+    async def _broadcast(self, version: int, members: Sequence[int]) -> list[Ack]:
+        """Send and receive at the same time. Members that a lost one has cut off get another broadcast, by other links;
+        each round loses at least one member, so this ends."""
+        acks: list[Ack] = []
+        while members := [index for index in members if index in self._pool.workers]:
+            names = {self._pool.infos[index].name: index for index in members}
+            order = replace(await self._order(version), rendezvous=await self._rendezvous(members))
+            send = CollectiveSend(order.seen_by({SENDER}), self._store)
+            sending = asyncio.ensure_future(self._export(send, f"publish v{version}"))
+            _, *results = await asyncio.gather(sending, *(self._receive(i, order, sending) for i in members))
+            acks += [result for result in results if isinstance(result, Ack)]
+            failed = {n: r for n, r in zip(names, results, strict=True) if isinstance(r, InfraFailure)}
+            cut_off = self._tree.cut_off(failed)
+            self._tree.drop(failed)
+            await self._evict({names[n]: why for n, why in failed.items() if n not in cut_off}, version)
+            members = [index for name, index in names.items() if name in cut_off]
+        return acks
+
+    async def _transfer_apart(self, version: int, members: Sequence[int]) -> list[Ack]:
         """To members that were started elsewhere: whichever the transport of the others, theirs is the call itself."""
-        if self._snapshot is not None and self._snapshot[0].version != order.version:
+        if self._snapshot is not None and self._snapshot[0].version != version:
             self._snapshot = None
-        order = replace(order, transport="object_store", rendezvous=None, folder=None)
-        report, payload = await self._packed(order.version)
-        acks = await asyncio.gather(*(self._receive(index, order, report, payload) for index in members))
-        return [ack for ack in acks if ack is not None]
+        order = replace(await self._order(version), transport="object_store")
+        return await self._each_receives(members, order, *await self._packed(version))
+
+    async def _each_receives(
+        self, members: Sequence[int], order: SyncOrder, report: SendReport, payload: Ref | None
+    ) -> list[Ack]:
+        """One member after the other fails for itself."""
+        results = await asyncio.gather(*(self._receive(index, order, report, payload) for index in members))
+        failed = {i: result for i, result in zip(members, results, strict=True) if isinstance(result, InfraFailure)}
+        await self._evict(failed, order.version)
+        return [result for result in results if isinstance(result, Ack)]
 
     async def _receive(
         self, index: int, order: SyncOrder, sent: SendReport | asyncio.Future[SendReport], payload: Ref | None = None
-    ) -> Ack | None:
-        """One member's side. None if it failed, in which case it is evicted."""
+    ) -> Ack | InfraFailure | None:
+        """One member's side: its ack, or why it failed. None if the member is gone."""
         worker = self._pool.workers.get(index)
         if worker is None:
             return None
         try:
+            own = order.seen_by(self._receivers_of(self._pool.infos[index])) if order.rendezvous else order
             deadline, name = self._config.timeout_s + 30, f"{self.role}.receive v{order.version}"
             async with self._pool.turn():
-                ack: Ack = await worker.call("receive", order, payload, timeout_s=deadline, task_name=name)
+                ack: Ack = await worker.call("receive", own, payload, timeout_s=deadline, task_name=name)
             report = await sent if isinstance(sent, asyncio.Future) else sent
             if (ack.version, ack.fingerprint) != (report.version, report.fingerprint):
                 raise InfraFailure(
                     f"acknowledged {ack.version}/{ack.fingerprint}, sent {report.version}/{report.fingerprint}"
                 )
         except InfraFailure as error:
-            self._event("sync_failed", {"worker": index, "version": order.version, "why": str(error)})
-            await self._pool.evict(index, f"weights of version {order.version} not confirmed: {error}")
-            return None
+            return error
         self._held[index] = ack.version
         if self._part != "second" and self._pool.fleet.members.get(index) is not None:
             self._pool.fleet.joined(index, time.monotonic())
         return ack
 
-    async def _rendezvous(self, members: Sequence[int]) -> Rendezvous:
-        names = tuple(self._pool.infos[index].name for index in members)
-        if names != self._members:
-            self._epoch, self._members = self._epoch + 1, names
-        host, port = await self._get_address()
-        return Rendezvous(host, port, str(self._epoch), names, self._config.timeout_s, self._config.topology)
+    async def _evict(self, failed: Mapping[int, InfraFailure], version: int) -> None:
+        for index, why in failed.items():
+            self._event("sync_failed", {"worker": index, "version": version, "why": str(why)})
+            await self._pool.evict(index, f"weights of version {version} not confirmed: {why}")
 
-    async def _get_address(self) -> tuple[str, int]:
-        """Where the policy's first rank keeps the store at which members meet."""
-        address = self._address
-        if address is None:
-            address = (await self._policy.call("run", OpenCollective(self._store), timeout_s=self._config.timeout_s))[0]
-            self._address = address
-        return address
+    async def _order(self, version: int) -> SyncOrder:
+        name, manifest = f"publish-{version}-{time.monotonic_ns()}", await self._get_manifest()
+        return SyncOrder(name, version, self._transport, manifest, part=self._part)
+
+    async def _rendezvous(self, members: Sequence[int]) -> Rendezvous:
+        node, host, port = await self._get_address()
+        infos = [self._pool.infos[index] for index in members]
+        links = self._tree.follow(node, {info.name: Place(info.node, self._receivers_of(info)) for info in infos})
+        return Rendezvous(host, port, links, self._config.timeout_s)
+
+    def _receivers_of(self, member: WorkerInfo) -> tuple[str, ...]:
+        """Only an engine's own model is spread over its processes."""
+        return member.detail["receivers"] if self._part == "own" else (member.name,)
+
+    async def _get_address(self) -> tuple[str, str, int]:
+        """(node, host, port) of the policy's first rank: it keeps the store at which the ends of links meet."""
+        if self._address is None:
+            opened = await self._policy.call("run", OpenCollective(self._store), timeout_s=self._config.timeout_s)
+            node = await self._policy.call("run", platform.node, timeout_s=self._config.timeout_s)
+            self._address = node[0], *opened[0]
+        return self._address
 
     async def _get_manifest(self) -> Manifest:
         manifest = self._manifest

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 
 import torch
 from torch import Tensor
 
+from actors.errors import first_lines
 from rollout.weights.fingerprint import Fingerprint
-from rollout.weights.protocol import Manifest, TensorMeta
+from rollout.weights.protocol import Manifest, TensorMeta, TransferFailed
 
 ALIGNMENT = 16  # bytes; a view in another dtype must begin at a multiple of its size
 Staged = list[tuple[str, Tensor]]
@@ -58,16 +60,56 @@ def fill(manifest: Manifest, weights: Iterable[tuple[str, Tensor]], *, buffers: 
         raise ValueError(f"the trainer sends {name}, which the manifest does not have")
 
 
-def stage(manifest: Manifest, flats: Iterable[Tensor], device: torch.device) -> tuple[Staged, str]:
-    """All tensors of the buckets on that device, and their fingerprint, computed where they arrived. They are views of
-    the buckets if these arrived on that device. Raises ValueError if the buckets differ from the manifest."""
-    fingerprint, staged = Fingerprint(), Staged()
-    for bucket, flat in zip(manifest.buckets(), flats, strict=True):
-        if flat.numel() != bucket_bytes(bucket):
-            raise ValueError(f"a bucket of {flat.numel()} bytes, the manifest says {bucket_bytes(bucket)}")
-        fingerprint.update(flat)
-        staged += unfold(bucket, flat.to(device))
-    return staged, fingerprint.digest()
+class Incoming:
+    """The weights of an order on a receiver's side, bucket by bucket as they arrive: iterate once over (name, tensor),
+    in a `with` block, whose end lets go of what is under way. A tensor is a view of its bucket, whose memory lives as
+    long as anybody refers to it, so whoever keeps none of them has room for two buckets. Raises TransferFailed if they
+    do not arrive, or differ from the manifest."""
+
+    def __init__(self, manifest: Manifest, flats: Iterable[Tensor], device: torch.device, what: str) -> None:
+        """`what` fails to arrive, in the message of an error."""
+        self._weights = self._unfolded(manifest, flats, device)
+        self._what = what
+        self._fingerprint = Fingerprint()
+        self._begun = self._whole = False
+
+    def __enter__(self) -> Incoming:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._weights.close()
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return self._weights
+
+    def finish(self) -> str:
+        """The fingerprint of all of them, computed where they arrived; those that nobody has taken are passed over."""
+        deque(self._weights, maxlen=0)
+        if not self._whole:
+            raise TransferFailed(f"{self._what}: not all of them did", self._begun)
+        return self._fingerprint.digest()
+
+    def _unfolded(
+        self, manifest: Manifest, flats: Iterable[Tensor], device: torch.device
+    ) -> Generator[tuple[str, Tensor]]:
+        arriving, why = iter(flats), ""
+        try:
+            for bucket in manifest.buckets():  # without `zip`, which would keep a bucket until it has the next one
+                flat = next(arriving, None)
+                if flat is None or flat.numel() != bucket_bytes(bucket):
+                    came = "no bucket" if flat is None else f"a bucket of {flat.numel()} bytes"
+                    raise ValueError(f"{came}, the manifest says {bucket_bytes(bucket)}")
+                self._fingerprint.update(flat)
+                self._begun = True
+                yield from unfold(bucket, flat.to(device))
+                del flat
+            if next(arriving, None) is not None:
+                raise ValueError("more buckets than the manifest says")
+            self._whole = True
+        except (RuntimeError, ValueError, OSError) as error:
+            why = first_lines(error)
+        if why:  # not inside `except`: the error's traceback would hold the connection that it came from
+            raise TransferFailed(f"{self._what}: {why}", self._begun)
 
 
 def unfold(bucket: tuple[TensorMeta, ...], flat: Tensor) -> Staged:

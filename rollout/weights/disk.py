@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from actors.errors import InfraFailure
-from rollout.weights.buckets import Staged, fill, stage
+from rollout.weights.buckets import Incoming, fill
 from rollout.weights.fingerprint import Fingerprint
 from rollout.weights.protocol import SendReport, SyncOrder
 
@@ -41,19 +40,27 @@ class DiskWrite:
 
 
 class DiskReceiver:
-    def __init__(self, member: str, device: torch.device) -> None:
-        self._member, self._device = member, device
+    """Reads the file bucket by bucket."""
 
-    def receive(self, order: SyncOrder, payload: object = None) -> tuple[Staged, str]:
+    def __init__(self, name: str, device: torch.device) -> None:
+        self._name, self._device = name, device
+
+    def receive(self, order: SyncOrder, payload: object = None) -> Incoming:
         file = _file(order)
-        try:
-            buckets = load_file(file)
-            return stage(order.manifest, (buckets[name] for name in sorted(buckets)), self._device)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise InfraFailure(f"{self._member}: no weights of version {order.version} at {file}: {error}") from None
+        what = f"{self._name}: no weights of version {order.version} at {file}"
+        return Incoming(order.manifest, _buckets(file), self._device, what)
 
     def close(self) -> None:
         """No resources are kept between two orders."""
+
+
+def _buckets(file: Path) -> Iterator[Tensor]:
+    try:
+        with safe_open(file, framework="pt") as buckets:
+            for name in sorted(buckets.keys()):
+                yield buckets.get_tensor(name)
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
 
 
 def _file(order: SyncOrder) -> Path:

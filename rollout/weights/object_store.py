@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.errors import InfraFailure
-from rollout.weights.buckets import Staged, fill, stage
+from rollout.weights.buckets import Incoming, fill
 from rollout.weights.fingerprint import Fingerprint
-from rollout.weights.protocol import Manifest, SendReport, SyncOrder
+from rollout.weights.protocol import Manifest, SendReport, SyncOrder, TransferFailed
 
 Payload = list[np.ndarray]  # one uint8 array per bucket; bfloat16 travels as its bytes
 
@@ -41,17 +40,14 @@ class PackBuckets:
 class ObjectStoreReceiver:
     """The payload arrives with the call, mapped from shared memory where the worker runs on the same node."""
 
-    def __init__(self, member: str, device: torch.device) -> None:
-        self._member, self._device = member, device
+    def __init__(self, name: str, device: torch.device) -> None:
+        self._name, self._device = name, device
 
-    def receive(self, order: SyncOrder, payload: object = None) -> tuple[Staged, str]:
+    def receive(self, order: SyncOrder, payload: object = None) -> Incoming:
         if not isinstance(payload, list):
-            raise InfraFailure(f"{self._member}: order {order.id} came without its weights")
-        try:
-            copies = (torch.tensor(array) for array in payload)  # it is mapped read-only
-            return stage(order.manifest, copies, self._device)
-        except ValueError as error:
-            raise InfraFailure(f"{self._member}: order {order.id} came with other weights: {error}") from None
+            raise TransferFailed(f"{self._name}: order {order.id} came without its weights")
+        what = f"{self._name}: order {order.id} came with other weights"
+        return Incoming(order.manifest, map(torch.tensor, payload), self._device, what)  # copies: mapped read-only
 
     def close(self) -> None:
         """Nothing is held between two orders."""

@@ -1,24 +1,28 @@
 """The contract of weight transports.
 
 A sync is one control call per side: the driver asks the trainer to `send` and every member to `receive`, at the same
-time. The receiver stages the tensors beside the running weights; the engine's own thread applies them between two
-decoding steps. Each receiver answers with an `Ack`; the driver promotes exactly the members whose ack equals the
-sender's report.
+time. An engine takes the weights between two decoding steps, bucket by bucket as they arrive: nobody holds a second
+copy of a model. Each member answers with an `Ack`; the driver promotes exactly those whose ack equals the sender's
+report.
 
-    driver ──send(order)──► trainer rank 0 ──buckets──► member 1 ─┐
-       │                          └─────────buckets──► member 2 ─┤ stage, apply, Ack(version, fingerprint)
-       └──receive(order)──────────────────────────────► each  ◄──┘
+    driver ──send(order)──► trainer rank 0 ──buckets──► engine 1 ──buckets──► engine 3 ...
+       │                          └─────────buckets──► engine 2, process 0 ──► engine 2, process 1
+       └──receive(order)──────────────────────────────► each: take every bucket, Ack(version, fingerprint)
+
+A *member* is an engine's worker, which the driver calls. A *receiver* is a process that gets weights for itself: the
+member's own, or each tensor-parallel process of its engine.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
-from torch import Tensor
+
+from actors.errors import InfraFailure
 
 # Of what an engine holds: the model that it follows, that model's adapters alone, or the model that it mixes in.
 Part = Literal["own", "adapters", "second"]
@@ -62,21 +66,38 @@ class Manifest:
         return sum(meta.nbytes for meta in self.tensors)
 
 
+SENDER = ""  # in the place of a receiver's name: the trainer
+
+
+@dataclass(frozen=True)
+class Link:
+    """Of the broadcast tree: `parent` sends every bucket to `child`. A link that is made anew has another id; while the
+    id stays, both ends keep their connection. `depth`: links between the parent and the trainer."""
+
+    id: str
+    parent: str
+    child: str
+    depth: int = 0
+
+
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where the members of one epoch meet. A new epoch whenever the membership changes."""
+    """Where the ends of the links meet: a store in the trainer's process."""
 
     host: str
     port: int
-    epoch: str
-    members: tuple[str, ...]
+    links: tuple[Link, ...]
     timeout_s: float
-    topology: Literal["each", "all"] = "each"  # a broadcast of its own for every member, or one for all of them
+
+    def seen_by(self, receivers: Container[str]) -> Rendezvous:
+        """With the links of these receivers alone, or of the SENDER."""
+        own = tuple(link for link in self.links if link.parent in receivers or link.child in receivers)
+        return replace(self, links=own)
 
 
 @dataclass(frozen=True)
 class SyncOrder:
-    """One weight update. `id` makes it idempotent: a receiver that applied it already just acknowledges again."""
+    """One weight update. `id` makes it idempotent: a member that applied it already just acknowledges again."""
 
     id: str
     version: int
@@ -86,10 +107,15 @@ class SyncOrder:
     folder: str | None = None  # disk
     part: Part = "own"
 
+    def seen_by(self, receivers: Container[str]) -> SyncOrder:
+        """With what these receivers need of it."""
+        return self if self.rendezvous is None else replace(self, rendezvous=self.rendezvous.seen_by(receivers))
+
 
 @dataclass(frozen=True)
 class SendReport:
-    """What the sender did. `failed` maps a member to why it could not be served; the others were sent everything."""
+    """What the sender did. `failed` maps a receiver that it sends to itself to why that one could not be served; the
+    others were sent everything."""
 
     version: int
     fingerprint: str
@@ -100,21 +126,24 @@ class SendReport:
 
 @dataclass(frozen=True)
 class Ack:
-    """A receiver's answer, after the weights are in use."""
+    """A member's answer, after the weights are in use."""
 
     member: str
     version: int
     fingerprint: str
-    receive_seconds: float = 0.0
+    receive_seconds: float = 0.0  # from the order to the end
     stall_seconds: float = 0.0  # for how long decoding stood still
 
 
-class Receiver(Protocol):
-    """In a rollout worker, off the thread that decodes. Stages on the device that it was made for."""
+class TransferFailed(InfraFailure):
+    """The weights did not arrive whole. `begun`: some of them have replaced older ones, so the engine holds a mixture
+    and must not decode before it has got all of them."""
 
-    def receive(self, order: SyncOrder, payload: object = None) -> tuple[list[tuple[str, Tensor]], str]:
-        """(staged weights, fingerprint). `payload` is what travels with the call, for transports that use it. Raises
-        InfraFailure, with nothing staged, if the transfer did not complete."""
-        ...
+    def __init__(self, message: str, begun: bool = False) -> None:
+        super().__init__(message)
+        self.begun = begun
 
-    def close(self) -> None: ...
+
+def receivers(member: str, processes: int) -> tuple[str, ...]:
+    """Names of the processes of a member that receive weights, by rank."""
+    return (member,) if processes == 1 else tuple(f"{member}/{rank}" for rank in range(processes))

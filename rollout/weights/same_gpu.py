@@ -1,13 +1,13 @@
 """Buckets between two processes that share one GPU: CUDA IPC. NCCL refuses two ranks on one GPU, gloo would copy every
 byte to the host and back.
 
-    trainer (rank 0)                         store of the epoch                  engine (rank 1)
+    sender (rank 0)                          store of the link                   receiver (rank 1)
     fill bucket i, wait for the GPU
     offer its memory                 ─────►  bucket/i = handle, offsets  ─────►  map the memory, copy it on the GPU
     wait: the buffer may be refilled ◄─────  taken/i                     ◄─────  wait for the copy
 
-Numbers count on through the orders of an epoch. The engine deletes `bucket/i` and the trainer deletes `taken/i`, so the
-store does not grow.
+Numbers count on through the orders that use the link. The receiver deletes `bucket/i` and the sender deletes `taken/i`,
+so the store does not grow.
 
 Who ends a wait: the other side; a deadline; `leave` on either side (`left/RANK` in the store); the end of the other
 side's process, looked up every 50 ms; the end of the store, which is in the trainer's process. All but the first raise
@@ -35,7 +35,7 @@ from actors.errors import first_lines
 
 POLL_S = (0.0002, 0.002)  # at first, and in a long wait, as for the first bucket of an order
 LOOK_S = 0.05  # between two looks at the other side's process
-PEERS = {0: "the engine", 1: "the trainer"}  # of a rank: the other side
+PEERS = {0: "the receiver", 1: "the sender"}  # of a rank: the other side
 REMEDY = "if this is not a passing fault, set weights.transport=object_store"
 # Of the counter with which torch keeps memory that it has shared: a name that does not exist, see `CudaMemory`.
 NO_COUNTER = b"/troupe-counts-nothing"
@@ -59,7 +59,7 @@ class CudaMemory:
     """CUDA IPC by torch's own `_share_cuda_` and `_new_shared_cuda`, from which two things are left out.
 
     Torch's count of readers: torch keeps shared memory allocated until its reader has dropped it, so a reader that is
-    killed would keep the trainer's buffers allocated for good. Here `taken/i` says when a buffer may be reused. So the
+    killed would keep the sender's buffers allocated for good. Here `taken/i` says when a buffer may be reused. So the
     count is taken back as soon as it is made, and the reader is given the name of no counter; torch ignores a counter
     that it cannot find, as after the end of the process that shared. (The count is unsigned: were both sides to take
     it back, the memory would never be freed.)
@@ -162,8 +162,6 @@ class Handover:
 class SameGpu:
     """One side of two. Both call `broadcast` in the same order, and `wait` in that order, too."""
 
-    kind = "SameGpu"
-
     def __init__(
         self,
         store: PrefixStore,
@@ -193,35 +191,35 @@ class SameGpu:
             self._store.set(f"bucket/{index}", self._memory.offer(flat))
         except RuntimeError as error:  # raised in `wait`, where it fails this group and not the other ones
             refused = (
-                f"bucket {index} could not be offered to the engine on the same GPU: {first_lines(error)}; {REMEDY}"
+                f"bucket {index} could not be offered to the receiver on the same GPU: {first_lines(error)}; {REMEDY}"
             )
             return Handover(lambda _: _fail(refused), self.timeout)
         return Handover(lambda timeout: self._landed(index, timeout), self.timeout)
 
     def _landed(self, index: int, timeout: timedelta) -> None:
         key = f"taken/{index}"
-        self._await(key, f"the engine did not take bucket {index}", timeout)
+        self._await(key, f"the receiver did not take bucket {index}", timeout)
         self._store.delete_key(key)
         self._done()
 
     def _take(self, index: int, flat: Tensor, timeout: timedelta) -> None:
         key = f"bucket/{index}"
-        self._await(key, f"the trainer did not send bucket {index}", timeout)
+        self._await(key, f"the sender did not send bucket {index}", timeout)
         self._check_sender(index)
         offer = self._store.get(key).decode()
         try:
             self._memory.fetch(offer, flat)
         except RuntimeError as error:
-            why = f"bucket {index} of the trainer on the same GPU could not be read: {first_lines(error)}; {REMEDY}"
+            why = f"bucket {index} of the sender on the same GPU could not be read: {first_lines(error)}; {REMEDY}"
             raise RuntimeError(why) from None
         self._check_sender(index)  # from when it leaves it may refill the buffer: then this may be half of another
         self._store.delete_key(key)
-        self._done()  # first: the trainer may free its buffers when the last one is taken
+        self._done()  # first: the sender may free its buffers when the last one is taken
         self._store.set(f"taken/{index}", "")
 
     def _check_sender(self, index: int) -> None:
         if self._store.check(["left/0"]):
-            raise RuntimeError(f"the trainer left before bucket {index} was taken")
+            raise RuntimeError(f"the sender left before bucket {index} was taken")
 
     def _done(self) -> None:
         """Buffers are reused within an order, and freed after it: the last of its buckets is when none is pending."""
@@ -230,7 +228,7 @@ class SameGpu:
             self._memory.forget()
 
     def _await(self, key: str, otherwise: str, timeout: timedelta) -> None:
-        """Until the other side has set the key. All groups of a trainer share one connection to the store, so it is
+        """Until the other side has set the key. All links of a process share one connection to the store, so it is
         polled instead of waited on."""
         deadline, (pause, longest) = time.monotonic() + timeout.total_seconds(), POLL_S
         while True:

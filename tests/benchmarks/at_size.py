@@ -40,6 +40,7 @@ from orchestrator.publishing.publisher import Publisher
 from rollout.sampling import Sampling
 from tests.benchmarks.instant_processes import (
     SAMPLES,
+    TP,
     Endless,
     Meter,
     Objects,
@@ -49,7 +50,6 @@ from tests.benchmarks.instant_processes import (
     StubScorer,
 )
 
-TP = 8  # GPUs of an engine
 STEP_S = 60.0
 POLICY = PoolPolicy(8, 3, 60.0, 60.0, 9, ping_every_s=1e6)
 
@@ -85,7 +85,7 @@ async def measured(gpus: int, folder: Path) -> Meter:
         groups["policy"],
         rollout,
         objects,
-        WeightsConfig(topology="all"),
+        WeightsConfig(),
         role="rollout",
         source="policy",
         dtype="bfloat16",

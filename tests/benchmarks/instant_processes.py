@@ -20,8 +20,9 @@ from actors.saved_state import Seal
 from actors.worker import LocalObjects, Ref, WorkerInfo
 from rewards.worker import ScoreResult
 from rollout.sampling import Finish, GroupMeta
-from rollout.weights.protocol import Ack, Manifest, SendReport, TensorMeta
+from rollout.weights.protocol import Ack, Manifest, SendReport, TensorMeta, receivers
 
+TP = 8  # GPUs of an engine
 SAMPLES, PROMPT = 16, 300  # completions of a prompt, tokens of a prompt
 TENSORS = 723  # of a model of 70B parameters
 
@@ -96,6 +97,9 @@ class Stub:
 
 class StubEngine(Stub):
     version = -1
+
+    def ready(self) -> WorkerInfo:
+        return WorkerInfo(self.name, 1, self.name, "", {"receivers": receivers(self.name, TP)})  # a host of its own
 
     def generate(self, request: Any) -> GroupMeta:
         lengths = tuple(np.random.default_rng(request.seed % 2**32).integers(50, 4000, SAMPLES).tolist())

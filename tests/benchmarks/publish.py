@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import json
 import os
+import platform
 import sys
 import tempfile
 import time
@@ -36,9 +37,10 @@ from actors.model import ModelSpec
 from actors.model_worker import ModelWorker
 from actors.specs import BackendSpec
 from actors.worker import WorkerInfo
+from orchestrator.publishing.tree import BroadcastTree, Place
 from rollout.engine import EngineSpec
 from rollout.weights import CollectiveSend, ManifestOf, OpenCollective
-from rollout.weights.protocol import Rendezvous, SyncOrder
+from rollout.weights.protocol import SENDER, Rendezvous, SyncOrder
 from rollout.worker import RolloutWorker
 from tests.unit.tiny import tiny_tokenizer
 
@@ -90,7 +92,7 @@ class Published:
     def __init__(self, trainer: RayWorker, members: list[RayWorker], options: argparse.Namespace) -> None:
         self.trainer, self.members, self.options = trainer, members, options
         self.bucket_bytes = int(options.bucket_mib * 2**20)
-        self.version = 0
+        self.version, self.tree = 0, BroadcastTree()
 
     async def open(self) -> None:
         self.address = await self.trainer.call("run", OpenCollective(), timeout_s=DEADLINE_S)
@@ -99,11 +101,12 @@ class Published:
     async def publish(self) -> tuple[float, float]:
         """Seconds until the last member had all bytes, and the longest stall."""
         self.version += 1
-        names = tuple(member.name for member in self.members)
-        rendezvous = Rendezvous(*self.address, "1", names, DEADLINE_S, self.options.topology)
+        here = platform.node()
+        links = self.tree.follow(here, {member.name: Place(here, (member.name,)) for member in self.members})
+        rendezvous = Rendezvous(*self.address, links, DEADLINE_S)
         order = SyncOrder(f"order {self.version}", self.version, "collective", self.manifest, rendezvous)
-        receiving = [member.call("receive", order, timeout_s=DEADLINE_S) for member in self.members]
-        report, *acks = await asyncio.gather(self._export(CollectiveSend(order)), *receiving)
+        receiving = [m.call("receive", order.seen_by({m.name}), timeout_s=DEADLINE_S) for m in self.members]
+        report, *acks = await asyncio.gather(self._export(CollectiveSend(order.seen_by({SENDER}))), *receiving)
         assert {ack.fingerprint for ack in acks} == {report.fingerprint}
         return max(ack.receive_seconds for ack in acks), max(ack.stall_seconds for ack in acks)
 
@@ -191,7 +194,6 @@ def main() -> None:
     parser.add_argument("--engines", type=int, nargs="+", default=[1, 2, 4], help="how many")
     parser.add_argument("--million-parameters", type=int, nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--topology", choices=("each", "all"), default="each")
     parser.add_argument("--bucket-mib", type=float, default=4.0)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()

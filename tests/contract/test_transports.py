@@ -15,7 +15,6 @@ from tests.runs import ARITHMETIC, merged
 STEPS = 3
 WAYS: dict[str, dict[str, Any]] = {
     "collective": {"transport": "collective"},
-    "collective, all at once": {"transport": "collective", "topology": "all"},
     "object_store": {"transport": "object_store"},
     "disk": {"transport": "disk"},
 }

@@ -21,7 +21,8 @@ from actors.specs import BackendSpec
 from rollout.engine import EngineSpec
 from rollout.sampling import Request, Sampling
 from rollout.weights import CollectiveSend, ManifestOf, OpenCollective, PackBuckets
-from rollout.weights.protocol import Ack, Manifest, Rendezvous, SendReport, SyncOrder
+from rollout.weights.links import Communicator
+from rollout.weights.protocol import SENDER, Ack, Link, Manifest, Rendezvous, SendReport, SyncOrder
 from rollout.worker import RolloutWorker
 from tests.shaken_worker import Shaken
 from tests.unit.tiny import tiny_model_folder
@@ -43,7 +44,8 @@ def kinds_of_groups() -> set[str]:
     """In the trainer's process: what it broadcasts with."""
     from rollout.weights import collective
 
-    return {each.kind for each in collective._senders[""].communicators.values()}
+    connections = collective._senders[""].links.connections.values()
+    return {type(each.group if isinstance(each, Communicator) else each).__name__ for each in connections}
 
 
 def as_arrays(weights: Iterable[tuple[str, Tensor]]) -> dict[str, np.ndarray]:
@@ -100,7 +102,7 @@ class Pair:
         return await self.trainer.call("export", consumer, BUCKET, timeout_s=CALL_S)
 
     async def publish(self, version: int) -> tuple[SendReport, Ack]:
-        rendezvous = Rendezvous(*self.address, "1", (self.engine.name,), 60.0)
+        rendezvous = Rendezvous(*self.address, (Link("1", SENDER, self.engine.name),), 60.0)
         order = SyncOrder(f"order {version}", version, "collective", self.manifest, rendezvous)
         return await asyncio.gather(
             self.export(CollectiveSend(order)), self.engine.call("receive", order, timeout_s=CALL_S)

@@ -13,8 +13,8 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from rollout.weights.buckets import ManifestOf
-from rollout.weights.collective import AHEAD, CollectiveReceiver, CollectiveSender
-from rollout.weights.protocol import Manifest, Rendezvous, SyncOrder
+from rollout.weights.collective import BUFFERS, CollectiveReceiver, CollectiveSender
+from rollout.weights.protocol import SENDER, Link, Manifest, Rendezvous, SyncOrder
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
@@ -35,7 +35,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def order(version: int, manifest: Manifest, address: tuple[str, int], timeout_s: float) -> SyncOrder:
-    rendezvous = Rendezvous(*address, "1", ("a",), timeout_s)
+    rendezvous = Rendezvous(*address, (Link("1", SENDER, "a"),), timeout_s)
     return SyncOrder(f"order {version}", version, "collective", manifest, rendezvous)
 
 
@@ -57,14 +57,16 @@ def receive(orders: Any, results: Any, ends: bool) -> None:
         while (each := orders.get(timeout=CALL_S)) is not None:
             if ends:
                 assert each.rendezvous is not None
-                receiver._join_epoch(each.rendezvous)
+                receiver._join(each.rendezvous)
                 os._exit(1)
-            staged, fingerprint = receiver.receive(each)
-            assert receiver._communicator is not None and all(tensor.is_cuda for _, tensor in staged)
+            incoming = receiver.receive(each)
+            staged = list(incoming)
+            assert receiver._uplink is not None and all(tensor.is_cuda for _, tensor in staged)
             arrays = [(name, bits(tensor).numpy()) for name, tensor in staged]
-            received.append(Received(fingerprint, receiver._communicator.kind, arrays))
+            received.append(Received(incoming.finish(), type(receiver._uplink[1]).__name__, arrays))
+            del incoming, staged
         receiver.close()
-        del receiver, staged
+        del receiver
         results.put((received, torch.cuda.memory_allocated() - before))
     except BaseException as error:
         results.put(repr(error))
@@ -101,7 +103,7 @@ def test_two_versions_reach_the_other_process_to_the_bit_and_the_memory_returns(
     try:
         address = sender.open()
         manifest = ManifestOf(None, BUCKET)(weights(0))
-        assert len(list(manifest.buckets())) > 2 * (AHEAD + 1), "every buffer is used several times"
+        assert len(list(manifest.buckets())) > 2 * BUFFERS, "every buffer is used several times"
         prints, held = [], []
         for version in VERSIONS:
             on_gpu = [(name, tensor.cuda()) for name, tensor in weights(version)]
@@ -111,7 +113,7 @@ def test_two_versions_reach_the_other_process_to_the_bit_and_the_memory_returns(
             assert report.delivered == ("a",), report.failed
             prints.append(report.fingerprint)
             held.append(torch.cuda.memory_allocated() - before)
-            assert {communicator.kind for communicator in sender.communicators.values()} == {"SameGpu"}
+            assert {type(each).__name__ for each in sender.links.connections.values()} == {"SameGpu"}
             del on_gpu
         engine.orders.put(None)
         received, kept = engine.result()

@@ -303,7 +303,6 @@ SHOWN_BY: dict[str, str] = {  # what happens while a run goes on, or needs other
     "rounds.phases": "tests/unit/test_rounds.py",
     "roles.reward.on_failure": "tests/unit/test_collector.py",
     "weights.transport": "tests/unit/test_weights.py",
-    "weights.topology": "tests/unit/test_weights.py",
     "weights.timeout_s": "tests/unit/test_weights.py",
     "weights.dtype": "tests/unit/test_weights.py",
     "weights.lora": "tests/unit/test_published_adapters.py",
@@ -624,10 +623,6 @@ IDLE: list[tuple[dict[str, Any], str]] = [  # a configuration, and the key that 
         "phases.a.train.weight_decay=0.5",
     ),
     (merged(GRPO, {"roles": {"rollout": {"engine": "hf", "kv_cache_gib": 2}}}), "roles.rollout.kv_cache_gib=2.0"),
-    (
-        merged(GRPO, {"weights": {"transport": "disk", "topology": "all"}}),
-        "weights.topology=all",
-    ),
     (merged(GRPO, {"cluster": {"gpu_memory_gib": 80}}), "cluster.gpu_memory_gib=80"),
     (merged(GRPO, {"weights": {"lora": "merged"}}), "weights.lora=merged: without model.lora"),
     (merged(GRPO, {"cluster": {"address": "a:1", "dashboard": True}}), "cluster.dashboard=True"),

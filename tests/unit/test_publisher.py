@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from actors.errors import InfraFailure, WeightSyncError
 from actors.worker import LocalGroup, LocalObjects, LocalWorker, WorkerInfo
@@ -15,10 +16,12 @@ from orchestrator.cluster.failures import Watchdog
 from orchestrator.cluster.fleet import State
 from orchestrator.cluster.pool import Pool, PoolPolicy
 from orchestrator.config.schema import WeightsConfig
-from orchestrator.publishing.publisher import Publisher
-from rollout.weights import DiskWrite, PackBuckets
+from orchestrator.publishing.publisher import Publisher, SyncReport
+from rollout.weights import CollectiveSend, DiskWrite, PackBuckets, receiver
+from rollout.weights.collective import CollectiveReceiver
 from rollout.weights.protocol import Ack, Manifest, SendReport, SyncOrder
 
+CPU = torch.device("cpu")
 POLICY = PoolPolicy(
     slots=1, max_attempts=2, call_timeout_s=60.0, start_timeout_s=60.0, max_restarts=9, ping_every_s=0.02
 )
@@ -164,3 +167,111 @@ async def test_a_member_with_two_models_serves_when_it_holds_both_also_one_that_
         await own.publish(1)
     assert [part for _, part in received[4:]] == ["own", "own"], "what does not change is not sent again"
     await pool.close()
+
+
+class BroadcastingTrainer(Trainer):
+    """Sends real weights, which are other ones in each version."""
+
+    sent = 0
+
+    def run(self, task: Any) -> Any:
+        return task()
+
+    def export(self, consumer: Any, bucket_bytes: int, form: str) -> Any:
+        if isinstance(consumer, CollectiveSend):
+            self.sent += 1
+            return consumer(weights(consumer.order.version))
+        return consumer(weights(0))
+
+
+def weights(version: int) -> list[tuple[str, torch.Tensor]]:
+    return [(f"w{index}", torch.full((4_000,), float(10 * index + version))) for index in range(6)]
+
+
+class Broadcasts:
+    """A pool whose members receive by broadcast, and a publisher to it. `breaks`: members that fail when their first
+    bucket of version 1 arrives."""
+
+    def __init__(self, count: int, breaks: set[int]) -> None:
+        self.breaks, self.trainer = breaks, BroadcastingTrainer()
+        self.held: dict[str, tuple[int, list[float]]] = {}
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.pool = Pool(
+            "rollout",
+            count,
+            POLICY,
+            start=self._start,
+            stop=lambda worker: worker.kill(),
+            event=lambda name, what: self.events.append((name, what)),
+            watchdog=Watchdog(),
+        )
+        self.publisher = Publisher(
+            LocalGroup("policy", LocalWorker("policy/0", self.trainer)),
+            self.pool,
+            LocalObjects(),
+            WeightsConfig(bucket_mib=0.02, timeout_s=60.0),
+            role="rollout",
+            source="policy",
+            dtype="float32",
+            folder="",
+            event=lambda name, what: self.events.append((name, what)),
+            transport="collective",
+        )
+        self.pool.admit = self.publisher.admit
+
+    async def _start(self, index: int) -> LocalWorker:
+        name = f"rollout/{index}"
+        return LocalWorker(name, BroadcastReceiver(name, self, index))
+
+    async def publish(self, version: int) -> SyncReport:
+        async with self.publisher.changing:
+            return await asyncio.wait_for(self.publisher.publish(version), 60)
+
+
+class BroadcastReceiver:
+    def __init__(self, name: str, stage: Broadcasts, index: int) -> None:
+        self._name, self._stage, self._index = name, stage, index
+        self._receiver = CollectiveReceiver(name, CPU)
+
+    def ready(self) -> WorkerInfo:
+        return WorkerInfo(self._name, os.getpid(), "here", "", {"receivers": (self._name,)})
+
+    def ping(self) -> dict[str, Any]:
+        return {"alive": True}
+
+    async def receive(self, order: SyncOrder, payload: Any) -> Ack:
+        return await asyncio.to_thread(self._take, order, payload)
+
+    def _take(self, order: SyncOrder, payload: Any) -> Ack:
+        by = self._receiver if order.transport == "collective" else receiver(order.transport, self._name, CPU)
+        values: list[float] = []
+        with by.receive(order, payload) as incoming:
+            for _, tensor in incoming:
+                values.append(float(tensor[0]))
+                if order.version == 1 and self._index in self._stage.breaks:
+                    raise InfraFailure("its memory is gone")
+        self._stage.held[self._name] = order.version, values
+        return Ack(self._name, order.version, incoming.finish())
+
+    def close(self) -> None:
+        self._receiver.close()
+
+
+@pytest.mark.parametrize(("breaks", "rounds"), [(set[int](), 1), ({0}, 2), ({4}, 1), ({1, 2}, 2), ({0, 2}, 3)])
+async def test_members_that_a_lost_one_has_cut_off_get_the_version_by_another_broadcast(
+    breaks: set[int], rounds: int
+) -> None:
+    stage = Broadcasts(5, breaks)  # 0 sends to 2 and 3, and 1 to 4
+    await stage.pool.open()
+    assert (await stage.publish(0)).members == (0, 1, 2, 3, 4)
+    assert stage.trainer.sent == 1
+    report = await stage.publish(1)
+    left = {index for index in range(5) if index not in breaks}
+    assert set(report.members) == left
+    values = [float(tensor[0]) for _, tensor in weights(1)]
+    assert values != [float(tensor[0]) for _, tensor in weights(0)]
+    for index in left:
+        assert stage.held[f"rollout/{index}"] == (1, values)
+    assert stage.trainer.sent == 1 + rounds
+    assert {what["worker"] for name, what in stage.events if name == "sync_failed"} == breaks, "the others are innocent"
+    await stage.pool.close()

@@ -18,7 +18,7 @@ from rollout.engine import EngineSpec, Finished, build_engine
 from rollout.sampling import Finish, Request, Sampling
 from rollout.scripted_engine import ScriptedEngine
 from rollout.weights import DiskWrite
-from rollout.weights.protocol import Manifest, SendReport, SyncOrder, TensorMeta
+from rollout.weights.protocol import Manifest, SendReport, SyncOrder, TensorMeta, TransferFailed
 from rollout.worker import RolloutWorker
 from tests.waiting import until_true
 
@@ -38,8 +38,10 @@ class Waiting(ScriptedEngine):
     after = 5
     taken = 0
     waits = threading.Event()  # the newest one does
+    calls = 0  # of `step`, of all of them
 
     def step(self) -> list[Finished]:
+        Waiting.calls += 1
         if self.taken == self.after and not self.loads:
             self.waits.set()
             time.sleep(0.001)
@@ -186,15 +188,34 @@ async def test_an_order_that_was_carried_out_is_acknowledged_again_and_nothing_i
         assert meta.newest_version == 5, "another load would have broken the engine"
 
 
-async def test_a_transfer_that_fails_leaves_the_old_weights_in_use(tmp_path: Path) -> None:
+async def test_a_transfer_that_brings_nothing_leaves_the_old_weights_in_use(tmp_path: Path) -> None:
     async with worker() as subject:
         order, _ = sync(tmp_path, 5)
         broken = SyncOrder("other", 6, "disk", order.manifest, folder=str(tmp_path / "nowhere"))
-        with pytest.raises(InfraFailure):
+        with pytest.raises(TransferFailed):
             await subject.receive(broken)
         meta, _ = await subject.generate(request())
         assert meta.newest_version == 4
         assert (await subject.receive(order)).version == 5
+
+
+async def test_a_transfer_that_ends_half_way_stops_decoding_until_all_weights_are_there(tmp_path: Path) -> None:
+    waiting = "tests.unit.test_rollout_worker:Waiting"
+    async with worker(waiting, completions={"5 6 7": [[8] * 20]}, stall_s=0.2) as subject:
+        Waiting.waits.clear()
+        call = asyncio.ensure_future(subject.generate(request(n=1)))
+        await until_true(Waiting.waits.is_set, "such state of the worker")
+        order, _ = sync(tmp_path, 5)
+        manifest = Manifest((*order.manifest.tensors, TensorMeta("more", "float32", (9,))), bucket_bytes=24)
+        with pytest.raises(TransferFailed) as caught:
+            await subject.receive(SyncOrder("longer", 5, "disk", manifest, folder=order.folder))
+        assert caught.value.begun
+        steps = Waiting.calls
+        await asyncio.sleep(0.3)
+        assert Waiting.calls == steps and not call.done() and subject.ping()["alive"], "it waits, and is not stuck"
+        await subject.receive(order)
+        meta, _ = await call
+        assert (meta.oldest_version, meta.newest_version) == (4, 5)
 
 
 async def test_an_engine_that_cannot_apply_weights_is_dead(tmp_path: Path) -> None:

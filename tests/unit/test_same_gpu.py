@@ -15,24 +15,17 @@ import torch
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from actors.errors import InfraFailure
 from rollout.weights.buckets import Staged
-from rollout.weights.collective import (
-    AHEAD,
-    CollectiveReceiver,
-    CollectiveSender,
-    Communicator,
-    communicator_kind,
-    join,
-)
-from rollout.weights.protocol import Manifest, Rendezvous, SyncOrder, TensorMeta
+from rollout.weights.collective import BUFFERS, CollectiveReceiver, CollectiveSender
+from rollout.weights.links import CHILD, PARENT, Communicator, Connection, Downlinks, device_of, join, kind_of_link
+from rollout.weights.protocol import SENDER, Link, Manifest, Rendezvous, SyncOrder, TensorMeta, TransferFailed
 from rollout.weights.same_gpu import SameGpu, describe_process, has_ended
 
 CPU = torch.device("cpu")
 LONG = timedelta(seconds=30)
 FAR = 20.0  # seconds; well below LONG: what ends sooner was not ended by the deadline
 ROWS = 256
-MANIFEST = Manifest(tuple(TensorMeta(f"w{i}", "float32", (ROWS,)) for i in range(3 * AHEAD + 2)), 4 * ROWS)
+MANIFEST = Manifest(tuple(TensorMeta(f"w{i}", "float32", (ROWS,)) for i in range(3 * BUFFERS + 2)), 4 * ROWS)
 
 
 class HeapMemory:
@@ -73,9 +66,16 @@ class Member(CollectiveReceiver):
         super().__init__("a", CPU)
         self.joined = communicator
 
-    def _join_epoch(self, rendezvous: Rendezvous) -> SameGpu:
-        self._communicator, self._epoch = self.joined, rendezvous.epoch
+    def _join(self, rendezvous: Rendezvous) -> SameGpu:
+        self._uplink = LINK.id, self.joined
         return self.joined
+
+    def take(self, order: SyncOrder) -> tuple[Staged, str]:
+        incoming = self.receive(order)
+        return list(incoming), incoming.finish()
+
+
+LINK = Link("1/a", SENDER, "a")
 
 
 class Stage:
@@ -91,11 +91,11 @@ class Stage:
         return self.side(0, timeout), self.side(1, timeout)
 
     def order(self, version: int) -> SyncOrder:
-        rendezvous = Rendezvous("127.0.0.1", self.server.port, "1", ("a",), 3 * LONG.total_seconds())
+        rendezvous = Rendezvous("127.0.0.1", self.server.port, (LINK,), 3 * LONG.total_seconds())
         return SyncOrder(f"order {version}", version, "collective", MANIFEST, rendezvous)
 
     def sender(self, communicator: SameGpu) -> CollectiveSender:
-        return CollectiveSender(self.server, "1", {("a",): communicator})
+        return CollectiveSender(self.server, Downlinks(SENDER, {LINK.id: communicator}))
 
 
 @pytest.fixture
@@ -125,16 +125,16 @@ def ended_process() -> str:
 def test_buckets_of_several_orders_arrive_each_with_its_own_bytes_and_leave_no_keys(stage: Stage, thread):
     ours, theirs = stage.sides()
     sender, member = stage.sender(ours), Member(theirs)
-    assert len(list(MANIFEST.buckets())) > 2 * (AHEAD + 1), "every buffer is used several times"
+    assert len(list(MANIFEST.buckets())) > 2 * (BUFFERS), "every buffer is used several times"
     keys, prints = [], []
     for version in range(3):
-        arriving = thread.submit(member.receive, stage.order(version))
+        arriving = thread.submit(member.take, stage.order(version))
         report = sender.send(stage.order(version), weights(version))
         staged, fingerprint = arriving.result(60)
         assert report.delivered == ("a",) and fingerprint == report.fingerprint
         assert [name for name, _ in staged] == [meta.name for meta in MANIFEST.tensors]
         assert all(torch.equal(got, sent) for (_, got), (_, sent) in zip(staged, weights(version), strict=True))
-        assert len(buffers) >= AHEAD + 1
+        assert len(buffers) >= BUFFERS
         keys.append(stage.server.num_keys())
         prints.append(fingerprint)
     assert len(set(prints)) == 3
@@ -146,8 +146,8 @@ def test_buckets_of_several_orders_arrive_each_with_its_own_bytes_and_leave_no_k
 @pytest.mark.parametrize(
     ("waits", "why"),
     [
-        (0, "the engine did not take bucket 0: the engine has left"),
-        (1, "the trainer did not send bucket 0: the trainer has left"),
+        (0, "the receiver did not take bucket 0: the receiver has left"),
+        (1, "the sender did not send bucket 0: the sender has left"),
     ],
 )
 def test_a_side_that_leaves_ends_the_wait_of_the_other(stage: Stage, thread, waits: int, why: str):
@@ -167,7 +167,7 @@ def test_what_a_receiver_took_before_it_left_has_landed(stage: Stage):
     theirs.leave()
     works[0].wait()
     assert into.tolist() == [7.0] * 4
-    with pytest.raises(RuntimeError, match="did not take bucket 1: the engine has left"):
+    with pytest.raises(RuntimeError, match="did not take bucket 1: the receiver has left"):
         works[1].wait()
 
 
@@ -177,13 +177,13 @@ def test_a_bucket_of_a_sender_that_has_left_is_not_taken(stage: Stage):
     flat, into = torch.ones(4), torch.zeros(4)
     ours.broadcast(flat)
     ours.leave()
-    with pytest.raises(RuntimeError, match="the trainer left before bucket 0 was taken"):
+    with pytest.raises(RuntimeError, match="the sender left before bucket 0 was taken"):
         theirs.broadcast(into).wait()
     assert into.tolist() == [0.0] * 4
 
 
 class LeavesInBetween(HeapMemory):
-    """The trainer gives up while the engine copies."""
+    """The sender gives up while the receiver copies."""
 
     sender: SameGpu
 
@@ -197,7 +197,7 @@ def test_a_bucket_that_was_copied_while_the_sender_left_is_not_accepted(stage: S
     memory.sender = ours
     theirs, into = stage.side(1, memory=memory), torch.zeros(4)
     ours.broadcast(torch.ones(4))
-    with pytest.raises(RuntimeError, match="the trainer left before bucket 0 was taken"):
+    with pytest.raises(RuntimeError, match="the sender left before bucket 0 was taken"):
         theirs.broadcast(into).wait()
     assert into.tolist() == [1.0] * 4 and not stage.server.check(["1/a/taken/0"])
 
@@ -212,14 +212,14 @@ def test_a_side_that_has_left_waits_no_longer_itself(stage: Stage):
 
 def test_a_deadline_ends_the_wait_of_either_side(stage: Stage):
     ours, theirs = stage.sides()
-    with pytest.raises(RuntimeError, match=r"the engine did not take bucket 0: waited for 0.05 s"):
+    with pytest.raises(RuntimeError, match=r"the receiver did not take bucket 0: waited for 0.05 s"):
         ours.broadcast(torch.ones(4)).wait(timedelta(seconds=0.05))
     theirs.broadcast(torch.ones(4)).wait()
-    with pytest.raises(RuntimeError, match=r"the trainer did not send bucket 1: waited for 0.05 s"):
+    with pytest.raises(RuntimeError, match=r"the sender did not send bucket 1: waited for 0.05 s"):
         theirs.broadcast(torch.ones(4)).wait(timedelta(seconds=0.05))
 
 
-@pytest.mark.parametrize(("rank", "peer"), [(0, "engine"), (1, "trainer")])
+@pytest.mark.parametrize(("rank", "peer"), [(0, "receiver"), (1, "sender")])
 def test_the_end_of_the_other_sides_process_ends_the_wait(stage: Stage, rank: int, peer: str):
     stage.side(1 - rank, process=ended_process())
     began = time.monotonic()
@@ -257,21 +257,21 @@ def test_the_end_of_the_store_ends_the_receivers_wait_and_does_not_prevent_its_l
 def test_memory_that_cannot_be_offered_fails_that_member_and_its_receive_at_once(stage: Stage, thread):
     ours, theirs = stage.side(0, memory=NoMemory()), stage.side(1)
     began = time.monotonic()
-    arriving = thread.submit(Member(theirs).receive, stage.order(0))
+    arriving = thread.submit(Member(theirs).take, stage.order(0))
     report = stage.sender(ours).send(stage.order(0), weights(0))
-    why = "bucket 0 could not be offered to the engine on the same GPU: invalid argument; if this is not a passing"
+    why = "bucket 0 could not be offered to the receiver on the same GPU: invalid argument; if this is not a passing"
     assert report.failed["a"].startswith(why) and "weights.transport=object_store" in report.failed["a"]
-    with pytest.raises(InfraFailure, match=r"a: weights of version 0 did not arrive.*the trainer has left"):
+    with pytest.raises(TransferFailed, match=r"a: weights of version 0 did not arrive.*the sender has left"):
         arriving.result(60)
     assert time.monotonic() - began < FAR
 
 
 def test_memory_that_cannot_be_read_fails_the_receive_and_the_sender_is_told(stage: Stage, thread):
     ours, theirs = stage.side(0), stage.side(1, memory=NoMemory())
-    arriving = thread.submit(Member(theirs).receive, stage.order(0))
+    arriving = thread.submit(Member(theirs).take, stage.order(0))
     report = stage.sender(ours).send(stage.order(0), weights(0))
-    assert "the engine has left" in report.failed["a"]
-    with pytest.raises(InfraFailure, match=r"could not be read: invalid handle; .* set weights.transport=object_store"):
+    assert "the receiver has left" in report.failed["a"]
+    with pytest.raises(TransferFailed, match=r"not be read: invalid handle; .* set weights.transport=object_store"):
         arriving.result(60)
 
 
@@ -279,46 +279,39 @@ def test_a_receiver_that_fails_half_way_is_reported_and_not_waited_for(stage: St
     ours, theirs = stage.sides()
 
     class Leaves(Member):
-        def _arrivals(self, order: SyncOrder, communicator: Communicator | SameGpu) -> Iterator[Tensor]:
-            yield next(super()._arrivals(order, communicator))
+        def _relayed(self, uplink: Connection, sizes: list[int]) -> Iterator[Tensor]:
+            yield next(super()._relayed(uplink, sizes))
             raise RuntimeError("out of memory")
 
     began = time.monotonic()
-    arriving = thread.submit(Leaves(theirs).receive, stage.order(0))
+    arriving = thread.submit(Leaves(theirs).take, stage.order(0))
     report = stage.sender(ours).send(stage.order(0), weights(0))
-    assert report.delivered == () and "the engine has left" in report.failed["a"]
-    with pytest.raises(InfraFailure, match="out of memory"):
+    assert report.delivered == () and "the receiver has left" in report.failed["a"]
+    with pytest.raises(TransferFailed, match="out of memory"):
         arriving.result(60)
     assert time.monotonic() - began < FAR
 
 
-# Which communicator.
+# Which connection.
 
 
 @pytest.mark.parametrize(
-    ("devices", "kind"),
-    [
-        (["cuda x", "cuda x"], "same_gpu"),
-        (["cuda x", "cuda y"], "nccl"),
-        (["cuda x", "cuda y", "cuda z"], "nccl"),
-        (["cuda x", "cuda x", "cuda x"], "gloo"),
-        (["cuda x", "cuda x", "cuda y"], "gloo"),
-        (["cpu", "cpu"], "gloo"),
-        (["cpu", "cpu", "cpu"], "gloo"),
-    ],
+    ("parent", "child", "kind"),
+    [("cuda x", "cuda x", "same_gpu"), ("cuda x", "cuda y", "nccl"), ("cpu", "cpu", "gloo")],
 )
-def test_the_communicator_follows_from_the_devices_of_the_ranks(devices: list[str], kind: str):
-    assert communicator_kind(devices) == kind
+def test_the_kind_of_a_link_follows_from_the_devices_of_its_ends(parent: str, child: str, kind: str):
+    assert kind_of_link(parent, child) == kind
 
 
-@pytest.mark.parametrize(("size", "kind"), [(2, "SameGpu"), (3, "ProcessGroupGloo")])
-def test_ranks_that_published_the_same_gpu_join_by_ipc_if_they_are_two(stage: Stage, thread, size: int, kind: str):
-    stores = [PrefixStore("1/a", TCPStore("127.0.0.1", stage.server.port, None, False)) for _ in range(size)]
-    for rank in range(size):
-        stores[rank].set(f"device/{rank}", "cuda GPU-1")
+@pytest.mark.parametrize(("device", "connection"), [("cuda GPU-1", SameGpu), ("cpu", Communicator)])
+def test_ends_that_say_their_devices_join(stage: Stage, thread, device: str, connection: type):
+    stores = [PrefixStore("1/a", TCPStore("127.0.0.1", stage.server.port, None, False)) for _ in (PARENT, CHILD)]
+    for rank, store in enumerate(stores):
+        store.set(device_of(rank), device)
     joining = [
-        thread.submit(join, stores[rank], rank, size, torch.device("cuda"), "127.0.0.1", LONG) for rank in range(size)
+        thread.submit(join, store, rank, torch.device(device.split()[0]), "127.0.0.1", LONG)
+        for rank, store in enumerate(stores)
     ]
-    assert {each.result(60).kind for each in joining} == {kind}
+    assert {type(each.result(60)) for each in joining} == {connection}
     for each in joining:
         each.result().leave()
