@@ -28,8 +28,8 @@ async def until_true(condition: Callable[[], Any], what: str, *, timeout_s: floa
 
 
 def ended(process: psutil.Process) -> bool:
-    """Whether it runs no more. A zombie does not: one without a parent stays in the table of processes for seconds where
-    the first process of the machine looks for such ones now and then."""
+    """Whether it runs no more. A zombie does not: without a parent it stays in the table of processes for seconds on a
+    machine whose first process looks for such ones only now and then."""
     try:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
