@@ -15,6 +15,9 @@ PYTEST_PER_CORE := OMP_NUM_THREADS=1 $(PYTEST) --numprocesses logical --maxproce
 PYTEST_THREE_FILES := $(PYTEST) --numprocesses 3 --dist loadfile --no-loadscope-reorder
 SLOWEST := --durations 20 --durations-min 15# so that what became slow is seen where it happens
 
+# Some containers set it. Without files of bytecode each process of the tests would compile all that it imports of ours.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test browser lint format types unit bench curves venv clean
 
 demo: venv
