@@ -83,7 +83,7 @@ def main() -> None:
     say(status, code=os.waitstatus_to_exitcode(code), at_cpu_limit=at_cpu_limit)
 
 
-def waited_for(child: int, cpu_s: int) -> bool:
+def waited_for(child: int, cpu_s: float) -> bool:
     """Until it has ended. Whether it had used up its CPU time, at which it is killed here: RLIMIT_CPU is compared with
     ticks, which on a busy machine count up to half as much again as was used. A process that the kernel ended for it
     could not be told from one that somebody killed."""
@@ -178,7 +178,7 @@ def drop_root() -> None:
 
 def limit_resources(settings: dict[str, Any]) -> None:
     limits = {
-        resource.RLIMIT_CPU: 2 * settings["cpu_s"] + 1,  # should `waited_for` be held up; in ticks, see there
+        resource.RLIMIT_CPU: 2 * int(settings["cpu_s"] + 1),  # should `waited_for` be held up; in ticks, see there
         resource.RLIMIT_AS: settings["memory_bytes"],
         resource.RLIMIT_FSIZE: settings["disk_bytes"],
         resource.RLIMIT_NOFILE: 64,

@@ -74,7 +74,7 @@ class Ending(StrEnum):
 class Limits:
     """`deadline_s` is wall time, which code that sleeps or waits uses up; a busy machine does, too: see `run`."""
 
-    cpu_s: int = 5
+    cpu_s: float = 5.0
     deadline_s: float = 20.0
     memory_mib: int = 512
     disk_mib: int = 16

@@ -245,7 +245,7 @@ def test_output_without_end_is_cut(descriptor: int):
 
 
 def test_a_loop_without_end_meets_the_limit_on_cpu_time():
-    found = Sandbox(Limits(cpu_s=1)).run(
+    found = Sandbox(Limits(cpu_s=0.2)).run(
         "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass"
     )
     assert (found.ending, found.exit_code) == (Ending.CPU_LIMIT, None)
