@@ -12,8 +12,13 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-warn-sc
 BENCHMARKS := startup vocabulary publish against_trl# of tests/benchmarks, the longest last
 PYTEST := $(BIN)/pytest -q
 PYTEST_PER_CORE := OMP_NUM_THREADS=1 $(PYTEST) --numprocesses logical --maxprocesses 4
+# One process more than there are cores: a third of the time, a unit test waits (for a deadline, or for a process).
+PYTEST_OF_UNITS := OMP_NUM_THREADS=1 $(PYTEST) --numprocesses $$(($$(nproc) + 1)) --maxprocesses 4 --dist worksteal
 PYTEST_THREE_FILES := $(PYTEST) --numprocesses 3 --dist loadfile --no-loadscope-reorder
 SLOWEST := --durations 20 --durations-min 15# so that what became slow is seen where it happens
+
+# Some containers set it. Without files of bytecode each process of the tests would compile all that it imports of ours.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test browser lint format types unit bench curves venv clean
 
@@ -36,7 +41,7 @@ browser: venv
 	    timeout 180 apt-get install -y -qq chromium >/dev/null 2>&1; } || echo "no Chromium: tests/browser will be skipped"
 
 unit: venv
-	$(PYTEST_PER_CORE) --dist worksteal tests/test_house.py tests/unit tests/golden
+	$(PYTEST_OF_UNITS) tests/test_house.py tests/unit tests/golden
 
 lint: venv
 	$(BIN)/ruff check .

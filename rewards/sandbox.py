@@ -74,7 +74,7 @@ class Ending(StrEnum):
 class Limits:
     """`deadline_s` is wall time, which code that sleeps or waits uses up; a busy machine does, too: see `run`."""
 
-    cpu_s: int = 5
+    cpu_s: float = 5.0
     deadline_s: float = 20.0
     memory_mib: int = 512
     disk_mib: int = 16
@@ -180,10 +180,10 @@ class Sandbox:
         if ending is Ending.EXITED:
             if code is None:
                 raise SandboxFailure("sandbox: its process was killed")
-            # The code cannot send itself SIGKILL. At its CPU limit the kernel does; otherwise the host ran out of
+            # The code cannot send itself SIGKILL. `confinement` does at its CPU limit; otherwise the host ran out of
             # memory, or somebody killed it.
             if code in (-signal.SIGKILL, -signal.SIGXCPU):
-                if said["cpu_s"] < 0.9 * self.limits.cpu_s:
+                if not said["at_cpu_limit"]:
                     raise SandboxFailure(f"sandbox: the code was killed from outside after {seconds:.1f} s")
                 ending, code = Ending.CPU_LIMIT, None
         else:

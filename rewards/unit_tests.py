@@ -43,7 +43,7 @@ class UnitTests:
         self,
         all_or_nothing: bool = False,
         require_fence: bool = True,
-        cpu_limit_s: int = 5,
+        cpu_limit_s: float = 5.0,
         deadline_s: float = 20.0,
         memory_mib: int = 512,
         without: Sequence[str] = (),

@@ -80,6 +80,18 @@ def tree(file: Path) -> ast.Module:
     return ast.parse(file.read_text(), str(file))
 
 
+@cache
+def nodes(file: Path) -> tuple[ast.AST, ...]:
+    """All of a file."""
+    return tuple(ast.walk(tree(file)))
+
+
+@cache
+def calls(file: Path) -> tuple[tuple[str, ast.Call], ...]:
+    """What is called, as it is written, and the whole call."""
+    return tuple((ast.unparse(node.func), node) for node in nodes(file) if isinstance(node, ast.Call))
+
+
 def name_of(file: Path) -> str:
     return str(file.relative_to(ROOT))
 
@@ -179,7 +191,7 @@ def module_files() -> dict[str, Path]:
 def imported(file: Path) -> Iterator[str]:
     """Our own modules that a file names in any import: a module, or what one holds."""
     files = module_files()
-    for node in ast.walk(tree(file)):
+    for node in nodes(file):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in files)
         elif isinstance(node, ast.ImportFrom):
@@ -219,6 +231,7 @@ def test_no_module_has_the_name_of_a_dependency():
     assert wrong in ([], ["actors/backends/deepspeed.py"]), "\n".join(wrong)
 
 
+@cache
 def dependencies() -> set[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = [
@@ -240,12 +253,10 @@ def test_every_module_has_a_docstring():
 
 def test_no_wait_on_ray_is_without_a_deadline():
     wrong = [
-        f"{name_of(file)}:{node.lineno}: {ast.unparse(node)}"
+        f"{name_of(file)}:{call.lineno}: {ast.unparse(call)}"
         for file in sources(*PACKAGES)
-        for node in ast.walk(tree(file))
-        if isinstance(node, ast.Call)
-        and ast.unparse(node.func) in ("ray.get", "ray.wait")
-        and "timeout" not in {keyword.arg for keyword in node.keywords}
+        for called, call in calls(file)
+        if called in ("ray.get", "ray.wait") and "timeout" not in {keyword.arg for keyword in call.keywords}
     ]
     assert not wrong, "\n".join(wrong)
 
@@ -253,12 +264,10 @@ def test_no_wait_on_ray_is_without_a_deadline():
 def test_no_wait_on_a_process_or_a_url_is_without_a_deadline():
     waits = ("subprocess.run", "subprocess.check_output", "subprocess.check_call", "urllib.request.urlopen")
     wrong = [
-        f"{name_of(file)}:{node.lineno}: {ast.unparse(node.func)}"
+        f"{name_of(file)}:{call.lineno}: {called}"
         for file in sources(*PACKAGES)
-        for node in ast.walk(tree(file))
-        if isinstance(node, ast.Call)
-        and ast.unparse(node.func) in waits
-        and "timeout" not in {keyword.arg for keyword in node.keywords}
+        for called, call in calls(file)
+        if called in waits and "timeout" not in {keyword.arg for keyword in call.keywords}
     ]
     assert not wrong, "\n".join(wrong)
 
@@ -268,7 +277,7 @@ def test_user_code_is_never_reached_by_putting_a_folder_on_the_path():
     wrong = [
         f"{name_of(file)}:{node.lineno}"
         for file in sources(*PACKAGES)
-        for node in ast.walk(tree(file))
+        for node in nodes(file)
         if isinstance(node, ast.Attribute) and node.attr == "path" and ast.unparse(node) == "sys.path"
         if name_of(file) != "orchestrator/import_pin.py"
     ]

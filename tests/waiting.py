@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import psutil
+
 
 def until(condition: Callable[[], Any], what: str, *, timeout_s: float = 300.0, every_s: float = 0.05) -> Any:
     """The first true answer."""
@@ -23,3 +25,12 @@ async def until_true(condition: Callable[[], Any], what: str, *, timeout_s: floa
     while not condition():
         assert time.monotonic() < deadline, f"no {what} within {timeout_s:g} s"
         await asyncio.sleep(0.005)
+
+
+def ended(process: psutil.Process) -> bool:
+    """Whether it runs no more. A zombie does not: without a parent it stays in the table of processes for seconds on a
+    machine whose first process looks for such ones only now and then."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True

@@ -73,6 +73,8 @@ async def supervised(
     watchdog: Watchdog,
     warn: Callable[[str], None],
     autoscaler: Autoscaler,
+    *,
+    ping_every_s: float = PING_EVERY_S,
 ) -> AsyncIterator[None]:
     """While the block runs: the run can be found and controlled through its folder, and the ranks are pinged. If a rank
     died or hangs, the block is cancelled and InfraFailure raised in its place."""
@@ -83,7 +85,7 @@ async def supervised(
     async def look() -> None:
         nonlocal failure
         while (failure := health.failure(time.monotonic())) is None:
-            await asyncio.sleep(PING_EVERY_S)
+            await asyncio.sleep(ping_every_s)
             await _ping(roles, health)
         block.cancel()
 

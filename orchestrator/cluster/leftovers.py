@@ -53,10 +53,11 @@ def watchers() -> set[int]:
 
 
 class Leftovers:
-    """From now on, processes of Ray's `session` end soon after this process does."""
+    """From now on, processes of Ray's `session` end soon after this process does: by themselves, or killed `grace_s`
+    later."""
 
-    def __init__(self, session: str) -> None:
-        command = [sys.executable, "-I", "-S", "-c", WATCHER, session, str(GRACE_S)]
+    def __init__(self, session: str, *, grace_s: float = GRACE_S) -> None:
+        command = [sys.executable, "-I", "-S", "-c", WATCHER, session, str(grace_s)]
         self._watcher = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )

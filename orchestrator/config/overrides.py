@@ -98,12 +98,14 @@ def load_yaml(text: str, name: str) -> tuple[Any, dict[Keys, int]]:
 
     Raises ConfigError (naming `name` and the line) for broken YAML and for a key given twice."""
     try:
-        root = yaml.compose(text, Loader)
-        value = yaml.load(text, Loader)
+        loader = Loader(text)
+        root = loader.get_single_node()
+        places = list(_walk(root, ()))  # before there are values: what `<<` names is then among a mapping's own nodes
+        value = None if root is None else loader.construct_document(root)
     except yaml.YAMLError as error:
         raise ConfigError(f"{name} is not YAML: {error}") from None
     lines: dict[Keys, int] = {}
-    for path, line in _walk(root, ()):
+    for path, line in places:
         if path in lines:
             raise ConfigError(f"{name}: {dotted(path)} is given twice, in lines {lines[path]} and {line}")
         lines[path] = line

@@ -39,6 +39,8 @@ def types_of(method: Callable[..., Pipeline]) -> dict[str, Any]:
 
 def content(value: Any) -> Any:
     """What a pipeline, or a part of one, consists of: equal for two of them that do the same."""
+    if value is None or isinstance(value, bool | int | float | str):  # most of them
+        return value
     if isinstance(value, partial):
         return (content(value.func), content(value.args), content(value.keywords))
     if isinstance(value, Sum):

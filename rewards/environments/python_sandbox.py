@@ -8,7 +8,7 @@ from typing import Any
 from rewards.sandbox import Ending, Limits, Sandbox
 
 _ENDED = {
-    Ending.CPU_LIMIT: "it computed for more than {0.cpu_s} s",
+    Ending.CPU_LIMIT: "it computed for more than {0.cpu_s:g} s",
     Ending.DEADLINE: "it took more than {0.deadline_s:g} s",
     Ending.OUTPUT_LIMIT: "it printed more than {0.output_kib} KiB",
 }
@@ -20,7 +20,7 @@ class PythonSandbox:
 
     def __init__(
         self,
-        cpu_limit_s: int = 5,
+        cpu_limit_s: float = 5.0,
         deadline_s: float = 10.0,
         memory_mib: int = 512,
         output_kib: int = 8,

@@ -222,7 +222,7 @@ async def test_an_engine_runs_no_code_of_the_run_that_attaches_it(spec: EngineSp
 
 
 async def test_a_call_that_is_cancelled_is_aborted_there_and_one_of_an_engine_that_ends_fails() -> None:
-    slow = replace(SCRIPTED, options={"seconds_per_step": 0.5}, max_model_len=200)
+    slow = replace(SCRIPTED, options={"seconds_per_step": 0.2}, max_model_len=200)
     endless = request(sampling={"stop": ()}, n=200)
     async with engine() as address, attached(address, replace(slow, max_concurrency=1)) as worker:
         await worker.call("ready", timeout_s=60)

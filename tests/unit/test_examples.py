@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +16,17 @@ from actors.errors import DataError, ModelError
 from orchestrator.data import synthetic_examples as examples
 
 
+def columns_of(name: str, *, seed: int, split: str, **options: Any) -> dict[str, list[Any]]:
+    """Of a data set, which would make one row after the other, and take most of the time of a test."""
+    return examples.dataset(name, seed=seed, split=split, **options).to_dict()
+
+
 def problem(prompt: str) -> frozenset[int]:
     return frozenset(int(number) for number in prompt.rstrip("=").split("+"))
 
 
 def test_answers_are_sums() -> None:
-    data = examples.dataset("arithmetic", seed=0, split="train")
+    data = columns_of("arithmetic", seed=0, split="train")
     for prompt, answer in zip(data["prompt"], data["answer"], strict=True):
         a, b = prompt.rstrip("=").split("+")
         assert int(a) + int(b) == int(answer)
@@ -28,17 +34,17 @@ def test_answers_are_sums() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_no_held_out_problem_nor_its_mirror_is_in_any_training_split_of_any_seed(seed: int) -> None:
-    held_out = {problem(prompt) for prompt in examples.dataset("arithmetic", seed=seed, split="test")["prompt"]}
+    held_out = {problem(prompt) for prompt in columns_of("arithmetic", seed=seed, split="test")["prompt"]}
     assert len(held_out) > 300
     for name in ("arithmetic", "arithmetic_sft"):
-        trained = {problem(prompt) for prompt in examples.dataset(name, seed=seed + 1, split="train")["prompt"]}
+        trained = {problem(prompt) for prompt in columns_of(name, seed=seed + 1, split="train")["prompt"]}
         assert not trained & held_out
-    multiplied = examples.dataset("calculator_sft", seed=seed + 1, split="train")["messages"]
+    multiplied = columns_of("calculator_sft", seed=seed + 1, split="train")["messages"]
     assert not {problem(messages[0]["content"].replace("*", "+")) for messages in multiplied} & held_out
 
 
 def test_sft_data_omits_most_carries_of_the_ones_and_is_otherwise_right() -> None:
-    data = examples.dataset("arithmetic_sft", seed=0, split="train")
+    data = columns_of("arithmetic_sft", seed=0, split="train")
     wrong_carries, carries = 0, 0
     for prompt, completion in zip(data["prompt"], data["completion"], strict=True):
         a, b = map(int, prompt.rstrip("=").split("+"))
@@ -52,15 +58,15 @@ def test_sft_data_omits_most_carries_of_the_ones_and_is_otherwise_right() -> Non
 
 
 def test_every_row_of_the_sft_test_split_is_right() -> None:
-    data = examples.dataset("arithmetic_sft", seed=0, split="test")
+    data = columns_of("arithmetic_sft", seed=0, split="test")
     sums = [str(sum(map(int, prompt.rstrip("=").split("+")))) for prompt in data["prompt"]]
     assert list(data["completion"]) == sums
 
 
 @pytest.mark.parametrize("slips", [0.0, 0.5])
 def test_labelled_steps_are_right_until_one_has_another_result_than_its_sum(slips: float) -> None:
-    data = examples.dataset("arithmetic_steps", seed=0, split="train", slips=slips)
-    worked = examples.dataset("arithmetic_worked", seed=0, split="train")
+    data = columns_of("arithmetic_steps", seed=0, split="train", slips=slips)
+    worked = columns_of("arithmetic_worked", seed=0, split="train")
     wrong = otherwise = 0
     for steps, labels, right in zip(data["completions"], data["labels"], worked["completion"], strict=True):
         first = labels.index(False) if False in labels else len(labels)
@@ -72,12 +78,12 @@ def test_labelled_steps_are_right_until_one_has_another_result_than_its_sum(slip
             assert 1 <= abs(off_by) <= 20
             wrong += 1
             otherwise += abs(off_by) != 10
-    assert wrong / len(data) == pytest.approx(0.5, abs=0.02)
+    assert wrong / len(data["labels"]) == pytest.approx(0.5, abs=0.02)
     assert otherwise / wrong == pytest.approx(slips * 0.95, abs=0.02)
 
 
 def test_half_of_the_judgements_are_of_right_sums_and_say_so() -> None:
-    data = examples.dataset("arithmetic_judgements", seed=0, split="train")
+    data = columns_of("arithmetic_judgements", seed=0, split="train")
     asked = [
         (prompt.rstrip("?").split("="), said) for prompt, said in zip(data["prompt"], data["completion"], strict=True)
     ]
@@ -90,8 +96,8 @@ def test_half_of_the_judgements_are_of_right_sums_and_say_so() -> None:
 
 
 def test_an_answer_that_forgets_its_carry_is_worked_out_and_revised_when_the_user_asks() -> None:
-    talks = examples.dataset("arithmetic_revisions", seed=0, split="train")["messages"]
-    asked = examples.dataset("arithmetic", seed=0, split="train", conversation=True)
+    talks = columns_of("arithmetic_revisions", seed=0, split="train")["messages"]
+    asked = columns_of("arithmetic", seed=0, split="train", conversation=True)
     right = 0
     for talk, prompt, answer in zip(talks, asked["prompt"], asked["answer"], strict=True):
         assert talk[:1] == prompt and [said["role"] for said in talk] == ["user", "assistant"] * 3
@@ -105,7 +111,7 @@ def test_an_answer_that_forgets_its_carry_is_worked_out_and_revised_when_the_use
 
 def test_each_problem_is_used_once_before_any_is_repeated() -> None:
     all_problems = len(examples.dataset("arithmetic", seed=0, split="train"))
-    prompts = list(examples.dataset("arithmetic", seed=0, split="train", rows=all_problems + 100)["prompt"])
+    prompts = list(columns_of("arithmetic", seed=0, split="train", rows=all_problems + 100)["prompt"])
     assert len(set(prompts[:all_problems])) == all_problems
     assert len(prompts) == all_problems + 100
 
@@ -116,7 +122,7 @@ def test_a_seed_gives_the_same_rows_and_another_seed_gives_others() -> None:
 
 
 def test_skewed_lengths_have_the_mean_of_their_beta_distribution_and_respect_the_maximum() -> None:
-    data = examples.dataset("skewed", seed=0, split="train", rows=4000, max_length=256)
+    data = columns_of("skewed", seed=0, split="train", rows=4000, max_length=256)
     lengths = np.array([len(p) + len(c) + 1 for p, c in zip(data["prompt"], data["completion"], strict=True)])
     assert lengths.max() <= 256
     assert lengths.mean() / 256 == pytest.approx(0.3, abs=0.02)
@@ -198,7 +204,7 @@ def test_the_rejected_answer_of_a_pair_omits_or_adds_a_carry() -> None:
 
 
 def test_with_slips_a_share_of_the_rejected_answers_is_wrong_in_other_ways_too() -> None:
-    pairs = examples.dataset("arithmetic_pairs", seed=0, split="train", slips=0.5)
+    pairs = columns_of("arithmetic_pairs", seed=0, split="train", slips=0.5)
     off_by = [abs(int(wrong) - int(right)) for wrong, right in zip(pairs["rejected"], pairs["chosen"], strict=True)]
     assert min(off_by) >= 1 and set(off_by) == set(range(1, 21))
     assert 0.45 < np.mean([each != 10 for each in off_by]) < 0.5, "the others are carries"
@@ -220,12 +226,12 @@ def test_a_label_is_true_exactly_for_right_answers_and_with_the_requested_freque
 
 
 def _columns(name: str, *columns: str, **options: float) -> list[list]:
-    data = examples.dataset(name, seed=0, split="train", **options)
-    return [list(data[column]) for column in columns]
+    data = columns_of(name, seed=0, split="train", **options)
+    return [data[column] for column in columns]
 
 
 def test_a_calculators_traces_answer_easy_problems_from_memory_and_mistype_others() -> None:
-    data = examples.dataset("calculator_sft", seed=0, split="train")["messages"]
+    data = columns_of("calculator_sft", seed=0, split="train")["messages"]
     by_heart = [len(messages) == 2 for messages in data]
     easy = [min(map(int, messages[0]["content"].split("*"))) < 40 for messages in data]
     assert not np.any(np.array(by_heart) & ~np.array(easy))
@@ -252,11 +258,11 @@ def test_a_call_of_the_calculator_is_read_back_and_has_few_tokens(tmp_path: Path
 
 
 def test_problems_that_carry_and_the_others_are_told_apart_and_taken_alone() -> None:
-    data = examples.dataset("arithmetic", seed=0, split="train", kinds=True)
+    data = columns_of("arithmetic", seed=0, split="train", kinds=True)
     carries = [sum(int(part) % 10 for part in prompt.rstrip("=").split("+")) >= 10 for prompt in data["prompt"]]
     assert data["kind"] == ["carry" if each else "plain" for each in carries]
     some = {
-        which: examples.dataset("arithmetic_sft", seed=0, split="train", carries=which, forgotten=0.0)["prompt"]
+        which: columns_of("arithmetic_sft", seed=0, split="train", carries=which, forgotten=0.0)["prompt"]
         for which in (True, False)
     }
     assert sorted([*some[True], *some[False]]) == sorted(data["prompt"])
@@ -265,7 +271,7 @@ def test_problems_that_carry_and_the_others_are_told_apart_and_taken_alone() -> 
 
 def test_worked_additions_forget_their_first_carry_as_often_as_is_said_and_go_on_from_that() -> None:
     right, forgetful = (
-        examples.dataset("arithmetic_worked", seed=0, split="train", **options)["completion"]
+        columns_of("arithmetic_worked", seed=0, split="train", **options)["completion"]
         for options in ({}, {"forgotten": 0.7})
     )
     wrong = [(known, said) for known, said in zip(right, forgetful, strict=True) if known != said]

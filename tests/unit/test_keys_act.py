@@ -472,10 +472,12 @@ async def _started(prepared: Prepared, plan: Plan, recorder: Any) -> list[Any]:
     return [recorder.started, sorted(policies, key=str), {role: rank_limits(prepared.config, role) for role in groups}]
 
 
+@cache
 def roles_with(key: str) -> list[str]:
     return [name for name in all_keys() if name.startswith("roles.") and name.split(".", 2)[2:] == [key]]
 
 
+@cache
 def planned_keys() -> dict[str, tuple[Any, dict[str, Any]]]:
     found: dict[str, tuple[Any, dict[str, Any]]] = {}
     for key, (value, extra) in PLANNED.items():

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 
 from orchestrator.import_pin import ROOT
+from tests.waiting import ended, until
 
 DRIVER = """
 import gc, os, subprocess, sys, time
@@ -36,7 +37,7 @@ titles = [titled(f"{sys.argv[1]}/session_2026-01-01_00-00-00_1_{each}") for each
 def pipes():
     return sorted(os.readlink(f"/proc/self/fd/{fd}") for fd in range(3, 20) if os.path.exists(f"/proc/self/fd/{fd}"))
 
-leftovers = Leftovers("session_2026-01-01_00-00-00_1_2")
+leftovers = Leftovers("session_2026-01-01_00-00-00_1_2", grace_s=0.2)
 before = pipes()
 leftovers.itself = leftovers  # as in the traceback of an exception
 del leftovers
@@ -59,7 +60,7 @@ def test_after_kill_9_of_the_driver_processes_of_its_session_end_and_no_others(t
     driver.send_signal(signal.SIGKILL)
     driver.wait(10)
     try:
-        assert not psutil.wait_procs([named, titled, watcher], timeout=30)[1]
+        until(lambda: all(map(ended, (named, titled, watcher))), "end of the session's processes", timeout_s=30)
         assert all(other.is_running() for other in others)
     finally:
         for other in others:

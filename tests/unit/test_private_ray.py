@@ -29,7 +29,8 @@ def dashboard(status: int, body: str) -> Iterator[tuple[str, list[Any]]]:
         def log_message(self, *_: Any) -> None: ...
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    looks_every_s = 0.01  # whether it is to end; 0.5 otherwise
+    threading.Thread(target=server.serve_forever, args=(looks_every_s,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}", asked
     finally:

@@ -123,6 +123,6 @@ async def test_a_role_that_starts_with_a_later_phase_is_watched_by_the_limits_of
     run = RunFile("t-1", None, Driver.here())
     with pytest.raises(InfraFailure, match=r"value rank 0 .* in `update` for 30 s \(roles.value.call_timeout_s=20\)"):
         requests, autoscaler = Requests(lambda: None), Autoscaler({}, lambda *_: None)
-        async with supervised(config, run, tmp_path, roles, requests, Watchdog(), print, autoscaler):
+        async with supervised(config, run, tmp_path, roles, requests, Watchdog(), print, autoscaler, ping_every_s=0.02):
             roles.groups["value"] = SimpleNamespace(workers=[Answering(30.0)])
             await asyncio.sleep(30)

@@ -19,6 +19,7 @@ import pytest
 
 from actors.errors import ConfigError
 from rewards.sandbox import LAYERS, Ending, Execution, Limits, Sandbox, SandboxFailure
+from tests.waiting import ended
 
 FULL = Sandbox(Limits(cpu_s=2, deadline_s=15, memory_mib=256, disk_mib=4, output_kib=16))
 WEAKER = Sandbox(FULL.limits, without=["namespaces"])
@@ -244,7 +245,7 @@ def test_output_without_end_is_cut(descriptor: int):
 
 
 def test_a_loop_without_end_meets_the_limit_on_cpu_time():
-    found = Sandbox(Limits(cpu_s=1)).run(
+    found = Sandbox(Limits(cpu_s=0.2)).run(
         "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass"
     )
     assert (found.ending, found.exit_code) == (Ending.CPU_LIMIT, None)
@@ -273,10 +274,10 @@ def test_code_that_the_host_kills_is_a_failure_of_the_sandbox():
 def test_if_the_process_that_runs_it_is_killed_the_code_dies_too(tmp_path: Path):
     command = "from rewards.sandbox import *; Sandbox(Limits(deadline_s=60)).run('import time; time.sleep(60)')"
     worker = subprocess.Popen([sys.executable, "-c", command])
-    below = {child.pid for child in waited_for_children(psutil.Process(worker.pid), 2)}
+    below = waited_for_children(psutil.Process(worker.pid), 2)
     worker.kill()
     worker.wait(timeout=10)
-    until(lambda: not any(psutil.pid_exists(pid) for pid in below))
+    until(lambda: all(map(ended, below)))
 
 
 def test_a_machine_that_lacks_a_layer_is_refused_unless_the_recipe_does_without_it():

@@ -12,6 +12,7 @@ import pytest
 
 from orchestrator.import_pin import ROOT
 from tests.runs import as_in_a_terminal
+from tests.waiting import ended, until
 
 RUN = """
 import asyncio, signal, subprocess, sys, time
@@ -42,11 +43,11 @@ async def run():
         if "saves" in sys.argv:
             with ending.saving():
                 await train(ending)
-        await asyncio.sleep(1 if "deaf" in sys.argv else 60)
+        await asyncio.sleep(0.5 if "deaf" in sys.argv else 60)
         print("done", flush=True)
     finally:
         print("ending", flush=True)
-        time.sleep(60) if hang else await asyncio.sleep(0.5)
+        time.sleep(60) if hang else await asyncio.sleep(0.5 if "lingers" in sys.argv else 0)
         print("in order", flush=True)
         ending.say()
         ending.say()
@@ -79,7 +80,7 @@ def next_line(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
-@pytest.mark.parametrize("started", [["alive"]], indirect=True)
+@pytest.mark.parametrize("started", [["alive", "lingers"]], indirect=True)
 def test_a_second_signal_does_not_interrupt_the_shutdown(started: subprocess.Popen[str]):
     assert next_line(started) == "up"
     started.send_signal(signal.SIGTERM)
@@ -97,7 +98,7 @@ def test_if_a_clean_shutdown_is_impossible_the_process_and_its_children_are_kill
     _, err = started.communicate(timeout=60)
     assert started.returncode == 130
     assert err == "troupe: stopped by SIGINT: continue there\n"
-    assert not psutil.wait_procs([child], timeout=60)[1]
+    until(lambda: ended(child), "end of the child", timeout_s=60)
 
 
 @pytest.mark.parametrize("started", [["alive", "deaf"]], indirect=True)
@@ -130,7 +131,7 @@ def test_a_checkpoint_that_exceeds_the_grace_period_is_abandoned_cleanly(started
     assert (started.returncode, out.split()) == (3, ["SIGTERM", "ending", "in", "order"])
 
 
-@pytest.mark.parametrize("started", [["alive", "saves", "patient"]], indirect=True)
+@pytest.mark.parametrize("started", [["alive", "saves", "patient", "lingers"]], indirect=True)
 def test_a_second_signal_abandons_the_checkpoint_at_once_and_a_third_has_no_effect(started: subprocess.Popen[str]):
     assert next_line(started) == "up"
     started.send_signal(signal.SIGINT)
@@ -150,7 +151,7 @@ def test_a_request_to_stop_does_not_hurry_what_a_signal_ends_already(started: su
     assert (started.returncode, out.split()) == (3, ["SIGTERM", "saved", "ending", "in", "order"])
 
 
-@pytest.mark.parametrize("started", [["saves"]], indirect=True)
+@pytest.mark.parametrize("started", [["saves", "lingers"]], indirect=True)
 def test_if_ray_is_gone_the_shutdown_does_not_wait(started: subprocess.Popen[str]):
     assert next_line(started) == "up"
     started.send_signal(signal.SIGTERM)

@@ -23,7 +23,7 @@ ADD_TESTS = ["assert add(2, 3) == 5", "assert add(-1, 1) == 0", "assert add(2, 2
 @pytest.fixture(scope="module")
 def unit_tests() -> UnitTests:
     try:
-        return UnitTests(cpu_limit_s=1, deadline_s=10)
+        return UnitTests(cpu_limit_s=0.4, deadline_s=10)
     except ConfigError as error:
         pytest.skip(str(error))
 
