@@ -131,10 +131,12 @@ def _gated_activation(kind: type[nn.Module], act_fn: nn.Module) -> int | None:
 def use_rotation(causal: Any) -> bool:
     """The function by which the module of `causal` rotates queries and keys uses a kernel from now on, for tensors on a
     GPU: other models of this process (an engine on a CPU, with `--local`) keep theirs. False if it is another
-    rotation."""
+    rotation, or of a part of each head in every layer."""
     module = inspect.getmodule(type(causal))
     plain = getattr(module, ROTARY, None)
     if module is None or plain is None or not (hasattr(plain, "fused") or _is_plain_rotation(plain)):
+        return False
+    if _takes_wider_heads(plain) and not _rotates_whole_heads(causal):
         return False
     if not hasattr(plain, "fused"):  # else another model of this process came first
         _rotate_on_gpus(module, plain)
@@ -156,11 +158,35 @@ def _rotate_on_gpus(module: ModuleType, plain: Callable[..., Any]) -> None:
     setattr(module, ROTARY, rotate)
 
 
+def _takes_wider_heads(function: Callable[..., Any]) -> bool:
+    """Whether it rotates the first values of a head where `cos` has fewer than the head (Phi3's does), so that the
+    kernel, which rotates whole heads, may be asked for less. Other models cut that part out before they call it."""
+    with torch.device("cpu"):
+        query, key, cos, sin = _heads_and_angles(PROBE // 2)
+        try:
+            return [after.shape for after in function(query, key, cos, sin)] == [query.shape, key.shape]
+        except Exception:  # of the model's own code
+            return False
+
+
+def _rotates_whole_heads(causal: Any) -> bool:
+    """Whether it does in any layer: there is a frequency for every two values of a head."""
+    text = causal.config.get_text_config()
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads  # as transformers reads it
+    return any(2 * len(values) == size for name, values in causal.named_buffers() if name.endswith("inv_freq"))
+
+
+def _heads_and_angles(size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries of two heads and keys of one, of three tokens, and the cosines and sines of `size` angles for each."""
+    query, key = (torch.linspace(-1.0, 1.0, heads * 3 * PROBE).view(1, heads, 3, PROBE) for heads in (2, 1))
+    cos, sin = (torch.linspace(at, at + 1, 3 * size).view(1, 3, size) for at in (0.1, -0.8))
+    return query, key, cos, sin
+
+
 def _is_plain_rotation(function: Callable[..., Any]) -> bool:
     """Whether it is x * cos + rotate_half(x) * sin, with the halves of a head's values as pairs."""
     with torch.device("cpu"):
-        query, key = (torch.linspace(-1.0, 1.0, heads * 3 * PROBE).view(1, heads, 3, PROBE) for heads in (2, 1))
-        cos, sin = (torch.linspace(at, at + 1, 3 * PROBE).view(1, 3, PROBE) for at in (0.1, -0.8))
+        query, key, cos, sin = _heads_and_angles(PROBE)
         try:
             found = function(query, key, cos, sin)
             return len(found) == 2 and all(

@@ -2,6 +2,8 @@
 
 A small micro-batch leaves a GPU waiting for launches, so what counts is their number and what Python does for each.
 Everything is computed in float32 and rounded once. `actors/fused_kernels.py` puts them into models.
+
+First derivatives only, and of a graph only once through an activation: all else is refused.
 """
 
 from __future__ import annotations
@@ -68,6 +70,7 @@ class _Rotation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, of_query: Tensor, of_key: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        _refuse_second_derivative("rotary positions")
         return *_rotated(of_query, of_key, *ctx.saved_tensors, backward=True), None, None
 
 
@@ -93,6 +96,16 @@ def _rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, backward: 
 
 def _power_of_two(least: int) -> int:
     return 1 << (least - 1).bit_length()
+
+
+def _refuse_second_derivative(kernel: str) -> None:
+    """To be called in a backward pass. Autograd cannot differentiate what a kernel of ours computes there, and would
+    take it for constant."""
+    if torch.is_grad_enabled():  # only with create_graph=True
+        raise RuntimeError(
+            f"the kernel for {kernel} has no second derivative, and a backward pass was called with create_graph=True: "
+            "call it without, or set model.fused_kernels to false"
+        )
 
 
 @jit
@@ -136,16 +149,25 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: int) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
-        ctx.activation = activation
+        ctx.activation, ctx.overwritten = activation, False
         outputs = torch.empty_like(gate)
         _gate[_programs(gate)](gate, up, outputs, gate.numel(), ACTIVATION=activation, BLOCK=BLOCK)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        _refuse_second_derivative("gated activations")
+        if ctx.overwritten:
+            raise RuntimeError(
+                "a second backward pass through the same graph: the first wrote the gradients of a gated activation "
+                "over its inputs. Compute the forward pass again, or set model.fused_kernels to false"
+            )
         gate, up = ctx.saved_tensors
+        ctx.overwritten = True
         arguments = (grad.contiguous(), gate, up, gate.numel())
         _gate_backward_[_programs(gate)](*arguments, ACTIVATION=ctx.activation, BLOCK=BLOCK)
+        for changed in (gate, up):  # autograd does not see what a kernel writes; who else kept them now gets an error
+            torch.autograd.graph.increment_version(changed)
         return gate, up, None
 
 
@@ -154,5 +176,6 @@ def _programs(values: Tensor) -> tuple[int]:
 
 
 def gated(gate: Tensor, up: Tensor, activation: int) -> Tensor:
-    """activation(gate) * up, all of one shape. The backward pass overwrites `gate` and `up`."""
+    """activation(gate) * up, all of one shape. The backward pass overwrites `gate` and `up`, so there can be only one:
+    the second raises RuntimeError."""
     return cast(Tensor, _Gated.apply(gate, up, activation))

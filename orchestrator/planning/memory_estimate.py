@@ -8,6 +8,17 @@ from typing import Any
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROCESS_GIB = 0.8  # an interpreter with torch, transformers and Ray
+# Architectures all of whose layers get the kernel for gated activations of `actors/fused_kernels.py`, and activations
+# that it has. That file tries a model's code out; a plan is made without that code, whose import takes seconds. Tests
+# compare the two. Of an architecture that is missing here, the estimate is somewhat too high.
+FUSED_LAYERS = frozenset([
+    "cohere", "cohere2", "cwm", "diffllama", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "granite",
+    "helium", "hunyuan_v1_dense", "hyperclovax", "llama", "minicpm3", "ministral", "ministral3", "mistral", "olmo",
+    "olmo2", "olmo3", "qwen2", "qwen3", "smollm3", "stablelm", "vaultgemma", "youtu",
+])  # fmt: skip
+FUSED_ACTIVATIONS = frozenset([
+    "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python_tanh", "gelu_pytorch_tanh", "silu", "swish",
+])  # fmt: skip
 LORA_SHARE_PER_RANK = (
     1 / 1600
 )  # adapters' share of all parameters for each unit of r, on every linear layer of a 7B model
@@ -16,13 +27,14 @@ LORA_SHARE_PER_RANK = (
 @dataclass(frozen=True)
 class Shape:
     """Widths of a decoder's layers: `queries` and `keys` of all heads together, `gated` inside the feed-forward, of all
-    experts that a token passes through."""
+    experts that a token passes through. `fusable`: on a GPU, a kernel computes the gated activations."""
 
     layers: int
     hidden: int
     queries: int
     keys: int
     gated: int
+    fusable: bool = False
 
     @classmethod
     def of(cls, config: Any) -> Shape | None:
@@ -35,15 +47,22 @@ class Shape:
             gated = getattr(text, "moe_intermediate_size", None) if experts else None
             inside = (gated or text.intermediate_size) * (experts or 1)
             keys = (getattr(text, "num_key_value_heads", None) or heads) * size
-            return cls(text.num_hidden_layers, text.hidden_size, heads * size, keys, inside)
+            fusable = text.model_type in FUSED_LAYERS and _activations(text) <= FUSED_ACTIVATIONS
+            return cls(text.num_hidden_layers, text.hidden_size, heads * size, keys, inside, fusable)
         except AttributeError:
             return None
 
     def stored(self, fused: bool) -> int:
         """Values of a token and layer that the backward pass reads: input and output of both norms; queries, keys,
-        values and the output of attention; the gate, its activation, the other half and their product. A fused kernel
-        does not keep the activation."""
-        return 4 * self.hidden + 2 * self.queries + 2 * self.keys + (3 if fused else 4) * self.gated
+        values and the output of attention; the gate, its activation, the other half and their product. The kernel,
+        which takes the place of plain layers if `fused` and they are `fusable`, does not keep the activation."""
+        gated = 3 if fused and self.fusable else 4
+        return 4 * self.hidden + 2 * self.queries + 2 * self.keys + gated * self.gated
+
+
+def _activations(text: Any) -> set[Any]:
+    """What a configuration says of them, under either name."""
+    return {getattr(text, name) for name in ("hidden_act", "hidden_activation") if getattr(text, name, None)}
 
 
 @dataclass(frozen=True)
@@ -78,7 +97,7 @@ class Training:
     lora_rank: int | None
     gradient_checkpointing: bool
     companion_bytes: float = 0.0  # of the frozen model in each rank, which is not sharded
-    fused: bool = False  # layers have the kernels of `actors/fused_kernels.py`
+    fused: bool = False  # layers have the kernels of `actors/fused_kernels.py`, where they can
     averaged: bool = False  # the trained weights are averaged: three float32 copies, an equal part of them on each rank
 
 

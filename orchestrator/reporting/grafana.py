@@ -23,13 +23,26 @@ LEGEND = " ".join(f"{{{{{tag}}}}}" for tag in GAUGE_TAGS)
 
 @dataclass(frozen=True)
 class Panel:
-    """`unit`: Grafana's name of it. `divided_by`: a metric that each of `metrics` is divided by."""
+    """`unit`: Grafana's name of it. `divided_by`: a metric that each of `metrics` is divided by. `only_with`: only the
+    phases of runs that have that metric are shown; `without`: only those that do not. `description`: what Grafana shows
+    when a reader points at the title."""
 
     title: str
     metrics: Sequence[str]
     unit: str = "short"
     stacked: bool = False
     divided_by: str | None = None
+    only_with: str | None = None
+    without: str | None = None
+    description: str = ""
+
+    @property
+    def others(self) -> list[str]:
+        """Metrics that it asks for beside those that it shows."""
+        return [name for name in (self.divided_by, self.only_with, self.without) if name is not None]
+
+
+FIRST_ERROR = "*first_error"  # a process reward model's, whose `accuracy` is of steps, and a reward model's of pairs
 
 
 ROWS: dict[str, Sequence[Panel]] = {
@@ -37,9 +50,21 @@ ROWS: dict[str, Sequence[Panel]] = {
         Panel("reward", ("reward", "eval_reward")),
         Panel("each reward", ("rewards/*/mean",)),
         Panel("loss", ("*loss",)),
-        Panel("divergence from the reference, nats", ("kl", "objective/kl")),
+        Panel(
+            "log-ratio to the reference, nats",
+            ("kl", "objective/kl"),
+            description="kl: of a token; objective/kl: of a completion. Of the policy's own samples its mean is the KL "
+            "divergence from the reference. Of rows that others sampled it is not, and may be below 0.",
+        ),
         Panel("entropy, nats", ("*entropy",)),
-        Panel("preferences in the right order", ("*rewards/accuracies", "accuracy", "eval_accuracy"), "percentunit"),
+        Panel(
+            "preferences in the right order",
+            ("*rewards/accuracies", "accuracy", "eval_accuracy"),
+            "percentunit",
+            without=FIRST_ERROR,
+        ),
+        Panel("steps of answers judged rightly", ("accuracy", "eval_accuracy"), "percentunit", only_with=FIRST_ERROR),
+        Panel("answers whose first wrong step is found", (FIRST_ERROR,), "percentunit"),
         Panel("gradient norm", ("*grad_norm",)),
         Panel("learning rate", ("*learning_rate",)),
         Panel(
@@ -73,8 +98,8 @@ ROWS: dict[str, Sequence[Panel]] = {
 def metrics() -> list[str]:
     """Every metric that the dashboard asks for, in Troupe's names."""
     panels = [panel for row in ROWS.values() for panel in row]
-    divisors = [panel.divided_by for panel in panels if panel.divided_by is not None]
-    return [*(metric for panel in panels for metric in panel.metrics), *divisors]
+    asked = [metric for panel in panels for metric in (*panel.metrics, *panel.others)]
+    return list(dict.fromkeys(asked))
 
 
 def selected(metric: str) -> str:
@@ -125,11 +150,15 @@ def _panel(panel: Panel) -> dict[str, Any]:
     several = len(panel.metrics) > 1 or "*" in panel.metrics[0]
     legend = f"{{{{__name__}}}} {LEGEND}" if several else LEGEND
     divisor = "" if panel.divided_by is None else f" / {selected(panel.divided_by)}"
+    same = f"on ({', '.join(GAUGE_TAGS)})"
+    limit = "" if panel.only_with is None else f" and {same} {selected(panel.only_with)}"
+    limit += "" if panel.without is None else f" unless {same} {selected(panel.without)}"
     drawn = {"lineWidth": 1, "fillOpacity": 30 if panel.stacked else 0, "showPoints": "never", "spanNulls": True}
     stacking = {"mode": "normal" if panel.stacked else "none", "group": "A"}
     return {
         "type": "timeseries",
         "title": panel.title,
+        "description": panel.description,
         "datasource": SOURCE,
         "fieldConfig": {
             "defaults": {"unit": panel.unit, "custom": {**drawn, "stacking": stacking}},
@@ -141,7 +170,7 @@ def _panel(panel: Panel) -> dict[str, Any]:
             {
                 "refId": chr(ord("A") + index),
                 "datasource": SOURCE,
-                "expr": f"{selected(metric)}{divisor}",
+                "expr": f"{selected(metric)}{divisor}{limit}",
                 "legendFormat": legend,
             }
             for index, metric in enumerate(panel.metrics)

@@ -169,7 +169,8 @@ _LABEL: dict[str, Any] = {"ha": "center", "va": "top", "fontsize": 8, "color": F
 _VALUE: dict[str, Any] = {"ha": "center", "fontsize": 8, "color": INK}
 REWARD = Panel("reward", _metric("reward"))
 EXPLAINED = Panel("critic: share of the returns' variance that it explains", _metric("val/explained_variance"))
-KL = Panel("KL to the reference, nats a completion", _metric("objective/kl"))
+# Of the policy's own samples the mean is the KL divergence; of rows that others sampled it is not, and may be below 0.
+KL = Panel("log-ratio to the reference, nats a completion", _metric("objective/kl"))
 PANELS = (
     Panel("evaluation: reward on held-out prompts", _metric("eval_reward"), sparse=True, goes_on=True, share=True),
     Panel("held-out rows: loss", _metric("eval_loss"), sparse=True),

@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.activations import ACT2FN
 from transformers.models.cohere import modeling_cohere
 from transformers.models.gemma2 import modeling_gemma2
@@ -97,6 +98,43 @@ def test_a_rotation_of_another_form_is_left_alone() -> None:
         raise AssertionError("on a GPU only")
 
     assert not fused_kernels._is_plain_rotation(three) and not fused_kernels._is_plain_rotation(fails)
+
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 16,
+    "num_key_value_heads": 2, "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "whole"),
+    [
+        ("llama", 1.0, True),
+        ("phi3", 1.0, True),
+        ("phi3", 0.5, False),  # its function cuts queries and keys itself
+        ("gpt_neox", 1.0, True),
+        ("gpt_neox", 0.25, False),
+        ("phi", 0.5, True),  # its attention cuts them before
+        ("stablelm", 0.25, True),
+    ],
+)
+def test_a_model_has_the_rotary_kernel_only_if_its_rotation_is_asked_for_whole_heads(
+    monkeypatch: pytest.MonkeyPatch, kind: str, part: float, whole: bool
+) -> None:
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": part}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, rope_parameters=rope, **SMALL))
+    module = sys.modules[type(model).__module__]
+    plain, widths = getattr(module, fused_kernels.ROTARY), []
+
+    def recorded(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        widths.append((query.shape[-1], cos.shape[-1]))
+        return plain(query, key, cos, sin, *args, **kwargs)
+
+    monkeypatch.setattr(module, fused_kernels.ROTARY, recorded)
+    assert fused_kernels.use_rotation(model) == whole
+    widths.clear()
+    model(torch.arange(2, 10)[None])
+    assert len(widths) == 2 and all((query == rotated) == whole for query, rotated in widths)
 
 
 def test_layers_are_found_in_a_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,7 @@ def test_every_query_names_gauges_of_troupe_with_the_tags_that_they_have_and_no_
         ("reward", "reward", ["reward_std", "eval_reward"]),
         ("rewards/*/mean", "rewards/exact_match/mean", ["rewards/margins", "eval_rewards/x/mean"]),
         ("*loss", "value/loss", ["losses"]),
+        ("*first_error", "eval_first_error", ["first_errors"]),
         ("time/*.update", "time/policy.update", ["time/policy.infer"]),
     ],
 )
@@ -47,6 +48,22 @@ def test_a_query_selects_the_gauge_of_its_metric_and_not_that_of_another(metric:
     assert re.fullmatch(pattern, f"ray_{gauge_name(name)}") and matches(metric, name)
     for other in others:
         assert not re.fullmatch(pattern, f"ray_{gauge_name(other)}") and not matches(metric, other)
+
+
+def test_the_accuracy_of_a_process_reward_model_is_not_shown_as_one_of_preferences():
+    """As Prometheus joins them: series of a run's phase that has the metric `first_error`, or has it not."""
+    expressions = {panel["title"]: [target["expr"] for target in panel["targets"]] for panel in panels()}
+    joined = f" on (run, phase) {selected('*first_error')}"
+    for name in ("accuracy", "eval_accuracy"):
+        assert f"{selected(name)} unless{joined}" in expressions["preferences in the right order"]
+        assert f"{selected(name)} and{joined}" in expressions["steps of answers judged rightly"]
+    everywhere = [query for queries in expressions.values() for query in queries]
+    assert sum(query.startswith(selected("accuracy")) for query in everywhere) == 2
+
+
+def test_a_mean_that_is_no_divergence_is_not_called_one():
+    [panel] = [panel for panel in panels() if any("objective_kl" in target["expr"] for target in panel["targets"])]
+    assert panel["title"] == "log-ratio to the reference, nats" and "may be below 0" in panel["description"]
 
 
 def test_panels_do_not_overlap_and_have_numbers_of_their_own():

@@ -567,7 +567,7 @@ def test_activations_follow_from_the_shape_where_it_is_known() -> None:
     config = Qwen2Config(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
                          num_key_value_heads=2)  # fmt: skip
     shape = Shape.of(config)
-    assert shape == Shape(layers=24, hidden=896, queries=896, keys=128, gated=4864)
+    assert shape == Shape(layers=24, hidden=896, queries=896, keys=128, gated=4864, fusable=True)
     training = Training(0, 1, None, gradient_checkpointing=False)
     told, guessed = (
         estimate(390_000_000, "bfloat16", tokens=16_384, training=training, shape=each) for each in (shape, None)
@@ -589,7 +589,7 @@ def test_the_estimate_is_near_the_peak_that_was_measured_on_an_h200(
     tokens: int, vocabulary: int, fused: bool, gib: float
 ) -> None:
     """docs/performance.md: `sft` of the 0.5B shape in bfloat16; `tokens` of the largest micro-batch."""
-    shape = Shape(layers=24, hidden=896, queries=896, keys=128, gated=4864)
+    shape = Shape(layers=24, hidden=896, queries=896, keys=128, gated=4864, fusable=True)
     training = Training(0, 1, None, gradient_checkpointing=False, fused=fused)
     parameters = 357_898_112 + 896 * vocabulary
     found = estimate(parameters, "bfloat16", tokens=tokens, training=training, shape=shape)

@@ -5,7 +5,7 @@ import { h } from "./dom.js";
 
 const GROUPS = [
   ["Reward", /^(eval_)?reward$/],
-  ["Accuracy", /^(eval_)?(mean_token_accuracy|rewards\/accuracies|steps\/accuracy)$/],
+  ["Accuracy", /^(eval_)?(mean_token_accuracy|rewards\/accuracies|accuracy)$/],
   ["Loss", /^(eval_)?loss$/],
   ["KL", /^(kl|objective\/kl|approx_kl|policy\/approx_kl)$|(^|\/)kl$/],
   ["Entropy", /(^|\/)entropy$/],
