@@ -3,14 +3,14 @@
 import troupe
 
 config = troupe.load_config("grpo_arithmetic", ["phases.grpo.train.steps=20"])
-result = troupe.run(config)                # also in a notebook, inside its running event loop
+result = troupe.run(config)                # in this process; also in a notebook, inside its running event loop
 print(result.scores, result.model)
 
 handle = troupe.start(config)              # in a process of its own: events(), metrics(), pause(), checkpoint(), ...
 
-handle = troupe.submit(config, priority=5)  # to the service of `runs`, which starts it once there is room
+handle = troupe.submit(config, priority=5)  # to the service of the folder `runs`, which starts it once there is room
 
-troupe.resume(handle.folder)               # a run that was stopped goes on from its newest checkpoint
+troupe.resume(handle.folder)               # continues a run that has ended, from its newest checkpoint
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
                        ▲                                                                     result(): exit code
                        └── RUN/requests ◄── scale, pause, resume, checkpoint, stop
 
-A process of its own, not a thread of this one: a run ends by signals and, when its Ray dies, by killing its process;
-it owns its process' connection to Ray and its main thread. A notebook's kernel survives all that, is not slowed down by
-the run, and may be restarted while the run goes on: `attach(folder)` finds it again.
+A run has a process of its own, not a thread of this one, because it needs its process' main thread and connection to
+Ray, handles signals, and ends by killing its process when its Ray dies. None of this affects a notebook's kernel. The
+kernel may also be restarted while the run continues: `attach(folder)` finds the run again.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def start(
     folder.
 
     Returns once the run is accepted: it has read its data and has a folder. Raises ConfigError if it is refused, and
-    RunError if it does not come so far within `timeout_s`; its process is ended then.
+    RunError if it ends before that, or if it takes longer than `timeout_s`; its process is ended then.
     """
     given = _overrides(overrides, settings)
     with tempfile.TemporaryDirectory(prefix="troupe-") as scratch:
@@ -68,8 +68,8 @@ def resume(
     timeout_s: float = START_TIMEOUT_S,
     **settings: Any,
 ) -> RunHandle:
-    """Continue a run that has ended, from its newest checkpoint, in a process of its own. The rest is as of `start`;
-    what the run printed before is replaced in `console.log`."""
+    """Continue a run that has ended, from its newest checkpoint, in a process of its own. Arguments and errors are
+    those of `start`. `console.log` is written anew."""
     folder = Path(folder).resolve()
     saved_config(folder)
     before = len(_resumptions(folder))
@@ -78,8 +78,8 @@ def resume(
 
 
 def attach(folder: str | Path) -> RunHandle:
-    """The handle of a run that another process started, or this notebook before its kernel was restarted, or that waits
-    in the queue of a service. Raises ConfigError if the folder is no run's."""
+    """A handle of a run that exists: another process started it, or this notebook did before its kernel was restarted,
+    or it waits in the queue of a service. Raises ConfigError if the folder is not that of a run."""
     if not (Path(folder) / SUBMITTED).is_file():
         saved_config(Path(folder))
     return RunHandle(Path(folder), None)
@@ -96,8 +96,8 @@ def _resumptions(folder: Path) -> list[dict[str, Any]]:
 def _launched(
     command: Sequence[str], where: Path, accepted: Callable[[int], Path | None], timeout_s: float
 ) -> RunHandle:
-    """A `troupe` command that drives a run, once it is accepted: `accepted(pid)` is the run's folder then. Until then
-    what it prints is kept in `where`."""
+    """Start a `troupe` command that drives a run, and wait until the run is accepted: `accepted(pid)` is its folder
+    then. Until then, what the command prints is kept in `where`."""
     console = where / f".console-{uuid.uuid4().hex[:8]}.log"
     with console.open("wb") as stream:
         process = subprocess.Popen(

@@ -62,8 +62,8 @@ def run(
 ) -> RunResult:
     """Train as configured. `local` keeps everything in this process. With `resume`, continue the run of that folder
     from its newest valid checkpoint, or that of `from_step`; with `or_begin`, from the beginning if it never saved one.
-    `run_id`: the name of a new run's folder; None: one is
-    made from the run's name and the time. Raises UserError before anything is launched, RunError afterwards."""
+    `run_id`: the name of a new run's folder; None: one is made from the run's name and the time. Raises UserError
+    before anything is launched, RunError afterwards."""
     began = time.monotonic()
     with writing(resume or config.output), ExitStack() as stack:
         if resume is not None:  # first of all: what another process is writing must not be read either

@@ -75,7 +75,7 @@ class RunHandle:
         return self._follow(self.folder / METRICS_FILE, timeout_s)
 
     def status(self) -> Status:
-        """Answers within seconds, whatever has become of the run."""
+        """State, step, workers and last metrics. Answers within seconds in any state of the run."""
         last: dict[str, Any] = {}
         for line in last_lines(self.folder / METRICS_FILE):  # training and evaluation have one each for the same step
             last = {**last, **line} if line["step"] == last.get("step") else line
@@ -129,9 +129,9 @@ class RunHandle:
         return "was killed, or its machine was lost" if started else "ended before its roles were started"
 
     def scale(self, role: str, count: control.Workers, *, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
-        """Ask for `count` workers of an elastic role; they come and go while the run goes on. A role with `autoscale`
-        keeps that number until "auto" is asked for. Returns once the run has been told. Raises UserError for a role
-        that has no workers of its own, or no `autoscale` to go back to, and for a run with `local`."""
+        """Ask for `count` workers of an elastic role; they start and end while the run trains. A role with `autoscale`
+        keeps that number until "auto" is asked for. Returns once the run has taken the request. Raises UserError for a
+        role whose number of workers is fixed, for "auto" without `autoscale`, and for a run with `local`."""
         request = self._ask(timeout_s, "scale", role, count)
         self._await(lambda: not request.exists(), timeout_s, "the run to take the request")
 
@@ -141,13 +141,14 @@ class RunHandle:
             raise ConfigError(f"run {self.folder.name} was not submitted to a service: it is in no queue")
 
     def attach(self, address: str, token: str, *, role: str | None = None, timeout_s: float = ANSWER_TIMEOUT_S) -> str:
-        """Let an engine that `troupe engine` started elsewhere join the run: HOST:PORT, and the token that it was
-        started with. `role`: of engines; None: the only one. Returns the role once the run has been told; `status`
-        shows it among the members. Raises UserError for a run that cannot take it in."""
+        """Let an engine that `troupe engine` started elsewhere join the run. `address`: HOST:PORT; `token`: the one
+        that the engine was started with; `role`: an engine role, None for the only one. Returns the role once the run
+        has taken the request; `status` shows the engine among the members. Raises UserError if the run cannot take
+        it."""
         return self._engine("attach", address, role, timeout_s, token)
 
     def detach(self, address: str, *, role: str | None = None, timeout_s: float = ANSWER_TIMEOUT_S) -> str:
-        """Let go of an engine that was attached by that address, once it has finished what it has."""
+        """Detach the engine that was attached by that address, once it has finished its requests."""
         return self._engine("detach", address, role, timeout_s)
 
     def _engine(self, method: str, address: str, role: str | None, timeout_s: float, *token: str) -> str:
@@ -161,18 +162,18 @@ class RunHandle:
         return named
 
     def pause(self, *, timeout_s: float = ANSWER_TIMEOUT_S) -> int:
-        """Hold the run before its next step; its processes and their memory stay. Returns, once it holds, the number
-        of steps that are done. Raises RunError if another client let it go on meanwhile."""
+        """Hold the run before its next step; its processes and their memory stay. Returns the number of steps that are
+        done, once the run holds. Raises RunError if another client let it continue meanwhile."""
         return self._set_paused(True, timeout_s)
 
     def resume(self, *, timeout_s: float = ANSWER_TIMEOUT_S) -> int:
-        """Let a paused run go on. (A run that has ended is continued by `troupe.resume(folder)`.)"""
+        """Let a paused run continue. (`troupe.resume(folder)` continues a run that has ended.)"""
         return self._set_paused(False, timeout_s)
 
     def checkpoint(self, *, timeout_s: float = ANSWER_TIMEOUT_S) -> Path:
-        """Write a checkpoint between two steps, also while the run is paused; its folder. A run that finishes first
-        has written one after its last step: that is the answer then. Raises RunError for a run that is paused before
-        its first step: there is nothing to save."""
+        """Write a checkpoint between two steps, also while the run is paused, and return its folder. If the run
+        finishes first, this is the checkpoint of its last step. Raises RunError for a run that is paused before its
+        first step, because there is nothing to save."""
         ticket = uuid.uuid4().hex
         self._ask(timeout_s, "checkpoint", ticket)
 
@@ -187,9 +188,9 @@ class RunHandle:
         return self._await(written, timeout_s, "a checkpoint that was asked for")
 
     def stop(self, *, timeout_s: float = ANSWER_TIMEOUT_S) -> Path | None:
-        """End the run in order: after its step and a checkpoint, within `checkpoint.grace_s`. Returns its newest
-        checkpoint, with which `resume` goes on. A run that has ended, or is ending, is not disturbed; one that waits in
-        a queue leaves it."""
+        """End the run after its step and a checkpoint, within `checkpoint.grace_s`. Returns its newest checkpoint, from
+        which `troupe.resume` continues, or None. A run that has ended, or is ending, is left alone; one that waits in a
+        queue leaves it."""
         if not self.over:
             entries.change(self.folder, Entry.withdrawn)
         if self.running and not self._last("interrupted"):  # a second signal would end it at once
@@ -206,8 +207,9 @@ class RunHandle:
         return found[-1] if found else None
 
     def result(self, *, timeout_s: float = END_TIMEOUT_S) -> RunResult:
-        """What the run leaves, once it has finished. Raises what ended it otherwise: Interrupted after a signal or
-        `stop`, ConfigError if it was refused, RunError with the last lines that it printed."""
+        """Wait until the run has finished, and return what it leaves. If it ended otherwise, raises what ended it:
+        Interrupted after a signal or `stop`, ConfigError if it was refused, else RunError with the last lines that it
+        printed."""
         wait_for(lambda: self.over, timeout_s, f"run {self.folder.name} to end")
         ended = self._last("finished", "interrupted")
         if ended is not None and ended["event"] == "finished":

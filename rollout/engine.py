@@ -1,4 +1,4 @@
-"""The contract of an engine that samples. `tests/contract/test_engines.py` runs on every one, and on a user's own.
+"""The contract of an engine that samples. `tests/contract/test_engines.py` runs on every engine, and on a user's own.
 
 One thread owns an engine (see `rollout/worker.py`): it adds requests, steps, and applies weights between two steps, so
 no engine needs a lock. Requests in flight keep running across a weight update; their tokens carry the version that
@@ -34,15 +34,13 @@ class Ability(StrEnum):
     """What some engines can do and others cannot. An engine's class names its own in `abilities`; a run that needs one
     which its engine lacks is refused before anything starts."""
 
-    ADMITTED = "admitted"  # it says of each token which ones a truncated distribution left (`replay_truncation`)
-    FLOAT32_HEAD = "float32_head"  # it computes logits in float32 (`EngineSpec.lm_head_fp32`)
-    ROUTES = "routes"  # it says which experts each token was sent to (`replay_routing`)
-    PROMPT_TOP_K = (
-        "prompt_top_k"  # it says of each token of a prompt which ones were likeliest (`Request.prompt_top_k`)
-    )
-    MIXES = "mixes"  # it holds a second model, and samples from the geometric mixture of both
-    SHARDED = "sharded"  # each of its tensor-parallel processes receives weights for itself (`ShardedEngine`)
-    ADAPTERS = "adapters"  # it holds LoRA adapters beside the weights of the model's folder, and takes new ones alone
+    ADMITTED = "admitted"  # reports for each token which tokens truncated sampling allowed (`replay_truncation`)
+    FLOAT32_HEAD = "float32_head"  # computes logits in float32 (`EngineSpec.lm_head_fp32`)
+    ROUTES = "routes"  # reports which experts each token was sent to (`replay_routing`)
+    PROMPT_TOP_K = "prompt_top_k"  # reports the likeliest tokens at each place of a prompt (`Request.prompt_top_k`)
+    MIXES = "mixes"  # holds a second model, and samples from the geometric mixture of both
+    SHARDED = "sharded"  # its tensor-parallel processes receive weights each for itself (`ShardedEngine`)
+    ADAPTERS = "adapters"  # holds LoRA adapters beside the weights of the model's folder, and takes new ones alone
 
 
 CPU_KV_CACHE_GIB = 0.25  # on a CPU the cache is taken from memory that all processes share
@@ -60,7 +58,7 @@ class EngineSpec:
     threads: int = 1
     tensor_parallel: int = 1
     gpus: float = 0.0
-    alone_on_gpu: bool = False  # whoever shares its GPU sleeps while it is awake
+    alone_on_gpu: bool = False  # the other roles on its GPU sleep while it is awake
     kv_cache_gib: float | None = None  # None: on a GPU, what the engine finds left; on a CPU, CPU_KV_CACHE_GIB
     seed: int = 0
     trust_remote_code: bool = False
@@ -83,7 +81,7 @@ class Engine(Protocol):
     """Not thread-safe: one thread owns it."""
 
     abilities: frozenset[Ability]
-    version: int  # of the weights in use; -1 until some were loaded
+    version: int  # of the weights in use; -1 until the first `load`
     device: torch.device  # where it computes, and where `load` gets new weights
 
     def add(self, request: Request) -> None:
@@ -91,7 +89,7 @@ class Engine(Protocol):
         ...
 
     def abort(self, request_id: str) -> None:
-        """Forget a request; it will not be in any later `step`'s result. Unknown ids are ignored."""
+        """Forget a request: no later `step` returns it. Unknown ids are ignored."""
         ...
 
     @property
@@ -124,12 +122,16 @@ class Engine(Protocol):
         ...
 
     def sleep(self) -> None:
-        """Release the accelerator's memory. Only while not busy; no effect on a CPU."""
+        """Release the accelerator's memory. Called only while not busy; no effect on a CPU."""
         ...
 
-    def wake(self) -> None: ...
+    def wake(self) -> None:
+        """Undo `sleep`: the engine has the same weights as before."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Release what the engine holds. It is not used afterwards."""
+        ...
 
 
 class ShardedEngine(Engine, Protocol):
@@ -147,7 +149,7 @@ def build_engine(spec: EngineSpec) -> Engine:
 
 
 def abilities_of(kind: str) -> frozenset[Ability]:
-    """What engines of that kind can do beyond the contract; a class that does not say can do nothing beyond it."""
+    """What engines of that kind can do beyond the contract: nothing, if the class has no `abilities`."""
     return frozenset(getattr(_class_of(kind), "abilities", ()))
 
 

@@ -2,7 +2,7 @@
 
 Everything is generated from a seed, so that the same name and seed are the same bits everywhere, without a download.
 
-arithmetic   a model of 1.3M parameters with random weights; two-digit additions with answers, and data sets of them for
+arithmetic   a model of 1.4M parameters with random weights; two-digit additions with answers, and data sets of them for
              every kind of method, as `arithmetic_examples` describes them
 calculator   the same model with a chat template, two-digit multiplications as conversations, and, as `calculator_sft`,
              conversations with calls of a calculator that is used badly
