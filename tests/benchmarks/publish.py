@@ -4,7 +4,7 @@
 
 A publish casts, packs, hashes on both sides, stages, and is verified; the raw broadcast moves one flat tensor between
 processes that do nothing else. The two take turns, and medians are compared. `stall` is for how long decoding stood
-still while the new weights were put to use. Prints a table, then one JSON line.
+still, `more` how much memory a member's process held more at its peak than before. Prints a table, then one JSON line.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class Result:
     raw_gb_per_s: float
     ratio: float
     stall_seconds: float
+    more_mib: float
 
 
 class RawRank:
@@ -86,6 +87,22 @@ class RawRank:
         return time.perf_counter() - began
 
 
+class Memory:
+    """Of a process on Linux, from now on. MiB."""
+
+    def __init__(self, pid: int) -> None:
+        self._folder = Path(f"/proc/{pid}")
+        (self._folder / "clear_refs").write_text("5")  # the peak is what there is now
+        self._before = self._read("VmRSS")
+
+    def taken(self) -> float:
+        return self._read("VmHWM") - self._before
+
+    def _read(self, name: str) -> float:
+        lines = (self._folder / "status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
+
+
 class Published:
     """A trainer and rollout workers with the same model, in processes of their own."""
 
@@ -98,8 +115,9 @@ class Published:
         self.address = await self.trainer.call("run", OpenCollective(), timeout_s=DEADLINE_S)
         self.manifest = await self._export(ManifestOf(self.options.dtype, self.bucket_bytes))
 
-    async def publish(self) -> tuple[float, float]:
-        """Seconds until the last member had all bytes, and the longest stall."""
+    async def publish(self) -> tuple[float, float, float]:
+        """Seconds until the last member had all bytes, the longest stall, and the most memory that a member took."""
+        memories = [Memory(member.info.pid) for member in self.members if member.info is not None]
         self.version += 1
         here = platform.node()
         links = self.tree.follow(here, {member.name: Place(here, (member.name,)) for member in self.members})
@@ -108,7 +126,8 @@ class Published:
         receiving = [m.call("receive", order.seen_by({m.name}), timeout_s=DEADLINE_S) for m in self.members]
         report, *acks = await asyncio.gather(self._export(CollectiveSend(order.seen_by({SENDER}))), *receiving)
         assert {ack.fingerprint for ack in acks} == {report.fingerprint}
-        return max(ack.receive_seconds for ack in acks), max(ack.stall_seconds for ack in acks)
+        taken = max(memory.taken() for memory in memories)
+        return max(ack.receive_seconds for ack in acks), max(ack.stall_seconds for ack in acks), taken
 
     async def _export(self, consumer: Any) -> Any:
         return await self.trainer.call("export", consumer, self.bucket_bytes, timeout_s=DEADLINE_S)
@@ -155,12 +174,13 @@ async def measure(model: Path, count: int, options: argparse.Namespace) -> Resul
 async def take_turns(published: Published, raw: RayGroup, options: argparse.Namespace) -> Result:
     nbytes = published.manifest.nbytes
     await raw.call("allocate", nbytes, timeout_s=DEADLINE_S)
-    moved, stalled, plain = [], [], []
+    moved, stalled, plain, taken = [], [], [], []
     for _ in range(options.repeats + 1):  # the first builds groups and touches memory
         plain.append(max(await raw.call("broadcast", timeout_s=DEADLINE_S)))
-        seconds, stall = await published.publish()
+        seconds, stall, more = await published.publish()
         moved.append(seconds)
         stalled.append(stall)
+        taken.append(more)
     seconds, raw_seconds = median(moved[1:]), median(plain[1:])
     parameters = sum(meta.nbytes // getattr(torch, meta.dtype).itemsize for meta in published.manifest.tensors)
     return Result(
@@ -173,16 +193,17 @@ async def take_turns(published: Published, raw: RayGroup, options: argparse.Name
         raw_gb_per_s=round(nbytes / raw_seconds / 1e9, 3),
         ratio=round(raw_seconds / seconds, 3),
         stall_seconds=round(median(stalled[1:]), 4),
+        more_mib=round(median(taken[1:]), 1),
     )
 
 
 def show(results: list[Result], options: argparse.Namespace) -> None:
     table = Table(title=f"publish to {options.engine} engines, {options.dtype}, {options.bucket_mib:g} MiB buckets")
-    for name in ("parameters", "engines", "MiB", "s", "GB/s", "raw GB/s", "of raw", "stall ms"):
+    for name in ("parameters", "engines", "MiB", "s", "GB/s", "raw GB/s", "of raw", "stall ms", "more MiB"):
         table.add_column(name, justify="right")
     for r in results:
         cells = (f"{r.million_parameters:g} M", r.engines, r.mib, f"{r.seconds:.3f}", f"{r.gb_per_s:.2f}")
-        rest = (f"{r.raw_gb_per_s:.2f}", f"{r.ratio:.0%}", f"{r.stall_seconds * 1e3:.0f}")
+        rest = (f"{r.raw_gb_per_s:.2f}", f"{r.ratio:.0%}", f"{r.stall_seconds * 1e3:.0f}", f"{r.more_mib:.0f}")
         table.add_row(*map(str, (*cells, *rest)))
     Console().print(table)
     print(json.dumps({"benchmark": "publish", **vars(options), "results": [asdict(result) for result in results]}))

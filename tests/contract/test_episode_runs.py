@@ -114,6 +114,9 @@ def naive_loop(config: RunConfig, to: Path) -> None:
         assert isinstance(meta, GroupMeta)
         return row.with_columns(reward=rewards_of(meta.episodes))
 
+    async def load(weights: list[tuple[str, torch.Tensor]], version: int) -> None:
+        await asyncio.wrap_future(rollout._loop.load(lambda engine: engine.load(weights, version) or ""))
+
     async def loop() -> None:
         await rollout.ready()
         await host.call("ready", timeout_s=200.0)
@@ -126,10 +129,8 @@ def naive_loop(config: RunConfig, to: Path) -> None:
             needed = batch.only({"tokens", "mask", "group"} | objective.columns)
             ((_, part),) = shard(needed, 1, train.micro_batch_tokens, keep_groups=objective.keep_groups)
             policy.update(part, objective, prepared.temperature, stage.name)
-            weights = [(name, value.detach().clone()) for name, value in policy.backend.model.named_parameters()]
-            await asyncio.wrap_future(
-                rollout._loop.load([(n.removeprefix("causal."), v) for n, v in weights], step + 1)
-            )
+            named = [(n.removeprefix("causal."), v.detach()) for n, v in policy.backend.model.named_parameters()]
+            await load(named, step + 1)
 
     try:
         asyncio.run(loop())

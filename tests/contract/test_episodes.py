@@ -261,7 +261,7 @@ def test_weights_that_arrive_in_an_episode_show_in_the_versions_of_its_later_tur
     async def talk(stage: Stage) -> PromptGroup:
         running = asyncio.ensure_future(stage.run())
         await until_true(lambda: stage.rollouts[0].ping()["tokens"] == 3, "such state of the engine")
-        await asyncio.wrap_future(stage.rollouts[0]._loop.load([], 1))
+        await asyncio.wrap_future(stage.rollouts[0]._loop.load(lambda engine: engine.load([], 1) or ""))
         (tmp_path / "loaded").touch()
         return await running
 

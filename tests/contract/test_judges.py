@@ -95,7 +95,7 @@ async def test_a_server_is_asked_as_openai_clients_do_and_the_completions_table_
         and result.total.tolist() == [1.5, 0.5]
     )
     assert texts.extra == {"judge/said": (["A fair attempt.\nScore: 3"], ["A fair attempt.\nScore: 1"])}
-    call = server.calls("score?sent")[0]
+    call = next(c for c in server.calls("score?sent") if "[answer]\nabc\n" in c["body"]["messages"][0]["content"])
     assert call["headers"]["Authorization"] == "Bearer secret-key"
     message = call["body"].pop("messages")
     assert call["body"] == {"model": "fair", "max_tokens": 9, "seed": 7}, "without what is set to none"

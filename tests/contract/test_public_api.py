@@ -44,7 +44,7 @@ async def test_a_run_works_inside_a_running_loop_and_the_command_that_it_ends_wi
         ["bash", "-c", pasted.replace("python", sys.executable, 1)], capture_output=True, text=True, timeout=250
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("12+34=") and len(done.stdout.rstrip("\n")) > len("12+34=")
+    assert done.stdout.startswith("12+34="), "two steps teach little: the answer after that may be empty"
 
 
 async def test_an_error_of_a_run_inside_a_running_loop_reaches_the_caller(tmp_path: Path):

@@ -96,6 +96,7 @@ def test_every_process_gets_the_weights_by_every_transport(sharded: Sharded, way
 
 def test_the_links_of_the_tree_outlive_weights_that_come_by_another_way(sharded: Sharded) -> None:
     """As of a member that catches up between two publishes."""
+    sharded.collective(3, sharded.other_weights(3))
     before = dict(sharded.sender.links.connections)
     sharded.object_store(4, sharded.other_weights(4))
     sharded.collective(5, sharded.other_weights(5))
