@@ -28,7 +28,7 @@ from orchestrator.cluster.base import Cluster
 from orchestrator.cluster.failures import Watchdog
 from orchestrator.cluster.pool import Event, Pool, PoolPolicy
 from orchestrator.cluster.turns import TurnGroup, takes_turns, turns_of
-from orchestrator.config.colocation import transport_between
+from orchestrator.config.colocation import bucket_bytes_between, transport_between
 from orchestrator.config.roles import EngineRole, EnvironmentsRole, FrozenRole, RanksRole, ScorersRole, TrainerRole
 from orchestrator.config.schema import RunConfig, TrainConfig
 from orchestrator.executor import Executor
@@ -344,6 +344,7 @@ def _publishers(
             folder=str(folder / "weights" / role / part),
             event=event,
             transport=transport_between(config, plan.turns, source, role),
+            bucket_bytes=bucket_bytes_between(config, source, role),
             part=part,
             second=second,
         )

@@ -1,4 +1,4 @@
-"""Roles that share bundles, and so devices: which take turns, and how weights get from one to another. Pure."""
+"""Roles and their devices: which take turns because they share one, and how weights get from one to another. Pure."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from orchestrator.config.roles import EngineRole, UserCodeRole
 from orchestrator.config.schema import RunConfig
+
+BUCKET_MIB = {"cpu": 4.0, "gpu": 256.0}  # a GPU takes as long to be given work as to move some MiB
 
 
 def taking_turns(config: RunConfig, launched: Iterable[str]) -> tuple[tuple[str, ...], ...]:
@@ -34,3 +36,9 @@ def transport_between(config: RunConfig, turns: Sequence[Sequence[str]], source:
     if config.weights.transport is not None:
         return config.weights.transport
     return "object_store" if take_turns(turns, source, engine) else "collective"
+
+
+def bucket_bytes_between(config: RunConfig, source: str, engine: str) -> int:
+    """How much is sent at a time. Each process has room for two of these."""
+    both = all(getattr(config.roles[role], "gpus", 0) for role in (source, engine))
+    return int((config.weights.bucket_mib or BUCKET_MIB["gpu" if both else "cpu"]) * 2**20)

@@ -62,6 +62,7 @@ class Publisher:
         folder: str,
         event: Event,
         transport: str,
+        bucket_bytes: int,
         part: Part = "own",
         second: Publisher | None = None,
     ) -> None:
@@ -74,7 +75,7 @@ class Publisher:
         self._store = role if part == "own" else f"{role}, {part}"  # of rendezvous, in the sender's process
         self._policy, self._pool, self._objects, self._config = policy, pool, objects, config
         self._dtype, self._folder, self._event = dtype, folder, event
-        self._bucket_bytes = int(config.bucket_mib * 2**20)
+        self._bucket_bytes = bucket_bytes
         self.changing = asyncio.Lock()  # held while the policy is updated and published: no worker catches up meanwhile
         self._published = asyncio.Event()
         self._held: dict[int, int] = {}  # member -> version that it acknowledged

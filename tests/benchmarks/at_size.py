@@ -92,6 +92,7 @@ async def measured(gpus: int, folder: Path) -> Meter:
         folder=str(folder),
         event=lambda *_: None,
         transport="collective",
+        bucket_bytes=2**28,
     )
     rollout.admit = publisher.admit
     await asyncio.gather(rollout.open(), reward.open())

@@ -61,6 +61,7 @@ class Run:
             folder=str(scratch),
             event=lambda *_: None,
             transport=transport,
+            bucket_bytes=2**20,
             part="adapters",
         )
         self.pool.admit = self.publisher.admit

@@ -303,6 +303,7 @@ SHOWN_BY: dict[str, str] = {  # what happens while a run goes on, or needs other
     "rounds.phases": "tests/unit/test_rounds.py",
     "roles.reward.on_failure": "tests/unit/test_collector.py",
     "weights.transport": "tests/unit/test_weights.py",
+    "weights.bucket_mib": "tests/unit/test_plan.py",
     "weights.timeout_s": "tests/unit/test_weights.py",
     "weights.dtype": "tests/unit/test_weights.py",
     "weights.lora": "tests/unit/test_published_adapters.py",
@@ -324,7 +325,6 @@ SHOWN_BY: dict[str, str] = {  # what happens while a run goes on, or needs other
     "cluster.placement_timeout_s": "tests/ray/test_placement.py",
 }
 READ_WHILE_RUNNING: dict[str, str] = {  # no test sees them: the line that reads them
-    "weights.bucket_mib": "orchestrator/publishing/publisher.py: config.bucket_mib",
     "logging.every": "orchestrator/phases/phase_run.py: logging.every",
     "logging.ray_metrics": "orchestrator/phases/run_context.py: logging.ray_metrics",
     "logging.completions_shown": "orchestrator/phases/phase_run.py: logging.completions_shown",

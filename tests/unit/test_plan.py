@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import Qwen2Config
 
 from actors.errors import ConfigError
-from orchestrator.config.colocation import transport_between
+from orchestrator.config.colocation import bucket_bytes_between, transport_between
 from orchestrator.config.schema import RunConfig
 from orchestrator.losses.likelihood import nll
 from orchestrator.losses.reduce import token_mean
@@ -291,6 +291,18 @@ def test_weights_wait_on_the_host_for_an_engine_that_sleeps_while_its_trainer_is
 ) -> None:
     changed = config(train=train, roles=ON_ONE_GPU, weights={"transport": asked})
     assert transport_between(changed, planned(changed).turns, "policy", "rollout") == used
+
+
+@pytest.mark.parametrize(
+    ("policy", "rollout", "asked", "mib"),
+    [(0, 0, None, 4), (1, 1, None, 256), (1, 0, None, 4), (1, 1, 0.5, 0.5), (0, 0, 64, 64)],
+)
+def test_buckets_are_larger_between_gpus_unless_the_user_says_a_size(
+    policy: float, rollout: float, asked: float | None, mib: float
+) -> None:
+    roles = {"policy": {"gpus": policy}, "rollout": {"gpus": rollout}}
+    changed = config(roles=roles, weights={"bucket_mib": asked})
+    assert bucket_bytes_between(changed, "policy", "rollout") == int(mib * 2**20)
 
 
 def test_what_a_frozen_role_samples_may_run_ahead_without_a_correction() -> None:

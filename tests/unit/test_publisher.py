@@ -22,6 +22,7 @@ from rollout.weights.collective import CollectiveReceiver
 from rollout.weights.protocol import Ack, Manifest, SendReport, SyncOrder
 
 CPU = torch.device("cpu")
+BUCKET = 20_000
 POLICY = PoolPolicy(
     slots=1, max_attempts=2, call_timeout_s=60.0, start_timeout_s=60.0, max_restarts=9, ping_every_s=0.02
 )
@@ -78,6 +79,7 @@ async def published(folder: Path, meanwhile: Any) -> tuple[Publisher, Pool]:
         folder=str(folder),
         event=lambda *_: None,
         transport="disk",
+        bucket_bytes=BUCKET,
     )
     pool.admit = publisher.admit
     await pool.open()
@@ -146,8 +148,8 @@ async def test_a_member_with_two_models_serves_when_it_holds_both_also_one_that_
         group = LocalGroup(source, LocalWorker(f"{source}/0", PackingTrainer()))
         names = {"role": "mixture", "source": source, "dtype": "float32", "folder": str(tmp_path / part)}
         names["transport"] = "disk"
-        config = WeightsConfig()
-        return Publisher(group, pool, LocalObjects(), config, **names, event=lambda *_: None, part=part, second=second)
+        more = {"bucket_bytes": BUCKET, "event": lambda *_: None, "part": part, "second": second}
+        return Publisher(group, pool, LocalObjects(), WeightsConfig(), **names, **more)
 
     second = publisher("reference", "second")
     own = publisher("policy", "own", second)
@@ -209,13 +211,14 @@ class Broadcasts:
             LocalGroup("policy", LocalWorker("policy/0", self.trainer)),
             self.pool,
             LocalObjects(),
-            WeightsConfig(bucket_mib=0.02, timeout_s=60.0),
+            WeightsConfig(timeout_s=60.0),
             role="rollout",
             source="policy",
             dtype="float32",
             folder="",
             event=lambda name, what: self.events.append((name, what)),
             transport="collective",
+            bucket_bytes=BUCKET,
         )
         self.pool.admit = self.publisher.admit
 
