@@ -85,6 +85,7 @@ class EngineLoop:
         self._pending: dict[str, Future[list[Completion]]] = {}
         self._dying = threading.Lock()  # so that no command is queued after the queue was drained for the last time
         self._turned = time.monotonic()  # when the last iteration of the loop began
+        self._loading = False
         self._thread = threading.Thread(target=self._live, name=f"engine {name}", daemon=True)
 
     def start(self) -> Future[None]:
@@ -100,8 +101,9 @@ class EngineLoop:
 
     @property
     def stuck_seconds(self) -> float:
-        """For how long the engine thread has been inside one step or command while requests wait for it."""
-        return time.monotonic() - self._turned if self._pending and not self._stands else 0.0
+        """For how long the engine thread has been inside one step or command while requests wait for it. New weights
+        do not count: they come from other processes, and whoever orders them has a deadline for that."""
+        return time.monotonic() - self._turned if self._pending and not (self._stands or self._loading) else 0.0
 
     def generate(self, request: Request) -> Future[list[Completion]]:
         """The request's samples; the same future for an id that is being generated already."""
@@ -125,22 +127,21 @@ class EngineLoop:
         them, it is shut down."""
 
         def apply(engine: Engine) -> tuple[str, float]:
-            began = time.monotonic()
+            began, self._loading = time.monotonic(), True
             try:
                 fingerprint = take(engine)
             except TransferFailed as error:
                 if error.begun:
                     self.mixed.add(part)
                 raise
+            finally:
+                self._turned = time.monotonic()  # first: the step that follows counts from here
+                self._loading = False
             self.mixed.discard(part)
             self.version = engine.version
             return fingerprint, time.monotonic() - began
 
         return self.submit(apply, breaks=True)
-
-    def moves(self) -> None:
-        """A command that takes long says that it gets on. From the engine thread."""
-        self._turned = time.monotonic()
 
     def pause(self, paused: bool) -> Future[None]:
         """Stop stepping until `resume`; commands are still executed, and requests in flight are kept."""

@@ -21,12 +21,10 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
-
-from torch import Tensor
 
 import actors
 from actors.batch import Batch
@@ -182,6 +180,7 @@ class RolloutWorker:
         async with self._receiving:
             if self._applied is None or self._applied[0] != order.id:
                 self._refuse_asleep(f"the weights of version {order.version}")
+                self._applied = None  # if this fails, the engine may not hold any more what it acknowledged before
                 self._applied = (order.id, await self._receive(order, payload))
             return self._applied[1]
 
@@ -295,11 +294,11 @@ class RolloutWorker:
             return cast(ShardedEngine, engine).receive(self._processes(), order, payload)
         with self._receiver(order, engine).receive(order, payload) as incoming:
             if order.part == "second":
-                engine.load_second(self._moving(incoming))
+                engine.load_second(incoming)
             elif order.part == "adapters":
-                engine.load_adapters(self._moving(incoming), order.version)
+                engine.load_adapters(incoming, order.version)
             else:
-                engine.load(self._moving(incoming), order.version)
+                engine.load(incoming, order.version)
             return incoming.finish()
 
     def _processes(self) -> tuple[str, ...]:
@@ -313,11 +312,6 @@ class RolloutWorker:
         if way not in self._receivers:
             self._receivers[way] = receiver(order.transport, self.name, engine.device)
         return self._receivers[way]
-
-    def _moving(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        for each in weights:
-            self._loop.moves()
-            yield each
 
     async def _while_it_moves(self, future: Future[T], what: str) -> T:
         """The future's result. Raises InfraFailure once the engine has made no progress for `stall_s`."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -150,16 +150,19 @@ class Publisher:
         """Send and receive at the same time. Members that a lost one has cut off get another broadcast, by other links;
         each round loses at least one member, so this ends."""
         acks: list[Ack] = []
+        blank, address = await self._order(version), await self._get_address()  # members may go meanwhile
         while members := [index for index in members if index in self._pool.workers]:
-            names = {self._pool.infos[index].name: index for index in members}
-            order = replace(await self._order(version), rendezvous=await self._rendezvous(members))
+            infos = {index: self._pool.infos[index] for index in members}
+            names = {info.name: index for index, info in infos.items()}
+            order = replace(blank, id=self._new_id(version), rendezvous=self._rendezvous(address, infos.values()))
             send = CollectiveSend(order.seen_by({SENDER}), self._store)
             sending = asyncio.ensure_future(self._export(send, f"publish v{version}"))
             _, *results = await asyncio.gather(sending, *(self._receive(i, order, sending) for i in members))
             acks += [result for result in results if isinstance(result, Ack)]
             failed = {n: r for n, r in zip(names, results, strict=True) if isinstance(r, InfraFailure)}
-            cut_off = self._tree.cut_off(failed)
-            self._tree.drop(failed)
+            lost = [name for name, r in zip(names, results, strict=True) if not isinstance(r, Ack)]  # some were stopped
+            cut_off = self._tree.cut_off(lost)
+            self._tree.drop(lost)
             await self._evict({names[n]: why for n, why in failed.items() if n not in cut_off}, version)
             members = [index for name, index in names.items() if name in cut_off]
         return acks
@@ -210,13 +213,15 @@ class Publisher:
             await self._pool.evict(index, f"weights of version {version} not confirmed: {why}")
 
     async def _order(self, version: int) -> SyncOrder:
-        name, manifest = f"publish-{version}-{time.monotonic_ns()}", await self._get_manifest()
-        return SyncOrder(name, version, self._transport, manifest, part=self._part)
+        manifest = await self._get_manifest()
+        return SyncOrder(self._new_id(version), version, self._transport, manifest, part=self._part)
 
-    async def _rendezvous(self, members: Sequence[int]) -> Rendezvous:
-        node, host, port = await self._get_address()
-        infos = [self._pool.infos[index] for index in members]
-        links = self._tree.follow(node, {info.name: Place(info.node, self._receivers_of(info)) for info in infos})
+    def _new_id(self, version: int) -> str:
+        return f"publish-{version}-{time.monotonic_ns()}"
+
+    def _rendezvous(self, address: tuple[str, str, int], members: Iterable[WorkerInfo]) -> Rendezvous:
+        node, host, port = address
+        links = self._tree.follow(node, {info.name: Place(info.node, self._receivers_of(info)) for info in members})
         return Rendezvous(host, port, links, self._config.timeout_s)
 
     def _receivers_of(self, member: WorkerInfo) -> tuple[str, ...]:

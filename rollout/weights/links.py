@@ -38,6 +38,7 @@ from rollout.weights.same_gpu import LOOK_S, Handover, SameGpu, has_ended
 PARENT, CHILD = 0, 1  # ranks of a link
 LEVELS = 16  # of the tree, in which a parent's patience falls from a third of the deadline to nothing
 POLL_S = 0.002
+LEAVES = "leaves a link"  # name of a thread
 
 
 @dataclass
@@ -58,12 +59,14 @@ class Communicator:
     def leave(self) -> None:
         """A pending `wait` for a broadcast, in this process or at the other end, raises: here because the group is
         aborted, there because its sockets close when nobody refers to it any more. A thread lets go of it, because
-        that waits for sends under way, which an abort does not end."""
+        that waits for sends under way, which an abort does not end but the group's timeout does. The end of this
+        process waits for the thread: torch takes the interpreter's lock there, and would abort the process if there
+        was no interpreter any more."""
         if self.group is not None:
             self.group.abort()
             last = [self.group]
             self.group = None
-            threading.Thread(target=last.clear, name="leaves a link", daemon=True).start()
+            threading.Thread(target=last.clear, name=LEAVES, daemon=False).start()
 
 
 Connection = Communicator | SameGpu

@@ -267,6 +267,9 @@ class SameGpu:
         self._left.set()
         with suppress(RuntimeError):  # the store is gone with the trainer: the other side needs no word
             self._store.set(f"left/{self._rank}", "")
+            # `set` does not wait for the store, `check` does. A receiver that does not see the key yet would accept
+            # a bucket whose memory the sender has begun to refill.
+            self._store.check([f"left/{self._rank}"])
         self._memory.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from orchestrator.cluster.fleet import State
 from orchestrator.cluster.pool import Pool, PoolPolicy
 from orchestrator.config.schema import WeightsConfig
 from orchestrator.publishing.publisher import Publisher, SyncReport
-from rollout.weights import CollectiveSend, DiskWrite, PackBuckets, receiver
+from rollout.weights import CollectiveSend, DiskWrite, OpenCollective, PackBuckets, receiver
 from rollout.weights.collective import CollectiveReceiver
 from rollout.weights.protocol import Ack, Manifest, SendReport, SyncOrder
+from tests.waiting import until_true
 
 CPU = torch.device("cpu")
 BUCKET = 20_000
@@ -175,8 +177,13 @@ class BroadcastingTrainer(Trainer):
     """Sends real weights, which are other ones in each version."""
 
     sent = 0
+    opens = False
+    opened: threading.Event | None = None  # waited for before a store is open
 
     def run(self, task: Any) -> Any:
+        if isinstance(task, OpenCollective) and self.opened is not None:
+            self.opens = True
+            self.opened.wait(60)
         return task()
 
     def export(self, consumer: Any, bucket_bytes: int, form: str) -> Any:
@@ -277,4 +284,30 @@ async def test_members_that_a_lost_one_has_cut_off_get_the_version_by_another_br
         assert stage.held[f"rollout/{index}"] == (1, values)
     assert stage.trainer.sent == 1 + rounds
     assert {what["worker"] for name, what in stage.events if name == "sync_failed"} == breaks, "the others are innocent"
+    await stage.pool.close()
+
+
+async def killed(pool: Pool) -> None:
+    await pool.evict(0, "killed")
+
+
+async def scaled_down(pool: Pool) -> None:
+    for index in (1, 2, 3, 4):
+        pool.fleet.add_load(index, 1)  # so the first one is stopped
+    pool.resize(4)
+    await until_true(lambda: 0 not in pool.workers, "the end of the first member")
+
+
+@pytest.mark.parametrize("goes", [killed, scaled_down])
+async def test_a_member_that_goes_while_the_trainer_opens_its_store_takes_nobody_with_it(goes: Any) -> None:
+    stage, gone = Broadcasts(5, set()), threading.Event()
+    stage.trainer.opened = gone
+    await stage.pool.open()
+    publishing = asyncio.ensure_future(stage.publish(0))
+    await until_true(lambda: stage.trainer.opens, "the order to open a store")
+    await goes(stage.pool)
+    gone.set()
+    report = await publishing
+    assert {1, 2, 3, 4} <= set(report.members) and stage.trainer.sent == 1
+    assert not [what for name, what in stage.events if name == "sync_failed"]
     await stage.pool.close()

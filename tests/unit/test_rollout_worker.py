@@ -17,8 +17,18 @@ from actors.errors import ConfigError, DataFailure, InfraFailure, ModelError
 from rollout.engine import EngineSpec, Finished, build_engine
 from rollout.sampling import Finish, Request, Sampling
 from rollout.scripted_engine import ScriptedEngine
-from rollout.weights import DiskWrite
-from rollout.weights.protocol import Manifest, SendReport, SyncOrder, TensorMeta, TransferFailed
+from rollout.weights import DiskWrite, ManifestOf
+from rollout.weights.collective import CollectiveSender
+from rollout.weights.protocol import (
+    SENDER,
+    Link,
+    Manifest,
+    Rendezvous,
+    SendReport,
+    SyncOrder,
+    TensorMeta,
+    TransferFailed,
+)
 from rollout.worker import RolloutWorker
 from tests.waiting import until_true
 
@@ -216,6 +226,40 @@ async def test_a_transfer_that_ends_half_way_stops_decoding_until_all_weights_ar
         await subject.receive(order)
         meta, _ = await call
         assert (meta.oldest_version, meta.newest_version) == (4, 5)
+
+
+async def test_an_engine_that_waits_for_new_weights_is_not_taken_for_one_that_stands_still() -> None:
+    """They come when the trainer sends them: whoever ordered them has a deadline."""
+    waiting, sender = "tests.unit.test_rollout_worker:Waiting", CollectiveSender()
+    address, manifest = sender.open(), ManifestOf(None, 24)(iter(WEIGHTS))
+    async with worker(waiting, completions={"5 6 7": [[8] * 20]}, stall_s=0.2) as subject:
+        Waiting.waits.clear()
+        call = asyncio.ensure_future(subject.generate(request(n=1)))
+        await until_true(Waiting.waits.is_set, "such state of the worker")
+        links = (Link("link", SENDER, subject.name),)
+        order = SyncOrder("late", 5, "collective", manifest, rendezvous=Rendezvous(*address, links, 60.0))
+        receiving = asyncio.ensure_future(subject.receive(order))
+        await asyncio.sleep(0.5)
+        assert subject.ping()["alive"] and not call.done() and not receiving.done()
+        report = await asyncio.to_thread(sender.send, order, iter(WEIGHTS))
+        assert (await receiving).fingerprint == report.fingerprint
+        meta, _ = await call
+        assert (meta.oldest_version, meta.newest_version) == (4, 5)
+    sender.close()
+
+
+async def test_an_order_is_carried_out_again_if_another_one_left_a_mixture_in_between(tmp_path: Path) -> None:
+    """A worker that was started elsewhere outlives a run, and the orders of the next one may have the same names."""
+    async with worker() as subject:
+        order, _ = sync(tmp_path, 5)
+        assert (await subject.receive(order)).version == 5
+        manifest = Manifest((*order.manifest.tensors, TensorMeta("more", "float32", (9,))), bucket_bytes=24)
+        with pytest.raises(TransferFailed) as caught:
+            await subject.receive(SyncOrder("longer", 5, "disk", manifest, folder=order.folder))
+        assert caught.value.begun
+        assert (await subject.receive(order)).version == 5
+        meta, _ = await asyncio.wait_for(subject.generate(request()), 60)
+        assert meta.newest_version == 5
 
 
 async def test_an_engine_that_cannot_apply_weights_is_dead(tmp_path: Path) -> None:

@@ -182,6 +182,16 @@ def test_a_bucket_of_a_sender_that_has_left_is_not_taken(stage: Stage):
     assert into.tolist() == [0.0] * 4
 
 
+def test_whoever_has_left_has_been_heard_by_the_store(stage: Stage):
+    """`set` alone does not wait for that, and the other side looks by a connection of its own."""
+    for number in range(10):
+        stores = [PrefixStore(f"{number}", store) for store in (stage.server, stage.client)]
+        leaving = SameGpu(stores[0], 0, CPU, LONG, memory=HeapMemory())
+        stores[0].set("more", "x" * 2**22)  # the store reads this first
+        leaving.leave()
+        assert stores[1].check(["left/0"]), f"round {number}"
+
+
 class LeavesInBetween(HeapMemory):
     """The sender gives up while the receiver copies."""
 

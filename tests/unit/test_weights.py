@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -418,6 +420,35 @@ def test_a_parent_that_fails_takes_its_children_with_it_and_nobody_else(trainer:
     again = trainer.order(ManifestOf("float32", 500_000)(LARGE), "a", "b", parents={"b": "a"})
     report, arrived = trainer.sync(again, LARGE)
     assert [fingerprint for _, fingerprint in arrived] == [report.fingerprint] * 2
+
+
+LEFT_AT_THE_END = """
+import atexit, threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+import torch
+from torch.distributed import PrefixStore, TCPStore
+from rollout.weights.links import LEAVES, device_of, join
+
+server = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+client = TCPStore("127.0.0.1", server.port, None, False, wait_for_workers=False)
+stores = [PrefixStore("link", each) for each in (server, client)]
+with ThreadPoolExecutor(2) as threads:
+    for rank, store in enumerate(stores):
+        store.set(device_of(rank), "cpu")
+    ends = threads.map(lambda rank: join(stores[rank], rank, torch.device("cpu"), "127.0.0.1", LIMIT), (0, 1))
+    parent, child = ends
+parent.broadcast(torch.zeros(2**26, dtype=torch.uint8))  # which the child does not take
+parent.leave()
+print("leaves:", sum(each.name == LEAVES for each in threading.enumerate()))
+atexit.register(lambda: print("at the end:", sum(each.name == LEAVES for each in threading.enumerate())))
+""".replace("LIMIT", "timedelta(seconds=1.5)")
+
+
+def test_a_process_that_ends_lets_go_of_its_links_first():
+    """It was aborted else, as torch takes the interpreter's lock when it has let go."""
+    ended = subprocess.run([sys.executable, "-c", LEFT_AT_THE_END], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout.split("\n")) == (0, ["leaves: 1", "at the end: 0", ""]), ended.stderr
 
 
 def test_weights_that_came_in_part_have_no_fingerprint(trainer: Stage):
