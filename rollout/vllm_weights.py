@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -114,10 +114,8 @@ def _broadcast(llm: LLMEngine, names: Sequence[str], order: SyncOrder, payload: 
         Link(f"{order.id}/{rank}", names[rank - 1] if rank else SENDER, name, rank) for rank, name in enumerate(names)
     )
     order = replace(order, transport="collective", rendezvous=Rendezvous(host, port, links, LOCAL_TIMEOUT_S))
-    with ThreadPoolExecutor(1) as thread:
+    with closing(sender), ThreadPoolExecutor(1) as thread:
         sending = thread.submit(sender.send_buckets, order, map(torch.tensor, payload))
-        try:
-            return llm.collective_rpc(partial(_receive_here, names=tuple(names), order=order, keep=False))
-        finally:
-            sending.result(LOCAL_TIMEOUT_S)
-            sender.close()
+        outcomes = llm.collective_rpc(partial(_receive_here, names=tuple(names), order=order, keep=False))
+        sending.result(LOCAL_TIMEOUT_S)
+        return outcomes

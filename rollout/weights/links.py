@@ -163,29 +163,34 @@ class Downlinks:
         return flight
 
     def land(self, flight: Flight) -> None:
-        """Wait for a bucket. A link that did not carry it is left."""
+        """Wait for a bucket. A link that did not carry it is left. The patience with all children begins now: with one
+        after the other, several that hang would take longer than the parent of this process waits for it."""
+        began = time.monotonic()
         for link, work in flight.works.items():
             if (connection := self.connections.get(link)) is not None:  # else it was lost with an earlier bucket
                 with self._dropped_if_it_fails(link):
-                    _finish(work, connection, self._processes.get(link, ""))
+                    _finish(work, connection, began, self._processes.get(link, ""))
 
     @contextmanager
     def _dropped_if_it_fails(self, link: str) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
-            self.connections.pop(link).leave()
+            if (connection := self.connections.pop(link, None)) is not None:  # else it was closed meanwhile
+                connection.leave()
             self.failed[self._children[link]] = first_lines(error)
 
     def leave(self) -> None:
-        for connection in self.connections.values():
+        """From any thread, also while another one sends."""
+        left, self.connections = self.connections, {}
+        for connection in list(left.values()):
             connection.leave()
-        self.connections = {}
 
 
-def _finish(work: dist.Work | Handover, connection: Connection, child: str) -> None:
-    """Wait for a broadcast to a process. Gloo may miss that the other end has gone, so that is looked at meanwhile."""
-    deadline = time.monotonic() + connection.timeout.total_seconds()
+def _finish(work: dist.Work | Handover, connection: Connection, began: float, child: str) -> None:
+    """Wait for a broadcast to a process, until the connection's timeout after `began`. Gloo may miss that the other end
+    has gone, so that is looked at meanwhile."""
+    deadline = began + connection.timeout.total_seconds()
     while isinstance(connection, Communicator) and isinstance(connection.group, dist.ProcessGroupGloo):
         left = deadline - time.monotonic()
         try:
@@ -196,7 +201,10 @@ def _finish(work: dist.Work | Handover, connection: Connection, child: str) -> N
                 raise
             if has_ended(child):
                 raise RuntimeError("its process has ended") from None
-    work.wait(connection.timeout)
+    if isinstance(work, Handover):
+        work.wait(connection.timeout, began)
+    else:
+        work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
 
 
 _making_nccl = threading.Lock()

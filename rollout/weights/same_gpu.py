@@ -150,13 +150,13 @@ def _accepts_signals(pid: int) -> bool:
 class Handover:
     """One bucket under way."""
 
-    finish: Callable[[timedelta], None]
+    finish: Callable[[timedelta, float], None]  # within that time from that moment of the monotonic clock
     default: timedelta
 
-    def wait(self, timeout: timedelta | None = None) -> None:
+    def wait(self, timeout: timedelta | None = None, began: float | None = None) -> None:
         """Trainer: until the bucket's memory may be reused. Engine: until the bucket is in its own memory. Raises
-        RuntimeError, see the top of the file."""
-        self.finish(self.default if timeout is None else timeout)
+        RuntimeError, see the top of the file. `began`: when the timeout began; None: now."""
+        self.finish(self.default if timeout is None else timeout, time.monotonic() if began is None else began)
 
 
 class SameGpu:
@@ -186,25 +186,25 @@ class SameGpu:
         self._next += 1
         self._pending += 1
         if self._rank == 1:
-            return Handover(lambda timeout: self._take(index, flat, timeout), self.timeout)
+            return Handover(lambda timeout, began: self._take(index, flat, timeout, began), self.timeout)
         try:
             self._store.set(f"bucket/{index}", self._memory.offer(flat))
         except RuntimeError as error:  # raised in `wait`, where it fails this group and not the other ones
             refused = (
                 f"bucket {index} could not be offered to the receiver on the same GPU: {first_lines(error)}; {REMEDY}"
             )
-            return Handover(lambda _: _fail(refused), self.timeout)
-        return Handover(lambda timeout: self._landed(index, timeout), self.timeout)
+            return Handover(lambda *_: _fail(refused), self.timeout)
+        return Handover(lambda timeout, began: self._landed(index, timeout, began), self.timeout)
 
-    def _landed(self, index: int, timeout: timedelta) -> None:
+    def _landed(self, index: int, timeout: timedelta, began: float) -> None:
         key = f"taken/{index}"
-        self._await(key, f"the receiver did not take bucket {index}", timeout)
+        self._await(key, f"the receiver did not take bucket {index}", timeout, began)
         self._store.delete_key(key)
         self._done()
 
-    def _take(self, index: int, flat: Tensor, timeout: timedelta) -> None:
+    def _take(self, index: int, flat: Tensor, timeout: timedelta, began: float) -> None:
         key = f"bucket/{index}"
-        self._await(key, f"the sender did not send bucket {index}", timeout)
+        self._await(key, f"the sender did not send bucket {index}", timeout, began)
         self._check_sender(index)
         offer = self._store.get(key).decode()
         try:
@@ -227,10 +227,10 @@ class SameGpu:
         if self._pending == 0:
             self._memory.forget()
 
-    def _await(self, key: str, otherwise: str, timeout: timedelta) -> None:
+    def _await(self, key: str, otherwise: str, timeout: timedelta, began: float) -> None:
         """Until the other side has set the key. All links of a process share one connection to the store, so it is
         polled instead of waited on."""
-        deadline, (pause, longest) = time.monotonic() + timeout.total_seconds(), POLL_S
+        deadline, (pause, longest) = began + timeout.total_seconds(), POLL_S
         while True:
             over = self._why_over(deadline, timeout)
             if self._store.check([key]):  # after the look: what the other side did before it left, counts

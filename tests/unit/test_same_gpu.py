@@ -19,7 +19,7 @@ from rollout.weights.buckets import Staged
 from rollout.weights.collective import BUFFERS, CollectiveReceiver, CollectiveSender
 from rollout.weights.links import CHILD, PARENT, Communicator, Connection, Downlinks, device_of, join, kind_of_link
 from rollout.weights.protocol import SENDER, Link, Manifest, Rendezvous, SyncOrder, TensorMeta, TransferFailed
-from rollout.weights.same_gpu import SameGpu, describe_process, has_ended
+from rollout.weights.same_gpu import Handover, SameGpu, describe_process, has_ended
 
 CPU = torch.device("cpu")
 LONG = timedelta(seconds=30)
@@ -300,6 +300,40 @@ def test_a_receiver_that_fails_half_way_is_reported_and_not_waited_for(stage: St
     with pytest.raises(TransferFailed, match="out of memory"):
         arriving.result(60)
     assert time.monotonic() - began < FAR
+
+
+def test_children_that_hang_at_the_same_time_are_waited_for_together(stage: Stage):
+    """One after the other they would take longer than the parent's own parent waits for it."""
+    limit = timedelta(seconds=1)
+    hanging = {
+        name: SameGpu(PrefixStore(name, stage.server), PARENT, CPU, limit, memory=HeapMemory()) for name in "abcdefgh"
+    }
+    downlinks = Downlinks("parent", hanging, _children={name: name for name in hanging})
+    began = time.monotonic()
+    downlinks.land(downlinks.send(torch.ones(4)))
+    assert time.monotonic() - began < 4 * limit.total_seconds()
+    why = "the receiver did not take bucket 0: waited for 1 s"
+    assert downlinks.failed == dict.fromkeys("abcdefgh", why) and not downlinks.connections
+
+
+class ClosedMeanwhile(SameGpu):
+    """Its process is closed, by another thread, while a bucket is on its way."""
+
+    downlinks: Downlinks
+
+    def broadcast(self, flat: Tensor) -> Handover:
+        def finish(*_: object) -> None:
+            self.downlinks.leave()
+            raise RuntimeError("this side has left")
+
+        return Handover(finish, self.timeout)
+
+
+def test_links_may_be_left_while_another_thread_sends(stage: Stage):
+    connection = ClosedMeanwhile(stage.stores[0], PARENT, CPU, LONG, memory=HeapMemory())
+    downlinks = connection.downlinks = Downlinks("parent", {"link": connection}, _children={"link": "a"})
+    downlinks.land(downlinks.send(torch.ones(4)))
+    assert downlinks.failed == {"a": "this side has left"} and not downlinks.connections
 
 
 # Which connection.
