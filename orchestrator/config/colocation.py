@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from orchestrator.config.roles import EngineRole, UserCodeRole
 from orchestrator.config.schema import RunConfig
 
-BUCKET_MIB = {"cpu": 4.0, "gpu": 256.0}  # a GPU takes as long to be given work as to move some MiB
+BUCKET_MIB = {"cpu": 16.0, "gpu": 256.0}  # a GPU takes as long to be given work as to move some MiB
 
 
 def taking_turns(config: RunConfig, launched: Iterable[str]) -> tuple[tuple[str, ...], ...]:

@@ -283,7 +283,7 @@ class WeightsConfig(Section):
     transport: Literal["collective", "object_store", "disk"] | None = None
     """Broadcast, Ray's object store, or files. None: collective; object_store between colocated roles."""
     bucket_mib: Annotated[float, Field(gt=0)] | None = None
-    """Size of the buckets in which weights are sent. None: 256 where both ends have GPUs, else 4."""
+    """Size of the buckets in which weights are sent. None: 256 where both ends have GPUs, else 16."""
     timeout_s: Seconds = 120.0
     """Deadline of one publication."""
     dtype: DType | None = None

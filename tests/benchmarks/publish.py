@@ -215,7 +215,7 @@ def main() -> None:
     parser.add_argument("--engines", type=int, nargs="+", default=[1, 2, 4], help="how many")
     parser.add_argument("--million-parameters", type=int, nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--bucket-mib", type=float, default=4.0)
+    parser.add_argument("--bucket-mib", type=float, default=16.0)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     ray.init(address="local", num_cpus=32, include_dashboard=False, object_store_memory=100 * 2**20)

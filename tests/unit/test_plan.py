@@ -295,7 +295,7 @@ def test_weights_wait_on_the_host_for_an_engine_that_sleeps_while_its_trainer_is
 
 @pytest.mark.parametrize(
     ("policy", "rollout", "asked", "mib"),
-    [(0, 0, None, 4), (1, 1, None, 256), (1, 0, None, 4), (1, 1, 0.5, 0.5), (0, 0, 64, 64)],
+    [(0, 0, None, 16), (1, 1, None, 256), (1, 0, None, 16), (1, 1, 0.5, 0.5), (0, 0, 64, 64)],
 )
 def test_buckets_are_larger_between_gpus_unless_the_user_says_a_size(
     policy: float, rollout: float, asked: float | None, mib: float
