@@ -118,8 +118,8 @@ class RayGroup:
         self.workers = tuple(workers)
         self._store = store
 
-    def turn(self) -> AbstractAsyncContextManager[None]:
-        return nullcontext()
+    def turn(self) -> AbstractAsyncContextManager[RayGroup]:
+        return nullcontext(self)
 
     async def call(
         self,

@@ -76,9 +76,9 @@ class Group(Protocol):
     @property
     def workers(self) -> Sequence[Worker]: ...
 
-    def turn(self) -> AbstractAsyncContextManager[None]:
-        """Hold this around calls of single `workers`: the role's turn on a device that it shares. The calls below wait
-        for it by themselves."""
+    def turn(self) -> AbstractAsyncContextManager[Group]:
+        """The role's turn on a device that it shares: hold it around calls of single `workers`, and of the group that
+        it gives. The calls below wait for it by themselves, so they are not for who holds it."""
         ...
 
     async def call(
@@ -180,8 +180,8 @@ class LocalGroup:
         self.name = name
         self.workers = (worker,)
 
-    def turn(self) -> AbstractAsyncContextManager[None]:
-        return nullcontext()
+    def turn(self) -> AbstractAsyncContextManager[Group]:
+        return nullcontext(self)
 
     async def call(
         self,

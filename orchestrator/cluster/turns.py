@@ -15,7 +15,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,8 +140,10 @@ class TurnGroup:
     def workers(self) -> Sequence[Worker]:
         return self._group.workers
 
-    def turn(self) -> AbstractAsyncContextManager[None]:
-        return self._turns.at_work(self.name)
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[Group]:
+        async with self._turns.at_work(self.name):
+            yield self._group
 
     async def call(
         self,
@@ -155,8 +157,8 @@ class TurnGroup:
         options: dict[str, Any] = {"per_rank": per_rank, "blocks": blocks, "task_name": task_name}
         if method in NEEDS_NO_DEVICE:
             return await self._group.call(method, *shared, **options, timeout_s=timeout_s)
-        async with self.turn():
-            return await self._group.call(method, *shared, **options, timeout_s=timeout_s)
+        async with self.turn() as awake:
+            return await awake.call(method, *shared, **options, timeout_s=timeout_s)
 
     async def call_split(
         self,
@@ -168,8 +170,8 @@ class TurnGroup:
         task_name: str | None = None,
     ) -> list[tuple[Any, Ref]]:
         options: dict[str, Any] = {"per_rank": per_rank, "blocks": blocks, "task_name": task_name}
-        async with self.turn():
-            return await self._group.call_split(method, *shared, **options, timeout_s=timeout_s)
+        async with self.turn() as awake:
+            return await awake.call_split(method, *shared, **options, timeout_s=timeout_s)
 
     async def kill(self) -> None:
         await self._group.kill()

@@ -147,8 +147,9 @@ class Publisher:
         return await self._each_receives(members, order, report, payload)
 
     async def _broadcast(self, version: int, members: Sequence[int]) -> list[Ack]:
-        """Send and receive at the same time. Members that a lost one has cut off get another broadcast, by other links;
-        each round loses at least one member, so this ends."""
+        """Send and receive at the same time, in the turn of both sides: an engine that is ordered to receive decodes no
+        more until it has. Members that a lost one has cut off get another broadcast, by other links; each round loses
+        at least one member, so this ends."""
         acks: list[Ack] = []
         blank, address = await self._order(version), await self._get_address()  # members may go meanwhile
         while members := [index for index in members if index in self._pool.workers]:
@@ -156,8 +157,9 @@ class Publisher:
             names = {info.name: index for index, info in infos.items()}
             order = replace(blank, id=self._new_id(version), rendezvous=self._rendezvous(address, infos.values()))
             send = CollectiveSend(order.seen_by({SENDER}), self._store)
-            sending = asyncio.ensure_future(self._export(send, f"publish v{version}"))
-            _, *results = await asyncio.gather(sending, *(self._receive(i, order, sending) for i in members))
+            async with self._pool.turn(), self._policy.turn() as policy:
+                sending = asyncio.ensure_future(self._export(send, f"publish v{version}", policy))
+                _, *results = await asyncio.gather(sending, *(self._receive(i, order, sending) for i in members))
             acks += [result for result in results if isinstance(result, Ack)]
             failed = {n: r for n, r in zip(names, results, strict=True) if isinstance(r, InfraFailure)}
             lost = [name for name, r in zip(names, results, strict=True) if not isinstance(r, Ack)]  # some were stopped
@@ -177,8 +179,9 @@ class Publisher:
     async def _each_receives(
         self, members: Sequence[int], order: SyncOrder, report: SendReport, payload: Ref | None
     ) -> list[Ack]:
-        """One member after the other fails for itself."""
-        results = await asyncio.gather(*(self._receive(index, order, report, payload) for index in members))
+        """Of what was sent before. Each member fails by itself."""
+        async with self._pool.turn():
+            results = await asyncio.gather(*(self._receive(index, order, report, payload) for index in members))
         failed = {i: result for i, result in zip(members, results, strict=True) if isinstance(result, InfraFailure)}
         await self._evict(failed, order.version)
         return [result for result in results if isinstance(result, Ack)]
@@ -193,8 +196,7 @@ class Publisher:
         try:
             own = order.seen_by(self._receivers_of(self._pool.infos[index])) if order.rendezvous else order
             deadline, name = self._config.timeout_s + 30, f"{self.role}.receive v{order.version}"
-            async with self._pool.turn():
-                ack: Ack = await worker.call("receive", own, payload, timeout_s=deadline, task_name=name)
+            ack: Ack = await worker.call("receive", own, payload, timeout_s=deadline, task_name=name)
             report = await sent if isinstance(sent, asyncio.Future) else sent
             if (ack.version, ack.fingerprint) != (report.version, report.fingerprint):
                 raise InfraFailure(
@@ -253,8 +255,9 @@ class Publisher:
             )
         return self._snapshot
 
-    async def _export(self, consumer: Any, task_name: str) -> Any:
-        results = await self._policy.call(
+    async def _export(self, consumer: Any, task_name: str, policy: Group | None = None) -> Any:
+        """`policy`: the group in its turn, from whoever holds it."""
+        results = await (policy or self._policy).call(
             "export",
             consumer,
             self._bucket_bytes,

@@ -16,6 +16,7 @@ from actors.worker import LocalGroup, LocalObjects, LocalWorker, WorkerInfo
 from orchestrator.cluster.failures import Watchdog
 from orchestrator.cluster.fleet import State
 from orchestrator.cluster.pool import Pool, PoolPolicy
+from orchestrator.cluster.turns import TurnGroup, Turns
 from orchestrator.config.schema import WeightsConfig
 from orchestrator.publishing.publisher import Publisher, SyncReport
 from rollout.weights import CollectiveSend, DiskWrite, OpenCollective, PackBuckets, receiver
@@ -180,6 +181,10 @@ class BroadcastingTrainer(Trainer):
     opens = False
     opened: threading.Event | None = None  # waited for before a store is open
 
+    def sleep(self) -> None: ...
+
+    def wake(self) -> None: ...
+
     def run(self, task: Any) -> Any:
         if isinstance(task, OpenCollective) and self.opened is not None:
             self.opens = True
@@ -204,6 +209,7 @@ class Broadcasts:
     def __init__(self, count: int, breaks: set[int]) -> None:
         self.breaks, self.trainer = breaks, BroadcastingTrainer()
         self.held: dict[str, tuple[int, list[float]]] = {}
+        self.ordered = list[int]()  # versions, by whom does not matter
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.pool = Pool(
             "rollout",
@@ -214,8 +220,9 @@ class Broadcasts:
             event=lambda name, what: self.events.append((name, what)),
             watchdog=Watchdog(),
         )
+        self.turns = Turns()  # of the policy and others on its device
         self.publisher = Publisher(
-            LocalGroup("policy", LocalWorker("policy/0", self.trainer)),
+            TurnGroup(LocalGroup("policy", LocalWorker("policy/0", self.trainer)), self.turns),
             self.pool,
             LocalObjects(),
             WeightsConfig(timeout_s=60.0),
@@ -253,6 +260,7 @@ class BroadcastReceiver:
         return await asyncio.to_thread(self._take, order, payload)
 
     def _take(self, order: SyncOrder, payload: Any) -> Ack:
+        self._stage.ordered.append(order.version)
         by = self._receiver if order.transport == "collective" else receiver(order.transport, self._name, CPU)
         values: list[float] = []
         with by.receive(order, payload) as incoming:
@@ -310,4 +318,20 @@ async def test_a_member_that_goes_while_the_trainer_opens_its_store_takes_nobody
     report = await publishing
     assert {1, 2, 3, 4} <= set(report.members) and stage.trainer.sent == 1
     assert not [what for name, what in stage.events if name == "sync_failed"]
+    await stage.pool.close()
+
+
+async def test_engines_decode_until_the_policy_has_its_turn() -> None:
+    stage = Broadcasts(3, set())
+
+    async def order(verb: str) -> None: ...
+
+    stage.turns.joins("reference", order)
+    await stage.pool.open()
+    await stage.publish(0)
+    async with stage.turns.at_work("reference"):
+        publishing = asyncio.ensure_future(stage.publish(1))
+        await asyncio.sleep(0.1)
+        assert 1 not in stage.ordered, "they would stand still while the reference is at work"
+    assert (await publishing).members == (0, 1, 2) and stage.ordered.count(1) == 3
     await stage.pool.close()
