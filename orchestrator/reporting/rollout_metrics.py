@@ -124,10 +124,13 @@ def _rewards(scores: Sequence[ScoreResult]) -> dict[str, float]:
 
 def _call_metrics(scores: Sequence[ScoreResult]) -> dict[str, float]:
     """How the calls of each reward went: seconds of the attempt that counted, failed attempts by
-    kind, of all groups together, and the share of groups for which a constant stands (`on_failure`)."""
+    kind, of all groups together, and the share of groups for which a constant stands (`on_failure`). Groups that were
+    scored before the run was resumed say nothing of that."""
     metrics: dict[str, float] = {}
-    for column, name in enumerate(scores[0].names[: len(scores[0].calls)]):
-        calls = [score.calls[column] for score in scores]
+    for column, name in enumerate(scores[0].names):
+        calls = [score.calls[column] for score in scores if column < len(score.calls)]
+        if not calls:
+            continue
         seconds = [call.seconds for call in calls]
         metrics[f"rewards/{name}/seconds"] = float(np.mean(seconds))
         metrics[f"rewards/{name}/seconds_max"] = float(max(seconds))

@@ -24,16 +24,17 @@ from rollout.weights.buckets import Incoming, bucket_bytes, fill
 from rollout.weights.fingerprint import Fingerprint
 from rollout.weights.links import (
     CHILD,
-    PARENT,
     Connection,
     Downlinks,
     Flight,
+    await_parent,
     describe,
     device_of,
     join,
     own_address,
     process_of,
     store_of,
+    tell_lost,
 )
 from rollout.weights.protocol import SENDER, Rendezvous, SendReport, SyncOrder, TransferFailed
 from rollout.weights.same_gpu import describe_process
@@ -77,7 +78,7 @@ class CollectiveSender:
         self.store.set_timeout(timedelta(seconds=rendezvous.timeout_s))
         for index, flat in enumerate(buckets):
             if index == 0:
-                self.links.join(self.store, rendezvous, flat.device)
+                self.links.join(self.store, order.id, rendezvous, flat.device)
             flights.append(self.links.send(flat))
             fingerprint.update(flat)
             if len(flights) == BUFFERS:
@@ -141,9 +142,11 @@ class CollectiveReceiver:
         """The buckets. If they end early, whoever ends them, the links are left: the other ends are told at once."""
         try:
             sizes = [bucket_bytes(bucket) for bucket in order.manifest.buckets()]
-            yield from self._relayed(self._join(rendezvous), sizes)
+            yield from self._relayed(self._join(order.id, rendezvous), sizes)
         except BaseException:
             self._leave()
+            if self._store is not None:
+                tell_lost(self._store, order.id, self.name)
             raise
 
     def _relayed(self, uplink: Connection, sizes: list[int]) -> Iterator[Tensor]:
@@ -166,19 +169,19 @@ class CollectiveReceiver:
         if flight is not None:
             self._downlinks.land(flight)
 
-    def _join(self, rendezvous: Rendezvous) -> Connection:
+    def _join(self, order_id: str, rendezvous: Rendezvous) -> Connection:
         """Joins the link to its parent, and those to its children: where this one has buckets, they have them."""
         store = self._connect(rendezvous)
         (link,) = (link for link in rendezvous.links if link.child == self.name)
         if self._uplink is None or self._uplink[0] != link.id:
             self._leave_uplink()
             place, timeout = store_of(store, link), timedelta(seconds=rendezvous.timeout_s)
-            device = self._device_of_buckets(place.get(device_of(PARENT)).decode())
+            device = self._device_of_buckets(await_parent(store, order_id, link, timeout))
             place.set(process_of(CHILD), describe_process())
             place.set(device_of(CHILD), describe(device))
             self._uplink = link.id, join(place, CHILD, device, own_address(rendezvous.host), timeout)
         _, uplink = self._uplink
-        self._downlinks.join(store, rendezvous, uplink.device)
+        self._downlinks.join(store, order_id, rendezvous, uplink.device)
         return uplink
 
     def _device_of_buckets(self, parent: str) -> torch.device:

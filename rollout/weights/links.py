@@ -15,16 +15,18 @@ patient the further it is from the trainer: else its own parent would drop it, a
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -41,7 +43,7 @@ POLL_S = 0.002
 LEAVES = "leaves a link"  # name of a thread
 
 
-@dataclass
+@dataclass(eq=False)
 class Communicator:
     """A process group of two, and the device on which it sends or receives."""
 
@@ -67,6 +69,19 @@ class Communicator:
             last = [self.group]
             self.group = None
             threading.Thread(target=last.clear, name=LEAVES, daemon=False).start()
+
+    def __post_init__(self) -> None:
+        _open.add(self)
+
+
+_open = WeakSet[Communicator]()  # of this process
+
+
+@atexit.register
+def _let_go() -> None:
+    """Of links that nobody has left, while there is an interpreter: see `Communicator.leave`."""
+    for each in list(_open):
+        each.group = None
 
 
 Connection = Communicator | SameGpu
@@ -98,6 +113,24 @@ def store_of(store: TCPStore, link: Link) -> PrefixStore:
     return PrefixStore(link.id, store)
 
 
+def tell_lost(store: TCPStore, order_id: str, receiver: str) -> None:
+    """This receiver will not get all of an order's weights, so nobody needs to wait for it."""
+    with suppress(RuntimeError):  # the store is gone with the trainer: all are told
+        store.set(f"lost/{order_id}/{receiver}", "")
+
+
+def await_parent(store: TCPStore, order_id: str, link: Link, timeout: timedelta) -> str:
+    """The parent's device, as it says it at their link. Raises RuntimeError if it is lost, and at the deadline."""
+    deadline = time.monotonic() + timeout.total_seconds()
+    while not store_of(store, link).check([device_of(PARENT)]):
+        if store.check([f"lost/{order_id}/{link.parent}"]):
+            raise RuntimeError(f"{link.parent}, which was to send them, is lost")
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{link.parent or 'the trainer'} did not come within {timeout.total_seconds():g} s")
+        time.sleep(POLL_S)
+    return store_of(store, link).get(device_of(PARENT)).decode()
+
+
 def patience(link: Link, timeout_s: float) -> timedelta:
     """For how long a parent waits for its child."""
     return timedelta(seconds=timeout_s / 3 * max(1, LEVELS - link.depth) / LEVELS)
@@ -120,15 +153,16 @@ class Downlinks:
     failed: dict[str, str] = field(default_factory=dict)  # by the child, since `join`: why
     _children: dict[str, str] = field(default_factory=dict)  # by the link's id
     _processes: dict[str, str] = field(default_factory=dict)  # of the children, as `describe_process` says them
+    _tell: Callable[[str], None] = field(default=lambda _: None)  # those below a child that it is lost
 
-    def join(self, store: TCPStore, rendezvous: Rendezvous, device: torch.device) -> None:
+    def join(self, store: TCPStore, order_id: str, rendezvous: Rendezvous, device: torch.device) -> None:
         """Join new links, leave those that are no more. Each is joined as soon as its child is there, so a child that
-        never comes delays the others but does not fail them."""
+        never comes delays the others but does not fail them. Those below it are told that it is lost."""
         own = {link.id: link for link in rendezvous.links if link.parent == self.name}
         for gone in self.connections.keys() - own.keys():
             self.connections.pop(gone).leave()
         self._children = {link.id: link.child for link in own.values()}
-        self.failed = {}
+        self.failed, self._tell = {}, lambda child: tell_lost(store, order_id, child)
         pending = [link for link in own.values() if link.id not in self.connections]
         if pending:
             self._join(store, pending, device, rendezvous.timeout_s)
@@ -148,9 +182,9 @@ class Downlinks:
                     self._processes[link.id] = place.get(process_of(CHILD)).decode()
                     self.connections[link.id] = join(place, PARENT, device, own_address(), limits[link])
                 except RuntimeError as error:
-                    self.failed[link.child] = f"could not join: {first_lines(error)}"
+                    self._fails(link.child, f"could not join: {first_lines(error)}")
             for link in late:
-                self.failed[link.child] = f"did not join within {limits[link].total_seconds():g} s"
+                self._fails(link.child, f"did not join within {limits[link].total_seconds():g} s")
             pending = [link for link in pending if link not in arrived and link not in late]
             if pending and not arrived:
                 time.sleep(POLL_S)
@@ -178,7 +212,11 @@ class Downlinks:
         except RuntimeError as error:
             if (connection := self.connections.pop(link, None)) is not None:  # else it was closed meanwhile
                 connection.leave()
-            self.failed[self._children[link]] = first_lines(error)
+            self._fails(self._children[link], first_lines(error))
+
+    def _fails(self, child: str, why: str) -> None:
+        self.failed[child] = why
+        self._tell(child)
 
     def leave(self) -> None:
         """From any thread, also while another one sends."""

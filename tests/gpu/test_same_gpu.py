@@ -57,7 +57,7 @@ def receive(orders: Any, results: Any, ends: bool) -> None:
         while (each := orders.get(timeout=CALL_S)) is not None:
             if ends:
                 assert each.rendezvous is not None
-                receiver._join(each.rendezvous)
+                receiver._join(each.id, each.rendezvous)
                 os._exit(1)
             incoming = receiver.receive(each)
             staged = list(incoming)

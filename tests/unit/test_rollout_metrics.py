@@ -98,10 +98,12 @@ def test_latency_failures_by_kind_and_constants_are_told_of_each_reward_that_was
 
     groups = (
         called(CallStatistics(1.0, {"timeout": 2, "invalid": 1}, False)),
+        called(),  # scored before the run was resumed
         called(CallStatistics(3.0, {"timeout": 1}, True)),
     )
-    metrics = rollout_metrics(Collected(None, (), groups), version=2)  # pyright: ignore[reportArgumentType]
-    assert (metrics["rewards/judge/seconds"], metrics["rewards/judge/seconds_max"]) == (2.0, 3.0)
+    for order in (groups, groups[1:] + groups[:1]):
+        metrics = rollout_metrics(Collected(None, (), order), version=2)  # pyright: ignore[reportArgumentType]
+        assert (metrics["rewards/judge/seconds"], metrics["rewards/judge/seconds_max"]) == (2.0, 3.0)
     assert (metrics["rewards/judge/failed/timeout"], metrics["rewards/judge/failed/invalid"]) == (3.0, 1.0)
     assert metrics["rewards/judge/frac_constant"] == 0.5
     assert "rewards/model/seconds" not in metrics, "a model is not called so"

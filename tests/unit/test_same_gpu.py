@@ -66,7 +66,7 @@ class Member(CollectiveReceiver):
         super().__init__("a", CPU)
         self.joined = communicator
 
-    def _join(self, rendezvous: Rendezvous) -> SameGpu:
+    def _join(self, order_id: str, rendezvous: Rendezvous) -> SameGpu:
         self._uplink = LINK.id, self.joined
         return self.joined
 
