@@ -235,7 +235,10 @@ def _finish(work: dist.Work | Handover, connection: Connection, began: float, ch
             work.wait(timedelta(seconds=max(0.001, min(LOOK_S, left))))
             return
         except RuntimeError:
-            if work.is_completed() or left <= LOOK_S:  # type: ignore[union-attr]: gloo's
+            if work.is_completed():  # type: ignore[union-attr]: gloo's
+                work.wait()  # it ended after that look, or this raises why it failed
+                return
+            if left <= LOOK_S:
                 raise
             if has_ended(child):
                 raise RuntimeError("its process has ended") from None

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.distributed import PrefixStore
 
 from rollout.weights import (
     TRANSPORTS,
@@ -33,7 +35,7 @@ from rollout.weights import (
 from rollout.weights.buckets import Incoming, Staged, fill
 from rollout.weights.collective import BUFFERS, CollectiveReceiver, CollectiveSender
 from rollout.weights.fingerprint import Fingerprint, weighted_sum
-from rollout.weights.links import Connection
+from rollout.weights.links import Communicator, Connection, Downlinks, Flight
 from rollout.weights.protocol import SENDER, Link, Manifest, Rendezvous, SendReport, SyncOrder, TransferFailed
 
 KIB = 1024
@@ -436,11 +438,11 @@ def test_a_parent_that_fails_takes_its_children_with_it_and_nobody_else(trainer:
 
 LEFT_AT_THE_END = """
 import atexit, threading
+atexit.register(lambda: print("at the end:", sum(each.name == LEAVES for each in threading.enumerate()), child.group))
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 import torch
 from torch.distributed import PrefixStore, TCPStore
-from rollout.weights import links
 from rollout.weights.links import LEAVES, device_of, join
 
 server = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
@@ -454,10 +456,34 @@ with ThreadPoolExecutor(2) as threads:
 parent.broadcast(torch.zeros(2**26, dtype=torch.uint8))  # which the child does not take, and does not leave
 parent.leave()
 print("leaves:", sum(each.name == LEAVES for each in threading.enumerate()))
-atexit.unregister(links._let_go)  # to be called before what follows
-atexit.register(lambda: print("at the end:", sum(each.name == LEAVES for each in threading.enumerate()), child.group))
-atexit.register(links._let_go)
 """.replace("LIMIT", "timedelta(seconds=1.5)")
+
+
+class EndsInBetween:
+    """A broadcast that ends after somebody has looked in vain. `why`: it failed."""
+
+    def __init__(self, why: str = "") -> None:
+        self._why, self._looks = why, 0
+
+    def wait(self, timeout: Any = None) -> None:
+        self._looks += 1
+        if self._looks == 1:
+            raise RuntimeError("Operation timed out!")
+        if self._why:
+            raise RuntimeError(self._why)
+
+    def is_completed(self) -> bool:
+        return self._looks > 0
+
+
+def test_a_bucket_that_lands_just_after_a_look_has_landed(trainer: Stage):
+    group = torch.distributed.ProcessGroupGloo(PrefixStore("alone", trainer.sender.store), 0, 1, timedelta(seconds=9))
+    alone = Communicator(group, CPU, timedelta(seconds=9))
+    downlinks = Downlinks("a", {"1": alone}, _children={"1": "b"})
+    downlinks.land(Flight(torch.zeros(1), {"1": EndsInBetween()}))  # type: ignore[dict-item]
+    assert downlinks.failed == {} and "1" in downlinks.connections
+    downlinks.land(Flight(torch.zeros(1), {"1": EndsInBetween("closed by peer")}))  # type: ignore[dict-item]
+    assert downlinks.failed == {"b": "closed by peer"} and not downlinks.connections
 
 
 def test_a_process_that_ends_lets_go_of_its_links_first():
