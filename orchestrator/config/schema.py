@@ -285,7 +285,7 @@ class WeightsConfig(Section):
     bucket_mib: Annotated[float, Field(gt=0)] | None = None
     """Size of the buckets in which weights are sent. None: 256 where both ends have GPUs, else 16."""
     timeout_s: Seconds = 120.0
-    """Deadline of one publication."""
+    """Deadline of one transfer. Engines that a lost one has cut off from it get another."""
     dtype: DType | None = None
     """Type in which weights are sent. Default: the rollout's dtype."""
     lora: Literal["adapter", "merged"] | None = None

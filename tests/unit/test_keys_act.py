@@ -304,7 +304,7 @@ SHOWN_BY: dict[str, str] = {  # what happens while a run goes on, or needs other
     "roles.reward.on_failure": "tests/unit/test_collector.py",
     "weights.transport": "tests/unit/test_weights.py",
     "weights.bucket_mib": "tests/unit/test_plan.py",
-    "weights.timeout_s": "tests/unit/test_weights.py",
+    "weights.timeout_s": "tests/unit/test_links.py",
     "weights.dtype": "tests/unit/test_weights.py",
     "weights.lora": "tests/unit/test_published_adapters.py",
     "checkpoint.every": "tests/contract/test_resumed_runs.py",
