@@ -32,6 +32,7 @@ from orchestrator.service.errors import Problem
 TIMEOUT_S = 30.0  # of a call of the Job API
 AGENT_TIMEOUT_S = 60.0  # a head that is young has no agent for jobs yet
 AGENT_POLL_S = 1.0
+MONITOR_S = 3.0  # after which Ray has noticed that a job's supervisor has ended
 MOST_LISTED = 10_000  # of nodes, placement groups and actors: what the State API gives at most
 JOB_FILE = "job.json"  # in a run's folder: of a process of this machine
 NO_AGENT = "No available agent"
@@ -103,6 +104,7 @@ class RayJobs:
     def submit(self, run: str, folder: Path, command: Sequence[str], *, stop_wait_s: float) -> None:
         state = self.states({run: folder}).get(run)
         if state is not None and state.over:  # the id of a run is that of its job, and a job is submitted once
+            self._until_ray_has_looked(run)
             self._call("DELETE", f"/api/jobs/{run}")
         elif state is not None:
             raise Problem(409, f"run {run} has a job, which is {state}")
@@ -121,6 +123,14 @@ class RayJobs:
                 if NO_AGENT not in str(problem) or time.monotonic() > deadline:
                     raise
             time.sleep(AGENT_POLL_S)
+
+    def _until_ray_has_looked(self, run: str) -> None:
+        """Ray looks at a job every second, also at one that has ended, until it has found that its supervisor is gone.
+        Should it find that of another job of the same id, it takes this one for failed, and its supervisor keeps the
+        name that every later one needs."""
+        ended_ms = self._call("GET", f"/api/jobs/{run}").get("end_time")
+        waited = MONITOR_S if ended_ms is None else time.time() - ended_ms / 1000
+        time.sleep(min(MONITOR_S, max(0.0, MONITOR_S - waited)))  # clocks may differ
 
     def states(self, folders: Mapping[str, Path]) -> dict[str, JobState]:
         jobs: list[dict[str, Any]] = self._call("GET", "/api/jobs/")

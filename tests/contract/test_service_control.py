@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from fastapi import FastAPI, Request, Response
 from fastapi.testclient import TestClient
 
+from orchestrator.service import jobs as jobs_module
 from orchestrator.service.jobs import RayJobs
 from tests.runs import SFT, merged
 from tests.service_client import AUTHORIZED, client, listening, write_run
@@ -164,8 +166,11 @@ def test_a_folder_that_cannot_be_used_and_a_bug_are_errors_that_say_what_they_ar
     assert answer.json()["error"]["message"] == "the service failed with AttributeError; its log has the traceback"
 
 
-def test_the_job_of_a_run_has_its_id_and_a_run_that_goes_on_takes_the_place_of_its_ended_job(tmp_path: Path):
+def test_the_job_of_a_run_has_its_id_and_a_run_that_goes_on_takes_the_place_of_its_ended_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Against a server that behaves as Ray's documentation says; `tests/ray/test_service.py` has Ray's own."""
+    monkeypatch.setattr(jobs_module, "MONITOR_S", 0.4)
     with job_server() as (url, jobs):
         ray = RayJobs(url)
         ray.submit("one", tmp_path, ["troupe", "run", "a b.json"], stop_wait_s=45.0)
@@ -178,6 +183,7 @@ def test_the_job_of_a_run_has_its_id_and_a_run_that_goes_on_takes_the_place_of_i
         assert ray.states({"one": tmp_path}) == {"one": "stopped"}
         ray.submit("one", tmp_path, ["troupe", "resume"], stop_wait_s=1)
         assert (jobs["one"]["entrypoint"], jobs["one"]["status"]) == ("troupe resume", "RUNNING")
+        assert jobs["deleted"]["seconds_after_its_end"] >= 0.4, "before that Ray would take the new job for the old one"
 
 
 @contextmanager
@@ -202,12 +208,17 @@ def job_server() -> Iterator[tuple[str, dict[str, Any]]]:
 
     @app.post("/api/jobs/{job}/stop")
     def stop(job: str) -> Any:
-        jobs[job]["status"] = "STOPPED"
+        jobs[job] |= {"status": "STOPPED", "end_time": time.time() * 1000}
         return {"stopped": True}
+
+    @app.get("/api/jobs/{job}")
+    def one(job: str) -> Any:
+        return jobs[job]
 
     @app.delete("/api/jobs/{job}")
     def delete(job: str) -> Any:
-        return {"deleted": jobs.pop(job) is not None}
+        jobs["deleted"] = {"seconds_after_its_end": time.time() - jobs.pop(job)["end_time"] / 1000, "status": ""}
+        return {"deleted": True}
 
     with listening(app) as url:
         yield url, jobs
