@@ -175,9 +175,13 @@ def test_a_killed_actors_call_raises_infra_failure_quickly(tmp_path: Path) -> No
     assert asyncio.run(scenario()) < 30, "long before the call would have ended"
 
 
-def test_an_actor_that_kills_itself_raises_infra_failure_on_this_and_later_calls() -> None:
-    worker = fresh("suicide/0")
+def test_calls_of_a_killed_actor_raise_infra_failure_once_the_kill_has_reached_it() -> None:
+    worker = fresh("killed/1")
     asyncio.run(worker.kill())
+    deadline = time.monotonic() + CALL_S
+    with pytest.raises(InfraFailure, match="ping"):
+        while time.monotonic() < deadline:  # Ray does not wait for the end of what it kills
+            asyncio.run(worker.call("ping", timeout_s=CALL_S))
     with pytest.raises(InfraFailure, match="ping"):
         asyncio.run(worker.call("ping", timeout_s=CALL_S))
 
