@@ -26,8 +26,9 @@ AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
 
 
 def client(runs: Path, **settings: Any) -> TestClient:
-    """With the token. An error that nobody expected is an answer with status 500, as a client sees it."""
-    app = create_app(Settings(runs, **{"token": TOKEN, **settings}))
+    """With the token; each answer is made anew. An error that nobody expected is an answer with status 500, as a client
+    sees it."""
+    app = create_app(Settings(runs, **{"token": TOKEN, "fresh_s": 0.0, **settings}))
     return TestClient(app, base_url="http://127.0.0.1", headers=AUTHORIZED, raise_server_exceptions=False)
 
 

@@ -10,6 +10,7 @@ from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
 
 from orchestrator.service import chat_routes, control_routes, health_routes, planning_routes, reading_routes
+from orchestrator.service.answers import Answers
 from orchestrator.service.errors import documented, handle_errors
 from orchestrator.service.gate import Gate
 from orchestrator.service.jobs import Jobs, ProcessJobs, RayJobs
@@ -55,5 +56,6 @@ def create_app(settings: Settings, jobs: Jobs | None = None) -> FastAPI:
     for routes in (health_routes, reading_routes, control_routes, chat_routes, planning_routes):
         app.include_router(routes.router, dependencies=[BEARER])
     add_page(app)
-    app.add_middleware(Gate, settings=settings)
+    app.add_middleware(Answers, fresh_s=settings.fresh_s)
+    app.add_middleware(Gate, settings=settings)  # added last: it stands before all others
     return app

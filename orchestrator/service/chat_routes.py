@@ -7,6 +7,7 @@ client ── /v1/chat/completions {"model": RUN} ──► the driver of RUN (`
 from __future__ import annotations
 
 import json
+import ssl
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -23,6 +24,9 @@ from orchestrator.service.run_folders import RunFolders
 from orchestrator.service.schemas import ChatRequest, Model, ModelList
 
 TIMEOUTS = httpx.Timeout(30.0, read=600.0)  # a chat may wait for a free worker
+# A driver's endpoint speaks plain HTTP. For each client httpx would read all certificates, which takes 16 ms; this context
+# has none, and trusts nobody.
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 router = APIRouter(prefix="/v1", tags=["chat"], responses=documented(401))
 
 
@@ -51,7 +55,7 @@ async def chat(asked: ChatRequest, request: Request, runs: Runs) -> Any:
     """Chat with the policy of a run as it is now. Messages, tools, stream, temperature, top_p, max_tokens, stop, seed;
     one choice. An answer that a publication of weights interrupts goes on with the new ones."""
     url = await run_in_threadpool(_door, runs, asked.model)
-    client = httpx.AsyncClient(timeout=TIMEOUTS, trust_env=False)
+    client = httpx.AsyncClient(timeout=TIMEOUTS, trust_env=False, verify=NO_TLS)
     try:
         sent = client.build_request("POST", f"{url}/v1/chat/completions", content=await request.body())
         answer = await client.send(sent, stream=True)

@@ -40,11 +40,11 @@ from orchestrator.planning.plan import HEADROOM_CPUS
 from orchestrator.reporting.grafana import as_file
 from orchestrator.restarts import COMMAND
 from orchestrator.run_handle import RunHandle
+from orchestrator.service.priority import yield_to_runs
 from orchestrator.service.service_folder import ADDRESS_FILE, service_folder
 
 UP_FILE, RAY_TOKEN = "up.json", "ray-token"
 DASHBOARDS = "RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR"  # Ray writes its own there, and names it in its configuration
-WORKER_NICENESS, RAYS_NICENESS = "RAY_worker_niceness", "15"
 ATTEMPTS = 3
 STOP_TIMEOUT_S = 60.0
 START_TIMEOUT_S, END_TIMEOUT_S, POLL_S = 120.0, 40.0, 0.2
@@ -93,8 +93,7 @@ def up(runs: Path, *, cpus: int | None, object_store_mib: int, serve: Sequence[s
         options = ["--runs", str(runs), "--dashboard", ray.dashboard, "--ray-address", ray.address, *serve]
         (folder / ADDRESS_FILE).unlink(missing_ok=True)
         server = _started([*COMMAND, "serve", *options], folder / "service.log", environment)
-        # No more than the runs' processes get, which Ray starts like that: requests must not slow a run down.
-        psutil.Process(server.pid).nice(int(environment.get(WORKER_NICENESS, RAYS_NICENESS)))
+        yield_to_runs(server.pid)
         try:
             _until(lambda: (folder / ADDRESS_FILE).exists(), server, folder / "service.log", "the service")
         except BaseException:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from pydantic import BaseModel
 from sse_starlette import EventSourceResponse
 
 from orchestrator.service import run_contents
@@ -42,16 +43,21 @@ Runs = Annotated[RunFolders, Depends(run_folders)]
 Metrics = Annotated[MetricFiles, Depends(metric_files)]
 
 
-@router.get("")
-def list_runs(runs: Runs) -> RunList:
+def as_json(answer: BaseModel) -> Response:
+    """As it is: FastAPI would validate it once more, in yet another thread."""
+    return Response(answer.model_dump_json(by_alias=True), media_type="application/json")
+
+
+@router.get("", response_model=RunList)
+def list_runs(runs: Runs) -> Any:
     """All runs, the newest first."""
-    return RunList(runs=runs.summaries())
+    return as_json(RunList(runs=runs.summaries()))
 
 
-@router.get("/{run}")
-def get_run(run: RunId, runs: Runs) -> RunDetail:
+@router.get("/{run}", response_model=RunDetail)
+def get_run(run: RunId, runs: Runs) -> Any:
     """How a run stands."""
-    return runs.detail(run)
+    return as_json(runs.detail(run))
 
 
 @router.get(
@@ -73,7 +79,7 @@ def get_events(
     last = after if last_event_id is None else last_event_id
     if follow:
         return EventSourceResponse(event_stream(runs, run, last), ping=int(PING_S))
-    return EventList(events=EventReader(folder, last).new())
+    return as_json(EventList(events=EventReader(folder, last).new()))
 
 
 @router.get("/{run}/metrics", response_model=MetricLines)
@@ -92,7 +98,7 @@ def get_metrics(
     return Response(b'{"lines":' + lines + b"}", media_type="application/json")  # as written: nothing is parsed again
 
 
-@router.get("/{run}/samples")
+@router.get("/{run}/samples", response_model=Samples)
 def get_samples(
     run: RunId,
     runs: Runs,
@@ -103,9 +109,9 @@ def get_samples(
     offset: Position = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 50,
     tokens: Annotated[bool, Query(description="Their tokens, too, with mask, log-probabilities, advantages.")] = False,
-) -> Samples:
+) -> Any:
     """Completions of a step with their rewards."""
-    return run_contents.samples(
+    found = run_contents.samples(
         runs.folder(run),
         step=step,
         order=order,
@@ -115,20 +121,21 @@ def get_samples(
         limit=limit,
         tokens=tokens,
     )
+    return as_json(found)
 
 
-@router.get("/{run}/checkpoints")
-def get_checkpoints(run: RunId, runs: Runs) -> CheckpointList:
+@router.get("/{run}/checkpoints", response_model=CheckpointList)
+def get_checkpoints(run: RunId, runs: Runs) -> Any:
     """The complete checkpoints of a run."""
-    return CheckpointList(checkpoints=run_contents.checkpoints(runs.folder(run)))
+    return as_json(CheckpointList(checkpoints=run_contents.checkpoints(runs.folder(run))))
 
 
-@router.get("/{run}/logs")
+@router.get("/{run}/logs", response_model=LogText)
 def get_logs(
     run: RunId,
     runs: Runs,
     offset: Annotated[int | None, Query(ge=0, le=LARGEST, description="In bytes. Default: near the end.")] = None,
-) -> LogText:
+) -> Any:
     """What a run printed: at most 64 KiB. `next_offset` reads on."""
     running = not runs.summary(run).state.over  # before reading: what it printed last must be read
-    return run_contents.log(runs.folder(run), offset=offset, running=running)
+    return as_json(run_contents.log(runs.folder(run), offset=offset, running=running))

@@ -11,6 +11,7 @@ from orchestrator.queueing.progress import Budget
 
 SHORTEST_TOKEN = 16  # characters
 MAX_BODY_BYTES = 4 * 2**20
+FRESH_S = 1.0  # a run writes its state that often
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Settings:
 
     `at_once`: how many runs may have a process; None: as many as find room. `autoscaling`: the Ray adds nodes for what
     waits in it, so a run is not compared with those that are there. `preempt`: runs take the place of running ones of
-    lower priority. `budget`: of failures, after which a run is resumed."""
+    lower priority. `budget`: of failures, after which a run is resumed. `fresh_s`: how old an answer to a read may be,
+    in seconds."""
 
     runs: Path
     host: str = "127.0.0.1"
@@ -38,6 +40,7 @@ class Settings:
     preempt: bool = False
     budget: Budget = field(default_factory=Budget)
     max_body_bytes: int = MAX_BODY_BYTES
+    fresh_s: float = FRESH_S
 
     def __post_init__(self) -> None:
         if self.token is None and not is_loopback(self.host):

@@ -17,29 +17,28 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import itertools
 import json
 import os
 import random
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import psutil
 import yaml
+from load_windows import WINDOWS, Seen, Window, ratio, report, show
 from processes import processor
-from rich.console import Console
-from rich.table import Table
 
 from orchestrator.service.private_ray import Up
 from orchestrator.service.service_folder import ADDRESS_FILE, service_folder
@@ -47,9 +46,8 @@ from orchestrator.service.service_folder import ADDRESS_FILE, service_folder
 TROUPE = Path(sys.executable).parent / "troupe"
 DEADLINE_S = 240.0
 SETTLE_S = 1.0  # at the beginning of a window: requests of the one before it end
-LEAST_NICE = 19  # of the client: on the user's machine it would be elsewhere
+LEAST_NICE = 19
 FINISHED_LINES = 2000  # of metrics, of each finished run
-WINDOWS = ("reads", "chats", "both")
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 # What a page that shows a run asks for, and what asks for the service itself.
 READS = (
@@ -74,41 +72,28 @@ class Service:
     pid: int
 
 
-@dataclass
-class Seen:
-    """What the client saw in one window. Seconds; `errors`: what was wrong, counted."""
-
-    latencies: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
-    errors: Counter[str] = field(default_factory=Counter[str])
-
-    def add(self, kind: str, seconds: float) -> None:
-        self.latencies.setdefault(kind, []).append(seconds)
-
-    def merge(self, other: Seen) -> None:
-        for kind, seconds in other.latencies.items():
-            self.latencies.setdefault(kind, []).extend(seconds)
-        self.errors.update(other.errors)
-
-
-@dataclass
-class Window:
-    kind: str
-    began: float
-    ended: float
-    service_cores: float
-    client_cores: float
-    step_s: float = float("nan")
-
-
 def main() -> None:
     options = _options()
     with tempfile.TemporaryDirectory() as folder, served(options, Path(folder)) as (service, runs):
-        os.nice(LEAST_NICE)  # not before: what was started inherits it
-        windows, seen = asyncio.run(measure(options, service, runs))
+        with ProcessPoolExecutor(1, initializer=as_if_elsewhere) as client:
+            windows, seen = client.submit(client_of, options, service, runs).result()
         add_step_times(windows, runs / "live")
     ratios = {kind: ratio(windows, kind) for kind in WINDOWS}
-    show(windows, seen, ratios, options)
+    show(windows, seen, ratios, options.rounds * options.window_s)
     print(json.dumps({"benchmark": "service_load", "processor": processor(), "results": report(windows, seen, ratios)}))
+
+
+def as_if_elsewhere() -> None:
+    """On the user's machine the client would be elsewhere, so it takes what nobody wants of the cores: a session of its
+    own, because Linux shares cores between sessions (`orchestrator/service/priority.py`)."""
+    os.setsid()
+    os.nice(LEAST_NICE)
+    with contextlib.suppress(FileNotFoundError):
+        Path("/proc/self/autogroup").write_text(str(LEAST_NICE))
+
+
+def client_of(options: argparse.Namespace, service: Service, runs: Path) -> tuple[list[Window], dict[str, Seen]]:
+    return asyncio.run(measure(options, service, runs))
 
 
 @contextmanager
@@ -267,73 +252,6 @@ def add_step_times(windows: list[Window], run: Path) -> None:
         inside = [at for at in times if each.began <= at <= each.ended]
         if len(inside) > 1:
             each.step_s = (inside[-1] - inside[0]) / (len(inside) - 1)
-
-
-def ratio(windows: list[Window], kind: str) -> list[float]:
-    """Of each loaded window: its step time over the mean of the quiet windows before and after it."""
-    return [
-        each.step_s / statistics.mean([windows[index - 1].step_s, windows[index + 1].step_s])
-        for index, each in enumerate(windows)
-        if each.kind == kind
-    ]
-
-
-def report(windows: list[Window], seen: dict[str, Seen], ratios: dict[str, list[float]]) -> list[dict[str, Any]]:
-    return [
-        {
-            "load": kind,
-            "step_time_ratio": round(statistics.median(ratios[kind]), 4),
-            "ratios": [round(each, 4) for each in ratios[kind]],
-            "step_s": [round(each.step_s, 4) for each in windows if each.kind == kind],
-            "quiet_step_s": [round(each.step_s, 4) for each in windows if each.kind == "quiet"],
-            "errors": dict(found.errors),
-            "latency_ms": {name: _percentiles(values) for name, values in _grouped(found).items()},
-            "service_cores": round(statistics.mean(each.service_cores for each in windows if each.kind == kind), 3),
-            "client_cores": round(statistics.mean(each.client_cores for each in windows if each.kind == kind), 3),
-        }
-        for kind, found in seen.items()
-        if ratios[kind]
-    ]
-
-
-def show(
-    windows: list[Window], seen: dict[str, Seen], ratios: dict[str, list[float]], options: argparse.Namespace
-) -> None:
-    console = Console(width=120)
-    table = Table("window", "s a step", "service, cores", "client, cores", title="windows")
-    for each in windows:
-        table.add_row(each.kind, f"{each.step_s:.3f}", f"{each.service_cores:.3f}", f"{each.client_cores:.3f}")
-    console.print(table)
-    for kind, found in seen.items():
-        if not ratios[kind]:
-            continue
-        seconds = options.rounds * options.window_s
-        count = sum(len(values) for name, values in found.latencies.items() if not name.startswith("chat"))
-        title = (
-            f"{kind}: step time x{statistics.median(ratios[kind]):.3f} ({', '.join(f'{r:.3f}' for r in ratios[kind])})"
-        )
-        table = Table("", "n", "p50 ms", "p95", "p99", "max", title=f"{title}, {count / seconds:.0f} reads a second")
-        for name, values in (
-            *_grouped(found).items(),
-            *((n, v) for n, v in sorted(found.latencies.items()) if len(n) and n[0] == "/"),
-        ):
-            table.add_row(name, str(len(values)), *(f"{ms:.1f}" for ms in _percentiles(values)))
-        console.print(table)
-        console.print(f"errors: {dict(found.errors) or 'none'}")
-
-
-def _grouped(found: Seen) -> dict[str, list[float]]:
-    """All read routes together, and what was seen of chats."""
-    together = list(itertools.chain(*(values for name, values in found.latencies.items() if name.startswith("/"))))
-    chats = {name: values for name, values in found.latencies.items() if name.startswith("chat")}
-    return {**({"reads": together} if together else {}), **chats}
-
-
-def _percentiles(seconds: list[float]) -> list[float]:
-    """p50, p95, p99 and the largest, in ms."""
-    ordered = sorted(seconds)
-    ranks = [min(len(ordered) - 1, int(len(ordered) * share)) for share in (0.5, 0.95, 0.99)]
-    return [round(1000 * value, 2) for value in (*(ordered[rank] for rank in ranks), ordered[-1])]
 
 
 def _steps(run: Path) -> list[float]:
