@@ -24,7 +24,7 @@ from orchestrator.service.run_folders import RunFolders
 from orchestrator.service.schemas import ChatRequest, Model, ModelList
 
 TIMEOUTS = httpx.Timeout(30.0, read=600.0)  # a chat may wait for a free worker
-# A driver's endpoint speaks plain HTTP. For each client httpx would read all certificates, which takes 16 ms; this context
+# A driver's endpoint speaks plain HTTP. For each client httpx would read all certificates, which takes 16 ms; this one
 # has none, and trusts nobody.
 NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 router = APIRouter(prefix="/v1", tags=["chat"], responses=documented(401))

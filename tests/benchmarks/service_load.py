@@ -144,7 +144,7 @@ def write_finished(live: Path, folder: Path) -> None:
     folder.mkdir()
     for name in ("recipe.json", "config.json", "run.json", "console.log", "events.jsonl"):
         shutil.copy(live / name, folder / name)
-    shutil.copytree(live / "completions", folder / "completions")
+    shutil.copytree(live / "completions", folder / "completions", ignore=shutil.ignore_patterns("*.tmp"))
     with (folder / "events.jsonl").open("a") as stream:
         stream.write(json.dumps({"time": time.time(), "event": "finished", "scores": {}}) + "\n")
     lines = [line for line in _lines(live / "metrics.jsonl") if "loss" in line]
