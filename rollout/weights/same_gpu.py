@@ -24,6 +24,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,6 +37,7 @@ from actors.errors import first_lines
 POLL_S = (0.0002, 0.002)  # at first, and in a long wait, as for the first bucket of an order
 LOOK_S = 0.05  # between two looks at the other side's process
 PEERS = {0: "the receiver", 1: "the sender"}  # of a rank: the other side
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # which host this is
 REMEDY = "if this is not a passing fault, set weights.transport=object_store"
 # Of the counter with which torch keeps memory that it has shared: a name that does not exist, see `CudaMemory`.
 NO_COUNTER = b"/troupe-counts-nothing"
@@ -119,20 +121,26 @@ class CudaMemory:
 
 
 def describe_process(pid: int | None = None) -> str:
-    """A process of this process's pid namespace, by default this one: its id, and the namespace in which that is."""
-    return f"{os.getpid() if pid is None else pid} {os.readlink('/proc/self/ns/pid')}"
+    """A process of this process's pid namespace, by default this one: its id, and where that is an id."""
+    return f"{os.getpid() if pid is None else pid} {_where()}"
 
 
 def has_ended(process: str) -> bool:
-    """Whether a process (see `describe_process`) is gone or a zombie. False where its id is another namespace's, and
-    cannot be looked up here: then a deadline ends the wait."""
-    pid, _, namespace = process.partition(" ")
-    if namespace != os.readlink("/proc/self/ns/pid"):
+    """Whether a process (see `describe_process`) is gone or a zombie. False where its id is another host's or another
+    namespace's, and cannot be looked up here: then a deadline ends the wait."""
+    pid, _, where = process.partition(" ")
+    if where != _where():
         return False
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("Z", "X")
     except (FileNotFoundError, ProcessLookupError):
         return not _accepts_signals(int(pid))
+
+
+@cache
+def _where() -> str:
+    """This process's pid namespace. Its number alone would not do: the first namespace has the same on every host."""
+    return f"{os.readlink('/proc/self/ns/pid')} {BOOT_ID.read_text().strip()}"
 
 
 def _accepts_signals(pid: int) -> bool:

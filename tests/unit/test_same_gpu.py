@@ -238,7 +238,7 @@ def test_the_end_of_the_other_sides_process_ends_the_wait(stage: Stage, rank: in
     assert time.monotonic() - began < FAR
 
 
-def test_a_zombie_has_ended_and_a_process_of_another_pid_namespace_is_not_judged():
+def test_a_zombie_has_ended_and_a_process_of_another_host_or_pid_namespace_is_not_judged():
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     described = describe_process(child.pid)
     assert not has_ended(described)
@@ -250,7 +250,9 @@ def test_a_zombie_has_ended_and_a_process_of_another_pid_namespace_is_not_judged
     assert has_ended(described)
     child.wait()
     assert has_ended(described)
-    assert not has_ended(f"{child.pid} pid:[1]")
+    _, namespace, host = described.split()
+    assert not has_ended(f"{child.pid} pid:[1] {host}")
+    assert not has_ended(f"{child.pid} {namespace} another-host"), "the first namespace has one number on all hosts"
 
 
 def test_the_end_of_the_store_ends_the_receivers_wait_and_does_not_prevent_its_leaving(stage: Stage, thread):
