@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -50,35 +51,52 @@ def copy_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> Non
     """Copy into the model's own tensors, each as it is drawn. Raises InfraFailure unless every parameter is given (a
     tied one once), and nothing that the model does not have; the model holds a mixture then.
 
-    Weights have the names of the model's files. Where transformers keeps several of these in one parameter, as of
-    experts, each goes to its part of it."""
+    Weights have the names of the model's files. Where transformers keeps several of these in one parameter, as of a
+    layer's experts, they are kept until all of that parameter's are there: no more than those of one parameter, if they
+    come one after the other."""
     own = dict(model.named_parameters(remove_duplicate=False))
-    left: dict[str, Tensor] = {}
+    parts = _parts_in_files(model, own)
+    wholes = {part: name for name, names in parts.items() for part in names}
+    kept = defaultdict[str, dict[str, Tensor]](dict)  # by parameter
+    strays: list[str] = []
     reached: set[int] = set()
     for name, tensor in weights:
-        if name in own:
+        whole = name if name in own else wholes.get(name)
+        if whole is None:
+            strays.append(name)
+        elif whole == name:
             own[name].copy_(tensor)
             reached.add(id(own[name]))
         else:
-            left[name] = tensor
-    if left and getattr(model, "_weight_conversions", None):
-        for name, parameter in own.items():
-            if id(parameter) not in reached and _copy_parts(model, name, parameter, left):
-                reached.add(id(parameter))
-    missing = sorted(name for name, parameter in own.items() if id(parameter) not in reached)
-    if left or missing:
-        raise InfraFailure(f"weights do not fit the model: not sent {missing[:5]}, not in the model {sorted(left)[:5]}")
+            kept[whole][name] = tensor
+            if kept[whole].keys() == parts[whole]:
+                _copy_parts(model, whole, own[whole], kept.pop(whole))
+                reached.add(id(own[whole]))
+    unreached = [name for name, parameter in own.items() if id(parameter) not in reached]
+    missing = sorted(part for name in unreached for part in parts.get(name, {name}) - kept[name].keys())
+    if strays or missing:
+        raise InfraFailure(f"weights do not fit the model: not sent {missing[:5]}, not in the model {strays[:5]}")
 
 
-def _copy_parts(model: Any, name: str, parameter: Tensor, given: dict[str, Tensor]) -> bool:
-    """Fill a parameter from what files hold of it, which is taken out of `given`; False if that is not all there.
-    Which element goes where is asked of transformers, by the numbers of the elements in the place of their values."""
+def _parts_in_files(model: Any, own: Mapping[str, nn.Parameter]) -> dict[str, set[str]]:
+    """Of each parameter that files hold under other names than the model: these names."""
+    if not getattr(model, "_weight_conversions", None):
+        return {}
     from transformers.core_model_loading import revert_weight_conversion
 
-    numbers = torch.arange(parameter.numel(), device=parameter.device).view(parameter.shape)
-    parts = revert_weight_conversion(model, {name: numbers})
-    if not parts.keys() <= given.keys():
-        return False
-    for part, places in parts.items():
-        parameter.view(-1)[places.flatten()] = given.pop(part).to(parameter).flatten()
-    return True
+    names = {
+        name: set(revert_weight_conversion(model, {name: torch.empty_like(parameter, device="meta")}))
+        for name, parameter in own.items()
+    }
+    return {name: parts for name, parts in names.items() if parts != {name}}
+
+
+def _copy_parts(model: Any, name: str, parameter: Tensor, given: Mapping[str, Tensor]) -> None:
+    """Fill a parameter from all that files hold of it. Which element goes where is asked of transformers, by the
+    numbers of the elements in the place of their values."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    dtype = torch.int32 if parameter.numel() < 2**31 else torch.int64
+    numbers = torch.arange(parameter.numel(), dtype=dtype, device=parameter.device).view(parameter.shape)
+    for part, places in revert_weight_conversion(model, {name: numbers}).items():
+        parameter.view(-1)[places.flatten()] = given[part].to(parameter).flatten()
