@@ -26,6 +26,7 @@ from rollout.sampling import Completion, Finish, PromptTopK, Request, sample_see
 from rollout.stopping import end_token_ids, token_budget
 from rollout.vllm_adapters import Adapters
 from rollout.vllm_mixture import MIXTURE, SecondModel
+from rollout.vllm_processes import EngineProcesses
 from rollout.vllm_weights import put, receive
 from rollout.weights.protocol import SyncOrder
 
@@ -82,6 +83,7 @@ class VllmEngine:
         self._second = None if spec.mixes is None else SecondModel(spec, spec.mixes, self.device)
         self._adapters = None if spec.lora is None else Adapters(spec.lora)
         self._llm = _start(spec, self._second, self._adapters)
+        self._processes = EngineProcesses(self._llm)
         self._running: dict[str, _Running] = {}
         self.version = -1
 
@@ -124,7 +126,9 @@ class VllmEngine:
 
     def step(self) -> list[Finished]:
         finished: list[Finished] = []
-        for output in cast("list[RequestOutput]", self._llm.step()):
+        with self._processes.named():
+            outputs = cast("list[RequestOutput]", self._llm.step())
+        for output in outputs:
             request_id, _, index = output.request_id.rpartition("#")
             running = self._running[request_id]
             asked = running.request.sampling
@@ -145,21 +149,27 @@ class VllmEngine:
 
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Requests in flight compute their keys and values again under the new weights: every token's log-probability
-        is that of one version alone. With several processes, each gets a copy of all of them: `receive` does not."""
-        alone = self._llm.vllm_config.parallel_config.tensor_parallel_size == 1
-        self._llm.collective_rpc(partial(put, weights=weights if alone else list(weights)))
+        is that of one version alone. Refused with several processes, of which each would get a copy of all weights."""
+        count = self._llm.vllm_config.parallel_config.tensor_parallel_size
+        if count > 1:
+            raise InfraFailure(
+                f"an engine of {count} processes takes no weights by `load`: order each to `receive` them"
+            )
+        self._llm.collective_rpc(partial(put, weights=weights))
         self._forget_keys_and_values()
         self.version = version
 
     def receive(self, names: Sequence[str], order: SyncOrder, payload: Any) -> str:
-        fingerprint = receive(self._llm, names, order, payload)
+        with self._processes.named():
+            fingerprint = receive(self._llm, names, order, payload)
         self._forget_keys_and_values()
         self.version = order.version
         return fingerprint
 
     def load_adapters(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         assert self._adapters is not None, "the engine was built without adapters"
-        self._adapters.load(self._llm, weights)
+        with self._processes.named():
+            self._adapters.load(self._llm, weights)
         self._forget_keys_and_values()
         self.version = version
 

@@ -10,7 +10,7 @@ import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,11 +19,13 @@ import torch
 from actors.errors import DataFailure, InfraFailure
 from actors.lora import adapter_tensors, attach, full_tensors
 from actors.specs import LoraSpec
-from rollout.engine import Engine, EngineSpec, build_engine
+from rollout.engine import Engine, EngineSpec, ShardedEngine, build_engine
 from rollout.sampling import Completion, Finish, Request, Sampling
 from rollout.short_samples import shape_of
 from rollout.stopping import resolved_stops
 from rollout.vllm_engine import CPU_HEAD_SIZES
+from rollout.weights import ManifestOf, PackBuckets
+from rollout.weights.protocol import SyncOrder, receivers
 from tests.unit.tiny import tiny_model_folder, tiny_tokenizer
 
 EOS = 1
@@ -84,7 +86,13 @@ class Subject:
 
     def load(self, weights: Weights, version: int) -> None:
         self.reference.load_state_dict(dict(weights), strict=False)
-        self.engine.load(weights, version)
+        if self.spec.tensor_parallel == 1:
+            self.engine.load(weights, version)
+        else:
+            order = SyncOrder(f"to {version}", version, "object_store", ManifestOf(self.spec.dtype, 1 << 20)(weights))
+            _, payload = PackBuckets(order.manifest, version)(weights)
+            names = receivers("engine", self.spec.tensor_parallel)
+            cast(ShardedEngine, self.engine).receive(names, order, payload)
 
     def other_weights(self, seed: int) -> Weights:
         torch.manual_seed(seed)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from actors.errors import InfraFailure
 from rollout.engine import Ability
 from rollout.sampling import Request, Sampling
 from rollout.vllm_engine import VllmEngine
@@ -130,3 +133,29 @@ def test_a_process_that_is_not_reached_fails_the_transfer(sharded: Sharded) -> N
     sent, arrived = sharded.collective(9, sharded.other_weights(9), (LINKS[0], replace(LINKS[1], id="fourth")))
     assert sent == arrived
     sharded.check(9)
+
+
+def test_weights_are_not_loaded_past_the_processes_that_receive_them(sharded: Sharded) -> None:
+    weights = sharded.other_weights(10)
+    with pytest.raises(InfraFailure, match=r"an engine of 2 processes takes no weights by `load`"):
+        sharded.engine.load(weights, 10)
+    sharded.disk(11, sharded.other_weights(11))
+    sharded.check(11)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_is_killed_is_named(tmp_path: Path, rank: int) -> None:
+    """By the call that it fails, and by each one after that."""
+    engine: Any = build("vllm-two-ranks", tmp_path).engine
+    victim = engine._llm.model_executor.workers[rank].proc
+    why = rf"process {rank} of the engine's 2 \(pid {victim.pid}\) ended with signal SIGKILL"
+    engine.add(GREEDY)
+    engine.step()
+    os.kill(victim.pid, signal.SIGKILL)
+    with pytest.raises(InfraFailure, match=why):
+        while True:
+            engine.step()
+    order = SyncOrder("after that", 1, "disk", Manifest((), BUCKET), folder=str(tmp_path))
+    with pytest.raises(InfraFailure, match=why):
+        engine.receive(NAMES, order, None)
+    engine.close()
