@@ -284,7 +284,9 @@ class RolloutWorker:
     async def _receive(self, order: SyncOrder, payload: Any) -> Ack:
         began = time.monotonic()
         deadline = (order.rendezvous.timeout_s if order.rendezvous else TRANSFER_TIMEOUT_S) + VERB_TIMEOUT_S
-        loading = self._loop.load(lambda engine: self._take(engine, order, payload), order.part)
+        loading = self._loop.load(
+            lambda engine: self._take(engine, order.after(time.monotonic() - began), payload), order.part
+        )
         fingerprint, stall = await self._within(loading, deadline, f"the weights of version {order.version}")
         return Ack(self.name, order.version, fingerprint, time.monotonic() - began, stall)
 

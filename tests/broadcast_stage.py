@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 from typing import Any
@@ -14,6 +16,7 @@ from rollout.weights import (
 from rollout.weights.buckets import Staged
 from rollout.weights.collective import CollectiveReceiver, CollectiveSender
 from rollout.weights.protocol import SENDER, Link, Manifest, Rendezvous, SendReport, SyncOrder
+from rollout.weights.same_gpu import describe_process, has_ended
 
 KIB = 1024
 CPU = torch.device("cpu")
@@ -28,6 +31,15 @@ def weights(seed: int = 0) -> Staged:
 def same(staged: Staged, expected: Staged, dtype: torch.dtype) -> bool:
     names = [name for name, _ in staged] == [name for name, _ in expected]
     return names and all(torch.equal(a, b.to(dtype)) for (_, a), (_, b) in zip(staged, expected, strict=True))
+
+
+def ended_process() -> str:
+    """As `describe_process` says it."""
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    described = describe_process(child.pid)
+    assert not has_ended(described)
+    child.communicate()
+    return described
 
 
 def taken(by: Receiver, order: SyncOrder, payload: Any = None) -> tuple[Staged, str]:
@@ -45,7 +57,7 @@ class Stage:
         self.sender = CollectiveSender()
         self.address = self.sender.open()
         self.members: dict[str, CollectiveReceiver] = {}
-        self._links = count(1)
+        self._links, self._orders = count(1), count(1)
 
     def links(self, *members: str, parents: dict[str, str] = STAR) -> tuple[Link, ...]:
         return tuple(
@@ -59,7 +71,9 @@ class Stage:
         return self.along(manifest, self.links(*members, parents=parents), timeout_s)
 
     def along(self, manifest: Manifest, links: tuple[Link, ...], timeout_s: float = 12.0) -> SyncOrder:
-        return SyncOrder(f"to {links}", 3, "collective", manifest, Rendezvous(*self.address, links, timeout_s))
+        return SyncOrder(
+            f"order {next(self._orders)}", 3, "collective", manifest, Rendezvous(*self.address, links, timeout_s)
+        )
 
     def member(self, name: str) -> CollectiveReceiver:
         return self.members.setdefault(name, CollectiveReceiver(name, CPU))

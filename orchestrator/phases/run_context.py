@@ -67,7 +67,7 @@ class RunContext:
         line = {"time": round(time.time(), 3), "event": kind, **detail}
         with self.write_errors_as_warnings(f"event {kind}"), (self.folder / EVENTS_FILE).open("a") as stream:
             stream.write(json.dumps(line) + "\n")
-        if kind in ("evicted", "resized", "sync_failed"):
+        if kind in ("evicted", "resized", "sync_failed", "loss_not_reported"):
             self.console.warn(f"{kind}: " + ", ".join(f"{name}={value}" for name, value in detail.items()))
 
     @contextlib.contextmanager

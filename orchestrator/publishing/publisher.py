@@ -24,7 +24,11 @@ from orchestrator.config.schema import WeightsConfig
 from orchestrator.publishing.transfer import export_payload
 from orchestrator.publishing.tree import BroadcastTree, Place
 from rollout.weights import CollectiveSend, DiskWrite, ManifestOf, OpenCollective, PackBuckets
+from rollout.weights.meeting import report_losses
 from rollout.weights.protocol import SENDER, Ack, Manifest, Part, Rendezvous, SendReport, SyncOrder
+
+REPORT_S = 10.0  # to reach the store in the sender's process
+MARGIN_S = 30.0  # of the driver's deadlines: whoever takes part in a transfer gives up at `timeout_s`, and says so
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,7 @@ class Publisher:
     async def _broadcast(self, version: int, members: Sequence[int]) -> list[Ack]:
         """Send and receive at the same time, in the turn of both sides: an engine that is ordered to receive decodes no
         more until it has. Members that a lost one has cut off get another broadcast, by other links; each round loses
-        at least one member, so this ends."""
+        at least one member, so this ends. Nobody waits for a member that is lost before it has joined its links."""
         acks: list[Ack] = []
         blank, address = await self._order(version), await self._get_address()  # members may go meanwhile
         while members := [index for index in members if index in self._pool.workers]:
@@ -159,7 +163,8 @@ class Publisher:
             send = CollectiveSend(order.seen_by({SENDER}), self._store)
             async with self._pool.turn(), self._policy.turn() as policy:
                 sending = asyncio.ensure_future(self._export(send, f"publish v{version}", policy))
-                _, *results = await asyncio.gather(sending, *(self._receive(i, order, sending) for i in members))
+                receiving = (self._takes_part(index, infos[index], order, sending) for index in members)
+                _, *results = await asyncio.gather(sending, *receiving)
             acks += [result for result in results if isinstance(result, Ack)]
             failed = {n: r for n, r in zip(names, results, strict=True) if isinstance(r, InfraFailure)}
             lost = [name for name, r in zip(names, results, strict=True) if not isinstance(r, Ack)]  # some were stopped
@@ -168,6 +173,32 @@ class Publisher:
             await self._evict({names[n]: why for n, why in failed.items() if n not in cut_off}, version)
             members = [index for name, index in names.items() if name in cut_off]
         return acks
+
+    async def _takes_part(
+        self, index: int, info: WorkerInfo, order: SyncOrder, sending: asyncio.Future[SendReport]
+    ) -> Ack | InfraFailure | None:
+        """`_receive` of a broadcast. If it fails, the other ends of the member's links are told, and what the sender
+        says of it is part of the failure."""
+        result, receivers = await self._receive(index, order, sending), self._receivers_of(info)
+        if isinstance(result, Ack):
+            return result
+        if not sending.done():
+            await self._report_losses(order, receivers)
+        dropped = (await sending).failed
+        why = "; ".join(dropped[name] for name in receivers if name in dropped)
+        return InfraFailure(f"{result}; {self.source} gave it up: {why}") if result and why else result
+
+    async def _report_losses(self, order: SyncOrder, receivers: tuple[str, ...]) -> None:
+        """If that is not possible, the other ends wait until their deadlines."""
+        assert order.rendezvous is not None
+        address = order.rendezvous.host, order.rendezvous.port
+        try:
+            reporting = asyncio.to_thread(report_losses, address, order.id, receivers, REPORT_S)
+            why = await asyncio.wait_for(reporting, REPORT_S + 1)
+        except TimeoutError:
+            why = f"no answer within {REPORT_S:g} s"
+        if why:
+            self._event("loss_not_reported", {"receivers": receivers, "version": order.version, "why": why})
 
     async def _transfer_apart(self, version: int, members: Sequence[int]) -> list[Ack]:
         """To members that were started elsewhere: whichever the transport of the others, theirs is the call itself."""
@@ -195,7 +226,7 @@ class Publisher:
             return None
         try:
             own = order.seen_by(self._receivers_of(self._pool.infos[index])) if order.rendezvous else order
-            deadline, name = self._config.timeout_s + 30, f"{self.role}.receive v{order.version}"
+            deadline, name = self._config.timeout_s + MARGIN_S, f"{self.role}.receive v{order.version}"
             ack: Ack = await worker.call("receive", own, payload, timeout_s=deadline, task_name=name)
             report = await sent if isinstance(sent, asyncio.Future) else sent
             if (ack.version, ack.fingerprint) != (report.version, report.fingerprint):
@@ -249,7 +280,7 @@ class Publisher:
         """All weights as one object in the object store, made once per version."""
         if self._snapshot is None:
             packed = PackBuckets(await self._get_manifest(), self.version if version is None else version)
-            deadline = self._config.timeout_s + 30
+            deadline = self._config.timeout_s + MARGIN_S
             self._snapshot = await export_payload(
                 self._policy, packed, self._bucket_bytes, self._form, timeout_s=deadline
             )
@@ -262,7 +293,7 @@ class Publisher:
             consumer,
             self._bucket_bytes,
             self._form,
-            timeout_s=self._config.timeout_s + 30,
+            timeout_s=self._config.timeout_s + MARGIN_S,
             task_name=task_name,
         )
         return results[0]

@@ -22,22 +22,9 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 from rollout.weights.buckets import Incoming, bucket_bytes, fill
 from rollout.weights.fingerprint import Fingerprint
-from rollout.weights.links import (
-    CHILD,
-    Connection,
-    Downlinks,
-    Flight,
-    await_parent,
-    describe,
-    device_of,
-    join,
-    own_address,
-    process_of,
-    store_of,
-    tell_lost,
-)
+from rollout.weights.links import Connection, Downlinks, Flight, join, own_address
+from rollout.weights.meeting import CHILD, PARENT, Losses, Meeting, left
 from rollout.weights.protocol import SENDER, Rendezvous, SendReport, SyncOrder, TransferFailed
-from rollout.weights.same_gpu import describe_process
 
 BUFFERS = 2  # buckets of a process
 
@@ -74,11 +61,12 @@ class CollectiveSender:
 
     def _send(self, order: SyncOrder, rendezvous: Rendezvous, buckets: Iterable[Tensor]) -> SendReport:
         assert self.store is not None
-        began, fingerprint, flights = time.perf_counter(), Fingerprint(), deque[Flight]()
-        self.store.set_timeout(timedelta(seconds=rendezvous.timeout_s))
+        began, fingerprint, flights = time.monotonic(), Fingerprint(), deque[Flight]()
+        deadline = began + rendezvous.timeout_s
+        self.store.set_timeout(left(deadline))
         for index, flat in enumerate(buckets):
             if index == 0:
-                self.links.join(self.store, order.id, rendezvous, flat.device)
+                self.links.join(self.store, order.id, rendezvous, flat.device, deadline)
             flights.append(self.links.send(flat))
             fingerprint.update(flat)
             if len(flights) == BUFFERS:
@@ -87,7 +75,7 @@ class CollectiveSender:
             self.links.land(flight)
         children = (link.child for link in rendezvous.links if link.parent == SENDER)
         delivered, failed = tuple(child for child in children if child not in self.links.failed), self.links.failed
-        return SendReport(order.version, fingerprint.digest(), delivered, failed, time.perf_counter() - began)
+        return SendReport(order.version, fingerprint.digest(), delivered, failed, time.monotonic() - began)
 
     def close(self) -> None:
         self.links.leave()
@@ -129,7 +117,7 @@ class CollectiveReceiver:
         self.name, self._device = name, device
         self._store: TCPStore | None = None
         self._address: tuple[str, int] | None = None  # of the store
-        self._uplink: tuple[str, Connection] | None = None  # its id, and the connection
+        self._uplink: tuple[Meeting, Connection] | None = None
         self._downlinks = Downlinks(name)
 
     def receive(self, order: SyncOrder, payload: object = None) -> Incoming:
@@ -140,16 +128,17 @@ class CollectiveReceiver:
 
     def _arrivals(self, order: SyncOrder, rendezvous: Rendezvous) -> Iterator[Tensor]:
         """The buckets. If they end early, whoever ends them, the links are left: the other ends are told at once."""
+        deadline = time.monotonic() + rendezvous.timeout_s - rendezvous.waited_s
         try:
             sizes = [bucket_bytes(bucket) for bucket in order.manifest.buckets()]
-            yield from self._relayed(self._join(order.id, rendezvous), sizes)
+            yield from self._relayed(self._join(order.id, rendezvous, deadline), sizes, deadline)
         except BaseException:
             self._leave()
             if self._store is not None:
-                tell_lost(self._store, order.id, self.name)
+                Losses(self._store, order.id).tell(self.name)
             raise
 
-    def _relayed(self, uplink: Connection, sizes: list[int]) -> Iterator[Tensor]:
+    def _relayed(self, uplink: Connection, sizes: list[int], deadline: float) -> Iterator[Tensor]:
         """Buckets of those sizes, each with memory of its own; the children get them, too."""
         coming = (torch.empty(size, dtype=torch.uint8, device=uplink.device) for size in sizes)
         arriving = deque((flat, uplink.broadcast(flat)) for flat in islice(coming, 1))
@@ -160,7 +149,7 @@ class CollectiveReceiver:
                 flight = None  # and with it the memory that comes next
             arriving.extend((flat, uplink.broadcast(flat)) for flat in islice(coming, 1))
             flat, work = arriving.popleft()
-            work.wait()
+            work.wait(left(deadline))
             if flat.is_cuda:
                 torch.cuda.synchronize(flat.device)
             flight = self._downlinks.send(flat)
@@ -169,20 +158,26 @@ class CollectiveReceiver:
         if flight is not None:
             self._downlinks.land(flight)
 
-    def _join(self, order_id: str, rendezvous: Rendezvous) -> Connection:
+    def _join(self, order_id: str, rendezvous: Rendezvous, deadline: float) -> Connection:
         """Joins the link to its parent, and those to its children: where this one has buckets, they have them."""
-        store = self._connect(rendezvous)
+        store = self._connect(rendezvous, deadline)
         (link,) = (link for link in rendezvous.links if link.child == self.name)
-        if self._uplink is None or self._uplink[0] != link.id:
+        if self._uplink is None or self._uplink[0].link.id != link.id or self._uplink[0].is_over:
             self._leave_uplink()
-            place, timeout = store_of(store, link), timedelta(seconds=rendezvous.timeout_s)
-            device = self._device_of_buckets(await_parent(store, order_id, link, timeout))
-            place.set(process_of(CHILD), describe_process())
-            place.set(device_of(CHILD), describe(device))
-            self._uplink = link.id, join(place, CHILD, device, own_address(rendezvous.host), timeout)
+            meeting = Meeting(store, link)
+            self._uplink = meeting, self._meet(meeting, Losses(store, order_id), rendezvous, deadline)
         _, uplink = self._uplink
-        self._downlinks.join(store, order_id, rendezvous, uplink.device)
+        self._downlinks.join(store, order_id, rendezvous, uplink.device, deadline)
         return uplink
+
+    def _meet(self, meeting: Meeting, losses: Losses, rendezvous: Rendezvous, deadline: float) -> Connection:
+        meeting.await_parent(losses, deadline)
+        device = self._device_of_buckets(meeting.device_of(PARENT))
+        meeting.announce(CHILD, device)
+        meeting.await_parent(losses, deadline, joins=True)
+        losses.store.set_timeout(left(deadline))  # for which NCCL waits when it joins, with the first bucket
+        timeout = timedelta(seconds=rendezvous.timeout_s)
+        return join(meeting, CHILD, device, own_address(rendezvous.host), timeout, deadline)
 
     def _device_of_buckets(self, parent: str) -> torch.device:
         """Where the parent has them: all hash them on their device, and the hash of a GPU differs from a CPU's."""
@@ -196,13 +191,13 @@ class CollectiveReceiver:
             )
         return self._device
 
-    def _connect(self, rendezvous: Rendezvous) -> TCPStore:
-        address, timeout = (rendezvous.host, rendezvous.port), timedelta(seconds=rendezvous.timeout_s)
+    def _connect(self, rendezvous: Rendezvous, deadline: float) -> TCPStore:
+        address = rendezvous.host, rendezvous.port
         if self._store is None or self._address != address or not _answers(self._store):
             self.close()
-            self._store = TCPStore(*address, None, False, timeout, wait_for_workers=False, multi_tenant=True)
+            self._store = TCPStore(*address, None, False, left(deadline), wait_for_workers=False, multi_tenant=True)
             self._address = address
-        self._store.set_timeout(timeout)
+        self._store.set_timeout(left(deadline))
         return self._store
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """Links of the broadcast tree: NCCL between GPUs, CUDA IPC within a GPU, gloo between CPUs, the same code.
 
     parent (rank 0)                                      child (rank 1)
-    on which device are my buckets?  ─► the store ─►     mine are there, too
+    where are my buckets?            ─► meeting.py ─►    mine are there, too
     join the process group of two    ◄─────────────►     join the process group of two
     broadcast(bucket)                ══════════════►     broadcast(memory for it)
 
@@ -11,17 +11,20 @@ sends to. It is private: independent of any default process group.
 Who ends a wait: a broadcast ends when the other side joins it, when the other side's process dies (its sockets close),
 when the other side leaves (it aborts the group), or at a deadline. Gloo may miss that sockets close while a bucket is
 on its way; so a parent also looks whether its children's processes are there, if they are on its host. A parent is less
-patient the further it is from the trainer: else its own parent would drop it, and not the child that hangs."""
+patient the further it is from the trainer: else its own parent would drop it, and not the child that hangs. All waits
+end at the order's deadline, `timeout_s` after a process has got it, and a child that hangs costs its parent no more
+than a third of what is left until then."""
 
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
@@ -31,15 +34,14 @@ from weakref import WeakSet
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from actors.errors import first_lines
+from rollout.weights.meeting import CHILD, PARENT, POLL_S, Losses, Meeting, left
 from rollout.weights.protocol import Link, Rendezvous
 from rollout.weights.same_gpu import LOOK_S, Handover, SameGpu, has_ended
 
-PARENT, CHILD = 0, 1  # ranks of a link
 LEVELS = 16  # of the tree, in which a parent's patience falls from a third of the deadline to nothing
-POLL_S = 0.002
 LEAVES = "leaves a link"  # name of a thread
 
 
@@ -94,46 +96,28 @@ def kind_of_link(parent: str, child: str) -> Literal["nccl", "same_gpu", "gloo"]
     return "same_gpu" if parent == child else "nccl"
 
 
-def join(store: PrefixStore, rank: int, device: torch.device, address: str, timeout: timedelta) -> Connection:
-    """Join the link that meets at `store`, where both ends say their devices. Blocks until the other end has done that
-    and, except with CUDA IPC, has joined; or raises RuntimeError."""
-    kind = kind_of_link(*(store.get(device_of(each)).decode() for each in (PARENT, CHILD)))
+def join(
+    meeting: Meeting, rank: int, device: torch.device, address: str, timeout: timedelta, deadline: float
+) -> Connection:
+    """Join the link of a meeting, to which both ends have come. `timeout`: of its broadcasts. Blocks until the other
+    end has joined, or raises RuntimeError, at the deadline at the latest. Does not block with CUDA IPC, nor with NCCL,
+    which joins with the first bucket and has no deadline for that once both ends have begun."""
+    kind = kind_of_link(meeting.device_of(PARENT), meeting.device_of(CHILD))
     if kind == "same_gpu":
-        return SameGpu(store, rank, device, timeout)
+        return SameGpu(meeting.place, rank, device, timeout, peer=meeting.process_of(1 - rank))
     if kind == "gloo":
-        return Communicator(dist.ProcessGroupGloo(store, rank, 2, _gloo_options(address, timeout)), device, timeout)
+        group = dist.ProcessGroupGloo(meeting.place, rank, 2, _gloo_options(address, left(deadline)))
+        group._set_default_timeout(timeout)
+        return Communicator(group, device, timeout)
     with _blocking_waits():
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout
-        return Communicator(dist.ProcessGroupNCCL(store, rank, 2, options), device, timeout)
+        return Communicator(dist.ProcessGroupNCCL(meeting.place, rank, 2, options), device, timeout)
 
 
-def store_of(store: TCPStore, link: Link) -> PrefixStore:
-    """The part of the store in which the ends of a link meet."""
-    return PrefixStore(link.id, store)
-
-
-def tell_lost(store: TCPStore, order_id: str, receiver: str) -> None:
-    """This receiver will not get all of an order's weights, so nobody needs to wait for it."""
-    with suppress(RuntimeError):  # the store is gone with the trainer: all are told
-        store.set(f"lost/{order_id}/{receiver}", "")
-
-
-def await_parent(store: TCPStore, order_id: str, link: Link, timeout: timedelta) -> str:
-    """The parent's device, as it says it at their link. Raises RuntimeError if it is lost, and at the deadline."""
-    deadline = time.monotonic() + timeout.total_seconds()
-    while not store_of(store, link).check([device_of(PARENT)]):
-        if store.check([f"lost/{order_id}/{link.parent}"]):
-            raise RuntimeError(f"{link.parent}, which was to send them, is lost")
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"{link.parent or 'the trainer'} did not come within {timeout.total_seconds():g} s")
-        time.sleep(POLL_S)
-    return store_of(store, link).get(device_of(PARENT)).decode()
-
-
-def patience(link: Link, timeout_s: float) -> timedelta:
-    """For how long a parent waits for its child."""
-    return timedelta(seconds=timeout_s / 3 * max(1, LEVELS - link.depth) / LEVELS)
+def patience_s(link: Link, left_s: float) -> float:
+    """For how long a parent waits for its child, when so much is left of the order's time."""
+    return left_s / 3 * max(1, LEVELS - link.depth) / LEVELS
 
 
 @dataclass(frozen=True)
@@ -151,43 +135,56 @@ class Downlinks:
     name: str
     connections: dict[str, Connection] = field(default_factory=dict)  # by the link's id
     failed: dict[str, str] = field(default_factory=dict)  # by the child, since `join`: why
-    _children: dict[str, str] = field(default_factory=dict)  # by the link's id
-    _processes: dict[str, str] = field(default_factory=dict)  # of the children, as `describe_process` says them
-    _tell: Callable[[str], None] = field(default=lambda _: None)  # those below a child that it is lost
+    _meetings: dict[str, Meeting] = field(default_factory=dict)  # by the link's id, also of links that have failed
+    _losses: Losses | None = None  # of the order
+    _deadline: float = math.inf  # of the order, on the monotonic clock
 
-    def join(self, store: TCPStore, order_id: str, rendezvous: Rendezvous, device: torch.device) -> None:
+    def join(
+        self, store: TCPStore, order_id: str, rendezvous: Rendezvous, device: torch.device, deadline: float
+    ) -> None:
         """Join new links, leave those that are no more. Each is joined as soon as its child is there, so a child that
         never comes delays the others but does not fail them. Those below it are told that it is lost."""
         own = {link.id: link for link in rendezvous.links if link.parent == self.name}
         for gone in self.connections.keys() - own.keys():
             self.connections.pop(gone).leave()
-        self._children = {link.id: link.child for link in own.values()}
-        self.failed, self._tell = {}, lambda child: tell_lost(store, order_id, child)
-        pending = [link for link in own.values() if link.id not in self.connections]
-        if pending:
-            self._join(store, pending, device, rendezvous.timeout_s)
+        self.failed, self._losses, self._deadline = {}, Losses(store, order_id), deadline
+        pending = [Meeting(store, link) for link in own.values() if link.id not in self.connections]
+        kept = {link: self._meetings[link] for link in self.connections}
+        self._meetings = kept | {meeting.link.id: meeting for meeting in pending}
+        self._join(pending, self._losses, device, rendezvous.timeout_s)
 
-    def _join(self, store: TCPStore, pending: list[Link], device: torch.device, timeout_s: float) -> None:
+    def _join(self, pending: list[Meeting], losses: Losses, device: torch.device, timeout_s: float) -> None:
         """They share one connection to the store, so it is polled instead of waited on."""
-        began, limits = time.monotonic(), {link: patience(link, timeout_s) for link in pending}
-        for link in pending:
-            store_of(store, link).set(device_of(PARENT), describe(device))
+        began = time.monotonic()
+        for meeting in pending:
+            meeting.announce(PARENT, device)
         while pending:
-            waited = time.monotonic() - began
-            arrived = [link for link in pending if store_of(store, link).check([device_of(CHILD)])]
-            late = [link for link in pending if link not in arrived and waited > limits[link].total_seconds()]
-            for link in arrived:
-                try:
-                    place = store_of(store, link)
-                    self._processes[link.id] = place.get(process_of(CHILD)).decode()
-                    self.connections[link.id] = join(place, PARENT, device, own_address(), limits[link])
-                except RuntimeError as error:
-                    self._fails(link.child, f"could not join: {first_lines(error)}")
-            for link in late:
-                self._fails(link.child, f"did not join within {limits[link].total_seconds():g} s")
-            pending = [link for link in pending if link not in arrived and link not in late]
-            if pending and not arrived:
+            waiting: list[Meeting] = []
+            for meeting in pending:
+                limit_s = self._patience_s(meeting.link, began)
+                if losses.include(meeting.link.child):
+                    self._fails(meeting.link.child, "it is lost")
+                elif meeting.has_come(CHILD):
+                    self._join_one(meeting, device, timedelta(seconds=patience_s(meeting.link, timeout_s)))
+                elif time.monotonic() > began + limit_s:
+                    self._fails(meeting.link.child, f"did not join within {round(limit_s, 1):g} s")
+                else:
+                    waiting.append(meeting)
+            if len(waiting) == len(pending):
                 time.sleep(POLL_S)
+            pending = waiting
+
+    def _join_one(self, meeting: Meeting, device: torch.device, timeout: timedelta) -> None:
+        began = time.monotonic()
+        deadline = began + self._patience_s(meeting.link, began)
+        meeting.begin()
+        try:
+            self.connections[meeting.link.id] = join(meeting, PARENT, device, own_address(), timeout, deadline)
+        except RuntimeError as error:
+            self._fails(meeting.link.child, f"could not join: {first_lines(error)}")
+
+    def _patience_s(self, link: Link, began: float) -> float:
+        return patience_s(link, max(0.0, self._deadline - began))
 
     def send(self, flat: Tensor) -> Flight:
         flight = Flight(flat, {})
@@ -203,7 +200,9 @@ class Downlinks:
         for link, work in flight.works.items():
             if (connection := self.connections.get(link)) is not None:  # else it was lost with an earlier bucket
                 with self._dropped_if_it_fails(link):
-                    _finish(work, connection, began, self._processes.get(link, ""))
+                    meeting = self._meetings[link]
+                    limit_s = min(connection.timeout.total_seconds(), self._patience_s(meeting.link, began))
+                    _finish(work, connection, began, limit_s, meeting)
 
     @contextmanager
     def _dropped_if_it_fails(self, link: str) -> Iterator[None]:
@@ -212,40 +211,42 @@ class Downlinks:
         except RuntimeError as error:
             if (connection := self.connections.pop(link, None)) is not None:  # else it was closed meanwhile
                 connection.leave()
-            self._fails(self._children[link], first_lines(error))
+            self._meetings[link].drop()
+            self._fails(self._meetings[link].link.child, first_lines(error))
 
     def _fails(self, child: str, why: str) -> None:
         self.failed[child] = why
-        self._tell(child)
+        if self._losses is not None:
+            self._losses.tell(child)
 
     def leave(self) -> None:
         """From any thread, also while another one sends."""
-        left, self.connections = self.connections, {}
-        for connection in list(left.values()):
+        held, self.connections = self.connections, {}
+        for connection in list(held.values()):
             connection.leave()
 
 
-def _finish(work: dist.Work | Handover, connection: Connection, began: float, child: str) -> None:
-    """Wait for a broadcast to a process, until the connection's timeout after `began`. Gloo may miss that the other end
-    has gone, so that is looked at meanwhile."""
-    deadline = began + connection.timeout.total_seconds()
+def _finish(work: dist.Work | Handover, connection: Connection, began: float, limit_s: float, meeting: Meeting) -> None:
+    """Wait for a broadcast to the child of a meeting, until so long after `began`. Gloo may miss that the other end has
+    gone, so that is looked at meanwhile."""
+    deadline = began + limit_s
     while isinstance(connection, Communicator) and isinstance(connection.group, dist.ProcessGroupGloo):
-        left = deadline - time.monotonic()
+        rest = deadline - time.monotonic()
         try:
-            work.wait(timedelta(seconds=max(0.001, min(LOOK_S, left))))
+            work.wait(timedelta(seconds=max(0.001, min(LOOK_S, rest))))
             return
         except RuntimeError:
             if work.is_completed():  # type: ignore[union-attr]: gloo's
                 work.wait()  # it ended after that look, or this raises why it failed
                 return
-            if left <= LOOK_S:
+            if rest <= LOOK_S:
                 raise
-            if has_ended(child):
+            if has_ended(meeting.process_of(CHILD)):
                 raise RuntimeError("its process has ended") from None
     if isinstance(work, Handover):
-        work.wait(connection.timeout, began)
+        work.wait(timedelta(seconds=limit_s), began)
     else:
-        work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
+        work.wait(left(deadline))
 
 
 _making_nccl = threading.Lock()
@@ -278,19 +279,6 @@ def _gloo_options(address: str, timeout: timedelta) -> Any:
 def _gloo_device(address: str) -> Any:
     """One for all links of this process: each has a thread that wakes up again and again, also when nothing is sent."""
     return dist.ProcessGroupGloo.create_device(hostname=address)
-
-
-def device_of(rank: int) -> str:
-    return f"device/{rank}"
-
-
-def process_of(rank: int) -> str:
-    return f"process/{rank}"
-
-
-def describe(device: torch.device) -> str:
-    """`cpu`, or `cuda` and which GPU of the world it is."""
-    return device.type if device.type == "cpu" else f"{device.type} {torch.cuda.get_device_properties(device).uuid}"
 
 
 def own_address(towards: str = "192.0.2.1") -> str:

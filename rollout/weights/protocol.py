@@ -82,12 +82,15 @@ class Link:
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where the ends of the links meet: a store in the trainer's process."""
+    """Where the ends of the links meet: a store in the trainer's process. Whoever takes part gives up `timeout_s` after
+    it has got the order, so that the driver, which waits a little longer, hears of it. `waited_s`: for how long it has
+    had it already."""
 
     host: str
     port: int
     links: tuple[Link, ...]
     timeout_s: float
+    waited_s: float = 0.0
 
     def seen_by(self, receivers: Container[str]) -> Rendezvous:
         """With the links of these receivers alone, or of the SENDER."""
@@ -110,6 +113,12 @@ class SyncOrder:
     def seen_by(self, receivers: Container[str]) -> SyncOrder:
         """With what these receivers need of it."""
         return self if self.rendezvous is None else replace(self, rendezvous=self.rendezvous.seen_by(receivers))
+
+    def after(self, waited_s: float) -> SyncOrder:
+        """For a receiver that has had it for so long."""
+        return (
+            self if self.rendezvous is None else replace(self, rendezvous=replace(self.rendezvous, waited_s=waited_s))
+        )
 
 
 @dataclass(frozen=True)

@@ -177,16 +177,16 @@ class SameGpu:
         device: torch.device,
         timeout: timedelta,
         *,
+        peer: str,
         memory: Memory | None = None,
-        process: str | None = None,
     ) -> None:
-        """`process`: whose end ends the other side's waits, as `describe_process` says it; None: this one."""
+        """`peer`: the process of the other side, whose end ends the waits of this one, as `describe_process` says
+        it."""
         self.device, self.timeout = device, timeout
         self._store, self._rank, self._memory = store, rank, memory or CudaMemory()
         self._next, self._pending = 0, 0
         self._left = threading.Event()
-        self._peer_process, self._looked = "", 0.0
-        store.set(f"process/{rank}", process or describe_process())
+        self._peer_process, self._looked = peer, 0.0
 
     def broadcast(self, flat: Tensor) -> Handover:
         """`flat` is sent from rank 0, where it must not change before the `wait`, and received at rank 1."""
@@ -265,10 +265,7 @@ class SameGpu:
         if time.monotonic() - self._looked < LOOK_S:
             return False
         self._looked = time.monotonic()
-        key = f"process/{1 - self._rank}"
-        if not self._peer_process and self._store.check([key]):
-            self._peer_process = self._store.get(key).decode()
-        return bool(self._peer_process) and has_ended(self._peer_process)
+        return has_ended(self._peer_process)
 
     def leave(self) -> None:
         """A pending `wait` of either side raises. What this side has offered or opened is dropped."""

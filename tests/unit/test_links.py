@@ -19,9 +19,10 @@ from torch.distributed import PrefixStore
 
 from rollout.weights import CollectiveSend, ManifestOf, OpenCollective
 from rollout.weights.collective import BUFFERS, CollectiveReceiver, CollectiveSender
-from rollout.weights.links import Communicator, Connection, Downlinks, Flight
+from rollout.weights.links import Communicator, Downlinks, Flight
+from rollout.weights.meeting import Meeting, report_losses
 from rollout.weights.protocol import SENDER, Link, Rendezvous, SyncOrder, TransferFailed
-from tests.broadcast_stage import CPU, KIB, STAR, Stage, same, taken, weights
+from tests.broadcast_stage import CPU, KIB, STAR, Stage, ended_process, same, taken, weights
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +124,77 @@ def test_those_below_a_receiver_that_never_comes_are_told_and_do_not_wait_for_th
         assert not caught.value.begun
 
 
+def test_nobody_waits_for_a_receiver_of_which_somebody_else_says_that_it_is_lost(trainer: Stage):
+    """The driver, for one that has died before it has joined its links."""
+    order = trainer.order(
+        ManifestOf("float32", KIB)(weights()), "absent", "a", "b", timeout_s=90.0, parents={"b": "absent"}
+    )
+    arriving = trainer.receive(order, trainer.member("a"), trainer.member("b"))
+    with ThreadPoolExecutor(1) as thread:
+        sending = thread.submit(trainer.sender.send, order.seen_by({SENDER}), weights())
+        assert report_losses(trainer.address, order.id, ("absent",), 60.0) == ""
+        report = sending.result(60)
+    assert report.failed == {"absent": "it is lost"}
+    assert arriving[0].result(60)[1] == report.fingerprint
+    with pytest.raises(TransferFailed, match="absent, which was to send them, is lost"):
+        arriving[1].result(60)
+
+
+def test_why_a_loss_could_not_be_told_is_returned():
+    sender = CollectiveSender()
+    address = sender.open()
+    sender.close()
+    assert "timed out" in report_losses(address, "order", ("a",), 0.5)
+
+
+def test_a_child_does_not_wait_for_a_parent_whose_process_has_ended_before_it_joined_the_link(trainer: Stage):
+    order = trainer.order(ManifestOf("float32", KIB)(weights()), "b", timeout_s=90.0, parents={"b": "a"})
+    assert order.rendezvous is not None and trainer.sender.store is not None
+    place = Meeting(trainer.sender.store, order.rendezvous.links[0]).place
+    place.set("process/0", ended_process())
+    place.set("device/0", "cpu")
+    (arriving,) = trainer.receive(order)
+    with pytest.raises(TransferFailed, match="the process of a, which was to send them, has ended"):
+        arriving.result(60)
+
+
+class LosesTheEnd:
+    """A parent's end of a link, on which its last bucket is said not to have landed, although it has."""
+
+    def __init__(self, connection: Communicator, buckets: int) -> None:
+        self.timeout, self._connection, self._left = connection.timeout, connection, buckets
+
+    def broadcast(self, flat: Tensor) -> Any:
+        self._left -= 1
+        work = self._connection.broadcast(flat)
+        return work if self._left else Refuted(work)
+
+    def leave(self) -> None:
+        self._connection.leave()
+
+
+class Refuted:
+    def __init__(self, work: torch.distributed.Work) -> None:
+        self._work = work
+
+    def wait(self, timeout: timedelta) -> None:
+        self._work.wait(timeout)
+        raise RuntimeError("timed out")
+
+
+def test_a_child_that_was_dropped_after_it_had_everything_gets_the_next_weights_along_the_same_link(trainer: Stage):
+    manifest, links = ManifestOf("float32", KIB)(weights()), trainer.links("a", "b")
+    trainer.sync(trainer.along(manifest, links), weights())
+    held = trainer.sender.links.connections
+    held[links[0].id] = LosesTheEnd(held[links[0].id], len(list(manifest.buckets())))  # type: ignore[arg-type, assignment]
+    report, arrived = trainer.sync(trainer.along(manifest, links), weights(1))
+    assert report.failed == {"a": "timed out"} and {print for _, print in arrived} == {report.fingerprint}
+    for seed in (2, 3):
+        report, arrived = trainer.sync(trainer.along(manifest, links), weights(seed))
+        assert not report.failed and report.delivered == ("a", "b")
+        assert all(same(staged, weights(seed), torch.float32) for staged, _ in arrived)
+
+
 def test_a_trainer_that_never_comes_fails_the_receive_within_its_deadline(trainer: Stage):
     order = trainer.order(ManifestOf("float32", KIB)(weights()), "a", timeout_s=0.3)
     began = time.monotonic()
@@ -135,8 +207,8 @@ def test_a_trainer_that_never_comes_fails_the_receive_within_its_deadline(traine
 class Leaves(CollectiveReceiver):
     """Gives up after its first bucket."""
 
-    def _relayed(self, uplink: Connection, sizes: list[int]) -> Iterator[Tensor]:
-        yield next(super()._relayed(uplink, sizes))
+    def _relayed(self, *args: Any) -> Iterator[Tensor]:
+        yield next(super()._relayed(*args))
         raise RuntimeError("out of memory")
 
 
@@ -145,8 +217,8 @@ class Hangs(CollectiveReceiver):
 
     woken = threading.Event()
 
-    def _relayed(self, uplink: Connection, sizes: list[int]) -> Iterator[Tensor]:
-        relayed = super()._relayed(uplink, sizes)
+    def _relayed(self, *args: Any) -> Iterator[Tensor]:
+        relayed = super()._relayed(*args)
         yield next(relayed)
         self.woken.wait(60)
         raise RuntimeError("woken")
@@ -172,6 +244,41 @@ def test_a_child_that_fails_half_way_is_dropped_and_the_others_get_everything(tr
     assert caught.value.begun
 
 
+def test_a_receiver_gives_up_at_the_deadline_of_the_order_however_late_its_parent_stalls(trainer: Stage):
+    """As if the parent's host had vanished: no socket is closed. The links have a longer patience."""
+    stalled = threading.Event()
+
+    def stalling() -> Iterator[tuple[str, Tensor]]:
+        yield from LARGE[:12]
+        stalled.wait(60)
+        yield from LARGE[12:]
+
+    order = trainer.order(ManifestOf("float32", 500_000)(LARGE), "a", timeout_s=300.0)
+    with ThreadPoolExecutor(1) as thread:
+        sending = thread.submit(trainer.sender.send, order.seen_by({SENDER}), stalling())
+        (arriving,) = trainer.receive(order.after(295.0))
+        with pytest.raises(TransferFailed, match="did not arrive") as caught:
+            arriving.result(50)
+        stalled.set()
+        sending.result(60)
+    assert caught.value.begun
+
+
+def test_a_child_that_hangs_late_costs_its_parent_a_third_of_what_is_left_of_the_deadline(trainer: Stage):
+    Hangs.woken.clear()
+    parents = {"bad": "a"}
+    order = trainer.order(ManifestOf("float32", 500_000)(LARGE), "bad", "a", timeout_s=300.0, parents=parents)
+    bad, parent = Hangs("bad", CPU), trainer.member("a")
+    (hanging,) = trainer.receive(order, bad)
+    (arriving,) = trainer.receive(order.after(270.0), parent)
+    report = trainer.sender.send(order.seen_by({SENDER}), LARGE)
+    assert arriving.result(50)[1] == report.fingerprint, "it waits for the child for a third of 30 s, not of 300"
+    assert set(parent._downlinks.failed) == {"bad"}
+    Hangs.woken.set()
+    with pytest.raises(TransferFailed):
+        hanging.result(60)
+
+
 def test_a_parent_that_fails_takes_its_children_with_it_and_nobody_else(trainer: Stage):
     order = trainer.order(ManifestOf("float32", 500_000)(LARGE), "bad", "a", "b", timeout_s=60.0, parents={"b": "bad"})
     arriving = trainer.receive(order, Leaves("bad", CPU), trainer.member("a"), trainer.member("b"))
@@ -188,21 +295,24 @@ def test_a_parent_that_fails_takes_its_children_with_it_and_nobody_else(trainer:
 
 
 LEFT_AT_THE_END = """
-import atexit, threading
+import atexit, threading, time
 atexit.register(lambda: print("at the end:", sum(each.name == LEAVES for each in threading.enumerate()), child.group))
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 import torch
-from torch.distributed import PrefixStore, TCPStore
-from rollout.weights.links import LEAVES, device_of, join
+from torch.distributed import TCPStore
+from rollout.weights.links import LEAVES, join
+from rollout.weights.meeting import Meeting
+from rollout.weights.protocol import Link
 
 server = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
 client = TCPStore("127.0.0.1", server.port, None, False, wait_for_workers=False)
-stores = [PrefixStore("link", each) for each in (server, client)]
+cpu, meetings = torch.device("cpu"), [Meeting(each, Link("link", "", "child")) for each in (server, client)]
 with ThreadPoolExecutor(2) as threads:
-    for rank, store in enumerate(stores):
-        store.set(device_of(rank), "cpu")
-    ends = threads.map(lambda rank: join(stores[rank], rank, torch.device("cpu"), "127.0.0.1", LIMIT), (0, 1))
+    for rank, meeting in enumerate(meetings):
+        meeting.announce(rank, cpu)
+    until = time.monotonic() + 60
+    ends = threads.map(lambda rank: join(meetings[rank], rank, cpu, "127.0.0.1", LIMIT, until), (0, 1))
     parent, child = ends
 parent.broadcast(torch.zeros(2**26, dtype=torch.uint8))  # which the child does not take, and does not leave
 parent.leave()
@@ -228,9 +338,10 @@ class EndsInBetween:
 
 
 def test_a_bucket_that_lands_just_after_a_look_has_landed(trainer: Stage):
+    assert trainer.sender.store is not None
     group = torch.distributed.ProcessGroupGloo(PrefixStore("alone", trainer.sender.store), 0, 1, timedelta(seconds=9))
     alone = Communicator(group, CPU, timedelta(seconds=9))
-    downlinks = Downlinks("a", {"1": alone}, _children={"1": "b"})
+    downlinks = Downlinks("a", {"1": alone}, _meetings={"1": Meeting(trainer.sender.store, Link("1", "a", "b"))})
     downlinks.land(Flight(torch.zeros(1), {"1": EndsInBetween()}))  # type: ignore[dict-item]
     assert downlinks.failed == {} and "1" in downlinks.connections
     downlinks.land(Flight(torch.zeros(1), {"1": EndsInBetween("closed by peer")}))  # type: ignore[dict-item]

@@ -177,9 +177,15 @@ async def test_a_member_with_two_models_serves_when_it_holds_both_also_one_that_
 class BroadcastingTrainer(Trainer):
     """Sends real weights, which are other ones in each version."""
 
-    sent = 0
     opens = False
     opened: threading.Event | None = None  # waited for before a store is open
+
+    def __init__(self) -> None:
+        self.reports: list[SendReport] = []
+
+    @property
+    def sent(self) -> int:
+        return len(self.reports)
 
     def sleep(self) -> None: ...
 
@@ -193,8 +199,8 @@ class BroadcastingTrainer(Trainer):
 
     def export(self, consumer: Any, bucket_bytes: int, form: str) -> Any:
         if isinstance(consumer, CollectiveSend):
-            self.sent += 1
-            return consumer(weights(consumer.order.version))
+            self.reports.append(consumer(weights(consumer.order.version)))
+            return self.reports[-1]
         return consumer(weights(0))
 
 
@@ -204,10 +210,10 @@ def weights(version: int) -> list[tuple[str, torch.Tensor]]:
 
 class Broadcasts:
     """A pool whose members receive by broadcast, and a publisher to it. `breaks`: members that fail when their first
-    bucket of version 1 arrives."""
+    bucket of version 1 arrives; `dies`: one that dies when it is ordered to receive."""
 
-    def __init__(self, count: int, breaks: set[int]) -> None:
-        self.breaks, self.trainer = breaks, BroadcastingTrainer()
+    def __init__(self, count: int, breaks: set[int], dies: int | None = None) -> None:
+        self.breaks, self.dies, self.trainer = breaks, dies, BroadcastingTrainer()
         self.held: dict[str, tuple[int, list[float]]] = {}
         self.ordered = list[int]()  # versions, by whom does not matter
         self.events: list[tuple[str, dict[str, Any]]] = []
@@ -261,6 +267,8 @@ class BroadcastReceiver:
 
     def _take(self, order: SyncOrder, payload: Any) -> Ack:
         self._stage.ordered.append(order.version)
+        if self._index == self._stage.dies:
+            raise InfraFailure("its process is gone")
         by = self._receiver if order.transport == "collective" else receiver(order.transport, self._name, CPU)
         values: list[float] = []
         with by.receive(order, payload) as incoming:
@@ -292,6 +300,17 @@ async def test_members_that_a_lost_one_has_cut_off_get_the_version_by_another_br
         assert stage.held[f"rollout/{index}"] == (1, values)
     assert stage.trainer.sent == 1 + rounds
     assert {what["worker"] for name, what in stage.events if name == "sync_failed"} == breaks, "the others are innocent"
+    await stage.pool.close()
+
+
+async def test_nobody_waits_for_a_member_that_dies_before_it_has_joined_the_broadcast() -> None:
+    """Neither the sender nor those below it, who get the version by another broadcast. Nothing is joined yet."""
+    stage = Broadcasts(5, set(), dies=0)  # 0 sends to 2 and 3
+    await stage.pool.open()
+    assert (await stage.publish(0)).members == (1, 2, 3, 4)
+    assert [report.failed for report in stage.trainer.reports] == [{"rollout/0": "it is lost"}, {}]
+    (why,) = [what["why"] for name, what in stage.events if name == "sync_failed"]
+    assert why == "its process is gone; policy gave it up: it is lost"
     await stage.pool.close()
 
 

@@ -228,6 +228,19 @@ async def test_a_transfer_that_ends_half_way_stops_decoding_until_all_weights_ar
         assert (meta.oldest_version, meta.newest_version) == (4, 5)
 
 
+async def test_the_time_that_an_order_waited_for_the_engine_is_part_of_its_deadline() -> None:
+    """The driver counts from when it gave the order."""
+    sender = CollectiveSender()
+    manifest = Manifest((TensorMeta("w", "float32", (2, 3)),), bucket_bytes=1024)
+    rendezvous = Rendezvous(*sender.open(), (Link("1", SENDER, "rollout/3"),), timeout_s=3.0)
+    async with worker() as subject:
+        busy = subject._loop.submit(lambda _: time.sleep(2.5))
+        with pytest.raises(TransferFailed, match=r"the trainer did not come within (0|0\.\d+) s"):
+            await subject.receive(SyncOrder("order", 5, "collective", manifest, rendezvous))
+        assert busy.done()
+    sender.close()
+
+
 async def test_an_engine_that_waits_for_new_weights_is_not_taken_for_one_that_stands_still() -> None:
     """They come when the trainer sends them: whoever ordered them has a deadline."""
     waiting, sender = "tests.unit.test_rollout_worker:Waiting", CollectiveSender()

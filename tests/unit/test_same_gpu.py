@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,11 @@ from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPri
 
 from rollout.weights.buckets import Staged
 from rollout.weights.collective import BUFFERS, CollectiveReceiver, CollectiveSender
-from rollout.weights.links import CHILD, PARENT, Communicator, Connection, Downlinks, device_of, join, kind_of_link
+from rollout.weights.links import Communicator, Connection, Downlinks, join, kind_of_link
+from rollout.weights.meeting import CHILD, PARENT, Meeting
 from rollout.weights.protocol import SENDER, Link, Manifest, Rendezvous, SyncOrder, TensorMeta, TransferFailed
 from rollout.weights.same_gpu import Handover, SameGpu, describe_process, has_ended
+from tests.broadcast_stage import ended_process
 
 CPU = torch.device("cpu")
 LONG = timedelta(seconds=30)
@@ -66,8 +69,8 @@ class Member(CollectiveReceiver):
         super().__init__("a", CPU)
         self.joined = communicator
 
-    def _join(self, order_id: str, rendezvous: Rendezvous) -> SameGpu:
-        self._uplink = LINK.id, self.joined
+    def _join(self, order_id: str, rendezvous: Rendezvous, deadline: float) -> SameGpu:
+        self._uplink = Meeting(self.joined._store, LINK), self.joined  # type: ignore[arg-type]: a part of the store
         return self.joined
 
     def take(self, order: SyncOrder) -> tuple[Staged, str]:
@@ -78,6 +81,12 @@ class Member(CollectiveReceiver):
 LINK = Link("1/a", SENDER, "a")
 
 
+def downlinks(stage: Stage, name: str, connections: dict[str, Connection]) -> Downlinks:
+    """That were joined already, each to the child that its id names last."""
+    links = [Link(link, name, link.rpartition("/")[2]) for link in connections]
+    return Downlinks(name, connections, _meetings={link.id: Meeting(stage.server, link) for link in links})
+
+
 class Stage:
     def __init__(self) -> None:
         self.server = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False, multi_tenant=True)
@@ -85,7 +94,8 @@ class Stage:
         self.stores = [PrefixStore("1/a", store) for store in (self.server, self.client)]
 
     def side(self, rank: int, timeout: timedelta = LONG, **options) -> SameGpu:
-        return SameGpu(self.stores[rank], rank, CPU, timeout, **({"memory": HeapMemory()} | options))
+        own = {"peer": describe_process(), "memory": HeapMemory()}
+        return SameGpu(self.stores[rank], rank, CPU, timeout, **(own | options))
 
     def sides(self, timeout: timedelta = LONG) -> tuple[SameGpu, SameGpu]:
         return self.side(0, timeout), self.side(1, timeout)
@@ -95,7 +105,7 @@ class Stage:
         return SyncOrder(f"order {version}", version, "collective", MANIFEST, rendezvous)
 
     def sender(self, communicator: SameGpu) -> CollectiveSender:
-        return CollectiveSender(self.server, Downlinks(SENDER, {LINK.id: communicator}))
+        return CollectiveSender(self.server, downlinks(self, SENDER, {LINK.id: communicator}))
 
 
 @pytest.fixture
@@ -112,14 +122,6 @@ def thread() -> Iterator[ThreadPoolExecutor]:
 
 def weights(version: int) -> Staged:
     return [(meta.name, torch.arange(ROWS).float() + 1000 * version + i) for i, meta in enumerate(MANIFEST.tensors)]
-
-
-def ended_process() -> str:
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    described = describe_process(child.pid)
-    assert not has_ended(described)
-    child.communicate()
-    return described
 
 
 def test_buckets_of_several_orders_arrive_each_with_its_own_bytes_and_leave_no_keys(stage: Stage, thread):
@@ -186,7 +188,7 @@ def test_whoever_has_left_has_been_heard_by_the_store(stage: Stage):
     """`set` alone does not wait for that, and the other side looks by a connection of its own."""
     for number in range(10):
         stores = [PrefixStore(f"{number}", store) for store in (stage.server, stage.client)]
-        leaving = SameGpu(stores[0], 0, CPU, LONG, memory=HeapMemory())
+        leaving = SameGpu(stores[0], 0, CPU, LONG, peer=describe_process(), memory=HeapMemory())
         stores[0].set("more", "x" * 2**22)  # the store reads this first
         leaving.leave()
         assert stores[1].check(["left/0"]), f"round {number}"
@@ -231,10 +233,9 @@ def test_a_deadline_ends_the_wait_of_either_side(stage: Stage):
 
 @pytest.mark.parametrize(("rank", "peer"), [(0, "receiver"), (1, "sender")])
 def test_the_end_of_the_other_sides_process_ends_the_wait(stage: Stage, rank: int, peer: str):
-    stage.side(1 - rank, process=ended_process())
     began = time.monotonic()
     with pytest.raises(RuntimeError, match=rf"the process of the {peer} \(pid \d+\) has ended"):
-        stage.side(rank).broadcast(torch.ones(4)).wait()
+        stage.side(rank, peer=ended_process()).broadcast(torch.ones(4)).wait()
     assert time.monotonic() - began < FAR
 
 
@@ -291,8 +292,8 @@ def test_a_receiver_that_fails_half_way_is_reported_and_not_waited_for(stage: St
     ours, theirs = stage.sides()
 
     class Leaves(Member):
-        def _relayed(self, uplink: Connection, sizes: list[int]) -> Iterator[Tensor]:
-            yield next(super()._relayed(uplink, sizes))
+        def _relayed(self, *args: Any) -> Iterator[Tensor]:
+            yield next(super()._relayed(*args))
             raise RuntimeError("out of memory")
 
     began = time.monotonic()
@@ -307,15 +308,14 @@ def test_a_receiver_that_fails_half_way_is_reported_and_not_waited_for(stage: St
 def test_children_that_hang_at_the_same_time_are_waited_for_together(stage: Stage):
     """One after the other they would take longer than the parent's own parent waits for it."""
     limit = timedelta(seconds=1)
-    hanging = {
-        name: SameGpu(PrefixStore(name, stage.server), PARENT, CPU, limit, memory=HeapMemory()) for name in "abcdefgh"
-    }
-    downlinks = Downlinks("parent", hanging, _children={name: name for name in hanging})
+    own: dict[str, Any] = {"peer": describe_process(), "memory": HeapMemory()}
+    hanging = {name: SameGpu(PrefixStore(name, stage.server), PARENT, CPU, limit, **own) for name in "abcdefgh"}
+    links = downlinks(stage, "parent", hanging)
     began = time.monotonic()
-    downlinks.land(downlinks.send(torch.ones(4)))
+    links.land(links.send(torch.ones(4)))
     assert time.monotonic() - began < 4 * limit.total_seconds()
     why = "the receiver did not take bucket 0: waited for 1 s"
-    assert downlinks.failed == dict.fromkeys("abcdefgh", why) and not downlinks.connections
+    assert links.failed == dict.fromkeys("abcdefgh", why) and not links.connections
 
 
 class ClosedMeanwhile(SameGpu):
@@ -332,10 +332,10 @@ class ClosedMeanwhile(SameGpu):
 
 
 def test_links_may_be_left_while_another_thread_sends(stage: Stage):
-    connection = ClosedMeanwhile(stage.stores[0], PARENT, CPU, LONG, memory=HeapMemory())
-    downlinks = connection.downlinks = Downlinks("parent", {"link": connection}, _children={"link": "a"})
-    downlinks.land(downlinks.send(torch.ones(4)))
-    assert downlinks.failed == {"a": "this side has left"} and not downlinks.connections
+    connection = ClosedMeanwhile(stage.stores[0], PARENT, CPU, LONG, peer=describe_process(), memory=HeapMemory())
+    links = connection.downlinks = downlinks(stage, "parent", {"1/a": connection})
+    links.land(links.send(torch.ones(4)))
+    assert links.failed == {"a": "this side has left"} and not links.connections
 
 
 # Which connection.
@@ -351,12 +351,14 @@ def test_the_kind_of_a_link_follows_from_the_devices_of_its_ends(parent: str, ch
 
 @pytest.mark.parametrize(("device", "connection"), [("cuda GPU-1", SameGpu), ("cpu", Communicator)])
 def test_ends_that_say_their_devices_join(stage: Stage, thread, device: str, connection: type):
-    stores = [PrefixStore("1/a", TCPStore("127.0.0.1", stage.server.port, None, False)) for _ in (PARENT, CHILD)]
-    for rank, store in enumerate(stores):
-        store.set(device_of(rank), device)
+    stores = [TCPStore("127.0.0.1", stage.server.port, None, False) for _ in (PARENT, CHILD)]
+    meetings = [Meeting(store, LINK) for store in stores]
+    for rank, meeting in enumerate(meetings):
+        meeting.announce(rank, CPU)
+        meeting.place.set(f"device/{rank}", device)
+    until, own = time.monotonic() + 60, torch.device(device.split()[0])
     joining = [
-        thread.submit(join, store, rank, torch.device(device.split()[0]), "127.0.0.1", LONG)
-        for rank, store in enumerate(stores)
+        thread.submit(join, meeting, rank, own, "127.0.0.1", LONG, until) for rank, meeting in enumerate(meetings)
     ]
     assert {type(each.result(60)) for each in joining} == {connection}
     for each in joining:
