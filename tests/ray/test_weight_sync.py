@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from actors.errors import InfraFailure
+from actors.errors import InfraFailure, WorkerDied
 from actors.group import RayWorker, start_worker
 from actors.model import ModelSpec
 from actors.specs import BackendSpec
@@ -27,6 +27,7 @@ from orchestrator.publishing.tree import BroadcastTree, Place
 from rollout.engine import EngineSpec
 from rollout.sampling import Request, Sampling
 from rollout.weights import CollectiveSend, DiskWrite, ManifestOf, OpenCollective, PackBuckets
+from rollout.weights.meeting import report_losses
 from rollout.weights.protocol import Ack, Manifest, Rendezvous, SendReport, SyncOrder
 from rollout.worker import RolloutWorker
 from tests.large_trainer import HalfWay, Large
@@ -202,7 +203,7 @@ async def test_kill_9_during_a_transfer_fails_the_dead_member_and_those_below_it
     large: Sync, cast: Cast, place: HalfWay, dies: int
 ):
     members = await cast.rollouts(3)  # the first one sends to the third one
-    await large.publish(1, *members, timeout_s=120.0)  # who dies while it joins is waited for
+    await large.publish(1, *members, timeout_s=120.0)  # so all have joined
     place.hold()
     order = large.order(2, members, timeout_s=120.0)
     sending = asyncio.ensure_future(large.export(CollectiveSend(order)))
@@ -221,6 +222,20 @@ async def test_kill_9_during_a_transfer_fails_the_dead_member_and_those_below_it
     living = [member for index, member in enumerate(members) if index != dies]
     report, acks = await large.publish(3, *living)
     assert {(ack.version, ack.fingerprint) for ack in acks} == {(3, report.fingerprint)}
+
+
+async def test_kill_9_before_a_member_has_joined_holds_up_nobody_once_the_driver_has_noticed(sync: Sync, cast: Cast):
+    members = await cast.rollouts(3)  # the first one sends to the third one
+    order = sync.order(1, members, timeout_s=180.0)  # nothing is joined
+    cast.kill_9(members[0])
+    sending = asyncio.ensure_future(sync.export(CollectiveSend(order)))
+    receiving = [asyncio.ensure_future(member.call("receive", order, timeout_s=CALL_S)) for member in members]
+    with pytest.raises(WorkerDied):
+        await receiving[0]
+    assert not await asyncio.to_thread(report_losses, sync.address, order.id, (members[0].name,), 60.0)
+    report, ack, cut_off = await asyncio.gather(sending, *receiving[1:], return_exceptions=True)
+    assert report.failed == {members[0].name: "it is lost"} and ack.fingerprint == report.fingerprint
+    assert f"{members[0].name}, which was to send them, is lost" in str(cut_off)
 
 
 async def test_a_stopped_process_is_dropped_at_the_senders_deadline_before_the_others_reach_theirs(
