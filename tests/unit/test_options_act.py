@@ -25,7 +25,7 @@ from orchestrator.losses.declare import EXTRAS
 from orchestrator.losses.objective import LossObjective
 from orchestrator.methods import METHODS, build
 from orchestrator.pipeline import Pipeline, Stage, Verb
-from tests.unit.test_losses import _columns, _masked_rows_start, _names_in, _positive, rows_per_group
+from tests.unit.loss_rows import masked_rows_start, names_in, positive, random_columns, rows_per_group
 from tests.unit.trainer_stub import Rows, optimise
 
 FACTS = {"max_completion_length": 16}
@@ -187,7 +187,7 @@ BESIDE: dict[str, list[dict[str, Any]]] = {  # what else is set: the first besid
 
 def with_each_loss(method: str) -> list[dict[str, Any]]:
     first = BESIDE.get(method, [{}])[0]
-    names = dict.fromkeys(_names_in(get_type_hints(METHODS[method]).get("loss_type")))
+    names = dict.fromkeys(names_in(get_type_hints(METHODS[method]).get("loss_type")))
     return [{**NEEDED.get(name, {}), **first, "loss_type": name} for name in names] or [first]
 
 
@@ -248,9 +248,9 @@ def rows(pipeline: Pipeline) -> Rows:
     size = rows_per_group(pipeline)
     rng = torch.Generator().manual_seed(21)
     lengths = torch.randint(3, 8, (3 * size,), generator=rng)
-    columns = _columns(lengths, size, rng)
-    logps = _masked_rows_start(lengths, -_positive(lengths, rng))
-    extras = {name: _positive(lengths, rng) for name in sorted({*EXTRAS, DIVERGENCE})}
+    columns = random_columns(lengths, size, rng)
+    logps = masked_rows_start(lengths, -positive(lengths, rng))
+    extras = {name: positive(lengths, rng) for name in sorted({*EXTRAS, DIVERGENCE})}
     if Head.ROW_SCALAR in pipeline.heads.values():
         return Rows(MicroBatch(lengths, columns), torch.randn(len(lengths), generator=rng), extras, per_row=True)
     return Rows(MicroBatch(lengths, columns), logps, extras)
