@@ -213,7 +213,7 @@ SHOWN_BY: dict[str, str] = {  # what happens while a run goes on, or needs other
     "rounds": "tests/unit/test_rounds.py",
     "rounds.count": "tests/unit/test_rounds.py",
     "rounds.phases": "tests/unit/test_rounds.py",
-    "roles.reward.on_failure": "tests/unit/test_collector.py",
+    "roles.reward.on_failure": "tests/unit/test_dropped_groups.py",
     "weights.transport": "tests/unit/test_weights.py",
     "weights.bucket_mib": "tests/unit/test_plan_memory.py",
     "weights.timeout_s": "tests/unit/test_links.py",
