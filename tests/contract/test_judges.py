@@ -29,7 +29,7 @@ from rewards.worker import RewardWorker, ScoredTexts, ScoreResult
 from tests.judge_server import judge_server
 from tests.reward_server import RewardServer
 from tests.runs import ARITHMETIC, merged
-from tests.unit.test_rewards import samples
+from tests.unit.reward_stage import samples
 
 PATIENCE_S = 120.0  # of answers that come, on a busy machine, too
 

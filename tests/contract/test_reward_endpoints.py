@@ -32,7 +32,7 @@ from rewards.specs import check_reward, with_deadlines
 from rewards.worker import RewardWorker, ScoreResult
 from tests.reward_server import RewardServer, reward_server
 from tests.runs import ARITHMETIC, merged
-from tests.unit.test_rewards import samples
+from tests.unit.reward_stage import samples
 
 PATIENCE_S = 120.0  # of answers that come, on a busy machine, too
 

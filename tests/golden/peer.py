@@ -20,9 +20,9 @@ ELSEWHERE = {  # case: the test that holds the same number, or the same fact
     "data/extract_prompt_text": "tests/unit/test_source_formats.py",
     "data/pack_bfd": "tests/unit/test_source_packing.py",
     "data/pack_bfd_split": "tests/unit/test_source_packing.py",
-    "reward_fn/cosine": "tests/unit/test_rewards.py",
-    "reward_fn/repetition": "tests/unit/test_rewards.py",
-    "reward_fn/soft_overlong": "tests/unit/test_rewards.py",
+    "reward_fn/cosine": "tests/unit/test_reward_functions.py",
+    "reward_fn/repetition": "tests/unit/test_reward_functions.py",
+    "reward_fn/soft_overlong": "tests/unit/test_reward_functions.py",
 }
 NOT_COMPARABLE = {
     "data/collator_padding_free": "the layout of the peer's batches; ours are ragged and have no padding to free",

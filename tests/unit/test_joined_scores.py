@@ -18,7 +18,7 @@ from orchestrator.cluster.pool import Pool, PoolPolicy
 from orchestrator.collection.scoring import Scored, Scoring, ToScore
 from rewards.loading import RewardSpec
 from rewards.worker import Asked, RewardWorker
-from tests.unit.test_rewards import samples
+from tests.unit.reward_stage import samples
 from tests.unit.tiny import tiny_tokenizer
 
 POLICY = PoolPolicy(

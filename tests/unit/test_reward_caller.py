@@ -19,7 +19,7 @@ from rewards.named_actor import ActorSpec
 from rewards.reward import LONGEST_PAUSE_S, Handling, pause_s
 from rewards.specs import GRACE_S, call_timeout_s, with_deadlines
 from rewards.worker import RewardWorker, ScoreResult
-from tests.unit.test_rewards import samples
+from tests.unit.reward_stage import samples
 from tests.unit.tiny import tiny_tokenizer
 
 FUNCTIONS = """

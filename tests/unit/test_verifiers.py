@@ -14,7 +14,7 @@ from jsonschema import SchemaError
 from actors.errors import ConfigError
 from rewards.formats import json_schema, regex
 from rewards.unit_tests import UnitTests, code_of
-from tests.unit.test_rewards import load_reward
+from tests.unit.reward_stage import load_reward
 
 ADD = "Here it is:\n```python\ndef add(a, b):\n    return a + b\n```\nDone."
 ADD_TESTS = ["assert add(2, 3) == 5", "assert add(-1, 1) == 0", "assert add(2, 2) == 5"]
