@@ -20,7 +20,7 @@ import torch
 from actors.checkpoint_parts import Part
 from actors.saved_state import Seal
 from orchestrator.checkpoint import Checkpoint, CheckpointStore, RunState
-from tests.unit.test_model_worker import assert_equal_bits, differing, train, trainable
+from tests.unit.model_worker_stage import assert_equal_bits, differing, train, trainable
 from tests.unit.tiny import tiny_model_folder
 
 KILLS = 25

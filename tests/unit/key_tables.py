@@ -197,7 +197,7 @@ READ: dict[str, tuple[Any, dict[str, Any]]] = {  # of `phases.NAME.data`: anothe
 }
 SHOWN_BY: dict[str, str] = {  # what happens while a run goes on, or needs other data: the test that shows it
     "model.path": "tests/unit/test_pretrained.py",
-    "model.chat_template": "tests/unit/test_model_worker.py",
+    "model.chat_template": "tests/unit/test_model_worker_weights.py",
     "output": "tests/unit/test_preconditions.py",
     "phases.NAME.data.assistant_only": "tests/unit/test_source_formats.py",
     "phases.NAME.data.cache_dir": "tests/unit/test_source_cache.py",

@@ -25,7 +25,7 @@ from actors.model_worker import ModelWorker
 from actors.objective import MicroBatch, Outputs, World
 from actors.saved_state import sealed
 from actors.specs import LoraSpec
-from tests.unit.test_model_worker import (
+from tests.unit.model_worker_stage import (
     OPTIM,
     VARIANTS,
     Nll,
