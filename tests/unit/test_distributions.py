@@ -26,7 +26,7 @@ from orchestrator.pipeline import Completions, Pipeline, update
 from orchestrator.planning.machine import Machine
 from orchestrator.planning.plan import draft_plan
 from orchestrator.planning.resolve import build_pipeline
-from tests.unit.test_forward import FLOAT32, Largest, language_model, plain_logits, rows
+from tests.unit.forward_stage import FLOAT32, Largest, language_model, plain_logits, rows
 from tests.unit.tiny import tiny_model
 
 LENGTHS = [6, 1, 9]

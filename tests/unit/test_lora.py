@@ -28,7 +28,7 @@ from actors.lora import (
 from actors.model import LanguageModel, ModelSpec, load_model
 from actors.objective import MicroBatch
 from actors.pretrained import skeleton
-from tests.unit.test_forward import rows
+from tests.unit.forward_stage import rows
 from tests.unit.tiny import tiny_model_folder
 
 VARIANTS = [

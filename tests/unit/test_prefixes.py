@@ -13,7 +13,7 @@ from actors.forward import forward
 from actors.model import LanguageModel
 from actors.objective import MicroBatch
 from actors.prefixes import shared_prefixes
-from tests.unit.test_forward import FLOAT32, language_model, plain_logps, tiny_mixtral
+from tests.unit.forward_stage import FLOAT32, language_model, plain_logps, tiny_mixtral
 from tests.unit.tiny import tiny_model
 
 PROMPTS = [[5, 9, 33, 7, 60, 61, 20], [5, 9, 12, 40], [8]]

@@ -38,7 +38,7 @@ from rewards.worker import RewardWorker
 from rollout.engine import EngineSpec, build_engine
 from rollout.sampling import Request, Sampling
 from rollout.stopping import StopRule, end_token_ids
-from tests.unit.test_forward import tiny_gemma2
+from tests.unit.forward_stage import tiny_gemma2
 from tests.unit.tiny import tiny_model, tiny_model_folder
 
 CONFIGURATION = """
