@@ -16,8 +16,8 @@ NOT_BUILT = {  # families of cases: what they belong to
 }
 ELSEWHERE = {  # case: the test that holds the same number, or the same fact
     "data/chatml": "tests/unit/test_source_formats.py",
-    "data/extract_prompt_conv": "tests/unit/test_source_formats.py",
-    "data/extract_prompt_text": "tests/unit/test_source_formats.py",
+    "data/extract_prompt_conv": "tests/unit/test_source_preferences.py",
+    "data/extract_prompt_text": "tests/unit/test_source_preferences.py",
     "data/pack_bfd": "tests/unit/test_source_packing.py",
     "data/pack_bfd_split": "tests/unit/test_source_packing.py",
     "reward_fn/cosine": "tests/unit/test_reward_functions.py",

@@ -44,6 +44,18 @@ def merging_tokenizer(*pairs: str) -> PreTrainedTokenizerBase:
     )
 
 
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def system(text: str) -> dict[str, str]:
+    return {"role": "system", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
 def write_rows(file: Path, rows: Iterable[dict[str, Any]]) -> Path:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
@@ -60,3 +72,8 @@ def opened(
     """A source with seed 0, in the data's own order unless told otherwise."""
     config = DataConfig(path=str(path), **{"shuffle": False, **data})
     return open_source(config, kind, words or tokenizer(), seed=0, model_max_length=model_max_length)
+
+
+def previews(tmp_path: Path, row: dict[str, Any], kind: DataKind, template: str | None = None, **data: Any) -> str:
+    """How the first item of a file with this row is shown: what is learned from is in brackets."""
+    return opened(write_rows(tmp_path / "d.jsonl", [row]), kind, tokenizer(template), **data).preview()

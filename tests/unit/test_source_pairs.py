@@ -11,8 +11,7 @@ from actors.errors import DataError
 from orchestrator.config.schema import DataConfig
 from orchestrator.data.source import Prompt, validate
 from orchestrator.pipeline import Completions, DataKind, Labelled, Pairs, Prompts, StepLabels, Triples
-from tests.unit.source_stub import PLAIN_TEMPLATE, opened, tokenizer, write_rows
-from tests.unit.test_source_formats import assistant, previews, system, user
+from tests.unit.source_stub import PLAIN_TEMPLATE, assistant, opened, previews, system, tokenizer, user, write_rows
 
 PAIR = {"prompt": "p", "chosen": "c", "rejected": "d"}
 
