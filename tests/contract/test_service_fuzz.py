@@ -21,7 +21,7 @@ pytestmark = pytest.mark.timeout(600)
 
 ALL = list(hypothesis.HealthCheck)
 CHECKS = ("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance")
-LEFT_OUT = ("/v1/plan", "/v1/methods")  # each starts a process or imports torch; `test_service_reading.py` has them
+LEFT_OUT = ("/v1/plan", "/v1/methods")  # each starts a process or imports torch; `test_service_plans.py` has them
 
 
 class NoJobs:
