@@ -1,4 +1,4 @@
-"""The contract of an engine that samples. `tests/contract/test_engines.py` runs on every engine, and on a user's own.
+"""The contract of an engine that samples. `tests/contract/test_engine*.py` run on every engine, and on a user's own.
 
 One thread owns an engine (see `rollout/worker.py`): it adds requests, steps, and applies weights between two steps, so
 no engine needs a lock. Requests in flight keep running across a weight update; their tokens carry the version that

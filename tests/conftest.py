@@ -16,7 +16,12 @@ os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 # tests would leave the workers of others so little that they do not start within minutes.
 os.environ.setdefault("RAY_worker_niceness", "0")
 # Modules that tests share, whose assertions say what they found.
-pytest.register_assert_rewrite("tests.golden.cases", "tests.unit.forward_stage", "tests.unit.model_worker_stage")
+pytest.register_assert_rewrite(
+    "tests.contract.engine_stage",
+    "tests.golden.cases",
+    "tests.unit.forward_stage",
+    "tests.unit.model_worker_stage",
+)
 gc.disable()  # while the tests are imported, all that is made stays
 os.environ.pop("COLUMNS", None)  # pytest-xdist sets it in its workers; a user whose output is no terminal has none
 

@@ -14,21 +14,23 @@ from tests.unit.tiny import tiny_tokenizer
 
 # Files that one process runs one after the other: they use the same ranks.
 GANGS = ("test_scalar_heads_backends", "test_companion", "test_methods_backends", "test_backends")
+ENGINES = ("test_engines", "test_engine_abilities")  # as well: both import vLLM, which takes long
 # What takes longest begins first, so that no process is left alone with it in the end.
-FIRST = (*GANGS, "test_engines", "test_queued_runs", "test_evaluation_runs", "test_episode_runs", "test_run_handle")
+FIRST = (*GANGS, *ENGINES, "test_queued_runs", "test_evaluation_runs", "test_episode_runs", "test_run_handle")
 
 _GANGS = Gangs()
 
 
 class ByFile(LoadScopeScheduling):
-    """One process runs all tests of a file, which share what is slow to start, and of the files of `GANGS`.
+    """One process runs all tests of a file, which share what is slow to start, and of the files of `GANGS`; another one
+    those of `ENGINES`.
 
     Of pytest-xdist's own, `loadfile` knows no files that belong together, and `loadgroup` spreads single tests over the
     processes with this pytest: the names of the groups do not arrive."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = Path(nodeid.split("::", 1)[0]).stem
-        return "gangs" if file in GANGS else file
+        return "gangs" if file in GANGS else "engines" if file in ENGINES else file
 
 
 @pytest.hookimpl(optionalhook=True)

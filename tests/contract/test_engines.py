@@ -1,4 +1,4 @@
-"""What every engine must do, on each of them. A user's own engine joins by a line in `SUBJECTS`.
+"""What every engine must do, on each of them: samples and their log-probabilities, seeds, ends, limits, new weights.
 
 Log-probabilities are compared with transformers' forward pass: within 1e-4 in float32; in bfloat16 within 0.1, and
 0.02 on average.
@@ -6,159 +6,32 @@ Log-probabilities are compared with transformers' forward pass: within 1e-4 in f
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from actors.errors import DataFailure, InfraFailure
-from actors.lora import adapter_tensors, attach, full_tensors
-from actors.specs import LoraSpec
-from rollout.engine import Engine, EngineSpec, ShardedEngine, build_engine
-from rollout.sampling import Completion, Finish, Request, Sampling
+from rollout.sampling import Finish, Request, Sampling
 from rollout.short_samples import shape_of
 from rollout.stopping import resolved_stops
 from rollout.vllm_engine import CPU_HEAD_SIZES
-from rollout.weights import ManifestOf, PackBuckets
-from rollout.weights.protocol import SyncOrder, receivers
-from tests.unit.tiny import tiny_model_folder, tiny_tokenizer
+from tests.contract.engine_stage import (
+    EOS,
+    LONG_PROMPT,
+    MAX_CONCURRENCY,
+    MAX_MODEL_LEN,
+    PROMPT,
+    Subject,
+    on,
+    subject,
+    subjects,
+)
+from tests.unit.tiny import tiny_tokenizer
 
-EOS = 1
-MAX_MODEL_LEN = 256
-MAX_CONCURRENCY = 8
-PROMPT = (5, 9, 14, 20, 33)
-LONG_PROMPT = tuple(2 + (7 * place) % 60 for place in range(200))  # longer than a block of vLLM's prefix cache
-SUBJECTS: dict[
-    str, tuple[str, bool, dict[str, Any]]
-] = {  # kind, whether the model's embeddings are tied, specification
-    "vllm-tied": ("vllm", True, {}),
-    "vllm-untied": ("vllm", False, {"options": {"max_num_batched_tokens": MAX_MODEL_LEN}}),
-    "vllm-bf16": ("vllm", True, {"dtype": "bfloat16"}),
-    "vllm-two-ranks": ("vllm", True, {"tensor_parallel": 2}),
-    "hf-tied": ("hf", True, {}),
-    "hf-untied": ("hf", False, {}),
-    "hf-bf16": ("hf", True, {"dtype": "bfloat16"}),
-    "scripted": ("scripted", True, {}),
-    "vllm-mixing": ("vllm", False, {"mixes": "SECOND"}),
-    "hf-mixing": ("hf", False, {"mixes": "SECOND"}),
-    "vllm-adapters": ("vllm", True, {"lora": LoraSpec(r=12, alpha=16)}),
-    "hf-adapters": ("hf", True, {"lora": LoraSpec(r=12, alpha=16)}),
-    "hf-dora": ("hf", True, {"lora": LoraSpec(r=4, use_dora=True)}),
-    "vllm-cut": ("vllm", True, {"max_admitted": 64}),
-    "vllm-bf16-head": ("vllm", False, {"dtype": "bfloat16", "lm_head_fp32": True}),
-    "hf-bf16-head": ("hf", False, {"dtype": "bfloat16", "lm_head_fp32": True}),
-}
-Weights = list[tuple[str, torch.Tensor]]
-
-
-@dataclass
-class Subject:
-    """An engine, and transformers with the same weights."""
-
-    engine: Engine
-    spec: EngineSpec
-    reference: Any
-    original: Weights
-
-    def run(self, *requests: Request) -> dict[str, list[Completion]]:
-        for request in requests:
-            self.engine.add(request)
-        return self.finish()
-
-    def finish(self) -> dict[str, list[Completion]]:
-        """Step until nothing is running: samples by request id, in order."""
-        results: dict[str, list[Completion]] = {}
-        for _ in range(10_000):
-            if not self.engine.busy:
-                return results
-            for finished in self.engine.step():
-                samples = sorted(finished.completions, key=lambda completion: completion.index)
-                results[finished.request.id] = samples
-        raise AssertionError("the engine is busy after 10,000 steps")
-
-    def one(self, request: Request) -> Completion:
-        return self.run(request)[request.id][0]
-
-    def load(self, weights: Weights, version: int) -> None:
-        self.reference.load_state_dict(dict(weights), strict=False)
-        if self.spec.tensor_parallel == 1:
-            self.engine.load(weights, version)
-        else:
-            order = SyncOrder(f"to {version}", version, "object_store", ManifestOf(self.spec.dtype, 1 << 20)(weights))
-            _, payload = PackBuckets(order.manifest, version)(weights)
-            names = receivers("engine", self.spec.tensor_parallel)
-            cast(ShardedEngine, self.engine).receive(names, order, payload)
-
-    def other_weights(self, seed: int) -> Weights:
-        torch.manual_seed(seed)
-        return [(name, tensor + 0.05 * torch.randn_like(tensor)) for name, tensor in self.original]
-
-    @torch.no_grad()
-    def logits(self, prompt: tuple[int, ...], completion: Completion) -> torch.Tensor:
-        """[C, V] of the reference: what it would say at each token of the completion."""
-        ids = torch.tensor([[*prompt, *completion.tokens]])
-        return self.reference(ids).logits[0, len(prompt) - 1 : -1].float()
-
-    def error(self, prompt: tuple[int, ...], completion: Completion, temperature: float = 1.0) -> np.ndarray:
-        """[C]: how far the engine's log-probabilities are from the reference's."""
-        logps = (self.logits(prompt, completion) / temperature).log_softmax(-1)
-        chosen = logps.gather(1, torch.tensor(completion.tokens, dtype=torch.long)[:, None])[:, 0]
-        return np.abs(chosen.numpy() - completion.logps)
-
-
-def build(name: str, root: Path) -> Subject:
-    from transformers import AutoModelForCausalLM
-
-    kind, tied, settings = SUBJECTS[name]
-    folder = tiny_model_folder(root, hidden=128, tied=tied)
-    if settings.get("mixes"):
-        settings = {"mixes": str(tiny_model_folder(root, hidden=64, layers=1, seed=1))}
-    spec = EngineSpec(
-        kind,
-        str(folder),
-        max_model_len=MAX_MODEL_LEN,
-        max_concurrency=MAX_CONCURRENCY,
-        kv_cache_gib=0.05,
-        **settings,
-    )
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, spec.dtype)).eval()
-    original = [(name, parameter.detach().clone()) for name, parameter in reference.named_parameters()]
-    return Subject(build_engine(spec), spec, reference, original)
-
-
-@pytest.fixture(scope="module")
-def subjects(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Subject]]:
-    """Each engine is built once: vLLM takes seconds."""
-    built: dict[str, Subject] = {}
-
-    def get(name: str) -> Subject:
-        if name not in built:
-            built[name] = build(name, tmp_path_factory.mktemp(name))
-        return built[name]
-
-    yield get
-    for subject in built.values():
-        subject.engine.close()
-    gc.freeze()  # vLLM has undone it, and the tests of other files would look at all that it imported again and again
-
-
-@pytest.fixture
-def subject(request: pytest.FixtureRequest, subjects: Callable[[str], Subject]) -> Subject:
-    """The engine of this test's parameter with its first weights, as version 0."""
-    subject = subjects(request.param)
-    assert not subject.engine.busy, "an earlier test left a request"
-    if subject.engine.version != 0 and subject.spec.lora is None:
-        subject.load(subject.original, 0)
-    return subject
-
-
-def on(*names: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("subject", names, indirect=True)
+__all__ = ["subject", "subjects"]  # fixtures
 
 
 MODELS = ("vllm-tied", "vllm-untied", "hf-tied", "hf-untied")
@@ -208,58 +81,6 @@ def kept_tokens(probs: torch.Tensor, top_k: int = 0, top_p: float = 1.0, min_p: 
     )
 
 
-@on("vllm-cut", "hf-tied")
-def test_each_token_comes_with_the_tokens_that_truncation_left(subject: Subject) -> None:
-    cut = {"top_k": 6, "top_p": 0.5, "min_p": 0.1}
-    sampling = Sampling(24, temperature=0.8, replay_truncation=True, **cut)
-    sizes = set[int]()
-    for completion in subject.run(Request("cut", PROMPT, 3, sampling, seed=3))["cut"]:
-        assert completion.admitted is not None and completion.admitted.shape == (len(completion.tokens), 6)
-        probs = (subject.logits(PROMPT, completion) / 0.8).softmax(-1)
-        for place, ids in enumerate(completion.admitted):
-            kept = kept_one_after_the_other(probs[place])
-            assert set(ids[ids >= 0].tolist()) == kept and completion.tokens[place] in kept
-            logp = float((probs[place, completion.tokens[place]] / probs[place, sorted(kept)].sum()).log())
-            assert completion.logps[place] == pytest.approx(logp, abs=1e-3)
-            sizes.add(len(kept))
-    assert len(sizes) > 2, "the cut is always of one size: this test shows little"
-    whole = subject.one(Request("whole", PROMPT, 1, Sampling(4, **cut), seed=3))
-    assert whole.admitted is None
-
-
-def kept_one_after_the_other(probs: torch.Tensor) -> set[int]:
-    """min_p, then the 6 likeliest, then the fewest that reach a half of what is left by then."""
-    kept = [int(token) for token in probs.argsort(descending=True) if probs[token] >= 0.1 * probs.max()][:6]
-    left = (probs[kept] / probs[kept].sum()).cumsum(0)
-    return set(kept[: 1 + int((left < 0.5).sum())])
-
-
-@on("vllm-cut", "hf-tied")
-def test_of_each_token_of_a_prompt_an_engine_says_which_ones_were_likeliest_there(subject: Subject) -> None:
-    """Also of a prompt whose keys and values are in a prefix cache, beside requests that ask nothing, and of new
-    weights."""
-
-    def check(name: str) -> torch.Tensor:
-        asked = [Request(f"{name}/{k}", LONG_PROMPT, 1, Sampling(1), seed=1, prompt_top_k=k) for k in (5, 2, 0)]
-        found = {key: samples[0].prompt for key, samples in subject.run(*asked).items()}
-        assert found[f"{name}/0"] is None
-        with torch.no_grad():
-            logps = subject.reference(torch.tensor([LONG_PROMPT])).logits[0, :-1].float().log_softmax(-1)
-        for k in (5, 2):
-            said = found[f"{name}/{k}"]
-            assert said is not None and said.ids.shape == said.logps.shape == (len(LONG_PROMPT) - 1, k)
-            np.testing.assert_allclose(said.logps, logps.topk(k).values, atol=1e-4)
-            np.testing.assert_allclose(said.logps, logps.gather(1, torch.tensor(said.ids).long()), atol=1e-4)
-            np.testing.assert_allclose(said.own, logps[range(len(logps)), LONG_PROMPT[1:]], atol=1e-4)
-        return logps
-
-    subject.run(Request("before", LONG_PROMPT, 1, Sampling(4), seed=1))
-    first, again = check("first"), check("again")
-    assert torch.equal(first, again)
-    subject.load(subject.other_weights(4), 1)
-    assert (check("other weights") - first).abs().max() > 1e-2
-
-
 @on("vllm-bf16-head", "hf-bf16-head", "vllm-bf16", "hf-bf16")
 def test_a_head_in_float32_does_not_round_logits_to_half_precision(subject: Subject) -> None:
     """Of two tokens that may be drawn, the log-probability of one says by how much their logits differ. Logits of 1 and
@@ -271,90 +92,6 @@ def test_a_head_in_float32_does_not_round_logits_to_half_precision(subject: Subj
     rounded = float((np.abs(steps - steps.round()) < 0.02).mean())
     assert len(between) > 40
     assert rounded < 0.2 if subject.spec.lm_head_fp32 else rounded > 0.9
-
-
-@on("vllm-mixing", "hf-mixing")
-def test_every_token_of_a_mixture_is_drawn_from_the_normalised_product_of_both_models(subject: Subject) -> None:
-    """Also after new weights of either, in the middle of samples; and requests without a mixture know nothing of it."""
-    from transformers import AutoModelForCausalLM
-
-    second = AutoModelForCausalLM.from_pretrained(subject.spec.mixes).eval()
-    original = [(name, parameter.detach().clone()) for name, parameter in second.named_parameters()]
-    shares = {"half": 0.5, "most": 0.8, "none": 0.0}
-
-    def mixed(completion: Completion, share: float) -> torch.Tensor:
-        ids = torch.tensor([[*PROMPT, *completion.tokens]])
-        with torch.no_grad():
-            other = second(ids).logits[0, len(PROMPT) - 1 : -1]
-        return ((1 - share) * subject.logits(PROMPT, completion) + share * other).log_softmax(-1)
-
-    def errors(completion: Completion, share: float) -> np.ndarray:
-        chosen = mixed(completion, share).gather(1, torch.tensor(completion.tokens, dtype=torch.long)[:, None])
-        return np.abs(chosen[:, 0].numpy() - completion.logps)
-
-    def requests(name: str) -> list[Request]:
-        return [Request(f"{name}/{of}", PROMPT, 3, Sampling(16), seed=9, mixture=share) for of, share in shares.items()]
-
-    def check(results: dict[str, list[Completion]], since: int = 0) -> None:
-        for name, completions in results.items():
-            share = shares[name.partition("/")[2]]
-            assert all(errors(completion, share)[since:].max(initial=0) < 1e-4 for completion in completions)
-            other = max(errors(completion, 0.3)[since:].max(initial=0) for completion in completions)
-            assert other > 1e-2, "the mixtures do not differ: this test shows nothing"
-
-    check(subject.run(*requests("first")))
-    for request in requests("moved"):
-        subject.engine.add(request)
-    subject.engine.step()
-    torch.manual_seed(3)
-    others = [(name, tensor + 0.1 * torch.randn_like(tensor)) for name, tensor in original]
-    second.load_state_dict(dict(others), strict=False)
-    subject.engine.load_second(others)
-    subject.load(subject.other_weights(2), 1)
-    check(subject.finish(), since=1)
-    greedy = subject.one(Request("greedy", PROMPT, 1, Sampling(8, temperature=0), seed=1, mixture=0.5))
-    assert greedy.tokens.tolist() == mixed(greedy, 0.5).argmax(-1).tolist()
-    subject.engine.load_second(original)
-
-
-@on("vllm-adapters", "hf-adapters", "hf-dora")
-def test_adapters_alone_give_the_samples_of_the_weights_with_them_merged(subject: Subject) -> None:
-    """Twice, and for a request that is running when the second ones come: each of its tokens is of one version."""
-    from transformers import AutoModelForCausalLM
-
-    trained: Any = AutoModelForCausalLM.from_pretrained(subject.spec.model, dtype=torch.float32).eval()
-    assert subject.spec.lora is not None
-    attach(trained, subject.spec.lora)
-
-    def load(version: int) -> None:
-        torch.manual_seed(version)
-        for name, parameter in trained.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.2)
-        merged = dict(full_tensors(trained, 1 << 20))
-        subject.reference.load_state_dict(merged, strict=False)
-        subject.engine.load_adapters([(name, each.clone()) for name, each in adapter_tensors(trained, 1000)], version)
-
-    def greedy() -> Completion:
-        found = subject.one(Request("greedy", PROMPT, 1, Sampling(40, temperature=0), seed=1))
-        assert found.tokens.tolist() == subject.logits(PROMPT, found).argmax(-1).tolist()
-        assert subject.error(PROMPT, found).max() < 1e-4
-        return found
-
-    load(1)
-    first = greedy()
-    subject.engine.add(Request("running", PROMPT, 2, Sampling(40), seed=2))
-    for _ in range(4):
-        subject.engine.step()
-    load(2)
-    moved = subject.finish()["running"]
-    for completion in moved:
-        since = completion.versions == 2
-        assert since.any() and not since.all(), "the adapters came when no sample was running"
-        assert subject.error(PROMPT, completion)[since].max() < 1e-4
-    second = greedy()
-    assert first.tokens.tolist() != second.tokens.tolist(), "the adapters change nothing: this test shows nothing"
-    assert set(first.versions) == {1} and set(second.versions) == {2}
 
 
 @on("vllm-tied", "hf-tied")

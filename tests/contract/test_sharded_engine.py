@@ -20,7 +20,7 @@ from rollout.vllm_engine import VllmEngine
 from rollout.weights import DiskWrite, ManifestOf, PackBuckets
 from rollout.weights.collective import CollectiveSender
 from rollout.weights.protocol import SENDER, Link, Manifest, Rendezvous, SyncOrder, TensorMeta, TransferFailed
-from tests.contract.test_engines import PROMPT, Weights, build
+from tests.contract.engine_stage import PROMPT, Weights, build
 
 BUCKET = 24 * 1024  # a layer is in several buckets
 NAMES = ("rollout/0/0", "rollout/0/1")
