@@ -19,8 +19,8 @@ from torch import Tensor
 
 from actors.objective import MicroBatch
 from orchestrator.losses.objective import LossObjective
-from orchestrator.methods import build
 from tests.golden.peer import NOT_COMPARABLE, ours
+from tests.unit.loss_rows import objective_of
 from tests.unit.trainer_stub import Result, Rows
 
 FILE = json.loads((Path(__file__).parent / "losses.json").read_text())
@@ -70,12 +70,6 @@ def rows_of(
     columns = {"mask": padded(mask).bool(), **columns}
     found = {name: padded(values) for name, values in (extra or {}).items()}
     return Rows(MicroBatch(lengths, columns), padded(logps), found)
-
-
-def objective_of(method: str, options: dict[str, Any]) -> LossObjective:
-    stage = build(method, options).updates[0]
-    assert stage.call is not None
-    return LossObjective(stage.call, stage.options["reduce"], stage.options["loss_options"])
 
 
 def assert_equal(result: Result, case: dict[str, Any], gradient: str, mask: list[list[int]]) -> None:

@@ -10,8 +10,9 @@ import torch
 from actors.errors import ConfigError
 from actors.objective import MicroBatch
 from orchestrator.methods import build
-from tests.golden.cases import CASES, assert_equal, cases, objective_for, objective_of, rows_of, unpadded
+from tests.golden.cases import CASES, assert_equal, cases, objective_for, rows_of, unpadded
 from tests.golden.peer import ours
+from tests.unit.loss_rows import objective_of
 from tests.unit.trainer_stub import Rows, optimise
 
 

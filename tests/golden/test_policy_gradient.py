@@ -22,8 +22,9 @@ from orchestrator.losses.policy_gradient import engine_correction, policy_gradie
 from orchestrator.losses.reduce import token_mean
 from orchestrator.losses.surrogates import clipped
 from orchestrator.losses.views import PolicyTokens
-from tests.golden.cases import CASES, assert_equal, cases, objective_for, objective_of, padded, rows_of, unpadded
+from tests.golden.cases import CASES, assert_equal, cases, objective_for, padded, rows_of, unpadded
 from tests.golden.peer import ours
+from tests.unit.loss_rows import objective_of
 from tests.unit.trainer_stub import Result, Rows, optimise
 
 
