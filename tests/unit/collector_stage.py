@@ -62,7 +62,8 @@ class Stages(GroupStages):
 
     def __post_init__(self) -> None:
         policy = SimpleNamespace(abort_on_failure=self.on_failure == "abort")
-        super().__init__({}, {"reward": SimpleNamespace(policy=policy)}, {}, LocalObjects())
+        scorers: dict[str, Any] = {"reward": SimpleNamespace(policy=policy)}
+        super().__init__({}, scorers, {}, LocalObjects())
 
     async def sample(self, role: str, request: Request, sampler: int = 0) -> tuple[GroupMeta, RowTable]:
         position = request.group

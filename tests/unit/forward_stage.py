@@ -23,7 +23,7 @@ from actors.objective import MicroBatch
 from tests.unit.tiny import tiny_model
 
 LENGTHS = [7, 1, 12, 7, 30, 2]
-FLOAT32 = {"rtol": 1e-4, "atol": 1e-5}
+FLOAT32: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def language_model(causal: Any = None, **settings: Any) -> LanguageModel:
@@ -79,13 +79,14 @@ SMALL: dict[str, Any] = {
 def tiny_gemma2(**settings: Any) -> Any:
     """Its scores are far beyond the cap."""
     torch.manual_seed(0)
-    config: dict[str, Any] = {**SMALL, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8, **settings}
-    return Gemma2ForCausalLM(Gemma2Config(**{"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, **config}))
+    tokens = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    config: dict[str, Any] = {**tokens, **SMALL, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8, **settings}
+    return Gemma2ForCausalLM(Gemma2Config(**config))
 
 
 def tiny_gpt_oss() -> Any:
     torch.manual_seed(0)
-    causal = GptOssForCausalLM(GptOssConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2, eos_token_id=1))
+    causal: Any = GptOssForCausalLM(GptOssConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2, eos_token_id=1))
     for layer in causal.model.layers:
         torch.nn.init.normal_(layer.self_attn.sinks, mean=2.0)
     return causal

@@ -23,7 +23,7 @@ from tests.unit.tiny import tiny_model_folder
 OPTIM = OptimSpec(learning_rate=3e-3, total_steps=10, weight_decay=0.1)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Nll:
     """Mean negative log-likelihood of the masked tokens; counts its steps if told to couple rows."""
 

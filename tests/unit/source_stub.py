@@ -37,7 +37,7 @@ def merging_tokenizer(*pairs: str) -> PreTrainedTokenizerBase:
     tokens = ["<pad>", "<eos>", *sorted(ByteLevel.alphabet()), *pairs]
     return Qwen2Tokenizer(
         vocab={token: index for index, token in enumerate(tokens)},
-        merges=[(pair[0], pair[1]) for pair in pairs],
+        merges=[(pair[0], pair[1]) for pair in pairs],  # pyright: ignore[reportArgumentType]
         unk_token=None,  # pyright: ignore[reportArgumentType]
         pad_token="<pad>",
         eos_token="<eos>",
@@ -70,7 +70,8 @@ def opened(
     **data: Any,
 ) -> Source:
     """A source with seed 0, in the data's own order unless told otherwise."""
-    config = DataConfig(path=str(path), **{"shuffle": False, **data})
+    keys: dict[str, Any] = {"path": str(path), "shuffle": False, **data}
+    config = DataConfig(**keys)
     return open_source(config, kind, words or tokenizer(), seed=0, model_max_length=model_max_length)
 
 

@@ -84,8 +84,8 @@ def test_an_empty_micro_batch_changes_nothing(folder: Path) -> None:
 
 
 def test_the_balancing_loss_of_experts_weighs_each_micro_batch_by_its_tokens(tmp_path: Path) -> None:
-    config = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
+    config: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
     torch.manual_seed(0)
     MixtralForCausalLM(MixtralConfig(**config, **heads)).save_pretrained(tmp_path)
     data = batch(rows=1).select([0, 0, 0])  # equal rows are routed alike, so that the cut cannot change the formula

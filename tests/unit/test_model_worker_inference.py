@@ -65,7 +65,7 @@ def test_a_thread_computes_gradients_again_after_log_probabilities_whose_frame_i
 
 @pytest.mark.parametrize("coupled", [False, True])
 def test_an_evaluation_reports_what_an_update_would_without_noise_or_learning(folder: Path, coupled: bool) -> None:
-    noisy = {"lora": LoraSpec(r=4, dropout=0.5), "neftune_noise_alpha": 50.0}
+    noisy: dict[str, Any] = {"lora": LoraSpec(r=4, dropout=0.5), "neftune_noise_alpha": 50.0}
     target, plain = trainable(folder, **noisy), trainable(folder, lora=LoraSpec(r=4))
     data, objective = part(batch()), Nll(coupled=coupled)
     found = [target.evaluate(data, objective, 1.0, "policy.update") for _ in range(2)]

@@ -163,7 +163,7 @@ def test_a_batch_of_one_is_refused_where_examples_swap_their_completions() -> No
 
 def test_cpus_for_a_ray_that_is_not_started_are_warned_about() -> None:
     phase = {"method": "sft", "train": {"steps": 1}}
-    there = {"phases": {"one": phase}, "cluster": {"address": "head:6379"}}
+    there: dict[str, Any] = {"phases": {"one": phase}, "cluster": {"address": "head:6379"}}
     assert planned(RunConfig.model_validate(there)).warnings == ()
     there["cluster"]["num_cpus"] = 8
     (warning,) = planned(RunConfig.model_validate(there)).warnings

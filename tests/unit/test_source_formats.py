@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ from tests.unit.source_stub import (
         ({"input_ids": [20, 21, 22]}, "3⟦45⟧"),
     ],
 )
-def test_a_completion_is_learned_from_where_its_format_says(tmp_path: Path, row: dict, shown: str) -> None:
+def test_a_completion_is_learned_from_where_its_format_says(tmp_path: Path, row: dict[str, Any], shown: str) -> None:
     assert previews(tmp_path, row, Completions, PLAIN_TEMPLATE) == shown
 
 

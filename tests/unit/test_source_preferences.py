@@ -31,7 +31,7 @@ from tests.unit.source_stub import (
         {"chosen": "ab=cd", "rejected": "ab=e"},
     ],
 )
-def test_a_pair_is_two_rows_chosen_first_with_one_boundary(tmp_path: Path, row: dict) -> None:
+def test_a_pair_is_two_rows_chosen_first_with_one_boundary(tmp_path: Path, row: dict[str, Any]) -> None:
     source = opened(write_rows(tmp_path / "d.jsonl", [row]), Pairs)
     batch = source.item(0).batch
     assert source.preview() == "ab=⟦cd<eos>⟧\nab=⟦e<eos>⟧"
@@ -68,7 +68,7 @@ def test_conversational_pairs_share_their_prompt(tmp_path: Path) -> None:
     ],
 )
 def test_preferences_over_conversations_are_rendered_by_the_template(
-    tmp_path: Path, kind: DataKind, row: dict, shown: str
+    tmp_path: Path, kind: DataKind, row: dict[str, Any], shown: str
 ) -> None:
     tools = [{"type": "function", "function": {"name": "add"}}]
     row = {**row, "chat_template_kwargs": {"shout": True}, "tools": tools}
@@ -93,7 +93,7 @@ def test_a_margin_goes_with_both_rows_of_its_pair(tmp_path: Path) -> None:
         ([user("q"), assistant("a")], [user("q"), assistant("b")], ([user("q")], [assistant("a")], [assistant("b")])),
     ],
 )
-def test_the_prompt_of_a_pair_is_what_both_begin_with(chosen: Any, rejected: Any, expected: tuple) -> None:
+def test_the_prompt_of_a_pair_is_what_both_begin_with(chosen: Any, rejected: Any, expected: tuple[Any, ...]) -> None:
     assert extract_prompt(chosen, rejected) == expected
 
 

@@ -86,7 +86,7 @@ from tests.unit.source_stub import (
     ],
 )
 def test_a_row_that_cannot_be_used_is_refused_with_its_reason(
-    tmp_path: Path, kind: DataKind, row: dict, reason: str
+    tmp_path: Path, kind: DataKind, row: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(DataError, match=reason) as refusal:
         previews(tmp_path, row, kind, PLAIN_TEMPLATE)
@@ -125,7 +125,7 @@ def test_a_check_without_a_tokenizer_refuses_the_same_turns(tmp_path: Path) -> N
     ],
 )
 def test_a_choice_of_trained_tokens_that_the_data_does_not_have_is_refused(
-    tmp_path: Path, kind: DataKind, row: dict, setting: dict[str, Any], refusal: str
+    tmp_path: Path, kind: DataKind, row: dict[str, Any], setting: dict[str, Any], refusal: str
 ) -> None:
     (name,) = setting
     with pytest.raises(DataError, match=rf"data\.{name}={str(setting[name]).lower()} .*{refusal}"):
