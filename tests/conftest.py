@@ -17,6 +17,7 @@ os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")
 # Modules that tests share, whose assertions say what they found.
 pytest.register_assert_rewrite(
+    "tests.contract.backend_stage",
     "tests.contract.engine_stage",
     "tests.golden.cases",
     "tests.unit.forward_stage",

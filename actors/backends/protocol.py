@@ -1,4 +1,4 @@
-"""The contract of a trainer backend. `tests/contract/test_backends.py` runs on every one, and on a user's own."""
+"""The contract of a trainer backend. `tests/contract/test_backend*.py` run on every one, and on a user's own."""
 
 from __future__ import annotations
 

@@ -13,7 +13,14 @@ from tests.trainer_ranks import Gangs
 from tests.unit.tiny import tiny_tokenizer
 
 # Files that one process runs one after the other: they use the same ranks.
-GANGS = ("test_scalar_heads_backends", "test_companion", "test_methods_backends", "test_backends")
+GANGS = (
+    "test_scalar_heads_backends",
+    "test_companion",
+    "test_methods_backends",
+    "test_backend_states",
+    "test_backend_adapters",
+    "test_backends",  # the last: its last test kills a rank
+)
 ENGINES = ("test_engines", "test_engine_abilities")  # as well: both import vLLM, which takes long
 # What takes longest begins first, so that no process is left alone with it in the end.
 FIRST = (*GANGS, *ENGINES, "test_queued_runs", "test_evaluation_runs", "test_episode_runs", "test_run_handle")

@@ -23,7 +23,7 @@ from actors.worker import Group
 from orchestrator.batches.row_table import RowTable
 from orchestrator.losses.objective import LossObjective
 from orchestrator.methods import build
-from tests.contract.test_backends import Role
+from tests.contract.backend_stage import Role
 from tests.contract.test_methods_backends import SharedGang
 from tests.local_executor import executor_of, in_process, local_executor, steps
 from tests.trainer_ranks import Gangs

@@ -20,7 +20,7 @@ from actors.worker import Group, Ref
 from orchestrator.batches.row_table import RowTable
 from orchestrator.methods import METHODS, build
 from orchestrator.pipeline import Pipeline
-from tests.contract.test_backends import VERB_S, Role
+from tests.contract.backend_stage import VERB_S, Role
 from tests.contract.test_methods_learn import TOKEN_BUDGET, made_up, said_of
 from tests.local_executor import executor_of, in_process, local_executor, model_workers, steps
 from tests.trainer_ranks import Gangs

@@ -16,7 +16,7 @@ from actors.sharding import Shard, shard, shard_groups
 from actors.specs import BackendSpec, LoraSpec, OptimSpec
 from orchestrator.losses.objective import LossObjective
 from orchestrator.methods import build
-from tests.contract.test_backends import Role
+from tests.contract.backend_stage import Role
 from tests.trainer_ranks import Gangs
 from tests.unit.test_scalar_heads import rows, transformers_scores
 from tests.unit.tiny import tiny_model_folder
