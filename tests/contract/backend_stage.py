@@ -22,7 +22,7 @@ from actors.model import ModelSpec
 from actors.model_worker import UpdateReport
 from actors.objective import Objective
 from actors.sharding import shard
-from actors.specs import BackendSpec, LoraSpec, OptimSpec
+from actors.specs import BackendKind, BackendSpec, LoraSpec, OptimSpec
 from tests.masked_nll import MaskedNll
 from tests.trainer_ranks import START_S, Gangs, whole
 from tests.unit.tiny import tiny_model_folder
@@ -48,7 +48,7 @@ LORA = LoraSpec(r=4, alpha=8)
 
 @dataclass(frozen=True)
 class Case:
-    kind: str
+    kind: BackendKind
     stage: int
     ranks: int
 
@@ -79,10 +79,10 @@ class Role:
     def update(
         self, steps: int = 1, *, batch: Batch | None = None, budget: int = BUDGET, objective: Objective | None = None
     ) -> list[UpdateReport]:
-        objective = objective or MaskedNll()
-        dealt = shard(batch or self.batch, len(self.gang.workers), budget, statistics_rows=objective.statistics_rows)
+        learned: Any = objective or MaskedNll()
+        dealt = shard(batch or self.batch, len(self.gang.workers), budget, statistics_rows=learned.statistics_rows)
         parts = [part for _, part in dealt]
-        reports = [self.call("act_on", "update", objective, 1.0, "u", per_rank=parts)[0] for _ in range(steps)]
+        reports = [self.call("act_on", "update", learned, 1.0, "u", per_rank=parts)[0] for _ in range(steps)]
         assert all(report.grad_norm > 1e-3 and report.learning_rate > 0 for report in reports), "nothing was learned"
         return reports
 

@@ -110,7 +110,7 @@ def build(name: str, root: Path) -> Subject:
     kind, tied, settings = SUBJECTS[name]
     folder = tiny_model_folder(root, hidden=128, tied=tied)
     if settings.get("mixes"):
-        settings = {"mixes": str(tiny_model_folder(root, hidden=64, layers=1, seed=1))}
+        settings = dict(settings, mixes=str(tiny_model_folder(root, hidden=64, layers=1, seed=1)))
     spec = EngineSpec(
         kind,
         str(folder),

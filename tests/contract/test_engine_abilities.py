@@ -19,7 +19,7 @@ __all__ = ["subject", "subjects"]  # fixtures
 
 @on("vllm-cut", "hf-tied")
 def test_each_token_comes_with_the_tokens_that_truncation_left(subject: Subject) -> None:
-    cut = {"top_k": 6, "top_p": 0.5, "min_p": 0.1}
+    cut: dict[str, Any] = {"top_k": 6, "top_p": 0.5, "min_p": 0.1}
     sampling = Sampling(24, temperature=0.8, replay_truncation=True, **cut)
     sizes = set[int]()
     for completion in subject.run(Request("cut", PROMPT, 3, sampling, seed=3))["cut"]:

@@ -40,7 +40,7 @@ def routes() -> list[tuple[str, str]]:
     ]
 
 
-WRONG = {
+WRONG: dict[str, dict[str, Any]] = {
     "none": {},
     "another": {"Authorization": "Bearer another-token-of-the-tests"},
     "empty": {"Authorization": "Bearer "},
