@@ -71,6 +71,11 @@ class Shard:
     spread: Mapping[str, Array] = field(default_factory=dict[str, Array])
     stored: tuple[Stored, ...] = ()
 
+    def nbytes(self) -> int:
+        """Of what is sent with the shard; what it refers to is not counted."""
+        places = sum(each.blocks.nbytes + each.rows.nbytes for each in self.stored)
+        return self.batch.nbytes() + sum(values.nbytes for values in self.spread.values()) + places
+
     def fetched(self, blocks: Sequence[Batch]) -> Shard:
         """The shard with all of its columns in `batch`. Rows that `learned` excludes have an empty mask."""
         columns: dict[str, Array] = {}

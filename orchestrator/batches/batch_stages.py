@@ -19,6 +19,7 @@ from actors.batch import Array
 from actors.columns import COLUMNS, Axis, Head
 from actors.distributions import TopK
 from actors.other_prompts import OtherPrompts
+from actors.sharding import Shard
 from actors.worker import Group, Objects, Ref, Worker
 from orchestrator.batches.replay_buffer import ReplayBuffer, replayed
 from orchestrator.batches.row_table import RowTable, Share
@@ -33,6 +34,9 @@ from orchestrator.publishing.transfer import mix_towards
 from rollout.sampling import Sampling
 
 FETCH_TIMEOUT_S = 120.0
+# Of a shard that travels in the call of its rank: through the object store it takes 1 to 2 ms longer, 3 % of a step of
+# 80 ms. Ray takes at most 100 KiB into a call, and would put anything larger into the store while the loop waits.
+SMALL_SHARD_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -287,7 +291,7 @@ class BatchStages:
             objective,
             self.phase.temperature,
             stage.name,
-            per_rank=await self._put(shares),
+            per_rank=await self._sent(shares),
             blocks=[share.blocks for share in shares],
             timeout_s=self._call_timeout_s[stage.role],
             task_name=_label(stage, step),
@@ -323,8 +327,13 @@ class BatchStages:
         role = stage.role if stage.role in self._groups else self._stand_ins[stage.role]
         return role, self._groups[role]
 
-    async def _put(self, shares: Sequence[Share]) -> list[Ref]:
-        return list(await asyncio.gather(*(self._objects.put(share.shard) for share in shares)))
+    async def _sent(self, shares: Sequence[Share]) -> list[Shard | Ref]:
+        """What each rank is called with: its shard, or a reference to it if it is large."""
+
+        async def sent(shard: Shard) -> Shard | Ref:
+            return shard if shard.nbytes() <= SMALL_SHARD_BYTES else await self._objects.put(shard)
+
+        return list(await asyncio.gather(*(sent(share.shard) for share in shares)))
 
     async def _call_split(
         self, stage: Stage, role: str, group: Group, method: str, shares: Sequence[Share], *shared: Any, step: int
@@ -333,7 +342,7 @@ class BatchStages:
         return await group.call_split(
             method,
             *shared,
-            per_rank=await self._put(shares),
+            per_rank=await self._sent(shares),
             blocks=[share.blocks for share in shares],
             timeout_s=self._call_timeout_s[role],
             task_name=_label(stage, step),

@@ -54,12 +54,14 @@ class Ranks:
     failure: Exception | None = None
     seen: list[list[Batch]] = field(default_factory=list)  # of each update, what each rank learned from
     said: list[tuple[Any, ...]] = field(default_factory=list)  # of each call, what all ranks were told
+    sent: list[Shard | Ref] = field(default_factory=list)  # of each call, what each rank was given
 
     @property
     def workers(self) -> Sequence[Any]:
         return range(self.ranks)
 
     async def call(self, method: str, *shared: Any, per_rank: Any, blocks: Any, **_: Any) -> list[Any]:
+        self.sent += per_rank
         shards = [_fetched(*pair) for pair in zip(per_rank, blocks, strict=True)]
         self.log.append(f"{self.name}.{method} begins")
         await asyncio.sleep(0)
@@ -81,6 +83,7 @@ class Ranks:
     ) -> list[tuple[Any, Ref]]:
         self.log.append(f"{self.name}.{method} begins")
         await asyncio.sleep(0)
+        self.sent += per_rank
         self.said.append(shared)
         found = [self._block(method, shared, _fetched(*pair).batch) for pair in zip(per_rank, blocks, strict=True)]
         self.log.append(f"{self.name}.{method} ends")
@@ -98,8 +101,9 @@ class Ranks:
     async def kill(self) -> None: ...
 
 
-def _fetched(shard: Ref, blocks: Sequence[Ref]) -> Shard:
-    return shard.target.fetched([block.target for block in blocks])
+def _fetched(sent: Shard | Ref, blocks: Sequence[Ref]) -> Shard:
+    shard: Shard = sent.target if isinstance(sent, Ref) else sent
+    return shard.fetched([block.target for block in blocks])
 
 
 def table(rows: int = 6, length: int = 3) -> RowTable:
@@ -311,13 +315,15 @@ async def test_the_bytes_that_pass_through_the_driver_in_a_step_do_not_grow_with
 
     async def passed(length: int) -> int:
         objects = Counting()
-        groups = (Ranks(role, [], 2) for role in pipeline.roles if role in pipeline.heads)
+        groups = [Ranks(role, [], 2) for role in pipeline.roles if role in pipeline.heads]
         subject = local_executor(
             pipeline, {group.name: group for group in groups}, token_budget=100 * length, objects=objects
         )
         after, _ = await step(subject, table(rows=8, length=length))
         assert after.num_tokens == 8 * length
-        return objects.count + len(pickle.dumps([after.rows, after.spread, after.stored]))
+        in_calls = [each for group in groups for each in group.sent if isinstance(each, Shard)]
+        assert in_calls
+        return objects.count + len(pickle.dumps([in_calls, after.rows, after.spread, after.stored]))
 
     few, many = await passed(10), await passed(5_000)
     assert many < 1.01 * few
