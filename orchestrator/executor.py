@@ -192,13 +192,20 @@ class Executor:
                 await stack.enter_async_context(publisher.changing)
             yield
 
+    def replaced(self, role: str) -> None:
+        """A role was given other weights between two steps: engines that sample from it get them with the next publish,
+        also if no step has been done since the last one. The caller holds them still (`changing_weights`)."""
+        for publisher in self.publishers:
+            if publisher.source == role:
+                publisher.source_replaced()
+
     async def publish(self, version: int, *, begins: bool = False) -> list[SyncReport]:
         """Bring the engines to the weights of the roles that they sample from, unless they are there. Where those do
         not change in the phase, that is once, when it `begins`. The caller holds them still (`changing_weights`)."""
         reports: list[SyncReport] = []
         for publisher in self.publishers:
             changes = publisher.source in {*self.phase.pipeline.trained, *self.phase.pipeline.mixed}
-            if publisher.version != version and (begins or changes):
+            if (publisher.outdated or publisher.version != version) and (begins or changes):
                 with self.activity.working(PUBLISH):
                     reports.append(await publisher.publish(version))
         return reports

@@ -171,7 +171,9 @@ async def _set_copies(config: RunConfig, folder: Path, phase: PreparedPhase, rol
         if not resumed:
             await asyncio.to_thread(_emptied, copy)
             await roles.groups[settings.copies].call("save_model", str(copy), timeout_s=SAVE_TIMEOUT_S)
-        await roles.groups[role].call("load_model", str(copy), timeout_s=SAVE_TIMEOUT_S)
+        async with roles.changing_weights():
+            await roles.groups[role].call("load_model", str(copy), timeout_s=SAVE_TIMEOUT_S)
+            roles.replaced(role)
 
 
 async def _set_mixed(phase: PreparedPhase, roles: Executor, found: Checkpoint | None) -> None:

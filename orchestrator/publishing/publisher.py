@@ -71,6 +71,7 @@ class Publisher:
         second: Publisher | None = None,
     ) -> None:
         self.version = -1
+        self.outdated = False  # whether the source has other weights than the ones published as `version`
         self.role, self.source = role, source
         self._part: Part = part
         self._transport = transport
@@ -107,13 +108,19 @@ class Publisher:
             raise WeightSyncError(f"version {version}: none of {len(members)} rollout worker(s) confirmed the weights")
         if self._snapshot is not None and self._snapshot[0].version != version:  # of the weights before
             self._snapshot = None
-        self.version = version
+        self.version, self.outdated = version, False
         self._published.set()
         stall = max((ack.stall_seconds for ack in acks), default=0.0)
         promoted = tuple(index for index in members if self._held.get(index) == version)
         fingerprint = acks[0].fingerprint if acks else None
         seconds, nbytes = time.monotonic() - began, (await self._get_manifest()).nbytes
         return SyncReport(self.role, self.source, version, fingerprint, promoted, seconds, stall, nbytes)
+
+    def source_replaced(self) -> None:
+        """The source was given other weights, and the version is still the one that was published last: it must be
+        published again, and nobody may catch up with what was packed of it. The caller holds `changing`."""
+        self.outdated = True
+        self._snapshot = None
 
     async def admit(self, index: int) -> None:
         """Returns once the member holds the current weights; the pool calls this before it gives out work. Before the

@@ -336,12 +336,16 @@ class Published:
     role: str
     source: str
     version: int = -1
+    outdated: bool = False
     versions: list[int] = field(default_factory=list)
 
     async def publish(self, version: int) -> str:
-        self.version = version
+        self.version, self.outdated = version, False
         self.versions.append(version)
         return f"{self.role} has {version}"
+
+    def source_replaced(self) -> None:
+        self.outdated = True
 
 
 def test_weights_that_do_not_change_are_published_once_a_phase_and_the_others_in_every_step() -> None:
@@ -361,3 +365,18 @@ def test_weights_that_do_not_change_are_published_once_a_phase_and_the_others_in
     ]
     assert (student.versions, teacher.versions) == ([4, 5, 6], [4])
     assert executor.group_stages.steady == {"teacher_rollout"}
+
+
+def test_a_phase_publishes_a_version_again_only_of_the_role_that_was_given_other_weights() -> None:
+    student, teacher = Published("rollout", "policy"), Published("teacher_rollout", "teacher")
+    pipeline = build("gkd", {"lmbda": 0.0, "seq_kd": True})
+    executor = local_executor(pipeline, {}, token_budget=9, publishers=(student, teacher))
+
+    async def published() -> list[Any]:
+        begun = [await executor.publish(4, begins=True), await executor.publish(4, begins=True)]
+        executor.replaced("teacher")
+        within = await executor.publish(4)
+        return [*begun, within, await executor.publish(4, begins=True), await executor.publish(4, begins=True)]
+
+    both, again = ["rollout has 4", "teacher_rollout has 4"], ["teacher_rollout has 4"]
+    assert asyncio.run(published()) == [both, [], [], again, []]
