@@ -27,9 +27,11 @@ from orchestrator.collection.group_collector import GroupCollector
 from orchestrator.collection.precompute import precompute
 from orchestrator.collection.row_collector import RowCollector
 from orchestrator.collection.staleness import Contract
+from orchestrator.config.schema import RunConfig
 from orchestrator.data.parts import Parts
 from orchestrator.driver import Progress, StepRecord, train
 from orchestrator.executor import Executor
+from orchestrator.phases.collected_by import collected_by, differing, scored_by
 from orchestrator.phases.phase_weights import (
     begin_save,
     checkpoint_parts,
@@ -273,18 +275,26 @@ class PhaseRun:
             self.context.console.completions(shown[: logging.completions_shown])
 
     async def _set_replay_buffer(self) -> None:
-        """If the phase is resumed and replays groups, those that the checkpoint has. After a change of the rewards
+        """If the phase is resumed and replays groups, those that the checkpoint has. After a change of what scores them
         none: how much a group teaches was worked out from the rewards that it had."""
         buffer = self.roles.batch_stages.replay_buffer
         if buffer is None or self.found is None:
             return
-        if self.found.state.config["rewards"] != self.context.config.model_dump(mode="json")["rewards"]:
-            self.context.console.warn("the rewards have changed: the replay buffer of the checkpoint is left out")
+        before, now = self._before(self.found), self.context.config
+        if changed := differing(scored_by(before, self.phase.name), scored_by(now, self.phase.name)):
+            self._leave_out("the replay buffer of the checkpoint is left out", changed)
             return
         found = await replay_buffer.load(self.roles.objects, self.found.path, self._written_by_groups)
         if found.warning:
             self.context.console.warn(found.warning)
         buffer.groups = found.groups
+
+    def _before(self, found: Checkpoint) -> RunConfig:
+        """The configuration with which a checkpoint was written."""
+        return RunConfig.model_validate(found.state.config)
+
+    def _leave_out(self, what: str, changed: list[str]) -> None:
+        self.context.console.warn(f"{what}: {', '.join(changed)} changed since; to keep them, resume with what was set")
 
     @property
     def _written_by_groups(self) -> frozenset[str]:
@@ -296,8 +306,11 @@ class PhaseRun:
         samples or scores they are sampled again."""
         if self.found is None or not isinstance(collector, GroupCollector):
             return
-        before, now = self.found.state.config, self.context.config.model_dump(mode="json")
-        if _collects_as(before, self.phase.name) != _collects_as(now, self.phase.name):
+        name, pipeline = self.phase.name, self.phase.pipeline
+        before, now = self._before(self.found), self.context.config
+        if changed := differing(collected_by(before, name, pipeline), collected_by(now, name, pipeline)):
+            if (self.found.path / saved_groups.FILE).is_file():
+                self._leave_out("the finished prompt groups of the checkpoint are sampled again", changed)
             return
         found = await saved_groups.load(self.roles.objects, self.found.path, collector.drawn, self._written_by_groups)
         if found.warning:
@@ -347,9 +360,3 @@ class PhaseRun:
             scores=dict(context.evaluations.scores),
         )
         await self.saving.begin(state)
-
-
-def _collects_as(config: dict[str, Any], phase: str) -> tuple[Any, ...]:
-    """What of a configuration (as JSON) decides which groups are collected, and what they are worth."""
-    settings = config["phases"][phase]
-    return config["rewards"], *(settings[key] for key in ("method", "options", "data", "sampling", "episode"))
