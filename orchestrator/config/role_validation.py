@@ -22,6 +22,7 @@ from orchestrator.config.roles import (
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.section import Section
 from orchestrator.pipeline import Pipeline, Verb
+from orchestrator.planning.bundles import together
 from orchestrator.planning.handover import is_handed_over, phase_of
 
 
@@ -100,7 +101,7 @@ def _of_colocation(where: str, role: str, settings: Role, roles: RolesConfig, la
         yield f"{key}: {wanted} processes cannot share the {count(beside)} bundle(s) of {host}, one in each"
     guests = [name for name in launched if name in roles and roles[name].colocate == host]
     if role == guests[0]:  # the sum is the same for all guests: report it once
-        total = beside.gpus + sum(roles[name].gpus for name in guests)
+        total = together(beside.gpus, *(roles[name].gpus for name in guests))
         yield from _of_gpus(f"roles.{host} with {', '.join(guests)} beside it", total, count(beside))
 
 

@@ -5,6 +5,7 @@ A bundle is what one process reserves, or several that share it (colocation). `f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,8 +15,14 @@ from orchestrator.planning.node_selectors import Labels, Selector
 GIB = 2**30
 NO_ROOM = "no room on the cluster"  # how a run says that it did not get what it was to reserve
 SLACK = 1e-6  # of a resource: sums of fractions are not exact
+DECIMALS = 4  # of an amount of a resource, in Ray's book-keeping
 
 Resources = Mapping[str, float]
+
+
+def together(*amounts: float) -> float:
+    """The sum of amounts of a resource as it was meant: 0.1 + 0.2 + 0.7 is 1, which of floats it is not."""
+    return round(math.fsum(amounts), DECIMALS)
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,7 @@ class Bundle:
     def shared_with(self, role: str, more: Resources) -> Bundle:
         """The bundle with room for a process of another role as well."""
         names = dict.fromkeys([*self.resources, *more])
-        total = {name: self.resources.get(name, 0.0) + more.get(name, 0.0) for name in names}
+        total = {name: together(self.resources.get(name, 0.0), more.get(name, 0.0)) for name in names}
         return Bundle((*self.roles, role), total, self.selectors)
 
     @property
