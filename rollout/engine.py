@@ -126,7 +126,8 @@ class Engine(Protocol):
         ...
 
     def wake(self) -> None:
-        """Undo `sleep`: the engine has the same weights as before."""
+        """Undo `sleep`: the engine has the same weights as before. No effect on an engine that is awake: where a role
+        fell asleep in part, all of it is woken."""
         ...
 
     def close(self) -> None:

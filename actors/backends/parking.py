@@ -26,7 +26,8 @@ OWNERS = (
 
 
 class Parked:
-    """What was in the memory that the tensors below `roots` had on one kind of device."""
+    """What was in the memory that the tensors below `roots` had on one kind of device. If the host has no room for all
+    of it, everything is where it was, and the error is raised."""
 
     def __init__(self, device: torch.device, *roots: Any) -> None:
         storages: dict[int, torch.UntypedStorage] = {}
@@ -35,22 +36,28 @@ class Parked:
                 storage = tensor.untyped_storage()
                 storages.setdefault(storage._cdata, storage)
         self._kept: list[tuple[torch.UntypedStorage, torch.UntypedStorage]] = []
-        for storage in storages.values():
-            host = torch.UntypedStorage(storage.nbytes())
-            host.copy_(storage)
-            storage.resize_(0)
-            self._kept.append((storage, host))
+        try:
+            for storage in storages.values():
+                host = torch.UntypedStorage(storage.nbytes())
+                host.copy_(storage)
+                storage.resize_(0)
+                self._kept.append((storage, host))
+        except BaseException:
+            self.take_back()
+            raise
 
     @property
     def nbytes(self) -> int:
         return sum(host.nbytes() for _, host in self._kept)
 
     def take_back(self) -> None:
-        """Everything as it was, to the bit. Afterwards nothing is kept here."""
+        """Everything as it was, to the bit. Afterwards nothing is kept here. If the device has no room, what is not
+        back is still kept, and this may be called again."""
         while self._kept:
-            storage, host = self._kept.pop()
+            storage, host = self._kept[-1]
             storage.resize_(host.nbytes())
             storage.copy_(host)
+            self._kept.pop()
 
 
 class Sleeper:

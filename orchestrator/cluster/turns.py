@@ -43,7 +43,8 @@ class Turns:
 
     def __init__(self, join_s: float = JOIN_S) -> None:
         self._orders: dict[str, Order] = {}  # of the roles that have processes
-        self._asleep: set[str] = set()
+        self._awake: set[str] = set()  # roles of which all processes are
+        self._asleep: set[str] = set()  # likewise; a role that failed to fall asleep or to wake is neither
         self._turn: str | None = None
         self._at_work = 0  # calls of the role whose turn it is
         self._queue: deque[_Waiting] = deque()
@@ -53,10 +54,12 @@ class Turns:
     def joins(self, role: str, order: Order) -> None:
         """A role has processes now, which are awake; called in its turn."""
         self._orders[role] = order
+        self._awake.add(role)
 
     def leaves(self, role: str) -> None:
         """Its processes have ended, and hold nothing."""
         self._orders.pop(role, None)
+        self._awake.discard(role)
         self._asleep.discard(role)
 
     @asynccontextmanager
@@ -103,11 +106,9 @@ class Turns:
             if self._turn != role:
                 self._turn = None
                 for other in [each for each in self._orders if each != role and each not in self._asleep]:
-                    await self._orders[other]("sleep")
-                    self._asleep.add(other)
-            if role in self._asleep:
-                await self._orders[role]("wake")
-                self._asleep.discard(role)
+                    await self._change(other, "sleep", self._awake, self._asleep)
+            if role not in self._awake:
+                await self._change(role, "wake", self._asleep, self._awake)
             self._turn = role
         except Exception as error:
             failure = error
@@ -122,6 +123,15 @@ class Turns:
             else:
                 each.admitted.set_exception(failure)
         self._advance()
+
+    async def _change(self, role: str, verb: str, before: set[str], after: set[str]) -> None:
+        """Some processes of a role may carry the verb out and others fail: it is in neither set then, and is given
+        whichever verb comes next as a whole, also to those that have nothing left to do for it."""
+        before.discard(role)
+        if role in self._orders:
+            await self._orders[role](verb)
+        if role in self._orders:  # it may have ended meanwhile
+            after.add(role)
 
 
 class TurnGroup:

@@ -35,6 +35,30 @@ def test_parked_tensors_take_no_memory_and_return_to_the_same_tensors() -> None:
     assert weight[0, 0] == 5.0, "a view goes on being one"
 
 
+class Host:
+    """In place of `torch.UntypedStorage`: memory of the host that has no room after so many allocations."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.made = torch.UntypedStorage
+
+    def __call__(self, nbytes: int) -> torch.UntypedStorage:
+        if self.room == 0:
+            raise RuntimeError("no memory left on the host")
+        self.room -= 1
+        return self.made(nbytes)
+
+
+def test_tensors_that_the_host_has_no_room_for_are_all_where_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = [torch.full((8,), float(number)) for number in range(4)]
+    host = Host(room=2)
+    monkeypatch.setattr(torch, "UntypedStorage", host)
+    with pytest.raises(RuntimeError, match="no memory left on the host"):
+        Parked(CPU, weights)
+    assert host.room == 0, "some were copied before"
+    assert [weight.tolist() for weight in weights] == [[float(number)] * 8 for number in range(4)]
+
+
 def test_tensors_of_another_kind_of_device_are_left_alone() -> None:
     assert Parked(torch.device("cuda"), [torch.ones(3)]).nbytes == 0
 
@@ -71,3 +95,18 @@ def test_a_sleeping_role_refuses_everything_until_it_is_woken(tmp_path: Path) ->
     role.wake()
     role.save_model(str(tmp_path / "saved"))
     assert (tmp_path / "saved" / "model.safetensors").exists()
+
+
+def test_who_is_awake_may_be_woken_and_who_sleeps_put_to_sleep(tmp_path: Path) -> None:
+    """Where one rank of a role fails to fall asleep, the next order goes to all of them."""
+    folder = str(tiny_model_folder(tmp_path, hidden=32))
+    role = ModelWorker("policy", ModelSpec(folder), BackendSpec("single", OPTIM), threads=1)
+    role.ready()
+    role.wake()
+    role.save_model(str(tmp_path / "before"))
+    role.sleep()
+    role.sleep()
+    role.wake()
+    role.save_model(str(tmp_path / "after"))
+    before, after = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("before", "after"))
+    assert before == after and len(before) > 1000

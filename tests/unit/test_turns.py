@@ -16,7 +16,7 @@ class Role:
     """A rank that must not work when it sleeps, nor when another one is awake."""
 
     def __init__(self, name: str, device: list[Role], log: list[str]) -> None:
-        self.name, self.awake, self.broken = name, True, ""
+        self.name, self.awake, self.broken, self.broken_wake = name, True, "", ""
         self._device, self._log = device, log
         device.append(self)
 
@@ -39,7 +39,12 @@ class Role:
         self.awake = False
         self._log.append(f"{self.name} sleeps")
 
+    def state(self) -> bool:
+        return self.awake
+
     def wake(self) -> None:
+        if self.broken_wake:
+            raise InfraFailure(self.broken_wake)
         self.awake = True
         self._log.append(f"{self.name} wakes")
 
@@ -134,3 +139,48 @@ async def test_a_verb_that_needs_no_device_is_carried_out_in_anyones_turn() -> N
     await device.call(0)
     assert await device.call(1, method="hold") == [False]
     assert device.roles[0].awake
+
+
+class Ranks:
+    """The ranks of a role, which are ordered at the same time and fail each by itself."""
+
+    def __init__(self, name: str, device: Device, ranks: int) -> None:
+        self.name = name
+        self.roles = [Role(f"{name}{rank}", [], device.log) for rank in range(ranks)]
+        self.workers = [LocalWorker(role.name, role) for role in self.roles]
+
+    async def call(self, method: str, *args: Any, timeout_s: float, **_: Any) -> list[Any]:
+        found = await asyncio.gather(
+            *(worker.call(method, *args, timeout_s=timeout_s) for worker in self.workers), return_exceptions=True
+        )
+        for each in found:
+            if isinstance(each, BaseException):
+                raise each
+        return found
+
+
+@pytest.mark.parametrize("another_first", [True, False], ids=["another works", "it works"])
+@pytest.mark.parametrize("verb", ["sleep", "wake"])
+async def test_a_role_that_fell_asleep_or_woke_only_in_part_is_woken_as_a_whole_and_put_to_sleep_as_a_whole(
+    verb: str, another_first: bool
+) -> None:
+    device = Device("b", "c")
+    both: Any = Ranks("a", device, 2)
+    ranks = TurnGroup(both, device.turns)
+    first, second = both.roles
+
+    async def states(group: TurnGroup) -> tuple[bool, bool]:
+        await group.call("state", timeout_s=30)
+        return first.awake, second.awake
+
+    assert await states(ranks) == (True, True)
+    if verb == "wake":
+        assert await states(device.groups[0]) == (False, False)
+    setattr(second, "broken" if verb == "sleep" else "broken_wake", "it is stuck")
+    with pytest.raises(InfraFailure, match="it is stuck"):
+        await states(device.groups[0] if verb == "sleep" else ranks)
+    assert (first.awake, second.awake) == (verb == "wake", verb == "sleep"), "only one of the ranks has changed"
+    second.broken = second.broken_wake = ""
+    if another_first:
+        assert await states(device.groups[1]) == (False, False), "whoever works is alone on the device"
+    assert await states(ranks) == (True, True)
