@@ -140,7 +140,7 @@ async def load(objects: Objects, folder: Path, written: Set[str] = frozenset()) 
             f"{file} does not exist: the run that wrote this checkpoint replayed no groups; resume with the options of "
             "its method that it had"
         )
-    arrays = saved_tables.read(file)
+    arrays = await saved_tables.read(file)
     groups: list[Kept] = []
     unusable: list[str] = []
     for index, entry in enumerate(json.loads(arrays.pop("entries").tobytes())):

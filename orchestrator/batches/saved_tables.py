@@ -63,10 +63,9 @@ async def write(file: Path, arrays: Arrays) -> None:
     await asyncio.to_thread(_write, file, arrays)
 
 
-def read(file: Path) -> Arrays:
+async def read(file: Path) -> Arrays:
     """Only data is read, whoever wrote the file."""
-    with np.load(file, allow_pickle=False) as stored:
-        return {name: stored[name] for name in stored.files}
+    return await asyncio.to_thread(_read, file)
 
 
 def numbered(index: int, arrays: Arrays) -> Arrays:
@@ -85,3 +84,8 @@ def _below(prefix: str, arrays: Mapping[str, Array]) -> Arrays:
 def _write(file: Path, arrays: Arrays) -> None:
     with file.open("wb") as stream:
         np.savez(stream, allow_pickle=False, **arrays)
+
+
+def _read(file: Path) -> Arrays:
+    with np.load(file, allow_pickle=False) as stored:
+        return {name: stored[name] for name in stored.files}

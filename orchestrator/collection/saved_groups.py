@@ -74,7 +74,7 @@ async def load(
     file = folder / FILE
     if not file.is_file():
         return Restored()
-    arrays = saved_tables.read(file)
+    arrays = await saved_tables.read(file)
     entries: list[dict[str, Any]] = json.loads(arrays.pop("entries").tobytes())
     groups: list[PromptGroup] = []
     unusable: list[str] = []
