@@ -43,7 +43,7 @@ from orchestrator.phases.phase_run import PhaseRun
 from orchestrator.phases.resuming import Resumption, resume_point, save_config
 from orchestrator.phases.run_context import RunContext
 from orchestrator.planning.handover import kept_folder, written_folder
-from orchestrator.planning.preconditions import refuse_surroundings
+from orchestrator.planning.preconditions import refuse_engines, refuse_surroundings
 from orchestrator.planning.resolve import prepare
 from orchestrator.reporting.gains import phase_gains
 from orchestrator.reporting.metrics import METRICS_FILE, read
@@ -71,6 +71,7 @@ def run(
         refuse_surroundings(config, local=local, resume=resume)
         prepared = prepare(config, run=resume)
         plan = prepared.plan().accepted()
+        refuse_engines(prepared, plan.roles, local=local)
         if resume is None:
             folder, resumed = _new_folder(prepared.config, run_id), None
             stack.enter_context(driving(folder))

@@ -25,6 +25,7 @@ from rollout.engine import CPU_KV_CACHE_GIB, Ability, EngineSpec, Finished
 from rollout.sampling import Completion, Finish, PromptTopK, Request, sample_seed
 from rollout.stopping import end_token_ids, token_budget
 from rollout.vllm_adapters import Adapters
+from rollout.vllm_build import refusal_without_gpus
 from rollout.vllm_mixture import MIXTURE, SecondModel
 from rollout.vllm_processes import EngineProcesses
 from rollout.vllm_weights import put, receive
@@ -72,6 +73,8 @@ class VllmEngine:
 
     def __init__(self, spec: EngineSpec) -> None:
         check_folder(spec.model)
+        if spec.gpus == 0 and (refusal := refusal_without_gpus("<role>")):
+            raise ConfigError(refusal)
         if spec.mixes is not None and spec.tensor_parallel > 1:
             raise ConfigError(
                 f"tensor_parallel={spec.tensor_parallel} of an engine that mixes in {spec.mixes}: both models must be "

@@ -148,13 +148,14 @@ def show_plan(config: RunConfig, *, as_json: bool = False) -> bool:
     nothing."""
     from orchestrator.cluster.ray_connection import cluster_at_hand
     from orchestrator.planning.plan import problems
-    from orchestrator.planning.preconditions import refuse_surroundings
+    from orchestrator.planning.preconditions import refuse_engines, refuse_surroundings
     from orchestrator.planning.resolve import prepare
     from orchestrator.reporting.plan_report import as_data, render
 
     refuse_surroundings(config)
     prepared = prepare(config)
     plan = prepared.plan()
+    refuse_engines(prepared, plan.roles)
     cluster = cluster_at_hand(config.cluster, plan)
     refused = problems(plan, cluster)
     if as_json:
