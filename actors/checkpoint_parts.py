@@ -15,7 +15,7 @@ from actors.backends.protocol import Backend
 from actors.background_save import BackgroundSave, Piece, StateFile, StatePiece
 from actors.errors import RunError
 from actors.model import ModelSpec, tokenizer_of
-from actors.saved_model import AdapterPiece, ModelPiece
+from actors.saved_model import SMALLEST_FILE, AdapterPiece, ModelPiece
 from actors.weight_averaging import Average
 
 GATHER_BYTES = 256 * 2**20  # of weights that are gathered at a time
@@ -24,11 +24,13 @@ GATHER_BYTES = 256 * 2**20  # of weights that are gathered at a time
 @dataclass(frozen=True)
 class Part:
     """`folder` is where, below that of the checkpoint; `averaged`: with the weights' average in the place of the
-    weights. The model is a Hugging Face folder, the adapters a PEFT folder."""
+    weights. The model is a Hugging Face folder, the adapters a PEFT folder. `smallest_file`: bytes of a model's weights
+    that are one file whatever the number of ranks."""
 
     kind: Literal["state", "model", "adapter"]
     folder: str = ""
     averaged: bool = False
+    smallest_file: int = SMALLEST_FILE
 
 
 def causal_of(backend: Backend) -> Any:
@@ -83,7 +85,8 @@ class RankState:
             return AdapterPiece(folder, causal, adapters if rank == 0 else None)
         weights = backend.full_weights(GATHER_BYTES, instead=instead)
         save_tokenizer = tokenizer_of(self.model).save_pretrained
-        return ModelPiece(folder, causal, weights, save_tokenizer, rank=rank, ranks=self.placement.world_size)
+        ranks, smallest_file = self.placement.world_size, part.smallest_file
+        return ModelPiece(folder, causal, weights, save_tokenizer, rank=rank, ranks=ranks, smallest_file=smallest_file)
 
     def _taken(self) -> Average:
         if self.average is None:

@@ -36,7 +36,7 @@ class ModelPiece:
         *,
         rank: int,
         ranks: int,
-        smallest_file: int = SMALLEST_FILE,
+        smallest_file: int,
     ) -> None:
         self._folder, self._causal, self._weights, self._save_tokenizer = folder, causal, weights, save_tokenizer
         self._rank, self._ranks = rank, ranks

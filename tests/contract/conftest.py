@@ -18,6 +18,7 @@ GANGS = (
     "test_companion",
     "test_methods_backends",
     "test_backend_states",
+    "test_models_of_ranks",
     "test_backend_adapters",
     "test_backends",  # the last: its last test kills a rank
 )
