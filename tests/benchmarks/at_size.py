@@ -5,8 +5,9 @@
 Nothing computes: half of the GPUs are ranks of a policy and its reference in ZeRO stage 3, the other half engines of 8
 GPUs each, and all of them answer at once. What is real is everything that runs in the driver: planner, collector with
 its staleness contract, pools, row table, sharder, executor, publisher, manifest of a checkpoint. A step has one prompt
-per GPU and 16 samples of each. Seconds are those of the driver's processor; `--ray` adds what a call and an object cost
-there, measured on actors of this machine. "Share of a step" is of one that takes a minute.
+per GPU and 16 samples of each. Seconds are those of the driver's processor, and apart from them what it takes to pickle
+the arguments and results; `--ray` adds what a small call and a small object cost there, measured on actors of this
+machine.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from actors.saved_state import Seal
 from orchestrator.batches.batch_stages import PhaseSettings
 from orchestrator.checkpoint import CheckpointStore, RunState
+from orchestrator.cluster.background_tasks import PING_EVERY_S
 from orchestrator.cluster.failures import Ledger, Watchdog
 from orchestrator.cluster.pool import Pool, PoolPolicy
 from orchestrator.collection.cursor import Cursor
 from orchestrator.collection.group_collector import GroupCollector
 from orchestrator.collection.staleness import Contract
+from orchestrator.config.colocation import BUCKET_MIB
 from orchestrator.config.schema import RunConfig, WeightsConfig
 from orchestrator.executor import Executor
 from orchestrator.methods import build
@@ -51,6 +54,9 @@ from tests.benchmarks.instant_processes import (
 )
 
 STEP_S = 60.0
+PINGS_OF_RANKS = f"pings of ranks, every {PING_EVERY_S:g} s"
+PINGS_OF_POOLS = f"pings of pools, every {PoolPolicy.ping_every_s:g} s"
+PINGS = {PINGS_OF_RANKS: PING_EVERY_S, PINGS_OF_POOLS: PoolPolicy.ping_every_s}
 POLICY = PoolPolicy(8, 3, 60.0, 60.0, 9, ping_every_s=1e6)
 
 
@@ -92,7 +98,7 @@ async def measured(gpus: int, folder: Path) -> Meter:
         folder=str(folder),
         event=lambda *_: None,
         transport="collective",
-        bucket_bytes=2**28,
+        bucket_bytes=int(BUCKET_MIB["gpu"] * 2**20),
     )
     rollout.admit = publisher.admit
     await asyncio.gather(rollout.open(), reward.open())
@@ -143,9 +149,11 @@ async def measured(gpus: int, folder: Path) -> Meter:
                 await executor.publish(step + 1)
         collector.advance(step + 1, collected)  # type: ignore[arg-type]
     await collector.close()  # the next batch is under way
-    with meter("pings, each second"):
+    with meter(PINGS_OF_RANKS):
         await asyncio.gather(*(each.call("ping", timeout_s=1) for name in groups for each in groups[name].workers))
-        await asyncio.gather(*(worker.call("ping", timeout_s=1) for worker in rollout.workers.values()))
+    with meter(PINGS_OF_POOLS):
+        workers = [*rollout.workers.values(), *reward.workers.values()]
+        await asyncio.gather(*(worker.call("ping", timeout_s=1) for worker in workers))
     with meter("checkpoint"):
         await groups["policy"].call("begin_save", str(folder), [], timeout_s=60.0)
         sealed = {
@@ -210,14 +218,16 @@ def main() -> None:
     for gpus in given.gpus:
         with tempfile.TemporaryDirectory() as folder:
             meter = asyncio.run(measured(gpus, Path(folder)))
-        print(f"\n{gpus} GPUs, {gpus * SAMPLES} rows" + " " * 10 + "calls  objects      MB   own s   + Ray s")
-        total = 0.0
+        print(f"\n{gpus} GPUs, {gpus * SAMPLES} rows")
+        print(" " * 36 + "calls  objects      MB   own s  pickling s  + Ray s")
+        step = pinging = 0.0
         for part, count in meter.parts.items():
-            with_ray = count.seconds + count.calls * per_call + count.objects * per_object
-            total += with_ray if part not in ("plan, once", "checkpoint", "pings, each second") else 0.0
+            whole = count.seconds + count.pickling + count.calls * per_call + count.objects * per_object
+            step += whole if part not in ("plan, once", "checkpoint", *PINGS) else 0.0
+            pinging += whole / PINGS.get(part, float("inf"))
             numbers = f"{count.calls:7d}  {count.objects:7d}  {count.nbytes / 1e6:6.1f}"
-            print(f"  {part:32s} {numbers}  {count.seconds:6.2f}  {with_ray:8.2f}")
-        print(f"  a step: {total:.2f} s, {total / STEP_S:.0%} of a minute")
+            print(f"  {part:32s} {numbers}  {count.seconds:6.2f}  {count.pickling:10.2f}  {whole:7.2f}")
+        print(f"  a step: {step:.2f} s, {step / STEP_S:.0%} of a minute; pings: {pinging:.1%} of a core all the time")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import pickle
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +35,7 @@ class Count:
     objects: int = 0
     nbytes: int = 0
     seconds: float = 0.0
+    pickling: float = 0.0  # seconds, beside the others
 
 
 @dataclass
@@ -45,26 +46,24 @@ class Meter:
     @contextlib.contextmanager
     def __call__(self, part: str) -> Iterator[None]:
         self.now = self.parts.setdefault(part, Count())
-        pickled, began = 0.0, time.process_time()
-        self._pickling = 0.0
+        began, pickled = time.process_time(), self.now.pickling
         try:
             yield
         finally:
-            pickled = self._pickling
-            self.now.seconds += time.process_time() - began - pickled  # Ray's pickling is in what a call costs there
+            self.now.seconds += time.process_time() - began - (self.now.pickling - pickled)
             self.now = Count()
 
     def call(self, arguments: Any, result: Any) -> None:
         began = time.process_time()
         self.now.calls += 1
         self.now.nbytes += len(cloudpickle.dumps(arguments)) + len(cloudpickle.dumps(result))
-        self._pickling += time.process_time() - began
+        self.now.pickling += time.process_time() - began
 
     def put(self, value: Any) -> None:
         began = time.process_time()
         self.now.objects += 1
         self.now.nbytes += len(pickle.dumps(value, protocol=5))
-        self._pickling += time.process_time() - began
+        self.now.pickling += time.process_time() - began
 
 
 class Stub:
@@ -134,7 +133,8 @@ class StubRank(Stub):
         if self.rank:
             return None
         if type(consumer).__name__ == "ManifestOf":
-            return Manifest(tuple(TensorMeta(f"layer.{i}", "bfloat16", (8192, 8192)) for i in range(TENSORS)), 2**22)
+            tensors = (TensorMeta(f"layer.{i}", "bfloat16", (8192, 8192)) for i in range(TENSORS))
+            return Manifest(tuple(tensors), bucket_bytes)
         return SendReport(consumer.order.version, "same", ())
 
     def run(self, task: Any) -> tuple[str, int]:
@@ -178,6 +178,10 @@ class StubGroup:
                 )
             )
         )
+
+    @contextlib.asynccontextmanager
+    async def turn(self) -> AsyncIterator[StubGroup]:
+        yield self
 
     async def call_split(self, method: str, *shared: Any, **how: Any) -> list[tuple[Any, Ref]]:
         return [(value, Ref(None)) for value in await self.call(method, *shared, **how)]
