@@ -172,7 +172,8 @@ class StartedRay:
 
 
 def start_ray(folder: Path, environment: dict[str, str], *, cpus: int | None, object_store_mib: int) -> StartedRay:
-    """A head, once it answers and has a node. `folder`: for its log. Raises NotDone with the last lines of that."""
+    """A head, once it answers and has a node. `folder`: for its log; no other head has it. Raises NotDone with the
+    last lines of that."""
     command = shutil.which("ray", path=environment["PATH"])
     if command is None:
         raise NotDone("the command `ray` is not installed beside this Python")
@@ -181,7 +182,7 @@ def start_ray(folder: Path, environment: dict[str, str], *, cpus: int | None, ob
         ports: dict[str, int] = dict(zip(PORTS, _free_ports(len(PORTS))))
         arguments = [
             command, "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1",
-            f"--temp-dir={private_temp()}", f"--object-store-memory={object_store_mib * 2**20}",
+            f"--temp-dir={private_temp(folder)}", f"--object-store-memory={object_store_mib * 2**20}",
             f"--num-cpus={cpus or Machine.here().cores + HEADROOM_CPUS}", "--disable-usage-stats",
             *(f"--{name}={port}" for name, port in ports.items()),
         ]  # fmt: skip

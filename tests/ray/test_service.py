@@ -95,7 +95,7 @@ def test_grafana_finds_the_dashboard_where_rays_configuration_of_it_looks(servic
     folder = (service.runs / ".service" / "grafana" / "dashboards").resolve()
     assert json.loads((folder / "troupe.json").read_text()) == dashboard()
     service.until(lambda: (folder / "default_grafana_dashboard.json").exists(), "dashboard of Ray's own beside it")
-    found = private_temp().glob("session_*/metrics/grafana/provisioning/dashboards/*.yml")
+    found = private_temp(service.runs / ".service").glob("session_*/metrics/grafana/provisioning/dashboards/*.yml")
     assert any(str(folder) in file.read_text() for file in found)
 
 

@@ -25,6 +25,14 @@ def test_the_folder_is_made_once_and_closed_to_others(temporary: Path):
     assert mode(temporary) == 0o700
 
 
+def test_each_head_has_a_folder_of_its_own_and_the_same_one_again(temporary: Path, tmp_path: Path):
+    """Short, too: Ray puts Unix sockets into it."""
+    first, second = private_temp(tmp_path / "a"), private_temp(tmp_path / "b")
+    assert first != second and {first.parent, second.parent} == {temporary}
+    assert private_temp(tmp_path / "b" / ".." / "a") == first
+    assert len(first.name) <= len("head-12345678")
+
+
 def test_a_folder_that_is_open_to_others_is_not_used(temporary: Path):
     temporary.mkdir()
     temporary.chmod(0o755)
