@@ -12,13 +12,13 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from actors.errors import ConfigError, Interrupted, NotDone, RunError
 from orchestrator.cluster import control
-from orchestrator.cluster.run_lock import driver_of
+from orchestrator.cluster.run_lock import Driver, driver_of
 from orchestrator.config.loading import SAVED, SUBMITTED
 from orchestrator.console_copy import CONSOLE_FILE
 from orchestrator.json_lines import LineReader, last_lines
@@ -40,6 +40,15 @@ T = TypeVar("T")
 
 class NoAnswerInTime(NotDone):
     """A deadline passed before a run did what was asked; the request itself stands."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked of a driver. `file`: gone once a driver has taken it, or forgotten what was asked of one before
+    it."""
+
+    file: Path
+    driver: Driver
 
 
 class RunHandle:
@@ -131,9 +140,9 @@ class RunHandle:
     def scale(self, role: str, count: control.Workers, *, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
         """Ask for `count` workers of an elastic role; they start and end while the run trains. A role with `autoscale`
         keeps that number until "auto" is asked for. Returns once the run has taken the request. Raises UserError for a
-        role whose number of workers is fixed, for "auto" without `autoscale`, and for a run with `local`."""
-        request = self._ask(timeout_s, "scale", role, count)
-        self._await(lambda: not request.exists(), timeout_s, "the run to take the request")
+        role whose number of workers is fixed, for "auto" without `autoscale`, and for a run with `local`; RunError if
+        the process that drives the run ends first."""
+        self._await_taken(self._ask(timeout_s, "scale", role, count), timeout_s)
 
     def prioritise(self, priority: int) -> None:
         """Change the place in the queue of a run that was submitted to a service. Raises ConfigError for another."""
@@ -157,8 +166,7 @@ class RunHandle:
         if len(attachable) > 1:
             raise ConfigError(f"engines can be attached to several roles: {', '.join(attachable)}; name one")
         named = attachable[0] if attachable else "any of its roles"
-        request = self._ask(timeout_s, method, named, control.address_of(address), *token)
-        self._await(lambda: not request.exists(), timeout_s, "the run to take the request")
+        self._await_taken(self._ask(timeout_s, method, named, control.address_of(address), *token), timeout_s)
         return named
 
     def pause(self, *, timeout_s: float = ANSWER_TIMEOUT_S) -> int:
@@ -175,17 +183,17 @@ class RunHandle:
         finishes first, this is the checkpoint of its last step. Raises RunError for a run that is paused before its
         first step, because there is nothing to save."""
         ticket = uuid.uuid4().hex
-        self._ask(timeout_s, "checkpoint", ticket)
+        request = self._ask(timeout_s, "checkpoint", ticket)
 
         def written() -> Path | None:
             answer = self._answer(ticket)
-            if answer is None and self.over and self._last("finished"):
+            if answer is None and not self.running and self._last("finished"):
                 answer = self._last("checkpoint")
             if answer is None and self._pausing() == {"event": "paused", "step": 0}:
                 raise NotDone(f"run {self.folder.name} is paused before its first step: there is nothing to save yet")
             return Path(answer["path"]) if answer else None
 
-        return self._await(written, timeout_s, "a checkpoint that was asked for")
+        return self._await(written, timeout_s, "a checkpoint that was asked for", request)
 
     def stop(self, *, timeout_s: float = ANSWER_TIMEOUT_S) -> Path | None:
         """End the run after its step and a checkpoint, within `checkpoint.grace_s`. Returns its newest checkpoint, from
@@ -226,10 +234,9 @@ class RunHandle:
 
     def _set_paused(self, hold: bool, timeout_s: float) -> int:
         ticket = uuid.uuid4().hex
-        self._ask(timeout_s, "pause", hold, ticket)
-        answer = self._await(
-            lambda: self._answer(ticket), timeout_s, "the run to pause" if hold else "the run to go on"
-        )
+        request = self._ask(timeout_s, "pause", hold, ticket)
+        what = "the run to pause" if hold else "the run to go on"
+        answer = self._await(lambda: self._answer(ticket), timeout_s, what, request)
         if (answer["event"] == "paused") is not hold:
             other = "let it go on" if hold else "paused it"
             raise NotDone(f"another client {other} before run {self.folder.name} could answer")
@@ -254,30 +261,54 @@ class RunHandle:
                 last = event
         return last
 
-    def _ask(self, timeout_s: float, method: str, *arguments: Any) -> Path:
-        """Make a request of the run, once it can be reached: its roles may be starting. Returns the request's file.
-        Raises RunError if it has ended, or does not come so far."""
+    def _ask(self, timeout_s: float, method: str, *arguments: Any) -> Request:
+        """Make a request of the run, once it can be reached: its roles may be starting. Raises RunError if it has
+        ended, or does not come so far."""
         self._await(lambda: self.reachable, timeout_s, "the run to start")
-        return control.ask(self.folder, method, *arguments)
+        driver = control.RunFile.read(self.folder).driver
+        return Request(control.ask(self.folder, method, *arguments), driver)
+
+    def _await_taken(self, request: Request, timeout_s: float) -> None:
+        """A file that is gone was taken only if its driver lives: the next one forgets what that was asked."""
+
+        def taken() -> bool:
+            return not request.file.exists() and self._is_driven_by(request.driver)
+
+        self._await(taken, timeout_s, "the run to take the request", request)
 
     @property
     def reachable(self) -> bool:
-        """Whether the driver that drives the run now has said how it is reached."""
+        """Whether the driver that drives the run now has said how it is reached, and lives, as far as can be seen."""
         with contextlib.suppress(ConfigError):
-            return control.RunFile.read(self.folder).driver == driver_of(self.folder)
+            return self._is_driven_by(control.RunFile.read(self.folder).driver)
         return False
+
+    def _is_driven_by(self, driver: Driver) -> bool:
+        return driver_of(self.folder) == driver and driver.may_live
+
+    def _withdrawn(self, request: Request) -> NotDone:
+        """Of a driver that has ended: the client is told that nothing holds, so nothing may."""
+        request.file.unlink(missing_ok=True)
+        return NotDone(
+            f"the process that drove run {self.folder.name} ended before it did what was asked, which holds no more; "
+            f"ask again once the run goes on. Now: {self._state()[1]}"
+        )
 
     def _ended(self) -> NotDone:
         return NotDone(f"run {self.folder.name} has ended: {self._state()[1]}")
 
-    def _await(self, found: Callable[[], T | None], timeout_s: float, what: str) -> T:
-        """The first true answer. Raises RunError if the run ends before it, or after `timeout_s`."""
+    def _await(self, found: Callable[[], T | None], timeout_s: float, what: str, request: Request | None = None) -> T:
+        """The first true answer. Raises RunError if the run ends before it, or the driver of whom it was requested
+        does, or after `timeout_s`."""
 
         def look() -> T | NotDone | None:
             over = self.over  # before looking: what the run wrote last must be seen
+            lost = request is not None and not self._is_driven_by(request.driver)
             if answer := found():
                 return answer
-            return self._ended() if over else None
+            if over:
+                return self._ended()
+            return self._withdrawn(request) if lost and request is not None else None
 
         answer = wait_for(look, timeout_s, f"{what} ({self.folder.name})")
         if isinstance(answer, NotDone):
