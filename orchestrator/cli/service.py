@@ -91,13 +91,16 @@ def up(
     host: Host = "127.0.0.1",
     port: Port = 8400,
     cpus: Annotated[int | None, typer.Option("--cpus", min=1, help="CPUs that runs may reserve.")] = None,
-    object_store_mib: Annotated[int, typer.Option("--object-store-mib", min=80, help="Its size.")] = 512,
+    object_store_mib: Annotated[
+        int | None, typer.Option("--object-store-mib", min=80, help="Its size. Default: 512.")
+    ] = None,
     allow_code: AllowCode = False,
     preempt: Preempt = False,
     at_once: AtOnce = None,
     max_failures: MaxFailures = 3,
 ) -> None:
-    """Start a Ray with its dashboard on this machine, and the service; runs are its jobs."""
+    """Start a Ray with its dashboard on this machine, and the service; runs are its jobs. Where that Ray lives and its
+    service has died, start the service alone."""
     from orchestrator.service import private_ray
     from orchestrator.service.settings import Settings
 
@@ -105,7 +108,9 @@ def up(
     arguments = ["--host", host, "--port", str(port), "--max-failures", str(max_failures)]
     arguments += [*(["--allow-code"] if allow_code else []), *(["--preempt"] if preempt else [])]
     arguments += ["--at-once", str(at_once)] if at_once is not None else []
-    found = private_ray.up(runs.resolve(), cpus=cpus, object_store_mib=object_store_mib, serve=arguments)
+    found, anew = private_ray.up(runs.resolve(), cpus=cpus, object_store_mib=object_store_mib, serve=arguments)
+    if not anew:
+        typer.echo("Ray was there, and the runs on it go on: only the service was started")
     typer.echo(f"service    {found.service}, with the token in {runs / '.service' / 'token'}")
     typer.echo(f"Ray        {found.address}, dashboard {found.dashboard}, token in {runs / '.service' / 'ray-token'}")
     typer.echo(f"submit     troupe submit RECIPE --runs {runs}; end all by `troupe down --runs {runs}`")

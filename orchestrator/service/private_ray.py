@@ -46,6 +46,7 @@ from orchestrator.service.service_folder import ADDRESS_FILE, service_folder
 UP_FILE, RAY_TOKEN = "up.json", "ray-token"
 DASHBOARDS = "RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR"  # Ray writes its own there, and names it in its configuration
 ATTEMPTS = 3
+OBJECT_STORE_MIB = 512
 STOP_TIMEOUT_S = 60.0
 START_TIMEOUT_S, END_TIMEOUT_S, POLL_S = 120.0, 40.0, 0.2
 PORTS = ("port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port",
@@ -79,31 +80,68 @@ class Up:
         return self.ray.may_live or self.server.may_live
 
 
-def up(runs: Path, *, cpus: int | None, object_store_mib: int, serve: Sequence[str]) -> Up:
-    """Start both. `serve`: further arguments of `troupe serve`. Raises ConfigError if they run already, NotDone with
+def up(runs: Path, *, cpus: int | None, object_store_mib: int | None, serve: Sequence[str]) -> tuple[Up, bool]:
+    """Start both, or the service alone where its Ray lives; the runs there go on. Returns them, and whether Ray was
+    started. `serve`: further arguments of `troupe serve`. Raises ConfigError if both run already, NotDone with
     the last lines of the one that does not start."""
     folder = service_folder(runs)
-    known = Up.read(runs)
-    if known is not None and known.lives:
-        raise ConfigError(f"a Ray and a service for {runs} run already, at {known.service}; `troupe down` ends them")
     environment = environment_of(folder)
     install_dashboard(Path(environment[DASHBOARDS]))
-    ray = start_ray(folder, environment, cpus=cpus, object_store_mib=object_store_mib)
+    kept = _ray_that_lives(runs, cpus, object_store_mib)
+    if kept is not None:
+        server = _start_service(runs, environment, kept.address, kept.dashboard, serve)
+        return _written(runs, kept.ray, server, kept.address, kept.dashboard), False
+    ray = start_ray(folder, environment, cpus=cpus, object_store_mib=object_store_mib or OBJECT_STORE_MIB)
     try:
-        options = ["--runs", str(runs), "--dashboard", ray.dashboard, "--ray-address", ray.address, *serve]
-        (folder / ADDRESS_FILE).unlink(missing_ok=True)
-        server = _started([*COMMAND, "serve", *options], folder / "service.log", environment)
-        yield_to_runs(server.pid)
-        try:
-            _until(lambda: (folder / ADDRESS_FILE).exists(), server, folder / "service.log", "the service")
-        except BaseException:
-            end(server.pid)
-            raise
+        server = _start_service(runs, environment, ray.address, ray.dashboard, serve)
     except BaseException:
         end(ray.process.pid)
         raise
-    url = json.loads((folder / ADDRESS_FILE).read_text())["url"]
-    found = Up(Driver.of(ray.process.pid), Driver.of(server.pid), ray.address, ray.dashboard, url)
+    return _written(runs, Driver.of(ray.process.pid), server, ray.address, ray.dashboard), True
+
+
+def _ray_that_lives(runs: Path, cpus: int | None, object_store_mib: int | None) -> Up | None:
+    """What was started before, if its Ray lives without its service. Raises ConfigError if the service lives, too, or
+    alone, or if this Ray is to have another size."""
+    known = Up.read(runs)
+    if known is None or not known.lives:
+        return None
+    if known.server.may_live and known.ray.may_live:
+        raise ConfigError(f"a Ray and a service for {runs} run already, at {known.service}; `troupe down` ends them")
+    if known.server.may_live:
+        raise ConfigError(
+            f"the service for {runs} runs at {known.service}, but its Ray at {known.address} has died: `troupe down` "
+            "ends the service, and then `troupe up` starts both"
+        )
+    for option, given in (("--cpus", cpus), ("--object-store-mib", object_store_mib)):
+        if given is not None:
+            raise ConfigError(
+                f"{option} {given}: the Ray for {runs}, at {known.address}, lives, so only its service is started. "
+                f"Leave {option} out, or end Ray and its runs by `troupe down` first"
+            )
+    return known
+
+
+def _start_service(
+    runs: Path, environment: dict[str, str], address: str, dashboard: str, serve: Sequence[str]
+) -> Driver:
+    """Once it answers. Raises NotDone with its last lines if it does not start."""
+    folder = service_folder(runs)
+    options = ["--runs", str(runs), "--dashboard", dashboard, "--ray-address", address, *serve]
+    (folder / ADDRESS_FILE).unlink(missing_ok=True)
+    server = _started([*COMMAND, "serve", *options], folder / "service.log", environment)
+    yield_to_runs(server.pid)
+    try:
+        _until(lambda: (folder / ADDRESS_FILE).exists(), server, folder / "service.log", "the service")
+        return Driver.of(server.pid)
+    except BaseException:
+        end(server.pid)
+        raise
+
+
+def _written(runs: Path, ray: Driver, server: Driver, address: str, dashboard: str) -> Up:
+    url = json.loads((service_folder(runs) / ADDRESS_FILE).read_text())["url"]
+    found = Up(ray, server, address, dashboard, url)
     found.write(runs)
     return found
 

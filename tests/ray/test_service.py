@@ -79,6 +79,12 @@ def troupe(*arguments: str) -> str:
     return done.stdout
 
 
+def refused(*arguments: str) -> str:
+    done = subprocess.run([TROUPE, *arguments], capture_output=True, text=True, timeout=400, env=plain_environment())
+    assert done.returncode == 2, done.stdout + done.stderr
+    return done.stderr
+
+
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     runs = tmp_path_factory.mktemp("served") / "runs"
@@ -127,38 +133,34 @@ def test_a_submitted_run_is_a_ray_job_that_is_scaled_while_it_trains(service: Se
     assert {"started", "joined", "resized", "stopped"} <= events and "evicted" not in events
 
 
-def test_a_service_that_was_killed_and_started_again_knows_the_run_controls_it_and_looks_after_it(
+def test_a_service_that_was_killed_is_started_again_beside_its_ray_and_knows_the_run_controls_it_and_looks_after_it(
     service: Service, tmp_path: Path
 ):
+    up = ("up", "--runs", str(service.runs), "--port", service.up.service.rpartition(":")[2], "--preempt")
+    assert "run already" in refused(*up), "both live"
     psutil.Process(service.up.server.pid).send_signal(signal.SIGKILL)
-    ray = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(service.runs / ".service" / RAY_TOKEN)}
-    log = service.runs.parent / "second.log"
-    port = service.up.service.rpartition(":")[2]
-    with log.open("wb") as stream:
-        second = subprocess.Popen(
-            [TROUPE, "serve", "--runs", str(service.runs), "--port", port, "--dashboard", service.up.dashboard,
-         "--preempt"],
-            env={**plain_environment(), **ray}, stdout=stream, stderr=stream,
-        )  # fmt: skip
-    try:
-        service.until(lambda: "serving" in log.read_text(), "second service")
-        service.goes_on()
-        assert "run        " in service.call("GET", "/v1/runs/job/logs?offset=0")["text"]
-        assert service.call("GET", "/v1/runs/job/metrics?name=loss")["lines"][0]["step"] == 1
-        assert service.call("PATCH", "/v1/runs/job", {"paused": True})["state"] == "paused"
-        saved = service.call("POST", "/v1/runs/job/checkpoint")
-        assert verify(service.runs / "job" / "checkpoints" / saved["name"]) is None
-        assert service.call("POST", "/v1/runs/job/stop?wait_s=120")["state"] == "stopped"
-        service.until(lambda: service.job()["status"] != "RUNNING", "end of the job")
-        resumed = service.call("POST", "/v1/runs/job/resume", {"overrides": ["checkpoint.every=1000"]})
-        assert resumed["state"] == "starting"
-        service.until(lambda: service.run()["step"] > saved["step"], "step after the resumption")
-        assert (service.job()["submission_id"], service.job()["status"]) == ("job", "RUNNING")
-        _a_run_that_does_not_fit_waits_and_takes_the_place_of_one_of_lower_priority(service, tmp_path)
-        _a_run_whose_driver_is_killed_is_resumed_by_itself(service)
-    finally:
-        second.terminate()
-        second.wait(60)
+    first = service.up
+    service.until(lambda: not first.server.may_live, "end of the service")
+    assert f"the Ray for {service.runs}, at {first.address}, lives" in refused(*up, "--cpus", "3")
+    assert "Ray was there, and the runs on it go on: only the service was started" in troupe(*up)
+    second = Up.read(service.runs)
+    assert second is not None and second.ray == first.ray and second.server != first.server
+    service.up = second
+
+    service.goes_on()
+    assert "run        " in service.call("GET", "/v1/runs/job/logs?offset=0")["text"]
+    assert service.call("GET", "/v1/runs/job/metrics?name=loss")["lines"][0]["step"] == 1
+    assert service.call("PATCH", "/v1/runs/job", {"paused": True})["state"] == "paused"
+    saved = service.call("POST", "/v1/runs/job/checkpoint")
+    assert verify(service.runs / "job" / "checkpoints" / saved["name"]) is None
+    assert service.call("POST", "/v1/runs/job/stop?wait_s=120")["state"] == "stopped"
+    service.until(lambda: service.job()["status"] != "RUNNING", "end of the job")
+    resumed = service.call("POST", "/v1/runs/job/resume", {"overrides": ["checkpoint.every=1000"]})
+    assert resumed["state"] == "starting"
+    service.until(lambda: service.run()["step"] > saved["step"], "step after the resumption")
+    assert (service.job()["submission_id"], service.job()["status"]) == ("job", "RUNNING")
+    _a_run_that_does_not_fit_waits_and_takes_the_place_of_one_of_lower_priority(service, tmp_path)
+    _a_run_whose_driver_is_killed_is_resumed_by_itself(service)
 
 
 def _a_run_that_does_not_fit_waits_and_takes_the_place_of_one_of_lower_priority(service: Service, tmp_path: Path):
@@ -193,7 +195,7 @@ def _a_run_whose_driver_is_killed_is_resumed_by_itself(service: Service):
 
 def test_what_troupe_up_started_ends_with_its_runs_saved_and_leaves_no_process(service: Service):
     ray = psutil.Process(service.up.ray.pid)
-    processes = [ray, *ray.children(recursive=True)]
+    processes = [psutil.Process(service.up.server.pid), ray, *ray.children(recursive=True)]
     assert len(processes) > 3
     assert troupe("down", "--runs", str(service.runs)) == "ended\n"
     _, left = psutil.wait_procs(processes, timeout=60)

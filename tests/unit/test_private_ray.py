@@ -6,12 +6,16 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from orchestrator.service.private_ray import answers
+from actors.errors import ConfigError
+from orchestrator.cluster.run_lock import Driver
+from orchestrator.service.private_ray import Up, answers, up
 
 
 @contextmanager
@@ -64,3 +68,11 @@ def test_a_ray_is_there_once_a_node_lives(status: int, body: str, there: bool):
 
 def test_a_dashboard_that_does_not_listen_yet_is_no_ray():
     assert not answers("http://127.0.0.1:9", "a-token")
+
+
+def test_a_service_whose_ray_has_died_is_not_taken_for_both_and_not_for_none(tmp_path: Path):
+    here = Driver.here()
+    gone = replace(here, started=here.started - 1000)
+    Up(gone, here, "127.0.0.1:1", "http://127.0.0.1:2", "http://127.0.0.1:3").write(tmp_path)
+    with pytest.raises(ConfigError, match=r"its Ray at 127.0.0.1:1 has died: `troupe down` ends the service"):
+        up(tmp_path, cpus=None, object_store_mib=None, serve=[])
