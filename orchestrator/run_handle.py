@@ -160,14 +160,32 @@ class RunHandle:
         """Detach the engine that was attached by that address, once it has finished its requests."""
         return self._engine("detach", address, role, timeout_s)
 
+    def refuse(
+        self,
+        scale: Mapping[str, control.Workers],
+        attach: Sequence[tuple[str, str, str | None]],
+        detach: Sequence[str],
+    ) -> None:
+        """Raises what `scale`, `attach` (address, token, role) and `detach` would, and asks for nothing."""
+        for role, count in scale.items():
+            control.refuse(self.folder, "scale", role, count)
+        for address, token, role in attach:
+            control.refuse(self.folder, "attach", self._engine_role(role), control.address_of(address), token)
+        for address in detach:
+            control.refuse(self.folder, "detach", self._engine_role(None), control.address_of(address))
+
     def _engine(self, method: str, address: str, role: str | None, timeout_s: float, *token: str) -> str:
         self._await(lambda: self.reachable, timeout_s, "the run to start")
+        named = self._engine_role(role)
+        self._await_taken(self._ask(timeout_s, method, named, control.address_of(address), *token), timeout_s)
+        return named
+
+    def _engine_role(self, role: str | None) -> str:
+        """The role that an engine joins or leaves if `role` is named."""
         attachable = control.RunFile.read(self.folder).attachable if role is None else (role,)
         if len(attachable) > 1:
             raise ConfigError(f"engines can be attached to several roles: {', '.join(attachable)}; name one")
-        named = attachable[0] if attachable else "any of its roles"
-        self._await_taken(self._ask(timeout_s, method, named, control.address_of(address), *token), timeout_s)
-        return named
+        return attachable[0] if attachable else "any of its roles"
 
     def pause(self, *, timeout_s: float = ANSWER_TIMEOUT_S) -> int:
         """Hold the run before its next step; its processes and their memory stay. Returns the number of steps that are

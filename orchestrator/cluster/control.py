@@ -205,7 +205,18 @@ class Silent(RunError):
 
 def ask(folder: Path, method: str, *arguments: Any) -> Path:
     """Put a request where the driver looks, in the notation of `Desired.add`. Returns its file, which is gone once the
-    driver has taken it. Raises ConfigError or InOneProcess for a role that cannot be scaled."""
+    driver has taken it. Raises what `refuse` does."""
+    refuse(folder, method, *arguments)
+    requests = folder / REQUESTS
+    requests.mkdir(mode=0o700, exist_ok=True)
+    file = requests / f"{time.time_ns()}-{uuid.uuid4().hex[:8]}.json"
+    _replace(file, [method, *arguments])
+    return file
+
+
+def refuse(folder: Path, method: str, *arguments: Any) -> None:
+    """Raises ConfigError or InOneProcess for a request that the run of that folder would not take: of a role that
+    cannot be scaled, or that no engine can join."""
     if method == "scale":
         run = RunFile.read(folder)
         if run.address is None:
@@ -216,11 +227,6 @@ def ask(folder: Path, method: str, *arguments: Any) -> Path:
     if method in ("attach", "detach"):
         role, address, *token = arguments
         refuse_attachment(role, RunFile.read(folder).attachable, address, token[0] if token else None)
-    requests = folder / REQUESTS
-    requests.mkdir(mode=0o700, exist_ok=True)
-    file = requests / f"{time.time_ns()}-{uuid.uuid4().hex[:8]}.json"
-    _replace(file, [method, *arguments])
-    return file
 
 
 def take_requests(folder: Path) -> Iterator[Any]:

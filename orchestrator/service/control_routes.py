@@ -3,11 +3,14 @@ takes longer does it nevertheless."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import time
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 
-from orchestrator.run_handle import RunHandle
+from actors.errors import RunError
+from orchestrator.run_handle import NoAnswerInTime, RunHandle
 from orchestrator.service import run_contents
 from orchestrator.service.errors import Problem, documented
 from orchestrator.service.reading_routes import Runs
@@ -56,23 +59,48 @@ def submit(sent: Submission, runs: Runs, jobs: Submitting, request: Request, res
 @waits
 def change(run: RunId, changes: Changes, runs: Runs, jobs: Submitting, wait_s: Wait = 60.0) -> RunDetail:
     """Scale elastic roles; let engines from elsewhere join and leave; pause or let go on; change its priority. A run
-    that is paused keeps its processes."""
+    that is paused keeps its processes. If any of it is refused, nothing of it is done."""
     if changes == Changes():
         raise Problem(422, "nothing is asked for: give `scale`, `attach`, `detach`, `paused`, `priority`, or several")
+    asks_the_run = bool(changes.scale or changes.attach or changes.detach) or changes.paused is not None
+    handle = _reachable(runs, run) if asks_the_run else runs.handle(run)
+    engines = [(engine.address, engine.token, engine.role) for engine in changes.attach]
+    handle.refuse(changes.scale, engines, changes.detach)
     if changes.priority is not None:
-        jobs.prioritise(run, changes.priority)
-    if not (changes.scale or changes.attach or changes.detach) and changes.paused is None:
-        return runs.detail(run)
-    handle = _reachable(runs, run)
-    for role, count in changes.scale.items():
-        handle.scale(role, count, timeout_s=wait_s)
-    for engine in changes.attach:
-        handle.attach(engine.address, engine.token, role=engine.role, timeout_s=wait_s)
-    for address in changes.detach:
-        handle.detach(address, timeout_s=wait_s)
-    if changes.paused is not None:
-        (handle.pause if changes.paused else handle.resume)(timeout_s=wait_s)
+        jobs.prioritise(run, changes.priority)  # refused for a run without a queue, before anything else is done
+    _ask_one_after_the_other(_parts(handle, changes), wait_s)
     return runs.detail(run)
+
+
+Part = tuple[str, Callable[[float], Any]]  # key of the body, and what asks the run for it within so many seconds
+
+
+def _parts(handle: RunHandle, changes: Changes) -> list[Part]:
+    parts: list[Part] = []
+    for role, count in changes.scale.items():
+        parts.append((f"scale.{role}", lambda s, role=role, count=count: handle.scale(role, count, timeout_s=s)))
+    for each in changes.attach:
+        parts.append(("attach", lambda s, e=each: handle.attach(e.address, e.token, role=e.role, timeout_s=s)))
+    for address in changes.detach:
+        parts.append(("detach", lambda s, address=address: handle.detach(address, timeout_s=s)))
+    if changes.paused is not None:
+        paused = handle.pause if changes.paused else handle.resume
+        parts.append(("paused", lambda s: paused(timeout_s=s)))
+    return parts
+
+
+def _ask_one_after_the_other(parts: Sequence[Part], wait_s: float) -> None:
+    """Raises Problem 504 or 409 if the run does not answer in time or ends, with what it was not asked for any more."""
+    deadline = time.monotonic() + wait_s
+    for number, (_, ask) in enumerate(parts, 1):
+        try:
+            ask(max(0.0, deadline - time.monotonic()))
+        except RunError as error:
+            late = isinstance(error, NoAnswerInTime)
+            left = ", ".join(key for key, _ in parts[number:])
+            more = f"; the run was not asked for the rest: {left}" if left else ""
+            holds = "; what was asked still holds" if late else ""
+            raise Problem(504 if late else 409, f"{error}{holds}{more}") from None
 
 
 @router.post("/{run}/checkpoint", responses=OF_A_RUN)
