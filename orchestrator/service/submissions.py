@@ -19,7 +19,6 @@ from pathlib import Path
 
 from orchestrator.config.loading import SAVED, SUBMITTED
 from orchestrator.config.schema import RunConfig
-from orchestrator.planning.bundles import Bundle
 from orchestrator.queueing import entry as entries
 from orchestrator.queueing.entry import Entry, Stage
 from orchestrator.run_handle import NoAnswerInTime
@@ -69,7 +68,11 @@ class Submissions:
                 raise Problem(409, f"run {run} has no checkpoint to go on from; submit it again under another name")
             self._await_end(run, folder)
             before = entries.read(folder)
-            self._queue_again(folder, overrides, bundles_of(resumed_config(folder / SAVED, overrides)))
+            known = before or Entry(0, 0.0, ())
+            wanted = (*_pending_overrides(known), *overrides)
+            bundles = bundles_of(resumed_config(folder / SAVED, wanted))
+            # With the whole budget of failures, and the priority that it had.
+            entries.write(folder, Entry(known.priority, time.time(), bundles, overrides=wanted))
         if (problem := self._looked(run)) is not None and self._gave_up(folder):
             if before is not None:
                 entries.write(folder, before)
@@ -123,13 +126,6 @@ class Submissions:
         finally:
             temporary.unlink()
 
-    def _queue_again(self, folder: Path, overrides: Sequence[str], bundles: tuple[Bundle, ...]) -> None:
-        """With the whole budget of failures, and the priority that it had."""
-        before = entries.read(folder)
-        known = before or Entry(0, 0.0, ())
-        kept = (*known.overrides, *overrides)
-        entries.write(folder, Entry(known.priority, time.time(), bundles, overrides=kept))
-
     def _looked(self, run: str) -> Problem | None:
         """Why the run could not be started, if it was to be. A look that cannot be had now is made by the queue later:
         the run waits for it."""
@@ -157,6 +153,12 @@ class Submissions:
             if time.monotonic() > deadline:
                 raise Problem(409, f"the process of run {run} has not ended for {END_TIMEOUT_S:g} s")
             time.sleep(POLL_S)
+
+
+def _pending_overrides(entry: Entry) -> tuple[str, ...]:
+    """Those of an earlier resumption that was stopped before it could show whether the run takes them. Others are in
+    the run's configuration, if it has gone on with them, or it was refused or failed with them."""
+    return entry.overrides if entry.stopped and not entry.failures else ()
 
 
 def _remove(folder: Path) -> None:

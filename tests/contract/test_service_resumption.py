@@ -1,0 +1,106 @@
+"""What a run that has ended is resumed with, and from where. `test_service_control.py` resumes a run that has saved a
+checkpoint, with real processes; here the jobs live and die as a test says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from orchestrator.config.loading import config_of
+from orchestrator.service.app import create_app
+from orchestrator.service.jobs import JobState
+from orchestrator.service.settings import Settings
+from tests.runs import SFT
+from tests.service_client import AUTHORIZED, TOKEN, add_events
+
+pytestmark = pytest.mark.timeout(300)
+
+
+class KnownJobs:
+    """Jobs that run until a test ends them."""
+
+    def __init__(self) -> None:
+        self.commands: list[Sequence[str]] = []
+        self.known: dict[str, JobState] = {}
+
+    def submit(self, run: str, folder: Path, command: Sequence[str], *, stop_wait_s: float) -> None:
+        self.commands.append(command)
+        self.known[run] = JobState.RUNNING
+
+    def states(self, folders: Mapping[str, Path]) -> dict[str, JobState]:
+        return {run: self.known[run] for run in folders if run in self.known}
+
+    def reserved(self) -> None: ...
+
+    def kill(self, run: str, folder: Path) -> None:
+        self.known[run] = JobState.STOPPED
+
+    def ready(self) -> None: ...
+
+
+class Resumed:
+    """A run of SFT that was submitted to a service, and started."""
+
+    def __init__(self, runs: Path) -> None:
+        self.folder, self.jobs = runs / "one", KnownJobs()
+        app = create_app(Settings(runs, token=TOKEN, fresh_s=0.0), self.jobs)
+        self.http = TestClient(app, base_url="http://127.0.0.1", headers=AUTHORIZED)
+        assert self.http.post("/v1/runs", json={"name": "one", "recipe": SFT}).status_code == 201
+
+    def is_accepted(self) -> None:
+        config = config_of(SFT, [], "the recipe").model_dump_json()
+        (self.folder / "config.json").write_text(config)
+        add_events(self.folder, {"event": "prepared", "time": 1.0})
+
+    def saves(self, step: int) -> None:
+        saved = self.folder / "checkpoints" / f"step-{step:08d}"
+        saved.mkdir(parents=True)
+        (saved / "MANIFEST.json").write_text("{}")
+        (saved / "state.json").write_text(json.dumps({"total_step": step, "phase": "sft"}))
+        add_events(self.folder, {"event": "checkpoint", "time": 2.0, "step": step})
+
+    def ends(self, *printed: str) -> None:
+        with (self.folder / "console.log").open("a") as stream:
+            stream.write("".join(f"{line}\n" for line in printed))
+        self.jobs.known["one"] = JobState.ENDED
+        self.http.patch("/v1/runs/one", json={"priority": 1})  # which looks at the queue
+
+    def resume(self, *overrides: str) -> Any:
+        return self.http.post("/v1/runs/one/resume", json={"overrides": list(overrides)})
+
+    @property
+    def overrides(self) -> list[str]:
+        """Of the command that was started last."""
+        return [word for word in self.jobs.commands[-1] if word.startswith("train.")]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Resumed:
+    return Resumed(tmp_path)
+
+
+def test_an_override_with_which_a_resumption_was_refused_is_not_that_of_the_next_one(run: Resumed):
+    run.is_accepted()
+    run.saves(5)
+    run.ends("troupe: refused: this and that")
+    assert run.resume("train.batch_size=4", "train.steps=7").status_code == 200
+    assert run.overrides == ["train.batch_size=4", "train.steps=7"]
+    run.ends("troupe: refused: train.batch_size is too large")
+    assert run.http.get("/v1/runs/one").json()["detail"] == "train.batch_size is too large"
+    assert run.resume("train.steps=8").status_code == 200
+    assert run.overrides == ["train.steps=8"]
+
+
+def test_an_override_of_a_resumption_that_was_stopped_before_it_was_tried_is_that_of_the_next_one(run: Resumed):
+    run.is_accepted()
+    run.saves(5)
+    run.ends("troupe: refused: this and that")
+    assert run.resume("train.steps=7").status_code == 200
+    assert run.http.post("/v1/runs/one/stop?wait_s=100").json()["state"] == "stopped"
+    assert run.resume("train.batch_size=4").status_code == 200
+    assert run.overrides == ["train.steps=7", "train.batch_size=4"]
