@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.cluster import control
-from orchestrator.config.loading import SUBMITTED, find_recipe, load_config, saved_config
+from orchestrator.config.loading import SUBMITTED, find_recipe, load_config, resumable_config, saved_config
 from orchestrator.config.schema import RunConfig
 from orchestrator.console_copy import CONSOLE_FILE
 from orchestrator.restarts import COMMAND, folder_of
@@ -68,10 +68,10 @@ def resume(
     timeout_s: float = START_TIMEOUT_S,
     **settings: Any,
 ) -> RunHandle:
-    """Continue a run that has ended, from its newest checkpoint, in a process of its own. Arguments and errors are
-    those of `start`. `console.log` is written anew."""
+    """Continue a run that has ended, from its newest checkpoint, or from the start if it never saved one, in a process
+    of its own. Arguments and errors are those of `start`. `console.log` is written anew."""
     folder = Path(folder).resolve()
-    saved_config(folder)
+    resumable_config(folder)
     before = len(_resumptions(folder))
     command = ["resume", str(folder), *_overrides(overrides, settings), *(["--local"] if local else [])]
     return _launched(command, folder, lambda _: folder if len(_resumptions(folder)) > before else None, timeout_s)
@@ -90,7 +90,7 @@ def _overrides(given: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
 
 
 def _resumptions(folder: Path) -> list[dict[str, Any]]:
-    return [event for event in control.events(folder) if event["event"] == "resumed"]
+    return [event for event in control.events(folder) if event["event"] in ("resumed", "begun_again")]
 
 
 def _launched(

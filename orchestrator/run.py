@@ -49,6 +49,7 @@ from orchestrator.reporting.gains import phase_gains
 from orchestrator.reporting.metrics import METRICS_FILE, read
 from orchestrator.reporting.plot import draw
 from orchestrator.result import RunResult
+from orchestrator.status import has_saved
 
 
 def run(
@@ -57,11 +58,10 @@ def run(
     local: bool = False,
     resume: Path | None = None,
     from_step: int | None = None,
-    or_begin: bool = False,
     run_id: str | None = None,
 ) -> RunResult:
     """Train as configured. `local` keeps everything in this process. With `resume`, continue the run of that folder
-    from its newest valid checkpoint, or that of `from_step`; with `or_begin`, from the beginning if it never saved one.
+    from its newest valid checkpoint, or that of `from_step`; from the beginning if it never saved one.
     `run_id`: the name of a new run's folder; None: one is made from the run's name and the time. Raises UserError
     before anything is launched, RunError afterwards."""
     began = time.monotonic()
@@ -75,7 +75,7 @@ def run(
         if resume is None:
             folder, resumed = _new_folder(prepared.config, run_id), None
             stack.enter_context(driving(folder))
-        elif or_begin and not any((resume / "checkpoints").glob("step-*")):
+        elif from_step is None and not has_saved(resume):
             folder, resumed = resume, None
         else:
             folder, resumed = resume, resume_point(resume, prepared, from_step)
@@ -150,7 +150,7 @@ class _Run:
         context.log.rewind(0)
         save_config(context.folder, context.config)
         context.event("begun_again", {})
-        context.console.note("the run left no checkpoint, and begins again")
+        context.console.note("the run ended before its first checkpoint: it begins again from the start")
 
     def _continue_from(self, resumed: Resumption) -> None:
         context = self.context

@@ -9,7 +9,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from orchestrator.cluster.control import EVENTS_FILE
+from orchestrator.cluster.control import EVENTS_FILE, events
 from orchestrator.console_copy import CONSOLE_FILE
 from orchestrator.json_lines import LineReader
 from orchestrator.queueing.entry import Entry, Stage
@@ -78,6 +78,14 @@ def queue_says(folder: Path, entry: Entry) -> tuple[State, str] | None:
 def has_ended(folder: Path, entry: Entry, *kinds: str) -> bool:
     """Whether the process that a service has started last has said so."""
     return any(event.get("event") in kinds for event in said_since(folder, entry))
+
+
+def has_saved(folder: Path) -> bool:
+    """Whether a run has ever written a checkpoint, also where none is left: one that has is not begun anew, because
+    that gives up what it measured."""
+    return any((folder / "checkpoints").glob("step-*")) or any(
+        event["event"] == "checkpoint" for event in events(folder)
+    )
 
 
 def said_since(folder: Path, entry: Entry) -> list[dict[str, Any]]:

@@ -76,7 +76,11 @@ def checkpoint(folder: RunFolder, as_json: AsJson = False) -> None:
 def stop(folder: RunFolder, as_json: AsJson = False) -> None:
     """End a running job after its step and a checkpoint."""
     last = _handle(folder).stop()
-    more = f"`troupe resume {folder}` continues it from {last.name}" if last else "no checkpoint yet"
+    more = (
+        f"`troupe resume {folder}` continues it from {last.name}"
+        if last
+        else f"it saved no checkpoint; `troupe resume {folder}` begins it again"
+    )
     _say(as_json, f"stopped; {more}", checkpoint=str(last) if last else None)
 
 

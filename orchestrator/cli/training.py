@@ -55,18 +55,16 @@ def resume(
     step: Annotated[
         int | None, typer.Option("--step", min=1, help="Go on from this step's checkpoint; later ones are given up.")
     ] = None,
-    or_begin: Annotated[
-        bool, typer.Option("--or-begin", help="From the beginning, if the run never saved a checkpoint.")
-    ] = False,
     local: Local = False,
     log: Log = None,
 ) -> None:
-    """Continue a run from its newest checkpoint, exactly, or with other settings, which the run keeps from then on."""
-    from orchestrator.config.loading import load_run
+    """Continue a run from its newest checkpoint, exactly, or with other settings, which the run keeps from then on.
+    One that never saved a checkpoint begins again from the start."""
+    from orchestrator.config.loading import load_config, resumable_config
 
     if log is not None:
         copy_output(log)
-    config = load_run(folder, overrides or [])
+    config = load_config(resumable_config(folder), overrides or [])
     from orchestrator.run import run as run_config
 
-    run_config(config, local=local, resume=folder, from_step=step, or_begin=or_begin)
+    run_config(config, local=local, resume=folder, from_step=step)

@@ -64,6 +64,13 @@ def saved_config(folder: Path) -> Path:
     return folder / SAVED
 
 
+def resumable_config(folder: Path) -> Path:
+    """The file of the configuration that a run is resumed with: its own, or of one that was submitted and has ended
+    before it was accepted, what was submitted. Raises ConfigError if the folder is no run's."""
+    submitted = folder / SUBMITTED
+    return submitted if submitted.is_file() and not (folder / SAVED).is_file() else saved_config(folder)
+
+
 def recipes() -> dict[str, str]:
     """Shipped recipes: name -> the first sentence of its file."""
     return {recipe_name(file): _headline(file) for folder in (".", "papers") for file in _files(RECIPES / folder)}

@@ -81,7 +81,10 @@ class RunContext:
     def how_to_continue(self) -> str:
         """The last line for the user: the last checkpoint, and the command that continues from it."""
         if self.last_checkpoint is None:
-            return f"no checkpoint yet; checkpoint.every=N writes one every N steps. The run's folder: {self.folder}"
+            return (
+                f"no checkpoint yet; `troupe resume {self.folder}` begins it again, and checkpoint.every=N writes one "
+                "every N steps"
+            )
         return f"last checkpoint {self.last_checkpoint.path}; continue with `troupe resume {self.folder}`"
 
     def _sinks(self) -> Iterator[Sink]:

@@ -44,6 +44,7 @@ class Entry:
     later step than `saved_step`. `not_before`: the end of the back-off. `stopped`: it is over because somebody asked
     for that. `asked`: when it was told to make room. `events_from`, `console_from`: how long its files were when its
     process was started, in bytes: what is behind that is of this process, whatever the clocks of the machines say.
+    `resumed`: somebody has asked that it go on, or begin again, after it had ended.
     """
 
     priority: int
@@ -61,6 +62,7 @@ class Entry:
     asked: float = 0.0
     events_from: int = 0
     console_from: int = 0
+    resumed: bool = False
 
     @property
     def active(self) -> bool:

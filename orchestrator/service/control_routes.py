@@ -19,6 +19,7 @@ from orchestrator.service.run_folders import RunFolders
 from orchestrator.service.schemas import (
     Changes,
     CheckpointEntry,
+    Resumed,
     Resumption,
     RunDetail,
     RunId,
@@ -130,12 +131,13 @@ def stop(
 
 @router.post("/{run}/resume", responses={**documented(403, 404), **OF_JOBS})
 @waits
-def resume(run: RunId, runs: Runs, jobs: Submitting, request: Request, sent: Resumption | None = None) -> RunSummary:
-    """Continue a run that has ended from its newest checkpoint, under the same id."""
+def resume(run: RunId, runs: Runs, jobs: Submitting, request: Request, sent: Resumption | None = None) -> Resumed:
+    """Continue a run that has ended from its newest checkpoint, under the same id. One that never saved a checkpoint
+    begins again from the start: `from_step` is 0."""
     overrides = sent.overrides if sent is not None else []
     refuse_overrides(overrides, allow_code=request.app.state.settings.allow_code)
-    jobs.resume(run, overrides)
-    return runs.summary(run)
+    step = jobs.resume(run, overrides)
+    return Resumed(**runs.summary(run).model_dump(), from_step=step)
 
 
 def _reachable(runs: RunFolders, run: str) -> RunHandle:

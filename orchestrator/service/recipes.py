@@ -42,6 +42,8 @@ def refuse_overrides(overrides: Sequence[str], *, allow_code: bool) -> None:
         key = syntax.dotted(override.path)
         if key in ("cluster", "cluster.address"):
             raise ConfigError(f"{override}: on which Ray a run runs is the service's to say")
+        if key == "output":
+            raise ConfigError(f"{override}: a run stays in its folder")
         _refuse_code(code_in({key: override.value}), allow_code)
 
 

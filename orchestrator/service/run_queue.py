@@ -253,8 +253,8 @@ class RunQueue:
         return failed
 
     def _command(self, run: str, folder: Path, entry: Entry) -> list[str]:
-        if (folder / SAVED).exists():
-            command = ["resume", str(folder), *entry.overrides, "--or-begin"]
+        if (folder / SAVED).exists() or entry.resumed:
+            command = ["resume", str(folder), *entry.overrides]
         else:
             command = ["run", str(folder / SUBMITTED), "--id", run]
         return [*COMMAND, *command, "--log", str(folder / CONSOLE_FILE), *self._flags]

@@ -118,6 +118,11 @@ class Submitted(RunSummary):
     """False if it was submitted before."""
 
 
+class Resumed(RunSummary):
+    from_step: int
+    """Of the checkpoint that it goes on from; 0: it begins again from the start, because it saved none."""
+
+
 class WorkerCount(Given):
     desired: int
     serving: int

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from orchestrator.config.loading import SAVED, SUBMITTED
+from orchestrator.config.loading import SAVED, SUBMITTED, resumable_config
 from orchestrator.config.schema import RunConfig
 from orchestrator.queueing import entry as entries
 from orchestrator.queueing.entry import Entry, Stage
@@ -29,6 +29,7 @@ from orchestrator.service.needs import bundles_of
 from orchestrator.service.recipes import resumed_config
 from orchestrator.service.run_folders import RunFolders
 from orchestrator.service.run_queue import RunQueue
+from orchestrator.status import has_saved
 
 END_TIMEOUT_S, POLL_S = 30.0, 0.2
 
@@ -56,27 +57,30 @@ class Submissions:
             raise problem
         return run, new
 
-    def resume(self, run: str, overrides: Sequence[str]) -> None:
-        """Raises Problem 409 for a run that is not over, or has no checkpoint; 502 or 503 if no job could be started:
-        then it is as it was."""
+    def resume(self, run: str, overrides: Sequence[str]) -> int:
+        """Let a run that has ended go on from its newest checkpoint; from the start if it never saved one. Returns the
+        step. Raises Problem 409 for a run that is not over, or whose checkpoints are gone; 502 or 503 if no job could
+        be started: then it is as it was."""
         folder = self._runs.folder(run)
         with self._one:
             state = self._runs.summary(run).state
             if not state.over:
                 raise Problem(409, f"run {run} is {state}; only one that has ended can be resumed")
-            if not run_contents.checkpoints(folder):
-                raise Problem(409, f"run {run} has no checkpoint to go on from; submit it again under another name")
+            saved = run_contents.checkpoints(folder)
+            if not saved and has_saved(folder):
+                raise Problem(409, f"run {run} has saved checkpoints, and none of them is left whole to go on from")
             self._await_end(run, folder)
             before = entries.read(folder)
             known = before or Entry(0, 0.0, ())
             wanted = (*_pending_overrides(known), *overrides)
-            bundles = bundles_of(resumed_config(folder / SAVED, wanted))
+            bundles = bundles_of(resumed_config(resumable_config(folder), wanted))
             # With the whole budget of failures, and the priority that it had.
-            entries.write(folder, Entry(known.priority, time.time(), bundles, overrides=wanted))
+            entries.write(folder, Entry(known.priority, time.time(), bundles, overrides=wanted, resumed=True))
         if (problem := self._looked(run)) is not None and self._gave_up(folder):
             if before is not None:
                 entries.write(folder, before)
             raise problem
+        return saved[-1].step if saved else 0
 
     def stop(self, run: str, *, now: bool, wait_s: float) -> None:
         """End a run after its step and a checkpoint; `now`: by a signal, within its `checkpoint.grace_s`. Returns when

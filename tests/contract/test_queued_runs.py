@@ -227,7 +227,7 @@ def test_an_error_that_repeats_is_tried_three_times_and_ends_with_its_words(watc
     found = watched.summary("one")
     assert (found.state, found.failures) == ("failed", 3)
     assert found.detail == "given up (failures: 3 of 3): ValueError: mine"
-    assert all(command[-3:-1] == ["--or-begin", "--log"] for _, command in watched.jobs.commands)
+    assert all(command[-4:-1] == ["resume", str(folder), "--log"] for _, command in watched.jobs.commands)
     watched.queue.look()
     assert len(watched.jobs.commands) == 3, "it is not started for a fourth time"
 

@@ -92,7 +92,6 @@ def test_a_run_that_is_refused_by_its_own_process_has_failed_with_its_words(http
     assert http.post("/v1/runs", json={"name": "refused", "recipe": recipe}).status_code == 201
     until(lambda: state(http, "refused") == "failed", "end of the run")
     assert "at-all.jsonl" in http.get("/v1/runs/refused").json()["detail"]
-    assert http.post("/v1/runs/refused/resume", json={}).status_code == 409
     listed = {run["id"]: run["state"] for run in http.get("/v1/runs").json()["runs"]}
     assert listed["refused"] == "failed"
 

@@ -4,6 +4,7 @@ checkpoint, with real processes; here the jobs live and die as a test says."""
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from orchestrator.config.loading import config_of
 from orchestrator.service.app import create_app
 from orchestrator.service.jobs import JobState
 from orchestrator.service.settings import Settings
-from tests.runs import SFT
+from tests.runs import SFT, TROUPE
 from tests.service_client import AUTHORIZED, TOKEN, add_events
 
 pytestmark = pytest.mark.timeout(300)
@@ -104,3 +105,51 @@ def test_an_override_of_a_resumption_that_was_stopped_before_it_was_tried_is_tha
     assert run.http.post("/v1/runs/one/stop?wait_s=100").json()["state"] == "stopped"
     assert run.resume("train.batch_size=4").status_code == 200
     assert run.overrides == ["train.steps=7", "train.batch_size=4"]
+
+
+def test_a_run_that_was_stopped_before_it_was_accepted_begins_with_what_was_submitted_and_the_overrides(run: Resumed):
+    assert run.http.post("/v1/runs/one/stop?wait_s=100").json()["state"] == "stopped"
+    answer = run.resume("train.steps=7").json()
+    assert (answer["id"], answer["state"], answer["from_step"]) == ("one", "starting", 0)
+    assert list(run.jobs.commands[-1][3:6]) == ["resume", str(run.folder), "train.steps=7"]
+    assert run.resume().status_code == 409, "it is starting"
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_begins_again_and_one_that_saved_goes_on(run: Resumed):
+    run.is_accepted()
+    run.ends("troupe: refused: this and that")
+    assert run.resume().json()["from_step"] == 0
+    run.saves(5)
+    run.ends("troupe: refused: this and that")
+    assert run.resume().json()["from_step"] == 5
+
+
+def test_a_run_whose_checkpoints_were_removed_is_not_begun_anew(run: Resumed):
+    run.is_accepted()
+    run.saves(5)
+    run.ends("troupe: refused: this and that")
+    (run.folder / "checkpoints").rename(run.folder / "elsewhere")
+    answer = run.resume()
+    assert answer.status_code == 409
+    assert answer.json()["error"]["message"] == (
+        "run one has saved checkpoints, and none of them is left whole to go on from"
+    )
+
+
+def test_a_resumption_cannot_move_the_run_to_another_folder(run: Resumed):
+    assert run.http.post("/v1/runs/one/stop?wait_s=100").json()["state"] == "stopped"
+    refused = run.resume("output=/elsewhere")
+    assert refused.status_code == 422 and "a run stays in its folder" in refused.json()["error"]["message"]
+
+
+def test_a_run_that_never_began_is_resumed_by_the_command_and_says_that_it_begins_again(run: Resumed):
+    assert run.http.post("/v1/runs/one/stop?wait_s=100").json()["state"] == "stopped"
+    command = ["resume", str(run.folder), "train.steps=2", "--local"]
+    done = subprocess.run([TROUPE, *command], capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    assert "the run ended before its first checkpoint: it begins again from the start" in done.stdout + done.stderr
+    found = run.http.get("/v1/runs/one").json()
+    assert (found["state"], found["step"]) == ("finished", 2)
+    (run.folder / "checkpoints").rename(run.folder / "elsewhere")
+    done = subprocess.run([TROUPE, *command], capture_output=True, text=True, timeout=250)
+    assert done.returncode == 2 and "holds no valid checkpoint" in done.stderr

@@ -6,6 +6,9 @@ import { call, run } from "./service.js";
 
 const OVER = new Set(["finished", "stopped", "failed"]);
 
+const resumed = ({ from_step }) =>
+  from_step ? `goes on from step ${from_step}` : "it saved no checkpoint: begins again from the start";
+
 // [element, what shows the actions for a run as it stands]
 export function controls(id, signal) {
   const role = h("input", { value: "rollout", size: 12 });
@@ -45,7 +48,7 @@ export function controls(id, signal) {
       { class: "danger" },
     ),
   ];
-  const over = [action("Resume", async () => (await ask("POST", "/resume"), "resumed"))];
+  const over = [action("Resume", async () => resumed(await ask("POST", "/resume")))];
   const show = ({ state, workers, autoscale }) => {
     for (const each of live) each.hidden = OVER.has(state);
     for (const each of over) each.hidden = !OVER.has(state);
