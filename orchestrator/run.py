@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
@@ -37,7 +36,7 @@ from orchestrator.config.loading import SAVED
 from orchestrator.config.overrides import leaves
 from orchestrator.config.roles import EngineRole
 from orchestrator.config.schema import RunConfig
-from orchestrator.config.section import RUN_ID
+from orchestrator.config.section import refuse_run_id
 from orchestrator.executor import Executor
 from orchestrator.phases.phase_run import PhaseRun
 from orchestrator.phases.resuming import Resumption, resume_point, save_config
@@ -104,8 +103,10 @@ def _new_folder(config: RunConfig, run_id: str | None) -> Path:
 def _own_folder(config: RunConfig, run_id: str) -> Path:
     """It may be there already, with what was submitted in it, but it must not be a run's."""
     folder = config.output / run_id
-    if not re.fullmatch(RUN_ID, run_id):
-        raise ConfigError(f"--id {run_id!r} must be a valid folder name: letters, digits and _ . + -, at most 140")
+    try:
+        refuse_run_id(run_id)
+    except ValueError as error:
+        raise ConfigError(f"--id: {error}") from None
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:

@@ -11,14 +11,29 @@ from pydantic_core import PydanticCustomError
 
 from orchestrator.planning import node_selectors as labels
 
-RUN_ID = r"\w[\w.+-]{0,139}"  # the name of a run's folder: that of the run (below), with time and process
+# The name of a run's folder: that of the run (below), with time and process. ASCII, so that its length in bytes, which
+# file systems limit, is that in characters, and it is the same text in URLs, Ray's job ids and Unicode's several forms.
+RUN_ID = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,139}"
+
+
+def refuse_run_id(text: str) -> str:
+    """Raises ValueError for a text that is no run's id."""
+    if not re.fullmatch(RUN_ID, text):
+        raise PydanticCustomError(
+            "run_id",
+            "a run's id is the name of its folder: at most 140 of the letters a to z and A to Z, digits and _ . + -, "
+            "the first a letter, a digit or _; given: {given}",
+            {"given": repr(text[:200])},
+        )
+    return text
 
 
 def _names_a_folder(text: str) -> str:
     """Raises ValueError for a text that is not a valid folder name on every system."""
-    if not re.fullmatch(r"\w[\w.+-]{0,99}", text):
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}", text):
         raise ValueError(
-            "it must be a valid folder name: at most 100 letters, digits and _ . + -, the first a letter or digit"
+            "it must be a valid folder name: at most 100 of the letters a to z and A to Z, digits and _ . + -, "
+            "the first a letter, a digit or _"
         )
     return text
 

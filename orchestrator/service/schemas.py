@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from fastapi import Path as PathParameter
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 
 from orchestrator.cluster.control import TOKEN
-from orchestrator.config.section import RUN_ID
+from orchestrator.config.section import RUN_ID, refuse_run_id
 from orchestrator.status import State
 
 # A run's id is the name of its folder; a name with a separator, or one that begins with a dot, is none.
-RunId = Annotated[str, PathParameter(pattern=f"^{RUN_ID}$", description="A run's id: the name of its folder.")]
+Id = Annotated[str, AfterValidator(refuse_run_id), WithJsonSchema({"type": "string", "pattern": f"^{RUN_ID}$"})]
+RunId = Annotated[Id, PathParameter(description="A run's id: the name of its folder.")]
 
 
 class Taken(BaseModel):
@@ -36,7 +37,7 @@ class Recipe(Taken):
 
 
 class Submission(Recipe):
-    name: str | None = Field(default=None, pattern=f"^{RUN_ID}$")
+    name: Id | None = None
     """The run's id. Submitting the same again under one name is one run. Default: made from the recipe's name."""
     priority: Priority = 0
     """Its place in the queue: higher ones first. Of a run that was submitted before it is left as it is."""
