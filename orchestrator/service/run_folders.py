@@ -149,10 +149,11 @@ def _parsed(file: Path, stamp: tuple[int, int]) -> dict[str, Any]:
 
 
 def _created(folder: Path) -> float:
-    first = next(iter(events(folder)), {})
-    entry = entries.read(folder)
-    began = float(first.get("time", folder.stat().st_ctime))
-    return began if entry is None else min(began, entry.submitted)
+    """When it was submitted, or else began. Not by its place in the queue, which is another one once it is resumed."""
+    known = [float(event["time"]) for event in events(folder)[:1]]
+    with contextlib.suppress(FileNotFoundError):
+        known.append((folder / SUBMITTED).stat().st_mtime)  # written once
+    return min(known, default=folder.stat().st_ctime)
 
 
 def _stamp(file: str) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,16 @@ def test_a_run_whose_checkpoints_were_removed_is_not_begun_anew(run: Resumed):
     assert answer.json()["error"]["message"] == (
         "run one has saved checkpoints, and none of them is left whole to go on from"
     )
+
+
+@pytest.mark.parametrize("began", [True, False])
+def test_a_run_is_as_old_after_a_resumption_as_it_was(run: Resumed, began: bool):
+    created = run.http.get("/v1/runs/one").json()["created"]
+    if began:
+        add_events(run.folder, {"event": "prepared", "time": time.time() + 1})  # it takes time to begin
+    assert run.http.post("/v1/runs/one/stop?wait_s=100").json()["state"] == "stopped"
+    assert run.resume().status_code == 200
+    assert run.http.get("/v1/runs/one").json()["created"] == created > time.time() - 300
 
 
 def test_a_resumption_cannot_move_the_run_to_another_folder(run: Resumed):
