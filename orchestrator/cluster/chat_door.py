@@ -89,7 +89,6 @@ async def _streamed(request: web.Request, body: Any, chat: LiveChat) -> web.Stre
     from aiohttp import web
 
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
-    counts = bool((body.get("stream_options") or {}).get("include_usage"))
     async with contextlib.aclosing(chat.answer(body, stream=True)) as parts:
         head: dict[str, Any] = {}
         try:
@@ -101,7 +100,7 @@ async def _streamed(request: web.Request, body: Any, chat: LiveChat) -> web.Stre
                     await response.write(piece(head, part.message))
                 if part.ended is not None:
                     await response.write(piece(head, {}, part.ended))
-                    if counts:
+                    if (body.get("stream_options") or {}).get("include_usage"):
                         chunk = {"object": "chat.completion.chunk", "choices": [], "usage": part.usage}
                         await response.write(event({**head, **chunk}))
         except Refused as refused:

@@ -65,9 +65,12 @@ async def chat(asked: ChatRequest, request: Request, runs: Runs) -> Any:
     except httpx.TimeoutException:
         await client.aclose()
         raise Problem(504, f"run {asked.model} did not answer in time") from None
-    except (httpx.HTTPError, ValueError) as error:
+    except httpx.HTTPError as error:
         await client.aclose()
         raise Problem(503, f"the driver of {asked.model} does not answer: {type(error).__name__}") from None
+    except ValueError:  # an error that nobody expected
+        await client.aclose()
+        raise Problem(503, f"the driver of {asked.model} failed at this request; the run's log says why") from None
     except BaseException:
         await client.aclose()
         raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from fastapi import Path as PathParameter
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, WithJsonSchema
 
 from orchestrator.cluster.control import TOKEN
 from orchestrator.config.section import RUN_ID, refuse_run_id
@@ -79,7 +79,7 @@ class ChatRequest(BaseModel):
     model: str = Field(max_length=300)
     """The id of a run in progress, or RUN/ROLE for one of its engine roles."""
     messages: list[dict[str, Any]] = Field(min_length=1, max_length=10_000)
-    stream: bool = False
+    stream: StrictBool | None = False
 
 
 class Model(Given):

@@ -41,15 +41,52 @@ class Refused(Exception):
 
 
 def checked(body: Any, where: str, only: Mapping[str, tuple[Any, ...]] = ONLY) -> Body:
-    """A request that has messages and asks for nothing that is not supported `where`. Raises Refused."""
+    """A request that has messages, is of the protocol's form as far as it is read here, and asks for nothing that is
+    not supported `where`. Raises Refused."""
     if not isinstance(body, dict) or not isinstance(body.get("messages"), list) or not body["messages"]:
         raise Refused("a request needs `messages`, a list")
-    if not all(isinstance(each, dict) and isinstance(each.get("role"), str) for each in body["messages"]):
-        raise Refused("each message is an object with a `role`")
+    for place, message in enumerate(body["messages"]):
+        _check_message(message, f"messages[{place}]")
+    _need(body.get("stream"), bool, "stream", "true or false")
+    _need(body.get("stream_options"), dict, "stream_options", "an object")
+    _need(
+        (body.get("stream_options") or {}).get("include_usage"), bool, "stream_options.include_usage", "true or false"
+    )
+    _check_tools(body.get("tools"))
     for key, allowed in only.items():
         if body.get(key) is not None and body[key] not in allowed:
             raise Refused(f"{key}={json.dumps(body[key])[:80]} is not supported {where}")
     return body
+
+
+def _check_message(message: Any, where: str) -> None:
+    _need(message, dict, where, "an object with a `role`", required=True)
+    _need(message.get("role"), str, f"{where}.role", "a text", required=True)
+    content = message.get("content")
+    _need(content, str | list, f"{where}.content", "a text, or a list of parts")
+    for place, part in enumerate(content if isinstance(content, list) else []):
+        _need(part, dict, f"{where}.content[{place}]", "an object with `type` and `text`", required=True)
+    calls = message.get("tool_calls")
+    _need(calls, list, f"{where}.tool_calls", "a list of calls")
+    for place, call in enumerate(calls or []):
+        this = f"{where}.tool_calls[{place}]"
+        _need(call, dict, this, "an object with `id` and `function`", required=True)
+        _need(call.get("function"), dict, f"{this}.function", "an object with `name` and `arguments`", required=True)
+        _need(call["function"].get("name"), str, f"{this}.function.name", "a text", required=True)
+
+
+def _check_tools(tools: Any) -> None:
+    _need(tools, list, "tools", "a list of functions")
+    for place, tool in enumerate(tools or []):
+        _need(tool, dict, f"tools[{place}]", "an object with `function`", required=True)
+        _need(tool.get("function"), dict, f"tools[{place}].function", "an object with a `name`", required=True)
+        _need(tool["function"].get("name"), str, f"tools[{place}].function.name", "a text", required=True)
+
+
+def _need(value: Any, kind: Any, where: str, form: str, *, required: bool = False) -> None:
+    """Raises Refused for what is of another kind. None is what is not given."""
+    if (required or value is not None) and not isinstance(value, kind):
+        raise Refused(f"{where} is {short(value)}; it must be {form}")
 
 
 def heading(model: str) -> dict[str, Any]:

@@ -4,18 +4,14 @@ this process that says what a test wants. `tests/ray/test_judges_and_agents.py` 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
-from orchestrator.cluster.chat_door import chat_door
-from orchestrator.collection.live_chat import LiveChat
 from orchestrator.data import calculator_examples, synthetic_examples
-from rollout.sampling import Finish, Request, Sampling
+from tests.chat_engine import Engine, door_of
 
 openai = pytest.importorskip("openai")
 
@@ -27,24 +23,6 @@ TOOLS = [{"type": "function", "function": {"name": "calculator", "description": 
 SHOWS_TOOLS = "{%- for tool in tools or [] -%}[{{ tool.function.name }}]{%- endfor -%}" + calculator_examples.TEMPLATE
 
 
-class Engine:
-    """What `LiveChat` asks of a run's roles: samples, which are the next of `says`."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer, self.says, self.asked = tokenizer, list[str](), list[str]()
-        self.engines = {"rollout": SimpleNamespace(paused=False)}
-        self.phase = SimpleNamespace(sampling=Sampling(max_tokens=400))
-        self.group_stages = self
-
-    async def sample(self, role: str, request: Request) -> tuple[Any, Any]:
-        self.asked.append(self.tokenizer.decode(request.prompt))
-        said = self.tokenizer.encode(self.says.pop(0))
-        return SimpleNamespace(finishes=[Finish.STOP]), [*request.prompt, *said]
-
-    async def column(self, name: str, rows: Sequence[int]) -> Any:
-        return np.array(rows)
-
-
 @pytest.fixture
 def engine() -> Engine:
     tokenizer = calculator_examples.tokenizer(synthetic_examples.tokenizer())
@@ -54,12 +32,7 @@ def engine() -> Engine:
 
 @asynccontextmanager
 async def client_of(engine: Engine) -> AsyncIterator[Any]:
-    roles: Any = engine
-    chat = LiveChat({"run": "rollout"}, engine.tokenizer, roles)
-    async with (
-        chat_door(chat, "127.0.0.1") as door,
-        openai.AsyncOpenAI(base_url=f"{door.url}/v1", api_key="-") as found,
-    ):
+    async with door_of(engine) as url, openai.AsyncOpenAI(base_url=url, api_key="-", max_retries=0) as found:
         yield found
 
 
