@@ -28,7 +28,27 @@ from rollout.tool_calls import parser_of
 STREAM_TOKENS = 16
 AT_ONCE = 64  # chats; more are refused with 429
 CUT_OFF = "\ufffd"  # how a decoder shows the first bytes of a character
-ONLY_HERE = {key: allowed for key, allowed in ONLY.items() if key != "stop"}
+# What a request may have: what is done as it says, and what says nothing of the answer (who asks, and how a provider is
+# to cache, bill and label it).
+TAKEN = ("model", "messages", "tools", "stream", "stream_options", "temperature", "top_p", "max_tokens",
+         "max_completion_tokens", "stop", "seed")  # fmt: skip
+LABELS = ("user", "safety_identifier", "metadata", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention")
+# Of the other keys of the protocol, and of what vLLM adds to it, the values that change nothing.
+ONLY_HERE: dict[str, tuple[Any, ...]] = {
+    **{key: allowed for key, allowed in ONLY.items() if key not in TAKEN},
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "top_k": (-1, 0),
+    "min_p": (0,),
+    "best_of": (1,),
+    "stop_token_ids": ([],),
+    "top_logprobs": (0,),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True,),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+}
 
 
 @dataclass(frozen=True)
@@ -78,7 +98,7 @@ class LiveChat:
             self._running -= 1
 
     def _understood(self, body: Any) -> _Asked:
-        body = checked(body, "by a live policy", ONLY_HERE)
+        body = checked(body, "by a live policy", ONLY_HERE, (*TAKEN, *LABELS))
         role = self.models.get(str(body.get("model")))
         if role is None:
             raise Refused(f"there is no model {body.get('model')!r}; there is {', '.join(self.models)}", 404)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 Message = dict[str, Any]
@@ -40,9 +40,12 @@ class Refused(Exception):
         return {"error": error}
 
 
-def checked(body: Any, where: str, only: Mapping[str, tuple[Any, ...]] = ONLY) -> Body:
+def checked(
+    body: Any, where: str, only: Mapping[str, tuple[Any, ...]] = ONLY, known: Collection[str] | None = None
+) -> Body:
     """A request that has messages, is of the protocol's form as far as it is read here, and asks for nothing that is
-    not supported `where`. Raises Refused."""
+    not supported `where`. `known`: all other keys that it may have; None: it may have any, which do not count. Raises
+    Refused."""
     if not isinstance(body, dict) or not isinstance(body.get("messages"), list) or not body["messages"]:
         raise Refused("a request needs `messages`, a list")
     for place, message in enumerate(body["messages"]):
@@ -53,10 +56,19 @@ def checked(body: Any, where: str, only: Mapping[str, tuple[Any, ...]] = ONLY) -
         (body.get("stream_options") or {}).get("include_usage"), bool, "stream_options.include_usage", "true or false"
     )
     _check_tools(body.get("tools"))
-    for key, allowed in only.items():
-        if body.get(key) is not None and body[key] not in allowed:
-            raise Refused(f"{key}={json.dumps(body[key])[:80]} is not supported {where}")
+    for key, value in body.items():
+        if value is None:
+            continue
+        if key in only and not any(_same(value, allowed) for allowed in only[key]):
+            raise Refused(f"{key}={json.dumps(value)[:80]} is not supported {where}")
+        if known is not None and key not in only and key not in known:
+            raise Refused(f"{key[:80]}={json.dumps(value)[:80]} is not supported {where}; it takes {', '.join(known)}")
     return body
+
+
+def _same(value: Any, allowed: Any) -> bool:
+    """0 is 0.0, and false is neither."""
+    return value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
 
 
 def _check_message(message: Any, where: str) -> None:

@@ -60,3 +60,36 @@ async def test_what_is_not_of_the_protocols_form_is_refused_by_its_place(
     assert answer.status_code == 400 and named in answer.json()["error"]["message"], answer.text
     assert engine.asked == [], "nothing was sampled for it"
     assert (await answer_to(engine, ASKED)).json()["choices"][0]["message"]["content"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("frequency_penalty", 0.5),
+        ("presence_penalty", -1),
+        ("repetition_penalty", 1.1),
+        ("top_k", 40),
+        ("min_p", 0.1),
+        ("best_of", 4),
+        ("best_of", True),
+        ("stop_token_ids", [3]),
+        ("reasoning_effort", "high"),
+        ("parallel_tool_calls", False),
+        ("n", True),
+        ("logprobs", 0),
+        ("temprature", 0.5),
+    ],
+)
+async def test_what_a_live_policy_does_not_do_is_refused_by_its_name(engine: Engine, key: str, value: Any):
+    refused = await answer_to(engine, {**ASKED, key: value})
+    assert refused.status_code == 400 and refused.json()["error"]["message"].startswith(f"{key}="), refused.text
+    assert (await answer_to(engine, {**ASKED, key: None})).status_code == 200, "null asks for nothing"
+
+
+async def test_what_changes_nothing_is_taken_as_clients_send_it(engine: Engine):
+    """Libraries send the protocol's defaults, and labels for whoever sells the answers."""
+    defaults = {"frequency_penalty": 0.0, "presence_penalty": 0, "n": 1, "logprobs": False, "tool_choice": "auto"}
+    more = {"repetition_penalty": 1.0, "top_k": -1, "min_p": 0.0, "store": False, "parallel_tool_calls": True}
+    labels = {"user": "u", "metadata": {"a": "b"}, "safety_identifier": "s", "service_tier": "auto"}
+    answer = await answer_to(engine, {**ASKED, **defaults, **more, **labels})
+    assert answer.status_code == 200 and answer.json()["choices"][0]["message"]["content"] == "2"
