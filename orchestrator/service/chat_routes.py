@@ -22,6 +22,7 @@ from orchestrator.service.event_stream import EVENT_STREAM
 from orchestrator.service.reading_routes import Runs
 from orchestrator.service.run_folders import RunFolders
 from orchestrator.service.schemas import ChatRequest, Model, ModelList
+from rewards.environments.openai_protocol import type_of
 
 TIMEOUTS = httpx.Timeout(30.0, read=600.0)  # a chat may wait for a free worker
 # A driver's endpoint speaks plain HTTP. For each client httpx would read all certificates, which takes 16 ms; this one
@@ -84,7 +85,7 @@ async def _passed_on(client: httpx.AsyncClient, answer: httpx.Response) -> Async
         async for part in answer.aiter_raw():
             yield part
     except httpx.HTTPError as error:
-        problem = {"error": {"message": f"the run ended: {type(error).__name__}", "type": "unavailable"}}
+        problem = {"error": {"message": f"the run ended: {type(error).__name__}", "type": type_of(503)}}
         yield b"data: " + json.dumps(problem).encode() + b"\n\n"
     finally:
         await answer.aclose()

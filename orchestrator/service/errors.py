@@ -18,23 +18,10 @@ from starlette.exceptions import HTTPException
 
 from actors.errors import RunError, UserError
 from orchestrator.run_handle import NoAnswerInTime
+from rewards.environments.openai_protocol import type_of
 
 log = logging.getLogger(__name__)
 
-TYPES = {
-    400: "bad_request",
-    401: "unauthorized",
-    403: "forbidden",
-    404: "not_found",
-    405: "method_not_allowed",
-    409: "conflict",
-    413: "too_large",
-    422: "invalid_request",
-    429: "too_many_requests",
-    502: "bad_gateway",
-    503: "unavailable",
-    504: "timeout",
-}
 WHEN = {
     400: "the body cannot be read",
     401: "no bearer token, or not the service's",
@@ -77,7 +64,7 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def body_of(status: int, message: str, param: str | None = None) -> dict[str, Any]:
-    return ErrorBody(error=Error(message=message, type=TYPES.get(status, "error"), param=param)).model_dump()
+    return ErrorBody(error=Error(message=message, type=type_of(status), param=param)).model_dump()
 
 
 def answer(status: int, message: str, param: str | None = None, headers: Mapping[str, str] | None = None) -> Any:

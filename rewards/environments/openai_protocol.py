@@ -26,6 +26,27 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
 }
 
+# `type` of an error, by its status.
+TYPES = {
+    400: "bad_request",
+    401: "unauthorized",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    409: "conflict",
+    410: "gone",
+    413: "too_large",
+    422: "invalid_request",
+    429: "too_many_requests",
+    502: "bad_gateway",
+    503: "unavailable",
+    504: "timeout",
+}
+
+
+def type_of(status: int) -> str:
+    return TYPES.get(status, "error")
+
 
 class Refused(Exception):
     """A request that is answered with an error. `status`: 4xx; the clients of the protocol repeat 408, 409 and 429."""
@@ -36,7 +57,7 @@ class Refused(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        error = {"message": str(self), "type": "invalid_request_error", "code": None, "param": None}
+        error = {"message": str(self), "type": type_of(self.status), "code": None, "param": None}
         return {"error": error}
 
 

@@ -93,3 +93,14 @@ async def test_what_changes_nothing_is_taken_as_clients_send_it(engine: Engine):
     labels = {"user": "u", "metadata": {"a": "b"}, "safety_identifier": "s", "service_tier": "auto"}
     answer = await answer_to(engine, {**ASKED, **defaults, **more, **labels})
     assert answer.status_code == 200 and answer.json()["choices"][0]["message"]["content"] == "2"
+
+
+async def test_the_type_of_an_error_follows_its_status(engine: Engine):
+    async def error(**changes: Any) -> tuple[int, str]:
+        answer = await answer_to(engine, {**ASKED, **changes})
+        return answer.status_code, answer.json()["error"]["type"]
+
+    assert await error(n=2) == (400, "bad_request")
+    assert await error(model="another") == (404, "not_found")
+    engine.engines["rollout"].paused = True
+    assert await error() == (503, "unavailable")
