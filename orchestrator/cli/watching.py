@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,6 +53,8 @@ def logs(folder: RunFolder, follow: Follow = False) -> None:
     from orchestrator.service.run_contents import log
 
     runs, offset = _folders(folder.resolve().parent), None
+    with _in_words(f"{folder} is not a run's folder"):
+        runs.folder(folder.resolve().name)
     while True:
         running = not runs.summary(folder.resolve().name).state.over  # before reading: the last lines must be read
         part = log(runs.folder(folder.resolve().name), offset=offset, running=running and follow)
@@ -96,7 +99,8 @@ def samples(
 
     order: run_contents.Order = "-reward" if best else "reward" if worst else "position"
     limits: dict[str, Any] = {"min_reward": None, "max_reward": None, "offset": 0, "limit": limit}
-    found = run_contents.samples(_run(folder), step=step, order=order, **limits, tokens=tokens is not None)
+    with _in_words():
+        found = run_contents.samples(_run(folder), step=step, order=order, **limits, tokens=tokens is not None)
     kept = [[each.model_dump() for each in sequences] for sequences in found.tokens or ()]
     if as_json:
         for index, row in enumerate(found.rows):
@@ -152,6 +156,18 @@ def chat(
         if message:
             return
         messages.append({"role": "assistant", "content": answer})
+
+
+@contextmanager
+def _in_words(why: str | None = None) -> Iterator[None]:
+    """What the service would refuse is refused here, too. `why`: other words for it."""
+    from actors.errors import ConfigError
+    from orchestrator.service.errors import Problem
+
+    try:
+        yield
+    except Problem as problem:
+        raise ConfigError(why or str(problem)) from None
 
 
 def _folders(runs: Path) -> RunFolders:

@@ -39,7 +39,8 @@ def samples(
         return Samples(steps=[], step=None, total=0, rows=[], tokens=[] if tokens else None)
     chosen = max(files) if step is None else step
     if chosen not in files:
-        raise Problem(404, f"run {folder.name} has no samples of step {chosen}", "step")
+        others = f"it has those of {len(files)} steps, {min(files)} to {max(files)}" if files else "it has none yet"
+        raise Problem(404, f"run {folder.name} has no samples of step {chosen}; {others}", "step")
     rows = [each for each in enumerate(_rows(files[chosen])) if _within(each[1].get("reward"), min_reward, max_reward)]
     if order != "position":
         worst = math.inf if order == "reward" else -math.inf  # rows without a reward come last
