@@ -125,12 +125,15 @@ def check_reward(
     ] = "completion",
     model: Annotated[str | None, typer.Option("--model", help="Whose tokens completion_ids are; else bytes.")] = None,
     address: Annotated[str | None, typer.Option("--address", help="HOST:PORT of the Ray that an actor is in.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Call a reward with a few rows, show what it returns and how long it takes, and say what is wrong with it."""
-    from orchestrator.reporting.reward_check import show_reward
+    import json
+
+    from orchestrator.reporting.reward_check import check_call
     from orchestrator.reporting.tables import show_lines
 
-    lines, outcome = show_reward(
+    done = check_call(
         reward,
         overrides or [],
         data=data,
@@ -140,11 +143,11 @@ def check_reward(
         model=model,
         address=address,
     )
-    show_lines(lines)
-    if outcome.hangs:  # its thread would keep this process for as long as it hangs
+    typer.echo(json.dumps(done.as_data())) if as_json else show_lines(done.lines())
+    if done.outcome.hangs:  # its thread would keep this process for as long as it hangs
         sys.stdout.flush()
         os._exit(BROKEN)
-    if outcome.values is None:
+    if done.outcome.values is None:
         raise typer.Exit(BROKEN)
 
 

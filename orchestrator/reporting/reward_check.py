@@ -145,7 +145,45 @@ class _Recorded:
         return answer
 
 
-def show_reward(
+@dataclass(frozen=True)
+class Check:
+    """How a reward's call went. `asked`: in words; `limit_s`: the call's deadline."""
+
+    asked: str
+    rows: Sequence[Mapping[str, Any]]
+    outcome: Outcome
+    on_failure: OnFailure
+    limit_s: float
+
+    def lines(self) -> list[RenderableType]:
+        """For people."""
+        lines: list[RenderableType] = [Text(self.asked, style="bold")]
+        if self.outcome.values is None:
+            return [*lines, *_about_failure(self.outcome, self.on_failure)]
+        return [*lines, _table(self.rows, self.outcome.values), *_about_answer(self.outcome, self.limit_s)]
+
+    def as_data(self) -> dict[str, Any]:
+        """For programs. `rows`: with `reward`, null for no opinion, and what was logged for each; none after a
+        failure."""
+        outcome = self.outcome
+        texts = [{"prompt": _text(row["prompt"]), "completion": _text(row["completion"])} for row in self.rows]
+        head: dict[str, Any] = {"asked": self.asked, "deadline_s": self.limit_s}
+        if outcome.values is None:
+            returned = _short(repr(outcome.returned[-1]), SHOWN_ANSWER) if outcome.returned else None
+            follows = _follows(self.on_failure)
+            return {**head, "rows": [], "failure": outcome.failure, "returned": returned, "follows": follows}
+        assert outcome.statistics is not None and outcome.log is not None
+        rows: list[dict[str, Any]] = []
+        for index, (text, value) in enumerate(zip(texts, outcome.values, strict=True)):
+            logged = {name: column[index] for name, column in outcome.log.extra.items()}
+            rows.append({**text, "reward": None if np.isnan(value) else float(value), "logged": logged})
+        metrics = {name: value if np.isfinite(value) else None for name, value in outcome.log.metrics.items()}
+        warnings = _warnings(outcome, outcome.values, self.limit_s)
+        told = {"seconds": outcome.statistics.seconds, "metrics": metrics, "warnings": warnings}
+        return {**head, "rows": rows, "failure": None, **told}
+
+
+def check_call(
     reward: str,
     overrides: Sequence[str],
     *,
@@ -155,8 +193,8 @@ def show_reward(
     completions: str,
     model: str | None,
     address: str | None,
-) -> tuple[list[RenderableType], Outcome]:
-    """What to print about a reward, and how its call went. Raises ConfigError or DataError for what is no call."""
+) -> Check:
+    """Call a reward. Raises ConfigError or DataError for what is no call."""
     settings, config = settings_of(reward, overrides)
     given = rows_of(data, split, rows, completions)
     if not given:
@@ -168,10 +206,7 @@ def show_reward(
     spec = replace(spec, handling=replace(spec.handling, timeout_s=limit_s))
     outcome = examine(spec, given, data or "the example data", _tokens_of(model))
     asked = f"{spec.label}: {len(given)} completions, {'examples' if data is None else data}"
-    lines: list[RenderableType] = [Text(asked, style="bold")]
-    if outcome.values is None:
-        return [*lines, *_about_failure(outcome, settings.on_failure)], outcome
-    return [*lines, _table(given, outcome.values), *_about_answer(outcome, outcome.values, limit_s)], outcome
+    return Check(asked, given, outcome, settings.on_failure, limit_s)
 
 
 def _table(rows: Sequence[Mapping[str, Any]], values: Array) -> Rows:
@@ -182,36 +217,42 @@ def _table(rows: Sequence[Mapping[str, Any]], values: Array) -> Rows:
     return table
 
 
-def _about_answer(outcome: Outcome, values: Array, limit_s: float) -> list[Text]:
-    assert outcome.statistics is not None and outcome.log is not None
-    seconds = outcome.statistics.seconds
-    lines = [Text(f"{seconds:.3f} s; the deadline is {limit_s:g} s")]
-    failed = ", ".join(f"{count} {kind}" for kind, count in outcome.statistics.failures.items())
-    if failed:
-        lines.append(_warning(f"attempts failed before this one: {failed}"))
-    if seconds > limit_s / 2:
-        lines.append(_warning("it took more than half of its deadline; raise timeout_s, or score fewer samples"))
-    opinions = values[~np.isnan(values)]
-    if not len(opinions):
-        lines.append(_warning("no opinion on any of them: a group of samples like these is dropped"))
-    elif len(values) > 1 and np.ptp(opinions) == 0:
-        lines.append(_warning("all rewards are the same: from a group of samples like these nothing is learned"))
+def _about_answer(outcome: Outcome, limit_s: float) -> list[Text]:
+    assert outcome.statistics is not None and outcome.log is not None and outcome.values is not None
+    lines = [Text(f"{outcome.statistics.seconds:.3f} s; the deadline is {limit_s:g} s")]
+    lines += [Text(f"! {text}", style="yellow") for text in _warnings(outcome, outcome.values, limit_s)]
     logged = [*(f"{name} {value:g}" for name, value in outcome.log.metrics.items()), *outcome.log.extra]
     if logged:
         lines.append(Text(f"logged: {', '.join(logged)}"))
     return lines
 
 
+def _warnings(outcome: Outcome, values: Array, limit_s: float) -> list[str]:
+    assert outcome.statistics is not None
+    found: list[str] = []
+    failed = ", ".join(f"{count} {kind}" for kind, count in outcome.statistics.failures.items())
+    if failed:
+        found.append(f"attempts failed before this one: {failed}")
+    if outcome.statistics.seconds > limit_s / 2:
+        found.append("it took more than half of its deadline; raise timeout_s, or score fewer samples")
+    opinions = values[~np.isnan(values)]
+    if not len(opinions):
+        found.append("no opinion on any of them: a group of samples like these is dropped")
+    elif len(values) > 1 and np.ptp(opinions) == 0:
+        found.append("all rewards are the same: from a group of samples like these nothing is learned")
+    return found
+
+
 def _about_failure(outcome: Outcome, on_failure: OnFailure) -> list[Text]:
     lines = [Text.assemble(("no rewards: ", "bold red"), str(outcome.failure))]
     if outcome.returned:
         lines.append(Text(f"returned: {_short(repr(outcome.returned[-1]), SHOWN_ANSWER)}"))
+    return [*lines, Text(_follows(on_failure))]
+
+
+def _follows(on_failure: OnFailure) -> str:
     constant = f"in a run: each reward of the prompt group would be {on_failure}, as on_failure says"
-    return [*lines, Text(FOLLOWS.get(str(on_failure), constant))]
-
-
-def _warning(text: str) -> Text:
-    return Text(f"! {text}", style="yellow")
+    return FOLLOWS.get(str(on_failure), constant)
 
 
 def _text(content: Any) -> str:

@@ -116,6 +116,21 @@ def test_opinions_that_say_nothing_are_told(file: Path) -> None:
     assert code == 0 and "! no opinion on any of them" in said
 
 
+def test_programs_get_the_same_as_json(file: Path) -> None:
+    code, said = check(f"{file}:length", "--json")
+    found = json.loads(said)
+    assert (code, [row["reward"] for row in found["rows"]]) == (0, [8, 6, 4, 29])
+    assert found["rows"][0] == {"prompt": "12+34=", "completion": "46", "reward": 8, "logged": {}}
+    assert found["failure"] is None and found["warnings"] == [] and 0 <= found["seconds"] < found["deadline_s"] == 60
+    found = json.loads(check(f"{file}:same", "--json")[1])
+    assert found["metrics"] == {"seen": 4} and "all rewards are the same" in found["warnings"][0]
+    assert [row["reward"] for row in json.loads(check(f"{file}:silent", "--json")[1])["rows"]] == [None] * 4
+    code, said = check(f"{file}:short", "on_failure=drop", "--json")
+    found = json.loads(said)
+    assert (code, found["rows"], found["returned"]) == (1, [], "[1.0]")
+    assert "returned 1 rewards for 4" in found["failure"] and "on_failure=drop" in found["follows"]
+
+
 def test_what_cannot_be_called_is_refused_with_what_to_do(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     for arguments, said in (

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import inspect
+import sys
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any
 
 import pytest
 import typer
 
-import orchestrator.cli  # noqa: F401  registers the commands
 from orchestrator.cli import main
 from orchestrator.cli.application import REFUSED, app
+from orchestrator.reporting.terminal_tables import Rows
 from tests.service_client import write_run, write_samples
 
 COMMANDS = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
@@ -55,3 +63,43 @@ def test_a_step_without_samples_is_refused_with_the_steps_that_have_some(
         write_samples(folder, step, [0.5])
     said = refusal(["samples", str(folder), "--step", "999"], capsys)
     assert "run t-1 has no samples of step 999; it has those of 2 steps, 2 to 4" in said
+
+
+def named_in(what: Any) -> Iterator[Any]:
+    """What the code of a function or a class names: globals of its module, what it imports, and parts of modules."""
+    module = sys.modules[what.__module__]
+    known: dict[str, Any] = {**vars(module)}
+    tree = ast.parse(textwrap.dedent(inspect.getsource(what)))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            source = importlib.import_module(node.module or "")
+            known |= {each.asname or each.name: getattr(source, each.name, None) for each in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id in known:
+            yield known[node.id]
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            of = known.get(node.value.id)
+            yield getattr(of, node.attr, None) if isinstance(of, ModuleType) else None
+
+
+def prints_a_table(callback: Any) -> bool:
+    """Whether a command comes to `Rows`, through the rooms of commands and of reports."""
+    seen, left = set[Any](), [callback]
+    while left:
+        for found in named_in(left.pop()):
+            if found is Rows:
+                return True
+            ours = isinstance(found, FunctionType | type) and found.__module__.startswith(
+                ("orchestrator.cli", "orchestrator.reporting")
+            )
+            if ours and found not in seen:
+                seen.add(found)
+                left.append(found)
+    return False
+
+
+def test_a_command_that_prints_a_table_prints_json_for_programs():
+    tables = {name for name, command in COMMANDS.items() if prints_a_table(inspect.unwrap(command.callback))}
+    assert {"plan", "methods", "recipes", "ls", "check-reward"} <= tables, "those that are found"
+    without = {name for name in tables if not any("--json" in each.opts for each in COMMANDS[name].params)}
+    assert without == set()
