@@ -119,20 +119,24 @@ async def _ping(roles: Executor, health: RankHealth) -> None:
         try:
             report = await worker.call("ping", timeout_s=PING_TIMEOUT_S)
             health.seen(rank, report["verb"], report["busy_s"], time.monotonic())
-        except WorkerDied as error:
+        except WorkerDied as error:  # on purpose, if its role is no role any more: `keep` forgets it
             health.died(rank, str(error))
         except NoAnswer:
             pass  # `health` counts for how long
 
-    groups = dict(roles.groups)
-    ranks = [
-        (Rank(role, index, worker.where), worker)
-        for role, group in groups.items()
+    ranks = _ranks(roles)
+    health.keep(ranks.keys())
+    await asyncio.gather(*(one(rank, worker) for rank, worker in ranks.items()))
+    health.keep(_ranks(roles).keys())  # some may have been ended on purpose during the pings
+
+
+def _ranks(roles: Executor) -> dict[Rank, Worker]:
+    """Those that there are now."""
+    return {
+        Rank(role, index, worker.where): worker
+        for role, group in roles.groups.items()
         for index, worker in enumerate(group.workers)
-    ]
-    await asyncio.gather(*(one(rank, worker) for rank, worker in ranks))
-    for role in groups.keys() - roles.groups.keys():  # ended on purpose during the pings
-        health.forget(role)
+    }
 
 
 async def _watch(overdue: Callable[[], list[str]], warn: Callable[[str], None]) -> None:

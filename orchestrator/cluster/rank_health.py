@@ -12,7 +12,7 @@ named before those that do.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 
@@ -56,9 +56,9 @@ class RankHealth:
         """It is pinged from now on."""
         self._ranks.setdefault(rank, _State(now))
 
-    def forget(self, role: str) -> None:
-        """Its processes were ended on purpose."""
-        self._ranks = {rank: state for rank, state in self._ranks.items() if rank.role != role}
+    def keep(self, ranks: Collection[Rank]) -> None:
+        """Forget all others: their processes were ended on purpose."""
+        self._ranks = {rank: state for rank, state in self._ranks.items() if rank in ranks}
 
     def seen(self, rank: Rank, verb: str | None, busy_s: float, now: float) -> None:
         """It answered: what it is doing, and for how long."""

@@ -99,7 +99,7 @@ def test_a_long_verb_is_reported_once_per_interval():
 
 def test_a_role_that_was_released_is_not_reported_as_lost():
     found = health()
-    found.forget("reference")
+    found.keep(POLICY)
     all_policy = [found.seen(rank, None, 0.0, 50.0) for rank in POLICY]
     assert len(all_policy) == 3 and found.failure(50.0) is None
 
@@ -126,3 +126,16 @@ async def test_a_role_that_starts_with_a_later_phase_is_watched_by_the_limits_of
         async with supervised(config, run, tmp_path, roles, requests, Watchdog(), print, autoscaler, ping_every_s=0.02):
             roles.groups["value"] = SimpleNamespace(workers=[Answering(30.0)])
             await asyncio.sleep(30)
+
+
+async def test_a_role_that_is_released_between_two_pings_is_no_rank_that_hangs(tmp_path: Path):
+    groups = {"policy": SimpleNamespace(workers=[Answering(0.0)]), "value": SimpleNamespace(workers=[Answering(0.0)])}
+    roles: Any = SimpleNamespace(groups=groups, pools={}, activity=Activity())
+    limits = {"roles": {"value": {"ping_timeout_s": 1}}}
+    config = RunConfig.model_validate({"phases": {"main": {}}, **limits})
+    requests, autoscaler = Requests(lambda: None), Autoscaler({}, lambda *_: None)
+    run = RunFile("t-1", None, Driver.here())
+    async with supervised(config, run, tmp_path, roles, requests, Watchdog(), print, autoscaler, ping_every_s=0.5):
+        await asyncio.sleep(0.7)  # it was pinged once
+        del groups["value"]
+        await asyncio.sleep(2.5)
