@@ -26,7 +26,7 @@ from ray.actor import ActorClass
 from ray.exceptions import ActorDiedError, ObjectLostError, RayError, RayTaskError
 
 from actors.errors import BlockLost, InfraFailure, NoAnswer, WorkerDied, first_lines
-from actors.worker import BESIDE, NAMESPACE, Ref, WorkerInfo, consume_exception
+from actors.worker import BESIDE, NAMESPACE, Place, Ref, WorkerInfo, consume_exception
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
@@ -103,6 +103,10 @@ class RayWorker:
     @property
     def where(self) -> str:
         return f"pid {self.info.pid} on node {self.info.node}" if self.info else "not ready yet"
+
+    @property
+    def place(self) -> Place | None:
+        return Place(self.info.node, self.info.pid) if self.info else None
 
     def _failure(self, method: str, started: float, why: str) -> str:
         now = time.monotonic()

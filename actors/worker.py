@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import platform
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
@@ -35,6 +36,14 @@ class WorkerInfo:
     detail: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a worker runs."""
+
+    node: str
+    pid: int
+
+
 @dataclass(frozen=True, eq=False)
 class Ref:
     """A value that stays where it is: in the object store, or (locally) in this process. As an argument of `call` it
@@ -51,6 +60,11 @@ class Worker(Protocol):
     @property
     def where(self) -> str:
         """Node and process, for messages."""
+        ...
+
+    @property
+    def place(self) -> Place | None:
+        """The same for programs; None before it is ready, and of what is no process of the run."""
         ...
 
     async def call(self, method: str, *args: Any, timeout_s: float, task_name: str | None = None, **kwargs: Any) -> Any:
@@ -130,6 +144,10 @@ class LocalWorker:
     @property
     def where(self) -> str:
         return f"pid {os.getpid()}, the driver's own"
+
+    @property
+    def place(self) -> Place | None:
+        return Place(platform.node(), os.getpid())
 
     async def call(self, method: str, *args: Any, timeout_s: float, task_name: str | None = None, **kwargs: Any) -> Any:
         if self._dead.is_set():

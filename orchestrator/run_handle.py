@@ -94,7 +94,7 @@ class RunHandle:
         members = {role: seen["members"] for role, seen in roles.items()}
         autoscale = {role: seen["autoscale"] for role, seen in roles.items() if "autoscale" in seen}
         step, now = int(last.get("step", 0)), (put_up.phase, put_up.at_work, put_up.waits)
-        return Status(kind, state, step, workers, members, last, *now, autoscale)
+        return Status(kind, state, step, workers, members, last, *now, put_up.ranks, autoscale)
 
     def pipelines(self) -> Mapping[str, Sequence[Mapping[str, Any]]]:
         """For each phase its stages in order (`orchestrator.activity.drawn`); empty until the run has read its data."""

@@ -43,10 +43,11 @@ class Status:
     """How a run stands. `state`: `starting`, `running`, `paused`, `finished`, or a sentence that says why it waits, how
     it ended or why it does not answer; `kind`: the same as one of a few words. `step`, `metrics`: what was logged last,
     with the evaluation after that step. `workers`: of its elastic roles while it is running: role -> how many are
-    `desired`, how many are `serving`. `members`: role -> each worker with its state and place. Of a run in progress:
-    its `phase`, the stages `at_work` (`stage`, `writes`, `calls`, `share` of the last second), and what its driver
-    `waits` for (`what`, `seconds`). `autoscale`: role -> `min`, `max`, whether it is `held` at a number that somebody
-    asked for, and what was decided last (`said`)."""
+    `desired`, how many are `serving`. `members`: role -> each worker with its state and place; `ranks`: the same of the
+    roles that hold a model (policy, value, reference ...). Of a run in progress: its `phase`, the stages `at_work`
+    (`stage`, `writes`, `calls`, `share` of the last second), and what its driver `waits` for (`what`, `seconds`).
+    `autoscale`: role -> `min`, `max`, whether it is `held` at a number that somebody asked for, and what was decided
+    last (`said`)."""
 
     kind: State
     state: str
@@ -57,6 +58,7 @@ class Status:
     phase: str | None = None
     at_work: Sequence[Mapping[str, Any]] = ()
     waits: Sequence[Mapping[str, Any]] = ()
+    ranks: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict[str, Sequence[Mapping[str, Any]]])
     autoscale: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
 
 

@@ -36,6 +36,10 @@ class ProcessWorker:
     def where(self) -> str:
         return f"pid {self.process.pid}"
 
+    @property
+    def place(self) -> None:
+        return None
+
     async def call(self, method: str, *args: Any, timeout_s: float, task_name: str | None = None, **kwargs: Any) -> Any:
         number, future = next(self._numbers), self._loop.create_future()
         future.add_done_callback(consume_exception)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -101,6 +102,10 @@ def status(folder: RunFolder, as_json: AsJson = False) -> None:
     for wait in seen.waits:
         if wait["seconds"] >= SHOWN_WAIT_S:
             typer.echo(f"  waits {wait['seconds']:.0f} s for {wait['what']}")
+    for role, ranks in seen.ranks.items():
+        typer.echo(f"  {role}: {len(ranks)} rank(s)")
+        for rank in ranks:
+            typer.echo(f"    {_process(role, rank)}")
     for role, count in seen.workers.items():
         by_load = ""
         if scaled := seen.autoscale.get(role):
@@ -112,11 +117,15 @@ def status(folder: RunFolder, as_json: AsJson = False) -> None:
         beyond = f", and {elsewhere} from elsewhere" if elsewhere else ""
         typer.echo(f"  {role}: {count['serving']} of {count['desired']} worker(s) serve{beyond}{by_load}")
         for member in members:
-            facts = (f"{name} {value}" for name, value in member.items() if name not in ("index", "state"))
-            typer.echo(f"    {role}/{member['index']} {member['state']}: {', '.join(facts)}")
+            typer.echo(f"    {_process(role, member)}")
     if seen.metrics:
         main = {name: value for name, value in seen.metrics.items() if "/" not in name}  # `troupe metrics` has all
         typer.echo(f"  step {line_of(main).strip()}")
+
+
+def _process(role: str, told: Mapping[str, Any]) -> str:
+    facts = (f"{name} {value}" for name, value in told.items() if name not in ("index", "state"))
+    return f"{role}/{told['index']} {told['state']}: {', '.join(facts)}"
 
 
 def _say(as_json: bool, words: str, **facts: Any) -> None:

@@ -17,7 +17,7 @@ import aiohttp
 from yarl import URL
 
 from actors.errors import InfraFailure, NoAnswer, WorkerDied
-from actors.worker import Objects, Ref, WorkerInfo
+from actors.worker import Objects, Place, Ref, WorkerInfo
 from rollout.attached.wire import KINDS, PROTOCOL, SESSION, Malformed, decode, encode
 from rollout.engine import EngineSpec
 
@@ -38,6 +38,10 @@ class AttachedWorker:
     @property
     def where(self) -> str:
         return str(self._address.origin())
+
+    @property
+    def place(self) -> Place | None:
+        return None
 
     async def attach(self, spec: EngineSpec, *, timeout_s: float) -> None:
         """Make it this run's. Raises InfraFailure if it serves another one, or does not answer."""

@@ -91,7 +91,7 @@ async def supervised(
 
     forget_requests(folder)
     run.write(folder)
-    put_up = partial(_put_up, folder, roles, watchdog, autoscaler)
+    put_up = partial(_put_up, folder, roles, watchdog, autoscaler, health)
     polling = _take_requests(
         folder, Desired(run.elastic, run.autoscaled, run.attachable), roles, requests, put_up, warn, autoscaler
     )
@@ -133,7 +133,7 @@ async def _ping(roles: Executor, health: RankHealth) -> None:
 def _ranks(roles: Executor) -> dict[Rank, Worker]:
     """Those that there are now."""
     return {
-        Rank(role, index, worker.where): worker
+        Rank(role, index, worker.where, worker.place): worker
         for role, group in roles.groups.items()
         for index, worker in enumerate(group.workers)
     }
@@ -146,10 +146,13 @@ async def _watch(overdue: Callable[[], list[str]], warn: Callable[[str], None]) 
             warn(line)
 
 
-def _put_up(folder: Path, roles: Executor, watchdog: Watchdog, autoscaler: Autoscaler) -> None:
+def _put_up(folder: Path, roles: Executor, watchdog: Watchdog, autoscaler: Autoscaler, health: RankHealth) -> None:
+    now = time.monotonic()
+    for rank in _ranks(roles):  # one that has just started is shown before its first ping
+        health.expect(rank, now)
     described = {role: {**pool.described(), **autoscaler.described(role)} for role, pool in roles.pools.items()}
     at_work, waits = roles.activity.observed(), watchdog.waits()
-    put_status(folder, described, phase=roles.activity.phase, at_work=at_work, waits=waits)
+    put_status(folder, described, ranks=health.described(now), phase=roles.activity.phase, at_work=at_work, waits=waits)
 
 
 async def _take_requests(

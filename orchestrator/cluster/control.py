@@ -169,11 +169,13 @@ class RunFile:
 
 @dataclass(frozen=True)
 class Standing:
-    """What a driver says of itself every second. `roles`: elastic role -> desired, serving, members. `phase`: the one
+    """What a driver says of itself every second. `roles`: elastic role -> desired, serving, members. `ranks`: other
+    role -> each rank, as `RankHealth.described` tells it. `phase`: the one
     under way. `at_work`: those of its stages, as `Activity.observed` tells them. `waits`: what the driver waits for,
     and since how many seconds."""
 
     roles: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    ranks: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict[str, Sequence[Mapping[str, Any]]])
     phase: str | None = None
     at_work: Sequence[Mapping[str, Any]] = ()
     waits: Sequence[Mapping[str, Any]] = ()

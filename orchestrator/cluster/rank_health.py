@@ -14,6 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
+
+from actors.worker import Place
+
+SILENT_AFTER_S = 15.0  # of several pings none was answered
 
 
 @dataclass(frozen=True)
@@ -26,11 +31,12 @@ class RankLimits:
 
 @dataclass(frozen=True)
 class Rank:
-    """`where`: node and process, for messages."""
+    """`where`: node and process, for messages; `place`: for programs."""
 
     role: str
     index: int
     where: str
+    place: Place | None = None
 
     def __str__(self) -> str:
         return f"{self.role} rank {self.index} ({self.where})"
@@ -66,6 +72,15 @@ class RankHealth:
 
     def died(self, rank: Rank, why: str) -> None:
         self._ranks[rank].death = why
+
+    def described(self, now: float) -> dict[str, list[dict[str, Any]]]:
+        """For those who look from outside: role -> each rank with its `index`, `state`, node and process. `working`: in
+        a `verb`, and for how many `seconds`; `silent`: for how many it has answered no ping."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for rank, state in sorted(self._ranks.items(), key=lambda each: each[0].index):
+            place = {} if rank.place is None else {"node": rank.place.node, "pid": rank.place.pid}
+            found.setdefault(rank.role, []).append({"index": rank.index, **place, **_described(state, now)})
+        return found
 
     def failure(self, now: float) -> str | None:
         """Why the run cannot go on; None if it can."""
@@ -104,6 +119,15 @@ class RankHealth:
         due = [about for about in lines if now - self._reported.get(about, -1e9) >= self._report_after_s]
         self._reported |= dict.fromkeys(due, now)
         return [lines[about] for about in due]
+
+
+def _described(state: _State, now: float) -> dict[str, Any]:
+    verb = {} if state.verb is None else {"verb": state.verb}
+    if state.death is not None:
+        return {"state": "dead", **verb}
+    if now - state.answered > SILENT_AFTER_S:
+        return {"state": "silent", **verb, "seconds": round(now - state.answered, 1)}
+    return {"state": "working", **verb, "seconds": round(now - state.since, 1)} if verb else {"state": "idle"}
 
 
 def _during(state: _State) -> str:

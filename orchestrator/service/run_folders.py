@@ -101,6 +101,7 @@ class RunFolders:
             **_summary(folder, status).model_dump(),
             workers={role: dict(count) for role, count in status.workers.items()},  # pyright: ignore[reportArgumentType]
             members={role: [dict(member) for member in members] for role, members in status.members.items()},
+            ranks={role: [dict(rank) for rank in ranks] for role, ranks in status.ranks.items()},
             pipelines=RunHandle(folder, None).pipelines(),  # pyright: ignore[reportArgumentType]
             phase=status.phase,
             at_work=status.at_work,  # pyright: ignore[reportArgumentType]

@@ -159,6 +159,9 @@ class RunDetail(RunSummary):
     """Elastic roles of a run in progress: how many workers are wanted, and how many serve."""
     members: dict[str, list[dict[str, Any]]]
     """Elastic role -> its workers, with state, place, weight version and rate."""
+    ranks: dict[str, list[dict[str, Any]]]
+    """Role that holds a model (policy, value, reference ...) -> its processes: node, pid and `state` (`idle`,
+    `working` in a `verb` for so many `seconds`, `silent`, `dead`)."""
     pipelines: dict[str, list[DrawnStage]]
     """Phase -> its stages in order; empty until the run has read its data."""
     phase: str | None

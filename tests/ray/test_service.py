@@ -127,6 +127,8 @@ def test_a_submitted_run_is_a_ray_job_that_is_scaled_while_it_trains(service: Se
     assert answer["usage"]["prompt_tokens"] == 6 and 1 <= answer["usage"]["completion_tokens"] <= 3
     members = service.run()["members"]["rollout"]
     assert len({member["pid"] for member in members if member["state"] == "serving"}) == 2
+    [rank] = service.run()["ranks"]["policy"]
+    assert psutil.Process(rank["pid"]).is_running() and rank["pid"] not in {member.get("pid") for member in members}
     refused = service.call("PATCH", "/v1/runs/job", {"scale": {"policy": 2}}, status=422)
     assert "it can scale reward, rollout" in refused["error"]["message"]
     events = {event["event"] for event in service.call("GET", "/v1/runs/job/events")["events"]}

@@ -1,6 +1,7 @@
 """Which rank hangs, in what, since when, and when that ends a run."""
 
 import asyncio
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,10 +9,11 @@ from typing import Any
 import pytest
 
 from actors.errors import InfraFailure
+from actors.worker import Place
 from orchestrator.activity import Activity
 from orchestrator.cluster.autoscaler import Autoscaler
 from orchestrator.cluster.background_tasks import supervised
-from orchestrator.cluster.control import RunFile
+from orchestrator.cluster.control import RunFile, status
 from orchestrator.cluster.failures import Watchdog
 from orchestrator.cluster.rank_health import Rank, RankHealth, RankLimits
 from orchestrator.cluster.requests import Requests
@@ -107,13 +109,54 @@ def test_a_role_that_was_released_is_not_reported_as_lost():
 class Answering:
     """A worker, as far as it is asked anything here."""
 
-    where = NODE
+    where, place = NODE, Place("a", 7)
 
     def __init__(self, busy_s: float) -> None:
         self._busy_s = busy_s
 
     async def call(self, method: str, *_: Any, timeout_s: float) -> Any:
         return {"verb": "update", "busy_s": self._busy_s}
+
+
+def test_each_rank_is_described_by_its_place_and_by_what_its_last_ping_said():
+    limits = RankLimits(1000, 1000)
+    found = RankHealth(lambda _: limits, report_after_s=30)
+    ranks = [Rank("policy", index, NODE, Place("a", 7 + index)) for index in (1, 0, 2, 3)]
+    for rank in ranks:
+        found.expect(rank, 0.0)
+    found.seen(ranks[0], "update", 2.0, 99.0)
+    found.seen(ranks[1], None, 0.0, 99.0)
+    found.died(ranks[3], "its process is gone")
+    told: list[dict[str, Any]] = [
+        {"state": "idle"},
+        {"state": "working", "verb": "update", "seconds": 3.0},
+        {"state": "silent", "seconds": 100.0},
+        {"state": "dead"},
+    ]
+    placed = [{"index": index, "node": "a", "pid": 7 + index, **each} for index, each in enumerate(told)]
+    assert found.described(100.0) == {"policy": placed}
+
+
+async def test_the_status_of_a_run_has_its_ranks_from_its_first_second_on_and_none_that_is_gone(tmp_path: Path):
+    groups = {role: SimpleNamespace(workers=[Answering(5.0)]) for role in ("policy", "reference")}
+    roles: Any = SimpleNamespace(groups=groups, pools={}, activity=Activity())
+    config = RunConfig.model_validate({"phases": {"main": {}}})
+    requests, autoscaler = Requests(lambda: None), Autoscaler({}, lambda *_: None)
+    run = RunFile("t-1", None, Driver.here())
+
+    async def ranks(wanted: Callable[[Mapping[str, Any]], bool]) -> Mapping[str, Any]:
+        async with asyncio.timeout(60):
+            while not wanted(found := status(tmp_path).ranks):
+                await asyncio.sleep(0.05)
+        return found
+
+    first = {"index": 0, "node": "a", "pid": 7, "state": "idle"}
+    async with supervised(config, run, tmp_path, roles, requests, Watchdog(), print, autoscaler, ping_every_s=2.0):
+        assert await ranks(bool) == {"policy": [first], "reference": [first]}
+        pinged = await ranks(lambda found: found["policy"][0]["state"] != "idle")
+        assert (pinged["policy"][0]["state"], pinged["policy"][0]["verb"]) == ("working", "update")
+        del groups["reference"]
+        assert (await ranks(lambda found: len(found) < 2)).keys() == {"policy"}
 
 
 async def test_a_role_that_starts_with_a_later_phase_is_watched_by_the_limits_of_its_own(tmp_path: Path):

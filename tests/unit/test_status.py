@@ -14,6 +14,7 @@ from orchestrator.api import attach
 from orchestrator.cli import main
 from orchestrator.cluster.control import Desired, RunFile, ask, events, parse_scale, put_status, take_requests
 from orchestrator.cluster.run_lock import Driver, driving
+from orchestrator.service.run_folders import RunFolders
 
 
 @pytest.fixture
@@ -91,6 +92,27 @@ def test_a_running_job_says_how_many_workers_it_has_and_where_they_are(
         seen = attach(folder).status()
     assert (seen.kind, seen.workers) == ("running", {"rollout": {"desired": 2, "serving": 1}})
     assert (seen.members, seen.autoscale) == ({"rollout": [member]}, {})
+
+
+def test_a_running_job_says_where_its_ranks_are_and_what_they_do(folder: Path, capsys: pytest.CaptureFixture[str]):
+    ranks = [
+        {"index": 0, "node": "a", "pid": 7, "state": "working", "verb": "update", "seconds": 2.5},
+        {"index": 1, "node": "b", "pid": 8, "state": "idle"},
+    ]
+    put_status(folder, {}, ranks={"policy": ranks})
+    write(folder / "events.jsonl", [{"event": "prepared"}])
+    with driving(folder):
+        assert attach(folder).status().ranks == {"policy": ranks}
+        assert RunFolders(folder.parent).detail("t-1").ranks == {"policy": ranks}
+        with pytest.raises(SystemExit):
+            main(["status", str(folder)])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "policy" in line]
+    assert lines == [
+        "  policy: 2 rank(s)",
+        "    policy/0 working: node a, pid 7, verb update, seconds 2.5",
+        "    policy/1 idle: node b, pid 8",
+    ]
+    assert attach(folder).status().ranks == {}, "of a run that nobody drives any more"
 
 
 @pytest.mark.parametrize("held", [False, True])

@@ -22,7 +22,7 @@ export async function runView(main, { every, signal }, id, other) {
     h("h1", {}, id),
     h("section", {}, state, actions),
     h("section", {}, h("h2", {}, "Pipeline"), pipeline),
-    h("section", {}, h("h2", {}, "Workers"), workers),
+    h("section", {}, h("h2", {}, "Roles"), workers),
     h("section", {}, h("div", { class: "row" }, h("h2", {}, "Curves"), field("beside", comparison)), curves.element),
     samples(id, every, signal),
     h("div", { class: "columns" }, events(id, signal), log(id, every, signal)),
@@ -66,21 +66,32 @@ function scaling({ min, max, held, said } = {}) {
   return `; ${min} to ${max} by load${held ? ", held at this number" : ""}${said ? `; last decision ${said}` : ""}`;
 }
 
-function workerTable({ workers, members, autoscale, state }) {
+// Processes of a role: its ranks, or its workers.
+function processes(list, always = []) {
+  const columns = [...new Set([...always, ...list.flatMap(Object.keys)])].filter((name) => name !== "index" && name !== "state");
+  const rows = list.map((each) => [
+    String(each.index ?? ""),
+    h("span", { class: `state ${each.state}` }, String(each.state ?? "")),
+    ...columns.map((name) => plain(each[name])),
+  ]);
+  return [columns, rows];
+}
+
+function workerTable({ workers, members, ranks, autoscale, state }) {
   const roles = Object.entries(members ?? {});
-  if (!roles.length) return [h("p", { class: "faint" }, state === "running" ? "none reported yet" : "the run has no processes")];
-  return roles.map(([role, list]) => {
-    const columns = [...new Set(list.flatMap(Object.keys))].filter((name) => name !== "index" && name !== "state");
+  const held = Object.entries(ranks ?? {}).map(([role, list]) => {
+    const [columns, rows] = processes(list, ["node", "pid", "verb", "seconds"]);
+    return [h("p", {}, h("strong", {}, role), ` ${list.length} rank${list.length === 1 ? "" : "s"}`), table(["rank", "state", ...columns], rows)];
+  }).flat();
+  if (!roles.length && !held.length) return [h("p", { class: "faint" }, state === "running" ? "none reported yet" : "the run has no processes")];
+  const elastic = roles.map(([role, list]) => {
+    const [columns, rows] = processes(list);
     const count = workers[role];
     const elsewhere = list.filter((member) => member.address && member.state === "serving").length;
     const wanted = count ? ` ${count.serving} of ${count.desired} serve${elsewhere ? `, and ${elsewhere} from elsewhere` : ""}` : "";
-    const rows = list.map((member) => [
-      String(member.index ?? ""),
-      h("span", { class: `state ${member.state}` }, String(member.state ?? "")),
-      ...columns.map((name) => plain(member[name])),
-    ]);
     return [h("p", {}, h("strong", {}, role), wanted, scaling(autoscale?.[role])), list.length ? table(["worker", "state", ...columns], rows) : null];
   }).flat();
+  return [...held, ...elastic];
 }
 
 function plain(value) {
