@@ -5,29 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from orchestrator.reporting.metrics import MetricsLog
-from orchestrator.service.app import create_app
-from orchestrator.service.settings import Settings
+from tests.browser_page import WAIT_MS, enter
 from tests.runs import ARITHMETIC, merged
-from tests.service_client import TOKEN, client, listening, write_run, write_tokens
+from tests.service_client import client, write_run, write_tokens
 
 api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: requirements/browser.txt")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-QUIET = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 RECIPE: dict[str, Any] = merged(
     ARITHMETIC,
     {
@@ -49,51 +38,7 @@ RECIPE: dict[str, Any] = merged(
         "checkpoint": {"every": 1000},
     },
 )
-WAIT_MS = 240_000  # for a run to start on a busy machine
-pytestmark = [
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here; `apt-get install chromium`"),
-]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def page(browser: Any) -> Iterator[Any]:
-    """A page in which no script fails."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
-    context.set_default_timeout(WAIT_MS)
-    page, errors = context.new_page(), []
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    yield page
-    context.close()
-    assert errors == []
-
-
-@pytest.fixture
-def address(tmp_path: Path) -> Iterator[str]:
-    """The service over an empty folder; what was submitted is ended with it."""
-    runs = tmp_path / "runs"
-    runs.mkdir()
-    try:
-        with listening(create_app(Settings(runs, token=TOKEN))) as url:
-            yield url
-    finally:
-        http = client(runs)
-        for run in http.get("/v1/runs").json()["runs"]:
-            http.post(f"/v1/runs/{run['id']}/stop", params={"now": True})
-
-
-def enter(page: Any, url: str) -> None:
-    page.goto(url)
-    page.get_by_label("Token of the service").fill(TOKEN)
-    page.get_by_role("button", name="Continue").click()
+pytestmark = pytest.mark.timeout(900)
 
 
 def step(page: Any) -> int:

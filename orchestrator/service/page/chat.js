@@ -1,8 +1,10 @@
 // A conversation with the live policy of a run, through its rollout workers.
 
+import { LIVE } from "./control.js";
 import { h } from "./dom.js";
 import { streamed } from "./service.js";
 
+// [element, what shows the conversation with a run as it stands]
 export function chat(id, signal) {
   const turns = h("div", { "aria-live": "polite" });
   const input = h("textarea", { rows: 2, "aria-label": "Message to the policy", placeholder: "Say something to the policy" });
@@ -47,5 +49,11 @@ export function chat(id, signal) {
   input.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey) (event.preventDefault(), form.requestSubmit());
   });
-  return h("section", {}, h("h2", {}, "Chat with the policy"), turns, form);
+  const none = h("p", { class: "faint" });
+  const show = ({ state }) => {
+    form.hidden = !LIVE.has(state);
+    none.hidden = LIVE.has(state);
+    none.textContent = `The run is ${state}: its policy can be chatted with while it runs.`;
+  };
+  return [h("section", {}, h("h2", {}, "Chat with the policy"), turns, form, none), show];
 }

@@ -17,6 +17,7 @@ export async function runView(main, { every, signal }, id, other) {
   const curves = new Curves();
   const comparison = h("select");
   const [actions, showActions] = controls(id, signal);
+  const [conversation, showConversation] = chat(id, signal);
   signal.addEventListener("abort", () => curves.close());
   main.append(
     h("h1", {}, id),
@@ -26,7 +27,7 @@ export async function runView(main, { every, signal }, id, other) {
     h("section", {}, h("div", { class: "row" }, h("h2", {}, "Curves"), field("beside", comparison)), curves.element),
     samples(id, every, signal),
     h("div", { class: "columns" }, events(id, signal), log(id, every, signal)),
-    h("div", { class: "columns" }, chat(id, signal), checkpoints(id, every, signal)),
+    h("div", { class: "columns" }, conversation, checkpoints(id, every, signal)),
   );
   offerComparison(comparison, id, other, signal);
   const sources = [id, other].filter(Boolean).map((name) => new Metrics(name, signal));
@@ -40,6 +41,7 @@ export async function runView(main, { every, signal }, id, other) {
     );
     workers.replaceChildren(...workerTable(detail));
     showActions(detail);
+    showConversation(detail);
     drawPipelines(pipeline, detail);
     curves.show(sources.map(({ id: label, lines }) => ({ label, lines })));
   });
