@@ -72,7 +72,8 @@ def submit(
 def _sent(recipe: str | RunConfig) -> Any:
     if isinstance(recipe, RunConfig):
         tree = recipe.model_dump(mode="json")
-        return {**tree, "cluster": {key: value for key, value in tree["cluster"].items() if key != "address"}}
+        cluster = {key: value for key, value in tree["cluster"].items() if key != "address"}
+        return {**{key: value for key, value in tree.items() if key != "output"}, "cluster": cluster}
     if recipe in recipes() and not Path(recipe).is_file():
         return recipe
     file = find_recipe(recipe)

@@ -15,6 +15,11 @@ from orchestrator.service.code_in_recipes import code_in
 from orchestrator.service.errors import Problem
 from orchestrator.service.schemas import Recipe
 
+OF_THE_SERVICE = {  # keys that a client cannot set
+    "cluster.address": "on which Ray a run runs is the service's to say; leave it out",
+    "output": "in which folder a run lies is the service's to say (`--runs`); leave it out",
+}
+
 
 def config_of(sent: Recipe, *, runs: Path, allow_code: bool) -> RunConfig:
     """The configuration of a run of this service, below `runs`. Raises ConfigError for what is refused, Problem 403 for
@@ -23,7 +28,9 @@ def config_of(sent: Recipe, *, runs: Path, allow_code: bool) -> RunConfig:
     draft = draft_of(tree, sent.overrides, "the recipe")
     cluster = draft.tree.get("cluster")
     if isinstance(cluster, dict) and "address" in cluster:
-        raise ConfigError("cluster.address is given: on which Ray a run runs is the service's to say")
+        raise ConfigError(f"cluster.address is given: {OF_THE_SERVICE['cluster.address']}")
+    if "output" in draft.tree:
+        raise ConfigError(f"output={draft.tree['output']} is given: {OF_THE_SERVICE['output']}")
     code = code_in(draft.tree)
     _refuse_code(code, allow_code)
     config = check(draft, methods=not code)  # users' own methods are run where the run is, not here
@@ -40,10 +47,9 @@ def refuse_overrides(overrides: Sequence[str], *, allow_code: bool) -> None:
     """Of a run that is resumed. Raises ConfigError, or Problem 403 for code."""
     for override in map(syntax.parse, overrides):
         key = syntax.dotted(override.path)
-        if key in ("cluster", "cluster.address"):
-            raise ConfigError(f"{override}: on which Ray a run runs is the service's to say")
-        if key == "output":
-            raise ConfigError(f"{override}: a run stays in its folder")
+        for said, why in OF_THE_SERVICE.items():
+            if said == key or said.startswith(f"{key}."):
+                raise ConfigError(f"{override}: {why}")
         _refuse_code(code_in({key: override.value}), allow_code)
 
 
