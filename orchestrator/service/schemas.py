@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from fastapi import Path as PathParameter
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, WithJsonSchema
 
 from orchestrator.cluster.control import TOKEN
 from orchestrator.config.section import RUN_ID, refuse_run_id
@@ -26,7 +26,14 @@ class Given(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
 
-Priority = Annotated[int, Field(ge=-1_000_000, le=1_000_000)]
+def _no_other_type(value: Any) -> Any:
+    if isinstance(value, bool | str):
+        raise ValueError(f"must be a whole number, not {value!r}")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_no_other_type)]  # JSON has one kind of numbers: 3.0 is 3
+Priority = Annotated[Whole, Field(ge=-1_000_000, le=1_000_000)]
 
 
 class Recipe(Taken):
@@ -53,9 +60,9 @@ class AttachedEngine(Taken):
 
 
 class Changes(Taken):
-    paused: bool | None = None
+    paused: StrictBool | None = None
     """Hold the run before its next step, or let it go on."""
-    scale: dict[str, Annotated[int, Field(ge=0, le=10_000)] | Literal["auto"]] = Field(default={}, max_length=100)
+    scale: dict[str, Annotated[Whole, Field(ge=0, le=10_000)] | Literal["auto"]] = Field(default={}, max_length=100)
     """Elastic role -> how many workers it is to have; "auto": as many as its `autoscale` decides."""
     priority: Priority | None = None
     """Its place in the queue, and who may take its place: higher ones first."""

@@ -45,3 +45,23 @@ def test_a_configuration_in_python_is_sent_without_what_the_service_says(tmp_pat
         submitted = Client(url, TOKEN).submit(config, [], "sent")
     assert submitted["id"] == "sent" and (tmp_path / "runs" / "sent").is_dir()
     assert not (tmp_path / "mine").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"scale": {"rollout": True}}, "body.scale.rollout"),
+        ({"scale": {"rollout": "3"}}, "body.scale.rollout"),
+        ({"scale": {"rollout": 3.5}}, "body.scale.rollout"),
+        ({"paused": "yes"}, "body.paused"),
+        ({"paused": 1}, "body.paused"),
+        ({"priority": "5"}, "body.priority"),
+        ({"priority": True}, "body.priority"),
+    ],
+)
+def test_a_change_has_the_types_of_the_schema_and_nothing_is_made_of_others(
+    tmp_path: Path, changes: dict[str, Any], named: str
+):
+    """`true` workers were 1, and "yes" was a pause."""
+    write_run(tmp_path, "over", events=[{"event": "finished", "time": 1010.0}])
+    assert refusal(client(tmp_path).patch("/v1/runs/over", json=changes)).startswith(named)
