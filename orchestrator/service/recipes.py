@@ -34,6 +34,7 @@ def config_of(sent: Recipe, *, runs: Path, allow_code: bool) -> RunConfig:
     code = code_in(draft.tree)
     _refuse_code(code, allow_code)
     config = check(draft, methods=not code)  # users' own methods are run where the run is, not here
+    _refuse_no_data(config)
     return config.model_copy(update={"output": runs})
 
 
@@ -51,6 +52,15 @@ def refuse_overrides(overrides: Sequence[str], *, allow_code: bool) -> None:
             if said == key or said.startswith(f"{key}."):
                 raise ConfigError(f"{override}: {why}")
         _refuse_code(code_in({key: override.value}), allow_code)
+
+
+def _refuse_no_data(config: RunConfig) -> None:
+    """Whether the data can be read is seen where the run is; that none is named is seen here."""
+    for name, phase in config.phases.items():
+        if phase.data.path is None and not phase.data.mixture:
+            from orchestrator.data.mixtures import NO_DATA
+
+            raise ConfigError(f"phases.{name}: {NO_DATA}")
 
 
 def _refuse_code(code: Sequence[str], allow_code: bool) -> None:

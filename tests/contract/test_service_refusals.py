@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from orchestrator.config.loading import config_of
+from orchestrator.service.app import create_app
 from orchestrator.service.client import Client
+from orchestrator.service.settings import Settings
 from tests.runs import SFT
 from tests.service_client import TOKEN, client, listening, write_run
 
@@ -40,8 +42,7 @@ def test_a_resumption_cannot_move_a_run_either(tmp_path: Path, override: str):
 
 def test_a_configuration_in_python_is_sent_without_what_the_service_says(tmp_path: Path):
     config = config_of({**SFT, "output": str(tmp_path / "mine")}, [], "test")
-    service = client(tmp_path / "runs", at_once=0)
-    with listening(service.app) as url:
+    with listening(create_app(Settings(tmp_path / "runs", token=TOKEN, at_once=0))) as url:
         submitted = Client(url, TOKEN).submit(config, [], "sent")
     assert submitted["id"] == "sent" and (tmp_path / "runs" / "sent").is_dir()
     assert not (tmp_path / "mine").exists()
@@ -65,3 +66,17 @@ def test_a_change_has_the_types_of_the_schema_and_nothing_is_made_of_others(
     """`true` workers were 1, and "yes" was a pause."""
     write_run(tmp_path, "over", events=[{"event": "finished", "time": 1010.0}])
     assert refusal(client(tmp_path).patch("/v1/runs/over", json=changes)).startswith(named)
+
+
+@pytest.mark.parametrize(
+    "recipe", [{}, {"phases": {"first": {"method": "sft", "data": SFT["data"]}, "second": {"method": "sft"}}}]
+)
+def test_a_recipe_without_data_is_refused_with_what_is_missing(tmp_path: Path, recipe: dict[str, Any]):
+    http = client(tmp_path / "runs", local=True)
+    for route in ("/v1/runs", "/v1/plan"):
+        said = refusal(http.post(route, json={"recipe": recipe}))
+        assert said == (
+            f"phases.{'second' if recipe else 'grpo'}: no data: set data.path to a file, a folder, a hub name or "
+            "example:NAME, or set data.mixture"
+        )
+    assert http.get("/v1/runs").json() == {"runs": []}
