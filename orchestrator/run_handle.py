@@ -151,14 +151,25 @@ class RunHandle:
 
     def attach(self, address: str, token: str, *, role: str | None = None, timeout_s: float = ANSWER_TIMEOUT_S) -> str:
         """Let an engine that `troupe engine` started elsewhere join the run. `address`: HOST:PORT; `token`: the one
-        that the engine was started with; `role`: an engine role, None for the only one. Returns the role once the run
-        has taken the request; `status` shows the engine among the members. Raises UserError if the run cannot take
-        it."""
-        return self._engine("attach", address, role, timeout_s, token)
+        that the engine was started with; `role`: an engine role, None for the only one. Returns the role once the
+        engine has joined, with the run's weights. Raises UserError if the run takes in no engine, NotDone with the
+        reason if this one did not join."""
+        deadline = time.monotonic() + timeout_s
+        answer = self._engine("attach", address, role, timeout_s, token)
+
+        def settled() -> dict[str, Any] | None:
+            of_it = {"role": answer["role"], "worker": answer["worker"]}.items()
+            return next((each for each in self._now("joined", "evicted", "stopped") if of_it <= each.items()), None)
+
+        found = self._await(settled, deadline - time.monotonic(), f"the engine at {address} to join")
+        if found["event"] != "joined":
+            raise NotDone(f"the engine at {address} did not join {answer['role']}: {found['why']}")
+        return answer["role"]
 
     def detach(self, address: str, *, role: str | None = None, timeout_s: float = ANSWER_TIMEOUT_S) -> str:
-        """Detach the engine that was attached by that address, once it has finished its requests."""
-        return self._engine("detach", address, role, timeout_s)
+        """Detach the engine that was attached by that address, once it has finished its requests. Returns the role once
+        the run has taken the request. Raises NotDone if there is no such engine."""
+        return self._engine("detach", address, role, timeout_s)["role"]
 
     def refuse(
         self,
@@ -174,11 +185,15 @@ class RunHandle:
         for address in detach:
             control.refuse(self.folder, "detach", self._engine_role(None), control.address_of(address))
 
-    def _engine(self, method: str, address: str, role: str | None, timeout_s: float, *token: str) -> str:
+    def _engine(self, method: str, address: str, role: str | None, timeout_s: float, *token: str) -> dict[str, Any]:
+        """The event that answers: it has the role, and the number of the worker. Raises NotDone if the run says no."""
         self._await(lambda: self.reachable, timeout_s, "the run to start")
-        named = self._engine_role(role)
-        self._await_taken(self._ask(timeout_s, method, named, control.address_of(address), *token), timeout_s)
-        return named
+        named, ticket = self._engine_role(role), uuid.uuid4().hex
+        request = self._ask(timeout_s, method, named, control.address_of(address), *token, ticket)
+        answer = self._await(lambda: self._answer(ticket), timeout_s, "the run to take the request", request)
+        if answer["event"] == "refused":
+            raise NotDone(answer["why"])
+        return answer
 
     def _engine_role(self, role: str | None) -> str:
         """The role that an engine joins or leaves if `role` is named."""
@@ -271,13 +286,17 @@ class RunHandle:
 
     def _last(self, *kinds: str) -> dict[str, Any] | None:
         """The last event of these kinds, of the driver that drives the run now or did last."""
-        last = None
+        return next(iter(self._now(*kinds)[-1:]), None)
+
+    def _now(self, *kinds: str) -> list[dict[str, Any]]:
+        """All events of these kinds, of that driver."""
+        found: list[dict[str, Any]] = []
         for event in control.events(self.folder):
             if event["event"] == "prepared":
-                last = None
+                found = []
             elif event["event"] in kinds:
-                last = event
-        return last
+                found.append(event)
+        return found
 
     def _ask(self, timeout_s: float, method: str, *arguments: Any) -> Request:
         """Make a request of the run, once it can be reached: its roles may be starting. Raises RunError if it has

@@ -61,7 +61,7 @@ def attach(
     if not token:
         raise ConfigError(f"set {TOKEN} to the token that `troupe engine` was started with, or give --token-file")
     joined = attach_to(folder).attach(address, token, role=role)
-    typer.echo(f"{address} joins {joined}; `troupe status {folder}` shows it")
+    typer.echo(f"{address} has joined {joined}; `troupe status {folder}` shows it")
 
 
 @app.command()

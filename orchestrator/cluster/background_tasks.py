@@ -182,9 +182,9 @@ async def _take_requests(
         while desired.engines:
             engine = desired.engines.pop(0)
             if engine.token is None:
-                roles.pools[engine.role].detach(engine.address)
+                roles.pools[engine.role].detach(engine.address, engine.ticket)
             else:
-                roles.pools[engine.role].attach(engine.address, engine.token)
+                roles.pools[engine.role].attach(engine.address, engine.token, engine.ticket)
         await autoscaler.look(held=desired.workers)
         requests.update(desired)
         await asyncio.sleep(LOOK_EVERY_S)

@@ -41,6 +41,7 @@ class Attachment:
 
     role: str
     address: str
+    ticket: str
     token: str | None = field(repr=False)
 
 
@@ -69,12 +70,12 @@ class Desired:
                 refuse_fixed(role, self.elastic)
                 refuse_manual(role, self.autoscaled)
                 self.workers.pop(role, None)
-            case ["attach", str(role), str(address), str(token)]:
+            case ["attach", str(role), str(address), str(token), str(ticket)]:
                 refuse_attachment(role, self.attachable, address, token)
-                self.engines.append(Attachment(role, address, token))
-            case ["detach", str(role), str(address)]:
+                self.engines.append(Attachment(role, address, ticket, token))
+            case ["detach", str(role), str(address), str(ticket)]:
                 refuse_attachment(role, self.attachable, address, None)
-                self.engines.append(Attachment(role, address, None))
+                self.engines.append(Attachment(role, address, ticket, None))
             case ["pause", bool(hold), str(ticket)]:
                 self.pauses.setdefault(ticket, hold)
             case ["checkpoint", str(ticket)]:
@@ -227,8 +228,9 @@ def refuse(folder: Path, method: str, *arguments: Any) -> None:
         if arguments[1] == "auto":
             refuse_manual(arguments[0], run.autoscaled)
     if method in ("attach", "detach"):
-        role, address, *token = arguments
-        refuse_attachment(role, RunFile.read(folder).attachable, address, token[0] if token else None)
+        role, address, *rest = arguments
+        token = rest[0] if method == "attach" else None
+        refuse_attachment(role, RunFile.read(folder).attachable, address, token)
 
 
 def take_requests(folder: Path) -> Iterator[Any]:

@@ -138,23 +138,39 @@ class Pool:
         """Whether it has no member because none is wanted, and calls do not change that."""
         return self.fleet.desired == 0 and not self.wakes and not self.addresses
 
-    def attach(self, address: str, token: str) -> None:
+    def attach(self, address: str, token: str, ticket: str) -> None:
         """Take in a worker that was started elsewhere. It is a member beyond the desired number: it joins like any
-        other, and nothing takes its place when it is lost. One that is attached already stays as it is."""
-        if address in self.addresses.values():
+        other, and nothing takes its place when it is lost. One that is attached already stays as it is. The event that
+        answers has the `ticket`."""
+        for index in self._attached_as(address):
+            if self.fleet.members[index].state is State.DRAINING:
+                self._refuse(address, ticket, f"the engine at {address} is leaving; attach it again when it has left")
+            else:
+                self._event("attached", {"role": self.role, "worker": index, "address": address, "asked": [ticket]})
             return
         assert self.start_attached is not None, f"{self.role} takes in no workers from elsewhere"
         index, start = self.fleet.attach(time.monotonic()), partial(self.start_attached, address=address, token=token)
         self.addresses[index] = address
-        self._event("attached", {"role": self.role, "worker": index, "address": address})
+        self._event("attached", {"role": self.role, "worker": index, "address": address, "asked": [ticket]})
         self._spawn(self._bring_up(index, start))
 
-    def detach(self, address: str) -> None:
-        """Let go of what was attached by that address, once it has finished what it has."""
-        for index in [index for index, each in self.addresses.items() if each == address]:
-            self._event("detached", {"role": self.role, "worker": index, "address": address})
+    def detach(self, address: str, ticket: str) -> None:
+        """Let go of what was attached by that address, once it has finished what it has. The event that answers has the
+        `ticket`."""
+        for index in self._attached_as(address):
+            self._event("detached", {"role": self.role, "worker": index, "address": address, "asked": [ticket]})
             self.fleet.detach(index, time.monotonic())
-        self._wake.set()
+            self._wake.set()
+            return
+        there_are = f"there is {', '.join(sorted(self.addresses.values()))}" if self.addresses else "there is none"
+        self._refuse(address, ticket, f"no engine at {address} is attached to {self.role}; {there_are}")
+
+    def _attached_as(self, address: str) -> list[int]:
+        """Members by that address: one, or none."""
+        return [index for index, each in self.addresses.items() if each == address and index in self.fleet.members]
+
+    def _refuse(self, address: str, ticket: str, why: str) -> None:
+        self._event("refused", {"role": self.role, "address": address, "why": why, "asked": [ticket]})
 
     def is_attached(self, index: int) -> bool:
         """Whether that member was started elsewhere."""

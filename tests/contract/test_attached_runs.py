@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from actors.errors import ConfigError
+from actors.errors import ConfigError, NotDone
 from orchestrator.api import start
 from orchestrator.cluster import control
 from orchestrator.config.loading import config_of
@@ -95,10 +96,16 @@ def test_an_engine_from_elsewhere_joins_leaves_and_dies_and_the_run_learns_the_s
             handle.pause()
             with pytest.raises(ConfigError, match="no engine from elsewhere can be attached to reward"):
                 handle.attach(address, TOKEN, role="reward")
-            handle.attach(address, "x" * 20)
-            assert "answered 401" in run_.event("evicted", worker=1)["why"]
+            with pytest.raises(NotDone, match=r"did not join rollout: start failed: .*answered 401"):
+                handle.attach(address, "x" * 20)
+            run_.event("evicted", worker=1)
+            with pytest.raises(NotDone, match=r"no engine at .* is attached to rollout; there is none"):
+                handle.detach(address)
             assert handle.attach(address, TOKEN) == "rollout"
             run_.event("joined", worker=2)
+            assert handle.attach(address, TOKEN) == "rollout", "it is attached, and stays as it is"
+            with pytest.raises(NotDone, match=rf"no engine at http://127.0.0.1:1 .* there is http://{address}"):
+                handle.detach("127.0.0.1:1")
             run_.steps()
             assert run_.member(2)["address"] == f"http://{address}"
             handle.detach(address)
@@ -107,6 +114,11 @@ def test_an_engine_from_elsewhere_joins_leaves_and_dies_and_the_run_learns_the_s
             handle.attach(address, TOKEN)
             run_.event("joined", worker=3)
             run_.steps()
+            with socket.socket() as closed:
+                closed.bind(("127.0.0.1", 0))
+                dead = f"127.0.0.1:{closed.getsockname()[1]}"
+            with pytest.raises(NotDone, match=rf"the engine at {dead} did not join rollout: .*{dead}"):
+                handle.attach(dead, TOKEN)
             handle.resume()
             process.kill()
             run_.event("evicted", worker=3)

@@ -171,14 +171,14 @@ def test_requests_are_taken_once_in_their_order_and_what_is_none_is_refused(fold
 
 def test_an_engine_is_attached_only_where_it_can_join_at_an_address_with_a_token(folder: Path):
     RunFile("t-1", None, Driver.here(), ("rollout",), attachable=("rollout",)).write(folder)
-    ask(folder, "attach", "rollout", "http://h:1", "t" * 16)
-    ask(folder, "detach", "rollout", "http://h:1")
+    ask(folder, "attach", "rollout", "http://h:1", "t" * 16, "first")
+    ask(folder, "detach", "rollout", "http://h:1", "second")
     desired = Desired(("rollout",), attachable=("rollout",))
     for request in take_requests(folder):
         desired.add(request)
-    assert [(each.role, each.address, each.token) for each in desired.engines] == [
-        ("rollout", "http://h:1", "t" * 16),
-        ("rollout", "http://h:1", None),
+    assert [(each.role, each.address, each.token, each.ticket) for each in desired.engines] == [
+        ("rollout", "http://h:1", "t" * 16, "first"),
+        ("rollout", "http://h:1", None, "second"),
     ]
     assert "tttt" not in repr(desired)
     for asked, why in (
@@ -188,8 +188,8 @@ def test_an_engine_is_attached_only_where_it_can_join_at_an_address_with_a_token
         (("rollout", "http://h:1", "t\n" * 16), "16 to 200 letters"),
     ):
         for refuses in (
-            lambda asked=asked: ask(folder, "attach", *asked),
-            lambda asked=asked: desired.add(["attach", *asked]),
+            lambda asked=asked: ask(folder, "attach", *asked, "third"),
+            lambda asked=asked: desired.add(["attach", *asked, "third"]),
         ):
             with pytest.raises(ConfigError, match=why):
                 refuses()
