@@ -33,8 +33,8 @@ class Engine:
 
 
 @asynccontextmanager
-async def door_of(engine: Engine) -> AsyncIterator[str]:
-    """The address behind which the model `run` answers."""
+async def door_of(engine: Engine, model: str = "run") -> AsyncIterator[str]:
+    """The address behind which the model answers."""
     roles: Any = engine
-    async with chat_door(LiveChat({"run": "rollout"}, engine.tokenizer, roles), "127.0.0.1") as door:
+    async with chat_door(LiveChat({model: "rollout"}, engine.tokenizer, roles), "127.0.0.1") as door:
         yield f"{door.url}/v1"
