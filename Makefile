@@ -20,7 +20,7 @@ SLOWEST := --durations 20 --durations-min 15# so that what became slow is seen w
 # Some containers set it. Without files of bytecode each process of the tests would compile all that it imports of ours.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test browser lint format types unit bench curves venv clean
+.PHONY: demo test trackers browser lint format types unit bench curves venv clean
 
 demo: venv
 	$(BIN)/troupe run $(RECIPE)
@@ -28,11 +28,15 @@ demo: venv
 # Each suite in processes of its own: what one leaves behind (threads, Ray, an engine) cannot affect the next. Of tests/ray
 # and tests/chaos three files run at a time, however many cores there are: each has a Ray or a run of its own, whose
 # processes wait for one another half of the time.
-test: lint types unit browser
+test: lint types unit trackers browser
 	$(PYTEST_PER_CORE) --dist loadgroup $(SLOWEST) tests/contract
 	$(PYTEST_THREE_FILES) $(SLOWEST) tests/ray tests/chaos
 	$(PYTEST) tests/browser
 	$(PYTEST) tests/gpu
+
+# The libraries of the trackers, where they can be installed; their tests are skipped where not, and say so.
+trackers: venv
+	@$(PIP) --no-deps -r requirements/trackers.txt || echo "no libraries of trackers: their tests will be skipped"
 
 # Chromium and what drives it, where they can be installed; the tests of the page are skipped where not, and say so.
 browser: venv

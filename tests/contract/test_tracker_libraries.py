@@ -1,6 +1,7 @@
 """Every tracker with its own library, offline: the numbers of a run arrive, and a resumed run is the same run there.
 
-A library that is not installed is skipped: `pip install "troupe[wandb,mlflow,trackio]"` brings all of them.
+A library that is not installed is skipped: `pip install "troupe[wandb,mlflow,trackio]"` brings all of them, and `make
+test` installs those of requirements/trackers.txt.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ class WeightsAndBiases:
     def place(self) -> str:
         if self._run.offline:
             return f"offline, in {self._run.settings.sync_dir}; `wandb sync` uploads it"
-        return self._run.url
+        return str(self._run.url)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log({STEP: step, **values})
