@@ -150,7 +150,8 @@ def test_a_run_is_as_old_after_a_resumption_as_it_was(run: Resumed, began: bool)
 def test_a_resumption_cannot_move_the_run_to_another_folder(run: Resumed):
     assert run.http.post("/v1/runs/one/stop?wait_s=100").json()["state"] == "stopped"
     refused = run.resume("output=/elsewhere")
-    assert refused.status_code == 422 and "in which folder a run lies is the service's to say" in refused.json()["error"]["message"]
+    assert refused.status_code == 422
+    assert "in which folder a run lies is the service's to say" in refused.json()["error"]["message"]
 
 
 def test_a_run_that_never_began_is_resumed_by_the_command_and_says_that_it_begins_again(run: Resumed):
