@@ -57,7 +57,7 @@ def write_run(
     """A run's folder as `troupe run` leaves it."""
     folder = runs / name
     folder.mkdir(parents=True)
-    config = {"name": "t", "phases": {"grpo": {"method": "grpo"}}}
+    config = {"name": "t", "phases": {"grpo": {"method": "grpo"}}, "checkpoint": {"grace_s": 15.0}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "run.json").write_text("{}")
     add_events(folder, {"event": "prepared", "time": 1000.0}, *events)

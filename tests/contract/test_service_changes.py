@@ -17,7 +17,7 @@ from orchestrator.cluster.control import RunFile, take_requests
 from orchestrator.cluster.run_lock import LOCK, Driver
 from orchestrator.queueing import entry as entries
 from orchestrator.queueing.entry import Entry, Stage
-from tests.service_client import client, write_run
+from tests.service_client import add_events, client, write_run
 
 ENGINE = {"address": "h:1", "token": "t" * 16}
 
@@ -36,13 +36,17 @@ def run_in_progress(runs: Path, *, queued: bool = True) -> Path:
 
 @contextmanager
 def taking(folder: Path, most: int = 1000) -> Iterator[list[Any]]:
-    """What a driver takes that takes the first requests and then no more."""
+    """What a driver takes that takes the first requests and then no more. Engines that it is asked for join at once."""
     taken: list[Any] = []
     ended = threading.Event()
 
     def takes() -> None:
         while not ended.wait(0.01) and len(taken) < most:
-            taken.extend(take_requests(folder))
+            asked = list(take_requests(folder))
+            taken.extend(asked)
+            for method, *_, ticket in (each for each in asked if each[0] in ("attach", "detach")):
+                worker = {"role": "rollout", "worker": 7}
+                add_events(folder, {"event": f"{method}ed", **worker, "asked": [ticket]}, {"event": "joined", **worker})
 
     thread = threading.Thread(target=takes)
     thread.start()
@@ -99,11 +103,13 @@ def test_what_a_run_has_not_been_asked_for_when_the_time_is_over_is_named(tmp_pa
         body = {"scale": {"rollout": 2}, "attach": [ENGINE], "detach": ["h:2"]}
         assert http.patch("/v1/runs/one?wait_s=100", json=body).status_code == 200
     address = "http://h:1", "http://h:2"
+    tickets = [each.pop() for each in taken[1:]]
     assert taken == [
         ["scale", "rollout", 2],
         ["attach", "rollout", address[0], "t" * 16],
         ["detach", "rollout", address[1]],
     ]
+    assert len(set(tickets)) == 2
     answer = http.patch("/v1/runs/one?wait_s=0.3", json={"scale": {"rollout": 1}, "paused": True})
     message = answer.json()["error"]["message"]
     assert answer.status_code == 504 and message.endswith("the run was not asked for the rest: paused")
