@@ -17,7 +17,14 @@ TIMEOUT = timedelta(seconds=20)
 
 
 def device_threads() -> int:
-    return sum((task / "comm").read_text() == "gloo_tcp_loop\n" for task in Path("/proc/self/task").iterdir())
+    return sum(_name(task) == "gloo_tcp_loop\n" for task in Path("/proc/self/task").iterdir())
+
+
+def _name(task: Path) -> str:
+    try:
+        return (task / "comm").read_text()
+    except (FileNotFoundError, ProcessLookupError):  # it has ended since the list was made
+        return ""
 
 
 def groups(count: int) -> list[dist.ProcessGroup]:
