@@ -22,7 +22,8 @@ async def test_the_calls_of_a_step_are_counted_by_its_parts_and_grow_with_the_ra
     assert calls["checkpoint"] == 2 * ranks
     assert (calls[PINGS_OF_RANKS], calls[PINGS_OF_POOLS]) == (2 * ranks, 2 * engines)
     assert calls["collect and reference"] >= gpus + ranks, "a sample of each prompt, and a pass of the reference"
-    assert meter.parts["collect and reference"].objects == ranks
+    shards = meter.parts["policy.update"]
+    assert shards.objects == 0 and 2_000 < shards.nbytes / ranks < 64 * 2**10, "a rank's small shard is in its call"
     for part in STEP:
         assert meter.parts[part].nbytes > 0 and meter.parts[part].seconds > 0, part
     per_member = meter.parts["publish"].nbytes / (ranks + engines)
