@@ -19,6 +19,7 @@ def browser() -> Iterator[Any]:
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: requirements/browser.txt")
     if CHROMIUM is None:
         pytest.skip("there is no Chromium here; `apt-get install chromium`")
+    api.expect.set_options(timeout=WAIT_MS)
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
         yield browser

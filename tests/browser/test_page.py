@@ -48,20 +48,16 @@ def step(page: Any) -> int:
 def test_a_run_is_submitted_watched_controlled_and_stopped_in_the_page(page: Any, address: str, tmp_path: Path):
     enter(page, address)
     page.get_by_role("link", name="Submit", exact=True).click()
-    page.get_by_label("recipe").fill(json.dumps(RECIPE))
+    (tmp_path / "template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    chatty = {"model": {"chat_template": str(tmp_path / "template.jinja")}}
+    page.get_by_label("recipe").fill(json.dumps(merged(RECIPE, chatty)))
     page.get_by_label("overrides").fill("name=paged\ntrain.batch_size=4")
     page.get_by_role("button", name="Submit").click()
     run = page.get_by_role("heading", name="paged").inner_text()
     state = page.locator("section .state").first
     api.expect(state).to_have_text("running", timeout=WAIT_MS)
 
-    reward = page.locator(".chart", has_text="Reward")
-    reward.locator("canvas").wait_for()
-    seen = step(page)
-    page.wait_for_function(
-        "seen => Number(document.querySelector('section .row span:nth-child(2)').innerText.split(' ')[1]) > seen",
-        arg=seen,
-    )
+    assert_the_curve_grows(page)
     names = page.locator(".pipeline li > span:first-child").all_inner_texts()
     drawn = ["rollout.generate", "reward.score", "driver.credit", "policy.update", "publish"]
     assert names[: len(drawn)] == drawn, "what is not of every step (an evaluation) stands behind while it is at work"
@@ -85,12 +81,65 @@ def test_a_run_is_submitted_watched_controlled_and_stopped_in_the_page(page: Any
     assert "+" in dialog.inner_text() and "exact_match" in dialog.inner_text()
     dialog.get_by_role("button", name="Close").click()
 
+    [policy] = client(tmp_path / "runs").get(f"/v1/runs/{run}").json()["ranks"]["policy"]
+    rank = page.locator("section", has=page.get_by_role("heading", name="Roles")).locator("tr", has_text="working")
+    rank.or_(page.get_by_role("cell", name=str(policy["pid"]), exact=True)).first.wait_for()
+    page.get_by_role("cell", name=str(policy["pid"]), exact=True).wait_for()
+    chat_with_the_policy(page)
     if folder := os.environ.get("TROUPE_SCREENSHOTS"):  # for docs/
-        page.screenshot(path=Path(folder) / "page.png", full_page=True)
+        take_screenshots(page, Path(folder))
     page.get_by_role("button", name="Stop").click()
     page.get_by_role("button", name="Stop it").click()
     api.expect(state).to_have_text("stopped", timeout=WAIT_MS)
     page.get_by_role("cell", name="checkpoint", exact=True).first.wait_for()  # an event, told without a reload
+
+
+def assert_the_curve_grows(page: Any) -> None:
+    """What the chart has drawn, as its canvas says it: more points, up to a later step, and another picture."""
+    canvas = page.locator(".chart", has_text="Reward").locator("canvas")
+
+    def drawn() -> tuple[int, int]:
+        told = canvas.get_attribute("aria-label")
+        [(points, last)] = re.findall(r"Reward: reward (\d+) points, \S+ at step (\d+)", told)
+        return int(points), int(last)
+
+    canvas.and_(page.locator("[aria-label]")).wait_for()
+    (points, last), picture = drawn(), canvas.evaluate("canvas => canvas.toDataURL()")
+    deadline = time.monotonic() + WAIT_MS / 1000
+    while drawn()[0] < points + 3:
+        assert time.monotonic() < deadline, f"{points} points, and no more"
+        time.sleep(0.2)
+    assert drawn()[1] >= last + 3 and canvas.evaluate("canvas => canvas.toDataURL()") != picture
+
+
+def chat_with_the_policy(page: Any) -> None:
+    """Two turns: what is shown is what the service streamed, and the second request has the first answer."""
+    turns, sent = page.locator(".turn.assistant"), list[Any]()
+    for turn in range(2):
+        page.get_by_label("Message to the policy").fill("12+34=")
+        with page.expect_response("**/v1/chat/completions") as answered:
+            page.get_by_role("button", name="Send").click()
+        parts = [line.removeprefix("data: ") for line in answered.value.text().splitlines() if "{" in line]
+        said = "".join(each["delta"].get("content") or "" for part in parts for each in json.loads(part)["choices"])
+        assert answered.value.status == 200 and said
+        api.expect(turns.nth(turn)).to_have_text(said, use_inner_text=False)
+        sent.append(answered.value.request.post_data_json["messages"])
+        api.expect(page.get_by_role("button", name="Send")).to_be_enabled()
+    assert [each["role"] for each in sent[1]] == ["user", "assistant", "user"]
+    assert sent[1][0] == sent[0][0] and len(sent[0]) == 1 and sent[1][1]["content"]
+
+
+def take_screenshots(page: Any, folder: Path) -> None:
+    page.emulate_media(color_scheme="dark")
+    page.screenshot(path=folder / "page.png", full_page=True)
+    page.emulate_media(color_scheme="light")
+    page.get_by_label("Message to the policy").scroll_into_view_if_needed()
+    page.screenshot(path=folder / "page-chat.png")
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.evaluate("scrollTo(0, 0)")
+    page.wait_for_timeout(3000)  # the charts follow the width
+    page.screenshot(path=folder / "page-phone.png")
+    page.set_viewport_size({"width": 1280, "height": 900})
 
 
 def samples_of(runs: Path, run: str, step: int) -> dict[str, Any]:

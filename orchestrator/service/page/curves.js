@@ -68,7 +68,7 @@ export class Curves {
           value: (_, value) => (value === null || value === undefined ? "–" : short(value)),
         })),
       ],
-      hooks: { draw: [(plot) => drawMarks(plot, kept, faint)] },
+      hooks: { draw: [(plot) => (drawMarks(plot, kept, faint), describe(plot, title))] },
     };
     this.charts.set(title, { plot: new uPlot(options, data, box), box, key, marks: kept });
   }
@@ -120,6 +120,17 @@ function drawMarks(plot, marks, colour) {
     ctx.fillText(phase, x + 4, bbox.top + 12 * devicePixelRatio);
   }
   ctx.restore();
+}
+
+// What was drawn, for those who do not see it.
+function describe(plot, title) {
+  const [steps, ...columns] = plot.data;
+  const told = columns.map((column, index) => {
+    const last = column.findLastIndex((value) => value !== null);
+    return `${plot.series[index + 1].label} ${column.filter((value) => value !== null).length} points, ${short(column[last])} at step ${steps[last]}`;
+  });
+  plot.ctx.canvas.setAttribute("role", "img");
+  plot.ctx.canvas.setAttribute("aria-label", `${title}: ${told.join("; ")}`);
 }
 
 function sizeOf(box) {
