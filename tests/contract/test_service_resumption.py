@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+import troupe
 from orchestrator.config.loading import config_of
 from orchestrator.service.app import create_app
 from orchestrator.service.jobs import JobState
@@ -165,3 +166,11 @@ def test_a_run_that_never_began_is_resumed_by_the_command_and_says_that_it_begin
     (run.folder / "checkpoints").rename(run.folder / "elsewhere")
     done = subprocess.run([TROUPE, *command], capture_output=True, text=True, timeout=250)
     assert done.returncode == 2 and "holds no valid checkpoint" in done.stderr
+
+
+def test_a_run_that_never_began_is_resumed_from_python(run: Resumed):
+    assert run.http.post("/v1/runs/one/stop?wait_s=100").json()["state"] == "stopped"
+    handle = troupe.resume(run.folder, local=True, train__steps=2)
+    assert handle.folder == run.folder.resolve()
+    assert handle.result(timeout_s=250).folder == handle.folder
+    assert next(handle.events())["event"] == "begun_again" and handle.status().step == 2
