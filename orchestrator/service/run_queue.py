@@ -28,6 +28,7 @@ from orchestrator.cluster import control
 from orchestrator.cluster.control import EVENTS_FILE
 from orchestrator.cluster.run_lock import release
 from orchestrator.config.loading import SAVED, SUBMITTED
+from orchestrator.config.schema import CheckpointConfig
 from orchestrator.console_copy import CONSOLE_FILE
 from orchestrator.queueing import entry as entries
 from orchestrator.queueing.decisions import Waiting, decide
@@ -307,7 +308,8 @@ def _has_saved(events: list[dict[str, Any]], ticket: str) -> bool:
 def _stop_wait_s(folder: Path) -> float:
     """What a signal leaves the run before it is killed."""
     file = folder / SAVED if (folder / SAVED).exists() else folder / SUBMITTED
-    return float(json.loads(file.read_text())["checkpoint"]["grace_s"]) + KILL_AFTER_S
+    saved = json.loads(file.read_text()).get("checkpoint", {})  # without it in a file that another version wrote
+    return CheckpointConfig.model_validate(saved).grace_s + KILL_AFTER_S
 
 
 def _size(file: Path) -> int:
