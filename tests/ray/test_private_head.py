@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from orchestrator.api import attach
+from orchestrator.checkpoint import verify
 from orchestrator.import_pin import ROOT
 from orchestrator.service.private_ray import end, environment_of, start_ray
 from tests.runs import ARITHMETIC, TROUPE, merged
@@ -210,7 +211,7 @@ def test_jobs_at_once_give_what_one_gives_alone_with_a_reward_actor_that_another
     judged = [{"actor": "ray://judges/length", "method": "longer", "name": "longer"}]
     changes = {
         "train": {"steps": 10_000},
-        "checkpoint": {"every": 5},
+        "checkpoint": {"every": 1_000_000},  # so that its only checkpoint is the one that its end writes
         "rewards": judged,
         "logging": {"ray_train_tab": True},
     }
@@ -225,7 +226,7 @@ def test_jobs_at_once_give_what_one_gives_alone_with_a_reward_actor_that_another
         return head.logs("stopped")
 
     [run] = until(lambda: list((tmp_path / "runs").glob("t-*")), "the other run", said)
-    until(lambda: list(run.glob("checkpoints/step-*")), "a checkpoint", said)
+    until(lambda: attach(run).status().step > 2, "third step", said)
     [beside] = set(alone.run.parent.glob("t-*")) - {alone.run}
     assert learned(run) == learned(beside) == learned(alone.run)
     assert [line["step"] for line in learned(run)] == [1, 2] and learned(run)[0] != learned(run)[1]
@@ -255,6 +256,9 @@ def test_jobs_at_once_give_what_one_gives_alone_with_a_reward_actor_that_another
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert [event["signal"] for event in events if event["event"] == "interrupted"] == ["SIGTERM"]
     assert f"continue with `troupe resume {run}`" in said()
+    [saved] = run.glob("checkpoints/step-*")
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert verify(saved) is None and int(saved.name.removeprefix("step-")) == last > 2
     assert head.train_tab() == {run.name: ("ABORTED", 1, ["DEAD"])}
     head.ray_job("stop", "judges", cwd=code)
     until(lambda: not head.alive(), "end of all actors and placement groups", lambda: str(head.alive()))
