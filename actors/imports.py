@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import sys
 import threading
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 MODELS = "transformers.models.auto.modeling_auto"
+
+
+class OnUse(ModuleType):
+    """Stands for a module that is imported when something of it is first used: where most processes that import the
+    code never run it."""
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(importlib.import_module(self.__name__), name)
+        setattr(self, name, value)  # from now on it is found without this
+        return value
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return importlib.import_module, (self.__name__,)
+
+
+if TYPE_CHECKING:
+    import torch as torch
+    from torch.nn import functional as F  # pyright: ignore[reportUnusedImport]
+else:  # for what only declares: of losses, a command that lists methods calls none
+    torch, F = OnUse("torch"), OnUse("torch.nn.functional")
 
 
 def collect_less_often() -> None:

@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol
 
 from actors.batch import Batch
 from actors.columns import Head
+from actors.imports import torch
 from actors.transfers import on_device
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Counts = dict[str, float]
 DIVERGENCE = "divergence"  # in `Outputs.extra`: what an objective's `of_logits` makes of each token's distribution

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from actors.imports import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def on_device(values: Any, device: torch.device | str) -> Tensor:
@@ -13,6 +15,6 @@ def on_device(values: Any, device: torch.device | str) -> Tensor:
     to do already, and this process does not wait for it."""
     device = torch.device(device)
     if device.type != "cuda":
-        return torch.tensor(values, device=device) if not isinstance(values, Tensor) else values.to(device)
-    host = values if isinstance(values, Tensor) else torch.tensor(values)
+        return torch.tensor(values, device=device) if not isinstance(values, torch.Tensor) else values.to(device)
+    host = values if isinstance(values, torch.Tensor) else torch.tensor(values)
     return host.pin_memory().to(device, non_blocking=True)  # of memory that may be paged out, the host waits for a copy

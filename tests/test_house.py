@@ -44,7 +44,12 @@ PURE = (  # of the orchestrator: neither Ray nor transformers
     "orchestrator/cluster/fleet.py",
     "orchestrator/cluster/failures.py",
 )
-TORCHLESS = (
+TORCHLESS = (  # or by `actors.imports.torch`, once it is used
+    "orchestrator/config",
+    "orchestrator/losses",
+    "orchestrator/methods",
+    "orchestrator/credit",
+    "orchestrator/pipeline",
     "orchestrator/planning/plan.py",
     "orchestrator/planning/role_processes.py",
     "orchestrator/collection/staleness.py",

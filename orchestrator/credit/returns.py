@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from actors.batch import Array, Batch
 from actors.columns import STEP_REWARDS
+from actors.imports import torch
 from actors.objective import Stat, World
 from orchestrator.batches.row_table import RowTable
 from orchestrator.credit.advantages import STD_EPS, Scale, credits, learned, zscore_by_group

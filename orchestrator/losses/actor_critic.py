@@ -7,13 +7,15 @@ other: the value role's learning rate is its own.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from actors.imports import torch
 from orchestrator.losses.declare import Loss, is_on, reads
 from orchestrator.losses.surrogates import LARGEST_LOG, clipped
 from orchestrator.losses.views import PolicyTokens, Scalars, require
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from actors.imports import torch
 from actors.objective import Stat
 from orchestrator.losses.declare import Loss, compares
 from orchestrator.losses.distillation import TEACHER_TOP_K, of_k_and_the_rest
 from orchestrator.losses.views import Aligned
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def across_vocabularies(

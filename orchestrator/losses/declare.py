@@ -16,9 +16,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import Any, TypeVar, get_type_hints
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from actors.columns import COLUMNS, Head
 from actors.errors import ConfigError
@@ -26,9 +24,12 @@ from actors.objective import EXTRAS, OfLogits, Stat
 from orchestrator.losses.reduce import Reduction
 from orchestrator.losses.views import View
 
-Loss = tuple[Tensor, dict[str, Stat]]  # unreduced values ([T] tokens, [B] rows or [P] pairs), and metrics
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Loss = tuple["Tensor", dict[str, Stat]]  # unreduced values ([T] tokens, [B] rows or [P] pairs), and metrics
 LossFunction = Callable[..., Loss]
-Statistics = Callable[..., dict[str, Tensor]]
+Statistics = Callable[..., dict[str, "Tensor"]]
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 FORWARD_OPTIONS = frozenset({"all_tokens", "entropy_grad"})  # `all_tokens`: prompts have log-probabilities, too
@@ -193,8 +194,8 @@ def has_companion(loss: LossFunction) -> bool:
 @cache
 def view_of(loss: LossFunction) -> type[View]:
     """The type of a loss's view: the annotation of its first parameter."""
-    first = next(iter(inspect.signature(loss).parameters))
-    return get_type_hints(loss)[first]
+    annotation = next(iter(inspect.signature(loss).parameters.values())).annotation
+    return eval(annotation, inspect.unwrap(loss).__globals__) if isinstance(annotation, str) else annotation
 
 
 def _all_reads(loss: LossFunction, options: Mapping[str, Any]) -> frozenset[str]:

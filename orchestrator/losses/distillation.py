@@ -7,13 +7,15 @@ losses see the result, one number per token.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from actors.imports import torch
 from actors.objective import Stat
 from orchestrator.losses.declare import Loss, compares, is_on, reads
 from orchestrator.losses.views import Distilled, Taught, require
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TEACHER_TOP_K = ("teacher_topk_ids", "teacher_topk_logps", "teacher_tail_logps")
 

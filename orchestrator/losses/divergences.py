@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from actors.imports import F, torch
 
-Divergence = Callable[[Tensor], Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+Divergence = Callable[["Tensor"], "Tensor"]
 DivergenceName = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 
 LARGEST_EXPONENT = 40.0  # e^40 and its square, which `ipo` takes, are finite in float32; nothing here is float16

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from actors.columns import COLUMNS, Head
 from actors.errors import ConfigError
+from actors.imports import torch
 from actors.objective import DIVERGENCE, Counts, MicroBatch, OfLogits, Outputs, Stat, World
 from orchestrator.losses.declare import LossFunction, Term, terms_of
 from orchestrator.losses.reduce import Reduction
 from orchestrator.losses.views import View
 from orchestrator.pipeline import Stage
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class LossObjective:
@@ -45,18 +46,18 @@ class LossObjective:
     def counts(self, micro: MicroBatch) -> Counts:
         return {str(index): term.reduce.count(term.view, micro) for index, term in enumerate(self.terms)}
 
-    @torch.no_grad()
     def statistics(
         self, micros: list[MicroBatch], outputs: list[Outputs], world: World, state: dict[str, Any]
     ) -> dict[str, Any]:
-        """The result of each coupled term's statistics function; each has its own state."""
+        """The result of each coupled term's statistics function, without gradient; each has its own state."""
         found: dict[str, Any] = {}
         for index, term in enumerate(self.terms):
             if term.coupling is not None:
                 views = [_view(term, micro, output, {}) for micro, output in zip(micros, outputs, strict=True)]
                 own = state.setdefault(str(index), {})
                 statistics = term.coupling.statistics
-                found[str(index)] = statistics(views, world, own, **term.named(statistics))
+                with torch.no_grad():
+                    found[str(index)] = statistics(views, world, own, **term.named(statistics))
         return found
 
     def loss(

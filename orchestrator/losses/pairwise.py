@@ -11,15 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
+from actors.imports import F, torch
 from actors.objective import Stat
 from orchestrator.losses.declare import Loss, is_on, reads
 from orchestrator.losses.divergences import LARGEST_EXPONENT, Divergence, reverse_kl
 from orchestrator.losses.views import Pairs, RefPairs, Triples, require
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class PairScores:
         return PairScores(self.chosen / self.chosen_tokens, self.rejected / self.rejected_tokens, ones, ones)
 
 
-Contrast = Callable[[PairScores, float], Tensor]
+Contrast = Callable[[PairScores, float], "Tensor"]
 
 
 def sigmoid(scores: PairScores, beta: float, *, label_smoothing: float = 0.0) -> Tensor:

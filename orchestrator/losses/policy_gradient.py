@@ -5,15 +5,16 @@ correct or mask tokens, and the KL term, to which these weights do not apply. Su
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor
-
+from actors.imports import torch
 from actors.objective import Stat, World
 from orchestrator.losses.declare import Loss, couples, is_on, reads
 from orchestrator.losses.surrogates import LARGEST_LOG, Surrogate
 from orchestrator.losses.views import PolicyTokens, Tokens, joined, require
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Level = Literal["token", "sequence", "sequence_token"]
 RatioLevel = Level | Literal["sequence_product"]

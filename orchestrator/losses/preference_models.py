@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from actors.imports import F
 from actors.objective import Stat
 from orchestrator.losses.declare import Loss, is_on, reads
 from orchestrator.losses.views import ScoredPairs, require
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @reads("margin", use_margin=is_on)

@@ -4,12 +4,14 @@ how often it is preferred."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from actors.objective import Stat
 from orchestrator.losses.declare import Loss, is_on, reads
 from orchestrator.losses.views import Tokens, require
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from actors.imports import torch
 from actors.objective import MicroBatch, Stat
 from orchestrator.losses.declare import Loss, compares, is_on, reads
 from orchestrator.losses.distillation import kl_divergence, ratio_to_sampler
 from orchestrator.losses.views import Distilled, Taught, Tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def importance_weighted(tokens: Taught, *, gamma: float = 0.5) -> Loss:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from actors.imports import torch
 from actors.objective import Stat
 from orchestrator.losses.declare import Loss, is_on, reads
 from orchestrator.losses.pairwise import Contrast, against_reference
 from orchestrator.losses.views import PairsOfTwoSamplers, SampledPairs
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @reads("entropy", "mean_logits", "is_top1", token_metrics=is_on)

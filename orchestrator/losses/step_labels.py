@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from actors.imports import F, torch
 from actors.objective import Stat
 from orchestrator.losses.declare import Loss
 from orchestrator.losses.views import LabelledSteps
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def step_cross_entropy(steps: LabelledSteps) -> Loss:

@@ -7,14 +7,15 @@ lies within ±`LARGEST_LOG`. Letters: ρ ratio, A advantage, lp log-probability,
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
+from actors.imports import torch
 from orchestrator.losses.views import PolicyTokens
 
-Surrogate = Callable[[PolicyTokens, Tensor], tuple[Tensor, dict[str, Tensor]]]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Surrogate = Callable[[PolicyTokens, "Tensor"], tuple["Tensor", dict[str, "Tensor"]]]
 Distance = Literal["binary_tv", "binary_kl"]
 
 SMALLEST_LOG = -18.420680743952367  # log 1e-8

@@ -5,15 +5,16 @@ on the other side. Departure from TRL, which sorts within each micro-batch, so t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from actors.imports import torch
 from actors.objective import World
 from orchestrator.losses.declare import Loss, couples
 from orchestrator.losses.pairwise import pair_metrics, pair_scores, smoothed_logistic
 from orchestrator.losses.views import RefPairs, joined
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def differences_by_rank(
@@ -63,7 +64,7 @@ def aot_unpaired(pairs: RefPairs, *, beta: float, label_smoothing: float = 0.0, 
     return values, pair_metrics(pairs, ratios, beta, token_metrics=False)
 
 
-def _gathered(world: World, parts: list[Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+def _gathered(world: World, parts: list[Tensor], dtype: torch.dtype | None = None) -> Tensor:
     return world.gather(joined(parts, dtype))
 
 

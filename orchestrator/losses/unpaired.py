@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
+from actors.imports import F, torch
 from actors.objective import Stat, World
 from orchestrator.losses.declare import Loss, couples, is_on, reads
 from orchestrator.losses.views import RefLabelled, joined, require
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def mean_kl(views: list[RefLabelled], world: World, state: dict[str, Any]) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """Typed views of one micro-batch and its forward pass: the inputs of losses.
 
 The type of a loss's view declares what the loss reads. A field that is named like a column of the batch
-(`actors/columns.py`) or like an extra of the forward pass (`actors.objective.EXTRAS`) is filled from there. A field of
-type `Tensor` is always read; one of type `Tensor | None` is None unless the loss declares that it reads it under its
+(`actors/columns.py`) or like an extra of the forward pass (`actors.objective.EXTRAS`) is filled from there. A field
+without a default is always read; one with the default None is None unless the loss declares that it reads it under its
 options, so a loss cannot read a column that its pipeline does not provide.
 
 Axes: `T` tokens, `B` rows, `P` pairs. The loss is summed over `mask`.
@@ -11,15 +11,16 @@ Axes: `T` tokens, `B` rows, `P` pairs. The loss is summed over `mask`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import cache, cached_property
-from typing import Any, ClassVar, Self, get_type_hints
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from actors.columns import COLUMNS, Head
+from actors.imports import torch
 from actors.objective import DIVERGENCE, EXTRAS, MicroBatch, Outputs, Stat
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def require(values: Tensor | None) -> Tensor:
@@ -29,9 +30,10 @@ def require(values: Tensor | None) -> Tensor:
     return values
 
 
-def joined(parts: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Values of all views of this rank, concatenated. A rank whose micro-batches are all empty has none."""
-    return torch.cat(list(parts)) if parts else torch.zeros(0, dtype=dtype)
+def joined(parts: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    """Values of all views of this rank, concatenated. A rank whose micro-batches are all empty has none: of `dtype`,
+    or float32."""
+    return torch.cat(list(parts)) if parts else torch.zeros(0, dtype=dtype or torch.float32)
 
 
 def _where(mask: Tensor, values: Tensor) -> Tensor:
@@ -69,9 +71,9 @@ class View:
     @classmethod
     @cache
     def always_reads(cls) -> frozenset[str]:
-        """Columns and extras whose fields are not optional, and what the forward pass must do."""
-        hints = get_type_hints(cls)
-        return cls.forward | {name for name in (*COLUMNS, *EXTRAS, DIVERGENCE) if hints.get(name) is Tensor}
+        """Columns and extras whose fields have no default, and what the forward pass must do."""
+        needed = {field.name for field in fields(cls) if field.default is MISSING}
+        return cls.forward | needed.intersection((*COLUMNS, *EXTRAS, DIVERGENCE))
 
     @staticmethod
     def mask_of(micro: MicroBatch) -> Tensor:
