@@ -28,6 +28,7 @@ from orchestrator.cluster.base import Cluster, LocalCluster
 from orchestrator.cluster.chat_door import ChatDoor, chat_door
 from orchestrator.cluster.control import RunFile
 from orchestrator.cluster.event_loop import run_to_end
+from orchestrator.cluster.fleet import State
 from orchestrator.cluster.launch import launch
 from orchestrator.cluster.run_lock import Driver, driving
 from orchestrator.cluster.shutdown import Ending, hangups_ignored
@@ -185,15 +186,19 @@ class _Run:
         self._since_start("prepared", pipelines=drawn(pipelines))
         context, found = self.context, self.resumed.checkpoint if self.resumed is not None else None
         prepared, plan, folder, console = context.prepared, context.plan, context.folder, context.console
+        first = prepared.phases[found.state.phase_index if found is not None else 0]
         async with (
             self._cluster() as cluster,
             watching(cluster, context.watchdog, console.warn, self._ray_is_gone),
-            launch(prepared, plan, cluster, folder, context.event, context.watchdog) as roles,
+            launch(prepared, plan, cluster, folder, context.event, context.watchdog, first) as roles,
             chat_door(self._chat(roles), cluster.host) as chat,
             self._supervised(cluster, chat, roles),
             self._in_train_tab(cluster),
         ):
             console.placed(cluster.describe())
+            for role, pool in roles.pools.items():
+                if later := plan.roles[role].count - len(pool.indices(State.JOINING, State.SERVING)):
+                    console.note(f"{later} {role} worker(s) start beside {first.name}")
             console.at(folder, self.dashboard)
             for warning in plan.warnings:
                 console.warn(warning)

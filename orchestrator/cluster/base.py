@@ -27,6 +27,11 @@ class Cluster(Protocol):
     objects: Objects
 
     @property
+    def has_processes(self) -> bool:
+        """Whether a worker is a process of its own, whose start leaves alone what others compute."""
+        ...
+
+    @property
     def address(self) -> str | None:
         """Where another process finds this cluster; None if nowhere."""
         ...
@@ -75,6 +80,7 @@ class LocalCluster:
     """Everything in this process: no Ray, no processes, nothing to reserve. For `--local`, tests and debugging."""
 
     address, host = None, "127.0.0.1"
+    has_processes = False
 
     def __init__(self) -> None:
         self.objects: Objects = LocalObjects()

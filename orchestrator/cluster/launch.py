@@ -2,6 +2,9 @@
 
 Groups of ranks (policy, reference, ...) and the pools' first workers start at the same time, because imports take
 long. Rollout workers are up but not admitted until the first publish.
+
+    groups, and of the pools what the first phase needs ──► all are up ──► the run begins
+                                                                └─► the pools' other workers start beside it
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -49,13 +52,21 @@ ATTACH_TIMEOUT_S = 30.0  # until an engine elsewhere says that it is this run's;
 
 @asynccontextmanager
 async def launch(
-    prepared: Prepared, plan: Plan, cluster: Cluster, folder: Path, event: Event, watchdog: Watchdog
+    prepared: Prepared,
+    plan: Plan,
+    cluster: Cluster,
+    folder: Path,
+    event: Event,
+    watchdog: Watchdog,
+    first: PreparedPhase,
 ) -> AsyncIterator[Executor]:
-    """All roles of the plan, up. They are closed when the block ends, however it ends."""
+    """All roles of the plan, up as far as the phase needs them that comes `first`. If a worker that starts beside the
+    block cannot, the block is cancelled and the error raised in its place. All roles are closed when the block ends,
+    however it ends."""
     roles = prepared.config.roles
     groups: dict[str, Group] = {}
     async with AsyncExitStack() as stack:
-        starting = _Starting(prepared, plan, cluster, event, watchdog)
+        starting = _Starting(prepared, plan, cluster, event, watchdog, first)
         engines = {role: starting.engines(role) for role in plan.roles if isinstance(roles[role], EngineRole)}
         scorers = {role: starting.scorers(role) for role in plan.roles if isinstance(roles[role], ScorersRole)}
         hosts = {role: starting.environments(role) for role in plan.roles if isinstance(roles[role], EnvironmentsRole)}
@@ -75,29 +86,30 @@ async def launch(
             event("up", {"role": role, "seconds": round(time.monotonic() - began, 3), "ranks": ranks})
 
         gangs = [role for role in plan.roles if isinstance(roles[role], RanksRole)]
-        first = [role for role in gangs if role not in prepared.handed_over]
+        given = [role for role in gangs if role not in prepared.handed_over]
         at_once, later = [pool for pool in pools if pool.role not in turns], [p for p in pools if p.role in turns]
-        await _all_or_none(*(pool.open() for pool in at_once), *(start_group(role) for role in first))
+        await _all_or_none(*(pool.open() for pool in at_once), *(start_group(role) for role in given))
         await _all_or_none(*(pool.open() for pool in later))  # with their deadlines, once it can be their turn
         publishers = [
             publisher
             for role, pool in engines.items()
             for publisher in _publishers(prepared.config, role, groups, pool, cluster, folder, event, plan)
         ]
-        yield Executor(
-            groups,
-            cluster.objects,
-            start=start_group,
-            engines=engines,
-            scorers=scorers,
-            environments=hosts,
-            model_rewards=prepared.model_rewards,
-            judges=prepared.engine_judges,
-            publishers=publishers,
-            call_timeout_s={role: roles.ranks(role).call_timeout_s for role in gangs},
-            stand_ins=plan.stand_ins,
-            concurrent=plan.overlaps,
-        )
+        async with _beside(*(pool.grow(plan.roles[pool.role].count) for pool in pools)):
+            yield Executor(
+                groups,
+                cluster.objects,
+                start=start_group,
+                engines=engines,
+                scorers=scorers,
+                environments=hosts,
+                model_rewards=prepared.model_rewards,
+                judges=prepared.engine_judges,
+                publishers=publishers,
+                call_timeout_s={role: roles.ranks(role).call_timeout_s for role in gangs},
+                stand_ins=plan.stand_ins,
+                concurrent=plan.overlaps,
+            )
 
 
 async def _all_or_none(*work: Any) -> None:
@@ -106,6 +118,19 @@ async def _all_or_none(*work: Any) -> None:
         async with asyncio.TaskGroup() as tasks:
             for coroutine in work:
                 tasks.create_task(coroutine)
+    except BaseExceptionGroup as group:
+        raise group.exceptions[0] from None
+
+
+@asynccontextmanager
+async def _beside(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """While the block runs, so does this work; a failure of it cancels the block, and is raised."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(coroutine) for coroutine in work]
+            yield
+            for task in running:
+                task.cancel()
     except BaseExceptionGroup as group:
         raise group.exceptions[0] from None
 
@@ -183,6 +208,7 @@ class _Starting:
     cluster: Cluster
     event: Event
     watchdog: Watchdog
+    first: PreparedPhase
 
     async def group(self, role: str, model: str | None = None) -> Group:
         """The ranks of a role that holds a model: `model` if it is given, else that which the configuration says."""
@@ -250,7 +276,7 @@ class _Starting:
         if episodes:
             template, trusted = chat_template(prepared), config.model.trust_remote_code
             kwargs["conversation"] = ConversationSpec(prepared.tokenizer_path, template, trusted)
-        pool = self._pool(role, settings.workers, policy, RolloutWorker, kwargs)
+        pool = self._pool(role, policy, RolloutWorker, kwargs)
         asked = any(prepared.asked_of_engines(phase) for phase in prepared.phases)
         depends = settings.mixes is not None or spec.lora is not None or spec.alone_on_gpu
         if not (episodes or asked or depends):
@@ -289,7 +315,7 @@ class _Starting:
             "judge_tokenizers": {asked: self._tokenizer_of(asked) for asked in self.prepared.judging_roles},
             "trust_remote_code": self.prepared.config.model.trust_remote_code,
         }
-        return self._pool(role, settings.workers, policy, RewardWorker, kwargs)
+        return self._pool(role, policy, RewardWorker, kwargs)
 
     def environments(self, role: str) -> Pool:
         settings = self.prepared.config.roles.environments(role)
@@ -306,14 +332,29 @@ class _Starting:
             "specs": {each.phase: each.spec for each in hosted},
             "max_answer_chars": {each.phase: each.max_answer_chars for each in hosted},
         }
-        return self._pool(role, settings.workers, policy, EnvironmentWorker, kwargs)
+        return self._pool(role, policy, EnvironmentWorker, kwargs)
 
-    def _pool(self, role: str, workers: int, policy: PoolPolicy, target: type, kwargs: dict[str, Any]) -> Pool:
+    def _at_first(self, role: str) -> int:
+        """Workers of a pool that start with the groups, and are waited for. The stages of the first phase get all of
+        them, but where they only learn from rows, it needs none, or for its evaluation one: on a CPU the others would
+        take the cores that these start with. Whoever takes turns starts before there are calls to take turns with, and
+        in one process all start before anything is computed: they set its number of threads."""
+        planned, stages = self.plan.roles[role], self.first.pipeline.roles
+        in_turns = any(role in turns for turns in self.plan.turns)
+        if not self.cluster.has_processes or in_turns or any(each.name in stages for each in self.plan.elastic):
+            return planned.count
+        if self.first.evaluation is None:
+            return 0
+        return planned.count if planned.resources.get("GPU") else 1
+
+    def _pool(self, role: str, policy: PoolPolicy, target: type, kwargs: dict[str, Any]) -> Pool:
         async def start(index: int) -> Worker:
             return await self.cluster.start_worker(role, index, target, {"name": f"{role}/{index}", **kwargs})
 
         stop = self.cluster.stop_worker
-        return Pool(role, workers, policy, start=start, stop=stop, event=self.event, watchdog=self.watchdog)
+        return Pool(
+            role, self._at_first(role), policy, start=start, stop=stop, event=self.event, watchdog=self.watchdog
+        )
 
 
 def _publishers(

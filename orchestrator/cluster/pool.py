@@ -104,9 +104,14 @@ class Pool:
         """Start the desired members; returns when all of them are up (joining or serving)."""
         self._spawn(self._keep_reconciling())
         self._spawn(self._keep_pinging())
+        await self.grow(self.fleet.desired)
+
+    async def grow(self, count: int) -> None:
+        """Start more members than there are; returns when `count` of them are up, or as many as are still desired."""
+        self._want(max(count, self.fleet.desired))
         await self._until(
-            lambda: self.count(State.JOINING, State.SERVING) >= self.fleet.desired,
-            f"{self.fleet.desired} {self.role} worker(s) to start",
+            lambda: self.count(State.JOINING, State.SERVING) >= min(count, self.fleet.desired),
+            f"{count} {self.role} worker(s) to start",
             self.policy.start_timeout_s,
         )
 
@@ -125,8 +130,11 @@ class Pool:
             paused = {"paused": f"whatever needs a {self.role} worker, until there is one again"} if waits else {}
             reason = {} if why is None else {"why": why}
             self._event("resized", {"role": self.role, "from": self.fleet.desired, "to": desired, **reason, **paused})
-            self.fleet.desired = desired
-            self._wake.set()
+            self._want(desired)
+
+    def _want(self, desired: int) -> None:
+        self.fleet.desired = desired
+        self._wake.set()
 
     @property
     def _places(self) -> int:

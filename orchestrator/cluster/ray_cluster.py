@@ -92,6 +92,8 @@ class PlacedWorker(RayWorker):
 class RayCluster:
     """See `orchestrator.cluster.base.Cluster`. Ray must be connected; `disconnect`: whether `close` ends that, too."""
 
+    has_processes = True
+
     def __init__(self, config: RunConfig, run: str, *, disconnect: bool = True) -> None:
         self.objects: Objects = RayObjects()
         self.address: str | None = ray.get_runtime_context().gcs_address

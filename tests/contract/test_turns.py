@@ -42,7 +42,7 @@ async def launched(config: Any, folder: Path) -> AsyncIterator[Executor]:
     (phase,) = prepared.phases
     plan, cluster = prepared.plan().accepted(), LocalCluster()
     await cluster.reserve(plan)
-    async with launch(prepared, plan, cluster, folder, lambda *_: None, Watchdog()) as roles:
+    async with launch(prepared, plan, cluster, folder, lambda *_: None, Watchdog(), phase) as roles:
         roles.enter(PhaseSettings(phase.pipeline, 8192, 1.0, 0, Sampling(max_tokens=5)))
         yield roles
     await cluster.close()
