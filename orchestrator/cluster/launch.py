@@ -335,17 +335,13 @@ class _Starting:
         return self._pool(role, policy, EnvironmentWorker, kwargs)
 
     def _at_first(self, role: str) -> int:
-        """Workers of a pool that start with the groups, and are waited for. The stages of the first phase get all of
-        them, but where they only learn from rows, it needs none, or for its evaluation one: on a CPU the others would
-        take the cores that these start with. Whoever takes turns starts before there are calls to take turns with, and
-        in one process all start before anything is computed: they set its number of threads."""
+        """Workers of a pool that start with the groups, and are waited for: all of them, but none where the first phase
+        only learns from rows. Whoever takes turns starts before there are calls to take turns with, and in one process
+        all start before anything is computed: they set its number of threads."""
         planned, stages = self.plan.roles[role], self.first.pipeline.roles
         in_turns = any(role in turns for turns in self.plan.turns)
-        if not self.cluster.has_processes or in_turns or any(each.name in stages for each in self.plan.elastic):
-            return planned.count
-        if self.first.evaluation is None:
-            return 0
-        return planned.count if planned.resources.get("GPU") else 1
+        samples = self.first.evaluation is not None or any(each.name in stages for each in self.plan.elastic)
+        return planned.count if samples or in_turns or not self.cluster.has_processes else 0
 
     def _pool(self, role: str, policy: PoolPolicy, target: type, kwargs: dict[str, Any]) -> Pool:
         async def start(index: int) -> Worker:

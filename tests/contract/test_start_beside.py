@@ -76,7 +76,9 @@ def up(roles: Executor) -> dict[str, int]:
     [
         pytest.param([SFT, GRPO], {"rollout": 0, "reward": 0}, id="none where the phase only learns from rows"),
         pytest.param(
-            [{**SFT, "evaluation": HELD_OUT}, GRPO], {"rollout": 1, "reward": 1}, id="one where it is evaluated, too"
+            [{**SFT, "evaluation": HELD_OUT}, GRPO],
+            {"rollout": 2, "reward": 1},
+            id="all where it is evaluated",
         ),
         pytest.param([GRPO, SFT], {"rollout": 2, "reward": 1}, id="all where the phase samples"),
     ],
