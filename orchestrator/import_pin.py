@@ -47,10 +47,10 @@ def pin() -> None:
         sys.meta_path.insert(0, Pinned(ROOT))
 
 
-def worker_setup(carried: Sequence[UserCode] = ()) -> Callable[[], None]:
+def worker_setup(carried: Sequence[UserCode] = (), *, log_warnings: bool = False) -> Callable[[], None]:
     """What Ray calls first in every worker (`worker_process_setup_hook`): `pin`, found without asking `sys.path`, and
     what makes its imports short. What is `carried` can be imported there under its private names: pickled functions of
-    a user's file are found by them.
+    a user's file are found by them. `log_warnings`: Python's warnings are log records there, in the form of those.
 
     A nested function, because Ray then ships its code; a function of a module would be shipped as its name, and looking
     up `orchestrator` by name in the worker is the very thing that may find the user's folder."""
@@ -62,6 +62,8 @@ def worker_setup(carried: Sequence[UserCode] = ()) -> Callable[[], None]:
         try:
             importlib.import_module("orchestrator.import_pin").pin()
             importlib.import_module("actors.imports").collect_less_often()  # before the actor's class is imported
+            if log_warnings:
+                importlib.import_module("logging").captureWarnings(True)
             if texts:
                 importlib.import_module("rewards.user_code").carry(texts)
         finally:

@@ -315,7 +315,9 @@ class _Run:
             from orchestrator.cluster.ray_connection import connect
 
             with hangups_ignored():
-                self.dashboard = connect(context.config.cluster, context.plan, debug=context.config.debug)
+                debug = context.config.debug  # then the console shows what workers log
+                json_logs = context.config.logging.ray_logs == "json" and not debug
+                self.dashboard = connect(context.config.cluster, context.plan, debug=debug, json_logs=json_logs)
             self._since_start("connected")
             cluster = RayCluster(context.config, run=context.folder.name)
         context.ending_or_none = Ending(

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import psutil
 import ray
 from ray._private.state import available_resources_per_node  # of each node; the public function has the sum only
+from ray.job_config import JobConfig
 
 from actors.errors import PlacementError, RunError, first_lines
 from actors.worker import NAMESPACE
@@ -32,9 +33,9 @@ START_ATTEMPTS = 3  # of a Ray of our own
 DAEMONS = ("gcs_server", "raylet")
 
 
-def connect(cluster: ClusterConfig, plan: Plan, *, debug: bool = False) -> str | None:
+def connect(cluster: ClusterConfig, plan: Plan, *, debug: bool = False, json_logs: bool = False) -> str | None:
     """Connect to the Ray at `cluster.address`, else at RAY_ADDRESS, else start one of our own. Returns the URL of
-    its dashboard, if it has one.
+    its dashboard, if it has one. `json_logs`: what workers log is JSON lines in Ray's files.
 
     An address that has to be guessed (`auto`) is refused: it may be somebody else's Ray."""
     address = chosen_address(cluster)
@@ -57,7 +58,8 @@ def connect(cluster: ClusterConfig, plan: Plan, *, debug: bool = False) -> str |
             namespace=NAMESPACE,
             log_to_driver=debug,
             logging_level=logging.INFO if debug else logging.CRITICAL,
-            runtime_env={"worker_process_setup_hook": worker_setup(carried())},
+            job_config=_job_config(json_logs),
+            runtime_env={"worker_process_setup_hook": worker_setup(carried(), log_warnings=json_logs)},
             **own,
         )
 
@@ -66,6 +68,15 @@ def connect(cluster: ClusterConfig, plan: Plan, *, debug: bool = False) -> str |
     except (ConnectionError, RuntimeError) as error:
         raise PlacementError(f"cannot connect to the Ray at {address}: {first_lines(error)}") from None
     return f"http://{context.dashboard_url}" if context.dashboard_url else None
+
+
+def _job_config(json_logs: bool) -> JobConfig:
+    """Of workers alone. `ray.init(logging_config=...)` and RAY_LOGGING_CONFIG_ENCODING in the environment would apply
+    it to the driver, too, and what that prints is for people. Libraries are heard as without it: from warnings on."""
+    job = JobConfig()
+    if json_logs:
+        job.set_py_logging_config(ray.LoggingConfig(encoding="JSON", log_level="WARNING"))
+    return job
 
 
 def started(start: Callable[[], T], clean_up: Callable[[], None], warn: Callable[[str], None]) -> T:

@@ -326,6 +326,8 @@ class LoggingConfig(Section):
     """Draw RUN/curves.png when the run ends, which takes a second or two of processor time."""
     ray_metrics: bool = True
     """Export gauges `ray_troupe_*` on Ray's metrics port."""
+    ray_logs: Literal["json", "text"] = "json"
+    """Form of what workers log, in Ray's files: JSON lines name job, actor and task. With `debug` it is text."""
     ray_train_tab: bool = False
     """Show the run in the Train tab of Ray's dashboard, by private classes of Ray; a small actor of Ray's own stays."""
 

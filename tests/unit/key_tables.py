@@ -224,6 +224,7 @@ SHOWN_BY: dict[str, str] = {  # what happens while a run goes on, or needs other
     "checkpoint.keep": "tests/unit/test_checkpoint.py",
     "logging.trackers": "tests/unit/test_trackers.py",
     "logging.ray_train_tab": "tests/ray/test_private_head.py",
+    "logging.ray_logs": "tests/ray/test_json_logs.py",
     "logging.curves": "tests/contract/test_run_handle.py",
     "logging.project": "tests/contract/test_tracker_libraries.py",
     "logging.completions_every": "tests/runs.py",
