@@ -33,7 +33,7 @@ RECIPE: dict[str, Any] = merged(
             ),
         ],
         "train": {"steps": 100_000, "learning_rate": 1e-6},
-        "roles": {"rollout": {"engine": "hf", "workers": 1}},
+        "roles": {"rollout": {"engine": "hf", "workers": 1, "max_model_len": 64}},  # room for a conversation
         "logging": {"completions_every": 1},
         "checkpoint": {"every": 1000},
     },
@@ -119,9 +119,10 @@ def chat_with_the_policy(page: Any) -> None:
         page.get_by_label("Message to the policy").fill("12+34=")
         with page.expect_response("**/v1/chat/completions") as answered:
             page.get_by_role("button", name="Send").click()
+        assert answered.value.status == 200, answered.value.text()
         parts = [line.removeprefix("data: ") for line in answered.value.text().splitlines() if "{" in line]
         said = "".join(each["delta"].get("content") or "" for part in parts for each in json.loads(part)["choices"])
-        assert answered.value.status == 200 and said
+        assert said
         api.expect(turns.nth(turn)).to_have_text(said, use_inner_text=False)
         sent.append(answered.value.request.post_data_json["messages"])
         api.expect(page.get_by_role("button", name="Send")).to_be_enabled()
