@@ -151,7 +151,7 @@ def _parsed(file: Path, stamp: tuple[int, int]) -> dict[str, Any]:
 
 def _created(folder: Path) -> float:
     """When it was submitted, or else began. Not by its place in the queue, which is another one once it is resumed."""
-    known = [float(event["time"]) for event in events(folder)[:1]]
+    known = [float(event["time"]) for event in events(folder)[:1] if "time" in event]
     with contextlib.suppress(FileNotFoundError):
         known.append((folder / SUBMITTED).stat().st_mtime)  # written once
     return min(known, default=folder.stat().st_ctime)

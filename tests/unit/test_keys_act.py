@@ -58,6 +58,8 @@ def all_keys() -> list[str]:
 class Recorder:
     """A cluster that starts nothing and keeps what it was asked to start."""
 
+    has_processes = True
+
     def __init__(self) -> None:
         self.started: list[Any] = []
 
@@ -149,7 +151,8 @@ def _prepared(config: RunConfig, phases: tuple[PreparedPhase, ...]) -> Prepared:
 
 async def _started(prepared: Prepared, plan: Plan, recorder: Any) -> list[Any]:
     policies: list[Any] = []
-    starting = _Starting(prepared, plan, recorder, lambda *_: None, Watchdog(report_after_s=9.0))
+    watchdog = Watchdog(report_after_s=9.0)
+    starting = _Starting(prepared, plan, recorder, lambda *_: None, watchdog, prepared.phases[0])
     groups = [role for role, planned in plan.roles.items() if not planned.pool]
     for role in groups:
         await starting.group(role)
