@@ -101,6 +101,10 @@ class RayJobs:
         # One for all calls, which may come from several threads: a new one reads the certificates of the machine.
         self._http = httpx.Client(timeout=TIMEOUT_S, trust_env=False)
 
+    def close(self) -> None:
+        """Connections; those of a service end with its process."""
+        self._http.close()
+
     def submit(self, run: str, folder: Path, command: Sequence[str], *, stop_wait_s: float) -> None:
         state = self.states({run: folder}).get(run)
         if state is not None and state.over:  # the id of a run is that of its job, and a job is submitted once

@@ -29,6 +29,7 @@ def test_a_job_is_given_the_address_of_the_ray_that_it_was_submitted_to_whicheve
         for name, head in heads.items():
             monkeypatch.setenv(TOKEN_PATH, str(tmp_path / name / "ray-token"))
             jobs, said, folder = RayJobs(head.dashboard), tmp_path / f"{name}.txt", {"job": tmp_path / name}
+            stack.callback(jobs.close)
             jobs.submit("job", tmp_path / name, ["sh", "-c", f'echo "$RAY_ADDRESS" > {said}'], stop_wait_s=1)
             until(lambda jobs=jobs, folder=folder: jobs.states(folder)["job"] is JobState.ENDED, "end of the job")
             assert said.read_text().strip().rpartition(":")[2] == str(head.ports["port"])
