@@ -343,7 +343,7 @@ class RunHandle:
             lost = request is not None and not self._is_driven_by(request.driver)
             if answer := found():
                 return answer
-            if over:
+            if over or (lost and self.over):  # it may have ended between the two looks
                 return self._ended()
             return self._withdrawn(request) if lost and request is not None else None
 
