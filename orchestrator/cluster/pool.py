@@ -108,7 +108,8 @@ class Pool:
 
     async def grow(self, count: int) -> None:
         """Start more members than there are; returns when `count` of them are up, or as many as are still desired."""
-        self._want(max(count, self.fleet.desired))
+        self.fleet.desired = max(count, self.fleet.desired)
+        self._wake.set()
         await self._until(
             lambda: self.count(State.JOINING, State.SERVING) >= min(count, self.fleet.desired),
             f"{count} {self.role} worker(s) to start",
@@ -130,11 +131,8 @@ class Pool:
             paused = {"paused": f"whatever needs a {self.role} worker, until there is one again"} if waits else {}
             reason = {} if why is None else {"why": why}
             self._event("resized", {"role": self.role, "from": self.fleet.desired, "to": desired, **reason, **paused})
-            self._want(desired)
-
-    def _want(self, desired: int) -> None:
-        self.fleet.desired = desired
-        self._wake.set()
+            self.fleet.desired = desired
+            self._wake.set()
 
     @property
     def _places(self) -> int:
@@ -148,37 +146,37 @@ class Pool:
 
     def attach(self, address: str, token: str, ticket: str) -> None:
         """Take in a worker that was started elsewhere. It is a member beyond the desired number: it joins like any
-        other, and nothing takes its place when it is lost. One that is attached already stays as it is. The event that
-        answers has the `ticket`."""
-        for index in self._attached_as(address):
-            if self.fleet.members[index].state is State.DRAINING:
-                self._refuse(address, ticket, f"the engine at {address} is leaving; attach it again when it has left")
-            else:
-                self._event("attached", {"role": self.role, "worker": index, "address": address, "asked": [ticket]})
+        other, and nothing takes its place when it is lost. One that is attached already stays as it is."""
+        index = self._attached_as(address)
+        if index is not None and self.fleet.members[index].state is State.DRAINING:
+            why = f"the engine at {address} is leaving; attach it again when it has left"
+            self._answer(ticket, "refused", address, why=why)
             return
-        assert self.start_attached is not None, f"{self.role} takes in no workers from elsewhere"
-        index, start = self.fleet.attach(time.monotonic()), partial(self.start_attached, address=address, token=token)
-        self.addresses[index] = address
-        self._event("attached", {"role": self.role, "worker": index, "address": address, "asked": [ticket]})
-        self._spawn(self._bring_up(index, start))
+        if index is None:
+            assert self.start_attached is not None, f"{self.role} takes in no workers from elsewhere"
+            index = self.fleet.attach(time.monotonic())
+            self.addresses[index] = address
+            self._spawn(self._bring_up(index, partial(self.start_attached, address=address, token=token)))
+        self._answer(ticket, "attached", address, worker=index)
 
     def detach(self, address: str, ticket: str) -> None:
-        """Let go of what was attached by that address, once it has finished what it has. The event that answers has the
-        `ticket`."""
-        for index in self._attached_as(address):
-            self._event("detached", {"role": self.role, "worker": index, "address": address, "asked": [ticket]})
+        """Let go of what was attached by that address, once it has finished what it has."""
+        index = self._attached_as(address)
+        if index is None:
+            there = ", ".join(sorted(self.addresses.values())) or "none"
+            why = f"no engine at {address} is attached to {self.role}; there is {there}"
+            self._answer(ticket, "refused", address, why=why)
+        else:
+            self._answer(ticket, "detached", address, worker=index)
             self.fleet.detach(index, time.monotonic())
             self._wake.set()
-            return
-        there_are = f"there is {', '.join(sorted(self.addresses.values()))}" if self.addresses else "there is none"
-        self._refuse(address, ticket, f"no engine at {address} is attached to {self.role}; {there_are}")
 
-    def _attached_as(self, address: str) -> list[int]:
-        """Members by that address: one, or none."""
-        return [index for index, each in self.addresses.items() if each == address and index in self.fleet.members]
+    def _attached_as(self, address: str) -> int | None:
+        members = self.fleet.members
+        return next((i for i, each in self.addresses.items() if each == address and i in members), None)
 
-    def _refuse(self, address: str, ticket: str, why: str) -> None:
-        self._event("refused", {"role": self.role, "address": address, "why": why, "asked": [ticket]})
+    def _answer(self, ticket: str, event: str, address: str, **more: Any) -> None:
+        self._event(event, {"role": self.role, "address": address, **more, "asked": [ticket]})
 
     def is_attached(self, index: int) -> bool:
         """Whether that member was started elsewhere."""

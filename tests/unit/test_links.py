@@ -140,13 +140,6 @@ def test_nobody_waits_for_a_receiver_of_which_somebody_else_says_that_it_is_lost
         arriving[1].result(60)
 
 
-def test_why_a_loss_could_not_be_told_is_returned():
-    sender = CollectiveSender()
-    address = sender.open()
-    sender.close()
-    assert "timed out" in report_losses(address, "order", ("a",), 0.5)
-
-
 def test_a_child_does_not_wait_for_a_parent_whose_process_has_ended_before_it_joined_the_link(trainer: Stage):
     order = trainer.order(ManifestOf("float32", KIB)(weights()), "b", timeout_s=90.0, parents={"b": "a"})
     assert order.rendezvous is not None and trainer.sender.store is not None

@@ -19,8 +19,9 @@ from rewards.named_actor import ActorSpec
 from rewards.reward import LONGEST_PAUSE_S, Handling, pause_s
 from rewards.specs import GRACE_S, call_timeout_s, with_deadlines
 from rewards.worker import RewardWorker, ScoreResult
-from tests.unit.reward_stage import samples
-from tests.unit.tiny import tiny_tokenizer
+from tests.unit.reward_stage import samples, tokenizer
+
+__all__ = ["tokenizer"]  # a fixture
 
 FUNCTIONS = """
 import asyncio, time
@@ -58,13 +59,6 @@ def file(tmp_path: Path) -> Path:
     path = tmp_path / "mine.py"
     path.write_text(FUNCTIONS)
     return path
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 def spec(file: Path, function: str, options: dict[str, Any] | None = None, **handling: Any) -> RewardSpec:
