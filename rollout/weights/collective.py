@@ -14,6 +14,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from itertools import islice
 
 import torch
@@ -22,7 +23,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 from rollout.weights.buckets import Incoming, bucket_bytes, fill
 from rollout.weights.fingerprint import Fingerprint
-from rollout.weights.links import Connection, Downlinks, Flight, join, own_address
+from rollout.weights.links import Connection, Downlinks, Flight, finish, join, own_address
 from rollout.weights.meeting import CHILD, PARENT, Losses, Meeting, left
 from rollout.weights.protocol import SENDER, Rendezvous, SendReport, SyncOrder, TransferFailed
 
@@ -131,15 +132,16 @@ class CollectiveReceiver:
         deadline = time.monotonic() + rendezvous.timeout_s - rendezvous.waited_s
         try:
             sizes = [bucket_bytes(bucket) for bucket in order.manifest.buckets()]
-            yield from self._relayed(self._join(order.id, rendezvous, deadline), sizes, deadline)
+            yield from self._relayed(*self._join(order.id, rendezvous, deadline), sizes, deadline)
         except BaseException:
             self._leave()
             if self._store is not None:
                 Losses(self._store, order.id).tell(self.name)
             raise
 
-    def _relayed(self, uplink: Connection, sizes: list[int], deadline: float) -> Iterator[Tensor]:
+    def _relayed(self, meeting: Meeting, uplink: Connection, sizes: list[int], deadline: float) -> Iterator[Tensor]:
         """Buckets of those sizes, each with memory of its own; the children get them, too."""
+        look = partial(meeting.check_process, PARENT)
         coming = (torch.empty(size, dtype=torch.uint8, device=uplink.device) for size in sizes)
         arriving = deque((flat, uplink.broadcast(flat)) for flat in islice(coming, 1))
         flight: Flight | None = None
@@ -149,7 +151,8 @@ class CollectiveReceiver:
                 flight = None  # and with it the memory that comes next
             arriving.extend((flat, uplink.broadcast(flat)) for flat in islice(coming, 1))
             flat, work = arriving.popleft()
-            work.wait(left(deadline))
+            began = time.monotonic()
+            finish(work, uplink, began, max(0.001, deadline - began), look)
             if flat.is_cuda:
                 torch.cuda.synchronize(flat.device)
             flight = self._downlinks.send(flat)
@@ -158,7 +161,7 @@ class CollectiveReceiver:
         if flight is not None:
             self._downlinks.land(flight)
 
-    def _join(self, order_id: str, rendezvous: Rendezvous, deadline: float) -> Connection:
+    def _join(self, order_id: str, rendezvous: Rendezvous, deadline: float) -> tuple[Meeting, Connection]:
         """Joins the link to its parent, and those to its children: where this one has buckets, they have them."""
         store = self._connect(rendezvous, deadline)
         (link,) = (link for link in rendezvous.links if link.child == self.name)
@@ -166,9 +169,8 @@ class CollectiveReceiver:
             self._leave_uplink()
             meeting = Meeting(store, link)
             self._uplink = meeting, self._meet(meeting, Losses(store, order_id), rendezvous, deadline)
-        _, uplink = self._uplink
-        self._downlinks.join(store, order_id, rendezvous, uplink.device, deadline)
-        return uplink
+        self._downlinks.join(store, order_id, rendezvous, self._uplink[1].device, deadline)
+        return self._uplink
 
     def _meet(self, meeting: Meeting, losses: Losses, rendezvous: Rendezvous, deadline: float) -> Connection:
         meeting.await_parent(losses, deadline)

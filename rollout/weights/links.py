@@ -10,7 +10,7 @@ sends to. It is private: independent of any default process group.
 
 Who ends a wait: a broadcast ends when the other side joins it, when the other side's process dies (its sockets close),
 when the other side leaves (it aborts the group), or at a deadline. Gloo may miss that sockets close while a bucket is
-on its way; so a parent also looks whether its children's processes are there, if they are on its host. A parent is less
+on its way; so both ends also look whether the other's process is there, if it is on their host. A parent is less
 patient the further it is from the trainer: else its own parent would drop it, and not the child that hangs. All waits
 end at the order's deadline, `timeout_s` after a process has got it, and a child that hangs costs its parent no more
 than a third of what is left until then."""
@@ -23,11 +23,11 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 from weakref import WeakSet
 
@@ -39,7 +39,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from actors.errors import first_lines
 from rollout.weights.meeting import CHILD, PARENT, POLL_S, Losses, Meeting, left
 from rollout.weights.protocol import Link, Rendezvous
-from rollout.weights.same_gpu import LOOK_S, Handover, SameGpu, has_ended
+from rollout.weights.same_gpu import LOOK_S, Handover, SameGpu
 
 LEVELS = 16  # of the tree, in which a parent's patience falls from a third of the deadline to nothing
 LEAVES = "leaves a link"  # name of a thread
@@ -103,8 +103,9 @@ def join(
     end has joined, or raises RuntimeError, at the deadline at the latest. Does not block with CUDA IPC, nor with NCCL,
     which joins with the first bucket and has no deadline for that once both ends have begun."""
     kind = kind_of_link(meeting.device_of(PARENT), meeting.device_of(CHILD))
+    peer = meeting.process_of(1 - rank)  # also for `Meeting.check_process`: the store may not answer during a broadcast
     if kind == "same_gpu":
-        return SameGpu(meeting.place, rank, device, timeout, peer=meeting.process_of(1 - rank))
+        return SameGpu(meeting.place, rank, device, timeout, peer=peer)
     if kind == "gloo":
         group = dist.ProcessGroupGloo(meeting.place, rank, 2, _gloo_options(address, left(deadline)))
         group._set_default_timeout(timeout)
@@ -202,7 +203,7 @@ class Downlinks:
                 with self._dropped_if_it_fails(link):
                     meeting = self._meetings[link]
                     limit_s = min(connection.timeout.total_seconds(), self._patience_s(meeting.link, began))
-                    _finish(work, connection, began, limit_s, meeting)
+                    finish(work, connection, began, limit_s, partial(meeting.check_process, CHILD))
 
     @contextmanager
     def _dropped_if_it_fails(self, link: str) -> Iterator[None]:
@@ -226,9 +227,11 @@ class Downlinks:
             connection.leave()
 
 
-def _finish(work: dist.Work | Handover, connection: Connection, began: float, limit_s: float, meeting: Meeting) -> None:
-    """Wait for a broadcast to the child of a meeting, until so long after `began`. Gloo may miss that the other end has
-    gone, so that is looked at meanwhile."""
+def finish(
+    work: dist.Work | Handover, connection: Connection, began: float, limit_s: float, look: Callable[[], None]
+) -> None:
+    """Wait for a broadcast until so long after `began`. Gloo may miss that the other end's process has ended, so
+    `look` looks there meanwhile, and raises RuntimeError if it has."""
     deadline = began + limit_s
     while isinstance(connection, Communicator) and isinstance(connection.group, dist.ProcessGroupGloo):
         rest = deadline - time.monotonic()
@@ -241,8 +244,7 @@ def _finish(work: dist.Work | Handover, connection: Connection, began: float, li
                 return
             if rest <= LOOK_S:
                 raise
-            if has_ended(meeting.process_of(CHILD)):
-                raise RuntimeError("its process has ended") from None
+        look()
     if isinstance(work, Handover):
         work.wait(timedelta(seconds=limit_s), began)
     else:

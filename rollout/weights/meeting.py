@@ -103,16 +103,26 @@ class Meeting:
         """The parent joins the link now."""
         self.place.set("joins", "")
 
+    def check_process(self, rank: int) -> None:
+        """Raises RuntimeError if the process of that end, which has come, has ended since."""
+        if has_ended(self.process_of(rank)):
+            which = f"{self._parent}, which was to send them," if rank == PARENT else self.link.child
+            raise RuntimeError(f"the process of {which} has ended")
+
+    @property
+    def _parent(self) -> str:
+        return self.link.parent or "the trainer"
+
     def await_parent(self, losses: Losses, deadline: float, *, joins: bool = False) -> None:
         """Until the parent has come, or joins. Raises RuntimeError if it is lost or has ended, and at the deadline."""
-        began, name = time.monotonic(), self.link.parent or "the trainer"
+        began = time.monotonic()
         while not self.place.check(["joins"] if joins else [f"device/{PARENT}"]):
             if losses.include(self.link.parent):
-                raise RuntimeError(f"{name}, which was to send them, is lost")
-            if joins and has_ended(self.process_of(PARENT)):
-                raise RuntimeError(f"the process of {name}, which was to send them, has ended")
+                raise RuntimeError(f"{self._parent}, which was to send them, is lost")
+            if joins:
+                self.check_process(PARENT)
             if time.monotonic() > deadline:
-                raise RuntimeError(f"{name} did not come within {max(0.0, deadline - began):g} s")
+                raise RuntimeError(f"{self._parent} did not come within {max(0.0, deadline - began):g} s")
             time.sleep(POLL_S)
 
 

@@ -69,9 +69,9 @@ class Member(CollectiveReceiver):
         super().__init__("a", CPU)
         self.joined = communicator
 
-    def _join(self, order_id: str, rendezvous: Rendezvous, deadline: float) -> SameGpu:
+    def _join(self, order_id: str, rendezvous: Rendezvous, deadline: float) -> tuple[Meeting, Connection]:
         self._uplink = Meeting(self.joined._store, LINK), self.joined  # type: ignore[arg-type]: a part of the store
-        return self.joined
+        return self._uplink
 
     def take(self, order: SyncOrder) -> tuple[Staged, str]:
         incoming = self.receive(order)
