@@ -40,7 +40,7 @@ from orchestrator.planning.plan import HEADROOM_CPUS
 from orchestrator.reporting.grafana import as_file
 from orchestrator.restarts import COMMAND
 from orchestrator.run_handle import RunHandle
-from orchestrator.service.priority import yield_to_runs
+from orchestrator.service.priority import preempt_nobody, yield_to_runs
 from orchestrator.service.service_folder import ADDRESS_FILE, service_folder
 
 UP_FILE, RAY_TOKEN = "up.json", "ray-token"
@@ -133,6 +133,7 @@ def _start_service(
     yield_to_runs(server.pid)
     try:
         _until(lambda: (folder / ADDRESS_FILE).exists(), server, folder / "service.log", "the service")
+        preempt_nobody(server.pid)
         return Driver.of(server.pid)
     except BaseException:
         end(server.pid)

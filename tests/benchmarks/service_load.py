@@ -40,6 +40,7 @@ import yaml
 from load_windows import WINDOWS, Seen, Window, ratio, report, show
 from processes import processor
 
+from orchestrator.service.priority import preempt_nobody
 from orchestrator.service.private_ray import Up
 from orchestrator.service.service_folder import ADDRESS_FILE, service_folder
 
@@ -85,11 +86,12 @@ def main() -> None:
 
 def as_if_elsewhere() -> None:
     """On the user's machine the client would be elsewhere, so it takes what nobody wants of the cores: a session of its
-    own, because Linux shares cores between sessions (`orchestrator/service/priority.py`)."""
+    own, and the policy for idle time (`orchestrator/service/priority.py` says why both)."""
     os.setsid()
     os.nice(LEAST_NICE)
     with contextlib.suppress(FileNotFoundError):
         Path("/proc/self/autogroup").write_text(str(LEAST_NICE))
+    preempt_nobody(os.getpid())
 
 
 def client_of(options: argparse.Namespace, service: Service, runs: Path) -> tuple[list[Window], dict[str, Seen]]:

@@ -14,7 +14,7 @@ import pytest
 
 from orchestrator.service import answers
 from orchestrator.service.answers import Answers
-from orchestrator.service.priority import NICENESS, yield_to_runs
+from orchestrator.service.priority import NICENESS, preempt_nobody, yield_to_runs
 from tests.service_client import client, write_run
 
 
@@ -133,3 +133,16 @@ def test_the_service_yields_to_the_runs_beside_it():
             assert groups.read_text() == own, "of its session only"
     finally:
         process.communicate()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such policy")
+def test_a_service_that_has_started_preempts_nobody_with_any_of_its_threads():
+    code = "import threading as t; e = t.Event(); t.Thread(target=e.wait).start(); print(); input(); e.set()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        threads = [int(each.name) for each in Path(f"/proc/{process.pid}/task").iterdir()]
+        before = [os.sched_getscheduler(each) for each in threads]
+        preempt_nobody(process.pid)
+        assert [os.sched_getscheduler(each) for each in threads] == [os.SCHED_IDLE] * 2 != before
+        process.communicate(b"\n")
