@@ -8,6 +8,7 @@ written by             │ rank 0  │ rank 1 │ rank 0│     rank 0 also writ
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from actors.lora import entries, write_adapter
 
 SMALLEST_FILE = 256 * 2**20  # a smaller model is one file
 LARGEST_FILE = 5 * 10**9
-WEIGHTS = ".safetensors"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -71,10 +71,23 @@ class ModelPiece:
         return written + (self._write_settings(names) if self._rank == 0 else [])
 
     def _write_settings(self, names: dict[int, str]) -> list[Path]:
-        """All files that hold no weights. The names are those that `save_pretrained` gives."""
+        """All files that hold no weights. They are written elsewhere and moved: in the folder itself, other ranks write
+        meanwhile, under names that go (a file of weights has another one until it is whole)."""
+        with tempfile.TemporaryDirectory(prefix=".settings-", dir=self._folder) as elsewhere:
+            self._save_settings(Path(elsewhere))
+            if len(names) > 1:
+                placed = {name: names[file] for name, file in self._file_of.items()}
+                index = {"metadata": {"total_size": self._nbytes}, "weight_map": placed}
+                (Path(elsewhere) / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            else:
+                (self._folder / INDEX).unlink(missing_ok=True)
+            return [_moved(file, self._folder / file.relative_to(elsewhere)) for file in _files(Path(elsewhere))]
+
+    def _save_settings(self, folder: Path) -> None:
+        """The names are those that `save_pretrained` gives."""
         from transformers.dynamic_module_utils import custom_object_save
 
-        folder, causal = self._folder, self._causal
+        causal = self._causal
         causal.config.dtype = str(causal.dtype).removeprefix("torch.")
         causal.config.architectures = [type(causal).__name__]
         if causal.is_remote_code():
@@ -83,13 +96,6 @@ class ModelPiece:
         if causal.can_generate():
             causal.generation_config.save_pretrained(folder)
         self._save_tokenizer(folder)
-        if len(names) > 1:
-            placed = {name: names[file] for name, file in self._file_of.items()}
-            index = {"metadata": {"total_size": self._nbytes}, "weight_map": placed}
-            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        else:
-            (folder / INDEX).unlink(missing_ok=True)
-        return [file for file in _files(folder) if file.suffix != WEIGHTS]  # other ranks write theirs meanwhile
 
 
 class AdapterPiece:
@@ -105,6 +111,11 @@ class AdapterPiece:
             return []
         write_adapter(self._causal, self._folder, self._weights)
         return _files(self._folder)
+
+
+def _moved(file: Path, to: Path) -> Path:
+    to.parent.mkdir(parents=True, exist_ok=True)
+    return file.replace(to)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -45,3 +45,21 @@ def test_each_rank_writes_its_share_and_together_they_are_the_model(tmp_path: Pa
     found, expected = opened.state_dict(), causal.state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_rank_says_nothing_of_files_that_another_one_writes_meanwhile(tmp_path: Path) -> None:
+    """Weights have another name until they are whole: a rank that told of it looked for a file that was gone."""
+    spec = ModelSpec(str(tiny_model_folder(tmp_path / "base", hidden=32, tied=False)))
+    causal: Any = load_model(spec, torch.device("cpu"), trainable=True).causal
+    target = tmp_path / "model"
+    target.mkdir()
+    others = [target / ".tmpAbCdEf", target / "model-00002-of-00002.safetensors"]
+    for file in others:
+        file.write_bytes(b"of another rank")
+    save_tokenizer = tokenizer_of(spec).save_pretrained
+    piece = ModelPiece(target, causal, full_tensors(causal, 20_000), save_tokenizer, rank=0, ranks=2, smallest_file=1)
+    with torch.no_grad():
+        piece.copy()
+        written = piece.write()
+    assert sorted([*written, *others]) == sorted(file for file in target.rglob("*") if file.is_file())
+    assert {file.parent for file in written} == {target} and target / "config.json" in written
