@@ -15,6 +15,7 @@ import platform
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from actors.errors import NoAnswer, WorkerDied
@@ -133,7 +134,8 @@ class Objects(Protocol):
 
 
 class LocalWorker:
-    """The object itself. Sync methods run in a thread, one at a time (`ping` excepted); async ones on the loop."""
+    """The object itself. Sync methods run in a thread, one at a time (those of `BESIDE` excepted), also if the call of
+    one is given up: as over Ray, it goes on, and the next one waits for its end. Async ones run on the loop."""
 
     def __init__(self, name: str, target: Any) -> None:
         self.name = name
@@ -188,7 +190,7 @@ class LocalWorker:
         if bound.__name__ in BESIDE:
             return await asyncio.to_thread(bound, *args, **kwargs)
         async with self._one_at_a_time:
-            return await asyncio.to_thread(bound, *args, **kwargs)
+            return await to_the_end(partial(bound, *args, **kwargs))
 
 
 class LocalGroup:
@@ -239,6 +241,18 @@ class LocalObjects:
 
     async def get(self, ref: Ref, *, timeout_s: float) -> Any:
         return ref.target
+
+
+async def to_the_end(work: Callable[[], T]) -> T:
+    """In a thread. Returns or raises only when it is over: a thread cannot be cancelled, and nothing may be taken away
+    under its hands. Whoever must not wait for so long awaits it in a task of its own."""
+    working = asyncio.ensure_future(asyncio.to_thread(work))
+    working.add_done_callback(consume_exception)
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        await asyncio.wait({working})
+        raise
 
 
 async def all_or_first_error(work: Iterable[Awaitable[T]]) -> list[T]:

@@ -10,7 +10,6 @@ causes a warning.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import re
@@ -22,16 +21,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from actors.errors import ConfigError, DiskError, RunError
 from actors.saved_state import Seal, sealed, sha256, sync
+from actors.worker import to_the_end
 
 MANIFEST, STATE = "MANIFEST.json", "state.json"
 MODEL, AVERAGED = "model", "bema"  # Hugging Face folders: the weights of the step, and their average
 ADAPTER = "adapter"  # the adapters alone, beside the model that they are merged in; of the average, `bema-adapter`
 READERS = 8  # files that are read at once when a checkpoint is verified
-T = TypeVar("T")
 NAME = re.compile(r"step-(\d{8})")
 
 
@@ -69,17 +68,17 @@ class CheckpointStore:
         they were. Raises DiskError if the disk does not take it."""
         temporary = self.folder / f".tmp-{state.total_step}-{uuid.uuid4().hex[:8]}"
         try:
-            await _to_the_end(self._sweep)
-            await _to_the_end(partial(temporary.mkdir, parents=True))
+            await to_the_end(self._sweep)
+            await to_the_end(partial(temporary.mkdir, parents=True))
             written = await writer(temporary)
-            return await _to_the_end(partial(self._commit, temporary, state, written))
+            return await to_the_end(partial(self._commit, temporary, state, written))
         except (OSError, DiskError) as error:
             raise DiskError(
                 f"the checkpoint of step {state.total_step} could not be written below {self.folder}: {error}; the one "
                 f"before it is intact: make room, then `troupe resume`"
             ) from error
         finally:
-            await _to_the_end(partial(shutil.rmtree, temporary, ignore_errors=True))
+            await to_the_end(partial(shutil.rmtree, temporary, ignore_errors=True))
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint whose files are what its manifest says; warns about every one that it passes over.
@@ -193,14 +192,3 @@ def _read_state(path: Path) -> RunState:
         raise RunError(
             f"{path / STATE} is not of this version of Troupe ({error}): resume with the one that wrote it"
         ) from error
-
-
-async def _to_the_end(work: Callable[[], T]) -> T:
-    """In a thread. Returns or raises only when it is over: a thread cannot be cancelled, and nothing may be taken away
-    under its hands. It waits for the disk, which the system ends."""
-    working = asyncio.ensure_future(asyncio.to_thread(work))
-    try:
-        return await asyncio.shield(working)
-    except asyncio.CancelledError:
-        await asyncio.wait({working})
-        raise
