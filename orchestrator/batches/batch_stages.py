@@ -151,6 +151,9 @@ class BatchStages:
         shares = table.only({"tokens", "mask", "process_reward"}).shard(
             len(self._groups[role].workers), self.phase.token_budget
         )
+        await self._hold(role, shares)
+
+    async def _hold(self, role: str, shares: Sequence[Share]) -> None:
         blocks, deadline = [share.blocks for share in shares], self._call_timeout_s[role]
         await self._groups[role].call("hold", blocks=blocks, timeout_s=deadline, task_name=f"{role}.hold")
 
@@ -185,6 +188,10 @@ class BatchStages:
         cut = read.shard_behind_teacher_prompts if stage.other_prompts else cut
         shares = cut(len(group.workers), self.phase.token_budget)
         asked = into, head, temperature, adapters, top_k, self._other_prompts(stage)
+        if (
+            len(group.workers) > 1
+        ):  # in ZeRO stage 3 a pass gathers weights: no rank begins one that another cannot begin
+            await self._hold(role, shares)
         found = await self._call_split(stage, role, group, "infer", shares, *asked, step=step)
         shares = [replace(share, rows=rows[share.rows]) for share in shares]
         written = await self._computed(stage.writes, shares, found, per_row=head.per_row)

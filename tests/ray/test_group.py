@@ -159,6 +159,30 @@ def test_every_call_but_ping_runs_on_one_thread(bench: RayWorker) -> None:
     assert health not in threads
 
 
+def test_a_call_of_a_gang_that_is_given_up_is_carried_out_by_all_ranks(gang: RayGroup, tmp_path: Path) -> None:
+    """If it is a collective that one of them has begun, the others must come, or it waits for them to its deadline."""
+    busy_begun, may_end = tmp_path / "busy", tmp_path / "may_end"
+    begun = [tmp_path / f"rank {rank}" for rank in range(3)]
+
+    async def scenario() -> None:
+        last = gang.workers[-1]
+        busy = asyncio.ensure_future(last.call("block_until", str(busy_begun), str(may_end), timeout_s=CALL_S))
+        await until_true(busy_begun.exists, "start of the call of one rank", timeout_s=CALL_S)
+        each = [str(file) for file in begun]
+        together = asyncio.ensure_future(gang.call("block_until", str(may_end), per_rank=each, timeout_s=CALL_S))
+        await until_true(lambda: all(file.exists() for file in begun[:-1]), "start of the others", timeout_s=CALL_S)
+        together.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await together
+        assert not begun[-1].exists(), "it still waits for its turn"
+        may_end.touch()
+        await busy
+        await gang.call("place", timeout_s=CALL_S)
+
+    asyncio.run(scenario())
+    assert all(file.exists() for file in begun)
+
+
 def test_a_killed_actors_call_raises_infra_failure_quickly(tmp_path: Path) -> None:
     worker, begun = fresh("killed/0"), tmp_path / "begun"
 

@@ -60,7 +60,9 @@ class Ranks:
     def workers(self) -> Sequence[Any]:
         return range(self.ranks)
 
-    async def call(self, method: str, *shared: Any, per_rank: Any, blocks: Any, **_: Any) -> list[Any]:
+    async def call(self, method: str, *shared: Any, per_rank: Any = None, blocks: Any, **_: Any) -> list[Any]:
+        if method == "hold":
+            return [None] * self.ranks
         self.sent += per_rank
         shards = [_fetched(*pair) for pair in zip(per_rank, blocks, strict=True)]
         self.log.append(f"{self.name}.{method} begins")
