@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -65,18 +65,25 @@ class Driver:
 def driving(folder: Path) -> Generator[None]:
     """For as long as the block lasts this process is the only one that drives the run of that folder. Raises
     ConfigError at once if another one does."""
-    file = folder / LOCK
+    with only_one(folder / LOCK, lambda other: _refusal(folder, other)):
+        yield
+
+
+@contextmanager
+def only_one(file: Path, refusal: Callable[[Driver | None], str]) -> Generator[None]:
+    """For as long as the block lasts this process is the only one in such a block of that file. Raises ConfigError at
+    once, with what `refusal` says of the other process, if another one is; None: it has not signed the file yet."""
     stream = os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT, 0o600), "r+")  # not inherited by what the process starts
     try:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(_refusal(folder, _read(stream.read()))) from None
+            raise ConfigError(refusal(_read(stream.read()))) from None
         except OSError:  # a file system that has no such locks: what is written in the file decides
             pass
         other = _read(stream.read())
         if other is not None and other.may_live:
-            raise ConfigError(_refusal(folder, other))
+            raise ConfigError(refusal(other))
         _sign(stream, Driver.here())
         try:
             yield
@@ -120,10 +127,12 @@ def _read(text: str) -> Driver | None:
 
 def _refusal(folder: Path, other: Driver | None) -> str:
     by = f"by {other}" if other else "by another process"
-    elsewhere = other is not None and other.host != platform.node()
-    advice = (
-        f"whether it still lives cannot be seen from {platform.node()}: if it is gone, delete {folder / LOCK}"
-        if elsewhere
-        else "stop it first (Ctrl-C, or kill it), or follow it with `troupe status`"
-    )
+    advice = not_seen(folder / LOCK, other) or "stop it first (Ctrl-C, or kill it), or follow it with `troupe status`"
     return f"the run in {folder} is driven {by}, and two drivers would spoil each other's checkpoints; {advice}"
+
+
+def not_seen(file: Path, other: Driver | None) -> str | None:
+    """What to do about the lock of a process of another host; None for one of this host."""
+    if other is None or other.host == platform.node():
+        return None
+    return f"whether it still lives cannot be seen from {platform.node()}: if it is gone, delete {file}"

@@ -13,10 +13,11 @@ from typing import Any
 
 import httpx
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from orchestrator.cluster.control import RunFile
+from orchestrator.service.departures import while_it_waits
 from orchestrator.service.errors import Problem, documented
 from orchestrator.service.event_stream import EVENT_STREAM
 from orchestrator.service.reading_routes import Runs
@@ -55,23 +56,28 @@ def list_models(runs: Runs) -> ModelList:
 async def chat(asked: ChatRequest, request: Request, runs: Runs) -> Any:
     """Chat with the policy of a run as it is now. Messages, tools, stream, temperature, top_p, max_tokens, stop, seed;
     one choice. An answer that a publication of weights interrupts goes on with the new ones."""
-    url = await run_in_threadpool(_door, runs, asked.model)
+    return await while_it_waits(request, _answer(runs, asked.model, await request.body()))
+
+
+async def _answer(runs: RunFolders, model: str, body: bytes) -> Response:
+    """The driver's, whole or as its stream. If this is cancelled the request to the driver ends."""
+    url = await run_in_threadpool(_door, runs, model)
     client = httpx.AsyncClient(timeout=TIMEOUTS, trust_env=False, verify=NO_TLS)
     try:
-        sent = client.build_request("POST", f"{url}/v1/chat/completions", content=await request.body())
+        sent = client.build_request("POST", f"{url}/v1/chat/completions", content=body)
         answer = await client.send(sent, stream=True)
         if answer.headers.get("content-type", "").startswith("text/event-stream"):
             return StreamingResponse(_passed_on(client, answer), media_type="text/event-stream")
         content = json.loads(await answer.aread())
     except httpx.TimeoutException:
         await client.aclose()
-        raise Problem(504, f"run {asked.model} did not answer in time") from None
+        raise Problem(504, f"run {model} did not answer in time") from None
     except httpx.HTTPError as error:
         await client.aclose()
-        raise Problem(503, f"the driver of {asked.model} does not answer: {type(error).__name__}") from None
+        raise Problem(503, f"the driver of {model} does not answer: {type(error).__name__}") from None
     except ValueError:  # an error that nobody expected
         await client.aclose()
-        raise Problem(503, f"the driver of {asked.model} failed at this request; the run's log says why") from None
+        raise Problem(503, f"the driver of {model} failed at this request; the run's log says why") from None
     except BaseException:
         await client.aclose()
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -12,11 +13,16 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from orchestrator.service.errors import Problem, documented
+from orchestrator.service.jobs import Jobs
 from orchestrator.service.reading_routes import Runs, run_folders
 from orchestrator.service.run_folders import RunFolders
 from orchestrator.service.schemas import Health
+from orchestrator.service.waiting import Places, in_thread
 from orchestrator.status import State
 
+READY_S = 5.0
+# Anybody may ask, and a call of Ray's dashboard may take long: neither may cost the threads that reads need.
+_calls = Places("looks whether the service is ready", 2)
 open_router = APIRouter(tags=["health"])  # without a token: see `gate.PUBLIC`
 router = APIRouter(tags=["health"])
 
@@ -27,13 +33,31 @@ async def healthz() -> Health:
     return Health(status="ok")
 
 
-@open_router.get("/readyz", responses=documented(503))
-def readyz(runs: Runs, request: Request) -> Health:
+@open_router.get("/readyz", responses=documented(502, 503))
+async def readyz(runs: Runs, request: Request) -> Health:
     """The folder of the runs can be read and written, and jobs could be started."""
+    looking = asyncio.create_task(_looked(runs, request.app.state.jobs))
+    looking.add_done_callback(lambda task: task.cancelled() or task.exception())  # also if nobody waits for it any more
+    await asyncio.wait((looking,), timeout=READY_S)
+    if not looking.done():  # it goes on, and keeps its place until its thread is free again
+        raise _late()
+    looking.result()
+    return Health(status="ready")
+
+
+async def _looked(runs: RunFolders, jobs: Jobs) -> None:
+    async with _calls.one(READY_S, _late()):
+        await in_thread(lambda: _look(runs, jobs))
+
+
+def _late() -> Problem:
+    return Problem(503, f"whether jobs could be started was not found out in {READY_S:g} s")
+
+
+def _look(runs: RunFolders, jobs: Jobs) -> None:
     if not (runs.root.is_dir() and os.access(runs.root, os.R_OK | os.W_OK | os.X_OK)):
         raise Problem(503, "the folder of the runs cannot be read and written")
-    request.app.state.jobs.ready()
-    return Health(status="ready")
+    jobs.ready()
 
 
 @router.get(

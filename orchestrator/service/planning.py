@@ -12,20 +12,23 @@ from typing import Any
 from orchestrator.config.schema import RunConfig
 from orchestrator.restarts import COMMAND, REFUSED
 from orchestrator.service.errors import Problem
+from orchestrator.service.waiting import QUEUE_S, Places
 
 PLAN_TIMEOUT_S = 300.0
 ADDRESS = "RAY_ADDRESS"
 AT_ONCE = 2  # each imports torch
-_free = asyncio.Semaphore(AT_ONCE)
+_free = Places("plans", AT_ONCE)
 
 
-async def plan(config: RunConfig, ray_address: str | None) -> dict[str, Any]:
+async def plan(config: RunConfig, ray_address: str | None, *, queue_s: float = QUEUE_S) -> dict[str, Any]:
     """What `troupe plan --json` says, of the Ray at `ray_address`, else of a Ray that the run would start here. Raises
-    Problem 422 with its words if it refuses the recipe, 504 after PLAN_TIMEOUT_S."""
+    Problem 422 with its words if it refuses the recipe, 504 after PLAN_TIMEOUT_S, 429 if AT_ONCE others have been made
+    for `queue_s`. If it is cancelled its process ends."""
     with tempfile.TemporaryDirectory(prefix="troupe-plan-") as scratch:
         file = Path(scratch) / "recipe.json"
         file.write_text(config.model_dump_json())
-        async with _free:
+        busy = Problem(429, f"{AT_ONCE} plans are being made already, and none ended in {queue_s:g} s; ask again later")
+        async with _free.one(queue_s, busy):
             code, out, error = await _run([*COMMAND, "plan", str(file), "--json"], ray_address)
     lines = out.strip().splitlines()
     if lines and lines[-1].startswith("{"):

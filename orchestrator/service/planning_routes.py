@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 
 from orchestrator.service import planning
+from orchestrator.service.departures import while_it_waits
 from orchestrator.service.errors import documented
 from orchestrator.service.recipes import config_of
 from orchestrator.service.schemas import MethodDescription, MethodList, PlanReport, Recipe
@@ -22,10 +23,10 @@ def list_methods() -> MethodList:
     return MethodList(methods=[MethodDescription(**as_data(described(name))) for name in METHODS])
 
 
-@router.post("/plan", responses=documented(400, 403, 413, 422, 504))
+@router.post("/plan", responses=documented(400, 403, 413, 422, 429, 504))
 async def plan(recipe: Recipe, request: Request) -> PlanReport:
     """What a run of this recipe would launch, and why it would be refused. Opens its models and data, launches
     nothing."""
     settings = request.app.state.settings
     config = await run_in_threadpool(config_of, recipe, runs=settings.runs, allow_code=settings.allow_code)
-    return PlanReport(**await planning.plan(config, settings.ray_address))
+    return PlanReport(**await while_it_waits(request, planning.plan(config, settings.ray_address)))

@@ -4,6 +4,7 @@
               └─► troupe serve --dashboard ... runs are its jobs
 
 RUNS/.service/up.json    both processes, and where they are reached
+RUNS/.service/up.lock    of the one `troupe up` or `troupe down` that is at work
 RUNS/.service/ray-token  Ray's token; *.log: what the two print
 RUNS/.service/grafana/   dashboards for Grafana: Ray's own and Troupe's, where Ray's configuration of it looks for them
 
@@ -24,8 +25,10 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import httpx
 import psutil
@@ -34,16 +37,16 @@ from actors.errors import ConfigError, NotDone
 from orchestrator.cluster.control import RUN_FILE, RunFile
 from orchestrator.cluster.private_temp import private_temp
 from orchestrator.cluster.ray_address import AUTH_MODE, TOKEN_PATH
-from orchestrator.cluster.run_lock import Driver
+from orchestrator.cluster.run_lock import Driver, not_seen, only_one
 from orchestrator.planning.machine import Machine
 from orchestrator.planning.plan import HEADROOM_CPUS
 from orchestrator.reporting.grafana import as_file
 from orchestrator.restarts import COMMAND
 from orchestrator.run_handle import RunHandle
 from orchestrator.service.priority import preempt_nobody, yield_to_runs
-from orchestrator.service.service_folder import ADDRESS_FILE, service_folder
+from orchestrator.service.service_folder import ADDRESS_FILE, kept_token, service_folder, url_of_process, write_whole
 
-UP_FILE, RAY_TOKEN = "up.json", "ray-token"
+UP_FILE, UP_LOCK, RAY_TOKEN = "up.json", "up.lock", "ray-token"
 DASHBOARDS = "RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR"  # Ray writes its own there, and names it in its configuration
 ATTEMPTS = 3
 OBJECT_STORE_MIB = 512
@@ -52,6 +55,7 @@ START_TIMEOUT_S, END_TIMEOUT_S, POLL_S = 120.0, 40.0, 0.2
 PORTS = ("port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port",
          "runtime-env-agent-port", "metrics-export-port", "ray-client-server-port")  # fmt: skip
 SHOWN_LINES = 15
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Up:
     service: str
 
     def write(self, runs: Path) -> None:
-        (service_folder(runs) / UP_FILE).write_text(json.dumps(asdict(self), indent=2))
+        write_whole(service_folder(runs) / UP_FILE, asdict(self))
 
     @classmethod
     def read(cls, runs: Path) -> Up | None:
@@ -82,22 +86,39 @@ class Up:
 
 def up(runs: Path, *, cpus: int | None, object_store_mib: int | None, serve: Sequence[str]) -> tuple[Up, bool]:
     """Start both, or the service alone where its Ray lives; the runs there go on. Returns them, and whether Ray was
-    started. `serve`: further arguments of `troupe serve`. Raises ConfigError if both run already, NotDone with
-    the last lines of the one that does not start."""
+    started. `serve`: further arguments of `troupe serve`. Raises ConfigError if both run already, or if another `up` or
+    `down` is at work; NotDone with the last lines of the one that does not start."""
+    with _alone(runs):
+        return _up(runs, cpus=cpus, object_store_mib=object_store_mib, serve=serve)
+
+
+def _alone(runs: Path) -> AbstractContextManager[None]:
+    """Two at the same time would not know of what the other starts, and leave a Ray that nobody ends."""
+    file = service_folder(runs) / UP_LOCK
+
+    def refusal(other: Driver | None) -> str:
+        by = f", {other}," if other else ""
+        advice = not_seen(file, other) or "wait for it, then ask again"
+        return f"another `troupe up` or `troupe down`{by} is at work for {runs}: {advice}"
+
+    return only_one(file, refusal)
+
+
+def _up(runs: Path, *, cpus: int | None, object_store_mib: int | None, serve: Sequence[str]) -> tuple[Up, bool]:
     folder = service_folder(runs)
     environment = environment_of(folder)
     install_dashboard(Path(environment[DASHBOARDS]))
     kept = _ray_that_lives(runs, cpus, object_store_mib)
     if kept is not None:
-        server = _start_service(runs, environment, kept.address, kept.dashboard, serve)
-        return _written(runs, kept.ray, server, kept.address, kept.dashboard), False
+        server, url = _start_service(runs, environment, kept.address, kept.dashboard, serve)
+        return _written(runs, Up(kept.ray, server, kept.address, kept.dashboard, url)), False
     ray = start_ray(folder, environment, cpus=cpus, object_store_mib=object_store_mib or OBJECT_STORE_MIB)
     try:
-        server = _start_service(runs, environment, ray.address, ray.dashboard, serve)
+        server, url = _start_service(runs, environment, ray.address, ray.dashboard, serve)
     except BaseException:
         end(ray.process.pid)
         raise
-    return _written(runs, Driver.of(ray.process.pid), server, ray.address, ray.dashboard), True
+    return _written(runs, Up(Driver.of(ray.process.pid), server, ray.address, ray.dashboard, url)), True
 
 
 def _ray_that_lives(runs: Path, cpus: int | None, object_store_mib: int | None) -> Up | None:
@@ -124,31 +145,36 @@ def _ray_that_lives(runs: Path, cpus: int | None, object_store_mib: int | None) 
 
 def _start_service(
     runs: Path, environment: dict[str, str], address: str, dashboard: str, serve: Sequence[str]
-) -> Driver:
-    """Once it answers. Raises NotDone with its last lines if it does not start."""
+) -> tuple[Driver, str]:
+    """The process and its URL, once it answers. Raises NotDone with its last lines if it does not start."""
     folder = service_folder(runs)
     options = ["--runs", str(runs), "--dashboard", dashboard, "--ray-address", address, *serve]
     (folder / ADDRESS_FILE).unlink(missing_ok=True)
     server = _started([*COMMAND, "serve", *options], folder / "service.log", environment)
     yield_to_runs(server.pid)
     try:
-        _until(lambda: (folder / ADDRESS_FILE).exists(), server, folder / "service.log", "the service")
+        # Another service of the folder may write the address, too: it is not the one that `troupe down` would end.
+        url = _until(lambda: url_of_process(runs, server.pid), server, folder / "service.log", "the service")
         preempt_nobody(server.pid)
-        return Driver.of(server.pid)
+        return Driver.of(server.pid), url
     except BaseException:
         end(server.pid)
         raise
 
 
-def _written(runs: Path, ray: Driver, server: Driver, address: str, dashboard: str) -> Up:
-    url = json.loads((service_folder(runs) / ADDRESS_FILE).read_text())["url"]
-    found = Up(ray, server, address, dashboard, url)
-    found.write(runs)
-    return found
+def _written(runs: Path, started: Up) -> Up:
+    started.write(runs)
+    return started
 
 
 def down(runs: Path) -> bool:
-    """End the runs, the service and Ray. False if neither of the two ran."""
+    """End the runs, the service and Ray. False if neither of the two ran. Raises ConfigError if an `up` or another
+    `down` is at work."""
+    with _alone(runs):
+        return _down(runs)
+
+
+def _down(runs: Path) -> bool:
     known = Up.read(runs)
     if known is None or not known.lives:
         return False
@@ -184,9 +210,7 @@ def install_dashboard(folder: Path) -> None:
 def environment_of(folder: Path) -> dict[str, str]:
     """What both are started with, and whoever wants to reach this Ray needs."""
     token = folder / RAY_TOKEN
-    if not token.exists():
-        with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT, 0o600), "w") as stream:
-            stream.write(secrets.token_hex(32))
+    kept_token(token, secrets.token_hex(32))
     inherited = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     drain = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}  # there is nowhere to drain to
@@ -262,15 +286,16 @@ def _started(command: Sequence[str], log: Path, environment: dict[str, str]) -> 
         )
 
 
-def _until(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, what: str) -> None:
+def _until(found: Callable[[], T | None], process: subprocess.Popen[bytes], log: Path, what: str) -> T:
+    """What is found, once it is true. Raises NotDone if the process ends before that."""
     deadline = time.monotonic() + START_TIMEOUT_S
-    while not condition():
-        ended = process.poll()
-        if ended is not None or time.monotonic() > deadline:
-            why = f"ended with exit code {ended}" if ended is not None else f"did not answer in {START_TIMEOUT_S:g} s"
-            said = "\n".join(log.read_text(errors="replace").splitlines()[-SHOWN_LINES:])
-            raise NotDone(f"{what} {why}; {log} ends with:\n{said}")
+    while (ended := process.poll()) is None and time.monotonic() < deadline:
+        if answer := found():
+            return answer
         time.sleep(POLL_S)
+    why = f"ended with exit code {ended}" if ended is not None else f"did not answer in {START_TIMEOUT_S:g} s"
+    said = "\n".join(log.read_text(errors="replace").splitlines()[-SHOWN_LINES:])
+    raise NotDone(f"{what} {why}; {log} ends with:\n{said}")
 
 
 def end(pid: int) -> None:

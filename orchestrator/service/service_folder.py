@@ -2,7 +2,7 @@
 
 RUNS/.service/        0700, this user's
   token               made when a service first starts here, and kept
-  service.json        the URL of the service that started last
+  service.json        the URL of the service that started last, and its process
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import secrets
 import stat
 from pathlib import Path
+from typing import Any
 
 from actors.errors import ConfigError
 
@@ -42,21 +43,60 @@ def token_of(runs: Path, file: Path | None) -> str:
             raise ConfigError(f"--token-file {file} cannot be read: {error}") from None
     if TOKEN_VARIABLE in os.environ:
         return os.environ[TOKEN_VARIABLE].strip()
-    kept = service_folder(runs) / TOKEN_FILE
+    return kept_token(service_folder(runs) / TOKEN_FILE, secrets.token_urlsafe(32))
+
+
+def kept_token(file: Path, new: str) -> str:
+    """The token in that file, which is made with `new` if it is not there: whole or not at all, whenever the process is
+    killed. Of several processes that make it all get that of the first. Raises ConfigError if there is none in it."""
+    if not file.exists():
+        temporary = _temporary(file)
+        try:
+            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
+                stream.write(new)
+            _linked(temporary, file)
+        finally:
+            temporary.unlink(missing_ok=True)
+    token = file.read_text().strip()
+    if not token:
+        raise ConfigError(f"there is no token in {file}: end what was started with it, and delete the file")
+    return token
+
+
+def _linked(temporary: Path, file: Path) -> None:
+    """Unlike a rename this replaces nothing. Where the file system has no hard links a rename must do: two processes
+    that make the token at the same moment may have different ones there."""
     try:
-        with os.fdopen(os.open(kept, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
-            stream.write(secrets.token_urlsafe(32))
+        os.link(temporary, file)
     except FileExistsError:
         pass
-    return kept.read_text().strip()
+    except OSError:
+        temporary.replace(file)
+
+
+def write_whole(file: Path, content: Any) -> None:
+    """As JSON: whole, or the file is as it was before."""
+    temporary = _temporary(file)
+    try:
+        temporary.write_text(json.dumps(content, indent=2))
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _temporary(file: Path) -> Path:
+    return file.with_name(f".{file.name}-{secrets.token_hex(4)}")
 
 
 def announce(runs: Path, url: str) -> None:
-    """From now on commands find the service at this URL."""
-    file = service_folder(runs) / ADDRESS_FILE
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"url": url}))
-    temporary.replace(file)
+    """From now on commands find the service, which is this process, at this URL."""
+    write_whole(service_folder(runs) / ADDRESS_FILE, {"url": url, "pid": os.getpid()})
+
+
+def url_of_process(runs: Path, pid: int) -> str | None:
+    """Of the service that process is; None until it takes connections, and if another service started after it."""
+    said = json.loads(_text(runs / FOLDER / ADDRESS_FILE) or "{}")
+    return said["url"] if said.get("pid") == pid else None
 
 
 def found_service(runs: Path, url: str | None) -> tuple[str, str | None]:

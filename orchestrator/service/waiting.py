@@ -8,7 +8,8 @@ PATCH ... ──► WAITING further threads ──► the run, up to `wait_s`
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any, ParamSpec, TypeVar
 
 import anyio
@@ -22,7 +23,43 @@ QUEUE_S = 60.0
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_threads: RunVar[anyio.CapacityLimiter] = RunVar("threads of routes that wait")  # of each event loop, as anyio's own
+
+class Places:
+    """`count` places of each event loop, for what may take long. `name`: of these places alone."""
+
+    def __init__(self, name: str, count: int) -> None:
+        self._count = count
+        self._limiter: RunVar[anyio.CapacityLimiter] = RunVar(name)
+
+    @asynccontextmanager
+    async def one(self, queue_s: float, busy: Problem) -> AsyncGenerator[None]:
+        """While the block runs it has a place. Raises `busy` if none becomes free in that time."""
+        limiter = self._of_this_loop()
+        borrower = object()
+        try:
+            with anyio.fail_after(queue_s):
+                await limiter.acquire_on_behalf_of(borrower)
+        except TimeoutError:
+            raise busy from None
+        try:
+            yield
+        finally:
+            limiter.release_on_behalf_of(borrower)
+
+    def _of_this_loop(self) -> anyio.CapacityLimiter:
+        try:
+            return self._limiter.get()
+        except LookupError:
+            self._limiter.set(anyio.CapacityLimiter(self._count))
+            return self._limiter.get()
+
+
+_threads = Places("threads of routes that wait", WAITING)
+
+
+async def in_thread(call: Callable[[], T]) -> T:
+    """In a thread besides those that reads have. Whoever calls this has a place for it."""
+    return await run_sync(call, limiter=anyio.CapacityLimiter(1))
 
 
 def waits(route: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
@@ -31,25 +68,8 @@ def waits(route: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
 
     @functools.wraps(route)
     async def waiting(*args: P.args, **kwargs: P.kwargs) -> T:
-        threads = _limiter()
-        borrower = object()  # a thread is borrowed before it is used, because that wait has a deadline and can be ended
-        try:
-            with anyio.fail_after(QUEUE_S):
-                await threads.acquire_on_behalf_of(borrower)
-        except TimeoutError:
-            raise Problem(429, f"{WAITING} requests wait for runs already; nothing was asked of this one") from None
-        try:
-            # One of its own: `threads` has counted this request already.
-            return await run_sync(functools.partial(route, *args, **kwargs), limiter=anyio.CapacityLimiter(1))
-        finally:
-            threads.release_on_behalf_of(borrower)
+        busy = Problem(429, f"{WAITING} requests wait for runs already; nothing was asked of this one")
+        async with _threads.one(QUEUE_S, busy):  # before the thread: that wait has a deadline and can be ended
+            return await in_thread(functools.partial(route, *args, **kwargs))
 
     return waiting
-
-
-def _limiter() -> anyio.CapacityLimiter:
-    try:
-        return _threads.get()
-    except LookupError:
-        _threads.set(anyio.CapacityLimiter(WAITING))
-        return _threads.get()
