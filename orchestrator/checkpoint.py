@@ -101,6 +101,16 @@ class CheckpointStore:
             raise ConfigError(f"the checkpoint of step {step} cannot be used: {problem}")
         return _opened(path)
 
+    def give_up_after(self, chosen: Checkpoint) -> None:
+        """Remove the checkpoints of later steps: the run goes on from this one, and must not come back to them if it
+        ends before its next. They are gone, or of no name that counts, before any file of them is."""
+        later = [path for path in self._committed() if path.name > chosen.path.name]
+        given_up = [path.rename(path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")) for path in reversed(later)]
+        if given_up:
+            sync(self.folder)
+        for path in given_up:
+            shutil.rmtree(path, ignore_errors=True)  # what is left of it, the next write removes
+
     def _commit(self, temporary: Path, state: RunState, written: Mapping[str, Seal]) -> Checkpoint:
         (temporary / STATE).write_text(json.dumps(asdict(state), indent=2))
         files = {str(file.relative_to(temporary)): file for file in temporary.rglob("*") if file.is_file()}
@@ -120,8 +130,8 @@ class CheckpointStore:
         return Checkpoint(final, state)
 
     def _prune(self, newest: Path) -> None:
-        """Only the newest `keep` are left. Later steps go too: the run was resumed from one before them (they were
-        damaged, or `--step` said so), and they must neither count nor come up again."""
+        """Only the newest `keep` are left. Later steps go too: they were damaged, the run was resumed from one before
+        them, and they must neither count nor come up again."""
         committed = self._committed()
         upto = committed.index(newest) + 1
         for path in (*committed[: max(0, upto - self.keep)], *committed[upto:]):

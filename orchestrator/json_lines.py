@@ -11,6 +11,7 @@ import json
 import os
 import threading
 from abc import ABC, abstractmethod
+from array import array
 from collections import OrderedDict, deque
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,32 +24,13 @@ Stamp = tuple[int, int, int]  # inode, size, time of the last change
 Line = dict[str, Any]
 
 
-class LineReader:
-    """The complete lines of a file, each given once. A file that is not there yet has none; an incomplete last line is
-    given once it is whole, and one that a kill has cut off and another process has written on from is left out.
-    `offset`: where to begin, in bytes."""
-
-    def __init__(self, file: Path, offset: int = 0) -> None:
-        self._file = file
-        self._offset = offset
-
-    def new(self) -> list[Line]:
-        """Those that came since the last call."""
-        with contextlib.suppress(FileNotFoundError), self._file.open("rb") as stream:
-            stream.seek(self._offset)
-            text = stream.read()
-            whole = text[: text.rfind(b"\n") + 1]
-            self._offset += len(whole)
-            return [value for line in whole.splitlines() if (value := parsed(line)) is not None]
-        return []
-
-
 class GrowingFile(ABC):
     """What is known of a file of lines. Each look asks the file system whether it has changed and reads what was added;
-    a file that was replaced or cut is read anew. `tail_bytes`: of a long file only the end is read. Not locked."""
+    a file that was replaced or cut is read anew. `tail_bytes`: of a long file only the end is read; else `begins`: the
+    position of the first line that is. Not locked."""
 
-    def __init__(self, file: Path, tail_bytes: int | None = None) -> None:
-        self.file, self._tail_bytes = file, tail_bytes
+    def __init__(self, file: Path, tail_bytes: int | None = None, begins: int = 0) -> None:
+        self.file, self._tail_bytes, self._begins = file, tail_bytes, begins
         self.stamp: Stamp | None = None
         self._head = self._edge = b""
         self._offset = 0
@@ -63,11 +45,9 @@ class GrowingFile(ABC):
 
     def look(self) -> None:
         try:
-            found = os.stat(self.file)
-            stamp = found.st_ino, found.st_size, found.st_mtime_ns
-            if stamp != self.stamp:
+            if _stamp(os.stat(self.file)) != self.stamp:
                 with self.file.open("rb") as stream:
-                    self._read(stream, stamp)
+                    self._read(stream, _stamp(os.fstat(stream.fileno())))  # it may have been replaced meanwhile
         except FileNotFoundError:
             self._begin_again(b"", 0)
             self.stamp = None
@@ -79,7 +59,7 @@ class GrowingFile(ABC):
         stream.seek(self._offset)
         text = stream.read()
         whole = text[: text.rfind(b"\n") + 1]
-        if self._offset and not self._edge:  # the middle of a long file, and so of a line
+        if self._tail_bytes and self._offset and not self._edge:  # the middle of a long file, and so of a line
             cut = whole.find(b"\n") + 1
             whole, self._offset = whole[cut:], self._offset + cut
         position = self._offset
@@ -98,7 +78,37 @@ class GrowingFile(ABC):
     def _begin_again(self, head: bytes, size: int) -> None:
         self.forgot()
         self._head, self._edge = head, b""
-        self._offset = 0 if self._tail_bytes is None else max(0, size - self._tail_bytes)
+        self._offset = self._begins if self._tail_bytes is None else max(0, size - self._tail_bytes)
+
+
+class LineReader(GrowingFile):
+    """The complete lines of a file, each given once. A file that is not there yet has none; an incomplete last line is
+    given once it is whole, and one that a kill has cut off and another process has written on from is left out. Of a
+    file that was replaced or cut, as a resumed run does with its metrics, the lines are given from the first on that
+    is not the one that was given in its place before. `offset`: where to begin, in bytes."""
+
+    def __init__(self, file: Path, offset: int = 0) -> None:
+        super().__init__(file, begins=offset)
+        self._given = array("q")  # a hash of each line
+        self._number = 0  # of the next line
+        self._new = list[Line]()
+
+    def new(self) -> list[Line]:
+        """Those that came since the last call."""
+        self.look()
+        found, self._new = self._new, []
+        return found
+
+    def took(self, start: int, line: bytes, value: Line) -> None:
+        number, hashed = self._number, hash(line)
+        self._number += 1
+        if number == len(self._given) or self._given[number] != hashed:
+            del self._given[number:]
+            self._given.append(hashed)
+            self._new.append(value)
+
+    def forgot(self) -> None:
+        self._number = 0
 
 
 class _Lines(GrowingFile):
@@ -146,6 +156,10 @@ def _of(file: Path, tail_bytes: int | None) -> _Lines:
         while len(_remembered) > KEPT:
             _remembered.popitem(last=False)
     return found
+
+
+def _stamp(found: os.stat_result) -> Stamp:
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def parsed(line: bytes) -> Line | None:

@@ -140,6 +140,8 @@ class _Run:
             self._continue_from(self.resumed)
             last = context.prepared.phases[-1]
             if self.resumed.nothing_to_train(context.prepared) and not context.evaluations.missing(last):
+                if self.resumed.chosen:
+                    self._go_back(self.resumed)
                 context.console.nothing_to_do(context.folder, last.name)
                 return self._finish(self._drawn())
         elif self.again:
@@ -158,11 +160,20 @@ class _Run:
         context = self.context
         context.last_checkpoint = resumed.checkpoint
         context.evaluations.scores.update(resumed.state.scores)
-        context.log.rewind(resumed.state.total_step)
-        save_config(context.folder, context.config)  # for the next resume
+        if not resumed.chosen:
+            self._go_back(resumed)
         context.event("resumed", {"step": resumed.state.total_step, "changed": resumed.changed})
         for line in resumed.lines():
             context.console.note(line)
+
+    def _go_back(self, resumed: Resumption) -> None:
+        """From here on the run is at that step. Later checkpoints than a chosen one go first of all: a process that
+        dies in here must not come back to them with other metrics and settings."""
+        context = self.context
+        if resumed.chosen:
+            context.store.give_up_after(resumed.checkpoint)
+        context.log.rewind(resumed.state.total_step)
+        save_config(context.folder, context.config)  # for the next resume
 
     async def execute(self) -> RunResult:
         """Raises Interrupted if a signal ended the run. An error says where the run can be continued."""
@@ -332,6 +343,8 @@ class _Run:
         try:
             await cluster.reserve(context.plan)
             self._since_start("reserved")
+            if self.resumed is not None and self.resumed.chosen:  # now that the cluster has not refused the run
+                self._go_back(self.resumed)
             yield cluster
         finally:
             await cluster.close()

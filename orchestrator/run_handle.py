@@ -80,7 +80,9 @@ class RunHandle:
         return self._follow(self.folder / control.EVENTS_FILE, timeout_s)
 
     def metrics(self, *, timeout_s: float = SILENCE_S) -> Iterator[dict[str, Any]]:
-        """The same of `metrics.jsonl`: one mapping for each logged step and evaluation, with `step` and `phase`."""
+        """The same of `metrics.jsonl`: one mapping for each logged step and evaluation, with `step` and `phase`. If the
+        run is resumed from an earlier step meanwhile, the steps after that one are computed again, and their lines come
+        once more; they replace those that came before."""
         return self._follow(self.folder / METRICS_FILE, timeout_s)
 
     def status(self) -> Status:

@@ -41,13 +41,18 @@ class Stopped(Exception):
 
 
 class Stop:
-    """Whether the loop was asked to end before its last step."""
+    """Whether the loop was asked to end before the last step of the run."""
 
     def __init__(self) -> None:
         self._asked = asyncio.Event()
 
     def ask(self) -> None:
         self._asked.set()
+
+    def raise_if_asked(self) -> None:
+        """Raises Stopped if the loop was asked to end: between two phases, when the last step of one is saved."""
+        if self._asked.is_set():
+            raise Stopped
 
     async def before(self, work: Awaitable[T]) -> T:
         """The result of `work`. Raises Stopped, `work` cancelled, if the loop is asked to end first."""

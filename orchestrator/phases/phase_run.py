@@ -116,6 +116,8 @@ class PhaseRun:
                 await collector.close()
                 await self.saving.settle()
         followed = phase.index + 1 < len(prepared.phases)
+        if followed:  # a signal after the last step; from here on one cancels the run at once
+            stop.raise_if_asked()
         if followed and phase.pipeline.trained and context.last_checkpoint is not None:
             kept = kept_folder(folder, phase.name)
             await asyncio.to_thread(keep_phase, kept, phase.pipeline.trained, context.last_checkpoint.path)

@@ -50,10 +50,12 @@ Changes = dict[str, tuple[Any, Any]]  # key -> (in the checkpoint, now)
 
 @dataclass(frozen=True)
 class Resumption:
-    """A checkpoint that the run goes on from, and what is set otherwise since."""
+    """A checkpoint that the run goes on from, and what is set otherwise since. `chosen`: by its step; those of later
+    steps are given up."""
 
     checkpoint: Checkpoint
     changed: Changes
+    chosen: bool
 
     @property
     def state(self) -> RunState:
@@ -84,7 +86,7 @@ def resume_point(folder: Path, prepared: Prepared, step: int | None) -> Resumpti
             "\n  ".join([f"the run cannot go on from step {found.state.total_step} like this:", *problems])
             + f"\n  Or start a new run from the weights: `troupe run ... model.path={found.path / MODEL}`"
         )
-    return Resumption(found, changed)
+    return Resumption(found, changed, chosen=step is not None)
 
 
 def changes(before: RunConfig, now: RunConfig) -> Changes:

@@ -89,6 +89,46 @@ def test_a_run_resumed_from_a_chosen_step_ends_with_the_same_bits(finished: RunR
     assert moved, "the resumed steps must move the weights, or nothing is compared"
 
 
+@pytest.mark.parametrize("dies", ["orchestrator.reporting.metrics.MetricsLog.rewind", "orchestrator.run.launch"])
+def test_a_run_that_dies_before_its_first_checkpoint_after_a_chosen_step_comes_back_to_that_step(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, dies: str
+):
+    def died(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(dies, died)
+        with pytest.raises(ZeroDivisionError):
+            resume(folder, step=2)
+    again = resume(folder)
+    assert [event["step"] for event in lines(folder, "events.jsonl") if event["event"] == "resumed"][-1] == 2
+    assert [line["step"] for line in lines(folder, "metrics.jsonl")] == [1, 2, 3, 4]
+    assert again.checkpoint is not None and again.checkpoint.name == "step-00000004"
+
+
+def test_a_chosen_step_that_is_refused_gives_nothing_up(folder: Path):
+    assert "holds no checkpoint of step 3; there are: 2, 4" in refusal(folder, step=3)
+    assert "seed is 1" in refusal(folder, "seed=1", step=2)
+    config = (folder / "config.json").read_text()
+    two = ("roles.policy.ranks=2", "roles.policy.backend=deepspeed")
+    assert "ranks=2: with --local a role is one rank" in refusal(folder, *two, step=2), "refused by the cluster"
+    assert (folder / "config.json").read_text() == config, "what is refused is not recorded"
+    with driving(folder):
+        assert "is driven by process" in refusal(folder, step=2)
+    state = folder / "checkpoints" / "step-00000002" / "state.json"
+    state.write_text(state.read_text() + " ")
+    assert "checkpoint of step 2 cannot be used" in refusal(folder, step=2)
+    assert len(rates(folder)) == STEPS, "no metric is taken away either"
+
+
+def test_a_chosen_step_with_which_nothing_is_left_to_do_gives_up_those_after_it(folder: Path):
+    resume(folder, "train.steps=6")
+    result = resume(folder, f"train.steps={STEPS}", step=STEPS)
+    assert result.checkpoint is not None and result.checkpoint.name == "step-00000004"
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
+    assert [line["step"] for line in lines(folder, "metrics.jsonl")] == [1, 2, 3, 4]
+
+
 def test_a_run_that_replays_groups_resumes_to_the_same_bits_with_those_that_the_checkpoint_has(tmp_path: Path):
     """Every second prompt teaches nothing, so that some group is replayed in each step after the first."""
     rows = tmp_path / "rows.jsonl"

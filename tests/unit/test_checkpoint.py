@@ -141,15 +141,40 @@ async def test_an_unknown_file_beside_a_model_is_a_warning_and_the_checkpoint_is
     assert found is not None and found.state.step == 1
 
 
-async def test_later_checkpoints_than_the_chosen_one_are_removed_when_the_next_is_written(tmp_path: Path):
+async def test_later_checkpoints_than_the_chosen_one_are_removed_when_they_are_given_up(tmp_path: Path):
     store = CheckpointStore(tmp_path, keep=5)
-    for step in (2, 4, 6):
+    for step in (2, 4, 6, 8):
         await write(store, step)
     found = store.at(4)
     assert found.state == state(4) and found.path.name == "step-00000004"
-    assert names(tmp_path) == ["step-00000002", "step-00000004", "step-00000006"], "choosing alone takes nothing away"
+    assert names(tmp_path)[1:] == ["step-00000004", "step-00000006", "step-00000008"], "choosing alone takes none away"
+    store.give_up_after(found)
+    assert names(tmp_path) == ["step-00000002", "step-00000004"]
+    assert store.latest() == found
     await write(store, 5)
     assert names(tmp_path) == ["step-00000002", "step-00000004", "step-00000005"]
+
+
+async def test_a_checkpoint_that_is_given_up_has_lost_its_name_on_the_disk_before_it_loses_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    store = CheckpointStore(tmp_path, keep=5)
+    for step in (2, 4, 6):
+        await write(store, step)
+    calls: list[tuple[str, int, int]] = []  # what is done, the checkpoints and files that there are before
+
+    def counted() -> tuple[int, int]:
+        return len(list(tmp_path.glob("step-*"))), sum(file.is_file() for file in tmp_path.rglob("*"))
+
+    files = counted()[1]
+    monkeypatch.setattr("orchestrator.checkpoint.sync", lambda path: calls.append(("sync", *counted())))
+    monkeypatch.setattr("shutil.rmtree", lambda path, **_: calls.append(("rmtree", *counted())))
+    store.give_up_after(store.at(2))
+    assert calls == [("sync", 1, files), ("rmtree", 1, files), ("rmtree", 1, files)]
+    monkeypatch.undo()
+    assert len(names(tmp_path)) == 3, "as if it had been killed here"
+    await write(store, 3)
+    assert names(tmp_path) == ["step-00000002", "step-00000003"]
 
 
 async def test_a_step_without_a_usable_checkpoint_is_refused_with_those_that_there_are(tmp_path: Path):

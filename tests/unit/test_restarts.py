@@ -86,6 +86,44 @@ def test_a_signal_reaches_the_run_and_nothing_is_started_after_it():
     assert len(children) == 1 and not children[0].is_running()
 
 
+def test_a_run_that_a_signal_ends_like_a_failure_is_not_started_again():
+    """While Ray starts, its handler ends the process with exit code 1 or 15."""
+    command = [sys.executable, "-c", WAITS.replace("143", "1")]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(ROOT))
+    assert parent.stdout is not None and parent.stdout.readline() == "up\n"
+    parent.send_signal(signal.SIGTERM)
+    try:
+        out, err = parent.communicate(timeout=30)
+    finally:
+        parent.terminate()  # if it did start another
+    assert (parent.returncode, out) == (1, "")
+    assert err.splitlines()[1:] == ["troupe: SIGTERM told it to stop, so it is not started again"]
+
+
+STARTS = """
+import os, signal, subprocess
+from orchestrator import restarts
+
+class Interrupted(subprocess.Popen):
+    def __init__(self, command, **settings):
+        super().__init__(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **settings)
+        print(self.pid, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)  # before the supervisor has its process
+
+subprocess.Popen = Interrupted
+print(restarts.supervise(["sleep", "60"], ["sleep", "60"], lambda pid: None, 3))
+"""
+
+
+def test_a_signal_while_the_run_is_being_started_reaches_it_too():
+    done = subprocess.run([sys.executable, "-c", STARTS], capture_output=True, text=True, timeout=30, cwd=Path(ROOT))
+    pid, *code = done.stdout.split()
+    left = psutil.pid_exists(int(pid))
+    if left:
+        psutil.Process(int(pid)).kill()
+    assert (done.returncode, code, left) == (0, [str(-signal.SIGTERM)], False), done.stderr
+
+
 def test_a_folder_of_an_earlier_process_with_the_same_id_is_not_the_runs(tmp_path: Path):
     earlier = tmp_path / "t-20260101-000000-77"
     earlier.mkdir()
