@@ -117,25 +117,26 @@ class RunQueue:
                     found[run] = entry
         return found
 
-    def _states(self, found: Mapping[str, Entry]) -> Mapping[str, JobState] | None:
-        """Of the jobs of runs that no process here drives; None if nobody answers."""
+    def _states(self, found: Mapping[str, Entry]) -> Mapping[str, JobState | None]:
+        """Of the runs that no process here drives: how the job stands, None if there is none. Those that were not asked
+        about, or nobody answers for, are left out."""
         asked = {run: self._root / run for run, entry in found.items() if entry.active}
         asked = {run: folder for run, folder in asked.items() if not observation.is_driven_here(folder)}
         try:
             states = self._jobs.states(asked) if asked else {}
             self._silent = False
-            return states
+            return {run: states.get(run) for run in asked}
         except Problem as problem:
             if not self._silent:  # once, not every second
                 log.warning("how the jobs stand cannot be asked: %s", problem)
             self._silent = True
-            return None
+            return {}
 
-    def _followed(self, run: str, entry: Entry, states: Mapping[str, JobState] | None) -> Entry:
+    def _followed(self, run: str, entry: Entry, states: Mapping[str, JobState | None]) -> Entry:
         if not entry.active:
             return entry
-        job = None if states is None else states.get(run)
-        found = observation.seen(self._root / run, entry, job, answers=states is not None)
+        # One whose driver has ended since `_states` was not asked about: the next look does that.
+        found = observation.seen(self._root / run, entry, states.get(run), answers=run in states)
 
         def followed(now: Entry) -> Entry:  # somebody may have asked for its end since
             return after(now, found, self._settings.budget, time.time()) if now.started == entry.started else now
