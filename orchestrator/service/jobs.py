@@ -70,9 +70,14 @@ class Reserved:
 class Jobs(Protocol):
     """`run`: a run's id. `folder`: its folder."""
 
+    def clear(self, run: str, folder: Path) -> None:
+        """Forget the process that a run had before, so that its end is not taken for that of the next one. Raises
+        Problem 409 if the run has a process, 502 or 503 if that failed."""
+        ...
+
     def submit(self, run: str, folder: Path, command: Sequence[str], *, stop_wait_s: float) -> None:
-        """Start a command as the process of a run that has none; of one that ended before, in its place.
-        `stop_wait_s`: what `kill` leaves it. Raises Problem 409 if the run has a process, 502 or 503 if that failed."""
+        """Start a command as the process of a run that was cleared. `stop_wait_s`: what `kill` leaves it. Raises
+        Problem 502 or 503 if that failed."""
         ...
 
     def states(self, folders: Mapping[str, Path]) -> dict[str, JobState]:
@@ -105,13 +110,15 @@ class RayJobs:
         """Connections; those of a service end with its process."""
         self._http.close()
 
-    def submit(self, run: str, folder: Path, command: Sequence[str], *, stop_wait_s: float) -> None:
+    def clear(self, run: str, folder: Path) -> None:
         state = self.states({run: folder}).get(run)
         if state is not None and state.over:  # the id of a run is that of its job, and a job is submitted once
             self._until_ray_has_looked(run)
             self._call("DELETE", f"/api/jobs/{run}")
         elif state is not None:
             raise Problem(409, f"run {run} has a job, which is {state}")
+
+    def submit(self, run: str, folder: Path, command: Sequence[str], *, stop_wait_s: float) -> None:
         job = {
             "entrypoint": shlex.join(command),
             "submission_id": run,
@@ -206,9 +213,12 @@ class ProcessJobs:
     def __init__(self) -> None:
         self._children: dict[str, subprocess.Popen[bytes]] = {}  # to be reaped: one that is not seems to live
 
-    def submit(self, run: str, folder: Path, command: Sequence[str], *, stop_wait_s: float) -> None:
+    def clear(self, run: str, folder: Path) -> None:
         if self.states({run: folder}).get(run) is JobState.RUNNING:
             raise Problem(409, f"run {run} has a process")
+        (folder / JOB_FILE).unlink(missing_ok=True)
+
+    def submit(self, run: str, folder: Path, command: Sequence[str], *, stop_wait_s: float) -> None:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

@@ -222,21 +222,12 @@ class RunQueue:
     def _start(self, run: str) -> Problem | None:
         """Why it could not be started, if so."""
         folder = self._root / run
-        before = _size(folder / EVENTS_FILE), _size(folder / CONSOLE_FILE)
-
-        def started(entry: Entry) -> Entry:
-            if entry.stage is not Stage.WAITING:
-                return entry
-            events, console = before
-            now = time.time()
-            told = {"stage": Stage.STARTED, "started": now, "reason": "", "preempted": False}
-            return replace(entry, **told, events_from=events, console_from=console)
-
-        # First on the disk: if this process is killed here, the next one finds that no job was started.
-        entry = entries.change(folder, started)
-        if entry is None or entry.stage is not Stage.STARTED:
-            return None
         try:
+            self._jobs.clear(run, folder)
+            # First on the disk: if this process is killed here, the next one finds that no job was started.
+            entry = entries.change(folder, _started(folder))
+            if entry is None or entry.stage is not Stage.STARTED:
+                return None
             self._jobs.submit(run, folder, self._command(run, folder, entry), stop_wait_s=_stop_wait_s(folder))
             return None
         except Problem as problem:
@@ -246,7 +237,7 @@ class RunQueue:
             failed = Problem(500, f"{type(error).__name__}: {error}")
 
         def waits(entry: Entry) -> Entry:
-            if entry.stage is not Stage.STARTED:
+            if entry.stage not in (Stage.WAITING, Stage.STARTED):
                 return entry.withdrawn()
             until, reason = time.time() + START_AGAIN_S, f"cannot be started, and is tried again: {failed}"
             return replace(entry, stage=Stage.WAITING, not_before=until, reason=reason)
@@ -289,6 +280,20 @@ def looking(queue: RunQueue, every_s: float = LOOK_S) -> Generator[None]:
         yield
     finally:
         ended.set()
+
+
+def _started(folder: Path) -> Callable[[Entry], Entry]:
+    """What an entry that waits becomes when a process is to be started: what that will write is behind what is there
+    now."""
+    events, console = _size(folder / EVENTS_FILE), _size(folder / CONSOLE_FILE)
+
+    def started(entry: Entry) -> Entry:
+        if entry.stage is not Stage.WAITING:
+            return entry
+        told = {"stage": Stage.STARTED, "started": time.time(), "reason": "", "preempted": False}
+        return replace(entry, **told, events_from=events, console_from=console)
+
+    return started
 
 
 def _waiting(run: str, entry: Entry, bundles: Any) -> Waiting:

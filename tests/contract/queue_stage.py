@@ -30,6 +30,12 @@ class ScriptedJobs(Jobs):
         self.broken: set[str] = set()
         self.answers = True
 
+    def clear(self, run: str, folder: Path) -> None:
+        state = self.known.get(run)
+        if state is not None and not state.over:
+            raise Problem(409, f"run {run} has a job, which is {state}")
+        self.known.pop(run, None)
+
     def submit(self, run: str, folder: Path, command: Sequence[str], *, stop_wait_s: float) -> None:
         if run in self.broken:
             raise RuntimeError("a bug")

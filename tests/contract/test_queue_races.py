@@ -4,19 +4,72 @@ ends, a second client."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from orchestrator.cluster.run_lock import LOCK, Driver
+from orchestrator.queueing import entry as entries
 from orchestrator.queueing.entry import Stage
-from orchestrator.service.jobs import JobState
+from orchestrator.service.errors import Problem
+from orchestrator.service.jobs import JobState, ProcessJobs
+from orchestrator.service.run_queue import RunQueue
 from tests.contract.queue_stage import ScriptedJobs, Watched
 from tests.service_client import add_events
+from tests.waiting import until
 
 pytestmark = pytest.mark.timeout(300)
+
+
+class Killed(BaseException):
+    """The end of a service by `kill -9`."""
+
+
+class KilledAtSubmission(ScriptedJobs):
+    """With `kills` it is ended when it is about to start a job."""
+
+    kills = True
+
+    def submit(self, run: str, folder: Path, command: Sequence[str], *, stop_wait_s: float) -> None:
+        if self.kills:
+            raise Killed
+        super().submit(run, folder, command, stop_wait_s=stop_wait_s)
+
+
+@pytest.mark.parametrize("old", [JobState.STOPPED, JobState.ENDED])
+def test_a_service_killed_before_it_started_the_next_job_leaves_no_old_one_to_be_taken_for_it(
+    tmp_path: Path, old: JobState
+):
+    jobs = KilledAtSubmission()
+    watched = Watched(tmp_path, jobs)
+    folder = watched.add("one")
+    entries.write(folder, replace(watched.entry("one"), resumed=True))
+    jobs.known["one"] = old
+    with pytest.raises(Killed):
+        watched.queue.look()
+    assert watched.entry("one").stage is Stage.STARTED
+    jobs.kills = False
+    RunQueue(tmp_path, jobs, watched.settings).look()
+    entry = watched.entry("one")
+    assert (entry.stage, entry.failures, jobs.started) == (Stage.STARTED, 0, ["one"])
+
+
+def test_a_process_that_lives_is_not_cleared_and_of_one_that_ended_nothing_is_left(tmp_path: Path):
+    jobs, folders = ProcessJobs(), {"one": tmp_path}
+    jobs.submit("one", tmp_path, ["sleep", "300"], stop_wait_s=1)
+    try:
+        with pytest.raises(Problem, match="run one has a process") as refused:
+            jobs.clear("one", tmp_path)
+        assert refused.value.status == 409
+    finally:
+        jobs.kill("one", tmp_path)
+    until(lambda: jobs.states(folders) == {"one": JobState.ENDED}, "end of the process")
+    jobs.clear("one", tmp_path)
+    assert jobs.states(folders) == {}
+    jobs.clear("one", tmp_path)  # it never had one
+    assert list(tmp_path.iterdir()) == []
 
 
 class EndsBetween(ScriptedJobs):
