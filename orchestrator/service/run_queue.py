@@ -38,7 +38,7 @@ from orchestrator.restarts import COMMAND
 from orchestrator.run_handle import RunHandle
 from orchestrator.service import observation
 from orchestrator.service.errors import Problem
-from orchestrator.service.jobs import Jobs, JobState
+from orchestrator.service.jobs import Jobs, JobState, NoAnswer
 from orchestrator.service.room import active_runs, bundles_to_place, room_of
 from orchestrator.service.settings import Settings
 from orchestrator.status import said_since
@@ -224,26 +224,45 @@ class RunQueue:
         folder = self._root / run
         try:
             self._jobs.clear(run, folder)
-            # First on the disk: if this process is killed here, the next one finds that no job was started.
+        except Exception as error:
+            return self._not_started(run, folder, error)
+        try:
+            # First on the disk: if this process is killed here, the next one finds that no job was started, and no
+            # earlier one either, whose end it would take for the end of this one.
             entry = entries.change(folder, _started(folder))
             if entry is None or entry.stage is not Stage.STARTED:
                 return None
             self._jobs.submit(run, folder, self._command(run, folder, entry), stop_wait_s=_stop_wait_s(folder))
-            return None
-        except Problem as problem:
-            failed = problem
-        except Exception as error:  # the disk, or a recipe that was changed by hand
-            log.exception("run %s could not be started", run)
+        except NoAnswer as problem:  # it stays STARTED: the next look finds its job, or that there is none
+            log.warning("whether run %s was started is not known yet: %s", run, problem)
+        except Exception as error:
+            return self._not_started(run, folder, error)
+        return None
+
+    def _not_started(self, run: str, folder: Path, error: Exception) -> Problem | None:
+        """It is tried again. None if its job is there all the same: one that was made although the answer was an error,
+        now or at an earlier start."""
+        failed = error
+        if not isinstance(failed, Problem):  # the disk, or a recipe that was changed by hand
+            log.error("run %s could not be started", run, exc_info=error)
             failed = Problem(500, f"{type(error).__name__}: {error}")
+        is_there = failed.status in (409, 502) and self._has_job(run, folder)
 
         def waits(entry: Entry) -> Entry:
             if entry.stage not in (Stage.WAITING, Stage.STARTED):
                 return entry.withdrawn()
+            if is_there and entry.started:  # of one that was never started the job is somebody else's
+                return replace(entry, stage=Stage.STARTED, reason="", preempted=False)
             until, reason = time.time() + START_AGAIN_S, f"cannot be started, and is tried again: {failed}"
             return replace(entry, stage=Stage.WAITING, not_before=until, reason=reason)
 
-        entries.change(folder, waits)
-        return failed
+        entry = entries.change(folder, waits)
+        return None if entry is not None and entry.stage is Stage.STARTED else failed
+
+    def _has_job(self, run: str, folder: Path) -> bool:
+        with contextlib.suppress(Problem):
+            return self._jobs.states({run: folder}).get(run) in (JobState.PENDING, JobState.RUNNING)
+        return False
 
     def _command(self, run: str, folder: Path, entry: Entry) -> list[str]:
         if (folder / SAVED).exists() or entry.resumed:

@@ -4,9 +4,13 @@ ends, a second client."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,13 +18,147 @@ from orchestrator.cluster.run_lock import LOCK, Driver
 from orchestrator.queueing import entry as entries
 from orchestrator.queueing.entry import Stage
 from orchestrator.service.errors import Problem
-from orchestrator.service.jobs import JobState, ProcessJobs
+from orchestrator.service.jobs import JobState, NoAnswer, ProcessJobs, RayJobs
 from orchestrator.service.run_queue import RunQueue
 from tests.contract.queue_stage import ScriptedJobs, Watched
-from tests.service_client import add_events
+from tests.runs import SFT
+from tests.service_client import add_events, client
 from tests.waiting import until
 
 pytestmark = pytest.mark.timeout(300)
+
+DEADLINE_S = 60.0
+
+
+class JobServer(ThreadingHTTPServer):
+    """A Job API of one node. `takes`: for each submission, whether the job is there once it was asked for; `answers`:
+    the status of the answer, None: the connection is closed without one. The last of each is that of all later ones."""
+
+    daemon_threads = True
+
+    def __init__(self, takes: Sequence[bool], answers: Sequence[int | None]) -> None:
+        super().__init__(("127.0.0.1", 0), _Asked)
+        self.takes, self.answers = list(takes), list(answers)
+        self.jobs: dict[str, str] = {}
+        self.submitted = 0
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def submit(self, job: Any) -> int | None:
+        turn = self.submitted
+        self.submitted += 1
+        if self.takes[min(turn, len(self.takes) - 1)]:
+            self.jobs[job["submission_id"]] = "RUNNING"
+        return self.answers[min(turn, len(self.answers) - 1)]
+
+    def listed(self, path: str) -> Any:
+        if path.startswith("/api/v0/nodes"):
+            node = {"state": "ALIVE", "node_id": "n", "node_name": "a", "resources_total": {"CPU": 8.0}, "labels": {}}
+            return {"data": {"result": {"result": [node]}}}
+        if path.startswith("/api/v0"):
+            return {"data": {"result": {"result": []}}}
+        return [{"submission_id": run, "status": status, "job_id": None} for run, status in self.jobs.items()]
+
+
+class _Asked(BaseHTTPRequestHandler):
+    server: JobServer
+
+    def log_message(self, *_: Any) -> None: ...
+
+    def do_GET(self) -> None:
+        self._say(200, self.server.listed(self.path))
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("content-length") or 0))
+        if self.path.endswith("/stop"):
+            self.server.jobs[self.path.split("/")[-2]] = "STOPPED"
+            self._say(200, {})
+        elif (status := self.server.submit(json.loads(body))) is not None:
+            self._say(status, {})
+
+    def _say(self, status: int, what: Any) -> None:
+        said = json.dumps(what).encode()
+        self.send_response(status)
+        self.send_header("content-length", str(len(said)))
+        self.end_headers()
+        self.wfile.write(said)
+
+
+@contextmanager
+def job_server(*, takes: Sequence[bool] = (True,), answers: Sequence[int | None] = (200,)) -> Iterator[JobServer]:
+    with JobServer(takes, answers) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join(DEADLINE_S)
+
+
+def test_a_submission_whose_answer_was_lost_is_a_run_that_starts_and_its_job_can_be_ended(tmp_path: Path):
+    with job_server(answers=[None]) as server:
+        http = client(tmp_path, dashboard=server.url)
+        answer = http.post("/v1/runs", json={"name": "one", "recipe": SFT})
+        assert server.jobs == {"one": "RUNNING"}
+        assert (answer.status_code, answer.json()["state"]) == (201, "starting"), answer.text
+        assert http.post("/v1/runs/one/stop?wait_s=60").json()["state"] == "stopped"
+        assert server.jobs == {"one": "STOPPED"}
+        assert server.submitted == 1
+
+
+def test_a_job_that_no_answer_came_for_and_that_is_not_there_is_started_again_and_nothing_has_failed(tmp_path: Path):
+    with job_server(takes=[False, True], answers=[None, 200]) as server:
+        watched = Watched(tmp_path, RayJobs(server.url))
+        watched.add("one")
+        assert watched.queue.look() == {}
+        assert (watched.entry("one").stage, server.jobs) == (Stage.STARTED, {}), "the next look decides"
+        watched.queue.look()
+        entry = watched.entry("one")
+        assert (entry.stage, entry.failures, server.jobs) == (Stage.STARTED, 0, {"one": "RUNNING"})
+        assert server.submitted == 2
+
+
+def test_a_job_that_nobody_could_be_asked_for_is_told_from_one_whose_answer_was_lost(tmp_path: Path):
+    with job_server(answers=[None]) as server:
+        ray = RayJobs(server.url)
+        with pytest.raises(Problem, match="does not answer") as lost:
+            ray.submit("one", tmp_path, ["troupe"], stop_wait_s=1)
+    with pytest.raises(Problem, match="does not answer: ConnectError") as unreached:
+        ray.submit("one", tmp_path, ["troupe"], stop_wait_s=1)
+    ray.close()
+    assert (type(lost.value), type(unreached.value)) == (NoAnswer, Problem)
+    assert server.submitted == 1
+
+
+def test_a_job_that_is_there_although_the_answer_was_an_error_is_the_runs_process(tmp_path: Path):
+    with job_server(answers=[500]) as server:
+        watched = Watched(tmp_path, RayJobs(server.url))
+        watched.add("one")
+        assert watched.queue.look() == {}
+        assert (watched.entry("one").stage, server.jobs) == (Stage.STARTED, {"one": "RUNNING"})
+
+
+def test_a_start_that_meets_the_job_of_an_earlier_one_takes_it_and_reads_what_it_has_written(tmp_path: Path):
+    watched = Watched(tmp_path)
+    folder = watched.add("one")
+    watched.queue.look()
+    before = watched.entry("one")
+    entries.write(folder, replace(before, stage=Stage.WAITING))  # as after an answer that said that it had failed
+    add_events(folder, {"event": "prepared"}, {"event": "finished"})
+    assert watched.queue.look() == {}
+    assert watched.entry("one") == before and before.stage is Stage.STARTED
+    assert watched.jobs.started == ["one"], "it was not started twice"
+    assert watched.dies("one").failures == 0
+    assert watched.summary("one").state == "finished"
+
+
+def test_a_job_of_somebody_else_that_has_the_name_of_a_new_run_is_not_taken_for_its_process(tmp_path: Path):
+    with job_server() as server:
+        server.jobs["one"] = "RUNNING"
+        answer = client(tmp_path, dashboard=server.url).post("/v1/runs", json={"name": "one", "recipe": SFT})
+        assert answer.status_code == 409
+        assert answer.json()["error"]["message"] == "run one has a job, which is running"
+        assert list(tmp_path.iterdir()) == [] and server.submitted == 0
 
 
 class Killed(BaseException):
