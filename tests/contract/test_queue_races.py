@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,11 +16,15 @@ from typing import Any
 import pytest
 
 from orchestrator.cluster.run_lock import LOCK, Driver
+from orchestrator.config.loading import config_of
 from orchestrator.queueing import entry as entries
 from orchestrator.queueing.entry import Stage
 from orchestrator.service.errors import Problem
 from orchestrator.service.jobs import JobState, NoAnswer, ProcessJobs, RayJobs
+from orchestrator.service.run_folders import RunFolders
 from orchestrator.service.run_queue import RunQueue
+from orchestrator.service.settings import Settings
+from orchestrator.service.submissions import Submissions
 from tests.contract.queue_stage import ScriptedJobs, Watched
 from tests.runs import SFT
 from tests.service_client import add_events, client
@@ -249,3 +254,49 @@ def test_a_run_whose_driver_ends_during_a_look_is_asked_about_in_the_next_one(
     assert jobs.asked[-1] == ["one", "two"]
     assert (entry.stage, entry.stopped, entry.failures) == (stage, stage is Stage.OVER, 0)
     assert jobs.started == ["one", "two"]
+
+
+class SeenQueue(RunQueue):
+    """A queue of which a test knows who wanted a look."""
+
+    def __init__(self, root: Path, jobs: ScriptedJobs) -> None:
+        super().__init__(root, jobs, Settings(root, token=None))
+        self.wanted = 0
+
+    def look(self) -> Mapping[str, Problem]:
+        self.wanted += 1
+        return super().look()
+
+
+class Unreachable(ScriptedJobs):
+    """No job can be started, which is known once `known_now` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trying, self.known_now = threading.Event(), threading.Event()
+
+    def submit(self, run: str, folder: Path, command: Sequence[str], *, stop_wait_s: float) -> None:
+        self.trying.set()
+        assert self.known_now.wait(DEADLINE_S)
+        raise Problem(503, "Ray's Job API does not answer")
+
+
+def test_a_run_that_a_second_client_has_submitted_too_is_not_removed_because_it_could_not_be_started_for_the_first(
+    tmp_path: Path,
+):
+    jobs = Unreachable()
+    queue, runs = SeenQueue(tmp_path, jobs), RunFolders(tmp_path)
+    submissions, config = Submissions(runs, jobs, queue), config_of(SFT, [], "the recipe")
+    with ThreadPoolExecutor(2) as clients:
+        first = clients.submit(submissions.submit, "one", config)
+        assert jobs.trying.wait(DEADLINE_S)
+        second = clients.submit(submissions.submit, "one", config)
+        until(lambda: queue.wanted == 2, "look that the second client wants")
+        jobs.known_now.set()
+        assert (first.result(DEADLINE_S), second.result(DEADLINE_S)) == (("one", True), ("one", False))
+    found = runs.summary("one")
+    assert found.state == "queued"
+    assert found.detail is not None and "Ray's Job API does not answer" in found.detail
+    with pytest.raises(Problem, match="does not answer"):
+        submissions.submit("two", config)
+    assert not (tmp_path / "two").exists(), "nobody else wants that one"
