@@ -40,7 +40,7 @@ SHOWN = 500  # characters of an answer, in an error
 NOT_ASKED = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)  # nothing was sent
 
 
-class NoAnswer(Problem):
+class AnswerLost(Problem):
     """Something was asked, and the answer was lost: it may have been done, or be done yet."""
 
 
@@ -82,7 +82,7 @@ class Jobs(Protocol):
 
     def submit(self, run: str, folder: Path, command: Sequence[str], *, stop_wait_s: float) -> None:
         """Start a command as the process of a run that was cleared. `stop_wait_s`: what `kill` leaves it. Raises
-        NoAnswer if it may have been started all the same, else Problem 502 or 503 if that failed."""
+        AnswerLost if it may have been started all the same, else Problem 502 or 503 if that failed."""
         ...
 
     def states(self, folders: Mapping[str, Path]) -> dict[str, JobState]:
@@ -181,14 +181,14 @@ class RayJobs:
         self._call("GET", "/api/version")
 
     def _call(self, method: str, path: str, body: Any = None) -> Any:
-        """Raises Problem 503 if nothing can be asked, NoAnswer if nothing answers, 502 with what it said if it answers
-        with an error."""
+        """Raises Problem 503 if nothing can be asked, AnswerLost if no answer comes, 502 with what it said if that is
+        an error."""
         token = ray_token()
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         try:
             answer = self._http.request(method, self._url + path, json=body, headers=headers)
         except httpx.HTTPError as error:
-            kind = Problem if isinstance(error, NOT_ASKED) else NoAnswer
+            kind = Problem if isinstance(error, NOT_ASKED) else AnswerLost
             raise kind(503, f"Ray's Job API at {self._url} does not answer: {type(error).__name__}") from None
         if answer.status_code != 200:
             said = answer.text.strip().splitlines()[-1:] or [""]

@@ -38,7 +38,7 @@ from orchestrator.restarts import COMMAND
 from orchestrator.run_handle import RunHandle
 from orchestrator.service import observation
 from orchestrator.service.errors import Problem
-from orchestrator.service.jobs import Jobs, JobState, NoAnswer
+from orchestrator.service.jobs import AnswerLost, Jobs, JobState
 from orchestrator.service.room import active_runs, bundles_to_place, room_of
 from orchestrator.service.settings import Settings
 from orchestrator.status import said_since
@@ -233,7 +233,7 @@ class RunQueue:
             if entry is None or entry.stage is not Stage.STARTED:
                 return None
             self._jobs.submit(run, folder, self._command(run, folder, entry), stop_wait_s=_stop_wait_s(folder))
-        except NoAnswer as problem:  # it stays STARTED: the next look finds its job, or that there is none
+        except AnswerLost as problem:  # it stays STARTED: the next look finds its job, or that there is none
             log.warning("whether run %s was started is not known yet: %s", run, problem)
         except Exception as error:
             return self._not_started(run, folder, error)

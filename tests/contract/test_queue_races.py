@@ -20,7 +20,7 @@ from orchestrator.config.loading import config_of
 from orchestrator.queueing import entry as entries
 from orchestrator.queueing.entry import Stage
 from orchestrator.service.errors import Problem
-from orchestrator.service.jobs import JobState, NoAnswer, ProcessJobs, RayJobs
+from orchestrator.service.jobs import AnswerLost, JobState, ProcessJobs, RayJobs
 from orchestrator.service.run_folders import RunFolders
 from orchestrator.service.run_queue import RunQueue
 from orchestrator.service.settings import Settings
@@ -131,7 +131,7 @@ def test_a_job_that_nobody_could_be_asked_for_is_told_from_one_whose_answer_was_
     with pytest.raises(Problem, match="does not answer: ConnectError") as unreached:
         ray.submit("one", tmp_path, ["troupe"], stop_wait_s=1)
     ray.close()
-    assert (type(lost.value), type(unreached.value)) == (NoAnswer, Problem)
+    assert (type(lost.value), type(unreached.value)) == (AnswerLost, Problem)
     assert server.submitted == 1
 
 
