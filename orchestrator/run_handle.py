@@ -7,6 +7,7 @@ scale, pause, checkpoint, stop ──► RUN/requests ──► the run's driver
 from __future__ import annotations
 
 import contextlib
+import platform
 import signal
 import subprocess
 import time
@@ -108,7 +109,7 @@ class RunHandle:
         entry = entries.read(self.folder)
         if entry is not None and entry.stage is Stage.PREEMPTING and not has_ended(self.folder, entry, "finished"):
             return State.PREEMPTED, entry.reason, control.Standing()
-        if not self.running:
+        if not self.running or self._gave_back():
             if entry is None and not (self.folder / SAVED).exists() and (self.folder / SUBMITTED).exists():
                 return State.QUEUED, "was submitted a moment ago", control.Standing()
             said = queue_says(self.folder, entry) if entry is not None else None
@@ -325,6 +326,18 @@ class RunHandle:
     def _is_driven_by(self, driver: Driver) -> bool:
         return driver_of(self.folder) == driver and driver.may_live
 
+    def _is_own(self, driver: Driver) -> bool:
+        """Whether it is the process of this handle, and lives: it takes a second to exit after its run."""
+        own = self._process
+        return own is not None and (driver.host, driver.pid) == (platform.node(), own.pid) and driver.may_live
+
+    def _gave_back(self) -> bool:
+        """Whether the process of this handle has said how its run ended, and only has to exit."""
+        with contextlib.suppress(ConfigError):
+            free = driver_of(self.folder) is None and self._is_own(control.RunFile.read(self.folder).driver)
+            return free and self._last("finished", "interrupted", "failed") is not None
+        return False
+
     def _withdrawn(self, request: Request) -> NotDone:
         """Of a driver that has ended: the client is told that nothing holds, so nothing may."""
         request.file.unlink(missing_ok=True)
@@ -341,13 +354,15 @@ class RunHandle:
         does, or after `timeout_s`."""
 
         def look() -> T | NotDone | None:
+            exits = request is not None and self._is_own(request.driver)
             over = self.over  # before looking: what the run wrote last must be seen
             lost = request is not None and not self._is_driven_by(request.driver)
             if answer := found():
                 return answer
             if over or (lost and self.over):  # it may have ended between the two looks
                 return self._ended()
-            return self._withdrawn(request) if lost and request is not None else None
+            # While it exits, the driver is no lost one: once it has, the run is over.
+            return self._withdrawn(request) if lost and request is not None and not exits else None
 
         answer = wait_for(look, timeout_s, f"{what} ({self.folder.name})")
         if isinstance(answer, NotDone):

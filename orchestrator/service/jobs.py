@@ -37,6 +37,11 @@ MOST_LISTED = 10_000  # of nodes, placement groups and actors: what the State AP
 JOB_FILE = "job.json"  # in a run's folder: of a process of this machine
 NO_AGENT = "No available agent"
 SHOWN = 500  # characters of an answer, in an error
+NOT_ASKED = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)  # nothing was sent
+
+
+class AnswerLost(Problem):
+    """Something was asked, and the answer was lost: it may have been done, or be done yet."""
 
 
 class JobState(StrEnum):
@@ -70,9 +75,14 @@ class Reserved:
 class Jobs(Protocol):
     """`run`: a run's id. `folder`: its folder."""
 
+    def clear(self, run: str, folder: Path) -> None:
+        """Forget the process that a run had before, so that its end is not taken for that of the next one. Raises
+        Problem 409 if the run has a process, 502 or 503 if that failed."""
+        ...
+
     def submit(self, run: str, folder: Path, command: Sequence[str], *, stop_wait_s: float) -> None:
-        """Start a command as the process of a run that has none; of one that ended before, in its place.
-        `stop_wait_s`: what `kill` leaves it. Raises Problem 409 if the run has a process, 502 or 503 if that failed."""
+        """Start a command as the process of a run that was cleared. `stop_wait_s`: what `kill` leaves it. Raises
+        AnswerLost if it may have been started all the same, else Problem 502 or 503 if that failed."""
         ...
 
     def states(self, folders: Mapping[str, Path]) -> dict[str, JobState]:
@@ -105,13 +115,15 @@ class RayJobs:
         """Connections; those of a service end with its process."""
         self._http.close()
 
-    def submit(self, run: str, folder: Path, command: Sequence[str], *, stop_wait_s: float) -> None:
+    def clear(self, run: str, folder: Path) -> None:
         state = self.states({run: folder}).get(run)
         if state is not None and state.over:  # the id of a run is that of its job, and a job is submitted once
             self._until_ray_has_looked(run)
             self._call("DELETE", f"/api/jobs/{run}")
         elif state is not None:
             raise Problem(409, f"run {run} has a job, which is {state}")
+
+    def submit(self, run: str, folder: Path, command: Sequence[str], *, stop_wait_s: float) -> None:
         job = {
             "entrypoint": shlex.join(command),
             "submission_id": run,
@@ -169,13 +181,15 @@ class RayJobs:
         self._call("GET", "/api/version")
 
     def _call(self, method: str, path: str, body: Any = None) -> Any:
-        """Raises Problem 503 if nothing answers, 502 with what it said if it answers with an error."""
+        """Raises Problem 503 if nothing can be asked, AnswerLost if no answer comes, 502 with what it said if that is
+        an error."""
         token = ray_token()
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         try:
             answer = self._http.request(method, self._url + path, json=body, headers=headers)
         except httpx.HTTPError as error:
-            raise Problem(503, f"Ray's Job API at {self._url} does not answer: {type(error).__name__}") from None
+            kind = Problem if isinstance(error, NOT_ASKED) else AnswerLost
+            raise kind(503, f"Ray's Job API at {self._url} does not answer: {type(error).__name__}") from None
         if answer.status_code != 200:
             said = answer.text.strip().splitlines()[-1:] or [""]
             raise Problem(502, f"Ray's Job API answered {answer.status_code}: {said[0][:SHOWN]}")
@@ -206,9 +220,12 @@ class ProcessJobs:
     def __init__(self) -> None:
         self._children: dict[str, subprocess.Popen[bytes]] = {}  # to be reaped: one that is not seems to live
 
-    def submit(self, run: str, folder: Path, command: Sequence[str], *, stop_wait_s: float) -> None:
+    def clear(self, run: str, folder: Path) -> None:
         if self.states({run: folder}).get(run) is JobState.RUNNING:
             raise Problem(409, f"run {run} has a process")
+        (folder / JOB_FILE).unlink(missing_ok=True)
+
+    def submit(self, run: str, folder: Path, command: Sequence[str], *, stop_wait_s: float) -> None:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

@@ -26,7 +26,7 @@ def is_driven_here(folder: Path) -> bool:
 
 
 def seen(folder: Path, entry: Entry, job: JobState | None, *, answers: bool) -> Seen:
-    """`job`: how the run's job stands; None: it is not known. `answers`: whether that could be asked for."""
+    """`job`: how the run's job stands; None: it has none, or that is not known. `answers`: whether it is known."""
     process = _process(folder, job, answers=answers)
     if process in (Process.ALIVE, Process.UNKNOWN):
         return Seen(process)

@@ -38,7 +38,7 @@ from orchestrator.restarts import COMMAND
 from orchestrator.run_handle import RunHandle
 from orchestrator.service import observation
 from orchestrator.service.errors import Problem
-from orchestrator.service.jobs import Jobs, JobState
+from orchestrator.service.jobs import AnswerLost, Jobs, JobState
 from orchestrator.service.room import active_runs, bundles_to_place, room_of
 from orchestrator.service.settings import Settings
 from orchestrator.status import said_since
@@ -117,25 +117,26 @@ class RunQueue:
                     found[run] = entry
         return found
 
-    def _states(self, found: Mapping[str, Entry]) -> Mapping[str, JobState] | None:
-        """Of the jobs of runs that no process here drives; None if nobody answers."""
+    def _states(self, found: Mapping[str, Entry]) -> Mapping[str, JobState | None]:
+        """Of the runs that no process here drives: how the job stands, None if there is none. Those that were not asked
+        about, or nobody answers for, are left out."""
         asked = {run: self._root / run for run, entry in found.items() if entry.active}
         asked = {run: folder for run, folder in asked.items() if not observation.is_driven_here(folder)}
         try:
             states = self._jobs.states(asked) if asked else {}
             self._silent = False
-            return states
+            return {run: states.get(run) for run in asked}
         except Problem as problem:
             if not self._silent:  # once, not every second
                 log.warning("how the jobs stand cannot be asked: %s", problem)
             self._silent = True
-            return None
+            return {}
 
-    def _followed(self, run: str, entry: Entry, states: Mapping[str, JobState] | None) -> Entry:
+    def _followed(self, run: str, entry: Entry, states: Mapping[str, JobState | None]) -> Entry:
         if not entry.active:
             return entry
-        job = None if states is None else states.get(run)
-        found = observation.seen(self._root / run, entry, job, answers=states is not None)
+        # One whose driver has ended since `_states` was not asked about: the next look does that.
+        found = observation.seen(self._root / run, entry, states.get(run), answers=run in states)
 
         def followed(now: Entry) -> Entry:  # somebody may have asked for its end since
             return after(now, found, self._settings.budget, time.time()) if now.started == entry.started else now
@@ -221,37 +222,47 @@ class RunQueue:
     def _start(self, run: str) -> Problem | None:
         """Why it could not be started, if so."""
         folder = self._root / run
-        before = _size(folder / EVENTS_FILE), _size(folder / CONSOLE_FILE)
-
-        def started(entry: Entry) -> Entry:
-            if entry.stage is not Stage.WAITING:
-                return entry
-            events, console = before
-            now = time.time()
-            told = {"stage": Stage.STARTED, "started": now, "reason": "", "preempted": False}
-            return replace(entry, **told, events_from=events, console_from=console)
-
-        # First on the disk: if this process is killed here, the next one finds that no job was started.
-        entry = entries.change(folder, started)
-        if entry is None or entry.stage is not Stage.STARTED:
-            return None
         try:
+            self._jobs.clear(run, folder)
+        except Exception as error:
+            return self._not_started(run, folder, error)
+        try:
+            # First on the disk: if this process is killed here, the next one finds that no job was started, and no
+            # earlier one either, whose end it would take for the end of this one.
+            entry = entries.change(folder, _started(folder))
+            if entry is None or entry.stage is not Stage.STARTED:
+                return None
             self._jobs.submit(run, folder, self._command(run, folder, entry), stop_wait_s=_stop_wait_s(folder))
-            return None
-        except Problem as problem:
-            failed = problem
-        except Exception as error:  # the disk, or a recipe that was changed by hand
-            log.exception("run %s could not be started", run)
+        except AnswerLost as problem:  # it stays STARTED: the next look finds its job, or that there is none
+            log.warning("whether run %s was started is not known yet: %s", run, problem)
+        except Exception as error:
+            return self._not_started(run, folder, error)
+        return None
+
+    def _not_started(self, run: str, folder: Path, error: Exception) -> Problem | None:
+        """It is tried again. None if its job is there all the same: one that was made although the answer was an error,
+        now or at an earlier start."""
+        failed = error
+        if not isinstance(failed, Problem):  # the disk, or a recipe that was changed by hand
+            log.error("run %s could not be started", run, exc_info=error)
             failed = Problem(500, f"{type(error).__name__}: {error}")
+        is_there = failed.status in (409, 502) and self._has_job(run, folder)
 
         def waits(entry: Entry) -> Entry:
-            if entry.stage is not Stage.STARTED:
+            if entry.stage not in (Stage.WAITING, Stage.STARTED):
                 return entry.withdrawn()
+            if is_there and entry.started:  # of one that was never started the job is somebody else's
+                return replace(entry, stage=Stage.STARTED, reason="", preempted=False)
             until, reason = time.time() + START_AGAIN_S, f"cannot be started, and is tried again: {failed}"
             return replace(entry, stage=Stage.WAITING, not_before=until, reason=reason)
 
-        entries.change(folder, waits)
-        return failed
+        entry = entries.change(folder, waits)
+        return None if entry is not None and entry.stage is Stage.STARTED else failed
+
+    def _has_job(self, run: str, folder: Path) -> bool:
+        with contextlib.suppress(Problem):
+            return self._jobs.states({run: folder}).get(run) in (JobState.PENDING, JobState.RUNNING)
+        return False
 
     def _command(self, run: str, folder: Path, entry: Entry) -> list[str]:
         if (folder / SAVED).exists() or entry.resumed:
@@ -288,6 +299,20 @@ def looking(queue: RunQueue, every_s: float = LOOK_S) -> Generator[None]:
         yield
     finally:
         ended.set()
+
+
+def _started(folder: Path) -> Callable[[Entry], Entry]:
+    """What an entry that waits becomes when a process is to be started: what that will write is behind what is there
+    now."""
+    events, console = _size(folder / EVENTS_FILE), _size(folder / CONSOLE_FILE)
+
+    def started(entry: Entry) -> Entry:
+        if entry.stage is not Stage.WAITING:
+            return entry
+        told = {"stage": Stage.STARTED, "started": time.time(), "reason": "", "preempted": False}
+        return replace(entry, **told, events_from=events, console_from=console)
+
+    return started
 
 
 def _waiting(run: str, entry: Entry, bundles: Any) -> Waiting:

@@ -40,21 +40,27 @@ class Submissions:
     def __init__(self, runs: RunFolders, jobs: Jobs, queue: RunQueue) -> None:
         self._runs, self._jobs, self._queue = runs, jobs, queue
         self._one = threading.Lock()  # of two submissions of one name the second must see the first
+        self._alone: set[str] = set()  # new runs whose submission goes on, and that no second client has submitted
 
     def submit(self, name: str | None, config: RunConfig, priority: int = 0) -> tuple[str, bool]:
         """(id, whether it is new). The same under the same name is the same run, whatever its priority. Raises Problem
         409 if another run has the name, 422 if it is refused, 502 or 503 if no job could be started: then no run is
-        left."""
+        left. One that a second client has submitted meanwhile is left, and waits to be started."""
         run = name or f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
         folder, recipe = self._runs.root / run, config.model_dump_json(indent=2)
         entry = Entry(priority, time.time(), bundles_of(config))
         with self._one:
             new = self._reserve(folder, recipe)
+            (self._alone.add if new else self._alone.discard)(run)
             if entries.read(folder) is None:
                 entries.write(folder, entry)
-        if (problem := self._looked(run)) is not None and new and self._gave_up(folder):
-            _remove(folder)
-            raise problem
+        problem = self._looked(run)
+        with self._one:
+            alone = new and run in self._alone
+            self._alone.discard(run)
+            if problem is not None and alone and self._gave_up(folder):
+                _remove(folder)
+                raise problem
         return run, new
 
     def resume(self, run: str, overrides: Sequence[str]) -> int:

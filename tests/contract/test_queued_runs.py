@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,15 @@ from fastapi.testclient import TestClient
 
 import troupe
 from orchestrator.cluster.run_lock import driver_of, driving
-from orchestrator.planning.bundles import Bundle, Node
 from orchestrator.queueing import entry as entries
 from orchestrator.queueing.entry import Entry, Stage
 from orchestrator.queueing.progress import Budget
 from orchestrator.service.app import create_app
-from orchestrator.service.errors import Problem
-from orchestrator.service.jobs import Held, Jobs, JobState, Reserved
-from orchestrator.service.run_folders import RunFolders
-from orchestrator.service.run_queue import RunQueue
-from orchestrator.service.schemas import RunSummary
+from orchestrator.service.jobs import JobState, Reserved
 from orchestrator.service.settings import Settings
+from tests.contract.queue_stage import ScriptedJobs, Watched
 from tests.runs import SFT, merged
-from tests.service_client import AUTHORIZED, TOKEN, add_events, client, listening, write_run
+from tests.service_client import AUTHORIZED, TOKEN, add_events, client, listening
 from tests.waiting import until
 
 pytestmark = pytest.mark.timeout(600)
@@ -111,84 +107,6 @@ def test_runs_wait_for_their_turn_make_room_go_on_to_the_bit_and_are_resumed_aft
         assert max(low_losses) > reached and max(both) > held["step"]
         assert {step: low_losses[step] for step in both} == {step: undisturbed[step] for step in both}
         assert len({low_losses[step] for step in both}) > len(both) / 2, "it learned something meanwhile"
-
-
-class ScriptedJobs(Jobs):
-    """Jobs that live and die as a test says, on a cluster of one node with 8 CPUs."""
-
-    def __init__(self) -> None:
-        self.commands: list[tuple[str, Sequence[str]]] = []
-        self.known: dict[str, JobState] = {}
-        self.killed: list[str] = []
-        self.broken: set[str] = set()
-        self.answers = True
-
-    def submit(self, run: str, folder: Path, command: Sequence[str], *, stop_wait_s: float) -> None:
-        if run in self.broken:
-            raise RuntimeError("a bug")
-        self.commands.append((run, command))
-        self.known[run] = JobState.RUNNING
-
-    def states(self, folders: Mapping[str, Path]) -> dict[str, JobState]:
-        self._refuse()
-        return {run: state for run, state in self.known.items() if run in folders}
-
-    def reserved(self) -> Reserved:
-        """Nobody has reserved anything, but for who runs and has said so."""
-        self._refuse()
-        held = [Held(run, "a", {"CPU": 4.0}) for run, state in self.known.items() if state is JobState.RUNNING]
-        return Reserved((Node("a", {"CPU": 8.0}),), tuple(held))
-
-    def kill(self, run: str, folder: Path) -> None:
-        self.killed.append(run)
-
-    def ready(self) -> None:
-        return
-
-    def _refuse(self) -> None:
-        if not self.answers:
-            raise Problem(503, "Ray's Job API does not answer")
-
-    @property
-    def started(self) -> list[str]:
-        return [run for run, _ in self.commands]
-
-
-class Watched:
-    """A queue over folders that a test writes, and the jobs that it starts."""
-
-    def __init__(self, root: Path, **settings: Any) -> None:
-        self.root, self.jobs = root, ScriptedJobs()
-        self.settings = Settings(root, token=None, budget=Budget(3, 0.0), **settings)
-        self.queue = RunQueue(root, self.jobs, self.settings)
-
-    def add(self, run: str, priority: int = 0, *, submitted: float = 0.0, cpus: float = 4.0) -> Path:
-        folder = write_run(self.root, run)
-        (folder / "config.json").write_text(json.dumps({"checkpoint": {"grace_s": 15}, "phases": {}}))
-        entries.write(folder, Entry(priority, submitted, (Bundle(("policy",), {"CPU": cpus}),)))
-        return folder
-
-    def runs(self, run: str) -> None:
-        """It has reserved what it is to have."""
-        add_events(self.root / run, {"event": "reserved"})
-
-    def dies(self, run: str, *console: str, state: JobState | None = JobState.ENDED) -> Entry:
-        with (self.root / run / "console.log").open("a") as stream:
-            stream.write("".join(f"{line}\n" for line in console))
-        if state is None:
-            del self.jobs.known[run]
-        else:
-            self.jobs.known[run] = state
-        self.queue.look()
-        return self.entry(run)
-
-    def entry(self, run: str) -> Entry:
-        found = entries.read(self.root / run)
-        assert found is not None
-        return found
-
-    def summary(self, run: str) -> RunSummary:
-        return RunFolders(self.root).summary(run)
 
 
 @pytest.fixture

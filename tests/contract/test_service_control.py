@@ -177,9 +177,11 @@ def test_the_job_of_a_run_has_its_id_and_a_run_that_goes_on_takes_the_place_of_i
         assert jobs["one"]["runtime_env"] == {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "45"}}
         assert ray.states({"one": tmp_path, "two": tmp_path}) == {"one": "running"}
         with pytest.raises(Exception, match="has a job, which is running"):
-            ray.submit("one", tmp_path, ["troupe"], stop_wait_s=1)
+            ray.clear("one", tmp_path)
         ray.kill("one", tmp_path)
         assert ray.states({"one": tmp_path}) == {"one": "stopped"}
+        ray.clear("one", tmp_path)
+        assert ray.states({"one": tmp_path}) == {}
         ray.submit("one", tmp_path, ["troupe", "resume"], stop_wait_s=1)
         assert (jobs["one"]["entrypoint"], jobs["one"]["status"]) == ("troupe resume", "RUNNING")
         assert jobs["deleted"]["seconds_after_its_end"] >= 0.4, "before that Ray would take the new job for the old one"

@@ -26,6 +26,8 @@ CHECKS = ("not_a_server_error", "status_code_conformance", "content_type_conform
 class NoJobs:
     """A Ray on which every job ends at once."""
 
+    def clear(self, run: str, folder: Path) -> None: ...
+
     def submit(self, run: str, folder: Path, command: Sequence[str], *, stop_wait_s: float) -> None: ...
 
     def states(self, folders: Mapping[str, Path]) -> dict[str, JobState]:

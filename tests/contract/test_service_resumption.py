@@ -31,6 +31,9 @@ class KnownJobs:
         self.commands: list[Sequence[str]] = []
         self.known: dict[str, JobState] = {}
 
+    def clear(self, run: str, folder: Path) -> None:
+        self.known.pop(run, None)
+
     def submit(self, run: str, folder: Path, command: Sequence[str], *, stop_wait_s: float) -> None:
         self.commands.append(command)
         self.known[run] = JobState.RUNNING
