@@ -24,7 +24,8 @@ from orchestrator.config.loading import SUBMITTED, find_recipe, load_config, res
 from orchestrator.config.schema import RunConfig
 from orchestrator.console_copy import CONSOLE_FILE
 from orchestrator.restarts import COMMAND, folder_of
-from orchestrator.run_handle import RunHandle, failure_of, wait_for
+from orchestrator.run_handle import RunHandle, wait_for
+from orchestrator.status import failure_of
 
 START_TIMEOUT_S = 600.0  # until a run has its folder: reading the data, the first time perhaps from the Hub
 

@@ -26,15 +26,13 @@ from orchestrator.json_lines import LineReader, last_lines
 from orchestrator.queueing import entry as entries
 from orchestrator.queueing.entry import Entry, Stage
 from orchestrator.reporting.metrics import METRICS_FILE
-from orchestrator.restarts import REFUSED
 from orchestrator.result import RunResult
-from orchestrator.status import State, Status, has_ended, in_one_line, last_words, queue_says
+from orchestrator.status import State, Status, failure_of, has_ended, in_one_line, last_words, queue_says
 
 ANSWER_TIMEOUT_S = 600.0  # until a run is between two steps
 END_TIMEOUT_S = 24 * 3600.0
 SILENCE_S = 3600.0
 POLL_S = 0.1
-SHOWN_LINES = 30  # of the console of a run that failed
 
 T = TypeVar("T")
 
@@ -392,17 +390,3 @@ def wait_for(found: Callable[[], T | None], timeout_s: float, what: str) -> T:
         if time.monotonic() > deadline:
             raise NoAnswerInTime(f"waited {timeout_s:g} s for {what}; a longer wait is timeout_s=SECONDS")
         time.sleep(POLL_S)
-
-
-def failure_of(process: subprocess.Popen[bytes] | None, console: Path) -> ConfigError | RunError:
-    """What ended a run, in the words that it printed."""
-    printed = console.read_text(errors="replace").strip().splitlines() if console.exists() else []
-    said = [number for number, line in enumerate(printed) if line.startswith("troupe: ")]
-    lines = printed[said[0] :] if said else printed
-    words = "\n".join(lines[-SHOWN_LINES:]) or (
-        f"it printed nothing in {console}" if console.exists() else "what it printed was not kept"
-    )
-    if process is not None and process.poll() == REFUSED:
-        return ConfigError(words.removeprefix("troupe: refused: "))
-    code = "" if process is None else f" with exit code {process.poll()}"
-    return RunError(f"the run ended{code}: {words}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -9,6 +10,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from actors.errors import ConfigError, RunError
+from orchestrator import restarts
 from orchestrator.cluster.control import EVENTS_FILE, events
 from orchestrator.console_copy import CONSOLE_FILE
 from orchestrator.json_lines import LineReader
@@ -16,7 +19,7 @@ from orchestrator.queueing.entry import Entry, Stage
 
 TAIL_BYTES = 2**14
 REFUSED, FAILED = "troupe: refused: ", "troupe: the run failed: "  # as the command says it
-SHOWN_LINES = 10
+SHOWN_LINES, SHOWN_OF_FAILURE = 10, 30
 
 
 class State(StrEnum):
@@ -120,3 +123,17 @@ def in_one_line(lines: Sequence[str]) -> str:
     for line in rest:
         joined += f"{' ' if joined.endswith((':', ',', ';')) else '; '}{line.strip()}"
     return joined
+
+
+def failure_of(process: subprocess.Popen[bytes] | None, console: Path) -> ConfigError | RunError:
+    """What ended a run, in the words that it printed."""
+    printed = console.read_text(errors="replace").strip().splitlines() if console.exists() else []
+    said = [number for number, line in enumerate(printed) if line.startswith("troupe: ")]
+    lines = printed[said[0] :] if said else printed
+    words = "\n".join(lines[-SHOWN_OF_FAILURE:]) or (
+        f"it printed nothing in {console}" if console.exists() else "what it printed was not kept"
+    )
+    if process is not None and process.poll() == restarts.REFUSED:
+        return ConfigError(words.removeprefix(REFUSED))
+    code = "" if process is None else f" with exit code {process.poll()}"
+    return RunError(f"the run ended{code}: {words}")
