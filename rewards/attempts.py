@@ -9,7 +9,7 @@ succeeds.
                                                 drop, fail ─► Dropped, BudgetExhausted
                                                 a number ─► that number for each sample
 
-Waiting for a slot is no failure and counts towards no deadline.
+Waiting for a slot is no failure and counts towards no deadline; that of the worker's call ends it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from actors.batch import Array
 from actors.errors import BudgetExhausted, DataFailure, Dropped, InfraFailure, RunError
+from actors.worker import consume_exception
 from rewards.reward import AttemptFailed, FailureKind, Handling, OnFailure, pause_s
 
 T = TypeVar("T")
@@ -67,9 +67,12 @@ class GaveUp(Exception):
 class Attempts:
     """The calls of one reward on behalf of one worker. Used from one event loop."""
 
-    def __init__(self, retries: int, concurrency: int | None) -> None:
+    def __init__(self, retries: int, concurrency: int | None, *, runs_on: bool = False) -> None:
+        """`runs_on`: an attempt that has begun does not end because the call that waits for it is cancelled, as a
+        function in a thread does not. It keeps its slot, and whatever it does at its deadline it does."""
         self._attempts = 1 + retries
-        self._slots = asyncio.Semaphore(concurrency) if concurrency else nullcontext()
+        self._slots = asyncio.Semaphore(concurrency) if concurrency else None
+        self._runs_on = runs_on
 
     async def run(
         self,
@@ -82,9 +85,12 @@ class Attempts:
         for number in range(self._attempts):
             began = time.monotonic()
             try:
-                async with self._slots:
-                    began = time.monotonic()
-                    result = await attempt()
+                if self._slots is not None:
+                    await self._slots.acquire()
+                began = time.monotonic()
+                call = asyncio.ensure_future(attempt())
+                call.add_done_callback(self._ended)
+                result = await (asyncio.shield(call) if self._runs_on else call)
                 return result, time.monotonic() - began
             except AttemptFailed as failed:
                 failures[failed.kind] += 1
@@ -92,6 +98,11 @@ class Attempts:
                     raise GaveUp(failed, number + 1, time.monotonic() - began) from None
                 await asyncio.sleep(pause_s(number, failed.retry_after_s))
         raise AssertionError("the last attempt returns or raises")
+
+    def _ended(self, call: asyncio.Future[Any]) -> None:
+        consume_exception(call)  # if it ran on, nobody waits for it
+        if self._slots is not None:
+            self._slots.release()
 
 
 async def within(limit_s: float | None, call: Awaitable[T], name: str) -> T:

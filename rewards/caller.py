@@ -2,7 +2,8 @@
 (`attempts`).
 
 An async call is cancelled at its deadline. A function in a thread cannot be stopped: it `hangs`, is not tried again
-beside itself, and its process has to be replaced.
+beside itself, and its process has to be replaced. The same becomes of one whose call is cancelled; until its deadline
+it keeps its place among the `concurrency` calls, so that one that is not thread-safe does not run beside itself.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class RewardCaller:
         self.reward, self.name, self.weight = reward, reward.name, reward.weight
         self.hanging = 0  # calls of a sync function that passed their deadline and still run
         self._threads = threads
-        self._attempts = Attempts(reward.handling.retries, reward.handling.concurrency)
+        self._attempts = Attempts(reward.handling.retries, reward.handling.concurrency, runs_on=not reward.is_async)
 
     async def score(self, samples: Samples) -> Scored:
         """Raises InfraFailure, DataFailure or BudgetExhausted with the reward's name, as `on_failure` says."""

@@ -33,8 +33,9 @@ class Environment(Protocol):
 
     It may have `tools`: functions, or JSON schemas, that the chat template shows to the model. `step` carries out their
     calls. It may have `get_reward() -> float | None`: what the whole episode earned, asked once at its end; and
-    `abandon()`, called where an episode ends without that. With `owns_prompt = True` the messages of its `reset` are
-    the whole conversation so far, and the row's prompt is none."""
+    `abandon()`, called where an episode ends without that, if need be beside a sync call that was given up and still
+    runs in its thread; after such a call the instance is in no other episode. With `owns_prompt = True` the messages of
+    its `reset` are the whole conversation so far, and the row's prompt is none."""
 
     def reset(self, row: dict[str, Any]) -> Any:
         """Begin an episode. `row`: the data set's columns, `prompt` among them. Returns the messages that follow the

@@ -61,9 +61,13 @@ class Reply:
 
 @dataclass
 class _Session:
+    """`unfinished`: calls of the environment that did not return. A sync one that was cancelled may still run in its
+    thread, and would write into the next episode: such an environment is not used again."""
+
     environment: Environment
     phase: str
     route: str
+    unfinished: int = 0
 
 
 class EnvironmentWorker:
@@ -102,7 +106,7 @@ class EnvironmentWorker:
 
     async def open(self, episode: str, phase: str, prompt: str | list[Message], columns: Mapping[str, Any]) -> Opened:
         """Begin an episode; one that has that name already is forgotten. Raises DataFailure if the environment raises,
-        or the row names none."""
+        or the row names none, InfraFailure if another call ended this episode or began it again meanwhile."""
         await self._abandon(episode)
         route = str(columns.get(ROUTED_BY, "")) if self._specs[phase].routed else ""
         if route not in self._makers[phase]:
@@ -114,8 +118,14 @@ class EnvironmentWorker:
             "prompt": prompt,
             **{name: value for name, value in columns.items() if not (route and name == ROUTED_BY)},
         }
-        said = await self._run(f"{type(environment).__name__}.reset", environment.reset, row)
-        self._sessions[episode] = _Session(environment, phase, route)
+        session = self._sessions[episode] = _Session(environment, phase, route)
+        try:
+            said = await self._asked(session, f"{type(environment).__name__}.reset", environment.reset, row)
+        except (Exception, asyncio.CancelledError):
+            await self._abandon(episode, session)
+            raise
+        if self._sessions.get(episode) is not session:
+            raise InfraFailure(f"{self.name}: episode {episode} was ended, or begun again, while it began")
         is_fixed = isinstance(environment, ToolEnvironment)  # others may have other tools in each episode
         tools = self._schemas[phase, route] if is_fixed else self._specs[phase].schemas_of(environment)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
@@ -132,11 +142,11 @@ class EnvironmentWorker:
         began = time.monotonic()
         what = f"{type(environment).__name__}.step"
         try:
-            answer = await self._run(what, environment.step, message)
+            answer = await self._asked(session, what, environment.step, message)
             messages, reward, done = _checked_step(what, answer, max_chars)
         except DataFailure:
             # Who knows in which state it is: another one is built for the next episode.
-            await self._abandon(episode)
+            await self._abandon(episode, session)
             raise
         seconds = time.monotonic() - began
         calls, failures = len(message.get("tool_calls") or []), 0
@@ -149,7 +159,7 @@ class EnvironmentWorker:
         ignored, unless they are to be scored."""
         if not score:
             if (left := await self._abandon(episode)) is not None:
-                self._idle[left.phase, left.route].append(left.environment)
+                self._put_back(left)
             return None
         session = self._session(episode)
         del self._sessions[episode]
@@ -157,26 +167,42 @@ class EnvironmentWorker:
         ask = getattr(environment, "get_reward", None)
         if ask is not None:
             what = f"{type(environment).__name__}.get_reward"
-            reward = _number(what, await self._run(what, ask))
-        self._idle[session.phase, session.route].append(environment)
+            reward = _number(what, await self._asked(session, what, ask))
+        self._put_back(session)
         return reward
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _abandon(self, episode: str) -> _Session | None:
-        """Forget an episode, if it is here, and tell its environment. What that raises is of no interest any more."""
-        session = self._sessions.pop(episode, None)
-        stop = None if session is None else getattr(session.environment, "abandon", None)
+    async def _abandon(self, episode: str, only: _Session | None = None) -> _Session | None:
+        """Forget an episode, if it is here, and tell its environment. What that raises is of no interest any more.
+        `only`: unless it was begun again meanwhile, and the session of that name is another one."""
+        session = self._sessions.get(episode)
+        if session is None or (only is not None and only is not session):
+            return None
+        del self._sessions[episode]
+        stop = getattr(session.environment, "abandon", None)
         if stop is not None:
             with suppress(DataFailure, InfraFailure):
-                await self._run("abandon", stop)
+                await self._asked(session, "abandon", stop)
         return session
+
+    def _put_back(self, session: _Session) -> None:
+        """Keep the environment of an episode that has ended for the next one, if nothing is left over in it."""
+        if not session.unfinished:
+            self._idle[session.phase, session.route].append(session.environment)
 
     def _session(self, episode: str) -> _Session:
         if episode not in self._sessions:
             raise InfraFailure(f"{self.name} has no episode {episode}: it was begun in another process")
         return self._sessions[episode]
+
+    async def _asked(self, session: _Session, what: str, function: Callable[..., Any], *args: Any) -> Any:
+        """What a method of the session's environment returns. Raises DataFailure if it raises."""
+        session.unfinished += 1
+        answer = await self._run(what, function, *args)
+        session.unfinished -= 1  # not in a `finally`: see `_Session`
+        return answer
 
     async def _run(self, what: str, function: Callable[..., Any], *args: Any) -> Any:
         with self._lock:

@@ -111,6 +111,17 @@ def with_deadlines(specs: Iterable[AnySpec], timeout_s: float) -> list[AnySpec]:
     ]
 
 
+def with_concurrency(specs: Iterable[AnySpec], calls: int) -> list[AnySpec]:
+    """Each function that has no limit of its own gets that of its worker's calls. Without one, the thread of a function
+    that was given up would run beside the worker's next call."""
+    return [
+        replace(spec, handling=replace(spec.handling, concurrency=calls))
+        if isinstance(spec, RewardSpec) and spec.handling.concurrency is None
+        else spec
+        for spec in specs
+    ]
+
+
 def asks_engines(spec: AnySpec) -> bool:
     """Whether it is a judge that is an engine role of the run."""
     return isinstance(spec, JudgeSpec) and spec.by_engine

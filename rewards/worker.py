@@ -11,7 +11,8 @@ here (`engine_judge`). What is done around each call, and what follows if it giv
 A function that raises, whatever it raises, is a `DataFailure` and never a reward; if it raises `InfraFailure`, the
 samples are tried elsewhere. One that hangs is ended from outside: the pool's deadline, or a ping that says so, kills
 this process; the pool starts another and tries the samples again there. Up to `roles.reward.concurrency` calls of one
-function run at the same time; a function that cannot bear that wants a concurrency of 1.
+function run at the same time, those that were given up and still run among them; a function that cannot bear that wants
+a concurrency of 1.
 """
 
 from __future__ import annotations

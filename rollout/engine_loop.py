@@ -105,6 +105,11 @@ class EngineLoop:
         do not count: they come from other processes, and whoever orders them has a deadline for that."""
         return time.monotonic() - self._turned if self._pending and not (self._stands or self._loading) else 0.0
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether no engine is here: its thread was not started, or has closed it."""
+        return not self._thread.is_alive()
+
     def generate(self, request: Request) -> Future[list[Completion]]:
         """The request's samples; the same future for an id that is being generated already."""
         future = self._pending.get(request.id)

@@ -227,6 +227,11 @@ class RolloutWorker:
         if self._asleep:
             raise InfraFailure(f"{self.name} sleeps, and its weights are not on its device: `wake` comes before {what}")
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether its engine is gone, which it need not be after `close`: that waits no longer than CLOSE_TIMEOUT_S."""
+        return self._loop.has_ended
+
     def close(self) -> None:
         """End the threads and the engine. Calls in flight raise InfraFailure. Closing twice is fine."""
         self._loop.close(min(self._stall_s, CLOSE_TIMEOUT_S))

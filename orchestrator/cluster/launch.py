@@ -40,7 +40,7 @@ from orchestrator.planning.prepared import Prepared, PreparedPhase
 from orchestrator.plugins import importable
 from orchestrator.publishing.publisher import Publisher
 from rewards.environment_worker import EnvironmentWorker
-from rewards.specs import call_timeout_s, with_deadlines
+from rewards.specs import call_timeout_s, with_concurrency, with_deadlines
 from rewards.worker import RewardWorker
 from rollout.conversation import ConversationSpec
 from rollout.engine import EngineSpec
@@ -299,7 +299,8 @@ class _Starting:
 
     def scorers(self, role: str) -> Pool:
         settings = self.prepared.config.roles.scorers(role)
-        rewards = with_deadlines(self.prepared.rewards, settings.timeout_s)
+        rewards = with_concurrency(self.prepared.rewards, settings.concurrency)
+        rewards = with_deadlines(rewards, settings.timeout_s)
         policy = PoolPolicy(
             slots=settings.concurrency,
             max_attempts=settings.max_attempts,

@@ -68,10 +68,14 @@ class AgentEnvironment:
         self._end()
         self._history, self._names = [], {}
         self._key, base_url = await endpoint().open(self._ask)
-        self._agent = _started(self._run, row, base_url, self._key)
-        first = await self._next()
-        if first is None:
-            raise RuntimeError("the agent ended without a request to the model")
+        try:
+            self._agent = _started(self._run, row, base_url, self._key)
+            first = await self._next()
+            if first is None:
+                raise RuntimeError("the agent ended without a request to the model")
+        except BaseException:  # a cancellation, too: the agent would wait for ever behind an address of its own
+            self._end()
+            raise
         self.tools = list(first.get("tools") or [])
         self._history = [dict(message) for message in first["messages"]]
         return [self._for_template(message) for message in self._history]

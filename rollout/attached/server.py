@@ -60,6 +60,7 @@ class EngineServer:
     def __init__(self, offer: Offer, say: Callable[[str], None] = lambda _: None) -> None:
         self._offer, self._say = offer, say
         self._worker: RolloutWorker | None = None
+        self._last: RolloutWorker | None = None  # was closed, and may not have ended yet
         self._session, self._heard = "", 0.0
         self._attaching = asyncio.Lock()
 
@@ -74,7 +75,10 @@ class EngineServer:
         """End the engine. Calls in flight raise InfraFailure."""
         worker, self._worker, self._session = self._worker, None, ""
         if worker is not None:
+            self._last = worker
             await asyncio.to_thread(worker.close)
+            if worker.has_ended:
+                self._last = None
 
     def _guarded(self, handle: Callable[[web.Request], Awaitable[Any]]) -> Any:
         """The handler behind the token, with its errors as answers."""
@@ -104,6 +108,11 @@ class EngineServer:
             if self._worker is not None and time.monotonic() - self._heard < LEASE_S:
                 raise InfraFailure(f"this engine serves another run ({self._worker.name})")
             await self.close()
+            if self._last is not None and not self._last.has_ended:  # two would not fit into the memory
+                raise InfraFailure(
+                    f"this engine is still ending the engine of its last run ({self._last.name}): try again, and "
+                    "restart `troupe engine` if that takes minutes"
+                )
             self._worker = RolloutWorker(name, self._offer.applied(spec))
             self._session, self._heard = secrets.token_urlsafe(16), time.monotonic()
             self._say(f"attached as {name}: {spec.kind}, {self._offer.model or spec.model}")
@@ -111,7 +120,9 @@ class EngineServer:
 
     async def _detach(self, request: web.Request) -> None:
         self._of_session(request)
-        await self.close()
+        async with self._attaching:  # who attaches it now waits until it has ended
+            self._of_session(request)
+            await self.close()
         self._say("detached")
 
     async def _call(self, request: web.Request) -> Any:

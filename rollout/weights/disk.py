@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,7 +20,8 @@ from rollout.weights.protocol import SendReport, SyncOrder
 
 @dataclass(frozen=True)
 class DiskWrite:
-    """An export consumer: writes the buckets to a temporary file and renames it. Other versions are removed."""
+    """An export consumer: writes the buckets to a temporary file and renames it. Other versions, and what a
+    writer that was killed has left, are removed. A folder has one writer."""
 
     order: SyncOrder
 
@@ -71,10 +72,14 @@ def _file(order: SyncOrder) -> Path:
 
 def _write_whole(file: Path, buckets: dict[str, Tensor]) -> None:
     """Writes the file completely or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(f".tmp-{os.getpid()}")
+    # A folder of its own: the library writes under a name of its choice first. There is one writer, so what is in it
+    # was left by one that was killed.
+    unfinished = file.parent / "unfinished"
+    if unfinished.exists():
+        shutil.rmtree(unfinished)
+    unfinished.mkdir(parents=True)
     try:
-        save_file(buckets, temporary)
-        temporary.replace(file)
+        save_file(buckets, unfinished / file.name)
+        (unfinished / file.name).replace(file)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(unfinished, ignore_errors=True)  # else the next one removes it, or says why it cannot

@@ -4,6 +4,7 @@ and nobody without the token, and nobody but the run that attached it, is served
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -241,6 +242,41 @@ async def test_a_call_that_is_cancelled_is_aborted_there_and_one_of_an_engine_th
         await worker.kill()
         with pytest.raises(InfraFailure):
             await call
+
+
+@pytest.mark.parametrize("waits", [True, False], ids=["waits for the end", "goes away before it"])
+async def test_an_engine_is_attached_again_when_the_last_one_has_ended_and_not_before(waits: bool) -> None:
+    """Between two steps, which last so long that the engine is still there when its run gives it back."""
+    slow = replace(SCRIPTED, options={"seconds_per_step": 1.5}, max_model_len=200)
+    refusals: list[str] = []
+    async with asyncio.timeout(60), engine() as address, attached(address, slow) as first:
+        await first.call("ready", timeout_s=60)
+        call = asyncio.ensure_future(first.call("generate", request(sampling={"stop": ()}, n=200), timeout_s=60))
+        while (await first.call("ping", timeout_s=5))["requests"] != 1:
+            await asyncio.sleep(0.01)
+        assert engines() == 1
+        given_back = asyncio.ensure_future(first.kill())
+        with pytest.raises(InfraFailure, match="attached to another run, or to none"):
+            while True:
+                await first._post("ping", [], 5.0, last=True)  # pyright: ignore[reportPrivateUsage]
+        if not waits:
+            given_back.cancel()
+        while True:
+            try:
+                async with attached(address):
+                    assert engines() == 0
+                break
+            except InfraFailure as error:
+                refusals.append(str(error))
+                await asyncio.sleep(0.05)
+        await asyncio.wait({call, given_back})
+        assert isinstance(call.exception(), InfraFailure)
+    assert bool(refusals) is not waits
+    assert all("is still ending the engine of its last run (rollout/7)" in refusal for refusal in refusals)
+
+
+def engines() -> int:
+    return sum(thread.name.startswith("engine ") for thread in threading.enumerate())
 
 
 def test_an_address_is_a_server_s_and_nothing_else() -> None:

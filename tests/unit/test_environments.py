@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,10 @@ from rewards.environment_specs import EnvironmentSpec
 from rewards.environment_worker import EnvironmentWorker, Opened, Reply
 
 CODE = '''
+import time
+from pathlib import Path
+
+
 def add(a: int, b: int) -> int:
     """Add two numbers.
 
@@ -89,6 +93,37 @@ class Guess:
         if message["content"] == self.secret:
             return [], 1.0, True
         return {"role": "user", "content": "no" * 50}, -0.5, not self.left
+
+
+class Slow:
+    """Its calls may wait for a file, in a thread that nobody can stop."""
+
+    def __init__(self):
+        self.log = []
+
+    def reset(self, row):
+        self.log.append("reset")
+        self.folder = Path(row["folder"])
+        self.wait(row.get("reset", ""))
+
+    def step(self, message):
+        self.wait(message["content"])
+        self.log.append(message["content"])
+        if message["content"] == "fail":
+            raise RuntimeError("late")
+        return "and then?", None, False
+
+    def get_reward(self):
+        return self.log.count("hold")
+
+    def abandon(self):
+        self.log.append("abandoned")
+
+    def wait(self, what):
+        if what in ("hold", "fail"):
+            (self.folder / "began").touch()
+            while not (self.folder / "go").exists():
+                time.sleep(0.01)
 '''
 
 
@@ -223,6 +258,90 @@ def test_an_environment_that_raises_or_answers_garbage_fails_the_sample(code: st
             await worker.step("e", {"role": "assistant", "content": "7"})
 
     run(worker_of(EnvironmentSpec.of((), f"{code}:Guess", {}, {})), talk)
+
+
+def test_an_environment_whose_step_still_runs_in_a_thread_is_in_no_other_episode(code: str, tmp_path: Path):
+    async def talk(worker: EnvironmentWorker) -> tuple[list[str], float | None, bool, bool]:
+        await worker.open("e", "a", "Go.", {"folder": str(tmp_path)})
+        left: Any = worker._sessions["e"].environment  # pyright: ignore
+        await cancelled(worker.step("e", turn("hold")), tmp_path)
+        await worker.end("e", score=False)
+        await worker.open("f", "a", "Go.", {"folder": str(tmp_path)})
+        is_reused = worker._sessions["f"].environment is left  # pyright: ignore
+        (tmp_path / "go").touch()
+        await until(lambda: "hold" in left.log)
+        reward = await worker.end("f", score=True)
+        # One that was given up between two turns is used again.
+        await worker.open("g", "a", "Go.", {"folder": str(tmp_path)})
+        between = worker._sessions["g"].environment  # pyright: ignore
+        await worker.step("g", turn("a word"))
+        await worker.end("g", score=False)
+        await worker.open("h", "a", "Go.", {"folder": str(tmp_path)})
+        return left.log, reward, is_reused, worker._sessions["h"].environment is between  # pyright: ignore
+
+    log, reward, is_reused, is_kept = run(worker_of(EnvironmentSpec.of((), f"{code}:Slow", {}, {})), talk)
+    assert reward == 0.0 and not is_reused and is_kept
+    assert log == ["reset", "abandoned", "hold"]
+
+
+def test_a_late_error_of_an_episode_leaves_the_one_that_was_begun_again_alone(code: str, tmp_path: Path):
+    async def talk(worker: EnvironmentWorker) -> tuple[Reply, float | None]:
+        await worker.open("e", "a", "Go.", {"folder": str(tmp_path)})
+        late = asyncio.ensure_future(worker.step("e", turn("fail")))
+        await until((tmp_path / "began").exists)
+        await worker.open("e", "a", "Go.", {"folder": str(tmp_path)})  # on another rollout worker
+        (tmp_path / "go").touch()
+        with pytest.raises(DataFailure, match="late"):
+            await late
+        return await worker.step("e", turn("hold")), await worker.end("e", score=True)
+
+    reply, reward = run(worker_of(EnvironmentSpec.of((), f"{code}:Slow", {}, {})), talk)
+    assert reply.messages == [{"role": "user", "content": "and then?"}] and reward == 1.0
+
+
+def test_a_late_start_of_an_episode_does_not_replace_the_one_that_was_begun_again(code: str, tmp_path: Path):
+    async def talk(worker: EnvironmentWorker) -> float | None:
+        late = asyncio.ensure_future(worker.open("e", "a", "Go.", {"folder": str(tmp_path), "reset": "hold"}))
+        await until((tmp_path / "began").exists)
+        await worker.open("e", "a", "Go.", {"folder": str(tmp_path)})
+        (tmp_path / "go").touch()
+        await worker.step("e", turn("hold"))
+        with pytest.raises(InfraFailure, match="episode e was ended, or begun again, while it began"):
+            await late
+        return await worker.end("e", score=True)
+
+    assert run(worker_of(EnvironmentSpec.of((), f"{code}:Slow", {}, {})), talk) == 1.0
+
+
+def test_an_environment_whose_start_is_cancelled_is_abandoned_and_in_no_other_episode(code: str, tmp_path: Path):
+    async def talk(worker: EnvironmentWorker) -> tuple[list[str], bool]:
+        left: Any = worker._idle["a", ""][0]  # pyright: ignore
+        await cancelled(worker.open("e", "a", "Go.", {"folder": str(tmp_path), "reset": "hold"}), tmp_path)
+        (tmp_path / "go").touch()
+        await worker.end("e", score=False)
+        await worker.open("f", "a", "Go.", {"folder": str(tmp_path)})
+        return left.log, worker._sessions["f"].environment is left  # pyright: ignore
+
+    assert run(worker_of(EnvironmentSpec.of((), f"{code}:Slow", {}, {})), talk) == (["reset", "abandoned"], False)
+
+
+def turn(said: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": said}
+
+
+async def cancelled(call: Coroutine[Any, Any, Any], folder: Path) -> None:
+    """The call, cancelled once the user's code is in it."""
+    task = asyncio.ensure_future(call)
+    await until((folder / "began").exists)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize(

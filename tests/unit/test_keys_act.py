@@ -168,6 +168,12 @@ async def _started(prepared: Prepared, plan: Plan, recorder: Any) -> list[Any]:
     return [recorder.started, sorted(policies, key=str), {role: rank_limits(prepared.config, role) for role in groups}]
 
 
+def test_a_function_without_a_limit_of_its_own_has_that_of_its_role_where_it_is_started():
+    for calls in (1, 3):
+        told = made_of(at(["roles", "reward", "concurrency"], calls, GRPO))
+        assert f"timeout_s=None, retries=0, on_failure='retry', concurrency={calls})" in told
+
+
 @cache
 def roles_with(key: str) -> list[str]:
     return [name for name in all_keys() if name.startswith("roles.") and name.split(".", 2)[2:] == [key]]

@@ -15,6 +15,8 @@ from actors.errors import DataFailure
 from actors.worker import LocalWorker
 from rewards.environment_specs import EnvironmentSpec
 from rewards.environment_worker import EnvironmentWorker, Opened, Reply
+from rewards.environments.chat_endpoint import endpoint
+from rewards.environments.openai_agent import AgentEnvironment
 from rollout.conversation import Conversation
 from rollout.episode import Dialogue, EpisodeRequest, Limits
 from rollout.sampling import Completion, Finish, Request, Sampling
@@ -24,7 +26,7 @@ from tests.conversations import byte_tokenizer
 pytest.importorskip("openai")
 
 AGENTS = '''
-import asyncio, json, threading
+import asyncio, json, time
 from pathlib import Path
 from openai import AsyncOpenAI, OpenAI, APIStatusError
 from rewards.environments.openai_agent import AgentEnvironment
@@ -110,6 +112,10 @@ async def breaks(row, base_url, api_key):
     raise KeyError("no such thing")
 
 def is_told_that_it_is_over(row, base_url, api_key):
+    if "prepares_until" in row:
+        Path(__file__).with_name("began").touch()
+        while not Path(row["prepares_until"]).exists():
+            time.sleep(0.01)
     try:
         OpenAI(base_url=base_url, api_key=api_key).chat.completions.create(
             model="x", messages=[{"role": "user", "content": "x"}])
@@ -225,13 +231,56 @@ def test_an_agent_whose_episode_ends_without_it_is_told_so(tmp_path: Path, how: 
             await worker.open("cut", "seen", "", {})
         else:
             assert await worker.end("cut", score=how == "cut") is None
-        while True:  # ended by `with_worker`
-            await asyncio.sleep(0.1)
-            opened = await worker.open("later", "seen", "", {})
-            if told := json.loads(opened.prompt[0]["content"]):
-                return told
+        return await what_agents_were_told(worker)
 
     assert with_worker(tmp_path, talk, "is_told_that_it_is_over", "seen") == [[410, True]]
+
+
+def test_an_agent_whose_start_is_cancelled_is_told_so(tmp_path: Path):
+    go = tmp_path / "go"
+
+    async def talk(worker: EnvironmentWorker) -> list[Any]:
+        row = {"prepares_until": str(go)}
+        start = asyncio.ensure_future(worker.open("cut", "is_told_that_it_is_over", "", row))
+        while not (tmp_path / "began").exists():  # ended by `with_worker`
+            await asyncio.sleep(0.01)
+        start.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await start
+        go.touch()
+        return await what_agents_were_told(worker)
+
+    assert with_worker(tmp_path, talk, "is_told_that_it_is_over", "seen") == [[410, True]]
+
+
+async def test_a_start_that_is_cancelled_leaves_no_agent_and_no_address():
+    called: list[str] = []
+
+    async def agent(row: dict[str, Any], base_url: str, api_key: str) -> None:
+        called.append(api_key)
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            called.append("cancelled")
+            raise
+
+    start = asyncio.ensure_future(AgentEnvironment(agent).reset({}))
+    async with asyncio.timeout(30):
+        while not called:
+            await asyncio.sleep(0.01)
+    assert endpoint()._open.keys() == {called[0]}  # pyright: ignore
+    start.cancel()
+    await asyncio.wait({start}, timeout=30)
+    await asyncio.sleep(0)  # in which the agent's cancellation arrives
+    assert start.cancelled() and called[1:] == ["cancelled"] and not endpoint()._open  # pyright: ignore
+
+
+async def what_agents_were_told(worker: EnvironmentWorker) -> list[Any]:
+    while True:  # ended by `with_worker`
+        await asyncio.sleep(0.1)
+        opened = await worker.open("later", "seen", "", {})
+        if told := json.loads(opened.prompt[0]["content"]):
+            return told
 
 
 def test_many_sync_agents_wait_at_the_same_time(tmp_path: Path):

@@ -17,7 +17,7 @@ from rewards.judge import Judge, JudgeSpec
 from rewards.loading import RewardSpec
 from rewards.named_actor import ActorSpec
 from rewards.reward import LONGEST_PAUSE_S, Handling, pause_s
-from rewards.specs import GRACE_S, call_timeout_s, with_deadlines
+from rewards.specs import GRACE_S, call_timeout_s, with_concurrency, with_deadlines
 from rewards.worker import RewardWorker, ScoreResult
 from tests.unit.reward_stage import samples, tokenizer
 
@@ -51,6 +51,24 @@ def seen(completions):
 
 def two(completions):
     return [2.0] * len(completions)
+
+at = most = 0
+
+def alone(completions, until):
+    global at, most
+    calls.append("alone")
+    at += 1
+    most = max(at, most)
+    hangs(completions, until)
+    at -= 1
+    return [float(most)] * len(completions)
+
+def fails_beside(completions, until):
+    while "alone" not in calls:
+        time.sleep(0.01)
+    if not __import__("os").path.exists(until):
+        raise ValueError("no such column")
+    return [0.0] * len(completions)
 """
 
 
@@ -184,6 +202,45 @@ async def test_a_failure_of_one_reward_is_not_held_up_by_another_and_gives_it_up
             await asyncio.sleep(0.01)
 
 
+async def test_a_function_that_is_given_up_for_another_one_s_failure_keeps_its_place_until_its_thread_ends(
+    file: Path, tokenizer: str, tmp_path: Path
+) -> None:
+    until = tmp_path / "go"
+    options = {"until": str(until)}
+    alone = spec(file, "alone", options, concurrency=1)
+    worker = await worker_of(tokenizer, alone, spec(file, "fails_beside", options))
+    for _ in range(3):
+        with pytest.raises(DataFailure, match="no such column"):
+            await scored(worker)
+    until.touch()
+    assert (await scored(worker)).rewards[:, 0].tolist() == [1.0, 1.0], "more of it than one ran at the same time"
+    seen = await scored(await worker_of(tokenizer, spec(file, "seen")))
+    assert seen.total.tolist() == [2.0, 2.0], "those that waited for its place were given up with their samples"
+
+
+async def test_a_function_that_hangs_after_it_was_given_up_is_told_of_as_any_other(
+    file: Path, tokenizer: str, tmp_path: Path
+) -> None:
+    until = tmp_path / "go"
+    options = {"until": str(until)}
+    worker = await worker_of(
+        tokenizer, spec(file, "alone", options, timeout_s=0.3), spec(file, "fails_beside", options)
+    )
+    health = await worker.call("ping", timeout_s=60)
+    assert health["alive"]
+    async with asyncio.timeout(20):
+        while health["alive"]:
+            with pytest.raises(DataFailure, match="no such column"):
+                await scored(worker)
+            await asyncio.sleep(0.05)  # each call leaves a thread behind
+            health = await worker.call("ping", timeout_s=60)
+    assert health["why"] == "the reward alone hangs and cannot be stopped"
+    until.touch()
+    async with asyncio.timeout(20):
+        while not (await worker.call("ping", timeout_s=60))["alive"]:
+            await asyncio.sleep(0.02)
+
+
 def test_pauses_grow_differ_and_end_at_a_limit_and_a_server_may_ask_for_longer_ones() -> None:
     assert all(0.125 <= pause_s(0) <= 0.25 and 1.0 <= pause_s(3) <= 2.0 for _ in range(50))
     assert len({pause_s(0) for _ in range(10)}) > 1
@@ -207,6 +264,15 @@ def test_a_call_with_a_judge_lasts_as_long_as_all_questions_about_its_completion
     assert call_timeout_s([same], 60.0, 2, completions=4) == turns * 3 * 50.0 + 2 * LONGEST_PAUSE_S + GRACE_S
     by_engine = JudgeSpec((Judge(role="judge_rollout"),))
     assert with_deadlines([by_engine], 7.0) == [by_engine], "whose engines have deadlines of their own"
+
+
+def test_a_function_without_a_limit_of_its_own_has_that_of_its_role() -> None:
+    specs = [
+        RewardSpec("exact_match"),
+        RewardSpec("exact_match", handling=Handling(concurrency=2)),
+        ActorSpec("ray://a/b"),
+    ]
+    assert [each.handling.concurrency for each in with_concurrency(specs, 7)] == [7, 2, None]
 
 
 def test_an_actor_without_a_deadline_has_that_of_its_role_and_a_function_none_of_its_own() -> None:

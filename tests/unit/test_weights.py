@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -182,6 +185,30 @@ def test_a_folder_keeps_the_newest_version_and_no_half_written_file(tmp_path: Pa
     with pytest.raises(ValueError, match="the trainer sends nothing more"):
         DiskWrite(SyncOrder("o", 4, "disk", manifest, folder=str(tmp_path)))(weights()[:2])
     assert [file.name for file in tmp_path.iterdir()] == ["version-3.safetensors"]
+
+
+KILLED_WRITER = """
+import resource, signal, sys
+from rollout.weights import DiskWrite, ManifestOf
+from rollout.weights.protocol import SyncOrder
+from tests.broadcast_stage import KIB, weights
+
+order = SyncOrder("o", 3, "disk", ManifestOf("float32", KIB)(weights()), folder=sys.argv[1])
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # a file that grows beyond the limit kills this process
+resource.setrlimit(resource.RLIMIT_FSIZE, (KIB, KIB))
+DiskWrite(order)(weights())
+"""
+
+
+def test_what_a_writer_that_was_killed_has_left_is_removed_by_the_next_one(tmp_path: Path):
+    manifest = ManifestOf("float32", KIB)(weights())
+    DiskWrite(SyncOrder("o", 2, "disk", manifest, folder=str(tmp_path)))(weights())
+    command = [sys.executable, "-c", KILLED_WRITER, str(tmp_path)]
+    assert subprocess.run(command, cwd=Path(__file__).parents[2], timeout=60).returncode == -signal.SIGXFSZ
+    left = [file for file in tmp_path.rglob("*") if file.is_file() and file.name != "version-2.safetensors"]
+    assert len(left) == 1, "the file that was being written"
+    DiskWrite(SyncOrder("o", 4, "disk", manifest, folder=str(tmp_path)))(weights())
+    assert [file.name for file in tmp_path.rglob("*")] == ["version-4.safetensors"]
 
 
 def test_a_missing_or_cut_off_file_is_an_infrastructure_failure(tmp_path: Path):
