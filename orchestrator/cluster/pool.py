@@ -268,7 +268,7 @@ class Pool:
     async def _suspect(self, index: int, error: InfraFailure) -> None:
         """After a failed call: evict the worker if it does not answer a ping, or if the call timed out and the policy
         kills on timeout."""
-        if not (self.policy.kill_on_timeout and isinstance(error, NoAnswer)) and await self._answers(index):
+        if not (self.policy.kill_on_timeout and isinstance(error, NoAnswer)) and await self.answers(index):
             return
         await self.evict(index, str(error))
 
@@ -350,12 +350,12 @@ class Pool:
                 self.load.fills(sum(known) / len(known))
 
     async def _check(self, index: int) -> None:
-        if not await self._answers(index):
+        if not await self.answers(index):
             gone = f"did not answer a ping within {self.policy.ping_timeout_s:g} s, or its process is gone"
             health = self.health.get(index, {})
             await self.evict(index, gone if health.get("alive", True) else str(health.get("why", gone)))
 
-    async def _answers(self, index: int) -> bool:
+    async def answers(self, index: int) -> bool:
         worker = self.workers.get(index)
         if worker is None:
             return False
