@@ -97,10 +97,15 @@ class Fleet:
         if member is not None:
             self.members[index] = replace(member, state=State.DRAINING, since=now)
 
+    @property
+    def fails_to_start(self) -> bool:
+        """Whether so many starts in a row failed for the same reason that the next one would, too."""
+        return self._same_failures >= SAME_IN_A_ROW
+
     def _starts(self, missing: int, now: float) -> list[Start]:
         if missing <= 0 or now < self._not_before:
             return []
-        if self._same_failures >= SAME_IN_A_ROW and not self._in(State.SERVING):
+        if self.fails_to_start and not self._in(State.SERVING):
             raise BudgetExhausted(
                 f"{self.role}: {SAME_IN_A_ROW} workers in a row failed to start for the same reason, and none serves; "
                 f"the last: {self._start_failure}"

@@ -29,32 +29,12 @@ from actors.worker import Worker, WorkerInfo
 from orchestrator.cluster.failures import Watchdog
 from orchestrator.cluster.fleet import Fleet, Member, Start, State, Stop
 from orchestrator.cluster.pool_load import PoolLoad
+from orchestrator.cluster.pool_policy import PoolPolicy
 from orchestrator.cluster.pool_slots import Slots
 
 SAID = {"version": 1, "tokens_per_s": 1, "kv_cache_use": 3}  # of members that say so when they are pinged: digits
 T = TypeVar("T")
 Event = Callable[[str, dict[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class PoolPolicy:
-    """Limits of a pool. With `kill_on_timeout`, a worker whose call passes its deadline is killed (a hung reward)."""
-
-    slots: int  # calls that one worker carries at the same time
-    max_attempts: int
-    call_timeout_s: float
-    start_timeout_s: float
-    max_restarts: int
-    kill_on_timeout: bool = False
-    abort_on_failure: bool = False  # a group whose attempts are used up ends the run
-    alone_after: int = 1  # worker deaths with several calls; after that many a call gets a worker to itself
-    ping_every_s: float = 1.0
-    ping_timeout_s: float = 15.0
-    at_a_time: int | None = None  # calls that one worker works on at a time; the rest of its slots wait in it
-
-    @property
-    def places(self) -> int:
-        return self.slots if self.at_a_time is None else self.at_a_time
 
 
 @dataclass(eq=False)
@@ -268,7 +248,7 @@ class Pool:
     async def _suspect(self, index: int, error: InfraFailure) -> None:
         """After a failed call: evict the worker if it does not answer a ping, or if the call timed out and the policy
         kills on timeout."""
-        if not (self.policy.kill_on_timeout and isinstance(error, NoAnswer)) and await self._answers(index):
+        if not (self.policy.kill_on_timeout and isinstance(error, NoAnswer)) and await self.answers(index):
             return
         await self.evict(index, str(error))
 
@@ -350,12 +330,12 @@ class Pool:
                 self.load.fills(sum(known) / len(known))
 
     async def _check(self, index: int) -> None:
-        if not await self._answers(index):
+        if not await self.answers(index):
             gone = f"did not answer a ping within {self.policy.ping_timeout_s:g} s, or its process is gone"
             health = self.health.get(index, {})
             await self.evict(index, gone if health.get("alive", True) else str(health.get("why", gone)))
 
-    async def _answers(self, index: int) -> bool:
+    async def answers(self, index: int) -> bool:
         worker = self.workers.get(index)
         if worker is None:
             return False
@@ -366,10 +346,15 @@ class Pool:
         return bool(self.health[index].get("alive", True))
 
     async def _until(self, condition: Callable[[], bool], what: str, timeout_s: float) -> None:
-        """Ended by `_notify`; raises InfraFailure at the deadline, or whatever ended the reconciler."""
-        deadline = time.monotonic() + timeout_s
+        """Ended by `_notify`; raises InfraFailure at the deadline, or whatever ended the reconciler. The deadline
+        begins again when a process begins or ends, so that each start has its own, unless starts fail again and again.
+        It passes two ticks after that of the start itself: the fleet replaces who is late."""
+        deadline, running = 0.0, None
         with self._watchdog.waiting(what, timeout_s):
             while not condition():
+                if running is None or (running != set(self.workers) and not self.fleet.fails_to_start):
+                    running = set(self.workers)
+                    deadline = time.monotonic() + timeout_s + 2 * self.policy.ping_every_s
                 try:
                     async with asyncio.timeout(deadline - time.monotonic()):
                         await self._slots.change()

@@ -194,9 +194,11 @@ def takes_turns(pool: Pool, turns: Turns) -> None:
 
     async def order(verb: str) -> None:
         async def one(index: int) -> None:
+            worker = pool.workers.get(index)
+            if worker is None:  # lost meanwhile
+                return
             try:
-                name = f"{pool.role}.{verb}"
-                await pool.workers[index].call(verb, timeout_s=SLEEP_TIMEOUT_S, task_name=name)
+                await worker.call(verb, timeout_s=SLEEP_TIMEOUT_S, task_name=f"{pool.role}.{verb}")
             except InfraFailure as error:
                 await pool.evict(index, f"{verb}: {error}")
 

@@ -82,10 +82,10 @@ class GroupCollector:
         return collected
 
     async def expire(self, next_version: int) -> None:
-        late = [p for p, started in self._started.items() if self._contract.too_old(started, next_version=next_version)]
-        await cancel([self._running[p] for p in late if p in self._running])
-        for position in late:
-            self._forget(position)
+        under_way = {p: task for p, task in self._running.items() if not task.done()}  # others are ready, if at all
+        slow = [p for p in under_way if self._contract.too_old(self._started[p], next_version=next_version)]
+        await cancel([under_way[p] for p in slow])
+        late = [p for p in slow if under_way[p].cancelled()]
         stale = [
             p for p, g in self._ready.items() if self._contract.too_old(g.oldest_version, next_version=next_version)
         ]
@@ -100,6 +100,7 @@ class GroupCollector:
         self._cursor.settle([*trained.positions, *self._settled])
         self._settled.clear()
         self._admit()
+        self._changed.set()  # who waits for a batch of this version learns whether there can be one
 
     async def close(self) -> None:
         self._closed = True  # a group that finishes meanwhile makes no room for another
@@ -136,12 +137,9 @@ class GroupCollector:
             self._running[position] = task
             task.add_done_callback(lambda done, position=position: self._ended(position, done))
 
-    def _forget(self, position: int) -> None:
-        self._running.pop(position, None)
-        self._started.pop(position, None)
-
     def _ended(self, position: int, task: asyncio.Task[None]) -> None:
-        self._forget(position)
+        if self._running.get(position) is task:  # else it is drawn again already
+            del self._running[position], self._started[position]
         if not task.cancelled():
             self._failure = self._failure or task.exception()
             self._admit()

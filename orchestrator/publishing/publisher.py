@@ -84,6 +84,7 @@ class Publisher:
         self.changing = asyncio.Lock()  # held while the policy is updated and published: no worker catches up meanwhile
         self._published = asyncio.Event()
         self._held: dict[int, int] = {}  # member -> version that it acknowledged
+        self._unconfirmed: dict[int, InfraFailure] = {}  # member that lived when it failed in this publish -> why
         self._address: tuple[str, str, int] | None = None
         self._tree = BroadcastTree()
         self._manifest: Manifest | None = None
@@ -91,7 +92,8 @@ class Publisher:
 
     async def publish(self, version: int) -> SyncReport:
         """Bring every healthy member to `version`, which the policy's weights are. The caller holds `changing`. Raises
-        WeightSyncError if there were members and none confirmed, unless all of them were scaled down meanwhile."""
+        WeightSyncError if no member confirmed and one that lives failed to; if all of them died or were scaled down
+        meanwhile, their replacements catch up."""
         assert self.changing.locked()
         began = time.monotonic()
         members = self._pool.indices(State.JOINING, State.SERVING)
@@ -101,11 +103,14 @@ class Publisher:
             members = [index for index in members if self._second.holds(index)]
         apart = [index for index in members if self._pool.is_attached(index)]
         together = [index for index in members if index not in apart]
-        losses = self._pool.fleet.restarts  # does not count members that are scaled down
+        self._unconfirmed.clear()
         acks = await self._transfer(version, together) if together else []
         acks += await self._transfer_apart(version, apart) if apart else []
-        if members and not acks and self._pool.fleet.restarts > losses:
-            raise WeightSyncError(f"version {version}: none of {len(members)} rollout worker(s) confirmed the weights")
+        if self._unconfirmed and not acks:
+            whys = "".join(f"; worker {index} lives: {why}" for index, why in sorted(self._unconfirmed.items()))
+            raise WeightSyncError(
+                f"version {version}: none of {len(members)} rollout worker(s) confirmed the weights{whys}"
+            )
         if self._snapshot is not None and self._snapshot[0].version != version:  # of the weights before
             self._snapshot = None
         self.version, self.outdated = version, False
@@ -248,6 +253,10 @@ class Publisher:
         return ack
 
     async def _evict(self, failed: Mapping[int, InfraFailure], version: int) -> None:
+        own = [i for i in self._pool.indices(State.JOINING, State.SERVING) if not self._pool.is_attached(i)]
+        asked = [index for index in failed if index in own]  # the others come and go as they like
+        answers = await asyncio.gather(*map(self._pool.answers, asked))
+        self._unconfirmed |= {index: failed[index] for index, lives in zip(asked, answers, strict=True) if lives}
         for index, why in failed.items():
             self._event("sync_failed", {"worker": index, "version": version, "why": str(why)})
             await self._pool.evict(index, f"weights of version {version} not confirmed: {why}")

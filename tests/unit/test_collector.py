@@ -1,7 +1,7 @@
 """Collection by prompt group: what is drawn and when, what expires, what is resumed, and which waits are reported."""
 
 import asyncio
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -9,6 +9,7 @@ from actors.errors import RunError
 from orchestrator.batches.row_table import RowTable
 from orchestrator.cluster.failures import Watchdog
 from orchestrator.collection.cursor import Cursor
+from orchestrator.collection.scoring import Scored, ToScore
 from orchestrator.pipeline import Pipeline, Prompts, generate
 from rollout.sampling import GroupMeta, Request
 from tests.unit.collector_stage import SAMPLES, Stages, collector, settled, step
@@ -60,6 +61,54 @@ async def test_a_group_that_would_be_too_old_is_cancelled_before_publishing_and_
     assert 1 in flat
     assert len(flat) == len(set(flat))
     await feed.close()
+
+
+@dataclass
+class Gated(Stages):
+    """Positions whose samples, or rewards, come when the test says so."""
+
+    sampling: dict[int, asyncio.Event] = field(default_factory=dict[int, asyncio.Event])
+    scoring: dict[int, asyncio.Event] = field(default_factory=dict[int, asyncio.Event])
+
+    async def sample(self, role: str, request: Request, sampler: int = 0) -> tuple[GroupMeta, RowTable]:
+        if request.group in self.sampling:
+            await self.sampling[request.group].wait()
+        return await super().sample(role, request, sampler)
+
+    async def score(self, role: str, asked: ToScore) -> Scored:
+        found = await super().score(role, asked)
+        if asked.prompt.id in self.scoring:
+            await self.scoring[asked.prompt.id].wait()
+        return found
+
+
+@pytest.mark.parametrize("fresh", [True, False], ids=["with fresh tokens", "too old"])
+async def test_a_straggler_that_ends_in_the_turn_of_the_loop_in_which_groups_expire_is_trained_on_once(fresh: bool):
+    stages = Gated(scoring={0: asyncio.Event()}, sampling={0: asyncio.Event()} if fresh else {})
+    feed = collector(stages, batch=2, staleness=1, batches=5)
+    trained: list[int] = []
+    for version in range(5):
+        collected = await asyncio.wait_for(feed.next(version), 60)
+        trained += collected.positions
+        await settled()
+        if version == 1:
+            for event in stages.sampling.values():
+                event.set()
+            await settled()
+            assert stages.seen.count(0) == 1, "it waits for its reward"
+            stages.scoring[0].set()
+            for _ in range(10):  # until it has ended, and nobody has been told of that
+                if 0 in [group.position for group in feed.finished]:
+                    break
+                await asyncio.sleep(0)
+        await feed.expire(version + 1)
+        assert version != 1 or (0 in [group.position for group in feed.finished]) == fresh
+        stages.version = version + 1
+        feed.advance(version + 1, collected)
+    await feed.close()
+    assert sorted(trained) == [*range(10)]
+    again = [] if fresh else [0]
+    assert sorted(stages.seen) == [*again, *range(10)], "what is too old is drawn again, once; no more than needed are"
 
 
 async def test_a_resumed_collector_draws_what_was_not_trained_on_with_the_same_seeds():
@@ -137,9 +186,13 @@ async def test_a_late_batch_is_reported_once_unless_the_pool_is_scaled_to_zero()
     await feed.close()
 
 
-async def test_a_batch_that_can_never_be_filled_is_an_error_at_once():
+@pytest.mark.parametrize("waits", [False, True], ids=["before it is waited for", "while it is waited for"])
+async def test_a_batch_that_can_never_be_filled_is_an_error_at_once(waits: bool):
     feed = collector(Stages(), batches=1)
-    feed.advance(1, await feed.next(0))
+    first = await feed.next(0)
+    if waits:
+        await settled()
+    feed.advance(1, first)
     with pytest.raises(RunError, match="0 of 3 prompt groups are ready for version 1, none is under way"):
-        await feed.next(1)
+        await asyncio.wait_for(feed.next(1), 60)
     await feed.close()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from actors.errors import InfraFailure
-from actors.worker import LocalWorker
+from actors.errors import InfraFailure, WorkerDied
+from actors.worker import LocalWorker, WorkerInfo
 from orchestrator.cluster.failures import Watchdog
-from orchestrator.cluster.fleet import State
+from orchestrator.cluster.fleet import SAME_IN_A_ROW, State
 from orchestrator.cluster.pool import Pool
 from tests.unit.test_pool import POLICY, Doubler
 
@@ -53,6 +55,70 @@ def test_who_waits_for_members_that_do_not_start_is_told_at_the_deadline_which_t
         await pool.close()
 
     asyncio.run(body())
+
+
+class Starting(Doubler):
+    """`until` returns when it is up, or raises why it cannot start."""
+
+    def __init__(self, index: int, until: Callable[[], Awaitable[None]]) -> None:
+        super().__init__(index)
+        self._until = until
+
+    async def ready(self) -> WorkerInfo:  # pyright: ignore[reportIncompatibleMethodOverride]
+        await self._until()
+        return super().ready()
+
+
+def starting(desired: int, start_timeout_s: float, until: Callable[[int], Awaitable[None]]) -> Pool:
+    async def start(index: int) -> LocalWorker:
+        return LocalWorker(f"doubler/{index}", Starting(index, lambda: until(index)))
+
+    policy = replace(POLICY, start_timeout_s=start_timeout_s)
+    note = lambda kind, detail: None  # noqa: E731
+    pool = Pool("rollout", desired, policy, start=start, stop=lambda w: w.kill(), event=note, watchdog=Watchdog())
+    pool.fleet.backoff_s = 0.01
+    return pool
+
+
+async def test_the_replacement_of_a_worker_that_died_while_it_started_has_a_deadline_of_its_own():
+    began = time.monotonic()
+
+    async def until(index: int) -> None:
+        await asyncio.sleep(began + (1.0 if index == 0 else 2.4) - time.monotonic())
+        if index == 0:
+            raise WorkerDied("its process was killed")
+
+    pool = starting(1, 2.0, until)
+    await pool.open()
+    assert time.monotonic() > began + 2.0, "the first one's deadline is over"
+    assert pool.indices(State.JOINING, State.SERVING) == [1] and pool.fleet.restarts == 1
+    await pool.close()
+
+
+async def test_a_worker_that_hangs_while_it_starts_is_replaced():
+    async def until(index: int) -> None:
+        if index == 0:
+            await asyncio.Event().wait()
+
+    pool = starting(1, 0.5, until)
+    await pool.open()
+    assert pool.indices(State.JOINING, State.SERVING) == [1] and pool.fleet.restarts == 1
+    await pool.close()
+
+
+async def test_workers_that_die_one_after_another_while_they_start_are_not_waited_for_without_end():
+    async def until(index: int) -> None:
+        if index:
+            await asyncio.sleep(0.3)
+            raise WorkerDied("its process was killed")
+
+    pool = starting(1, 0.5, until)
+    await pool.open()
+    pool.fleet.backoff_s = 0.0
+    with pytest.raises(InfraFailure, match=r"waited 0\.5 s for 2 rollout worker\(s\) to start; members: {0: "):
+        await asyncio.wait_for(pool.grow(2), 30)
+    assert POLICY.max_restarts > pool.fleet.restarts >= SAME_IN_A_ROW
+    await pool.close()
 
 
 def test_a_pool_that_is_made_smaller_while_it_grows_is_waited_for_no_longer():

@@ -69,7 +69,7 @@ async def published(folder: Path, meanwhile: Any) -> tuple[Publisher, Pool]:
         return LocalWorker(name, Receiver(name, lambda: meanwhile(pool)))
 
     pool = Pool("rollout", 2, POLICY, start=start, stop=lambda w: w.kill(), event=lambda *_: None, watchdog=Watchdog())
-    trainer = LocalGroup("policy", LocalWorker("policy/0", Trainer()))
+    trainer = LocalGroup("policy", LocalWorker("policy/0", PackingTrainer()))
     config = WeightsConfig()
     publisher = Publisher(
         trainer,

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import Any
 
 import pytest
 
 from actors.errors import InfraFailure
-from actors.worker import LocalGroup, LocalWorker
-from orchestrator.cluster.turns import TurnGroup, Turns
+from actors.worker import LocalGroup, LocalWorker, WorkerInfo
+from orchestrator.cluster.failures import Watchdog
+from orchestrator.cluster.fleet import State
+from orchestrator.cluster.pool import Pool, PoolPolicy
+from orchestrator.cluster.turns import TurnGroup, Turns, takes_turns
 
 
 class Role:
@@ -184,3 +188,49 @@ async def test_a_role_that_fell_asleep_or_woke_only_in_part_is_woken_as_a_whole_
     if another_first:
         assert await states(device.groups[1]) == (False, False), "whoever works is alone on the device"
     assert await states(ranks) == (True, True)
+
+
+class Sleeper:
+    """An engine of a pool that takes turns."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self.slept = name, 0
+
+    def ready(self) -> WorkerInfo:
+        return WorkerInfo(self._name, os.getpid(), "here", "", {})
+
+    def ping(self) -> dict[str, Any]:
+        return {"alive": True}
+
+    def sleep(self) -> None:
+        self.slept += 1
+
+    def wake(self) -> None: ...
+
+
+async def test_a_member_that_is_lost_between_the_order_to_sleep_and_its_call_keeps_nobody_from_their_turn() -> None:
+    engines = list[Sleeper]()
+
+    async def start(index: int) -> LocalWorker:
+        engines.append(Sleeper(f"rollout/{index}"))
+        return LocalWorker(f"rollout/{index}", engines[-1])
+
+    policy = PoolPolicy(slots=1, max_attempts=1, call_timeout_s=60.0, start_timeout_s=60.0, max_restarts=9)
+    events = list[str]()
+    note = lambda kind, _: events.append(kind)  # noqa: E731
+    pool = Pool("rollout", 2, policy, start=start, stop=lambda w: w.kill(), event=note, watchdog=Watchdog())
+    device = Device("a")
+    takes_turns(pool, device.turns)
+    await pool.open()
+    indices = pool.indices
+
+    def and_then_lost(*states: State) -> list[int]:
+        found = indices(*states)
+        asyncio.get_running_loop().call_soon(pool.workers.pop, 0)  # as `evict` does, before the calls begin
+        return found
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(pool, "indices", and_then_lost)
+        assert await device.call(0) == ["a"]
+    assert [engine.slept for engine in engines] == [0, 1] and "evicted" not in events
+    await pool.close()
