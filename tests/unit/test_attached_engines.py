@@ -270,6 +270,8 @@ async def test_an_engine_is_attached_again_when_the_last_one_has_ended_and_not_b
                 refusals.append(str(error))
                 await asyncio.sleep(0.05)
         await asyncio.wait({call, given_back})
+        if not waits and first._http is not None:  # pyright: ignore[reportPrivateUsage]
+            await first._http.close()  # pyright: ignore[reportPrivateUsage]
         assert isinstance(call.exception(), InfraFailure)
     assert bool(refusals) is not waits
     assert all("is still ending the engine of its last run (rollout/7)" in refusal for refusal in refusals)
