@@ -168,12 +168,15 @@ class Executor:
 
     async def evaluate(self, table: RowTable) -> dict[str, float]:
         """What the phase's updates would report of a batch, without learning from it: the stages before them run as in
-        a step, and no weights change."""
+        a step, and no weights change. Who wants the weights from the trained ranks waits until they are free."""
         left_out = GROUPWISE | {Verb.UPDATE, Verb.MIX, Verb.REPLAY, Verb.WRITE}  # the rows are there
-        stages = [stage for stage in self.phase.pipeline if stage.verb not in left_out]
-        table, _ = await self.run([stage for stage in stages if not stage.precomputed], table)
-        updates = self.phase.pipeline.updates
-        return _named_by_role([(stage, await self.batch_stages.evaluate(stage, table)) for stage in updates])
+        pipeline = self.phase.pipeline
+        table = await self.run_batch_stages(table)
+        async with self.changing_weights():
+            stages = [stage for stage in pipeline.learn if stage.verb not in left_out and not stage.precomputed]
+            table, _ = await self.run(stages, table)
+            found = [(stage, await self.batch_stages.evaluate(stage, table)) for stage in pipeline.updates]
+        return _named_by_role(found)
 
     async def column(self, name: str, table: RowTable) -> Array:
         """[T]: the values of a column per token, brought into the driver. For what is kept, not for what is trained."""

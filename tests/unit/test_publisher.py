@@ -61,7 +61,7 @@ class Receiver:
         return Ack(self._name, order.version, "same")
 
 
-async def published(folder: Path, meanwhile: Any) -> tuple[Publisher, Pool]:
+async def published(folder: Path, meanwhile: Any, policy: LocalGroup | None = None) -> tuple[Publisher, Pool]:
     """Version 0 is with two members; version 1 is asked for by `publish` of what is returned."""
 
     async def start(index: int) -> LocalWorker:
@@ -69,7 +69,7 @@ async def published(folder: Path, meanwhile: Any) -> tuple[Publisher, Pool]:
         return LocalWorker(name, Receiver(name, lambda: meanwhile(pool)))
 
     pool = Pool("rollout", 2, POLICY, start=start, stop=lambda w: w.kill(), event=lambda *_: None, watchdog=Watchdog())
-    trainer = LocalGroup("policy", LocalWorker("policy/0", PackingTrainer()))
+    trainer = policy or LocalGroup("policy", LocalWorker("policy/0", PackingTrainer()))
     config = WeightsConfig()
     publisher = Publisher(
         trainer,
