@@ -44,7 +44,7 @@ class RayWorker:
         self.name = name
         self.handle = handle
         self.info: WorkerInfo | None = None  # once `ready` has answered
-        self.alone = True  # else the rank of a gang: what it is called for may be a collective that others have begun
+        self.is_single_rank = True  # else of a gang: a call of it may be a collective that others have begun
         self._born = time.monotonic()
 
     def __repr__(self) -> str:
@@ -75,15 +75,15 @@ class RayWorker:
 
     async def _result(self, ref: ObjectRef, method: str, timeout_s: float) -> Any:
         """The value of `ref`. If the wait ends earlier (deadline, cancellation), the call is cancelled: an async method
-        at once, a sync one unless it is running. Calls of a gang's ranks are not: one that still waits for its turn
-        would go, and leave the others alone in their collective."""
+        at once, a sync one unless it is running. Calls of a gang's ranks are not: to cancel
+        one that is still queued would leave the other ranks blocked in their collective."""
         started = time.monotonic()
         future = asyncio.wrap_future(ref.future())
         future.add_done_callback(consume_exception)
         try:
             await asyncio.wait({future}, timeout=timeout_s)
         finally:
-            if not future.done() and self.alone:
+            if not future.done() and self.is_single_rank:
                 ray.cancel(ref)
         if not future.done():
             raise NoAnswer(self._failure(method, started, f"no answer within {timeout_s:g} s"))
@@ -124,7 +124,7 @@ class RayGroup:
         self.workers = tuple(workers)
         self._store = store
         for worker in workers:
-            worker.alone = len(workers) == 1
+            worker.is_single_rank = len(workers) == 1
 
     def turn(self) -> AbstractAsyncContextManager[RayGroup]:
         return nullcontext(self)

@@ -72,7 +72,7 @@ class ModelPiece:
 
     def _write_settings(self, names: dict[int, str]) -> list[Path]:
         """All files that hold no weights. They are written elsewhere and moved: in the folder itself, other ranks write
-        meanwhile, under names that go (a file of weights has another one until it is whole)."""
+        meanwhile, under temporary names."""
         with tempfile.TemporaryDirectory(prefix=".settings-", dir=self._folder) as elsewhere:
             self._save_settings(Path(elsewhere))
             if len(names) > 1:

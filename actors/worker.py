@@ -244,8 +244,8 @@ class LocalObjects:
 
 
 async def to_the_end(work: Callable[[], T]) -> T:
-    """In a thread. Returns or raises only when it is over: a thread cannot be cancelled, and nothing may be taken away
-    under its hands. Whoever must not wait for so long awaits it in a task of its own."""
+    """In a thread. Returns or raises only when it is over: a thread cannot be cancelled, and what it works on must not
+    be removed or used by others meanwhile. Whoever must not wait for so long awaits this in a task of its own."""
     working = asyncio.ensure_future(asyncio.to_thread(work))
     working.add_done_callback(consume_exception)
     try:

@@ -103,7 +103,7 @@ class CheckpointStore:
 
     def give_up_after(self, chosen: Checkpoint) -> None:
         """Remove the checkpoints of later steps: the run goes on from this one, and must not come back to them if it
-        ends before its next. They are gone, or of no name that counts, before any file of them is."""
+        ends before its next. All are renamed before a file is deleted, so none is left in part under a valid name."""
         later = [path for path in self._committed() if path.name > chosen.path.name]
         given_up = [path.rename(path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")) for path in reversed(later)]
         if given_up:

@@ -214,6 +214,10 @@ class _Run:
             for warning in plan.warnings:
                 console.warn(warning)
             self._since_start("started")
+            if (
+                self.resumed is not None and self.resumed.chosen
+            ):  # now that neither cluster nor role has refused the run
+                self._go_back(self.resumed)
             context.account.spend("start", time.monotonic() - self.began)
             for phase in prepared.phases:
                 if found is None or phase.index >= found.state.phase_index:
@@ -343,8 +347,6 @@ class _Run:
         try:
             await cluster.reserve(context.plan)
             self._since_start("reserved")
-            if self.resumed is not None and self.resumed.chosen:  # now that the cluster has not refused the run
-                self._go_back(self.resumed)
             yield cluster
         finally:
             await cluster.close()

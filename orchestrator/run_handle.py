@@ -107,7 +107,7 @@ class RunHandle:
         entry = entries.read(self.folder)
         if entry is not None and entry.stage is Stage.PREEMPTING and not has_ended(self.folder, entry, "finished"):
             return State.PREEMPTED, entry.reason, control.Standing()
-        if not self.running or self._gave_back():
+        if not self.running or self._has_released_run():
             if entry is None and not (self.folder / SAVED).exists() and (self.folder / SUBMITTED).exists():
                 return State.QUEUED, "was submitted a moment ago", control.Standing()
             said = queue_says(self.folder, entry) if entry is not None else None
@@ -329,7 +329,7 @@ class RunHandle:
         own = self._process
         return own is not None and (driver.host, driver.pid) == (platform.node(), own.pid) and driver.may_live
 
-    def _gave_back(self) -> bool:
+    def _has_released_run(self) -> bool:
         """Whether the process of this handle has said how its run ended, and only has to exit."""
         with contextlib.suppress(ConfigError):
             free = driver_of(self.folder) is None and self._is_own(control.RunFile.read(self.folder).driver)
@@ -359,7 +359,7 @@ class RunHandle:
                 return answer
             if over or (lost and self.over):  # it may have ended between the two looks
                 return self._ended()
-            # While it exits, the driver is no lost one: once it has, the run is over.
+            # While it exits, the driver does not count as lost; when it has exited, the run is over.
             return self._withdrawn(request) if lost and request is not None and not exits else None
 
         answer = wait_for(look, timeout_s, f"{what} ({self.folder.name})")

@@ -25,7 +25,6 @@ import numpy as np
 
 from actors.batch import Array
 from actors.errors import BudgetExhausted, DataFailure, Dropped, InfraFailure, RunError
-from actors.worker import consume_exception
 from rewards.reward import AttemptFailed, FailureKind, Handling, OnFailure, pause_s
 
 T = TypeVar("T")
@@ -69,7 +68,7 @@ class Attempts:
 
     def __init__(self, retries: int, concurrency: int | None, *, runs_on: bool = False) -> None:
         """`runs_on`: an attempt that has begun does not end because the call that waits for it is cancelled, as a
-        function in a thread does not. It keeps its slot, and whatever it does at its deadline it does."""
+        function in a thread does not. Its deadline still applies, and it keeps its slot until it has ended."""
         self._attempts = 1 + retries
         self._slots = asyncio.Semaphore(concurrency) if concurrency else None
         self._runs_on = runs_on
@@ -100,7 +99,14 @@ class Attempts:
         raise AssertionError("the last attempt returns or raises")
 
     def _ended(self, call: asyncio.Future[Any]) -> None:
-        consume_exception(call)  # if it ran on, nobody waits for it
+        error = None if call.cancelled() else call.exception()  # consumed: if it ran on, nobody waits for it
+        goes_on = error.goes_on if isinstance(error, AttemptFailed) else None
+        if goes_on is None:
+            self._free_slot()
+        else:
+            goes_on.add_done_callback(self._free_slot)
+
+    def _free_slot(self, _: object = None) -> None:
         if self._slots is not None:
             self._slots.release()
 
@@ -114,8 +120,8 @@ async def within(limit_s: float | None, call: Awaitable[T], name: str) -> T:
         raise too_slow(name, limit_s) from None
 
 
-def too_slow(name: str, limit_s: float | None) -> AttemptFailed:
-    return AttemptFailed(FailureKind.TIMEOUT, f"reward {name}: no answer within {limit_s:g} s")
+def too_slow(name: str, limit_s: float | None, goes_on: asyncio.Future[Any] | None = None) -> AttemptFailed:
+    return AttemptFailed(FailureKind.TIMEOUT, f"reward {name}: no answer within {limit_s:g} s", goes_on=goes_on)
 
 
 def instead(name: str, handling: Handling, gave_up: GaveUp, count: int, error: RunError | None = None) -> Array:

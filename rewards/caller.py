@@ -2,8 +2,8 @@
 (`attempts`).
 
 An async call is cancelled at its deadline. A function in a thread cannot be stopped: it `hangs`, is not tried again
-beside itself, and its process has to be replaced. The same becomes of one whose call is cancelled; until its deadline
-it keeps its place among the `concurrency` calls, so that one that is not thread-safe does not run beside itself.
+beside itself, and its process has to be replaced. The same applies to a function whose call is cancelled. Until it
+ends it keeps its place among the `concurrency` calls, so that one that is not thread-safe does not run beside itself.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class RewardCaller:
         if not call.done():
             self.hanging += 1
             call.add_done_callback(self._ended)
-            raise too_slow(self.reward.name, limit)
+            raise too_slow(self.reward.name, limit, goes_on=call)
         return call.result()
 
     def _hangs(self, failed: AttemptFailed) -> bool:

@@ -125,6 +125,7 @@ class EnvironmentWorker:
             await self._abandon(episode, session)
             raise
         if self._sessions.get(episode) is not session:
+            await self._stop(session)  # what it has begun since it was told to
             raise InfraFailure(f"{self.name}: episode {episode} was ended, or begun again, while it began")
         is_fixed = isinstance(environment, ToolEnvironment)  # others may have other tools in each episode
         tools = self._schemas[phase, route] if is_fixed else self._specs[phase].schemas_of(environment)
@@ -181,11 +182,14 @@ class EnvironmentWorker:
         if session is None or (only is not None and only is not session):
             return None
         del self._sessions[episode]
+        await self._stop(session)
+        return session
+
+    async def _stop(self, session: _Session) -> None:
         stop = getattr(session.environment, "abandon", None)
         if stop is not None:
             with suppress(DataFailure, InfraFailure):
                 await self._asked(session, "abandon", stop)
-        return session
 
     def _put_back(self, session: _Session) -> None:
         """Keep the environment of an episode that has ended for the next one, if nothing is left over in it."""

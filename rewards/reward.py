@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import random
 from collections.abc import Callable
@@ -50,11 +51,18 @@ class FailureKind(StrEnum):
 
 
 class AttemptFailed(Exception):
-    """An attempt gave no rewards. `retry_after_s`: the server asked for a pause of that length."""
+    """An attempt gave no rewards. `retry_after_s`: the server asked for a pause of that length. `goes_on`: what was
+    tried, if it has not ended: a function in a thread cannot be stopped."""
 
-    def __init__(self, kind: FailureKind, detail: str, retry_after_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        kind: FailureKind,
+        detail: str,
+        retry_after_s: float = 0.0,
+        goes_on: asyncio.Future[Any] | None = None,
+    ) -> None:
         super().__init__(detail)
-        self.kind, self.retry_after_s = kind, retry_after_s
+        self.kind, self.retry_after_s, self.goes_on = kind, retry_after_s, goes_on
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,7 @@ class RewardWorker:
         with self._lock:
             ages = [time.monotonic() - began for began in self._running.values()]
             health = {"running": len(ages), "oldest_s": max(ages, default=0.0), "calls": self._calls}
-            if self._gave_up and hanging:
+            if hanging and (self._gave_up or not self._running):  # else the answers of the others would be lost
                 return {**health, "alive": False, "why": f"the reward {hanging[0]} hangs and cannot be stopped"}
             return {**health, "alive": True}
 

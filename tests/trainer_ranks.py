@@ -52,6 +52,9 @@ class Rank:
     def act_on(self, own: Any, verb: str, *args: Any) -> Any:
         return getattr(self.worker, verb)(own, *args)
 
+    def hold(self, *blocks: Any) -> None:
+        self.act("hold", *blocks)
+
     def infer(self, *args: Any) -> Any:
         return self.act("infer", *args)
 

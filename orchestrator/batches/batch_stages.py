@@ -188,9 +188,8 @@ class BatchStages:
         cut = read.shard_behind_teacher_prompts if stage.other_prompts else cut
         shares = cut(len(group.workers), self.phase.token_budget)
         asked = into, head, temperature, adapters, top_k, self._other_prompts(stage)
-        if (
-            len(group.workers) > 1
-        ):  # in ZeRO stage 3 a pass gathers weights: no rank begins one that another cannot begin
+        if len(group.workers) > 1:
+            # In ZeRO stage 3 a pass gathers weights, so no rank may begin one until all ranks have their rows.
             await self._hold(role, shares)
         found = await self._call_split(stage, role, group, "infer", shares, *asked, step=step)
         shares = [replace(share, rows=rows[share.rows]) for share in shares]

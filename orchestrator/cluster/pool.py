@@ -348,7 +348,7 @@ class Pool:
     async def _until(self, condition: Callable[[], bool], what: str, timeout_s: float) -> None:
         """Ended by `_notify`; raises InfraFailure at the deadline, or whatever ended the reconciler. The deadline
         begins again when a process begins or ends, so that each start has its own, unless starts fail again and again.
-        It passes two ticks after that of the start itself: the fleet replaces who is late."""
+        It is two ticks longer than that of a start, so that the fleet replaces a late worker first."""
         deadline, running = 0.0, None
         with self._watchdog.waiting(what, timeout_s):
             while not condition():

@@ -151,12 +151,20 @@ def _impossible(state: RunState, before: RunConfig, prepared: Prepared) -> Itera
             f"{where} would have {phase.steps} steps, and {state.step} are done: raise {where}.train.steps or epochs, "
             "or choose an earlier checkpoint with --step"
         )
-    made = build_pipeline(before.phases[phase.name]).optimizer_steps_per_batch
-    if phase.pipeline.optimizer_steps_per_batch != made:
+    was = build_pipeline(before.phases[phase.name])
+    if phase.pipeline.optimizer_steps_per_batch != was.optimizer_steps_per_batch:
         yield (
             f"{where}.options make {phase.pipeline.optimizer_steps_per_batch} optimizer steps of a batch, and made "
-            f"{made}, which the schedule has counted; leave those options as they were"
+            f"{was.optimizer_steps_per_batch}, which the schedule has counted; leave those options as they were"
         )
+    for role in phase.pipeline.mixed:
+        if role not in was.mixed:
+            yield (
+                f"{where}.options would move the weights of {role}: the run that wrote this checkpoint did not, and "
+                "saved none of them; leave those options as they were"
+            )
+    if prepared.config.phases[phase.name].train.bema is not None and before.phases[phase.name].train.bema is None:
+        yield f"{where}.train.bema is set, and was not: the checkpoint holds no average to go on with; leave it out"
     if fingerprint(phase) != state.data:
         yield (
             f"the rows of {where}.data ({phase.source.report.source}) are not those that the checkpoint was trained "

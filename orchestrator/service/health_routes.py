@@ -22,7 +22,7 @@ from orchestrator.status import State
 
 READY_S = 5.0
 # Anybody may ask, and a call of Ray's dashboard may take long: neither may cost the threads that reads need.
-_calls = Places("looks whether the service is ready", 2)
+_ready_checks = Places("looks whether the service is ready", 2)
 open_router = APIRouter(tags=["health"])  # without a token: see `gate.PUBLIC`
 router = APIRouter(tags=["health"])
 
@@ -46,7 +46,7 @@ async def readyz(runs: Runs, request: Request) -> Health:
 
 
 async def _looked(runs: RunFolders, jobs: Jobs) -> None:
-    async with _calls.one(READY_S, _late()):
+    async with _ready_checks.place(READY_S, _late()):
         await in_thread(lambda: _look(runs, jobs))
 
 

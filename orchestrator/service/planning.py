@@ -28,7 +28,7 @@ async def plan(config: RunConfig, ray_address: str | None, *, queue_s: float = Q
         file = Path(scratch) / "recipe.json"
         file.write_text(config.model_dump_json())
         busy = Problem(429, f"{AT_ONCE} plans are being made already, and none ended in {queue_s:g} s; ask again later")
-        async with _free.one(queue_s, busy):
+        async with _free.place(queue_s, busy):
             code, out, error = await _run([*COMMAND, "plan", str(file), "--json"], ray_address)
     lines = out.strip().splitlines()
     if lines and lines[-1].startswith("{"):

@@ -6,7 +6,8 @@ and nice values of processes count within a session only. The service and each r
 
 A small share is not enough. Two threads of a trainer wait for each other after every product, so each answer for which
 the service takes a core that one of them wants holds up both. So its threads have the policy for idle time as well:
-they preempt nobody when they wake, and threads of others that wake take a core on which only such a thread runs.
+they never preempt other threads when they wake, and a thread of others that wakes counts a core on which only such
+threads run as idle.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ def yield_to_runs(leader: int) -> None:
 
 
 def preempt_nobody(pid: int) -> None:
-    """All threads of a process, and those that it will start. Once it has started: where the kernel does not group
-    processes by session, such a thread gets almost nothing of a core that is wanted by a process that is not nice at
-    all. Ray's workers are."""
+    """All threads of a process, and all threads and processes that these start. Call it once the process answers:
+    where the kernel does not group processes by session, such a thread gets almost nothing of a core that a process
+    without a nice value wants. (Ray's workers run with nice 15.)"""
     if sys.platform == "linux":
         for thread in Path(f"/proc/{pid}/task").iterdir():
-            with contextlib.suppress(ProcessLookupError):  # it has ended
+            with contextlib.suppress(OSError):  # it has ended, or this system has no such policy
                 os.sched_setscheduler(int(thread.name), os.SCHED_IDLE, os.sched_param(0))

@@ -88,11 +88,11 @@ def up(runs: Path, *, cpus: int | None, object_store_mib: int | None, serve: Seq
     """Start both, or the service alone where its Ray lives; the runs there go on. Returns them, and whether Ray was
     started. `serve`: further arguments of `troupe serve`. Raises ConfigError if both run already, or if another `up` or
     `down` is at work; NotDone with the last lines of the one that does not start."""
-    with _alone(runs):
+    with _one_at_a_time(runs):
         return _up(runs, cpus=cpus, object_store_mib=object_store_mib, serve=serve)
 
 
-def _alone(runs: Path) -> AbstractContextManager[None]:
+def _one_at_a_time(runs: Path) -> AbstractContextManager[None]:
     """Two at the same time would not know of what the other starts, and leave a Ray that nobody ends."""
     file = service_folder(runs) / UP_LOCK
 
@@ -170,7 +170,7 @@ def _written(runs: Path, started: Up) -> Up:
 def down(runs: Path) -> bool:
     """End the runs, the service and Ray. False if neither of the two ran. Raises ConfigError if an `up` or another
     `down` is at work."""
-    with _alone(runs):
+    with _one_at_a_time(runs):
         return _down(runs)
 
 

@@ -251,7 +251,7 @@ class RunQueue:
         def waits(entry: Entry) -> Entry:
             if entry.stage not in (Stage.WAITING, Stage.STARTED):
                 return entry.withdrawn()
-            if is_there and entry.started:  # of one that was never started the job is somebody else's
+            if is_there and entry.started:  # if this run was never started, the job is somebody else's
                 return replace(entry, stage=Stage.STARTED, reason="", preempted=False)
             until, reason = time.time() + START_AGAIN_S, f"cannot be started, and is tried again: {failed}"
             return replace(entry, stage=Stage.WAITING, not_before=until, reason=reason)

@@ -40,7 +40,7 @@ class Submissions:
     def __init__(self, runs: RunFolders, jobs: Jobs, queue: RunQueue) -> None:
         self._runs, self._jobs, self._queue = runs, jobs, queue
         self._one = threading.Lock()  # of two submissions of one name the second must see the first
-        self._alone: set[str] = set()  # new runs whose submission goes on, and that no second client has submitted
+        self._sole: set[str] = set()  # new runs whose submission goes on, and that no second client has submitted
 
     def submit(self, name: str | None, config: RunConfig, priority: int = 0) -> tuple[str, bool]:
         """(id, whether it is new). The same under the same name is the same run, whatever its priority. Raises Problem
@@ -51,13 +51,13 @@ class Submissions:
         entry = Entry(priority, time.time(), bundles_of(config))
         with self._one:
             new = self._reserve(folder, recipe)
-            (self._alone.add if new else self._alone.discard)(run)
+            (self._sole.add if new else self._sole.discard)(run)
             if entries.read(folder) is None:
                 entries.write(folder, entry)
         problem = self._looked(run)
         with self._one:
-            alone = new and run in self._alone
-            self._alone.discard(run)
+            alone = new and run in self._sole
+            self._sole.discard(run)
             if problem is not None and alone and self._gave_up(folder):
                 _remove(folder)
                 raise problem

@@ -32,7 +32,7 @@ class Places:
         self._limiter: RunVar[anyio.CapacityLimiter] = RunVar(name)
 
     @asynccontextmanager
-    async def one(self, queue_s: float, busy: Problem) -> AsyncGenerator[None]:
+    async def place(self, queue_s: float, busy: Problem) -> AsyncGenerator[None]:
         """While the block runs it has a place. Raises `busy` if none becomes free in that time."""
         limiter = self._of_this_loop()
         borrower = object()
@@ -69,7 +69,7 @@ def waits(route: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
     @functools.wraps(route)
     async def waiting(*args: P.args, **kwargs: P.kwargs) -> T:
         busy = Problem(429, f"{WAITING} requests wait for runs already; nothing was asked of this one")
-        async with _threads.one(QUEUE_S, busy):  # before the thread: that wait has a deadline and can be ended
+        async with _threads.place(QUEUE_S, busy):  # before the thread: that wait has a deadline and can be ended
             return await in_thread(functools.partial(route, *args, **kwargs))
 
     return waiting

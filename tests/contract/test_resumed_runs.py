@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,15 +90,12 @@ def test_a_run_resumed_from_a_chosen_step_ends_with_the_same_bits(finished: RunR
     assert moved, "the resumed steps must move the weights, or nothing is compared"
 
 
-@pytest.mark.parametrize("dies", ["orchestrator.reporting.metrics.MetricsLog.rewind", "orchestrator.run.launch"])
+@pytest.mark.parametrize("dies", ["orchestrator.reporting.metrics.MetricsLog.rewind", "orchestrator.run.PhaseRun.run"])
 def test_a_run_that_dies_before_its_first_checkpoint_after_a_chosen_step_comes_back_to_that_step(
     folder: Path, monkeypatch: pytest.MonkeyPatch, dies: str
 ):
-    def died(*_: Any) -> None:
-        raise ZeroDivisionError
-
     with monkeypatch.context() as patched:
-        patched.setattr(dies, died)
+        patched.setattr(dies, raising(ZeroDivisionError()))
         with pytest.raises(ZeroDivisionError):
             resume(folder, step=2)
     again = resume(folder)
@@ -106,7 +104,14 @@ def test_a_run_that_dies_before_its_first_checkpoint_after_a_chosen_step_comes_b
     assert again.checkpoint is not None and again.checkpoint.name == "step-00000004"
 
 
-def test_a_chosen_step_that_is_refused_gives_nothing_up(folder: Path):
+def raising(error: Exception) -> Callable[..., None]:
+    def raises(*_: Any) -> None:
+        raise error
+
+    return raises
+
+
+def test_a_chosen_step_that_is_refused_gives_nothing_up(folder: Path, monkeypatch: pytest.MonkeyPatch):
     assert "holds no checkpoint of step 3; there are: 2, 4" in refusal(folder, step=3)
     assert "seed is 1" in refusal(folder, "seed=1", step=2)
     config = (folder / "config.json").read_text()
@@ -115,6 +120,9 @@ def test_a_chosen_step_that_is_refused_gives_nothing_up(folder: Path):
     assert (folder / "config.json").read_text() == config, "what is refused is not recorded"
     with driving(folder):
         assert "is driven by process" in refusal(folder, step=2)
+    with monkeypatch.context() as patched:
+        patched.setattr("actors.model_worker.ModelWorker.ready", raising(ConfigError("no such model")))
+        assert "no such model" in refusal(folder, step=2), "refused by a role"
     state = folder / "checkpoints" / "step-00000002" / "state.json"
     state.write_text(state.read_text() + " ")
     assert "checkpoint of step 2 cannot be used" in refusal(folder, step=2)
@@ -248,6 +256,7 @@ REFUSED = {
     "data.shuffle=false": "data.shuffle is false, and was true",
     "method=kto": 'phases.sft.method is "kto", and was "sft"',
     "train.steps=3": "would have 3 steps, and 4 are done: raise .*--step",
+    "train.bema={update_freq: 1, update_after: 0}": "bema is set, and was not: the checkpoint holds no average",
 }
 
 

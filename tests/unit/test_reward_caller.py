@@ -223,19 +223,21 @@ async def test_a_function_that_hangs_after_it_was_given_up_is_told_of_as_any_oth
 ) -> None:
     until = tmp_path / "go"
     options = {"until": str(until)}
-    worker = await worker_of(
-        tokenizer, spec(file, "alone", options, timeout_s=0.3), spec(file, "fails_beside", options)
-    )
+    alone = spec(file, "alone", options, timeout_s=0.3, concurrency=1)
+    worker = await worker_of(tokenizer, alone, spec(file, "fails_beside", options))
     health = await worker.call("ping", timeout_s=60)
     assert health["alive"]
+    with pytest.raises(DataFailure, match="no such column"):
+        await scored(worker)
     async with asyncio.timeout(20):
         while health["alive"]:
-            with pytest.raises(DataFailure, match="no such column"):
-                await scored(worker)
-            await asyncio.sleep(0.05)  # each call leaves a thread behind
+            await asyncio.sleep(0.05)
             health = await worker.call("ping", timeout_s=60)
     assert health["why"] == "the reward alone hangs and cannot be stopped"
+    with pytest.raises(DataFailure, match="no such column"):
+        await scored(worker)
     until.touch()
+    assert (await scored(worker)).rewards[:, 0].tolist() == [1.0, 1.0], "it did not run beside itself"
     async with asyncio.timeout(20):
         while not (await worker.call("ping", timeout_s=60))["alive"]:
             await asyncio.sleep(0.02)
