@@ -336,6 +336,7 @@ class Pool:
             await self.evict(index, gone if health.get("alive", True) else str(health.get("why", gone)))
 
     async def answers(self, index: int) -> bool:
+        """Whether that worker answers a ping within the policy's time, and says that it is alive."""
         worker = self.workers.get(index)
         if worker is None:
             return False

@@ -28,6 +28,7 @@ from orchestrator.cluster.ray_address import ray_token
 from orchestrator.cluster.run_lock import Driver
 from orchestrator.planning.bundles import Node, Resources
 from orchestrator.service.errors import Problem
+from orchestrator.service.service_folder import write_whole
 
 TIMEOUT_S = 30.0  # of a call of the Job API
 AGENT_TIMEOUT_S = 60.0  # a head that is young has no agent for jobs yet
@@ -235,7 +236,7 @@ class ProcessJobs:
             start_new_session=True,
         )
         self._children[run] = process
-        _write(folder / JOB_FILE, {"driver": asdict(Driver.of(process.pid)), "stop_wait_s": stop_wait_s})
+        write_whole(folder / JOB_FILE, {"driver": asdict(Driver.of(process.pid)), "stop_wait_s": stop_wait_s})
 
     def states(self, folders: Mapping[str, Path]) -> dict[str, JobState]:
         found: dict[str, JobState] = {}
@@ -275,9 +276,3 @@ def _driver(folder: Path) -> Driver | None:
         return Driver(**json.loads((folder / JOB_FILE).read_text())["driver"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _write(file: Path, content: Any) -> None:
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content))
-    temporary.replace(file)
